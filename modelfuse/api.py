@@ -1,0 +1,47 @@
+"""The Python interface: a merge in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from modelfuse.plan import Plan, make_plan
+from modelfuse.recipe import Recipe
+
+if TYPE_CHECKING:
+    from modelfuse.run import Progress, Result
+
+
+def merge(*, progress: Progress | None = None, **settings: Any) -> Result:
+    """Merge models into a new folder.
+
+    >>> merge(model_path_list=["a", "b"], output_path="c", merge_method="linear")  # doctest: +SKIP
+    Result(output_path=PosixPath('/…/c'), merged=291, copied=0, …)
+
+    Args:
+        progress: Called with a number of bytes whenever so many more are done; from worker threads.
+        **settings: The settings of :class:`modelfuse.Recipe`, by the names of the command line.
+
+    Returns:
+        Where the output is, and what was done.
+
+    Raises:
+        ModelfuseError: One of its five kinds; nothing is then left at ``output_path`` that was not there before.
+    """
+    from modelfuse.run import run_plan
+
+    return run_plan(check(**settings), progress)
+
+
+def check(**settings: Any) -> Plan:
+    """Plan a merge from the checkpoints' headers, without reading a tensor or writing anything.
+
+    Args:
+        **settings: As for :func:`merge`; ``output_path`` may be left out.
+
+    Returns:
+        The plan: what will be merged, copied and left out, and what it will cost.
+
+    Raises:
+        ModelfuseError: As :func:`merge` would, before any work.
+    """
+    return make_plan(Recipe.parse(settings))

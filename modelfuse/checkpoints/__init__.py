@@ -1,0 +1,220 @@
+"""Where tensors come from and go to.
+
+``open_checkpoint(path)`` turns any folder that holds a model into a Mapping of names to
+:class:`StoredTensor`, reading headers only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from modelfuse.checkpoints.files import SourceFile, read_bytes
+from modelfuse.checkpoints.paddle_params import read_paddle
+from modelfuse.checkpoints.safetensors import read_safetensors
+from modelfuse.checkpoints.tensors import Checkpoint, StoredTensor
+from modelfuse.checkpoints.torch_bin import read_torch
+from modelfuse.dtypes import BF16, BY_NAME
+from modelfuse.errors import CheckpointError
+
+__all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
+
+MAX_JSON_BYTES = 256_000_000
+CONFIG_FILE = "config.json"
+
+Tensors = dict[str, StoredTensor]
+
+
+class Format(NamedTuple):
+    """A way to store a model: its kind, its file's name, and how to read one file.
+
+    ``read`` returns the tensors and the aliases; safetensors has no aliases.
+    """
+
+    kind: str
+    file: str
+    read: Callable[[Path], tuple[Tensors, dict[str, str]]]
+
+
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    return read_safetensors(path)[0], {}
+
+
+def _formats(prefix: str) -> tuple[Format, ...]:
+    """The formats of one prefix, best first: where a folder holds several, the first is read."""
+    safetensors = Format("safetensors", f"{prefix}.safetensors", _read_safetensors)
+    if prefix == "model":
+        return (
+            safetensors,
+            Format("torch", "pytorch_model.bin", read_torch),
+            Format("paddle", "model_state.pdparams", read_paddle),
+        )
+    return (
+        safetensors,
+        Format("torch", f"{prefix}.bin", read_torch),
+        Format("paddle", f"{prefix}.pdparams", read_paddle),
+    )
+
+
+def open_checkpoint(path: Path, prefix: str = "model") -> Checkpoint:
+    """Open the checkpoint in a folder, reading its headers only.
+
+    Args:
+        path: A folder, or the one file that holds all the weights.
+        prefix: ``model``, or ``master_weights`` for the float32 copies that mixed-precision
+            training keeps.
+
+    Returns:
+        The checkpoint: every tensor's name, type, shape and place.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, a shard is missing, or any file is malformed.
+    """
+    if path.is_file():
+        folder, names, form = path.parent, [path.name], _format_of(path, prefix)
+        weight_map = None
+    elif path.is_dir():
+        folder = path
+        form, names, weight_map = _find_files(path, prefix)
+    else:
+        raise CheckpointError(f"There is no folder {path}", "Check the path; hub names are not downloaded.")
+    tensors: Tensors = {}
+    aliases: dict[str, str] = {}
+    for name in names:
+        part, part_aliases = form.read(folder / name)
+        for twice in part.keys() & tensors.keys():
+            raise CheckpointError(f"{path}: tensor {twice!r} is in {tensors[twice].file.path.name} and in {name}")
+        tensors.update(part)
+        aliases.update(part_aliases)
+    if weight_map is not None:
+        _check_index(path, weight_map, tensors, aliases)
+    if not tensors:
+        raise CheckpointError(f"{folder / names[0]} holds no tensors")
+    metadata = read_safetensors(folder / names[0])[1] if form.kind == "safetensors" else {}
+    config = read_config(folder)
+    checkpoint = Checkpoint(path, form.kind, tensors, aliases, metadata, config)
+    return replace(checkpoint, tensors=_as_bfloat16(tensors)) if _hides_bfloat16(checkpoint) else checkpoint
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """The contents of config.json in a folder, or an empty dict.
+
+    Raises:
+        CheckpointError: If the file is there but is not a JSON object.
+    """
+    path = folder / CONFIG_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: If it is too large, not JSON, or not an object.
+    """
+    file = SourceFile.at(path)
+    if file.size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {file.size:,} bytes, too many for a file of its kind")
+    try:
+        content = json.loads(read_bytes(file, 0, file.size))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _format_of(path: Path, prefix: str) -> Format:
+    for form in _formats(prefix):
+        if path.suffix == Path(form.file).suffix:
+            return form
+    raise CheckpointError(f"{path} is no .safetensors, .bin or .pdparams file")
+
+
+def _find_files(folder: Path, prefix: str) -> tuple[Format, list[str], dict[str, str] | None]:
+    """Which files of a folder hold the model: by index, as one file, or as numbered shards."""
+    for form in _formats(prefix):
+        index = folder / f"{form.file}.index.json"
+        if index.is_file():
+            weight_map = _read_weight_map(index)
+            return form, sorted(set(weight_map.values())), weight_map
+        if (folder / form.file).is_file():
+            return form, [form.file], None
+        if shards := _numbered_shards(folder, form):
+            return form, shards, None
+    _no_checkpoint(folder, prefix)
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    for file in {file if isinstance(file, str) else "" for file in weight_map.values()}:
+        if not file or "\0" in file or file in (".", "..") or Path(file).name != file or "\\" in file:
+            raise CheckpointError(
+                f"{index} names the file {file!r}, which is not in its folder",
+                "An index may only name files beside it. Do not trust this checkpoint.",
+            )
+        if not (index.parent / file).is_file():
+            raise CheckpointError(
+                f"{index.parent / file} is missing, but {index.name} names it", "Fetch the missing shard."
+            )
+    return weight_map
+
+
+def _numbered_shards(folder: Path, form: Format) -> list[str]:
+    stem, suffix = Path(form.file).stem, Path(form.file).suffix
+    pattern = re.compile(rf"{re.escape(stem)}-(\d+)-of-(\d+){re.escape(suffix)}")
+    found = {match[0]: match for entry in folder.iterdir() if (match := pattern.fullmatch(entry.name))}
+    totals = {int(match[2]) for match in found.values()}
+    if not found:
+        return []
+    numbers = sorted(int(match[1]) for match in found.values())
+    if len(totals) > 1 or numbers != list(range(1, max(totals) + 1)):
+        raise CheckpointError(
+            f"{folder} holds {len(found)} of {max(totals)} shards of {stem}{suffix} and no index",
+            f"Fetch the missing shards, or {form.file}.index.json.",
+        )
+    return sorted(found)
+
+
+def _no_checkpoint(folder: Path, prefix: str) -> NoReturn:
+    expected = ", ".join(form.file for form in _formats(prefix))
+    other = "master_weights" if prefix == "model" else "model"
+    found = [form.file for form in _formats(other) if (folder / form.file).exists()]
+    hint = f"It has {found[0]}: use --merge_prefix {other}." if found else None
+    raise CheckpointError(f"{folder} holds no checkpoint: looked for {expected} (and their shards)", hint)
+
+
+def _check_index(path: Path, weight_map: dict[str, str], tensors: Tensors, aliases: dict[str, str]) -> None:
+    for name, file in weight_map.items():
+        stored = tensors.get(aliases.get(name, name))
+        if stored is None or (name in tensors and stored.file.path.name != file):
+            raise CheckpointError(
+                f"{path}: the index puts tensor {name!r} into {file}, which does not hold it",
+                "The index and the shards do not belong together; fetch both again.",
+            )
+    if missing := [name for name in tensors if name not in weight_map]:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors are in the shards but not in the index, such as {missing[0]!r}",
+            "The index and the shards do not belong together; fetch both again.",
+        )
+
+
+def _hides_bfloat16(checkpoint: Checkpoint) -> bool:
+    """Whether its uint16 tensors are bfloat16: numpy has no such type, so Paddle's tools write U16."""
+    written_by_numpy = checkpoint.metadata.get("format") in ("np", "numpy", "pd", "paddle")
+    declared = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    return written_by_numpy or declared == "bfloat16"
+
+
+def _as_bfloat16(tensors: Tensors) -> Tensors:
+    unsigned = BY_NAME["U16"]
+    return {
+        name: replace(stored, dtype=BF16) if stored.dtype is unsigned else stored
+        for name, stored in tensors.items()
+    }

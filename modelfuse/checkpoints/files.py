@@ -1,0 +1,100 @@
+"""Reading bytes at a position from a file that must not change meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelfuse.errors import CheckpointError
+
+Buffer = memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """An input file as it was when its header was read.
+
+    Every later opening compares against this, so a checkpoint that is rewritten, cut or
+    lengthened during a merge ends the merge instead of being mixed into it.
+
+    Attributes:
+        path: Where it is.
+        size: Its length in bytes.
+        mtime_ns: Its modification time in nanoseconds.
+        inode: Its inode number.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def at(cls, path: Path) -> SourceFile:
+        """Record the file at ``path``.
+
+        Raises:
+            CheckpointError: If it cannot be opened or is not a regular file.
+        """
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{path} is not a regular file")
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """Open for positioned reads; yields the file descriptor.
+
+        Raises:
+            CheckpointError: If the file is gone or is no longer the one that was recorded,
+                at the opening or at the end of the reading.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror}") from error
+        try:
+            self._check_unchanged(descriptor)
+            yield descriptor
+            self._check_unchanged(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _check_unchanged(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != (self.size, self.mtime_ns, self.inode):
+            raise CheckpointError(
+                f"{self.path} was changed while it was being read",
+                "Wait until nothing writes to it any more, then merge again.",
+            )
+
+
+def read_exactly(descriptor: int, offset: int, buffer: Buffer, path: Path) -> None:
+    """Fill ``buffer`` with the bytes at ``offset``, however many system calls it takes.
+
+    Raises:
+        CheckpointError: If the file ends before the buffer is full or the disk fails.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror} at byte {offset + done:,}") from error
+        if count == 0:
+            raise CheckpointError(f"{path} ends at byte {offset + done:,}, in the middle of a tensor")
+        done += count
+
+
+def read_bytes(file: SourceFile, offset: int, count: int) -> bytes:
+    """Read ``count`` bytes at ``offset``; the caller has checked that they lie in the file."""
+    content = bytearray(count)
+    with file.open() as descriptor:
+        read_exactly(descriptor, offset, memoryview(content), file.path)
+    return bytes(content)

@@ -1,0 +1,106 @@
+"""What the interpreter of pickles leaves behind, and what its callers bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelfuse.errors import CheckpointError
+
+MAX_DIMENSIONS = 32
+
+NEVER_EXECUTED = (
+    "modelfuse never executes code from a checkpoint. If you trust this file, load it with the library "
+    "that wrote it and save it as safetensors."
+)
+
+
+class Refused(Exception):
+    """Raised inside the readers of pickled checkpoints, where the file's name is not at hand.
+
+    Args:
+        why: What is wrong, in words that follow the file's name.
+        hint: What to do about it.
+    """
+
+    def __init__(self, why: str, hint: str | None = "Fetch or save it again.") -> None:
+        super().__init__(why)
+        self.why = why
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A byte string left in the file: ``length`` bytes from ``offset`` on."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpan:
+    """A long text left in the file: ``length`` bytes of UTF-8 from ``offset`` on."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """An entry of the table that may be called: a function of ours that stands in for the name.
+
+    It gets the pickled arguments, checks them, takes constant time, and raises Refused if
+    they are not what the library that writes such files would have written.
+    """
+
+    build: Callable[[tuple[object, ...]], object]
+
+
+class Stateful:
+    """A built object that a BUILD opcode may complete."""
+
+    __slots__ = ()
+
+    def set_state(self, state: object) -> None:
+        """Take the pickled state; raises Refused if it is not as expected."""
+        raise NotImplementedError
+
+
+class Inert(Stateful):
+    """Something that is no tensor and is never looked at, apart from asking whether it hides tensors."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, *parts: object) -> None:
+        self.parts = list(parts)
+
+    def set_state(self, state: object) -> None:
+        """Keep the state among the parts."""
+        self.parts.append(state)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn Refused into a CheckpointError that names the file."""
+    try:
+        yield
+    except Refused as refused:
+        raise CheckpointError(f"{path} cannot be read: {refused.why}", refused.hint) from None
+
+
+def counts(value: object, what: str) -> tuple[int, ...]:
+    """Check that a pickled value is a shape or a stride: a short sequence of non-negative integers."""
+    if not isinstance(value, tuple | list) or len(value) > MAX_DIMENSIONS:
+        raise Refused(f"{what} is not a short tuple")
+    for item in value:
+        count(item, what)
+    return tuple(value)
+
+
+def count(value: object, what: str) -> int:
+    """Check that a pickled value is a size or an offset."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise Refused(f"{what} is not a count")
+    return value

@@ -1,0 +1,96 @@
+"""What is known of a stored tensor before its values are read, and of a whole checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from modelfuse.checkpoints.files import Buffer, SourceFile, read_exactly
+from modelfuse.dtypes import DType
+
+
+class Reader(Protocol):
+    """Reads a tensor's elements in row-major order."""
+
+    def __call__(self, start: int, buffer: Buffer) -> None:
+        """Fill ``buffer`` with the bytes of the elements from number ``start`` on.
+
+        Elements are little-endian. Safe to call from several threads.
+
+        Raises:
+            CheckpointError: If the file is shorter than it was, or the disk fails.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: row-major, little-endian, at a known offset.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        dtype: Its element type.
+        shape: Its shape.
+        file: The file that holds it.
+        offset: Where its first byte lies in the file.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: SourceFile
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.dtype.nbytes(self.size)
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for reading; the file is checked to be the one whose header was read."""
+        with self.file.open() as descriptor:
+
+            def read(start: int, buffer: Buffer) -> None:
+                read_exactly(descriptor, self.offset + self.dtype.nbytes(start), buffer, self.file.path)
+
+            yield read
+
+
+@dataclass(frozen=True)
+class Checkpoint(Mapping[str, StoredTensor]):
+    """The tensors of one model, by name, in the order of their files.
+
+    Attributes:
+        path: The folder (or file) that the user named.
+        kind: ``safetensors``, ``torch`` or ``paddle``.
+        tensors: Every distinct tensor by name.
+        aliases: Further names of tensors that share their bytes with one of ``tensors``
+            (pickle formats keep tied weights so): alias → name in ``tensors``.
+        metadata: The ``__metadata__`` of a safetensors file.
+        config: The contents of config.json, empty if there is none.
+    """
+
+    path: Path
+    kind: str
+    tensors: Mapping[str, StoredTensor]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)

@@ -1,0 +1,154 @@
+"""The command line: words in, a recipe out; what happened, for people to read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import NoReturn
+
+from modelfuse.errors import ModelfuseError, RecipeError
+from modelfuse.recipe import Recipe, canonical_name, load_recipe, nearest
+from modelfuse.version import __version__
+
+COMMANDS = {
+    "merge": "Merge models into a new folder.",
+    "check": "Show the plan of a merge, from the headers alone.",
+    "methods": "Show the methods, their settings, formulas and papers.",
+}
+USAGE = "modelfuse {merge,check,methods} [recipe.json|recipe.yaml] [--setting value ...]"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message[0].upper() + message[1:], "`modelfuse merge --help` lists every setting.")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 done, 2 the request or an input is wrong, 1 anything else, 130 interrupted.
+    """
+    from modelfuse import show
+
+    try:
+        return _run(list(sys.argv[1:] if words is None else words))
+    except ModelfuseError as error:
+        show.error(error)
+        return 2
+    except KeyboardInterrupt:
+        show.interrupted()
+        return 130
+    except Exception:
+        show.bug()
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    from modelfuse import show
+
+    if not words or words[0] in ("-h", "--help"):
+        show.usage(USAGE, COMMANDS)
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"modelfuse {__version__}")
+        return 0
+    command = words.pop(0)
+    if command not in COMMANDS:
+        raise RecipeError(f"There is no command {command!r}", nearest(command, COMMANDS))
+    if "-h" in words or "--help" in words:
+        show.help_page(USAGE, COMMANDS[command], command)
+        return 0
+    if command == "methods":
+        show.methods()
+        return 0
+    settings, quiet = parse(words)
+    recipe = Recipe.parse(settings)
+    return _check(recipe) if command == "check" else _merge(recipe, quiet)
+
+
+def _check(recipe: Recipe) -> int:
+    from modelfuse import show
+    from modelfuse.plan import make_plan
+
+    show.plan(make_plan(recipe))
+    return 0
+
+
+def _merge(recipe: Recipe, quiet: bool) -> int:
+    from modelfuse import show
+    from modelfuse.plan import make_plan
+
+    if recipe.output_path is None:
+        raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
+    plan = make_plan(recipe)
+    from modelfuse.run import run_plan
+
+    with show.progress(plan, quiet) as advance:
+        result = run_plan(plan, advance)
+    if not quiet:
+        show.result(plan, result)
+    return 0
+
+
+def parse(words: Sequence[str]) -> tuple[dict[str, object], bool]:
+    """Turn words into named settings: those of a recipe file, overridden by flags.
+
+    Returns:
+        The settings, and whether to be quiet.
+
+    Raises:
+        RecipeError: If a flag is unknown or lacks its value, or the recipe cannot be read.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("recipe", nargs="?", type=Path)
+    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--model_path_str")
+    for name, field in Recipe.model_fields.items():
+        if _is(field.annotation, bool):
+            parser.add_argument(f"--{name}", nargs="?", const=True)
+        elif _is(field.annotation, tuple):
+            parser.add_argument(f"--{name}", nargs="+")
+        else:
+            parser.add_argument(f"--{name}")
+    given = vars(parser.parse_args([part for word in words for part in _normal(word)]))
+    quiet = bool(given.pop("quiet", False))
+    path = given.pop("recipe", None)
+    settings = {canonical_name(key): value for key, value in load_recipe(path).items()} if path else {}
+    if "model_path_str" in given or "model_path_list" in given:
+        settings.pop("model_path_str", None), settings.pop("model_path_list", None)
+    return {**settings, **given}, quiet
+
+
+def _normal(word: str) -> list[str]:
+    """A flag with its name as the recipe has it; a negative number as argparse knows it."""
+    if word.startswith("--") and len(word) > 2:
+        name, equals, value = word[2:].partition("=")
+        plain = name.replace("-", "_")
+        switched = plain.removeprefix("no_")
+        if plain != switched and switched in Recipe.model_fields and _is(Recipe.model_fields[switched].annotation, bool):
+            return [f"--{switched}", "False"]
+        known = plain if plain == "quiet" else canonical_name(name)
+        return [f"--{known}", value] if equals else [f"--{known}"]
+    if word.startswith("-") and len(word) > 1:
+        try:
+            return [format(Decimal(word), "f")]
+        except InvalidOperation:
+            raise RecipeError(f"There is no flag {word}", "Flags begin with two dashes.") from None
+    return [word]
+
+
+def _is(annotation: object, kind: type) -> bool:
+    """Whether an annotation is ``kind``, or a union that allows it."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(_is(each, kind) for each in typing.get_args(annotation))
+    return annotation is kind or typing.get_origin(annotation) is kind
+
+
+if __name__ == "__main__":
+    sys.exit(main())

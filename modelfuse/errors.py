@@ -1,0 +1,53 @@
+"""The errors of modelfuse.
+
+::
+
+    ModelfuseError            anything that modelfuse refuses or gives up on
+    ├── RecipeError           a setting is unknown, out of range or contradicts another
+    ├── CheckpointError       an input file is missing, malformed, or holds values that cannot be merged
+    ├── MismatchError         each input is sound, but they do not fit together
+    ├── OutputError           the output cannot be written where it was asked for
+    └── MissingExtraError     the request needs a library that is not installed
+
+All of them mean that the request or an input is at fault: the command line prints the message
+without a traceback and exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class ModelfuseError(Exception):
+    """The root of the tree.
+
+    Args:
+        message: What is wrong, naming the file, the tensor or the setting.
+        hint: What to do about it.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class RecipeError(ModelfuseError):
+    """Raised before any file is opened: the settings themselves are wrong."""
+
+
+class CheckpointError(ModelfuseError):
+    """Raised while an input is opened or read."""
+
+
+class MismatchError(ModelfuseError):
+    """Raised while planning: names, shapes or kinds differ between the models."""
+
+
+class OutputError(ModelfuseError):
+    """Raised when the output exists already, lies inside an input, or does not fit on the disk."""
+
+
+class MissingExtraError(ModelfuseError):
+    """Raised when a device or tensor type needs a library that is not installed."""

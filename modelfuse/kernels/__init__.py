@@ -1,0 +1,89 @@
+"""How a kernel and the run meet.
+
+Merging one tensor is a *procedure*: a generator that yields :class:`Pass` after Pass over the tensor
+and is sent back, for each, what the passes over its spans found. Passes that measure come first, the
+one that writes comes last. The run decides which worker walks which span when; the procedure decides
+what is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from modelfuse.dtypes import DType
+from modelfuse.methods import Method
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One tensor to merge.
+
+    Attributes:
+        name: Its name in the output, which the random draws depend on.
+        size: The number of elements.
+        sources: The storage types of the models in order, the base's last if there is one.
+        has_base: Whether there is one.
+        out: The type to store.
+        method: What to do.
+    """
+
+    name: str
+    size: int
+    sources: tuple[DType, ...]
+    has_base: bool
+    out: DType
+    method: Method
+
+    @property
+    def models(self) -> int:
+        """The number of models, without the base."""
+        return len(self.sources) - self.has_base
+
+    @property
+    def compute(self) -> str:
+        """float64 if any source is, else float32."""
+        return "float64" if any(source.compute == "float64" for source in self.sources) else "float32"
+
+
+class SpanState(Protocol):
+    """What a pass carries from slice to slice of a span.
+
+    Attributes:
+        bad: int64, counts of non-finite elements: one a source, the last one for the output.
+    """
+
+    bad: np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Pass(Protocol):
+    """One walk over a tensor, slice by slice; the spans of a tensor may be walked at the same time."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether ``apply`` fills ``out``."""
+
+    def start(self) -> SpanState:
+        """Begin a span."""
+
+    def apply(self, state: Any, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        """Work on the elements ``first`` to ``first + count``.
+
+        Args:
+            state: What ``start`` gave.
+            first: The number of the slice's first element in the tensor.
+            count: The number of elements in the slice.
+            raws: uint8, shape (sources, bytes): each source's stored bytes from column 0 on.
+            out: uint8, shape (bytes,): room for the stored result.
+        """
+
+    def finish(self, state: Any) -> Any:
+        """End a span: what the procedure is to be sent."""
+
+
+Procedure = Generator[Pass, list[Any], None]

@@ -1,0 +1,491 @@
+"""The methods as compiled loops over raw bytes.
+
+Every kernel walks a slice in blocks that stay in the first-level cache: decode the models' bytes to
+the compute type, subtract the base, sparsify, then measure or merge and encode. Nothing is allocated
+and the GIL is released. One compilation serves all storage types, methods and numbers of models: what
+differs is an integer, looked at once a block. Arithmetic follows the definitions in
+:mod:`modelfuse.methods` operation by operation, so the bits are the same.
+
+The functions live in one module because numba's cache notices changes only in a function's own file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
+from modelfuse.methods.ties import MIN_DIVISOR
+
+#: Elements a block: with three models and a base, 32 KiB of float32.
+BLOCK = 2048
+#: Elements a partial sum. Fixed, so that sums do not depend on slices.
+CHUNK = 32768
+LANES = 16
+
+#: Storage codes.
+RAW_F32, RAW_F64, RAW_BF16, RAW_F16 = 0, 1, 2, 3
+#: Sparsifier codes.
+NO_SPARSIFIER, TRIM, DARE, MAGPRUNE = 0, 1, 2, 3
+#: Merge codes.
+LINEAR, TIES_SUM, TIES_COUNT = 0, 1, 2
+
+#: Magnitudes are tallied by their leading bits: sign dropped, exponent and first mantissa bits kept.
+BINS = 1 << 19
+DIGIT_BITS = 12
+DIGITS = 1 << DIGIT_BITS
+#: A float32 tally packs the count above the sum of the remaining 12 bits; a span stays below 2²⁴ elements.
+COUNT_SHIFT = 40
+
+Array = np.ndarray[Any, Any]
+
+_jit = njit(cache=True, nogil=True, error_model="numpy")
+
+_GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
+_SHIFT, _SCALE = np.uint64(SHIFT), np.float32(SCALE)
+
+
+@_jit
+def _from_bfloat16(half: Any) -> Any:
+    return np.uint32(np.uint32(half) << 16).view(np.float32)
+
+
+@_jit
+def _from_float16(half: Any) -> Any:
+    """Placing the 15 bits as a float32 leaves the exponent 112 too small, subnormals included."""
+    shifted = np.uint32((np.uint32(half) & 0x7FFF) << 13)
+    value = np.float32(shifted.view(np.float32) * np.float32(2.0**112))
+    finite = np.uint32(value.view(np.uint32))
+    bits = np.uint32(shifted | 0x7F800000) if (half & 0x7C00) == 0x7C00 else finite
+    return np.uint32(bits | (np.uint32(half) & 0x8000) << 16).view(np.float32)
+
+
+@_jit
+def _to_odd(value: Any) -> Any:
+    """The bits of float32 rounded to odd where inexact: then a second rounding to 16 bits is as good as one."""
+    single = np.float32(value)
+    back = np.float64(single)
+    bits = np.uint32(single.view(np.uint32))
+    odd = np.uint32((bits - np.uint32(abs(back) > abs(value))) | 1)
+    return odd if back != value and value == value else bits
+
+
+@_jit
+def _to_bfloat16(bits: Any) -> Any:
+    rounded = np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = np.uint32(bits >> 16) | 0x40
+    return np.uint16(quiet if np.uint32(bits & 0x7FFFFFFF) > 0x7F800000 else rounded)
+
+
+@_jit
+def _to_float16(bits: Any) -> Any:
+    """Adding 0.5 aligns a subnormal's last bit with float32's, so the addition rounds it."""
+    size = np.uint32(bits & 0x7FFFFFFF)
+    tiny = np.float32(size.view(np.float32) + np.float32(0.5))
+    subnormal = np.uint32(np.uint32(tiny.view(np.uint32)) - 0x3F000000)
+    normal = np.uint32(np.uint32(size - 0x38000000 + 0xFFF + ((size >> 13) & 1)) >> 13)
+    half = subnormal if size < 0x38800000 else normal
+    special = np.uint32(0x7E00) if size > 0x7F800000 else np.uint32(0x7C00)
+    half = special if size >= 0x47800000 else half
+    return np.uint16(half | ((bits >> 16) & 0x8000))
+
+
+@_jit
+def decode(code: int, raw: Array, start: int, count: int, out: Array) -> int:
+    """Widen ``count`` stored elements from number ``start`` on; returns how many are not finite."""
+    if code == RAW_BF16:
+        halves = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            out[i] = _from_bfloat16(halves[i])
+    elif code == RAW_F16:
+        halves = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            out[i] = _from_float16(halves[i])
+    elif code == RAW_F32:
+        singles = raw.view(np.float32)[start : start + count]
+        for i in range(count):
+            out[i] = singles[i]
+    else:
+        doubles = raw.view(np.float64)[start : start + count]
+        for i in range(count):
+            out[i] = doubles[i]
+    return _count_bad(out, count)
+
+
+@_jit
+def _count_bad(values: Array, count: int) -> int:
+    bad = 0
+    for i in range(count):
+        zero = values[i] - values[i]
+        bad += zero != zero
+    return bad
+
+
+@_jit
+def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
+    """Round ``count`` values into the storage type, to nearest even; returns how many are not finite."""
+    bad = 0
+    if code == RAW_BF16:
+        halves = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            half = _to_bfloat16(_to_odd(values[i]))
+            halves[i] = half
+            bad += (half & 0x7F80) == 0x7F80
+    elif code == RAW_F16:
+        halves = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            half = _to_float16(_to_odd(values[i]))
+            halves[i] = half
+            bad += (half & 0x7C00) == 0x7C00
+    elif code == RAW_F32:
+        singles = raw.view(np.float32)[start : start + count]
+        for i in range(count):
+            singles[i] = np.float32(values[i])
+        bad = _count_bad(singles, count)
+    else:
+        doubles = raw.view(np.float64)[start : start + count]
+        for i in range(count):
+            doubles[i] = values[i]
+        bad = _count_bad(values, count)
+    return bad
+
+
+@_jit
+def _load(
+    raws: Array, codes: Array, models: int, has_base: bool, start: int, count: int, x: Array, bad: Array
+) -> None:
+    """Decode a block of all models into the rows of ``x``; with a base in the last row, subtract it."""
+    for row in range(models + has_base):
+        bad[row] += decode(codes[row], raws[row], start, count, x[row])
+    if has_base:
+        base = x[models]
+        for model in range(models):
+            delta = x[model]
+            for i in range(count):
+                delta[i] -= base[i]
+
+
+@_jit
+def uniform(key: Any, first: int, count: int, out: Array) -> None:
+    """The draws of :func:`modelfuse.methods.random.draws`."""
+    for i in range(count):
+        z = key + np.uint64(first + i + 1) * _GAMMA
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        z ^= z >> np.uint64(31)
+        out[i] = np.float32(np.int32(z >> _SHIFT)) * _SCALE
+
+
+@_jit
+def _keep_probabilities(
+    x: Array, count: int, shift: int, first_bin: int, table: Array, subtables: Array, out: Array
+) -> None:
+    """Look up each element's probability of being kept by its magnitude's bits."""
+    if x.itemsize == 4:
+        singles = x.view(np.uint32)
+        for i in range(count):
+            bits = np.int64(singles[i] & 0x7FFFFFFF)
+            p = table[(bits >> shift) - first_bin]
+            if p < 0:
+                p = subtables[np.int64(-p) - 1, (bits >> (shift - DIGIT_BITS)) & (DIGITS - 1)]
+            out[i] = p
+    else:
+        doubles = x.view(np.uint64)
+        for i in range(count):
+            bits = np.int64(doubles[i] & 0x7FFFFFFFFFFFFFFF)
+            p = table[(bits >> shift) - first_bin]
+            if p < 0:
+                p = subtables[np.int64(-p) - 1, (bits >> (shift - DIGIT_BITS)) & (DIGITS - 1)]
+            out[i] = p
+
+
+@_jit
+def _sparsify(
+    kind: int,
+    x: Array,
+    model: int,
+    first: int,
+    count: int,
+    rescale: bool,
+    keys: Array,
+    numbers: Array,
+    shift: int,
+    first_bins: Array,
+    tables: Array,
+    subtables: Array,
+    scratch: Array,
+    draws: Array,
+) -> None:
+    """Sparsify a block of one model in place; ``numbers`` holds (threshold, factor) or (p, active)."""
+    zero = x[0] - x[0]
+    if kind == TRIM:
+        threshold, factor = numbers[model, 0], numbers[model, 1]
+        for i in range(count):
+            kept = x[i] if abs(x[i]) >= threshold else zero
+            x[i] = kept * factor
+    elif kind == DARE:
+        p = numbers[model, 0]
+        single = np.float32(p)
+        uniform(keys[model], first, count, draws)
+        if rescale:
+            for i in range(count):
+                kept = x[i] if draws[i] < single else zero
+                x[i] = kept / p
+        else:
+            for i in range(count):
+                x[i] = x[i] if draws[i] < single else zero
+    elif kind == MAGPRUNE and numbers[model, 1] != 0:
+        uniform(keys[model], first, count, draws)
+        _keep_probabilities(x, count, shift, first_bins[model], tables[model], subtables, scratch)
+        if rescale:
+            for i in range(count):
+                kept = x[i] if draws[i] < np.float32(scratch[i]) else zero
+                x[i] = kept / scratch[i]
+        else:
+            for i in range(count):
+                x[i] = x[i] if draws[i] < np.float32(scratch[i]) else zero
+
+
+@_jit
+def _linear(x: Array, models: int, count: int, weights: Array, result: Array) -> None:
+    for i in range(count):
+        result[i] = x[0, i] * weights[0]
+    for model in range(1, models):
+        weight = weights[model]
+        for i in range(count):
+            result[i] += x[model, i] * weight
+
+
+@_jit
+def _ties(
+    x: Array, models: int, count: int, weights: Array, by_count: bool, normalize: bool, rows: Array
+) -> None:
+    """Elect and sum; the result is left in ``rows[0]``."""
+    result, elected, divisor = rows[0], rows[1], rows[2]
+    zero = weights[0] - weights[0]
+    one = zero + 1
+    for model in range(models):
+        y = x[model]
+        for i in range(count):
+            y[i] *= weights[model]
+        if by_count:
+            for i in range(count):
+                vote = one if y[i] > 0 else (-one if y[i] < 0 else zero)
+                elected[i] = vote if model == 0 else elected[i] + vote
+        else:
+            for i in range(count):
+                elected[i] = y[i] if model == 0 else elected[i] + y[i]
+    for i in range(count):
+        elected[i] = one if elected[i] >= 0 else -one
+        result[i] = zero
+        divisor[i] = zero
+    for model in range(models):
+        y, weight = x[model], weights[model]
+        for i in range(count):
+            agrees = y[i] * elected[i] > 0
+            result[i] += y[i] if agrees else zero
+            divisor[i] += weight if agrees else zero
+    if normalize:
+        smallest = np.float64(np.float32(MIN_DIVISOR)) if x.itemsize == 4 else MIN_DIVISOR
+        for i in range(count):
+            result[i] /= divisor[i] if abs(divisor[i]) >= smallest else one
+
+
+@_jit
+def combine(
+    raws: Array,
+    codes: Array,
+    models: int,
+    has_base: bool,
+    first: int,
+    count: int,
+    x: Array,
+    bad: Array,
+    kind: int,
+    rescale: bool,
+    keys: Array,
+    numbers: Array,
+    shift: int,
+    first_bins: Array,
+    tables: Array,
+    subtables: Array,
+    rows: Array,
+    draws: Array,
+    merge: int,
+    weights: Array,
+    normalize: bool,
+    out_code: int,
+    out: Array,
+) -> None:
+    """Merge one slice: ``count`` elements from number ``first`` of the tensor, at the start of ``raws``."""
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        _load(raws, codes, models, has_base, start, size, x, bad)
+        for model in range(models):
+            _sparsify(kind, x[model], model, first + start, size, rescale, keys, numbers, shift,
+                      first_bins, tables, subtables, rows[0], draws)  # fmt: skip
+        if merge == LINEAR:
+            _linear(x, models, size, weights, rows[0])
+        else:
+            _ties(x, models, size, weights, merge == TIES_COUNT, normalize, rows)
+        result = rows[0]
+        if has_base:
+            base = x[models]
+            for i in range(size):
+                result[i] += base[i]
+        bad[-1] += encode(out_code, result, size, out, start)
+
+
+@_jit
+def dot_products(
+    raws: Array,
+    codes: Array,
+    models: int,
+    has_base: bool,
+    first: int,
+    count: int,
+    x: Array,
+    bad: Array,
+    kind: int,
+    rescale: bool,
+    keys: Array,
+    numbers: Array,
+    shift: int,
+    first_bins: Array,
+    tables: Array,
+    subtables: Array,
+    rows: Array,
+    draws: Array,
+    lanes: Array,
+    sums: Array,
+) -> None:
+    """x₁·x₁, x₂·x₂ and x₁·x₂ of two models in float64, a row of ``sums`` for every CHUNK elements.
+
+    Sixteen running sums a product, folded in a fixed order: the same bits on any processor.
+    """
+    for chunk in range(0, count, CHUNK):
+        lanes[:] = 0.0
+        for start in range(chunk, min(chunk + CHUNK, count), BLOCK):
+            size = min(BLOCK, count - start)
+            _load(raws, codes, models, has_base, start, size, x, bad)
+            for model in range(models):
+                _sparsify(kind, x[model], model, first + start, size, rescale, keys, numbers, shift,
+                          first_bins, tables, subtables, rows[0], draws)  # fmt: skip
+            for row in range(2):
+                for i in range(size, -(-size // LANES) * LANES):
+                    x[row, i] = 0
+            for i in range(0, size, LANES):
+                for lane in range(LANES):
+                    a, b = np.float64(x[0, i + lane]), np.float64(x[1, i + lane])
+                    lanes[0, lane] += a * a
+                    lanes[1, lane] += b * b
+                    lanes[2, lane] += a * b
+        for product in range(3):
+            total = 0.0
+            for lane in range(LANES):
+                total += lanes[product, lane]
+            sums[chunk // CHUNK, product] = total
+
+
+@_jit
+def tally(
+    raws: Array,
+    codes: Array,
+    models: int,
+    has_base: bool,
+    count: int,
+    x: Array,
+    bad: Array,
+    shift: int,
+    tables: Array,
+    extremes: Array,
+) -> None:
+    """Tally magnitudes by their leading bits.
+
+    ``tables[model]`` holds a packed row for float32, or rows of counts and of the low and high 22 remaining
+    bits' sums for float64; ``extremes[model]`` the least and the greatest bits seen.
+    """
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        _load(raws, codes, models, has_base, start, size, x, bad)
+        for model in range(models):
+            least, greatest = extremes[model, 0], extremes[model, 1]
+            if x.itemsize == 4:
+                singles, packed = x[model].view(np.uint32), tables[model, 0]
+                for i in range(size):
+                    bits = np.uint64(singles[i] & 0x7FFFFFFF)
+                    least, greatest = min(least, bits), max(greatest, bits)
+                for i in range(size):
+                    bits = np.uint64(singles[i] & 0x7FFFFFFF)
+                    packed[bits >> np.uint64(DIGIT_BITS)] += np.uint64(1 << COUNT_SHIFT) + (bits & np.uint64(0xFFF))
+            else:
+                doubles, table = x[model].view(np.uint64), tables[model]
+                rest = np.uint64((1 << shift) - 1)
+                for i in range(size):
+                    bits = doubles[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
+                    least, greatest = min(least, bits), max(greatest, bits)
+                    row = bits >> np.uint64(shift)
+                    table[0, row] += np.uint64(1)
+                    table[1, row] += bits & rest & np.uint64(0x3FFFFF)
+                    table[2, row] += (bits & rest) >> np.uint64(22)
+            extremes[model, 0], extremes[model, 1] = least, greatest
+
+
+@_jit
+def tally_within(
+    raws: Array,
+    codes: Array,
+    models: int,
+    has_base: bool,
+    count: int,
+    x: Array,
+    bad: Array,
+    parent_shift: int,
+    shift: int,
+    prefixes: Array,
+    owners: Array,
+    tables: Array,
+) -> None:
+    """Tally the next digits of the magnitudes that lie in chosen bins.
+
+    ``prefixes`` are the bins' leading bits, sorted within the ``owners[model]`` to ``owners[model + 1]`` of each
+    model; ``tables[slot]`` receives counts and the sums of the low and high 22 remaining bits for every digit.
+    """
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        _load(raws, codes, models, has_base, start, size, x, bad)
+        for model in range(models):
+            begin, end = owners[model], owners[model + 1]
+            if end - begin == 1:
+                prefix = prefixes[begin]
+                for i in range(size):
+                    bits = _magnitude_bits(x[model], i)
+                    if bits >> np.uint64(parent_shift) == prefix:
+                        _count_digit(bits, parent_shift, shift, tables[begin])
+            elif end > begin:
+                mine = prefixes[begin:end]
+                for i in range(size):
+                    bits = _magnitude_bits(x[model], i)
+                    prefix = bits >> np.uint64(parent_shift)
+                    slot = np.searchsorted(mine, prefix)
+                    if slot < mine.size and mine[slot] == prefix:
+                        _count_digit(bits, parent_shift, shift, tables[begin + slot])
+
+
+@_jit
+def _magnitude_bits(x: Array, i: int) -> Any:
+    """The bits of |x[i]|, which sort as the magnitudes do."""
+    if x.itemsize == 4:
+        return np.uint64(x.view(np.uint32)[i] & 0x7FFFFFFF)
+    return np.uint64(x.view(np.uint64)[i] & np.uint64(0x7FFFFFFFFFFFFFFF))
+
+
+@_jit
+def _count_digit(bits: Any, parent_shift: int, shift: int, table: Array) -> None:
+    digit = (bits >> np.uint64(shift)) & np.uint64((1 << (parent_shift - shift)) - 1)
+    rest = bits & np.uint64((1 << shift) - 1)
+    table[0, digit] += np.uint64(1)
+    table[1, digit] += rest & np.uint64(0x3FFFFF)
+    table[2, digit] += rest >> np.uint64(22)

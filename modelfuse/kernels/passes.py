@@ -1,0 +1,302 @@
+"""Merging one tensor with the compiled kernels: which passes, and what each one learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from modelfuse.dtypes import BF16, F16, F32, F64
+from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu
+from modelfuse.kernels.magnitudes import DIGIT_BITS, LAYOUTS, Layout, RankTable, Tally, TrimSearch
+from modelfuse.methods.arrays import total
+from modelfuse.methods.random import stream_key
+from modelfuse.methods.slerp import coefficients
+
+Array = np.ndarray[Any, Any]
+
+RAW_CODES = {F32.name: cpu.RAW_F32, F64.name: cpu.RAW_F64, BF16.name: cpu.RAW_BF16, F16.name: cpu.RAW_F16}
+_NOTHING = np.iinfo(np.uint64).max
+
+
+def merge_procedure(work: Work) -> Procedure:
+    """The passes that merge one tensor on the CPU."""
+    sparsifier = yield from _measure_sparsifier(work)
+    weights, merge = work.method.weights, cpu.LINEAR
+    if work.method.merge_type == "slerp":
+        sums = yield DotProducts(work, sparsifier)
+        weights = _slerp_weights(work, np.concatenate(sums))
+    elif work.method.merge_type == "ties":
+        merge = cpu.TIES_COUNT if work.method.ties_elect_type == "count" else cpu.TIES_SUM
+    yield Combine(work, sparsifier, merge, weights)
+
+
+def _slerp_weights(work: Work, sums: Array) -> tuple[float, float]:
+    method = work.method
+    squares_1, squares_2, dots = (total(sums[:, product]) for product in range(3))
+    return coefficients(
+        squares_1, squares_2, dots, method.slerp_alpha, method.slerp_normalize_eps, method.slerp_dot_threshold
+    )
+
+
+@dataclass(frozen=True)
+class Sparsifier:
+    """What the kernels need to know to sparsify any element of a tensor.
+
+    Attributes:
+        kind: The sparsifier's code.
+        rescale: Whether to divide what is kept by its probability.
+        keys: uint64, shape (models,): the random streams.
+        numbers: Shape (models, 2): threshold and factor of trim; probability and whether there is anything to
+            drop for dare and magprune.
+        shift: The bits of a magnitude below a bin of ``tables``.
+        first_bins: int64, shape (models,): the bin of each model's first entry.
+        tables: Shape (models, bins): magprune's probabilities of being kept.
+        subtables: Shape (slots, 4096): the same for bins that needed more bits.
+    """
+
+    kind: int
+    rescale: bool
+    keys: Array
+    numbers: Array
+    shift: int
+    first_bins: Array
+    tables: Array
+    subtables: Array
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the kernels take them."""
+        return (self.kind, self.rescale, self.keys, self.numbers, self.shift, self.first_bins, self.tables,
+                self.subtables)  # fmt: skip
+
+
+def _measure_sparsifier(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
+    kind = work.method.sparsify_type
+    if kind == "trim":
+        return (yield from _measure_trim(work))
+    if kind == "magprune":
+        return (yield from _measure_magprune(work))
+    numbers = [(work.method.reserve_p, 1.0)] * work.models
+    return _sparsifier(work, cpu.DARE if kind == "dare" else cpu.NO_SPARSIFIER, numbers)
+
+
+def _sparsifier(
+    work: Work,
+    kind: int,
+    numbers: list[tuple[float, float]],
+    tables: list[Array] | None = None,
+    first_bins: list[int] | None = None,
+    subtables: list[Array] | None = None,
+) -> Sparsifier:
+    width = max((table.size for table in tables), default=1) if tables else 1
+    padded = np.ones((work.models, width), work.compute)
+    for row, table in zip(padded, tables or [], strict=False):
+        row[: table.size] = table
+    return Sparsifier(
+        kind,
+        work.method.rescale,
+        np.array([stream_key(work.method.seed, model, work.name) for model in range(work.models)], np.uint64),
+        np.array(numbers, work.compute),
+        LAYOUTS[work.compute].shift,
+        np.array(first_bins or [0] * work.models, np.int64),
+        padded,
+        np.array(subtables, work.compute) if subtables else np.ones((1, cpu.DIGITS), work.compute),
+    )
+
+
+def _measure_trim(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
+    tallies = yield from _tally_all(work)
+    searches = [TrimSearch(tally, work.method.reserve_p) for tally in tallies]
+    while pending := [search for search in searches if search.threshold is None]:
+        prefixes = [[search.prefix] if search in pending else [] for search in searches]
+        found = yield from _tally_within(work, prefixes, pending[0].parent_shift)
+        for search, tally in zip(pending, found, strict=True):
+            search.narrow(tally)
+    factors = [search.factor() if work.method.rescale else 1.0 for search in searches]
+    thresholds = [search.threshold or 0.0 for search in searches]
+    return _sparsifier(work, cpu.TRIM, list(zip(thresholds, factors, strict=True)))
+
+
+def _measure_magprune(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
+    tallies = yield from _tally_all(work)
+    method = work.method
+    ranks = [RankTable(tally, method.reserve_p, method.epsilon) for tally in tallies]
+    prefixes = [list(rank.prefixes()) for rank in ranks]
+    found: list[Tally] = []
+    if any(prefixes):
+        found = yield from _tally_within(work, prefixes, LAYOUTS[work.compute].shift)
+    tables, subtables = [], []
+    for rank, own in zip(ranks, prefixes, strict=True):
+        tables.append(rank.table(len(subtables)))
+        subtables += rank.subtables(found[len(subtables) : len(subtables) + len(own)])
+    numbers = [(method.reserve_p, float(rank.active)) for rank in ranks]
+    return _sparsifier(work, cpu.MAGPRUNE, numbers, tables, [rank.first_bin for rank in ranks], subtables)
+
+
+def _tally_all(work: Work) -> Generator[Pass, list[Any], list[Tally]]:
+    layout = LAYOUTS[work.compute]
+    spans = yield TallyAll(work, layout)
+    tallies = []
+    for parts in zip(*spans, strict=True):
+        first = min(first for first, _ in parts)
+        last = max(first + table.shape[1] for first, table in parts)
+        table = np.zeros((3, last - first), np.uint64)
+        for start, part in parts:
+            table[:, start - first : start - first + part.shape[1]] += part
+        tallies.append(Tally(layout, 0, first, layout.shift, table))
+    return tallies
+
+
+def _tally_within(
+    work: Work, prefixes: list[list[int]], parent_shift: int
+) -> Generator[Pass, list[Any], list[Tally]]:
+    shift = max(parent_shift - DIGIT_BITS, 0)
+    spans = yield TallyWithin(work, prefixes, parent_shift, shift)
+    table = np.sum(spans, axis=0, dtype=np.uint64)
+    flat = [prefix for own in prefixes for prefix in own]
+    width = parent_shift - shift
+    return [
+        Tally(LAYOUTS[work.compute], prefix, 0, shift, table[slot], width) for slot, prefix in enumerate(flat)
+    ]
+
+
+@dataclass
+class Blocks:
+    """A worker's room for one block of every source, and its count of non-finite elements."""
+
+    x: Array
+    bad: Array
+    codes: Array
+    rows: Array
+    draws: Array
+    result: Any = field(default=None)
+
+    @classmethod
+    def of(cls, work: Work) -> Blocks:
+        """Room for the blocks of a tensor."""
+        sources = len(work.sources)
+        return cls(
+            np.empty((sources, cpu.BLOCK), work.compute),
+            np.zeros(sources + 1, np.int64),
+            np.array([RAW_CODES[source.name] for source in work.sources], np.int64),
+            np.empty((3, cpu.BLOCK), work.compute),
+            np.empty(cpu.BLOCK, np.float32),
+        )
+
+
+class Combine:
+    """The pass that merges and writes."""
+
+    writes = True
+
+    def __init__(self, work: Work, sparsifier: Sparsifier, merge: int, weights: tuple[float, ...]) -> None:
+        self._work, self._sparsifier, self._merge = work, sparsifier, merge
+        self._weights = np.array(weights, work.compute)
+
+    def start(self) -> Blocks:
+        return Blocks.of(self._work)
+
+    def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        work = self._work
+        cpu.combine(
+            raws, state.codes, work.models, work.has_base, first, count, state.x, state.bad,
+            *self._sparsifier.arguments(), state.rows, state.draws,
+            self._merge, self._weights, work.method.normalize, RAW_CODES[work.out.name], out,
+        )  # fmt: skip
+
+    def finish(self, state: Blocks) -> None:
+        return None
+
+
+class DotProducts:
+    """The pass that measures slerp's norms and dot product; finds float64 sums a chunk, shape (chunks, 3)."""
+
+    writes = False
+
+    def __init__(self, work: Work, sparsifier: Sparsifier) -> None:
+        self._work, self._sparsifier = work, sparsifier
+        self._lanes = (3, cpu.LANES)
+
+    def start(self) -> Blocks:
+        state = Blocks.of(self._work)
+        state.result = []
+        return state
+
+    def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        work = self._work
+        sums = np.empty((math.ceil(count / cpu.CHUNK), 3))
+        cpu.dot_products(
+            raws, state.codes, work.models, work.has_base, first, count, state.x, state.bad,
+            *self._sparsifier.arguments(), state.rows, state.draws, np.empty(self._lanes), sums,
+        )  # fmt: skip
+        state.result.append(sums)
+
+    def finish(self, state: Blocks) -> Array:
+        return np.concatenate(state.result)
+
+
+class TallyAll:
+    """The pass that tallies all magnitudes; finds, for each model, the first bin and the table from there on."""
+
+    writes = False
+
+    def __init__(self, work: Work, layout: Layout) -> None:
+        self._work, self._layout = work, layout
+        self._rows = 1 if work.compute == "float32" else 3
+
+    def start(self) -> Blocks:
+        state = Blocks.of(self._work)
+        extremes = np.zeros((self._work.models, 2), np.uint64)
+        extremes[:, 0] = _NOTHING
+        state.result = np.zeros((self._work.models, self._rows, cpu.BINS), np.uint64), extremes
+        return state
+
+    def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        work = self._work
+        cpu.tally(
+            raws, state.codes, work.models, work.has_base, count, state.x, state.bad,
+            self._layout.shift, *state.result,
+        )  # fmt: skip
+
+    def finish(self, state: Blocks) -> list[tuple[int, Array]]:
+        tables, extremes = state.result
+        return [self._unpack(table, extreme) for table, extreme in zip(tables, extremes, strict=True)]
+
+    def _unpack(self, table: Array, extreme: Array) -> tuple[int, Array]:
+        least, greatest = (int(bits) >> self._layout.shift for bits in extreme)
+        used = table[:, least : greatest + 1]
+        if self._rows == 3:
+            return least, used.copy()
+        counts = used[0] >> np.uint64(cpu.COUNT_SHIFT)
+        rest = used[0] & np.uint64((1 << cpu.COUNT_SHIFT) - 1)
+        return least, np.stack([counts, rest, np.zeros_like(rest)])
+
+
+class TallyWithin:
+    """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (slots, 3, 4096)."""
+
+    writes = False
+
+    def __init__(self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int) -> None:
+        self._work, self._shifts = work, (parent_shift, shift)
+        self._owners = np.cumsum([0, *map(len, prefixes)])
+        self._prefixes = np.array([prefix for own in prefixes for prefix in own], np.uint64)
+
+    def start(self) -> Blocks:
+        state = Blocks.of(self._work)
+        state.result = np.zeros((self._prefixes.size, 3, cpu.DIGITS), np.uint64)
+        return state
+
+    def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        work = self._work
+        cpu.tally_within(
+            raws, state.codes, work.models, work.has_base, count, state.x, state.bad,
+            *self._shifts, self._prefixes, self._owners, state.result,
+        )  # fmt: skip
+
+    def finish(self, state: Blocks) -> Array:
+        tables: Array = state.result
+        return tables

@@ -1,0 +1,131 @@
+"""Which tensors of several checkpoints are the same one: by name, and by what is tied to what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from modelfuse.checkpoints import Checkpoint
+from modelfuse.errors import MismatchError
+
+#: Output heads that share the input embedding's values where config.json ties them.
+HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
+#: Groups of differing tensors that an error lists.
+MOST_GROUPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """A name of some input's tensor that the output leaves out.
+
+    Attributes:
+        name: The name.
+        other: The tensor whose values it shares, which the output has.
+    """
+
+    name: str
+    other: str
+
+
+def match_tensors(models: Sequence[Checkpoint], lead: Checkpoint) -> tuple[list[str], tuple[Tied, ...]]:
+    """Match the models' tensors by name.
+
+    Args:
+        models: All checkpoints, the base included.
+        lead: The one whose order of tensors the output keeps.
+
+    Returns:
+        The names of the output's tensors, and the names that are left out because they are tied.
+
+    Raises:
+        MismatchError: If a tensor is not in every model, or has different shapes; lists all of them.
+    """
+    everywhere = set.intersection(*(_names(model) for model in models))
+    groups = [_tied_groups(model) for model in models]
+    union = list(dict.fromkeys(name for model in (lead, *models) for name in (*model, *model.aliases)))
+    order = {name: number for number, name in enumerate(union)}
+    names, tied, missing = [], [], []
+    for name in union:
+        holders = [group.get(name, set()) for model, group in zip(models, groups, strict=True) if _has(model, name)]
+        partners = set.intersection(*holders) & everywhere
+        kept = min(partners, key=lambda each: (each.endswith(HEADS), not each.endswith(EMBEDDINGS), order[each]),
+                   default=name)  # fmt: skip
+        if kept != name:
+            tied.append(Tied(name, kept))
+        elif name in everywhere:
+            names.append(name)
+        else:
+            missing.append(name)
+    problems = [*_describe_missing(missing, models), *_describe_shapes(names, models)]
+    if problems:
+        raise MismatchError(
+            "The models do not have the same tensors:\n" + "\n".join(f"  {problem}" for problem in problems),
+            "Merge models that were fine-tuned from one base, without added tokens or layers.",
+        )
+    return names, tuple(tied)
+
+
+def _names(model: Checkpoint) -> set[str]:
+    return {*model, *model.aliases}
+
+
+def _has(model: Checkpoint, name: str) -> bool:
+    return name in model.tensors or name in model.aliases
+
+
+def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:
+    """For every name that shares its values with others in one model: all names of the group."""
+    members: dict[str, set[str]] = {}
+    for alias, kept in model.aliases.items():
+        members.setdefault(kept, {kept}).add(alias)
+    if model.config.get("tie_word_embeddings") is True:
+        embeddings = [name for name in model if name.endswith(EMBEDDINGS)]
+        heads = [name for name in model if name.endswith(HEADS)]
+        if len(embeddings) == 1:
+            members.setdefault(embeddings[0], {embeddings[0]}).update(heads)
+    return {name: group for group in members.values() for name in group}
+
+
+def _describe_missing(missing: Sequence[str], models: Sequence[Checkpoint]) -> list[str]:
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for name in missing:
+        absent = tuple(str(model.path) for model in models if not _has(model, name))
+        lines.setdefault(absent, []).append(name)
+    return [f"not in {' and '.join(absent)}: {group}" for absent, names in lines.items() for group in _group(names)]
+
+
+def _describe_shapes(names: Sequence[str], models: Sequence[Checkpoint]) -> list[str]:
+    lines: dict[str, list[str]] = {}
+    for name in names:
+        shapes = [model[model.aliases.get(name, name)].shape for model in models]
+        if len(set(shapes)) > 1:
+            shown = ", ".join(f"{list(shape)} in {model.path}" for shape, model in zip(shapes, models, strict=True))
+            lines.setdefault(shown, []).append(name)
+    return [f"{group} has the shapes {shown}" for shown, names in lines.items() for group in _group(names)]
+
+
+def pattern(name: str) -> str:
+    """A tensor's name with a star for every number between dots.
+
+    >>> pattern("model.layers.12.mlp.up_proj.weight")
+    'model.layers.*.mlp.up_proj.weight'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _group(names: Iterable[str]) -> list[str]:
+    """Names that differ in numbers only become one line.
+
+    >>> _group(["layers.0.q", "layers.1.q", "norm"])
+    ['layers.*.q (2 tensors)', 'norm']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(pattern(name), []).append(name)
+    lines = [members[0] if len(members) == 1 else f"{shape} ({len(members)} tensors)"
+             for shape, members in groups.items()]  # fmt: skip
+    if len(lines) > MOST_GROUPS:
+        lines = [*lines[:MOST_GROUPS], f"and {len(lines) - MOST_GROUPS} more"]
+    return lines

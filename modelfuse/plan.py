@@ -1,0 +1,316 @@
+"""A recipe and the checkpoints' headers become a plan: all that a merge will do, before it does any.
+
+No tensor data is read. The plan is frozen data; running it decides nothing but the order of work.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from modelfuse.checkpoints import Checkpoint, StoredTensor, open_checkpoint
+from modelfuse.checkpoints.safetensors import encode_header
+from modelfuse.dtypes import OUTPUT_DTYPES, DType
+from modelfuse.errors import CheckpointError, MismatchError, OutputError, RecipeError
+from modelfuse.matching import Tied, match_tensors
+from modelfuse.methods import Method
+from modelfuse.recipe import Recipe
+from modelfuse.serving import SideFile, files_to_serve
+
+#: Slices start at multiples of this many elements, so that sums and checksums never depend on them.
+GRAIN = 1 << 18
+LARGEST_SLICE = 1 << 20
+#: Elements a worker walks between two looks at the queue.
+SPAN = 1 << 22
+#: Resident memory of the interpreter with all modules and compiled kernels, measured.
+INTERPRETER_BYTES = 190_000_000
+#: Tables of a tensor under way and of the worker that makes them, for each model.
+TABLE_BYTES = 3_000_000
+
+Action = Literal["merge", "copy"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output.
+
+    Attributes:
+        name: Its name.
+        dtype: The type it is stored in.
+        shape: Its shape.
+        action: ``merge``, or ``copy`` for what cannot be merged and must be equal in all models.
+        sources: Where it lies in each model in order, then in the base if there is one.
+        chosen: For a copy, the source to take where they differ; None: they must not differ.
+        file: The output file it goes to.
+        offset: Its first byte in that file.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    action: Action
+    sources: tuple[StoredTensor, ...]
+    chosen: int | None
+    file: str
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.sources[0].size
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes in the output."""
+        return self.dtype.nbytes(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A weight file of the output: its name, its size in bytes, and the bytes before the first tensor."""
+
+    name: str
+    size: int
+    header: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a merge will do.
+
+    Attributes:
+        recipe: The settings.
+        method: The mathematics.
+        models: The models in order, then the base if there is one.
+        tensors: Every tensor of the output, in the order of the files.
+        tied: Tensors of the inputs that are left out because they are another one's second name.
+        files: The weight files.
+        index: The name of the index file, None if there is one weight file.
+        side_files: Configuration, tokenizer and other files to copy.
+        workers: Parallel workers; fewer than asked for if the memory budget wants it.
+        slice_elements: Elements a worker holds at a time.
+        memory: The expected peak of resident memory in bytes.
+        notes: What the user should know.
+    """
+
+    recipe: Recipe
+    method: Method
+    models: tuple[Checkpoint, ...]
+    tensors: tuple[OutputTensor, ...]
+    tied: tuple[Tied, ...]
+    files: tuple[OutputFile, ...]
+    index: str | None
+    side_files: tuple[SideFile, ...]
+    workers: int
+    slice_elements: int
+    memory: int
+    notes: tuple[str, ...]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the last of ``models`` is the base."""
+        return self.recipe.base_model_path is not None
+
+    @property
+    def lead(self) -> Checkpoint:
+        """The checkpoint that the output takes its names, types and files from: the base, else the first."""
+        return self.models[-1 if self.has_base else 0]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes to read, each once; measuring reads some again."""
+        return sum(source.nbytes for tensor in self.tensors for source in tensor.sources)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.size for file in self.files)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Open the checkpoints' headers and plan the merge.
+
+    Raises:
+        CheckpointError: If an input is missing or malformed.
+        MismatchError: If the models do not fit together; all differences are listed.
+        OutputError: If the output exists, lies inside an input, or does not fit on the disk.
+        RecipeError: If ``unmerged_from`` is none of the models.
+    """
+    _check_places(recipe)
+    models = tuple(open_checkpoint(path, recipe.merge_prefix) for path in _paths(recipe))
+    for model in models:
+        _refuse_quantized(model)
+    lead = models[-1 if recipe.base_model_path is not None else 0]
+    names, tied = match_tensors(models, lead)
+    chosen = _chosen_source(recipe)
+    drafts = [_draft(recipe, name, models, chosen) for name in names]
+    _check_kinds(drafts)
+    tensors, files, index = _lay_out(drafts, recipe, lead)
+    workers, slice_elements, memory = _fit_memory(recipe, tensors)
+    plan = Plan(
+        recipe, recipe.method, models, tensors, tied, files, index, files_to_serve(recipe, lead), workers,
+        slice_elements, memory, _notes(recipe, workers, memory, lead),
+    )  # fmt: skip
+    _check_room(plan)
+    return plan
+
+
+def _paths(recipe: Recipe) -> list[Path]:
+    base = [recipe.base_model_path] if recipe.base_model_path is not None else []
+    return [*recipe.model_path_list, *base]
+
+
+def _check_places(recipe: Recipe) -> None:
+    output = recipe.output_path
+    if output is None:
+        return
+    for path in _paths(recipe):
+        folder = (path if path.is_dir() else path.parent).resolve()
+        if output.resolve() == folder or folder in output.resolve().parents or output.resolve() in folder.parents:
+            raise OutputError(
+                f"output_path {output} and the input {path} lie inside each other", "Choose another output_path."
+            )
+    if not output.parent.is_dir() and output.parent.exists():
+        raise OutputError(f"{output.parent} is not a folder, so output_path {output} cannot be created")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"output_path {output} is a file")
+    if output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
+        raise OutputError(
+            f"output_path {output} exists and is not empty", "Use --overwrite to replace it whole when all is done."
+        )
+
+
+def _refuse_quantized(model: Checkpoint) -> None:
+    quantization = model.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
+        raise CheckpointError(
+            f"{model.path} is quantized (quant_method {method}): its stored bits cannot be merged",
+            "Merge the unquantized models, then quantize the result.",
+        )
+    for tensor in model.values():
+        if tensor.dtype.numpy is None:
+            raise CheckpointError(
+                f"{model.path}: tensor {tensor.name!r} has the quantized dtype {tensor.dtype.name}, which cannot be merged",
+                "Merge the unquantized models, then quantize the result.",
+            )
+
+
+def _chosen_source(recipe: Recipe) -> int | None:
+    if recipe.unmerged_from is None:
+        return None
+    try:
+        return _paths(recipe).index(recipe.unmerged_from)
+    except ValueError:
+        raise RecipeError(
+            f"unmerged_from is {recipe.unmerged_from}, which is none of the models", "Name one of the models' paths."
+        ) from None
+
+
+#: Tensors that a model computes from its configuration: copied, as merging them means nothing.
+BUFFERS = ("rotary_emb.inv_freq", ".masked_bias")
+
+
+def _draft(recipe: Recipe, name: str, models: Sequence[Checkpoint], chosen: int | None) -> OutputTensor:
+    sources = tuple(model[model.aliases.get(name, name)] for model in models)
+    lead = sources[-1 if recipe.base_model_path is not None else 0]
+    merges = lead.dtype.compute is not None and not name.endswith(BUFFERS)
+    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype and merges else lead.dtype
+    action: Action = "merge" if merges else "copy"
+    if not merges and chosen is None and len({source.dtype for source in sources}) == 1:
+        chosen = None
+    return OutputTensor(name, dtype, lead.shape, action, sources, None if merges else chosen, "", 0)
+
+
+def _check_kinds(drafts: Sequence[OutputTensor]) -> None:
+    for draft in drafts:
+        kinds = {source.dtype for source in draft.sources}
+        mixed = any(kind.compute is None for kind in kinds) if draft.action == "merge" else len(kinds) > 1
+        if mixed:
+            listed = ", ".join(sorted(str(kind) for kind in kinds))
+            raise MismatchError(f"Tensor {draft.name!r} is stored as {listed} in different models; they cannot be mixed")
+
+
+def _lay_out(
+    drafts: Sequence[OutputTensor], recipe: Recipe, lead: Checkpoint
+) -> tuple[tuple[OutputTensor, ...], tuple[OutputFile, ...], str | None]:
+    """Assign the tensors to shards in order, and each its offset."""
+    shards: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for draft in drafts:
+        if shards[-1] and filled + draft.nbytes > recipe.max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(draft)
+        filled += draft.nbytes
+    metadata = {"format": "pt", **lead.metadata}
+    placed: list[OutputTensor] = []
+    files = []
+    for number, shard in enumerate(shards, 1):
+        several = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"{recipe.merge_prefix}{several}.safetensors"
+        header, offsets = encode_header([(draft.name, draft.dtype, draft.shape) for draft in shard], metadata)
+        for draft, offset in zip(shard, offsets, strict=True):
+            placed.append(_place(draft, name, offset))
+        files.append(OutputFile(name, placed[-1].offset + placed[-1].nbytes, header))
+    index = f"{recipe.merge_prefix}.safetensors.index.json" if len(shards) > 1 else None
+    return tuple(placed), tuple(files), index
+
+
+def _place(draft: OutputTensor, file: str, offset: int) -> OutputTensor:
+    return OutputTensor(
+        draft.name, draft.dtype, draft.shape, draft.action, draft.sources, draft.chosen, file, offset
+    )
+
+
+def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> tuple[int, int, int]:
+    """Choose workers and slice so that the budget holds; at least one worker with the smallest slice."""
+    an_element = max(
+        (sum(source.dtype.bits for source in tensor.sources) + tensor.dtype.bits) / 8 for tensor in tensors
+    )
+    tables = TABLE_BYTES * len(tensors[0].sources) if recipe.steps[0] in ("trim", "magprune") else 0
+    pieces = min(LARGEST_SLICE, int(recipe.max_tensor_mem * 2**30 / an_element))
+    slice_elements = max(GRAIN, pieces // GRAIN * GRAIN)
+    workers = recipe.n_process
+    room = recipe.memory - INTERPRETER_BYTES - tables
+    while workers * (slice_elements * an_element + tables) > room:
+        if slice_elements > GRAIN:
+            slice_elements //= 2
+        elif workers > 1:
+            workers -= 1
+        else:
+            break
+    memory = INTERPRETER_BYTES + tables + int(workers * (slice_elements * an_element + tables))
+    return workers, slice_elements, memory
+
+
+def _check_room(plan: Plan) -> None:
+    """Known from the plan, before any work: the output and what it replaces exist side by side."""
+    output = plan.recipe.output_path
+    if output is None:
+        return
+    parent = next(folder for folder in output.parents if folder.exists())
+    needed = plan.bytes_written + sum(file.size for file in plan.side_files)
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OutputError(
+            f"output_path {output} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there",
+            "Free some space or choose an output_path on another disk.",
+        )
+
+
+def _notes(recipe: Recipe, workers: int, memory: int, lead: Checkpoint) -> tuple[str, ...]:
+    notes = []
+    if workers < recipe.n_process:
+        notes.append(f"{workers} of {recipe.n_process} workers, so that the memory budget holds.")
+    if memory > recipe.memory:
+        notes.append(
+            f"The peak will be about {memory / 1e6:,.0f} MB: slices are at their smallest, but the memory budget is "
+            f"{recipe.memory / 1e6:,.0f} MB."
+        )
+    if not lead.config:
+        notes.append(f"{lead.path} has no config.json, so none is copied; a server will need one.")
+    return tuple(notes)

@@ -1,0 +1,309 @@
+"""Every setting of a merge: its name, its default, and every check that needs no file.
+
+Flags, recipe files and the Python API all become a :class:`Recipe`; nothing downstream checks a
+setting again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from modelfuse.dtypes import OUTPUT_DTYPES
+from modelfuse.errors import MissingExtraError, RecipeError
+from modelfuse.methods import MERGE_METHODS, Method
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+#: Keys that merge_config.json holds beside the settings; a recipe may carry them.
+INFORMATION = ("modelfuse_version",)
+#: Other names of a setting.
+SYNONYMS = {"model_prefix": "merge_prefix"}
+
+
+def parse_bytes(value: object) -> object:
+    """A size such as ``5GB``, ``300 MB`` or ``1.5GiB`` in bytes; 1 MB is 10⁶ bytes.
+
+    >>> parse_bytes("1.5GB")
+    1500000000
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
+    if match is None or match[2] not in UNITS:
+        raise ValueError("give a size such as 500MB or 5GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _absolute(value: object) -> object:
+    return Path(os.path.abspath(value)) if isinstance(value, str | Path) else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Recipe(BaseModel):
+    """What to merge, how, and where to. Frozen; paths are absolute.
+
+    Raises:
+        RecipeError: If a setting is unknown, has a wrong type or value, or contradicts another.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    model_path_list: tuple[AbsolutePath, ...] = Field(description="The models to merge: folders or weight files.")
+    base_model_path: AbsolutePath | None = Field(
+        None, description="The model they were fine-tuned from: methods then act on the differences to it."
+    )
+    output_path: AbsolutePath | None = Field(None, description="The folder to create.")
+    merge_method: Literal[*MERGE_METHODS] | None = Field(  # type: ignore[valid-type]
+        None, description="A usual pair of merge_type and sparsify_type; linear if none of the three is given."
+    )
+    merge_type: Literal["linear", "slerp", "ties"] | None = Field(None, description="How models become one.")
+    sparsify_type: Literal["trim", "dare", "magprune"] | None = Field(
+        None, description="What is dropped from each model first."
+    )
+    weight_list: tuple[Finite, ...] | None = Field(None, description="One weight a model; equal if absent.")
+    normalize: bool | None = Field(
+        None, description="Divide the weights by their sum (false by default when weights are given)."
+    )
+    slerp_alpha: Finite = Field(0.5, ge=0, le=1, description="slerp: 0 is the first model, 1 the second.")
+    slerp_normalize_eps: Finite = Field(1e-8, ge=0, description="slerp: smaller norms are not divided by.")
+    slerp_dot_threshold: Finite = Field(
+        0.9995, ge=0, le=1, description="slerp: above this cosine, interpolate straight."
+    )
+    ties_elect_type: Literal["sum", "count"] = Field("sum", description="ties: elect signs by value or by number.")
+    rescale: bool = Field(True, description="Make up for what was dropped.")
+    reserve_p: Finite = Field(0.7, gt=0, le=1, description="The share of elements to keep (density).")
+    epsilon: Finite = Field(0.14, ge=0, description="magprune: spread of the keeping probability over the ranks.")
+    seed: int = Field(0, ge=0, lt=2**63, description="dare, magprune: which random draws.")
+    device: Literal["cpu", "gpu", "low_gpu_mem"] = Field("cpu", description="Where to compute.")
+    tensor_type: Literal["np", "pd", "pt"] = Field("np", description="numpy, Paddle or torch kernels.")
+    n_process: int = Field(1, ge=1, le=1024, description="Parallel workers; never changes the result.")
+    memory: Bytes = Field(10**9, description="The most resident memory to use.")
+    merge_prefix: Literal["model", "master_weights"] = Field("model", description="Which weights of a folder.")
+    max_shard_size: Bytes = Field(5 * 10**9, description="The largest weight file to write.")
+    output_dtype: Literal[*OUTPUT_DTYPES] | None = Field(  # type: ignore[valid-type]
+        None, description="The type to store (default: the base's, else the first model's, tensor by tensor)."
+    )
+    overwrite: bool = Field(False, description="Replace an existing output.")
+    on_nonfinite: Literal["error", "propagate"] = Field("error", description="What NaN and infinities do.")
+    unmerged_from: AbsolutePath | None = Field(
+        None, description="The model to take tensors from that cannot be merged (integers) where they differ."
+    )
+    copy_file_list: tuple[str, ...] = Field((), description="More files to copy beside the usual ones.")
+    split_pieces: int = Field(8, ge=1, description="Bounds the slice; results never depend on it.")
+    max_tensor_mem: Finite = Field(0.5, gt=0, description="In GiB; bounds the slice, changes no result.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_models(self)
+        _check_method(self)
+        _check_weights(self)
+        _check_pruning(self)
+        for name in self.copy_file_list:
+            if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise RecipeError(f"copy_file_list names {name!r}, which is not inside the model's folder")
+        return self
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, object]) -> Recipe:
+        """Build a recipe from named settings, as they come from flags, a file or keyword arguments.
+
+        Raises:
+            RecipeError: As the class says; an unknown name is answered with the nearest one.
+        """
+        try:
+            return cls.model_validate(_canonical(settings))
+        except ValidationError as error:
+            raise RecipeError(_explain(error.errors()), "`modelfuse merge --help` lists every setting.") from None
+
+    @property
+    def steps(self) -> tuple[str | None, str]:
+        """The effective (sparsify_type, merge_type)."""
+        if self.merge_method is not None:
+            return MERGE_METHODS[self.merge_method]
+        return self.sparsify_type, self.merge_type or "linear"
+
+    @property
+    def normalizes(self) -> bool:
+        """The effective ``normalize``: absent weights are equal and normalised."""
+        return self.weight_list is None or bool(self.normalize)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The effective weights, one a model."""
+        weights = self.weight_list or (1.0,) * len(self.model_path_list)
+        total = math.fsum(weights)
+        return tuple(weight / total for weight in weights) if self.normalizes else weights
+
+    @property
+    def method(self) -> Method:
+        """All that the mathematics depends on."""
+        sparsify_type, merge_type = self.steps
+        same = {name: getattr(self, name) for name in (
+            "slerp_alpha", "slerp_normalize_eps", "slerp_dot_threshold", "ties_elect_type", "rescale",
+            "reserve_p", "epsilon", "seed")}  # fmt: skip
+        return Method(merge_type, sparsify_type, self.weights, self.normalizes, **same)
+
+    def effective(self) -> dict[str, object]:
+        """Every setting as it took effect, ready for JSON; parsing it gives the same merge."""
+        settings: dict[str, object] = self.model_dump(mode="json")
+        settings["sparsify_type"], settings["merge_type"] = self.steps
+        if settings["merge_type"] != "slerp":
+            settings["weight_list"] = list(self.weight_list or (1.0,) * len(self.model_path_list))
+            settings["normalize"] = self.normalizes
+        return settings
+
+
+def load_recipe(path: Path) -> dict[str, object]:
+    """Read the settings in a .json or .yaml recipe; :meth:`Recipe.parse` checks them.
+
+    Raises:
+        RecipeError: If the file cannot be read or is not a map of settings.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        content = json.loads(text) if path.suffix == ".json" else _load_yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"The recipe {path} is malformed: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RecipeError(f"The recipe {path} is not a map of settings to values")
+    return content
+
+
+def _load_yaml(text: str) -> object:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def canonical_name(name: str) -> str:
+    """A setting's name with dashes made underscores and synonyms resolved.
+
+    Raises:
+        RecipeError: If there is no such setting; names the nearest.
+    """
+    plain = name.replace("-", "_")
+    plain = SYNONYMS.get(plain, plain)
+    if plain not in Recipe.model_fields and plain not in (*INFORMATION, "model_path_str"):
+        raise RecipeError(f"There is no setting {name!r}", nearest(plain, Recipe.model_fields))
+    return plain
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """A question naming the known word nearest to a misspelt one."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else "`modelfuse merge --help` lists every setting."
+
+
+def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
+    named: dict[str, object] = {}
+    for name, value in settings.items():
+        plain = canonical_name(name)
+        if plain in named:
+            raise RecipeError(f"The setting {plain} is given twice")
+        if plain not in INFORMATION:
+            named[plain] = value
+    joined = named.pop("model_path_str", None)
+    if joined is not None:
+        if named.get("model_path_list"):
+            raise RecipeError("model_path_str and model_path_list are both given", "Give one of them.")
+        if not isinstance(joined, str):
+            raise RecipeError("model_path_str is not a comma-separated string")
+        named["model_path_list"] = [part for part in (part.strip() for part in joined.split(",")) if part]
+    for name in ("model_path_list", "weight_list", "copy_file_list"):
+        if named.get(name) is None:
+            named.pop(name, None)
+    return named
+
+
+def _explain(errors: Iterable[Any]) -> str:
+    lines = []
+    for error in errors:
+        name = error["loc"][0] if error["loc"] else "the recipe"
+        if error["type"] == "missing":
+            lines.append(f"{name} is not given")
+            continue
+        reason = str(error["msg"]).removeprefix("Value error, ")
+        lines.append(f"{name} is {error['input']!r}: {reason[0].lower() + reason[1:]}")
+    return "\n".join(lines)
+
+
+def _check_models(recipe: Recipe) -> None:
+    if len(recipe.model_path_list) < 2:
+        raise RecipeError(
+            f"model_path_list names {len(recipe.model_path_list)} model; a merge needs at least two",
+            "Give two or more paths after --model_path_list.",
+        )
+    if recipe.tensor_type == "np" and recipe.device != "cpu":
+        raise RecipeError(
+            f"tensor_type np computes on the CPU, so device {recipe.device} cannot be used",
+            "Use --device cpu, or --tensor_type pt or pd for a GPU.",
+        )
+    if recipe.tensor_type != "np":
+        raise MissingExtraError(
+            f"tensor_type {recipe.tensor_type} is not built yet in this version",
+            "Use --tensor_type np --device cpu: same methods, at the speed of a copy.",
+        )
+
+
+def _check_method(recipe: Recipe) -> None:
+    if recipe.merge_method is None:
+        return
+    sparsify_type, merge_type = MERGE_METHODS[recipe.merge_method]
+    for name, given, implied in (
+        ("merge_type", recipe.merge_type, merge_type),
+        ("sparsify_type", recipe.sparsify_type, sparsify_type),
+    ):
+        if given is not None and given != implied:
+            raise RecipeError(
+                f"merge_method {recipe.merge_method} means {name} {implied or 'none'}, but {given} is given",
+                "Leave merge_method out to combine merge_type and sparsify_type freely.",
+            )
+
+
+def _check_weights(recipe: Recipe) -> None:
+    models = len(recipe.model_path_list)
+    if recipe.steps[1] == "slerp":
+        if models != 2:
+            raise RecipeError(f"slerp merges exactly two models, {models} are given", "Use linear or ties for more.")
+        if recipe.weight_list is not None:
+            raise RecipeError("slerp takes no weight_list", "Use --slerp_alpha: 0 is the first model, 1 the second.")
+        return
+    if recipe.weight_list is None:
+        return
+    if len(recipe.weight_list) != models:
+        raise RecipeError(
+            f"weight_list has {len(recipe.weight_list)} weights for {models} models", "Give one weight a model."
+        )
+    if recipe.normalize and abs(math.fsum(recipe.weight_list)) < 1e-8:
+        raise RecipeError("weight_list sums to zero, so it cannot be normalized", "Use --no_normalize.")
+
+
+def _check_pruning(recipe: Recipe) -> None:
+    if recipe.steps[0] != "magprune":
+        return
+    low, high = recipe.reserve_p - recipe.epsilon / 2, recipe.reserve_p + recipe.epsilon / 2
+    if low <= 0 or high >= 1:
+        raise RecipeError(
+            f"magprune keeps elements with probabilities from reserve_p − epsilon/2 = {low:g} to "
+            f"reserve_p + epsilon/2 = {high:g}; both must lie between 0 and 1",
+            "Choose a reserve_p nearer to 0.5 or a smaller epsilon.",
+        )

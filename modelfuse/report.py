@@ -1,0 +1,100 @@
+"""What goes beside the weights: the index, the recipe that gives the same bytes again, and the account."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.writer import OutputFolder
+from modelfuse.checksums import ALGORITHM, Checksum
+from modelfuse.plan import OutputTensor, Plan
+from modelfuse.version import __version__
+
+CONFIG_NAME = "merge_config.json"
+REPORT_NAME = "merge_report.json"
+
+
+@dataclass
+class Outcome:
+    """What became of one output tensor.
+
+    Attributes:
+        tensor: Which one.
+        checksum: Of its bytes in the output.
+        nonfinite: For each span, the counts of non-finite elements: one a source, the last for the output.
+    """
+
+    tensor: OutputTensor
+    checksum: Checksum
+    nonfinite: list[np.ndarray[Any, np.dtype[np.int64]]] = field(default_factory=list)
+
+
+def write_index(plan: Plan, folder: OutputFolder) -> None:
+    """Write the index of the shards, if there are several, as transformers names and reads it."""
+    if plan.index is None:
+        return
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.tensors)},
+        "weight_map": {tensor.name: tensor.file for tensor in plan.tensors},
+    }
+    folder.write_file(plan.index, _encode(index))
+
+
+def write_config(plan: Plan, folder: OutputFolder) -> None:
+    """Write merge_config.json: every effective setting; as a recipe it gives the same bytes."""
+    folder.write_file(CONFIG_NAME, _encode({"modelfuse_version": __version__, **plan.recipe.effective()}))
+
+
+def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFolder) -> None:
+    """Write merge_report.json: what became of every tensor of every input, with checksums."""
+    report = {
+        "modelfuse_version": __version__,
+        "method": {"merge_type": plan.method.merge_type, "sparsify_type": plan.method.sparsify_type,
+                   "effective_weights": list(plan.method.weights), "seed": plan.method.seed},
+        "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
+        "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
+        "checksum": ALGORITHM,
+        "files": {file.name: file.size for file in plan.files},
+        "tensors": {name: _tensor(outcomes[name]) for name in (tensor.name for tensor in plan.tensors)},
+        "copied_files": [file.name for file in plan.side_files],
+    }  # fmt: skip
+    report["report_sha256"] = hashlib.sha256(_encode(report)).hexdigest()
+    folder.write_file(REPORT_NAME, _encode(report))
+
+
+def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
+    files = {tensor.file.path.name: tensor.file for tensor in model.values()}
+    return {
+        "path": str(model.path),
+        "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",
+        "format": model.kind,
+        "tensors": len(model) + len(model.aliases),
+        "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
+    }
+
+
+def _tensor(outcome: Outcome) -> dict[str, object]:
+    tensor = outcome.tensor
+    done = {"merge": "merged", "copy": "copied"}[tensor.action]
+    entry: dict[str, object] = {
+        "action": done,
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+        "file": tensor.file,
+        "checksum": outcome.checksum.hexdigest(),
+        "source_dtypes": [source.dtype.name for source in tensor.sources],
+    }
+    nonfinite = np.sum(outcome.nonfinite, axis=0) if outcome.nonfinite else np.zeros(1)
+    if nonfinite.any():
+        entry["nonfinite"] = {"sources": nonfinite[:-1].tolist(), "output": int(nonfinite[-1])}
+    return entry
+
+
+def _encode(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,56 @@
+"""The files beside the weights that a server needs: configuration, tokenizer, templates, code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelfuse.checkpoints import Checkpoint
+from modelfuse.errors import CheckpointError
+from modelfuse.recipe import Recipe
+
+#: Endings of files that hold weights or training state: everything else beside the weights is small and copied.
+WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pt", ".pth", ".pdopt", ".msgpack", ".h5", ".gguf", ".onnx", ".ckpt",
+           ".ot", ".index.json", ".pdiparams", ".pdmodel", ".pdstates", ".npz", ".distcp")  # fmt: skip
+#: What a training run or an earlier merge leaves in the folder.
+LEFTOVERS = ("merge_config.json", "merge_report.json", "trainer_state.json", "training_args.json",
+             "all_results.json", "train_results.json", "eval_results.json", "README.md")  # fmt: skip
+#: Larger files are no configuration; tokenizers stay well below.
+LARGEST = 200_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file to copy as it is: from where, to which name in the output, its size in bytes."""
+
+    source: Path
+    name: str
+    size: int
+
+
+def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
+    """The files to copy from the lead's folder, and those that the recipe names.
+
+    Raises:
+        CheckpointError: If a file in ``copy_file_list`` is not there.
+    """
+    folder = lead.path if lead.path.is_dir() else lead.path.parent
+    usual = [path.name for path in sorted(folder.iterdir()) if path.is_file() and _is_usual(path)]
+    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    usual += [str(path.relative_to(folder)) for path in templates]
+    for name in recipe.copy_file_list:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
+    return tuple(
+        SideFile(folder / name, name, (folder / name).stat().st_size)
+        for name in dict.fromkeys([*usual, *recipe.copy_file_list])
+    )
+
+
+def _is_usual(path: Path) -> bool:
+    return (
+        not path.name.startswith(".")
+        and not path.name.endswith(WEIGHTS)
+        and path.name not in LEFTOVERS
+        and path.stat().st_size <= LARGEST
+    )

@@ -1,0 +1,199 @@
+"""What people see: plans, progress, summaries and errors, on a terminal or in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from modelfuse.dtypes import DType
+from modelfuse.errors import ModelfuseError
+from modelfuse.matching import pattern
+from modelfuse.methods import MERGE_METHODS, MERGES, SPARSIFIERS, describe, parameters
+from modelfuse.recipe import Recipe
+
+if TYPE_CHECKING:
+    from modelfuse.plan import Plan
+    from modelfuse.run import Result
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(highlight=False, soft_wrap=True, stderr=True)
+#: Seconds between two lines of progress in a log.
+LOG_INTERVAL = 10.0
+
+
+def error(problem: ModelfuseError) -> None:
+    """A short message and what to do, on standard error."""
+    err.print(f"[bold red]error:[/] {escape(problem.message)}")
+    if problem.hint:
+        err.print(f"[bold]hint:[/] {escape(problem.hint)}")
+
+
+def interrupted() -> None:
+    """After Ctrl-C."""
+    err.print("[bold red]interrupted:[/] nothing was written to output_path")
+
+
+def bug() -> None:
+    """An error that is nobody's mistake but ours."""
+    err.print_exception()
+    err.print("[bold red]This is a bug in modelfuse.[/] Please report it with the lines above.")
+
+
+def usage(line: str, commands: Mapping[str, str]) -> None:
+    """What there is to say first."""
+    out.print(f"usage: {escape(line)}\n")
+    for name, summary in commands.items():
+        out.print(f"  [bold]{name:8}[/] {summary}")
+    out.print("\n`modelfuse merge --help` lists every setting.")
+
+
+def help_page(line: str, summary: str, command: str) -> None:
+    """Every setting with its default, from the recipe itself."""
+    out.print(f"usage: {escape(line.replace('{merge,check,methods}', command))}\n\n{summary}\n")
+    table = Table(box=None, pad_edge=False)
+    for title in ("setting", "default", "what it does"):
+        table.add_column(title, no_wrap=title == "setting")
+    for name, field in Recipe.model_fields.items():
+        default = "required" if field.is_required() else _plain(field.default)
+        table.add_row(f"--{name}", escape(default), escape(field.description or ""))
+    out.print(table, soft_wrap=False)
+    out.print(
+        "\nDashes and underscores are equal. Booleans: --rescale, --rescale False, --no_rescale."
+        "\n--model_path_str A,B is --model_path_list A B. A recipe file has the same names; flags override it."
+    )
+
+
+def methods() -> None:
+    """What exists, with settings, formula and paper."""
+    names = Table("merge_method", "sparsify_type", "merge_type", title="Names of the usual pairs", title_justify="left")
+    for name, (sparsify_type, merge_type) in MERGE_METHODS.items():
+        names.add_row(name, sparsify_type or "–", merge_type)
+    out.print(names)
+    for title, steps in (("sparsify_type", SPARSIFIERS), ("merge_type", MERGES)):
+        for name, function in steps.items():
+            about = describe(function)
+            out.print(f"\n[bold]{name}[/] ({title}): {escape(about.summary)}")
+            settings = ", ".join(f"{key} = {_plain(value)}" for key, value in parameters(function).items())
+            out.print(f"  formula   {escape(about.formula)}")
+            out.print(f"  settings  {escape(settings or 'weight_list, normalize')}")
+            out.print(f"  paper     {escape(about.paper)}")
+
+
+def plan(plan: Plan) -> None:
+    """What a merge will do."""
+    recipe, method = plan.recipe, plan.method
+    steps = " → ".join(step for step in (method.sparsify_type, method.merge_type) if step)
+    out.print(f"[bold]{recipe.merge_method or steps}[/] ({steps}) of {len(recipe.model_path_list)} models")
+    models = Table("model", "format", "tensors", "weight", box=None, pad_edge=False)
+    for number, model in enumerate(plan.models):
+        is_base = plan.has_base and number == len(plan.models) - 1
+        weight = "base" if is_base else "–" if method.merge_type == "slerp" else f"{method.weights[number]:.6g}"
+        models.add_row(escape(str(model.path)), model.kind, str(len(model)), weight)
+    out.print(models)
+    tensors = Table("what", "tensors", "dtype", "shape", "count", box=None, pad_edge=False)
+    groups: Counter[tuple[str, str, DType, tuple[int, ...]]] = Counter(
+        (tensor.action, pattern(tensor.name), tensor.dtype, tensor.shape) for tensor in plan.tensors
+    )
+    for (action, name, dtype, shape), count in groups.items():
+        tensors.add_row(action, escape(name), str(dtype), str(list(shape)), str(count))
+    for tied in plan.tied:
+        tensors.add_row("leave out", escape(tied.name), "", f"tied to {tied.other}", "1")
+    out.print(tensors)
+    out.print(
+        f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into {len(plan.files)} weight file"
+        f"{'s' * (len(plan.files) > 1)} and {len(plan.side_files)} others, "
+        f"{plan.workers} worker{'s' * (plan.workers > 1)}, about {_size(plan.memory)} of memory"
+    )
+    for note in plan.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    out.print("[green]no problems found[/]")
+
+
+@contextmanager
+def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line now and then in a log."""
+    whole = plan.bytes_read + plan.bytes_written
+    if quiet:
+        yield lambda _: None
+    elif err.is_terminal:
+        with _bar() as bar:
+            task = bar.add_task("merging", total=whole)
+            yield lambda count: bar.advance(task, count)
+    else:
+        for note in plan.notes:
+            err.print(f"note: {escape(note)}")
+        err.print(f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {_size(whole)}")
+        yield _Log(whole).advance
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err, transient=True)
+
+
+class _Log:
+    """A line of progress every few seconds."""
+
+    def __init__(self, whole: int) -> None:
+        self._whole, self._done, self._lock = whole, 0, threading.Lock()
+        self._started = self._shown = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now - self._shown < LOG_INTERVAL:
+                return
+            self._shown = now
+        rate = self._done / (now - self._started)
+        left = (self._whole - self._done) / rate
+        err.print(f"{self._done / self._whole:4.0%}  {_size(self._done)}  {_size(int(rate))}/s  {left:,.0f} s left")
+
+
+def result(plan: Plan, result: Result) -> None:
+    """The closing summary."""
+    rate = (result.bytes_read + result.bytes_written) / result.seconds
+    copied = f", copied {result.copied}" if result.copied else ""
+    out.print(
+        f"[green]merged[/] {result.merged} tensors{copied} in {result.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "
+        f"into [bold]{escape(str(result.output_path))}[/]"
+    )
+    if any(file.name == "config.json" for file in plan.side_files):
+        out.print(f"next: vllm serve {escape(_quoted(str(result.output_path)))}   (or any server that reads safetensors)")
+
+
+def _quoted(path: str) -> str:
+    import shlex
+
+    return shlex.quote(path)
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int) and value >= 10**6:
+        return _size(value)
+    return "–" if value == () else str(value)
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} bytes"
+
+
+if sys.platform == "win32":  # pragma: no cover
+    raise ImportError("modelfuse needs positioned reads and file locks, which Windows does not have")

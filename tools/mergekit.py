@@ -1,0 +1,11 @@
+"""Paddle's ``mergekit.py``, flag for flag: a launcher of ``modelfuse merge``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modelfuse.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["merge", *sys.argv[1:]]))
