@@ -106,7 +106,7 @@ def parse(words: Sequence[str]) -> tuple[dict[str, object], bool]:
         RecipeError: If a flag is unknown or lacks its value, or the recipe cannot be read.
     """
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("recipe", nargs="?", type=Path)
+    parser.add_argument("recipe", nargs="?", type=Path, default=None)
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--model_path_str")
     for name, field in Recipe.model_fields.items():

@@ -49,6 +49,19 @@ class Window:
         self._at = end
         return taken
 
+    def byte(self) -> int:
+        """Read one byte.
+
+        Raises:
+            Refused: If the window has ended.
+        """
+        at = self._at
+        if at == len(self._chunk):
+            self._fill(1)
+            at = 0
+        self._at = at + 1
+        return self._chunk[at]
+
     def skip(self, count: int) -> int:
         """Pass over so many bytes without reading them; returns the offset of the first.
 
@@ -72,7 +85,7 @@ class Window:
             self._fill(min(MAX_LITERAL + 1, self._end - self.position))
         end = self._chunk.find(b"\n", self._at, self._at + MAX_LITERAL + 1)
         if end < 0:
-            raise Refused(f"there is no short line at byte {self.position:,}")
+            raise Refused(f"there is no short line at byte {self.position:,} (truncated?)")
         text = self._chunk[self._at : end].decode("ascii", "backslashreplace")
         self._at = end + 1
         return text

@@ -70,9 +70,9 @@ class PickleMachine:
         Raises:
             Refused: If it is malformed, cut short, over a limit, or names anything not known.
         """
-        take, stack, stop = self._window.take, self._stack, _CODES["STOP"]
+        read, stack, stop = self._window.byte, self._stack, _CODES["STOP"]
         for _ in range(MAX_OPCODES):
-            code = take(1)[0]
+            code = read()
             if code == stop:
                 return self._pop()
             handler = _HANDLERS.get(code)
@@ -104,27 +104,9 @@ class PickleMachine:
         del self._stack[start:]
         return items
 
-    def _number(self, layout: str) -> int:
-        value: int = struct.unpack(layout, self._window.take(struct.calcsize(layout)))[0]
-        return value
-
     # Numbers and constants
 
-    @_on("BININT")
-    def _int4(self) -> None:
-        self._push(self._number("<i"))
-
-    @_on("BININT1")
-    def _int1(self) -> None:
-        self._push(self._window.take(1)[0])
-
-    @_on("BININT2")
-    def _int2(self) -> None:
-        self._push(self._number("<H"))
-
-    @_on("LONG1")
-    def _long(self) -> None:
-        size = self._window.take(1)[0]
+    def _integer(self, size: int) -> None:
         if size > MAX_INTEGER_BYTES:
             raise Refused(f"its pickle holds an integer of {size} bytes")
         self._push(int.from_bytes(self._window.take(size), "little", signed=True))
@@ -134,18 +116,6 @@ class PickleMachine:
         self._push(struct.unpack(">d", self._window.take(8))[0])
 
     # Strings
-
-    @_on("SHORT_BINUNICODE", "SHORT_BINSTRING")
-    def _short_text(self) -> None:
-        self._text(self._window.take(1)[0])
-
-    @_on("BINUNICODE", "BINSTRING")
-    def _text4(self) -> None:
-        self._text(self._number("<I"))
-
-    @_on("BINUNICODE8")
-    def _text8(self) -> None:
-        self._text(self._number("<Q"))
 
     def _text(self, length: int) -> None:
         if length > MAX_LITERAL:
@@ -158,18 +128,6 @@ class PickleMachine:
             self._push(self._window.take(length).decode())
         except UnicodeDecodeError:
             raise Refused(f"the text before byte {self._window.position:,} is not UTF-8") from None
-
-    @_on("SHORT_BINBYTES")
-    def _bytes1(self) -> None:
-        self._span(self._window.take(1)[0])
-
-    @_on("BINBYTES")
-    def _bytes4(self) -> None:
-        self._span(self._number("<I"))
-
-    @_on("BINBYTES8", "BYTEARRAY8")
-    def _bytes8(self) -> None:
-        self._span(self._number("<Q"))
 
     def _span(self, length: int) -> None:
         self._push(Span(self._window.skip(length), length))
@@ -248,25 +206,12 @@ class PickleMachine:
 
     # Memo
 
-    @_on("BINPUT")
-    def _put1(self) -> None:
-        self._memo[self._window.take(1)[0]] = self._top()
-
-    @_on("LONG_BINPUT")
-    def _put4(self) -> None:
-        self._memo[self._number("<I")] = self._top()
-
     @_on("MEMOIZE")
     def _memoize(self) -> None:
-        self._memo[len(self._memo)] = self._top()
+        self._put(len(self._memo))
 
-    @_on("BINGET")
-    def _get1(self) -> None:
-        self._get(self._window.take(1)[0])
-
-    @_on("LONG_BINGET")
-    def _get4(self) -> None:
-        self._get(self._number("<I"))
+    def _put(self, index: int) -> None:
+        self._memo[index] = self._top()
 
     def _get(self, index: int) -> None:
         if index not in self._memo:
@@ -319,20 +264,25 @@ class PickleMachine:
 
     # Framing
 
-    @_on("PROTO")
-    def _protocol(self) -> None:
-        protocol = self._window.take(1)[0]
+    def _protocol(self, protocol: int) -> None:
         if not 2 <= protocol <= 5:
             raise Refused(f"its pickle has protocol {protocol}; only 2 to 5 are read")
 
-    @_on("FRAME")
-    def _frame(self) -> None:
+    def _frame(self, length: int) -> None:
         # Frames only help a reader to read ahead; values are found without them.
-        self._window.check_left(self._number("<Q"))
+        self._window.check_left(length)
 
 
 def _constant(make: Callable[[], object]) -> Handler:
     return lambda machine: machine._push(make())
+
+
+def _numbered(layout: str, act: Callable[[PickleMachine, int], None]) -> Handler:
+    """The handler of an opcode that a number follows: a value, a length or an index."""
+    if layout == "<B":
+        return lambda machine: act(machine, machine._window.byte())
+    form = struct.Struct(layout)
+    return lambda machine: act(machine, form.unpack(machine._window.take(form.size))[0])
 
 
 _on("NONE")(_constant(lambda: None))
@@ -341,3 +291,20 @@ _on("NEWFALSE")(_constant(lambda: False))
 _on("EMPTY_TUPLE")(_constant(tuple))
 _on("EMPTY_LIST", "EMPTY_SET")(_constant(list))
 _on("EMPTY_DICT")(_constant(dict))
+
+_on("BININT1")(_numbered("<B", PickleMachine._push))
+_on("BININT2")(_numbered("<H", PickleMachine._push))
+_on("BININT")(_numbered("<i", PickleMachine._push))
+_on("LONG1")(_numbered("<B", PickleMachine._integer))
+_on("SHORT_BINUNICODE", "SHORT_BINSTRING")(_numbered("<B", PickleMachine._text))
+_on("BINUNICODE", "BINSTRING")(_numbered("<I", PickleMachine._text))
+_on("BINUNICODE8")(_numbered("<Q", PickleMachine._text))
+_on("SHORT_BINBYTES")(_numbered("<B", PickleMachine._span))
+_on("BINBYTES")(_numbered("<I", PickleMachine._span))
+_on("BINBYTES8", "BYTEARRAY8")(_numbered("<Q", PickleMachine._span))
+_on("BINPUT")(_numbered("<B", PickleMachine._put))
+_on("LONG_BINPUT")(_numbered("<I", PickleMachine._put))
+_on("BINGET")(_numbered("<B", PickleMachine._get))
+_on("LONG_BINGET")(_numbered("<I", PickleMachine._get))
+_on("PROTO")(_numbered("<B", PickleMachine._protocol))
+_on("FRAME")(_numbered("<Q", PickleMachine._frame))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +104,27 @@ def count(value: object, what: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise Refused(f"{what} is not a count")
     return value
+
+
+def _ordered_dict(arguments: tuple[object, ...]) -> dict[object, object]:
+    if arguments:
+        raise Refused("an OrderedDict in it is not built as Python 3 does", NEVER_EXECUTED)
+    return {}
+
+
+#: Plain containers and values that any pickle may hold; the last are never looked at.
+PLAIN_NAMES: Mapping[str, object] = {
+    "collections OrderedDict": Builder(_ordered_dict),
+    **{
+        f"{module} {name}": Builder(Inert)
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset", "bytes", "bytearray", "complex")
+    },
+}
+
+
+def not_this_format(start: bytes, library: str) -> Refused:
+    """The error for a file that begins with these bytes."""
+    if start.startswith(b"version https://git-lfs"):
+        return Refused("it is a Git LFS pointer, not the file itself", "Fetch it with: git lfs pull")
+    return Refused(f"it is no file that {library} writes", "Check the path and the file's name.")

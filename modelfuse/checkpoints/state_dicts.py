@@ -13,7 +13,9 @@ _MAX_WRAPPERS = 4
 #: Parts of the names under which training programs keep what is not the model.
 _TRAINING_STATE = ("optim", "sched", "scaler", "rng_state")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", "output_layer", "vocab_projector", "lm_loss")
-_SAVE_ALONE = "Save the model's state dict alone, or convert it to safetensors with the library that wrote it."
+_SAVE_ALONE = (
+    "Save the model's state dict alone, or convert it to safetensors with the library that wrote it."
+)
 
 
 def find_state_dict(value: object, is_tensor: Callable[[object], bool]) -> dict[str, object]:
@@ -29,8 +31,8 @@ def find_state_dict(value: object, is_tensor: Callable[[object], bool]) -> dict[
     Raises:
         Refused: If there is no dict, or if tensors would be left out.
     """
-    seen: set[int] = set()
     for _ in range(_MAX_WRAPPERS):
+        seen: set[int] = set()
         if type(value) is not dict:
             raise Refused("it does not hold a dict of tensors", _SAVE_ALONE)
         direct = [name for name, item in value.items() if is_tensor(item)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from modelfuse.checkpoints.files import Buffer
+from modelfuse.checkpoints.files import Buffer, SourceFile
 from modelfuse.checkpoints.tensors import Reader, StoredTensor
 from modelfuse.dtypes import DType
 from modelfuse.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_PIECE = 1 << 20
+_TILE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +43,69 @@ class StridedTensor(StoredTensor):
     def open(self) -> Iterator[Reader]:
         """Open for reading; elements come out in row-major, little-endian order."""
         with self.file.open() as descriptor:
-            view = self._map(descriptor)
-            element = _element(self.dtype, "<")
+            yield _reader(self, _map(self, descriptor, self.offset, self.strides, self.big_endian))
 
-            def read(start: int, buffer: Buffer) -> None:
-                _copy(view, start, np.frombuffer(buffer, element))
 
-            yield read
+@dataclass(frozen=True, slots=True)
+class ReorderedTensor(StoredTensor):
+    """A tensor whose source cannot be mapped: copied to an unnamed temporary file while it is open.
 
-    def _map(self, descriptor: int) -> Array:
-        element = _element(self.dtype, ">" if self.big_endian else "<")
-        extent = extent_of(self.shape, self.strides) * element.itemsize
-        begin = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapped = mmap.mmap(
-                descriptor, self.offset + extent - begin, access=mmap.ACCESS_READ, offset=begin
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.file.path}: tensor {self.name!r} cannot be mapped: {error}") from error
-        storage = np.frombuffer(mapped, element, extent // element.itemsize, self.offset - begin)
-        kept = [(size, stride) for size, stride in zip(self.shape, self.strides, strict=True) if size > 1]
-        shape = tuple(size for size, _ in kept) or (1,)
-        strides = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
-        return as_strided(storage, shape, strides, writeable=False)
+    Attributes:
+        source: The same elements in the order in which they are stored.
+        strides: As of a StridedTensor, over the elements of ``source``.
+        big_endian: Whether ``source`` gives the bytes of each element most significant first.
+    """
+
+    source: StoredTensor
+    strides: tuple[int, ...]
+    big_endian: bool = False
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for reading; elements come out in row-major, little-endian order."""
+        with self.source.open() as read, tempfile.TemporaryFile() as copy:
+            piece = memoryview(bytearray(_PIECE // self.dtype.bytes * self.dtype.bytes))
+            try:
+                for begin in range(0, self.nbytes, len(piece)):
+                    part = piece[: self.nbytes - begin]
+                    read(begin // self.dtype.bytes, part)
+                    copy.write(part)
+                copy.flush()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.file.path}: tensor {self.name!r} needs a temporary copy: {error.strerror}",
+                    "Set TMPDIR to a folder with more room.",
+                ) from error
+            yield _reader(self, _map(self, copy.fileno(), 0, self.strides, self.big_endian))
+
+
+def _map(
+    tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int, ...], big_endian: bool
+) -> Array:
+    element = _element(tensor.dtype, ">" if big_endian else "<")
+    extent = extent_of(tensor.shape, strides)
+    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    length = offset - begin + extent * element.itemsize
+    try:
+        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=begin)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}"
+        ) from error
+    storage = np.frombuffer(mapped, element, extent, offset - begin)
+    kept = [(size, stride) for size, stride in zip(tensor.shape, strides, strict=True) if size > 1]
+    shape = tuple(size for size, _ in kept) or (1,)
+    steps = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
+    return as_strided(storage, shape, steps, writeable=False)
+
+
+def _reader(tensor: StoredTensor, view: Array) -> Reader:
+    element = _element(tensor.dtype, "<")
+
+    def read(start: int, buffer: Buffer) -> None:
+        _copy(view, start, np.frombuffer(buffer, element))
+
+    return read
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -73,10 +117,26 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether elements follow one another in row-major order; dimensions of size one do not matter."""
+def is_plain(dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...], big_endian: bool) -> bool:
+    """Whether elements lie in row-major, little-endian order; dimensions of size one do not matter."""
     wanted = row_major(shape)
-    return all(size == 1 or stride == want for size, stride, want in zip(shape, strides, wanted, strict=True))
+    ordered = all(size == 1 or step == want for size, step, want in zip(shape, strides, wanted, strict=True))
+    return ordered and (not big_endian or dtype.bytes == 1)
+
+
+def place(
+    name: str,
+    dtype: DType,
+    shape: tuple[int, ...],
+    file: SourceFile,
+    offset: int,
+    strides: tuple[int, ...],
+    big_endian: bool,
+) -> StoredTensor:
+    """A tensor of these strides at this offset: plain if it can be, otherwise a StridedTensor."""
+    if is_plain(dtype, shape, strides, big_endian):
+        return StoredTensor(name, dtype, shape, file, offset)
+    return StridedTensor(name, dtype, shape, file, offset, strides, big_endian)
 
 
 def extent_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -86,6 +146,13 @@ def extent_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     6
     """
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def reorder(content: bytes, tensor: StoredTensor, strides: tuple[int, ...], big_endian: bool) -> bytes:
+    """The bytes of a small tensor in row-major, little-endian order."""
+    elements = np.frombuffer(content, _element(tensor.dtype, ">" if big_endian else "<"))
+    steps = tuple(stride * elements.itemsize for stride in strides)
+    return as_strided(elements, tensor.shape, steps).astype(_element(tensor.dtype, "<")).tobytes()
 
 
 def _element(dtype: DType, order: str) -> np.dtype[Any]:
@@ -107,7 +174,16 @@ def _copy(view: Array, start: int, out: Array) -> None:
         row, out = row + 1, out[count:]
     rows = out.size // row_size
     if rows:
-        out[: rows * row_size].reshape(rows, *view.shape[1:])[...] = view[row : row + rows]
+        _copy_rows(view[row : row + rows], out[: rows * row_size].reshape(rows, *view.shape[1:]))
     rest = out[rows * row_size :]
     if rest.size:
         _copy(view[row + rows], 0, rest)
+
+
+def _copy_rows(view: Array, out: Array) -> None:
+    # Reading a transposed matrix along its rows touches a cache line for every element: narrow columns
+    # keep those lines in the cache until the next rows need them.
+    across = view.strides[-1] != view.itemsize and len(view) >= _TILE
+    width = _TILE if across else view.shape[-1]
+    for begin in range(0, view.shape[-1], width):
+        out[..., begin : begin + width] = view[..., begin : begin + width]

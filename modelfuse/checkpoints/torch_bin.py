@@ -6,28 +6,25 @@ in a plain stream. What torch writes is defined by its ``torch/serialization.py`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from modelfuse.checkpoints.files import SourceFile, read_exactly
+from modelfuse.checkpoints.files import SourceFile
 from modelfuse.checkpoints.pickle_bytes import Window
 from modelfuse.checkpoints.pickle_machine import PickleMachine
-from modelfuse.checkpoints.pickle_values import NEVER_EXECUTED, Builder, Inert, Refused, count, counts, naming
+from modelfuse.checkpoints.pickle_values import Refused, naming, not_this_format
 from modelfuse.checkpoints.state_dicts import find_state_dict, split_aliases
-from modelfuse.checkpoints.strided import StridedTensor, extent_of, is_row_major
+from modelfuse.checkpoints.strided import extent_of, place
 from modelfuse.checkpoints.tensors import StoredTensor
+from modelfuse.checkpoints.torch_values import KNOWN, Storage, TorchTensor, storage_of
 from modelfuse.checkpoints.zip_index import ZipIndex
-from modelfuse.dtypes import BY_NAME, BY_TORCH_NAME, DType
-from modelfuse.errors import CheckpointError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _MAX_TENSOR_BYTES = 2**48
 
-#: A storage's name and element type → where its bytes lie in the file: offset and count.
-Locate = Callable[["_Storage"], tuple[int, int]]
+#: Where the bytes of a storage lie in the file: offset and count.
+Locate = Callable[[Storage], tuple[int, int]]
 
 
 def read_torch(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -50,178 +47,80 @@ def read_torch(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             big_endian = False  # torch writes streams in little-endian order on any machine
         else:
             raise not_this_format(start, "torch")
-        entries = find_state_dict(value, lambda item: isinstance(item, _Tensor))
-        tensors = {name: item for name, item in entries.items() if isinstance(item, _Tensor)}
+        entries = find_state_dict(value, lambda item: isinstance(item, TorchTensor))
+        tensors = {name: item for name, item in entries.items() if isinstance(item, TorchTensor)}
         kept, aliases = split_aliases(tensors, lambda tensor: tensor if tensor.size else None)
-        return {name: _place(name, tensor, file, locate, big_endian) for name, tensor in kept.items()}, aliases
+        return {
+            name: _place(name, tensor, file, locate, big_endian) for name, tensor in kept.items()
+        }, aliases
 
 
-def not_this_format(start: bytes, library: str) -> Refused:
-    """The error for a file that begins with these bytes."""
-    if start.startswith(b"version https://git-lfs"):
-        return Refused("it is a Git LFS pointer, not the file itself", "Fetch it with: git lfs pull")
-    return Refused(f"it is no file that {library} writes", "Check the path and the file's name.")
+def _read_zip(file: SourceFile, descriptor: int) -> tuple[object, Locate, bool]:
+    """The value of an archive's pickle, where its storages are, and whether they are big-endian."""
+    index = ZipIndex(file, descriptor)
+    roots = [name.removesuffix("data.pkl") for name in index if name.endswith("/data.pkl")]
+    if len(roots) != 1 or f"{roots[0]}constants.pkl" in index:
+        what = "a TorchScript program" if roots else "a zip archive without a data.pkl"
+        raise Refused(f"it is {what}, not a checkpoint", "Save the model's state_dict() with torch.save.")
+    root = roots[0]
+    start, size = index.locate(f"{root}data.pkl")
+    machine = PickleMachine(Window(file, descriptor, start, start + size), KNOWN, storage_of)
+    order = index.read(f"{root}byteorder", 16) if f"{root}byteorder" in index else b"little"
+    if order not in (b"little", b"big"):
+        raise Refused(f"its byte order is {order!r}")
+    return machine.load(), lambda storage: index.locate(f"{root}data/{storage.key}"), order == b"big"
 
 
-@dataclass(frozen=True, slots=True)
-class _StorageType:
-    dtype: DType
+def _read_stream(file: SourceFile, descriptor: int) -> tuple[object, Locate]:
+    """The value of a stream, and where its storages are."""
+    window = Window(file, descriptor)
+    magic = PickleMachine(window, KNOWN).load()
+    if type(magic) is not int or magic != _MAGIC:
+        raise Refused("it is a pickle, but not one that torch.save wrote", "Check the file's name.")
+    version = PickleMachine(window, KNOWN).load()
+    if type(version) is not int or version != _PROTOCOL:
+        raise Refused("its stream has an unknown version")
+    PickleMachine(window, KNOWN).load()  # facts about the machine that wrote it
+    storages: dict[str, Storage] = {}
+
+    def remember(saved_id: object) -> Storage:
+        storage = storage_of(saved_id)
+        storages.setdefault(storage.key, storage)
+        return storage
+
+    value = PickleMachine(window, KNOWN, remember).load()
+    places = _walk_storages(window, storages)
+    return value, lambda storage: places[storage.key]
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    """A storage, or a view of it that starts ``start`` elements in."""
-
-    key: str
-    dtype: DType
-    size: int
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: DType
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
+def _walk_storages(window: Window, storages: dict[str, Storage]) -> dict[str, tuple[int, int]]:
+    keys = PickleMachine(window, KNOWN).load()
+    if type(keys) is not list or not all(type(key) is str for key in keys) or set(keys) != storages.keys():
+        raise Refused("its list of storages does not fit its tensors")
+    if len(keys) != len(storages):
+        raise Refused("its list of storages has duplicates")
+    places: dict[str, tuple[int, int]] = {}
+    for key in keys:
+        storage = storages[key]
+        size = int.from_bytes(window.take(8), "little", signed=True)
+        if size != storage.size:
+            raise Refused(f"storage {key!r} has {size:,} elements, its tensors say {storage.size:,}")
+        nbytes = storage.dtype.nbytes(size)
+        places[key] = window.skip(nbytes), nbytes
+    return places
 
 
-def _storage(saved_id: object) -> _Storage:
-    if type(saved_id) is not tuple or len(saved_id) not in (5, 6) or saved_id[0] != "storage":
-        whole = type(saved_id) is tuple and saved_id[:1] == ("module",)
-        raise Refused(
-            "it holds a whole pickled module" if whole else "it has a persistent id that is no storage",
-            "Save the module's state_dict() instead.",
-        )
-    kind, key, size = saved_id[1], saved_id[2], count(saved_id[4], "the size of a storage")
-    if not isinstance(kind, _StorageType) or type(key) is not str:
-        raise Refused("a storage in it has no type or no key")
-    view = saved_id[5] if len(saved_id) == 6 else None
-    start = 0
-    if view is not None:
-        if type(view) is not tuple or len(view) != 3:
-            raise Refused(f"the view of storage {key!r} is malformed")
-        start = count(view[1], "the start of a view")
-    return _Storage(key, kind.dtype, size, start)
-
-
-def _rebuild_tensor(arguments: tuple[object, ...]) -> _Tensor:
-    """``(storage, offset, shape, strides)``, then requires_grad, hooks, and perhaps metadata."""
-    if not 4 <= len(arguments) <= 7:
-        raise Refused(f"a tensor in it has {len(arguments)} arguments")
-    storage = arguments[0]
-    if not isinstance(storage, _Storage):
-        raise Refused("a tensor in it has no storage")
-    if len(arguments) == 7:
-        _check_metadata(arguments[6])
-    return _tensor(storage, arguments, storage.dtype)
-
-
-def _rebuild_tensor_v3(arguments: tuple[object, ...]) -> _Tensor:
-    """As before, but with the element type after the hooks, since the storage has none."""
-    if not 7 <= len(arguments) <= 8:
-        raise Refused(f"a tensor in it has {len(arguments)} arguments")
-    storage, dtype = arguments[0], arguments[6]
-    if not isinstance(storage, _Storage) or not isinstance(dtype, DType):
-        raise Refused("a tensor in it has no storage or no type")
-    if len(arguments) == 8:
-        _check_metadata(arguments[7])
-    return _tensor(storage, arguments, dtype)
-
-
-def _tensor(storage: _Storage, arguments: tuple[object, ...], dtype: DType) -> _Tensor:
-    shape = counts(arguments[2], "the shape of a tensor")
-    strides = counts(arguments[3], "the strides of a tensor")
-    if len(shape) != len(strides):
-        raise Refused(f"a tensor of {len(shape)} dimensions has {len(strides)} strides")
-    return _Tensor(storage, count(arguments[1], "the offset of a tensor"), shape, strides, dtype)
-
-
-def _check_metadata(metadata: object) -> None:
-    """Refuse tensors whose stored values are to be negated or conjugated when loaded."""
-    if not isinstance(metadata, dict) or len(metadata) > 8 or any(metadata.values()):
-        raise Refused(
-            "a tensor in it is a negated or conjugated view",
-            "Load it with torch, call resolve_neg() and resolve_conj() on its tensors, and save it again.",
-        )
-
-
-def _rebuild_parameter(arguments: tuple[object, ...]) -> _Tensor:
-    if not arguments or not isinstance(arguments[0], _Tensor):
-        raise Refused("a parameter in it has no tensor")
-    return arguments[0]
-
-
-def _size(arguments: tuple[object, ...]) -> tuple[int, ...]:
-    return counts(arguments[0] if arguments else (), "a torch.Size")
-
-
-def _ordered_dict(arguments: tuple[object, ...]) -> dict[object, object]:
-    if arguments:
-        raise Refused("an OrderedDict in it is not built as Python 3 does", NEVER_EXECUTED)
-    return {}
-
-
-_BUILD_TENSOR = Builder(_rebuild_tensor)
-_BUILD_TENSOR_V3 = Builder(_rebuild_tensor_v3)
-_BUILD_PARAMETER = Builder(_rebuild_parameter)
-
-
-def _rebuild_from_type(arguments: tuple[object, ...]) -> _Tensor:
-    """``(function, type, arguments, attributes)``: a tensor that somebody has given attributes."""
-    if len(arguments) != 4 or type(arguments[2]) is not tuple:
-        raise Refused("a tensor in it is malformed")
-    # Not any builder: one that calls builders in turn could be nested without end.
-    for builder, rebuild in (
-        (_BUILD_TENSOR, _rebuild_tensor),
-        (_BUILD_TENSOR_V3, _rebuild_tensor_v3),
-        (_BUILD_PARAMETER, _rebuild_parameter),
-    ):
-        if arguments[0] is builder:
-            return rebuild(arguments[2])
-    raise Refused("a tensor in it is rebuilt in an unknown way", NEVER_EXECUTED)
-
-
-_STORAGE_TYPES = {
-    "Double": "float64",
-    "Float": "float32",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "Bool": "bool",
-    "ComplexFloat": "complex64",
-    "Untyped": "uint8",
-}
-
-#: All that a torch checkpoint may name. Names without a Builder stand for themselves.
-_KNOWN: Mapping[str, object] = {
-    "torch._utils _rebuild_tensor": _BUILD_TENSOR,
-    "torch._utils _rebuild_tensor_v2": _BUILD_TENSOR,
-    "torch._utils _rebuild_tensor_v3": _BUILD_TENSOR_V3,
-    "torch._utils _rebuild_parameter": _BUILD_PARAMETER,
-    "torch._utils _rebuild_parameter_with_state": _BUILD_PARAMETER,
-    "torch._tensor _rebuild_from_type_v2": Builder(_rebuild_from_type),
-    "torch Tensor": Inert(),
-    "torch._tensor Tensor": Inert(),
-    "torch.nn.parameter Parameter": Inert(),
-    "torch.nn.parameter Buffer": Inert(),
-    "collections OrderedDict": Builder(_ordered_dict),
-    "torch Size": Builder(_size),
-    "torch device": Builder(lambda arguments: Inert(*arguments)),
-    "argparse Namespace": Builder(lambda arguments: Inert(*arguments)),
-    **{
-        f"{module} {name}Storage": _StorageType(BY_TORCH_NAME[dtype])
-        for module in ("torch", "torch.cuda", "torch.storage")
-        for name, dtype in _STORAGE_TYPES.items()
-    },
-    **{f"torch {name}": dtype for name, dtype in BY_TORCH_NAME.items()},
-}
+def _place(
+    name: str, tensor: TorchTensor, file: SourceFile, locate: Locate, big_endian: bool
+) -> StoredTensor:
+    dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
+    if tensor.size == 0:
+        return StoredTensor(name, dtype, shape, file, 0)
+    if dtype.nbytes(tensor.size) > _MAX_TENSOR_BYTES:
+        raise Refused(f"tensor {name!r} claims the shape {shape}, too large for any tensor")
+    start, available = locate(tensor.storage)
+    first = tensor.storage.dtype.nbytes(tensor.storage.start) + dtype.nbytes(tensor.offset)
+    end = first + dtype.nbytes(extent_of(shape, strides))
+    if max(end, tensor.storage.dtype.nbytes(tensor.storage.size)) > available:
+        raise Refused(f"tensor {name!r} reaches beyond its storage of {available:,} bytes (truncated?)")
+    return place(name, dtype, shape, file, start + first, strides, big_endian)

@@ -32,12 +32,17 @@ NO_SPARSIFIER, TRIM, DARE, MAGPRUNE = 0, 1, 2, 3
 #: Merge codes.
 LINEAR, TIES_SUM, TIES_COUNT = 0, 1, 2
 
-#: Magnitudes are tallied by their leading bits: sign dropped, exponent and first mantissa bits kept.
-BINS = 1 << 19
+#: Magnitudes are tallied by 19 leading bits (sign dropped, exponent and first mantissa bits) and a sticky bit: whether
+#: any of the bits that remain is set. Differences of bfloat16 models rarely have any, so their bins hold one value.
+BINS = 1 << 20
 DIGIT_BITS = 12
 DIGITS = 1 << DIGIT_BITS
-#: A float32 tally packs the count above the sum of the remaining 12 bits; a span stays below 2²⁴ elements.
+#: A float32 tally packs the count above the sum of the remaining 12 bits; a span stays below 2²³ elements.
 COUNT_SHIFT = 40
+#: Neighbouring elements go to different copies of the table: equal ones in a row would wait for each other.
+COPIES = 2
+#: Common values are multiples of a power of two; folding high bits into the low ones spreads their bins over the cache.
+FOLD = 6
 
 Array = np.ndarray[Any, Any]
 
@@ -179,26 +184,32 @@ def uniform(key: Any, first: int, count: int, out: Array) -> None:
 
 
 @_jit
+def _magnitude_bits(x: Array, i: int) -> Any:
+    """The bits of |x[i]|, which sort as the magnitudes do."""
+    if x.itemsize == 4:
+        return np.uint64(x.view(np.uint32)[i] & 0x7FFFFFFF)
+    return np.uint64(x.view(np.uint64)[i] & np.uint64(0x7FFFFFFFFFFFFFFF))
+
+
+@_jit
+def _bin(bits: Any, shift: int) -> Any:
+    """Leading bits and sticky bit of a magnitude."""
+    rest = bits & np.uint64((1 << shift) - 1)
+    return (bits >> np.uint64(shift) << np.uint64(1)) + np.uint64(rest != 0)
+
+
+@_jit
 def _keep_probabilities(
     x: Array, count: int, shift: int, first_bin: int, table: Array, subtables: Array, out: Array
 ) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
-    if x.itemsize == 4:
-        singles = x.view(np.uint32)
-        for i in range(count):
-            bits = np.int64(singles[i] & 0x7FFFFFFF)
-            p = table[(bits >> shift) - first_bin]
-            if p < 0:
-                p = subtables[np.int64(-p) - 1, (bits >> (shift - DIGIT_BITS)) & (DIGITS - 1)]
-            out[i] = p
-    else:
-        doubles = x.view(np.uint64)
-        for i in range(count):
-            bits = np.int64(doubles[i] & 0x7FFFFFFFFFFFFFFF)
-            p = table[(bits >> shift) - first_bin]
-            if p < 0:
-                p = subtables[np.int64(-p) - 1, (bits >> (shift - DIGIT_BITS)) & (DIGITS - 1)]
-            out[i] = p
+    for i in range(count):
+        place = _bin(_magnitude_bits(x, i), shift) - np.uint64(first_bin - 1)
+        out[i] = table[place if x[i] != 0 else np.uint64(0)]
+    for i in range(count):
+        if out[i] < 0:
+            digit = (_magnitude_bits(x, i) >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
+            out[i] = subtables[np.int64(-out[i]) - 1, digit]
 
 
 @_jit
@@ -398,39 +409,46 @@ def tally(
     count: int,
     x: Array,
     bad: Array,
+    bins: Array,
     shift: int,
     tables: Array,
     extremes: Array,
 ) -> None:
-    """Tally magnitudes by their leading bits.
+    """Tally magnitudes by their leading bits and sticky bit.
 
-    ``tables[model]`` holds a packed row for float32, or rows of counts and of the low and high 22 remaining
-    bits' sums for float64; ``extremes[model]`` the least and the greatest bits seen.
+    ``tables[model]`` is indexed by folded bins. For float32 it has two packed copies; for float64 counts, and the
+    sums of the low 22 remaining bits and of the others. ``extremes[model]`` are the least bits
+    above zero, less one, and the greatest.
     """
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)
         _load(raws, codes, models, has_base, start, size, x, bad)
         for model in range(models):
+            table = tables[model]
             least, greatest = extremes[model, 0], extremes[model, 1]
-            if x.itemsize == 4:
-                singles, packed = x[model].view(np.uint32), tables[model, 0]
-                for i in range(size):
-                    bits = np.uint64(singles[i] & 0x7FFFFFFF)
-                    least, greatest = min(least, bits), max(greatest, bits)
-                for i in range(size):
-                    bits = np.uint64(singles[i] & 0x7FFFFFFF)
-                    packed[bits >> np.uint64(DIGIT_BITS)] += np.uint64(1 << COUNT_SHIFT) + (bits & np.uint64(0xFFF))
-            else:
-                doubles, table = x[model].view(np.uint64), tables[model]
-                rest = np.uint64((1 << shift) - 1)
-                for i in range(size):
-                    bits = doubles[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
-                    least, greatest = min(least, bits), max(greatest, bits)
-                    row = bits >> np.uint64(shift)
-                    table[0, row] += np.uint64(1)
-                    table[1, row] += bits & rest & np.uint64(0x3FFFFF)
-                    table[2, row] += (bits & rest) >> np.uint64(22)
+            for i in range(size):
+                bits = _magnitude_bits(x[model], i)
+                # A zero wraps around to the greatest integer: its bin is known, and far from the others.
+                least, greatest = min(least, bits - np.uint64(1)), max(greatest, bits)
             extremes[model, 0], extremes[model, 1] = least, greatest
+            for i in range(size):
+                number = np.uint32(_bin(_magnitude_bits(x[model], i), shift))
+                bins[i] = number ^ (number >> np.uint32(FOLD))
+            if x.itemsize == 4:
+                for i in range(size):
+                    rest = _magnitude_bits(x[model], i) & np.uint64(DIGITS - 1)
+                    table[bins[i], i & (COPIES - 1)] += np.uint64(1 << COUNT_SHIFT) + rest
+            else:
+                for i in range(size):
+                    _count(_magnitude_bits(x[model], i), shift, table[bins[i]])
+
+
+@_jit
+def _count(bits: Any, shift: int, entry: Array) -> None:
+    rest = bits & np.uint64((1 << shift) - 1)
+    entry[0] += np.uint64(1)
+    entry[1] += rest & np.uint64(0x3FFFFF)
+    entry[2] += rest >> np.uint64(22)
 
 
 @_jit
@@ -444,48 +462,23 @@ def tally_within(
     bad: Array,
     parent_shift: int,
     shift: int,
-    prefixes: Array,
-    owners: Array,
+    first: int,
+    slots: Array,
     tables: Array,
 ) -> None:
     """Tally the next digits of the magnitudes that lie in chosen bins.
 
-    ``prefixes`` are the bins' leading bits, sorted within the ``owners[model]`` to ``owners[model + 1]`` of each
-    model; ``tables[slot]`` receives counts and the sums of the low and high 22 remaining bits for every digit.
+    ``slots[model]`` gives, for the leading bits from ``first`` on, the row of ``tables`` or −1; a row holds, for every
+    digit, a count and the sums of the low 22 remaining bits and of the others.
     """
+    width = np.uint64(slots.shape[1])
+    mask = np.uint64((1 << (parent_shift - shift)) - 1)
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)
         _load(raws, codes, models, has_base, start, size, x, bad)
         for model in range(models):
-            begin, end = owners[model], owners[model + 1]
-            if end - begin == 1:
-                prefix = prefixes[begin]
-                for i in range(size):
-                    bits = _magnitude_bits(x[model], i)
-                    if bits >> np.uint64(parent_shift) == prefix:
-                        _count_digit(bits, parent_shift, shift, tables[begin])
-            elif end > begin:
-                mine = prefixes[begin:end]
-                for i in range(size):
-                    bits = _magnitude_bits(x[model], i)
-                    prefix = bits >> np.uint64(parent_shift)
-                    slot = np.searchsorted(mine, prefix)
-                    if slot < mine.size and mine[slot] == prefix:
-                        _count_digit(bits, parent_shift, shift, tables[begin + slot])
-
-
-@_jit
-def _magnitude_bits(x: Array, i: int) -> Any:
-    """The bits of |x[i]|, which sort as the magnitudes do."""
-    if x.itemsize == 4:
-        return np.uint64(x.view(np.uint32)[i] & 0x7FFFFFFF)
-    return np.uint64(x.view(np.uint64)[i] & np.uint64(0x7FFFFFFFFFFFFFFF))
-
-
-@_jit
-def _count_digit(bits: Any, parent_shift: int, shift: int, table: Array) -> None:
-    digit = (bits >> np.uint64(shift)) & np.uint64((1 << (parent_shift - shift)) - 1)
-    rest = bits & np.uint64((1 << shift) - 1)
-    table[0, digit] += np.uint64(1)
-    table[1, digit] += rest & np.uint64(0x3FFFFF)
-    table[2, digit] += rest >> np.uint64(22)
+            for i in range(size):
+                bits = _magnitude_bits(x[model], i)
+                place = (bits >> np.uint64(parent_shift)) - np.uint64(first)
+                if place < width and slots[model, place] >= 0:
+                    _count(bits, shift, tables[slots[model, place], (bits >> np.uint64(shift)) & mask])

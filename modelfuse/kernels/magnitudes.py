@@ -8,7 +8,6 @@ again by its next digits. All sums are integers, so neither slices nor workers c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +33,14 @@ class Layout:
         mantissa: Stored mantissa bits.
         least: The power of two of the smallest subnormal, negated.
         shift: The bits that remain below a first tally's bins.
+        infinite: The exponent bits of infinities and NaN.
     """
 
     dtype: str
     mantissa: int
     least: int
     shift: int
+    infinite: int
 
     def value(self, bits: int) -> float:
         """The float with these bits."""
@@ -53,66 +54,68 @@ class Layout:
             return math.inf
 
 
-LAYOUTS = {"float32": Layout("float32", 23, 149, 12), "float64": Layout("float64", 52, 1074, 44)}
+LAYOUTS = {"float32": Layout("float32", 23, 149, 12, 255), "float64": Layout("float64", 52, 1074, 44, 2047)}
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Magnitudes that share their leading bits, counted by the digits that follow.
+    """Magnitudes counted by their leading bits: the bins that hold any, ascending.
 
     Attributes:
         layout: How to read the bits.
-        prefix: The bits before the digit.
-        first: The digit of the first bin.
-        shift: The number of bits after the digit.
-        table: uint64, shape (3, bins): counts, and the sums of the remaining bits' low 22 and of the others.
-        prefix_bits: The digit's width.
+        shift: The number of bits that remain after the leading ones.
+        numbers: uint64, shape (bins,): the leading bits, followed by the sticky bit if there is one.
+        table: uint64, shape (bins, 3): counts, and the sums of the remaining bits' low 22 and of the others.
+        sticky: Whether a bin's number ends with a bit that says if any of the remaining bits is set.
     """
 
     layout: Layout
-    prefix: int
-    first: int
     shift: int
+    numbers: Counts
     table: Counts
-    prefix_bits: int = DIGIT_BITS
+    sticky: bool = False
 
-    def bits(self, index: int) -> int:
-        """The leading bits of a bin, up to and with its digit."""
-        return (self.prefix << self.prefix_bits) + self.first + index
+    @property
+    def counts(self) -> Counts:
+        """uint64, shape (bins,): how many magnitudes are in each bin."""
+        return self.table[:, 0]
 
-    def size(self) -> int:
-        """How many magnitudes were tallied."""
-        return int(self.table[0].sum())
+    def leading(self, index: int) -> int:
+        """The leading bits of a bin."""
+        return int(self.numbers[index]) >> self.sticky
 
     def is_single(self, index: int) -> bool:
         """Whether all magnitudes in a bin are known to be equal: no bits remain, or none is set."""
-        return self.shift == 0 or not self.table[1:, index].any()
+        return self.shift == 0 or not self.table[index, 1:].any()
 
     def find(self, rank: int) -> tuple[int, int]:
-        """The bin that holds the magnitude of this ascending rank, and the rank within it."""
-        below = np.cumsum(self.table[0])
-        index = int(np.searchsorted(below, np.uint64(rank), side="right"))
-        return index, rank - (int(below[index - 1]) if index else 0)
+        """The bin that holds the magnitude of this ascending rank, and the rank among those that share its leading bits.
 
-    def units(self, start: int) -> int | None:
-        """The exact sum of the magnitudes in the bins from ``start`` on, in smallest subnormals.
+        These include the smaller ones in the bin without sticky bit.
+        """
+        below = np.cumsum(self.counts)
+        index = int(np.searchsorted(below, np.uint64(rank), side="right"))
+        start = index
+        while start and self.leading(start - 1) == self.leading(index):
+            start -= 1
+        return index, rank - (int(below[start - 1]) if start else 0)
+
+    def units(self, start: int, stop: int | None = None) -> int | None:
+        """The exact sum of the magnitudes in the bins ``start`` to ``stop``, in smallest subnormals.
 
         None if any is not finite.
         """
-        indices = start + np.flatnonzero(self.table[0, start:])
-        if not indices.size:
-            return 0
-        leading = np.uint64(self.bits(0)) + indices.astype(np.uint64)
+        leading = self.numbers[start:stop] >> np.uint64(self.sticky)
         width = np.uint64(self.layout.mantissa - self.shift)
         exponents = leading >> width
-        if int(exponents[-1]) == (255 if self.layout.mantissa == 23 else 2047):
+        if exponents.size and int(exponents[-1]) == self.layout.infinite:
             return None
         hidden = np.where(exponents > 0, np.uint64(1) << width, np.uint64(0))
         mantissas = (leading & ((np.uint64(1) << width) - np.uint64(1))) | hidden
         total = 0
         for exponent in np.unique(exponents):
             here = exponents == exponent
-            counts, low, high = self.table[:, indices[here]]
+            counts, low, high = self.table[start:stop][here].T
             units = _dot(counts, mantissas[here]) << self.shift
             units += int(low.sum()) + (int(high.sum()) << LOW_BITS)
             total += units << max(int(exponent) - 1, 0)
@@ -135,33 +138,28 @@ class TrimSearch:
     """
 
     def __init__(self, tally: Tally, reserve_p: float) -> None:
+        self._layout = tally.layout
         self._all = tally.units(0)
-        self._above: int | None = 0
-        self._rank = kept_from(tally.size(), reserve_p)
+        self._kept: int | None = 0
+        self._rank = kept_from(int(tally.counts.sum()), reserve_p)
         self.threshold: float | None = None
-        self.prefix = 0
-        self.parent_shift = 0
         self.narrow(tally)
 
     def narrow(self, tally: Tally) -> None:
-        """Go on with the tally of the bin ``prefix``."""
+        """Go on with the tally of the magnitudes whose leading bits are ``prefix``."""
         index, self._rank = tally.find(self._rank)
-        self.prefix, self.parent_shift = tally.bits(index), tally.shift
-        if tally.is_single(index):
-            self._add(tally.units(index))
-            self.threshold = tally.layout.value(self.prefix << tally.shift)
-            self._layout = tally.layout
-        else:
-            self._add(tally.units(index + 1))
-
-    def _add(self, units: int | None) -> None:
-        self._above = None if units is None or self._above is None else self._above + units
+        self.prefix, self.parent_shift = tally.leading(index), tally.shift
+        single = tally.is_single(index)
+        units = tally.units(index if single else index + 1)
+        self._kept = None if units is None or self._kept is None else self._kept + units
+        if single:
+            self.threshold = self._layout.value(self.prefix << tally.shift)
 
     def factor(self) -> float:
         """The factor that restores the sum of magnitudes."""
-        if self._all is None or self._above is None:
+        if self._all is None or self._kept is None:
             return 1.0
-        return scale(self._layout.amount(self._all), self._layout.amount(self._above))
+        return scale(self._layout.amount(self._all), self._layout.amount(self._kept))
 
 
 class RankTable:
@@ -175,37 +173,37 @@ class RankTable:
 
     def __init__(self, tally: Tally, reserve_p: float, epsilon: float) -> None:
         self._tally, self._reserve_p, self._epsilon = tally, reserve_p, epsilon
-        self._size = tally.size()
-        counts = tally.table[0]
-        self._larger = self._size - np.cumsum(counts).astype(np.float64)
-        self.active = bool(counts[1:].any() or tally.first > 0 or tally.table[1:].any())
-        heavy = counts.astype(np.float64) * epsilon > PROBABILITY_ERROR * self._size
-        self._heavy = np.flatnonzero(heavy & tally.table[1:].any(axis=0)) if self.active else np.array([], np.int64)
+        self._size = int(tally.counts.sum())
+        self._larger = self._size - np.cumsum(tally.counts).astype(np.float64)
+        self.active = bool(tally.numbers[-1])
+        heavy = tally.counts.astype(np.float64) * epsilon > PROBABILITY_ERROR * self._size
+        self._heavy = np.flatnonzero(heavy & tally.table[:, 1:].any(axis=1))
+        #: The number of the bin after the table's first entry, which is for zeros.
+        self.first_bin = max(int(tally.numbers[1 if tally.numbers.size > 1 and not tally.numbers[0] else 0]), 1)
 
-    @property
-    def first_bin(self) -> int:
-        """The leading bits of the table's first entry."""
-        return self._tally.first
-
-    def prefixes(self) -> Iterator[int]:
-        """The bins to tally again, ascending."""
-        return (self._tally.bits(int(index)) for index in self._heavy)
+    def prefixes(self) -> list[int]:
+        """The leading bits to tally again, ascending."""
+        return [self._tally.leading(int(index)) for index in self._heavy]
 
     def table(self, first_slot: int) -> np.ndarray[Any, Any]:
-        """Probabilities by bin; −(slot + 1) where a subtable says more."""
-        table = self._keep(self._larger, self._tally.table[0])
-        table[self._heavy] = -1.0 - first_slot - np.arange(self._heavy.size)
+        """Probabilities for zeros, then by bin; −(slot + 1) where a subtable says more."""
+        keep = self._keep(self._larger, self._tally.counts)
+        keep[self._heavy] = -1.0 - first_slot - np.arange(self._heavy.size)
+        numbers = self._tally.numbers.astype(np.int64)
+        table = np.ones(max(int(numbers[-1]) - self.first_bin, 0) + 2)
+        table[np.maximum(numbers - self.first_bin + 1, 0)] = keep
         return table
 
     def subtables(self, tallies: list[Tally]) -> list[np.ndarray[Any, Any]]:
         """Probabilities by digit for each bin that was tallied again."""
         tables = []
         for index, tally in zip(self._heavy, tallies, strict=True):
-            counts = tally.table[0]
-            larger = self._larger[index] + counts.sum() - np.cumsum(counts)
-            tables.append(self._keep(larger, counts))
+            larger = self._larger[index] + tally.counts.sum() - np.cumsum(tally.counts)
+            table = np.ones(1 << DIGIT_BITS)
+            table[tally.numbers & np.uint64((1 << DIGIT_BITS) - 1)] = self._keep(larger, tally.counts)
+            tables.append(table)
         return tables
 
     def _keep(self, larger: np.ndarray[Any, Any], counts: Counts) -> np.ndarray[Any, Any]:
-        ranks = larger + np.maximum(counts.astype(np.float64) - 1, 0) / 2
+        ranks = larger + (counts.astype(np.float64) - 1) / 2
         return keep_probability(ranks, self._size, self._reserve_p, self._epsilon)

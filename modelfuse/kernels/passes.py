@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +124,7 @@ def _measure_magprune(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
     tallies = yield from _tally_all(work)
     method = work.method
     ranks = [RankTable(tally, method.reserve_p, method.epsilon) for tally in tallies]
-    prefixes = [list(rank.prefixes()) for rank in ranks]
+    prefixes = [rank.prefixes() for rank in ranks]
     found: list[Tally] = []
     if any(prefixes):
         found = yield from _tally_within(work, prefixes, LAYOUTS[work.compute].shift)
@@ -139,15 +139,16 @@ def _measure_magprune(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
 def _tally_all(work: Work) -> Generator[Pass, list[Any], list[Tally]]:
     layout = LAYOUTS[work.compute]
     spans = yield TallyAll(work, layout)
-    tallies = []
-    for parts in zip(*spans, strict=True):
-        first = min(first for first, _ in parts)
-        last = max(first + table.shape[1] for first, table in parts)
-        table = np.zeros((3, last - first), np.uint64)
-        for start, part in parts:
-            table[:, start - first : start - first + part.shape[1]] += part
-        tallies.append(Tally(layout, 0, first, layout.shift, table))
-    return tallies
+    return [_add_up(layout, parts) for parts in zip(*spans, strict=True)]
+
+
+def _add_up(layout: Layout, parts: Sequence[tuple[Array, Array]]) -> Tally:
+    """One tally of several spans'."""
+    numbers = np.unique(np.concatenate([numbers for numbers, _ in parts]))
+    table = np.zeros((numbers.size, 3), np.uint64)
+    for own, part in parts:
+        table[np.searchsorted(numbers, own)] += part
+    return Tally(layout, layout.shift, numbers, table, sticky=True)
 
 
 def _tally_within(
@@ -155,12 +156,13 @@ def _tally_within(
 ) -> Generator[Pass, list[Any], list[Tally]]:
     shift = max(parent_shift - DIGIT_BITS, 0)
     spans = yield TallyWithin(work, prefixes, parent_shift, shift)
-    table = np.sum(spans, axis=0, dtype=np.uint64)
-    flat = [prefix for own in prefixes for prefix in own]
-    width = parent_shift - shift
-    return [
-        Tally(LAYOUTS[work.compute], prefix, 0, shift, table[slot], width) for slot, prefix in enumerate(flat)
-    ]
+    tables = np.sum(spans, axis=0, dtype=np.uint64)
+    tallies = []
+    for prefix, table in zip((prefix for own in prefixes for prefix in own), tables, strict=True):
+        digits = np.flatnonzero(table[:, 0])
+        numbers = np.uint64(prefix << (parent_shift - shift)) + digits.astype(np.uint64)
+        tallies.append(Tally(LAYOUTS[work.compute], shift, numbers, table[digits]))
+    return tallies
 
 
 @dataclass
@@ -239,62 +241,68 @@ class DotProducts:
 
 
 class TallyAll:
-    """The pass that tallies all magnitudes; finds, for each model, the first bin and the table from there on."""
+    """The pass that tallies all magnitudes; finds, for each model, the numbers of the bins that hold any, and their rows."""
 
     writes = False
 
     def __init__(self, work: Work, layout: Layout) -> None:
         self._work, self._layout = work, layout
-        self._rows = 1 if work.compute == "float32" else 3
+        self._columns = cpu.COPIES if work.compute == "float32" else 3
 
     def start(self) -> Blocks:
         state = Blocks.of(self._work)
         extremes = np.zeros((self._work.models, 2), np.uint64)
         extremes[:, 0] = _NOTHING
-        state.result = np.zeros((self._work.models, self._rows, cpu.BINS), np.uint64), extremes
+        tables = np.zeros((self._work.models, cpu.BINS, self._columns), np.uint64)
+        state.result = np.empty(cpu.BLOCK, np.uint32), self._layout.shift, tables, extremes
         return state
 
     def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         work = self._work
-        cpu.tally(
-            raws, state.codes, work.models, work.has_base, count, state.x, state.bad,
-            self._layout.shift, *state.result,
-        )  # fmt: skip
+        cpu.tally(raws, state.codes, work.models, work.has_base, count, state.x, state.bad, *state.result)
 
-    def finish(self, state: Blocks) -> list[tuple[int, Array]]:
-        tables, extremes = state.result
+    def finish(self, state: Blocks) -> list[tuple[Array, Array]]:
+        *_, tables, extremes = state.result
         return [self._unpack(table, extreme) for table, extreme in zip(tables, extremes, strict=True)]
 
-    def _unpack(self, table: Array, extreme: Array) -> tuple[int, Array]:
-        least, greatest = (int(bits) >> self._layout.shift for bits in extreme)
-        used = table[:, least : greatest + 1]
-        if self._rows == 3:
-            return least, used.copy()
-        counts = used[0] >> np.uint64(cpu.COUNT_SHIFT)
-        rest = used[0] & np.uint64((1 << cpu.COUNT_SHIFT) - 1)
-        return least, np.stack([counts, rest, np.zeros_like(rest)])
+    def _unpack(self, table: Array, extreme: Array) -> tuple[Array, Array]:
+        least, greatest = ((int(bits) >> self._layout.shift << 1) + sticky for sticky, bits in enumerate(extreme))
+        bins = np.arange(max(least, 1), greatest + 1, dtype=np.uint32)
+        bins = np.concatenate([np.zeros(1, np.uint32), bins])
+        used = table[bins ^ (bins >> np.uint32(cpu.FOLD))]
+        if self._columns != 3:
+            packed = used.sum(axis=1, dtype=np.uint64)
+            rest = packed & np.uint64((1 << cpu.COUNT_SHIFT) - 1)
+            used = np.stack([packed >> np.uint64(cpu.COUNT_SHIFT), rest, np.zeros_like(rest)], axis=1)
+        filled = np.flatnonzero(used[:, 0])
+        return bins[filled].astype(np.uint64), used[filled]
 
 
 class TallyWithin:
-    """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (slots, 3, 4096)."""
+    """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (slots, 4096, 3)."""
 
     writes = False
 
     def __init__(self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int) -> None:
         self._work, self._shifts = work, (parent_shift, shift)
-        self._owners = np.cumsum([0, *map(len, prefixes)])
-        self._prefixes = np.array([prefix for own in prefixes for prefix in own], np.uint64)
+        flat = [prefix for own in prefixes for prefix in own]
+        self._first, self._rows = min(flat), len(flat)
+        self._slots = np.full((work.models, max(flat) - self._first + 1), -1, np.int32)
+        row = 0
+        for model, own in enumerate(prefixes):
+            self._slots[model, np.array(own, np.int64) - self._first] = np.arange(row, row + len(own))
+            row += len(own)
 
     def start(self) -> Blocks:
         state = Blocks.of(self._work)
-        state.result = np.zeros((self._prefixes.size, 3, cpu.DIGITS), np.uint64)
+        state.result = np.zeros((self._rows, cpu.DIGITS, 3), np.uint64)
         return state
 
     def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         work = self._work
         cpu.tally_within(
             raws, state.codes, work.models, work.has_base, count, state.x, state.bad,
-            *self._shifts, self._prefixes, self._owners, state.result,
+            *self._shifts, self._first, self._slots, state.result,
         )  # fmt: skip
 
     def finish(self, state: Blocks) -> Array:

@@ -1,0 +1,123 @@
+"""How fast the compiled kernels are by themselves, without files.
+
+    python benchmarks/kernels.py --elements 16 --threads 1 2
+
+Each method's passes walk one tensor, slice by slice, on as many threads as asked for. The stored bytes
+lie in a buffer of one slice for each thread, as they do in a merge once they are read; every slice sees
+the same ones. Bytes a second are those of a copy: each source's once and the result's once, however many
+passes a method makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from works import WORKS
+from works import Work as Merge
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from modelfuse.dtypes import BF16, F16, F32, F64, DType
+from modelfuse.kernels import Bytes, Pass, Work
+from modelfuse.kernels.passes import merge_procedure
+from modelfuse.methods import MERGE_METHODS, Method
+
+DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}
+SLICE = 1 << 17
+#: A span's float32 tally counts fewer than 2²⁴ elements.
+SPAN = 1 << 22
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Time the methods and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=WORKS, default=list(WORKS), metavar="METHOD")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--elements", type=int, default=16, help="in units of 2²⁰ (16)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args(words)
+    title = f"kernels alone, {options.elements} Mi elements, {options.dtype}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("method", "threads", "GB/s", "ms", "ms by pass"):
+        table.add_column(heading, justify="left" if heading in ("method", "ms by pass") else "right")
+    for name in options.methods:
+        work = _work(WORKS[name], options.elements << 20, DTYPES[options.dtype])
+        for threads in options.threads:
+            _time(work, 1)
+            times = [_time(work, threads) for _ in range(options.repeat)]
+            # Whole runs are compared, so that the passes add up.
+            best = min(times, key=lambda each: sum(each.values()))
+            seconds = sum(best.values())
+            size = work.size * (len(work.sources) + 1) * work.out.bytes
+            passes = ", ".join(f"{each} {1000 * took:.1f}" for each, took in best.items())
+            table.add_row(name, str(threads), f"{size / 1e9 / seconds:.1f}", f"{1000 * seconds:.1f}", passes)
+    Console().print(table)
+
+
+def _work(merge: Merge, size: int, dtype: DType) -> Work:
+    sparsify_type, merge_type = MERGE_METHODS[merge.method]
+    weights = (1.0 / merge.models,) * merge.models
+    method = Method(merge_type, sparsify_type, weights, normalize=True)
+    return Work("tensor", size, (dtype,) * (merge.models + merge.has_base), merge.has_base, dtype, method)
+
+
+def _time(work: Work, threads: int) -> dict[str, float]:
+    """Seconds of each pass, by the names of their classes."""
+    buffers = [(_stored(work), np.empty(work.out.bytes * SLICE, np.uint8)) for _ in range(threads)]
+    spans = [(first, min(SPAN, work.size - first)) for first in range(0, work.size, SPAN)]
+    times: dict[str, float] = {}
+    procedure = merge_procedure(work)
+    pass_ = next(procedure)
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            start = time.perf_counter()
+            tasks = [pool.submit(_walk, pass_, spans[n::threads], *buffers[n]) for n in range(threads)]
+            found = [each for task in tasks for each in task.result()]
+            try:
+                following = procedure.send(found)
+            except StopIteration:
+                times[type(pass_).__name__] = time.perf_counter() - start
+                return times
+            times[type(pass_).__name__] = time.perf_counter() - start
+            pass_ = following
+
+
+def _walk(pass_: Pass, spans: Sequence[tuple[int, int]], raws: Bytes, out: Bytes) -> list[Any]:
+    found = []
+    for first, count in spans:
+        state = pass_.start()
+        for start in range(first, first + count, SLICE):
+            pass_.apply(state, start, min(SLICE, first + count - start), raws, out)
+        found.append(pass_.finish(state))
+    return found
+
+
+def _stored(work: Work) -> Bytes:
+    """A slice of every source: a base and fine-tunes near it, as stored."""
+    draw = np.random.default_rng(0)
+    base = draw.standard_normal(SLICE) * 0.02
+    rows = [base + draw.standard_normal(SLICE) * 0.001 for _ in work.sources[: work.models]]
+    rows += [base] if work.has_base else []
+    return np.stack([_encode(row, source) for row, source in zip(rows, work.sources, strict=True)])
+
+
+def _encode(values: np.ndarray[Any, np.dtype[np.float64]], dtype: DType) -> Bytes:
+    if dtype is BF16:
+        # Cut off, not rounded: the digits do not matter here.
+        bits = values.astype("<f4").view(np.uint32) >> np.uint32(16)
+        return bits.astype("<u2").view(np.uint8)
+    return values.astype({F16: "<f2", F32: "<f4", F64: "<f8"}[dtype]).view(np.uint8)
+
+
+if __name__ == "__main__":
+    main()
