@@ -151,10 +151,14 @@ class Recipe(BaseModel):
     def method(self) -> Method:
         """All that the mathematics depends on."""
         sparsify_type, merge_type = self.steps
+        weights = self.weights
+        if merge_type == "ties" and self.normalizes:
+            # The division cancels their scale, and a third in float32 would tip votes that cancel exactly.
+            weights = self.weight_list or (1.0,) * len(self.model_path_list)
         same = {name: getattr(self, name) for name in (
             "slerp_alpha", "slerp_normalize_eps", "slerp_dot_threshold", "ties_elect_type", "rescale",
             "reserve_p", "epsilon", "seed")}  # fmt: skip
-        return Method(merge_type, sparsify_type, self.weights, self.normalizes, **same)
+        return Method(merge_type, sparsify_type, weights, self.normalizes, **same)
 
     def effective(self) -> dict[str, object]:
         """Every setting as it took effect, ready for JSON; parsing it gives the same merge."""

@@ -56,7 +56,7 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFold
     report = {
         "modelfuse_version": __version__,
         "method": {"merge_type": plan.method.merge_type, "sparsify_type": plan.method.sparsify_type,
-                   "effective_weights": list(plan.method.weights), "seed": plan.method.seed},
+                   "effective_weights": list(plan.recipe.weights), "seed": plan.method.seed},
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
         "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
         "checksum": ALGORITHM,

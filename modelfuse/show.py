@@ -97,7 +97,7 @@ def plan(plan: Plan) -> None:
     models = Table("model", "format", "tensors", "weight", box=None, pad_edge=False)
     for number, model in enumerate(plan.models):
         is_base = plan.has_base and number == len(plan.models) - 1
-        weight = "base" if is_base else "–" if method.merge_type == "slerp" else f"{method.weights[number]:.6g}"
+        weight = "base" if is_base else "–" if method.merge_type == "slerp" else f"{recipe.weights[number]:.6g}"
         models.add_row(escape(str(model.path)), model.kind, str(len(model)), weight)
     out.print(models)
     tensors = Table("what", "tensors", "dtype", "shape", "count", box=None, pad_edge=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -29,34 +29,43 @@ CONFIG_FILE = "config.json"
 Tensors = dict[str, StoredTensor]
 
 
-class Format(NamedTuple):
-    """A way to store a model: its kind, its file's name, and how to read one file.
+class Contents(NamedTuple):
+    """What the headers of one file, or of all of a checkpoint's, say."""
 
-    ``read`` returns the tensors and the aliases; safetensors has no aliases.
-    """
+    tensors: Tensors
+    aliases: dict[str, str]
+    metadata: dict[str, str]
+
+
+class Format(NamedTuple):
+    """A way to store a model: its kind, its file's name, and how to read one file."""
 
     kind: str
     file: str
-    read: Callable[[Path], tuple[Tensors, dict[str, str]]]
+    read: Callable[[Path], Contents]
 
 
-def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    return read_safetensors(path)[0], {}
+def _from_safetensors(path: Path) -> Contents:
+    tensors, metadata = read_safetensors(path)
+    hides = any(stored.dtype.name == "U16" for stored in tensors.values()) and _hides_bfloat16(path, metadata)
+    return Contents(_as_bfloat16(tensors) if hides else tensors, {}, metadata)
+
+
+def _from_torch(path: Path) -> Contents:
+    return Contents(*read_torch(path), {})
+
+
+def _from_paddle(path: Path) -> Contents:
+    return Contents(*read_paddle(path), {})
 
 
 def _formats(prefix: str) -> tuple[Format, ...]:
     """The formats of one prefix, best first: where a folder holds several, the first is read."""
-    safetensors = Format("safetensors", f"{prefix}.safetensors", _read_safetensors)
-    if prefix == "model":
-        return (
-            safetensors,
-            Format("torch", "pytorch_model.bin", read_torch),
-            Format("paddle", "model_state.pdparams", read_paddle),
-        )
+    torch_name, paddle_name = ("pytorch_model", "model_state") if prefix == "model" else (prefix, prefix)
     return (
-        safetensors,
-        Format("torch", f"{prefix}.bin", read_torch),
-        Format("paddle", f"{prefix}.pdparams", read_paddle),
+        Format("safetensors", f"{prefix}.safetensors", _from_safetensors),
+        Format("torch", f"{torch_name}.bin", _from_torch),
+        Format("paddle", f"{paddle_name}.pdparams", _from_paddle),
     )
 
 
@@ -74,30 +83,35 @@ def open_checkpoint(path: Path, prefix: str = "model") -> Checkpoint:
     Raises:
         CheckpointError: If there is no checkpoint, a shard is missing, or any file is malformed.
     """
+    weight_map = None
     if path.is_file():
         folder, names, form = path.parent, [path.name], _format_of(path, prefix)
-        weight_map = None
     elif path.is_dir():
         folder = path
         form, names, weight_map = _find_files(path, prefix)
     else:
         raise CheckpointError(f"There is no folder {path}", "Check the path; hub names are not downloaded.")
-    tensors: Tensors = {}
-    aliases: dict[str, str] = {}
-    for name in names:
-        part, part_aliases = form.read(folder / name)
-        for twice in part.keys() & tensors.keys():
-            raise CheckpointError(f"{path}: tensor {twice!r} is in {tensors[twice].file.path.name} and in {name}")
-        tensors.update(part)
-        aliases.update(part_aliases)
+    contents = _join(path, {name: form.read(folder / name) for name in names})
     if weight_map is not None:
-        _check_index(path, weight_map, tensors, aliases)
-    if not tensors:
+        _check_index(path, weight_map, contents)
+    if not contents.tensors:
         raise CheckpointError(f"{folder / names[0]} holds no tensors")
-    metadata = read_safetensors(folder / names[0])[1] if form.kind == "safetensors" else {}
-    config = read_config(folder)
-    checkpoint = Checkpoint(path, form.kind, tensors, aliases, metadata, config)
-    return replace(checkpoint, tensors=_as_bfloat16(tensors)) if _hides_bfloat16(checkpoint) else checkpoint
+    return Checkpoint(path, form.kind, *contents, read_config(folder))
+
+
+def _join(path: Path, files: Mapping[str, Contents]) -> Contents:
+    """The contents of all files as one; no name may be in two of them."""
+    whole, owners = Contents({}, {}, {}), dict[str, str]()
+    for name, part in files.items():
+        for tensor in (*part.tensors, *part.aliases):
+            if tensor in owners:
+                raise CheckpointError(f"{path}: tensor {tensor!r} is in {owners[tensor]} and in {name}")
+            owners[tensor] = name
+        whole.tensors.update(part.tensors)
+        whole.aliases.update(part.aliases)
+        for key, value in part.metadata.items():
+            whole.metadata.setdefault(key, value)
+    return whole
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -190,10 +204,11 @@ def _no_checkpoint(folder: Path, prefix: str) -> NoReturn:
     raise CheckpointError(f"{folder} holds no checkpoint: looked for {expected} (and their shards)", hint)
 
 
-def _check_index(path: Path, weight_map: dict[str, str], tensors: Tensors, aliases: dict[str, str]) -> None:
+def _check_index(path: Path, weight_map: dict[str, str], contents: Contents) -> None:
+    tensors, aliases = contents.tensors, contents.aliases
     for name, file in weight_map.items():
         stored = tensors.get(aliases.get(name, name))
-        if stored is None or (name in tensors and stored.file.path.name != file):
+        if stored is None or stored.file.path.name != file:
             raise CheckpointError(
                 f"{path}: the index puts tensor {name!r} into {file}, which does not hold it",
                 "The index and the shards do not belong together; fetch both again.",
@@ -205,11 +220,11 @@ def _check_index(path: Path, weight_map: dict[str, str], tensors: Tensors, alias
         )
 
 
-def _hides_bfloat16(checkpoint: Checkpoint) -> bool:
-    """Whether its uint16 tensors are bfloat16: numpy has no such type, so Paddle's tools write U16."""
-    written_by_numpy = checkpoint.metadata.get("format") in ("np", "numpy", "pd", "paddle")
-    declared = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
-    return written_by_numpy or declared == "bfloat16"
+def _hides_bfloat16(path: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether a file's uint16 tensors are bfloat16: numpy has no such type, so Paddle's tools write U16."""
+    config = read_config(path.parent)
+    declared = config.get("dtype", config.get("torch_dtype"))
+    return metadata.get("format") in ("np", "numpy", "pd", "paddle") or declared == "bfloat16"
 
 
 def _as_bfloat16(tensors: Tensors) -> Tensors:

@@ -19,8 +19,8 @@ from numba import njit
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 from modelfuse.methods.ties import MIN_DIVISOR
 
-#: Elements a block: with three models and a base, 32 KiB of float32.
-BLOCK = 2048
+#: Elements a block: three models, a base and the scratch rows take 28 KiB as float32.
+BLOCK = 1024
 #: Elements a partial sum. Fixed, so that sums do not depend on slices.
 CHUNK = 32768
 LANES = 16
@@ -34,15 +34,18 @@ LINEAR, TIES_SUM, TIES_COUNT = 0, 1, 2
 
 #: Magnitudes are tallied by 19 leading bits (sign dropped, exponent and first mantissa bits) and a sticky bit: whether
 #: any of the bits that remain is set. Differences of bfloat16 models rarely have any, so their bins hold one value.
-BINS = 1 << 20
+BIN_BITS = 20
+BINS = 1 << BIN_BITS
 DIGIT_BITS = 12
 DIGITS = 1 << DIGIT_BITS
 #: A float32 tally packs the count above the sum of the remaining 12 bits; a span stays below 2²³ elements.
 COUNT_SHIFT = 40
 #: Neighbouring elements go to different copies of the table: equal ones in a row would wait for each other.
 COPIES = 2
-#: Common values are multiples of a power of two; folding high bits into the low ones spreads their bins over the cache.
-FOLD = 6
+#: Common values have few mantissa bits, so the last bits of their bins' numbers are zero. Tables are indexed with these
+#: bits in front: then such bins lie side by side and stay in the first-level cache.
+LAST_BITS = 5
+LAST = 1 << LAST_BITS
 
 Array = np.ndarray[Any, Any]
 
@@ -100,23 +103,28 @@ def _to_float16(bits: Any) -> Any:
 @_jit
 def decode(code: int, raw: Array, start: int, count: int, out: Array) -> int:
     """Widen ``count`` stored elements from number ``start`` on; returns how many are not finite."""
+    largest, infinite = np.uint16(0), np.uint16(0x7F80 if code == RAW_BF16 else 0x7C00)
     if code == RAW_BF16:
         halves = raw.view(np.uint16)[start : start + count]
         for i in range(count):
             out[i] = _from_bfloat16(halves[i])
+            largest = max(largest, np.uint16(halves[i] & 0x7FFF))
     elif code == RAW_F16:
         halves = raw.view(np.uint16)[start : start + count]
         for i in range(count):
             out[i] = _from_float16(halves[i])
+            largest = max(largest, np.uint16(halves[i] & 0x7FFF))
     elif code == RAW_F32:
         singles = raw.view(np.float32)[start : start + count]
         for i in range(count):
             out[i] = singles[i]
+        return _count_bad(out, count)
     else:
         doubles = raw.view(np.float64)[start : start + count]
         for i in range(count):
             out[i] = doubles[i]
-    return _count_bad(out, count)
+        return _count_bad(out, count)
+    return _count_bad(out, count) if largest >= infinite else 0
 
 
 @_jit
@@ -131,19 +139,23 @@ def _count_bad(values: Array, count: int) -> int:
 @_jit
 def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
     """Round ``count`` values into the storage type, to nearest even; returns how many are not finite."""
-    bad = 0
+    bad, largest = 0, np.uint16(0)
     if code == RAW_BF16:
         halves = raw.view(np.uint16)[start : start + count]
         for i in range(count):
-            half = _to_bfloat16(_to_odd(values[i]))
-            halves[i] = half
-            bad += (half & 0x7F80) == 0x7F80
+            halves[i] = _to_bfloat16(_to_odd(values[i]))
+            largest = max(largest, np.uint16(halves[i] & 0x7FFF))
+        if largest >= 0x7F80:
+            for i in range(count):
+                bad += (halves[i] & 0x7F80) == 0x7F80
     elif code == RAW_F16:
         halves = raw.view(np.uint16)[start : start + count]
         for i in range(count):
-            half = _to_float16(_to_odd(values[i]))
-            halves[i] = half
-            bad += (half & 0x7C00) == 0x7C00
+            halves[i] = _to_float16(_to_odd(values[i]))
+            largest = max(largest, np.uint16(halves[i] & 0x7FFF))
+        if largest >= 0x7C00:
+            for i in range(count):
+                bad += (halves[i] & 0x7C00) == 0x7C00
     elif code == RAW_F32:
         singles = raw.view(np.float32)[start : start + count]
         for i in range(count):
@@ -184,11 +196,16 @@ def uniform(key: Any, first: int, count: int, out: Array) -> None:
 
 
 @_jit
-def _magnitude_bits(x: Array, i: int) -> Any:
+def _magnitude_bits(x: Array, count: int, bits: Array) -> None:
     """The bits of |x[i]|, which sort as the magnitudes do."""
     if x.itemsize == 4:
-        return np.uint64(x.view(np.uint32)[i] & 0x7FFFFFFF)
-    return np.uint64(x.view(np.uint64)[i] & np.uint64(0x7FFFFFFFFFFFFFFF))
+        singles = x.view(np.uint32)
+        for i in range(count):
+            bits[i] = np.uint64(singles[i] & np.uint32(0x7FFFFFFF))
+    else:
+        doubles = x.view(np.uint64)
+        for i in range(count):
+            bits[i] = doubles[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
 
 
 @_jit
@@ -200,16 +217,20 @@ def _bin(bits: Any, shift: int) -> Any:
 
 @_jit
 def _keep_probabilities(
-    x: Array, count: int, shift: int, first_bin: int, table: Array, subtables: Array, out: Array
+    x: Array, count: int, bits: Array, shift: int, first_bin: int, table: Array, subtables: Array, out: Array
 ) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
+    _magnitude_bits(x, count, bits)
+    before = np.uint64(first_bin - 1)
+    stride = np.uint64(table.size // LAST)
     for i in range(count):
-        place = _bin(_magnitude_bits(x, i), shift) - np.uint64(first_bin - 1)
-        out[i] = table[place if x[i] != 0 else np.uint64(0)]
-    for i in range(count):
-        if out[i] < 0:
-            digit = (_magnitude_bits(x, i) >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
-            out[i] = subtables[np.int64(-out[i]) - 1, digit]
+        place = _bin(bits[i], shift) - before if bits[i] != 0 else np.uint64(0)
+        out[i] = table[(place & np.uint64(LAST - 1)) * stride + (place >> np.uint64(LAST_BITS))]
+    if subtables.shape[0] > 0:
+        for i in range(count):
+            if out[i] < 0:
+                digit = (bits[i] >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
+                out[i] = subtables[np.int64(-out[i]) - 1, digit]
 
 
 @_jit
@@ -228,6 +249,7 @@ def _sparsify(
     subtables: Array,
     scratch: Array,
     draws: Array,
+    bits: Array,
 ) -> None:
     """Sparsify a block of one model in place; ``numbers`` holds (threshold, factor) or (p, active)."""
     zero = x[0] - x[0]
@@ -249,7 +271,7 @@ def _sparsify(
                 x[i] = x[i] if draws[i] < single else zero
     elif kind == MAGPRUNE and numbers[model, 1] != 0:
         uniform(keys[model], first, count, draws)
-        _keep_probabilities(x, count, shift, first_bins[model], tables[model], subtables, scratch)
+        _keep_probabilities(x, count, bits, shift, first_bins[model], tables[model], subtables, scratch)
         if rescale:
             for i in range(count):
                 kept = x[i] if draws[i] < np.float32(scratch[i]) else zero
@@ -324,6 +346,7 @@ def combine(
     subtables: Array,
     rows: Array,
     draws: Array,
+    bits: Array,
     merge: int,
     weights: Array,
     normalize: bool,
@@ -336,7 +359,7 @@ def combine(
         _load(raws, codes, models, has_base, start, size, x, bad)
         for model in range(models):
             _sparsify(kind, x[model], model, first + start, size, rescale, keys, numbers, shift,
-                      first_bins, tables, subtables, rows[0], draws)  # fmt: skip
+                      first_bins, tables, subtables, rows[0], draws, bits)  # fmt: skip
         if merge == LINEAR:
             _linear(x, models, size, weights, rows[0])
         else:
@@ -369,6 +392,7 @@ def dot_products(
     subtables: Array,
     rows: Array,
     draws: Array,
+    bits: Array,
     lanes: Array,
     sums: Array,
 ) -> None:
@@ -383,7 +407,7 @@ def dot_products(
             _load(raws, codes, models, has_base, start, size, x, bad)
             for model in range(models):
                 _sparsify(kind, x[model], model, first + start, size, rescale, keys, numbers, shift,
-                          first_bins, tables, subtables, rows[0], draws)  # fmt: skip
+                          first_bins, tables, subtables, rows[0], draws, bits)  # fmt: skip
             for row in range(2):
                 for i in range(size, -(-size // LANES) * LANES):
                     x[row, i] = 0
@@ -409,6 +433,7 @@ def tally(
     count: int,
     x: Array,
     bad: Array,
+    bits: Array,
     bins: Array,
     shift: int,
     tables: Array,
@@ -416,7 +441,7 @@ def tally(
 ) -> None:
     """Tally magnitudes by their leading bits and sticky bit.
 
-    ``tables[model]`` is indexed by folded bins. For float32 it has two packed copies; for float64 counts, and the
+    ``tables[model]`` is indexed by :func:`_slot`. For float32 it has two packed copies; for float64 counts, and the
     sums of the low 22 remaining bits and of the others. ``extremes[model]`` are the least bits
     above zero, less one, and the greatest.
     """
@@ -424,31 +449,69 @@ def tally(
         size = min(BLOCK, count - start)
         _load(raws, codes, models, has_base, start, size, x, bad)
         for model in range(models):
-            table = tables[model]
-            least, greatest = extremes[model, 0], extremes[model, 1]
-            for i in range(size):
-                bits = _magnitude_bits(x[model], i)
-                # A zero wraps around to the greatest integer: its bin is known, and far from the others.
-                least, greatest = min(least, bits - np.uint64(1)), max(greatest, bits)
-            extremes[model, 0], extremes[model, 1] = least, greatest
-            for i in range(size):
-                number = np.uint32(_bin(_magnitude_bits(x[model], i), shift))
-                bins[i] = number ^ (number >> np.uint32(FOLD))
             if x.itemsize == 4:
-                for i in range(size):
-                    rest = _magnitude_bits(x[model], i) & np.uint64(DIGITS - 1)
-                    table[bins[i], i & (COPIES - 1)] += np.uint64(1 << COUNT_SHIFT) + rest
+                _tally_singles(x[model].view(np.uint32), size, bins, tables[model], extremes[model])
             else:
-                for i in range(size):
-                    _count(_magnitude_bits(x[model], i), shift, table[bins[i]])
+                _tally_doubles(x[model].view(np.uint64), size, shift, tables[model], extremes[model])
 
 
 @_jit
-def _count(bits: Any, shift: int, entry: Array) -> None:
+def _tally_singles(bits: Array, size: int, bins: Array, table: Array, extremes: Array) -> None:
+    least, greatest = np.uint32(0xFFFFFFFF), np.uint32(0)
+    for i in range(size):
+        magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        # A zero wraps around to the greatest integer: its bin is known, and far from the others.
+        least, greatest = min(least, np.uint32(magnitude - np.uint32(1))), max(greatest, magnitude)
+        sticky = np.uint32((magnitude & np.uint32(DIGITS - 1)) != 0)
+        bins[i] = _slot(np.uint32(np.uint32(magnitude >> np.uint32(DIGIT_BITS)) << np.uint32(1)) | sticky)
+    if least != np.uint32(0xFFFFFFFF):
+        extremes[0] = min(extremes[0], np.uint64(least))
+    extremes[1] = max(extremes[1], np.uint64(greatest))
+    for i in range(size):
+        table[bins[i], i & (COPIES - 1)] += np.uint64(1 << COUNT_SHIFT) + np.uint64(bits[i] & np.uint32(DIGITS - 1))
+
+
+@_jit
+def _tally_doubles(bits: Array, size: int, shift: int, table: Array, extremes: Array) -> None:
+    for i in range(size):
+        magnitude = bits[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
+        extremes[0], extremes[1] = min(extremes[0], magnitude - np.uint64(1)), max(extremes[1], magnitude)
+        _count(magnitude, shift, table, _slot(_bin(magnitude, shift)))
+
+
+@_jit
+def _slot(number: Any) -> Any:
+    """Where a tally keeps a bin: the last bits of its number go in front."""
+    small = np.uint32(number)
+    return (small >> np.uint32(LAST_BITS)) | ((small & np.uint32(LAST - 1)) << np.uint32(BIN_BITS - LAST_BITS))
+
+
+@_jit
+def collect(table: Array, first: int, last: int, numbers: Array, rows: Array) -> int:
+    """Gather the bins ``first`` to ``last`` that hold any magnitude, and zero's, and clear them; returns how many."""
+    found = 0
+    for step in range(last - first + 2):
+        number = np.uint64(first + step - 1 if step else 0)
+        entry = table[_slot(number)]
+        if entry.size == COPIES:
+            packed = entry[0] + entry[1]
+            rows[found, 0] = packed >> np.uint64(COUNT_SHIFT)
+            rows[found, 1] = packed & np.uint64((1 << COUNT_SHIFT) - 1)
+            rows[found, 2] = 0
+        else:
+            rows[found] = entry
+        entry[:] = 0
+        numbers[found] = number
+        found += rows[found, 0] != 0
+    return found
+
+
+@_jit
+def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
     rest = bits & np.uint64((1 << shift) - 1)
-    entry[0] += np.uint64(1)
-    entry[1] += rest & np.uint64(0x3FFFFF)
-    entry[2] += rest >> np.uint64(22)
+    table[row, 0] += np.uint64(1)
+    table[row, 1] += rest & np.uint64(0x3FFFFF)
+    table[row, 2] += rest >> np.uint64(22)
 
 
 @_jit
@@ -460,6 +523,7 @@ def tally_within(
     count: int,
     x: Array,
     bad: Array,
+    bits: Array,
     parent_shift: int,
     shift: int,
     first: int,
@@ -477,8 +541,9 @@ def tally_within(
         size = min(BLOCK, count - start)
         _load(raws, codes, models, has_base, start, size, x, bad)
         for model in range(models):
+            mine = slots[model]
+            _magnitude_bits(x[model], size, bits)
             for i in range(size):
-                bits = _magnitude_bits(x[model], i)
-                place = (bits >> np.uint64(parent_shift)) - np.uint64(first)
-                if place < width and slots[model, place] >= 0:
-                    _count(bits, shift, tables[slots[model, place], (bits >> np.uint64(shift)) & mask])
+                place = (bits[i] >> np.uint64(parent_shift)) - np.uint64(first)
+                if place < width and mine[place] >= 0:
+                    _count(bits[i], shift, tables[mine[place]], (bits[i] >> np.uint64(shift)) & mask)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +56,7 @@ class Sparsifier:
             drop for dare and magprune.
         shift: The bits of a magnitude below a bin of ``tables``.
         first_bins: int64, shape (models,): the bin of each model's first entry.
-        tables: Shape (models, bins): magprune's probabilities of being kept.
+        tables: Shape (models, bins): magprune's probabilities of being kept, the last bits of a bin's number in front.
         subtables: Shape (slots, 4096): the same for bins that needed more bits.
     """
 
@@ -91,10 +93,12 @@ def _sparsifier(
     first_bins: list[int] | None = None,
     subtables: list[Array] | None = None,
 ) -> Sparsifier:
-    width = max((table.size for table in tables), default=1) if tables else 1
-    padded = np.ones((work.models, width), work.compute)
-    for row, table in zip(padded, tables or [], strict=False):
+    widest = max((table.size for table in tables or []), default=1)
+    stride = -(-widest // cpu.LAST)
+    by_bin = np.ones((work.models, stride * cpu.LAST), work.compute)
+    for row, table in zip(by_bin, tables or [], strict=False):
         row[: table.size] = table
+    by_last_bits = by_bin.reshape(work.models, stride, cpu.LAST).transpose(0, 2, 1).reshape(work.models, -1)
     return Sparsifier(
         kind,
         work.method.rescale,
@@ -102,8 +106,8 @@ def _sparsifier(
         np.array(numbers, work.compute),
         LAYOUTS[work.compute].shift,
         np.array(first_bins or [0] * work.models, np.int64),
-        padded,
-        np.array(subtables, work.compute) if subtables else np.ones((1, cpu.DIGITS), work.compute),
+        np.ascontiguousarray(by_last_bits),
+        np.array(subtables, work.compute) if subtables else np.ones((0, cpu.DIGITS), work.compute),
     )
 
 
@@ -174,6 +178,7 @@ class Blocks:
     codes: Array
     rows: Array
     draws: Array
+    bits: Array
     result: Any = field(default=None)
 
     @classmethod
@@ -186,6 +191,7 @@ class Blocks:
             np.array([RAW_CODES[source.name] for source in work.sources], np.int64),
             np.empty((3, cpu.BLOCK), work.compute),
             np.empty(cpu.BLOCK, np.float32),
+            np.empty(cpu.BLOCK, np.uint64),
         )
 
 
@@ -205,7 +211,7 @@ class Combine:
         work = self._work
         cpu.combine(
             raws, state.codes, work.models, work.has_base, first, count, state.x, state.bad,
-            *self._sparsifier.arguments(), state.rows, state.draws,
+            *self._sparsifier.arguments(), state.rows, state.draws, state.bits,
             self._merge, self._weights, work.method.normalize, RAW_CODES[work.out.name], out,
         )  # fmt: skip
 
@@ -232,12 +238,35 @@ class DotProducts:
         sums = np.empty((math.ceil(count / cpu.CHUNK), 3))
         cpu.dot_products(
             raws, state.codes, work.models, work.has_base, first, count, state.x, state.bad,
-            *self._sparsifier.arguments(), state.rows, state.draws, np.empty(self._lanes), sums,
+            *self._sparsifier.arguments(), state.rows, state.draws, state.bits, np.empty(self._lanes), sums,
         )  # fmt: skip
         state.result.append(sums)
 
     def finish(self, state: Blocks) -> Array:
         return np.concatenate(state.result)
+
+
+class _Room(threading.local):
+    """Each worker's tables, all zero between two spans."""
+
+    tables: Array | None = None
+
+
+_room = _Room()
+
+
+def _empty_tables(models: int, columns: int) -> Array:
+    """Zeros of shape (models, BINS, columns), uint64; only what is written to takes memory.
+
+    Huge pages are declined: a tally touches a few kilobytes here and there, and each would cost two megabytes.
+    """
+    shape = (models, cpu.BINS, columns)
+    if _room.tables is None or _room.tables.shape != shape:
+        memory = mmap.mmap(-1, math.prod(shape) * 8)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        _room.tables = np.frombuffer(memory, np.uint64).reshape(shape)
+    return _room.tables
 
 
 class TallyAll:
@@ -253,13 +282,13 @@ class TallyAll:
         state = Blocks.of(self._work)
         extremes = np.zeros((self._work.models, 2), np.uint64)
         extremes[:, 0] = _NOTHING
-        tables = np.zeros((self._work.models, cpu.BINS, self._columns), np.uint64)
+        tables = _empty_tables(self._work.models, self._columns)
         state.result = np.empty(cpu.BLOCK, np.uint32), self._layout.shift, tables, extremes
         return state
 
     def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         work = self._work
-        cpu.tally(raws, state.codes, work.models, work.has_base, count, state.x, state.bad, *state.result)
+        cpu.tally(raws, state.codes, work.models, work.has_base, count, state.x, state.bad, state.bits, *state.result)
 
     def finish(self, state: Blocks) -> list[tuple[Array, Array]]:
         *_, tables, extremes = state.result
@@ -267,15 +296,11 @@ class TallyAll:
 
     def _unpack(self, table: Array, extreme: Array) -> tuple[Array, Array]:
         least, greatest = ((int(bits) >> self._layout.shift << 1) + sticky for sticky, bits in enumerate(extreme))
-        bins = np.arange(max(least, 1), greatest + 1, dtype=np.uint32)
-        bins = np.concatenate([np.zeros(1, np.uint32), bins])
-        used = table[bins ^ (bins >> np.uint32(cpu.FOLD))]
-        if self._columns != 3:
-            packed = used.sum(axis=1, dtype=np.uint64)
-            rest = packed & np.uint64((1 << cpu.COUNT_SHIFT) - 1)
-            used = np.stack([packed >> np.uint64(cpu.COUNT_SHIFT), rest, np.zeros_like(rest)], axis=1)
-        filled = np.flatnonzero(used[:, 0])
-        return bins[filled].astype(np.uint64), used[filled]
+        first = max(least, 1)
+        numbers = np.empty(max(greatest - first, 0) + 3, np.uint64)
+        rows = np.empty((numbers.size, 3), np.uint64)
+        found = cpu.collect(table, first, max(greatest, first), numbers, rows)
+        return numbers[:found].copy(), rows[:found].copy()
 
 
 class TallyWithin:
@@ -301,7 +326,7 @@ class TallyWithin:
     def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         work = self._work
         cpu.tally_within(
-            raws, state.codes, work.models, work.has_base, count, state.x, state.bad,
+            raws, state.codes, work.models, work.has_base, count, state.x, state.bad, state.bits,
             *self._shifts, self._first, self._slots, state.result,
         )  # fmt: skip
 

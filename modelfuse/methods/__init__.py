@@ -43,7 +43,7 @@ class Method:
     Attributes:
         merge_type: A key of ``MERGES``.
         sparsify_type: A key of ``SPARSIFIERS``, or None.
-        weights: The effective weights, one a model.
+        weights: One weight a model; where ties divides by them, before they are divided by their sum.
         normalize: Whether ties divides by the agreeing weights.
         seed: The seed of all random draws.
 
