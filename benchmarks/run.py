@@ -162,9 +162,7 @@ def _summaries(samples: Samples, shape: reference.Shape) -> list[Summary]:
     return result
 
 
-def _report(
-    options: argparse.Namespace, summaries: list[Summary], samples: Samples, shape: reference.Shape
-) -> None:
+def _report(options: argparse.Namespace, summaries: list[Summary], samples: Samples, shape: reference.Shape) -> None:
     """Print the table, and write the files asked for."""
     size = f"{shape.parameters() / 1e6:.0f} M parameters"
     title = f"{size}, bfloat16, {options.threads} threads, warm page cache"

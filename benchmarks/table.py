@@ -32,9 +32,7 @@ class Summary:
     peak_bytes: int
 
 
-def summarise(
-    method: str, tool: str, samples: Sequence[Sample], copies: Sequence[Sample], size: int
-) -> Summary:
+def summarise(method: str, tool: str, samples: Sequence[Sample], copies: Sequence[Sample], size: int) -> Summary:
     """Put the rounds of one tool together; ``size`` is what the copy reads and writes, in bytes."""
     seconds = [sample.seconds for sample in samples]
     ratios = [sample.seconds / copy.seconds for sample, copy in zip(samples, copies, strict=False)]

@@ -25,7 +25,7 @@ class Checksum:
         """Add the bytes from ``offset`` on, which starts a block; safe from any thread."""
         for start in range(0, data.size, BLOCK_BYTES):
             place = (offset + start) // BLOCK_BYTES * _DIGEST_BYTES
-            digest = xxhash.xxh3_128_digest(data[start : start + BLOCK_BYTES])
+            digest = xxhash.xxh3_128_digest(data[start : start + BLOCK_BYTES].data)
             self._digests[place : place + _DIGEST_BYTES] = digest
 
     def hexdigest(self) -> str:

@@ -131,7 +131,11 @@ def _normal(word: str) -> list[str]:
         name, equals, value = word[2:].partition("=")
         plain = name.replace("-", "_")
         switched = plain.removeprefix("no_")
-        if plain != switched and switched in Recipe.model_fields and _is(Recipe.model_fields[switched].annotation, bool):
+        if (
+            plain != switched
+            and switched in Recipe.model_fields
+            and _is(Recipe.model_fields[switched].annotation, bool)
+        ):
             return [f"--{switched}", "False"]
         known = plain if plain == "quiet" else canonical_name(name)
         return [f"--{known}", value] if equals else [f"--{known}"]

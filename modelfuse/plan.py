@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -194,7 +194,8 @@ def _refuse_quantized(model: Checkpoint) -> None:
     for tensor in model.values():
         if tensor.dtype.numpy is None:
             raise CheckpointError(
-                f"{model.path}: tensor {tensor.name!r} has the quantized dtype {tensor.dtype.name}, which cannot be merged",
+                f"{model.path}: tensor {tensor.name!r} has the quantized dtype {tensor.dtype.name}: its bits cannot be "
+                "merged",
                 "Merge the unquantized models, then quantize the result.",
             )
 
@@ -220,8 +221,6 @@ def _draft(recipe: Recipe, name: str, models: Sequence[Checkpoint], chosen: int 
     merges = lead.dtype.compute is not None and not name.endswith(BUFFERS)
     dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype and merges else lead.dtype
     action: Action = "merge" if merges else "copy"
-    if not merges and chosen is None and len({source.dtype for source in sources}) == 1:
-        chosen = None
     return OutputTensor(name, dtype, lead.shape, action, sources, None if merges else chosen, "", 0)
 
 
@@ -231,7 +230,7 @@ def _check_kinds(drafts: Sequence[OutputTensor]) -> None:
         mixed = any(kind.compute is None for kind in kinds) if draft.action == "merge" else len(kinds) > 1
         if mixed:
             listed = ", ".join(sorted(str(kind) for kind in kinds))
-            raise MismatchError(f"Tensor {draft.name!r} is stored as {listed} in different models; they cannot be mixed")
+            raise MismatchError(f"Tensor {draft.name!r} is stored as {listed} in different models: these do not mix")
 
 
 def _lay_out(
@@ -254,16 +253,10 @@ def _lay_out(
         name = f"{recipe.merge_prefix}{several}.safetensors"
         header, offsets = encode_header([(draft.name, draft.dtype, draft.shape) for draft in shard], metadata)
         for draft, offset in zip(shard, offsets, strict=True):
-            placed.append(_place(draft, name, offset))
+            placed.append(replace(draft, file=name, offset=offset))
         files.append(OutputFile(name, placed[-1].offset + placed[-1].nbytes, header))
     index = f"{recipe.merge_prefix}.safetensors.index.json" if len(shards) > 1 else None
     return tuple(placed), tuple(files), index
-
-
-def _place(draft: OutputTensor, file: str, offset: int) -> OutputTensor:
-    return OutputTensor(
-        draft.name, draft.dtype, draft.shape, draft.action, draft.sources, draft.chosen, file, offset
-    )
 
 
 def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> tuple[int, int, int]:

@@ -134,7 +134,7 @@ class Run:
                     return None
                 length = min(self.plan.slice_elements, first + count - start)
                 for reader, source, raw in zip(readers, task.sources, raws, strict=True):
-                    reader(start, memoryview(raw[: source.dtype.nbytes(length)]))
+                    reader(start, raw[: source.dtype.nbytes(length)].data)
                 pass_.apply(state, start, length, raws, out)
                 if task.strict and state.bad.any():
                     raise _nonfinite(task, state.bad)
@@ -149,7 +149,7 @@ class Run:
         data = out[: tensor.dtype.nbytes(length)]
         offset = tensor.dtype.nbytes(start)
         task.outcome.checksum.update(offset, data)
-        self._folder.write(tensor.file, tensor.offset + offset, memoryview(data))
+        self._folder.write(tensor.file, tensor.offset + offset, data.data)
         self.progress(data.size + sum(source.dtype.nbytes(length) for source in task.sources))
 
 

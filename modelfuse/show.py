@@ -137,7 +137,8 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[int], None]]:
 
 
 def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=err, transient=True)
 
 
@@ -169,7 +170,8 @@ def result(plan: Plan, result: Result) -> None:
         f"into [bold]{escape(str(result.output_path))}[/]"
     )
     if any(file.name == "config.json" for file in plan.side_files):
-        out.print(f"next: vllm serve {escape(_quoted(str(result.output_path)))}   (or any server that reads safetensors)")
+        folder = escape(_quoted(str(result.output_path)))
+        out.print(f"next: vllm serve {folder}   (or any server that reads safetensors)")
 
 
 def _quoted(path: str) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from modelfuse.checkpoints.files import SourceFile, read_bytes
 from modelfuse.checkpoints.paddle_params import read_paddle
@@ -160,7 +160,7 @@ def _find_files(folder: Path, prefix: str) -> tuple[Format, list[str], dict[str,
             return form, [form.file], None
         if shards := _numbered_shards(folder, form):
             return form, shards, None
-    _no_checkpoint(folder, prefix)
+    raise _no_checkpoint(folder, prefix)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
@@ -196,12 +196,12 @@ def _numbered_shards(folder: Path, form: Format) -> list[str]:
     return sorted(found)
 
 
-def _no_checkpoint(folder: Path, prefix: str) -> NoReturn:
+def _no_checkpoint(folder: Path, prefix: str) -> CheckpointError:
     expected = ", ".join(form.file for form in _formats(prefix))
     other = "master_weights" if prefix == "model" else "model"
     found = [form.file for form in _formats(other) if (folder / form.file).exists()]
     hint = f"It has {found[0]}: use --merge_prefix {other}." if found else None
-    raise CheckpointError(f"{folder} holds no checkpoint: looked for {expected} (and their shards)", hint)
+    return CheckpointError(f"{folder} holds no checkpoint: looked for {expected} (and their shards)", hint)
 
 
 def _check_index(path: Path, weight_map: dict[str, str], contents: Contents) -> None:
@@ -230,6 +230,5 @@ def _hides_bfloat16(path: Path, metadata: Mapping[str, str]) -> bool:
 def _as_bfloat16(tensors: Tensors) -> Tensors:
     unsigned = BY_NAME["U16"]
     return {
-        name: replace(stored, dtype=BF16) if stored.dtype is unsigned else stored
-        for name, stored in tensors.items()
+        name: replace(stored, dtype=BF16) if stored.dtype is unsigned else stored for name, stored in tensors.items()
     }

@@ -118,9 +118,7 @@ def _length_of(data: Span | EncodedText) -> tuple[int, int]:
     return (data.text.length + 1) // 2, data.text.length
 
 
-def _place_text(
-    tensor: StoredTensor, data: EncodedText, strides: tuple[int, ...], big_endian: bool
-) -> StoredTensor:
+def _place_text(tensor: StoredTensor, data: EncodedText, strides: tuple[int, ...], big_endian: bool) -> StoredTensor:
     name, dtype, shape, file = tensor.name, tensor.dtype, tensor.shape, tensor.file
     if isinstance(data.text, str):
         try:

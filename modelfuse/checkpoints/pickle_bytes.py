@@ -98,9 +98,7 @@ class Window:
         """
         left = self._end - self.position
         if not 0 <= count <= left:
-            raise Refused(
-                f"at byte {self.position:,} it claims {count:,} more bytes, but has {left:,} (truncated?)"
-            )
+            raise Refused(f"at byte {self.position:,} it claims {count:,} more bytes, but has {left:,} (truncated?)")
 
     def _fill(self, count: int) -> None:
         start = self.position

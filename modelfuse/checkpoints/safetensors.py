@@ -120,9 +120,7 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[str, DType, tupl
     begin, end = offsets
     bits = math.prod(shape) * dtype.bits
     if bits % 8 or bits // 8 != end - begin:
-        _invalid(
-            path, f"tensor {name!r} of shape {shape} and dtype {dtype.name} cannot fill {end - begin:,} bytes"
-        )
+        _invalid(path, f"tensor {name!r} of shape {shape} and dtype {dtype.name} cannot fill {end - begin:,} bytes")
     return name, dtype, tuple(shape), begin, end
 
 

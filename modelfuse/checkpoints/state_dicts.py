@@ -13,9 +13,7 @@ _MAX_WRAPPERS = 4
 #: Parts of the names under which training programs keep what is not the model.
 _TRAINING_STATE = ("optim", "sched", "scaler", "rng_state")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", "output_layer", "vocab_projector", "lm_loss")
-_SAVE_ALONE = (
-    "Save the model's state dict alone, or convert it to safetensors with the library that wrote it."
-)
+_SAVE_ALONE = "Save the model's state dict alone, or convert it to safetensors with the library that wrote it."
 
 
 def find_state_dict(value: object, is_tensor: Callable[[object], bool]) -> dict[str, object]:

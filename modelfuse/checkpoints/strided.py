@@ -79,9 +79,7 @@ class ReorderedTensor(StoredTensor):
             yield _reader(self, _map(self, copy.fileno(), 0, self.strides, self.big_endian))
 
 
-def _map(
-    tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int, ...], big_endian: bool
-) -> Array:
+def _map(tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int, ...], big_endian: bool) -> Array:
     element = _element(tensor.dtype, ">" if big_endian else "<")
     extent = extent_of(tensor.shape, strides)
     begin = offset - offset % mmap.ALLOCATIONGRANULARITY
@@ -89,9 +87,7 @@ def _map(
     try:
         mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=begin)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}"
-        ) from error
+        raise CheckpointError(f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}") from error
     storage = np.frombuffer(mapped, element, extent, offset - begin)
     kept = [(size, stride) for size, stride in zip(tensor.shape, strides, strict=True) if size > 1]
     shape = tuple(size for size, _ in kept) or (1,)

@@ -50,9 +50,7 @@ def read_torch(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         entries = find_state_dict(value, lambda item: isinstance(item, TorchTensor))
         tensors = {name: item for name, item in entries.items() if isinstance(item, TorchTensor)}
         kept, aliases = split_aliases(tensors, lambda tensor: tensor if tensor.size else None)
-        return {
-            name: _place(name, tensor, file, locate, big_endian) for name, tensor in kept.items()
-        }, aliases
+        return {name: _place(name, tensor, file, locate, big_endian) for name, tensor in kept.items()}, aliases
 
 
 def _read_zip(file: SourceFile, descriptor: int) -> tuple[object, Locate, bool]:
@@ -110,9 +108,7 @@ def _walk_storages(window: Window, storages: dict[str, Storage]) -> dict[str, tu
     return places
 
 
-def _place(
-    name: str, tensor: TorchTensor, file: SourceFile, locate: Locate, big_endian: bool
-) -> StoredTensor:
+def _place(name: str, tensor: TorchTensor, file: SourceFile, locate: Locate, big_endian: bool) -> StoredTensor:
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
     if tensor.size == 0:
         return StoredTensor(name, dtype, shape, file, 0)

@@ -52,13 +52,11 @@ class Work:
 
 
 class SpanState(Protocol):
-    """What a pass carries from slice to slice of a span.
+    """What a pass carries from slice to slice of a span."""
 
-    Attributes:
-        bad: int64, counts of non-finite elements: one a source, the last one for the output.
-    """
-
-    bad: np.ndarray[Any, np.dtype[np.int64]]
+    @property
+    def bad(self) -> np.ndarray[Any, Any]:
+        """int64, counts of non-finite elements: one a source, the last one for the output."""
 
 
 class Pass(Protocol):

@@ -11,7 +11,8 @@ The functions live in one module because numba's cache notices changes only in a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numba import njit
@@ -49,7 +50,80 @@ LAST = 1 << LAST_BITS
 
 Array = np.ndarray[Any, Any]
 
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _jit(function: F) -> F:
+    compiled: Any = njit(cache=True, nogil=True, error_model="numpy")(function)
+    typed: F = compiled
+    return typed
+
+
+class Slice(NamedTuple):
+    """The stored bytes of a run of elements.
+
+    Attributes:
+        raws: uint8, shape (sources, bytes): each source's elements from column 0 on, the base's in the last row.
+        codes: int64, shape (sources,): the storage codes.
+        models: The number of models, without the base.
+        has_base: Whether there is one.
+        first: The number of the first element in the tensor.
+        count: The number of elements.
+    """
+
+    raws: Array
+    codes: Array
+    models: int
+    has_base: bool
+    first: int
+    count: int
+
+
+class Room(NamedTuple):
+    """A worker's scratch for one block.
+
+    Attributes:
+        x: Compute type, shape (sources, BLOCK): the decoded elements.
+        rows: Compute type, shape (3, BLOCK): results on their way.
+        draws: float32, shape (BLOCK,).
+        bits: uint64, shape (BLOCK,): magnitudes.
+        bins: uint32, shape (BLOCK,).
+        bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
+    """
+
+    x: Array
+    rows: Array
+    draws: Array
+    bits: Array
+    bins: Array
+    bad: Array
+
+
+class Sparsifier(NamedTuple):
+    """What it takes to sparsify any element of a tensor.
+
+    Attributes:
+        kind: The sparsifier's code.
+        rescale: Whether to divide what is kept by its probability.
+        keys: uint64, shape (models,): the random streams.
+        numbers: Compute type, shape (models, 2): threshold and factor of trim; probability, and whether there is
+            anything to drop, of dare and magprune.
+        shift: The bits of a magnitude below a bin of ``tables``.
+        first_bins: int64, shape (models,): the bin of each model's entry after zero's.
+        tables: Compute type, shape (models, bins): magprune's probabilities of being kept, the last bits of a bin's
+            number in front; −(slot + 1) where a subtable says more.
+        subtables: Compute type, shape (slots, DIGITS): the same for bins that needed more bits.
+    """
+
+    kind: int
+    rescale: bool
+    keys: Array
+    numbers: Array
+    shift: int
+    first_bins: Array
+    tables: Array
+    subtables: Array
+
 
 _GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
 _SHIFT, _SCALE = np.uint64(SHIFT), np.float32(SCALE)
@@ -170,15 +244,14 @@ def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
 
 
 @_jit
-def _load(
-    raws: Array, codes: Array, models: int, has_base: bool, start: int, count: int, x: Array, bad: Array
-) -> None:
-    """Decode a block of all models into the rows of ``x``; with a base in the last row, subtract it."""
-    for row in range(models + has_base):
-        bad[row] += decode(codes[row], raws[row], start, count, x[row])
-    if has_base:
-        base = x[models]
-        for model in range(models):
+def _load(data: Slice, start: int, count: int, room: Room) -> None:
+    """Decode a block of all models into the rows of ``room.x``; with a base in the last row, subtract it."""
+    x = room.x
+    for row in range(data.models + data.has_base):
+        room.bad[row] += decode(data.codes[row], data.raws[row], start, count, x[row])
+    if data.has_base:
+        base = x[data.models]
+        for model in range(data.models):
             delta = x[model]
             for i in range(count):
                 delta[i] -= base[i]
@@ -234,51 +307,34 @@ def _keep_probabilities(
 
 
 @_jit
-def _sparsify(
-    kind: int,
-    x: Array,
-    model: int,
-    first: int,
-    count: int,
-    rescale: bool,
-    keys: Array,
-    numbers: Array,
-    shift: int,
-    first_bins: Array,
-    tables: Array,
-    subtables: Array,
-    scratch: Array,
-    draws: Array,
-    bits: Array,
-) -> None:
-    """Sparsify a block of one model in place; ``numbers`` holds (threshold, factor) or (p, active)."""
+def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -> None:
+    """Sparsify a block of one model in place."""
+    x, draws, keep = room.x[model], room.draws, room.rows[0]
     zero = x[0] - x[0]
-    if kind == TRIM:
-        threshold, factor = numbers[model, 0], numbers[model, 1]
+    if how.kind == TRIM:
+        threshold, factor = how.numbers[model, 0], how.numbers[model, 1]
         for i in range(count):
             kept = x[i] if abs(x[i]) >= threshold else zero
             x[i] = kept * factor
-    elif kind == DARE:
-        p = numbers[model, 0]
+    elif how.kind == DARE:
+        p = how.numbers[model, 0]
         single = np.float32(p)
-        uniform(keys[model], first, count, draws)
-        if rescale:
+        uniform(how.keys[model], first, count, draws)
+        for i in range(count):
+            x[i] = x[i] if draws[i] < single else zero
+        if how.rescale:
             for i in range(count):
-                kept = x[i] if draws[i] < single else zero
-                x[i] = kept / p
-        else:
+                x[i] /= p
+    elif how.kind == MAGPRUNE and how.numbers[model, 1] != 0:
+        uniform(how.keys[model], first, count, draws)
+        _keep_probabilities(
+            x, count, room.bits, how.shift, how.first_bins[model], how.tables[model], how.subtables, keep
+        )
+        for i in range(count):
+            x[i] = x[i] if draws[i] < np.float32(keep[i]) else zero
+        if how.rescale:
             for i in range(count):
-                x[i] = x[i] if draws[i] < single else zero
-    elif kind == MAGPRUNE and numbers[model, 1] != 0:
-        uniform(keys[model], first, count, draws)
-        _keep_probabilities(x, count, bits, shift, first_bins[model], tables[model], subtables, scratch)
-        if rescale:
-            for i in range(count):
-                kept = x[i] if draws[i] < np.float32(scratch[i]) else zero
-                x[i] = kept / scratch[i]
-        else:
-            for i in range(count):
-                x[i] = x[i] if draws[i] < np.float32(scratch[i]) else zero
+                x[i] /= keep[i]
 
 
 @_jit
@@ -292,9 +348,7 @@ def _linear(x: Array, models: int, count: int, weights: Array, result: Array) ->
 
 
 @_jit
-def _ties(
-    x: Array, models: int, count: int, weights: Array, by_count: bool, normalize: bool, rows: Array
-) -> None:
+def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, normalize: bool, rows: Array) -> None:
     """Elect and sum; the result is left in ``rows[0]``."""
     result, elected, divisor = rows[0], rows[1], rows[2]
     zero = weights[0] - weights[0]
@@ -328,86 +382,47 @@ def _ties(
 
 @_jit
 def combine(
-    raws: Array,
-    codes: Array,
-    models: int,
-    has_base: bool,
-    first: int,
-    count: int,
-    x: Array,
-    bad: Array,
-    kind: int,
-    rescale: bool,
-    keys: Array,
-    numbers: Array,
-    shift: int,
-    first_bins: Array,
-    tables: Array,
-    subtables: Array,
-    rows: Array,
-    draws: Array,
-    bits: Array,
+    data: Slice,
+    room: Room,
+    how: Sparsifier,
     merge: int,
     weights: Array,
     normalize: bool,
     out_code: int,
     out: Array,
 ) -> None:
-    """Merge one slice: ``count`` elements from number ``first`` of the tensor, at the start of ``raws``."""
-    for start in range(0, count, BLOCK):
-        size = min(BLOCK, count - start)
-        _load(raws, codes, models, has_base, start, size, x, bad)
-        for model in range(models):
-            _sparsify(kind, x[model], model, first + start, size, rescale, keys, numbers, shift,
-                      first_bins, tables, subtables, rows[0], draws, bits)  # fmt: skip
+    """Merge one slice into the start of ``out``."""
+    for start in range(0, data.count, BLOCK):
+        size = min(BLOCK, data.count - start)
+        _load(data, start, size, room)
+        for model in range(data.models):
+            _sparsify(how, model, data.first + start, size, room)
         if merge == LINEAR:
-            _linear(x, models, size, weights, rows[0])
+            _linear(room.x, data.models, size, weights, room.rows[0])
         else:
-            _ties(x, models, size, weights, merge == TIES_COUNT, normalize, rows)
-        result = rows[0]
-        if has_base:
-            base = x[models]
+            _ties(room.x, data.models, size, weights, merge == TIES_COUNT, normalize, room.rows)
+        result = room.rows[0]
+        if data.has_base:
+            base = room.x[data.models]
             for i in range(size):
                 result[i] += base[i]
-        bad[-1] += encode(out_code, result, size, out, start)
+        room.bad[-1] += encode(out_code, result, size, out, start)
 
 
 @_jit
-def dot_products(
-    raws: Array,
-    codes: Array,
-    models: int,
-    has_base: bool,
-    first: int,
-    count: int,
-    x: Array,
-    bad: Array,
-    kind: int,
-    rescale: bool,
-    keys: Array,
-    numbers: Array,
-    shift: int,
-    first_bins: Array,
-    tables: Array,
-    subtables: Array,
-    rows: Array,
-    draws: Array,
-    bits: Array,
-    lanes: Array,
-    sums: Array,
-) -> None:
+def dot_products(data: Slice, room: Room, how: Sparsifier, lanes: Array, sums: Array) -> None:
     """x₁·x₁, x₂·x₂ and x₁·x₂ of two models in float64, a row of ``sums`` for every CHUNK elements.
 
     Sixteen running sums a product, folded in a fixed order: the same bits on any processor.
     """
-    for chunk in range(0, count, CHUNK):
+    x = room.x
+    for chunk in range(0, data.count, CHUNK):
         lanes[:] = 0.0
-        for start in range(chunk, min(chunk + CHUNK, count), BLOCK):
-            size = min(BLOCK, count - start)
-            _load(raws, codes, models, has_base, start, size, x, bad)
-            for model in range(models):
-                _sparsify(kind, x[model], model, first + start, size, rescale, keys, numbers, shift,
-                          first_bins, tables, subtables, rows[0], draws, bits)  # fmt: skip
+        for start in range(chunk, min(chunk + CHUNK, data.count), BLOCK):
+            size = min(BLOCK, data.count - start)
+            _load(data, start, size, room)
+            for model in range(data.models):
+                _sparsify(how, model, data.first + start, size, room)
             for row in range(2):
                 for i in range(size, -(-size // LANES) * LANES):
                     x[row, i] = 0
@@ -425,34 +440,21 @@ def dot_products(
 
 
 @_jit
-def tally(
-    raws: Array,
-    codes: Array,
-    models: int,
-    has_base: bool,
-    count: int,
-    x: Array,
-    bad: Array,
-    bits: Array,
-    bins: Array,
-    shift: int,
-    tables: Array,
-    extremes: Array,
-) -> None:
+def tally(data: Slice, room: Room, shift: int, tables: Array, extremes: Array) -> None:
     """Tally magnitudes by their leading bits and sticky bit.
 
     ``tables[model]`` is indexed by :func:`_slot`. For float32 it has two packed copies; for float64 counts, and the
-    sums of the low 22 remaining bits and of the others. ``extremes[model]`` are the least bits
-    above zero, less one, and the greatest.
+    sums of the low 22 remaining bits and of the others. ``extremes[model]`` are the least bits above zero, less one,
+    and the greatest.
     """
-    for start in range(0, count, BLOCK):
-        size = min(BLOCK, count - start)
-        _load(raws, codes, models, has_base, start, size, x, bad)
-        for model in range(models):
-            if x.itemsize == 4:
-                _tally_singles(x[model].view(np.uint32), size, bins, tables[model], extremes[model])
+    for start in range(0, data.count, BLOCK):
+        size = min(BLOCK, data.count - start)
+        _load(data, start, size, room)
+        for model in range(data.models):
+            if room.x.itemsize == 4:
+                _tally_singles(room.x[model].view(np.uint32), size, room.bins, tables[model], extremes[model])
             else:
-                _tally_doubles(x[model].view(np.uint64), size, shift, tables[model], extremes[model])
+                _tally_doubles(room.x[model].view(np.uint64), size, shift, tables[model], extremes[model])
 
 
 @_jit
@@ -516,19 +518,7 @@ def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
 
 @_jit
 def tally_within(
-    raws: Array,
-    codes: Array,
-    models: int,
-    has_base: bool,
-    count: int,
-    x: Array,
-    bad: Array,
-    bits: Array,
-    parent_shift: int,
-    shift: int,
-    first: int,
-    slots: Array,
-    tables: Array,
+    data: Slice, room: Room, parent_shift: int, shift: int, first: int, slots: Array, tables: Array
 ) -> None:
     """Tally the next digits of the magnitudes that lie in chosen bins.
 
@@ -537,12 +527,13 @@ def tally_within(
     """
     width = np.uint64(slots.shape[1])
     mask = np.uint64((1 << (parent_shift - shift)) - 1)
-    for start in range(0, count, BLOCK):
-        size = min(BLOCK, count - start)
-        _load(raws, codes, models, has_base, start, size, x, bad)
-        for model in range(models):
+    bits = room.bits
+    for start in range(0, data.count, BLOCK):
+        size = min(BLOCK, data.count - start)
+        _load(data, start, size, room)
+        for model in range(data.models):
             mine = slots[model]
-            _magnitude_bits(x[model], size, bits)
+            _magnitude_bits(room.x[model], size, bits)
             for i in range(size):
                 place = (bits[i] >> np.uint64(parent_shift)) - np.uint64(first)
                 if place < width and mine[place] >= 0:

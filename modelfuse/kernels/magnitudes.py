@@ -89,7 +89,7 @@ class Tally:
         return self.shift == 0 or not self.table[index, 1:].any()
 
     def find(self, rank: int) -> tuple[int, int]:
-        """The bin that holds the magnitude of this ascending rank, and the rank among those that share its leading bits.
+        """The bin that holds this ascending rank, and the rank among those that share its leading bits.
 
         These include the smaller ones in the bin without sticky bit.
         """

@@ -6,7 +6,7 @@ import math
 import mmap
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from modelfuse.methods.slerp import coefficients
 Array = np.ndarray[Any, Any]
 
 RAW_CODES = {F32.name: cpu.RAW_F32, F64.name: cpu.RAW_F64, BF16.name: cpu.RAW_BF16, F16.name: cpu.RAW_F16}
-_NOTHING = np.iinfo(np.uint64).max
 
 
 def merge_procedure(work: Work) -> Procedure:
@@ -44,38 +43,7 @@ def _slerp_weights(work: Work, sums: Array) -> tuple[float, float]:
     )
 
 
-@dataclass(frozen=True)
-class Sparsifier:
-    """What the kernels need to know to sparsify any element of a tensor.
-
-    Attributes:
-        kind: The sparsifier's code.
-        rescale: Whether to divide what is kept by its probability.
-        keys: uint64, shape (models,): the random streams.
-        numbers: Shape (models, 2): threshold and factor of trim; probability and whether there is anything to
-            drop for dare and magprune.
-        shift: The bits of a magnitude below a bin of ``tables``.
-        first_bins: int64, shape (models,): the bin of each model's first entry.
-        tables: Shape (models, bins): magprune's probabilities of being kept, the last bits of a bin's number in front.
-        subtables: Shape (slots, 4096): the same for bins that needed more bits.
-    """
-
-    kind: int
-    rescale: bool
-    keys: Array
-    numbers: Array
-    shift: int
-    first_bins: Array
-    tables: Array
-    subtables: Array
-
-    def arguments(self) -> tuple[Any, ...]:
-        """As the kernels take them."""
-        return (self.kind, self.rescale, self.keys, self.numbers, self.shift, self.first_bins, self.tables,
-                self.subtables)  # fmt: skip
-
-
-def _measure_sparsifier(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
+def _measure_sparsifier(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
     kind = work.method.sparsify_type
     if kind == "trim":
         return (yield from _measure_trim(work))
@@ -92,14 +60,14 @@ def _sparsifier(
     tables: list[Array] | None = None,
     first_bins: list[int] | None = None,
     subtables: list[Array] | None = None,
-) -> Sparsifier:
+) -> cpu.Sparsifier:
     widest = max((table.size for table in tables or []), default=1)
     stride = -(-widest // cpu.LAST)
     by_bin = np.ones((work.models, stride * cpu.LAST), work.compute)
     for row, table in zip(by_bin, tables or [], strict=False):
         row[: table.size] = table
     by_last_bits = by_bin.reshape(work.models, stride, cpu.LAST).transpose(0, 2, 1).reshape(work.models, -1)
-    return Sparsifier(
+    return cpu.Sparsifier(
         kind,
         work.method.rescale,
         np.array([stream_key(work.method.seed, model, work.name) for model in range(work.models)], np.uint64),
@@ -111,7 +79,7 @@ def _sparsifier(
     )
 
 
-def _measure_trim(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
+def _measure_trim(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
     tallies = yield from _tally_all(work)
     searches = [TrimSearch(tally, work.method.reserve_p) for tally in tallies]
     while pending := [search for search in searches if search.threshold is None]:
@@ -124,7 +92,7 @@ def _measure_trim(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
     return _sparsifier(work, cpu.TRIM, list(zip(thresholds, factors, strict=True)))
 
 
-def _measure_magprune(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
+def _measure_magprune(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
     tallies = yield from _tally_all(work)
     method = work.method
     ranks = [RankTable(tally, method.reserve_p, method.epsilon) for tally in tallies]
@@ -132,7 +100,8 @@ def _measure_magprune(work: Work) -> Generator[Pass, list[Any], Sparsifier]:
     found: list[Tally] = []
     if any(prefixes):
         found = yield from _tally_within(work, prefixes, LAYOUTS[work.compute].shift)
-    tables, subtables = [], []
+    tables: list[Array] = []
+    subtables: list[Array] = []
     for rank, own in zip(ranks, prefixes, strict=True):
         tables.append(rank.table(len(subtables)))
         subtables += rank.subtables(found[len(subtables) : len(subtables) + len(own)])
@@ -155,12 +124,10 @@ def _add_up(layout: Layout, parts: Sequence[tuple[Array, Array]]) -> Tally:
     return Tally(layout, layout.shift, numbers, table, sticky=True)
 
 
-def _tally_within(
-    work: Work, prefixes: list[list[int]], parent_shift: int
-) -> Generator[Pass, list[Any], list[Tally]]:
+def _tally_within(work: Work, prefixes: list[list[int]], parent_shift: int) -> Generator[Pass, list[Any], list[Tally]]:
     shift = max(parent_shift - DIGIT_BITS, 0)
     spans = yield TallyWithin(work, prefixes, parent_shift, shift)
-    tables = np.sum(spans, axis=0, dtype=np.uint64)
+    tables: Any = np.sum(spans, axis=0, dtype=np.uint64)
     tallies = []
     for prefix, table in zip((prefix for own in prefixes for prefix in own), tables, strict=True):
         digits = np.flatnonzero(table[:, 0])
@@ -170,80 +137,79 @@ def _tally_within(
 
 
 @dataclass
-class Blocks:
-    """A worker's room for one block of every source, and its count of non-finite elements."""
+class State:
+    """A span under way: a worker's room, and what it found so far."""
 
-    x: Array
-    bad: Array
+    room: cpu.Room
     codes: Array
-    rows: Array
-    draws: Array
-    bits: Array
-    result: Any = field(default=None)
+    found: Any = None
 
-    @classmethod
-    def of(cls, work: Work) -> Blocks:
-        """Room for the blocks of a tensor."""
-        sources = len(work.sources)
-        return cls(
+    @property
+    def bad(self) -> Array:
+        """The counts of non-finite elements."""
+        return self.room.bad
+
+
+class _Walk:
+    """What all passes share: a tensor's slices as the kernels take them."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def start(self) -> State:
+        work, sources = self._work, len(self._work.sources)
+        room = cpu.Room(
             np.empty((sources, cpu.BLOCK), work.compute),
-            np.zeros(sources + 1, np.int64),
-            np.array([RAW_CODES[source.name] for source in work.sources], np.int64),
             np.empty((3, cpu.BLOCK), work.compute),
             np.empty(cpu.BLOCK, np.float32),
             np.empty(cpu.BLOCK, np.uint64),
+            np.empty(cpu.BLOCK, np.uint32),
+            np.zeros(sources + 1, np.int64),
         )
+        return State(room, np.array([RAW_CODES[source.name] for source in work.sources], np.int64))
+
+    def _slice(self, state: State, first: int, count: int, raws: Bytes) -> cpu.Slice:
+        return cpu.Slice(raws, state.codes, self._work.models, self._work.has_base, first, count)
 
 
-class Combine:
+class Combine(_Walk):
     """The pass that merges and writes."""
 
     writes = True
 
-    def __init__(self, work: Work, sparsifier: Sparsifier, merge: int, weights: tuple[float, ...]) -> None:
-        self._work, self._sparsifier, self._merge = work, sparsifier, merge
-        self._weights = np.array(weights, work.compute)
+    def __init__(self, work: Work, sparsifier: cpu.Sparsifier, merge: int, weights: tuple[float, ...]) -> None:
+        super().__init__(work)
+        self._arguments = sparsifier, merge, np.array(weights, work.compute), work.method.normalize
+        self._out_code = RAW_CODES[work.out.name]
 
-    def start(self) -> Blocks:
-        return Blocks.of(self._work)
+    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        cpu.combine(self._slice(state, first, count, raws), state.room, *self._arguments, self._out_code, out)
 
-    def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        work = self._work
-        cpu.combine(
-            raws, state.codes, work.models, work.has_base, first, count, state.x, state.bad,
-            *self._sparsifier.arguments(), state.rows, state.draws, state.bits,
-            self._merge, self._weights, work.method.normalize, RAW_CODES[work.out.name], out,
-        )  # fmt: skip
-
-    def finish(self, state: Blocks) -> None:
+    def finish(self, state: State) -> None:
         return None
 
 
-class DotProducts:
+class DotProducts(_Walk):
     """The pass that measures slerp's norms and dot product; finds float64 sums a chunk, shape (chunks, 3)."""
 
     writes = False
 
-    def __init__(self, work: Work, sparsifier: Sparsifier) -> None:
-        self._work, self._sparsifier = work, sparsifier
-        self._lanes = (3, cpu.LANES)
+    def __init__(self, work: Work, sparsifier: cpu.Sparsifier) -> None:
+        super().__init__(work)
+        self._sparsifier = sparsifier
 
-    def start(self) -> Blocks:
-        state = Blocks.of(self._work)
-        state.result = []
+    def start(self) -> State:
+        state = super().start()
+        state.found = []
         return state
 
-    def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        work = self._work
-        sums = np.empty((math.ceil(count / cpu.CHUNK), 3))
-        cpu.dot_products(
-            raws, state.codes, work.models, work.has_base, first, count, state.x, state.bad,
-            *self._sparsifier.arguments(), state.rows, state.draws, state.bits, np.empty(self._lanes), sums,
-        )  # fmt: skip
-        state.result.append(sums)
+    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        sums, lanes = np.empty((math.ceil(count / cpu.CHUNK), 3)), np.empty((3, cpu.LANES))
+        cpu.dot_products(self._slice(state, first, count, raws), state.room, self._sparsifier, lanes, sums)
+        state.found.append(sums)
 
-    def finish(self, state: Blocks) -> Array:
-        return np.concatenate(state.result)
+    def finish(self, state: State) -> Array:
+        return np.concatenate(state.found)
 
 
 class _Room(threading.local):
@@ -269,67 +235,62 @@ def _empty_tables(models: int, columns: int) -> Array:
     return _room.tables
 
 
-class TallyAll:
-    """The pass that tallies all magnitudes; finds, for each model, the numbers of the bins that hold any, and their rows."""
+class TallyAll(_Walk):
+    """The pass that tallies all magnitudes; finds, for each model, the bins that hold any, and their rows."""
 
     writes = False
 
     def __init__(self, work: Work, layout: Layout) -> None:
-        self._work, self._layout = work, layout
+        super().__init__(work)
+        self._layout = layout
         self._columns = cpu.COPIES if work.compute == "float32" else 3
 
-    def start(self) -> Blocks:
-        state = Blocks.of(self._work)
+    def start(self) -> State:
+        state = super().start()
         extremes = np.zeros((self._work.models, 2), np.uint64)
-        extremes[:, 0] = _NOTHING
-        tables = _empty_tables(self._work.models, self._columns)
-        state.result = np.empty(cpu.BLOCK, np.uint32), self._layout.shift, tables, extremes
+        extremes[:, 0] = np.iinfo(np.uint64).max
+        state.found = _empty_tables(self._work.models, self._columns), extremes
         return state
 
-    def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        work = self._work
-        cpu.tally(raws, state.codes, work.models, work.has_base, count, state.x, state.bad, state.bits, *state.result)
+    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        cpu.tally(self._slice(state, first, count, raws), state.room, self._layout.shift, *state.found)
 
-    def finish(self, state: Blocks) -> list[tuple[Array, Array]]:
-        *_, tables, extremes = state.result
-        return [self._unpack(table, extreme) for table, extreme in zip(tables, extremes, strict=True)]
+    def finish(self, state: State) -> list[tuple[Array, Array]]:
+        return [self._collect(table, extreme) for table, extreme in zip(*state.found, strict=True)]
 
-    def _unpack(self, table: Array, extreme: Array) -> tuple[Array, Array]:
+    def _collect(self, table: Array, extreme: Array) -> tuple[Array, Array]:
         least, greatest = ((int(bits) >> self._layout.shift << 1) + sticky for sticky, bits in enumerate(extreme))
-        first = max(least, 1)
+        first = max(min(least, greatest), 1)  # Without any magnitude above zero, least was never set.
         numbers = np.empty(max(greatest - first, 0) + 3, np.uint64)
         rows = np.empty((numbers.size, 3), np.uint64)
         found = cpu.collect(table, first, max(greatest, first), numbers, rows)
         return numbers[:found].copy(), rows[:found].copy()
 
 
-class TallyWithin:
+class TallyWithin(_Walk):
     """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (slots, 4096, 3)."""
 
     writes = False
 
     def __init__(self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int) -> None:
-        self._work, self._shifts = work, (parent_shift, shift)
+        super().__init__(work)
         flat = [prefix for own in prefixes for prefix in own]
-        self._first, self._rows = min(flat), len(flat)
+        self._shifts, self._first, self._rows = (parent_shift, shift), min(flat), len(flat)
         self._slots = np.full((work.models, max(flat) - self._first + 1), -1, np.int32)
         row = 0
         for model, own in enumerate(prefixes):
             self._slots[model, np.array(own, np.int64) - self._first] = np.arange(row, row + len(own))
             row += len(own)
 
-    def start(self) -> Blocks:
-        state = Blocks.of(self._work)
-        state.result = np.zeros((self._rows, cpu.DIGITS, 3), np.uint64)
+    def start(self) -> State:
+        state = super().start()
+        state.found = np.zeros((self._rows, cpu.DIGITS, 3), np.uint64)
         return state
 
-    def apply(self, state: Blocks, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        work = self._work
-        cpu.tally_within(
-            raws, state.codes, work.models, work.has_base, count, state.x, state.bad, state.bits,
-            *self._shifts, self._first, self._slots, state.result,
-        )  # fmt: skip
+    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        data = self._slice(state, first, count, raws)
+        cpu.tally_within(data, state.room, *self._shifts, self._first, self._slots, state.found)
 
-    def finish(self, state: Blocks) -> Array:
-        tables: Array = state.result
+    def finish(self, state: State) -> Array:
+        tables: Array = state.found
         return tables

@@ -7,9 +7,7 @@ import numpy as np
 from modelfuse.methods.arrays import Array, scalar
 
 
-def magprune(
-    x: Array, draws: Array, *, reserve_p: float = 0.7, epsilon: float = 0.14, rescale: bool = True
-) -> Array:
+def magprune(x: Array, draws: Array, *, reserve_p: float = 0.7, epsilon: float = 0.14, rescale: bool = True) -> Array:
     """Drop each element with a probability that grows with its rank by magnitude (DELLA's MagPrune).
 
     Formula: dropped with probability d = (1−p) − ε/2 + ε·r/n, r the rank by |x| from 0, the largest; else x/(1−d)
