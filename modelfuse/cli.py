@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import types
 import typing
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from modelfuse.errors import ModelfuseError, RecipeError
-from modelfuse.recipe import Recipe, canonical_name, load_recipe, nearest
+from modelfuse.recipe import Recipe, by_canonical_name, canonical_name, load_recipe, nearest
 from modelfuse.version import __version__
 
 COMMANDS = {
@@ -20,6 +21,8 @@ COMMANDS = {
     "check": "Show the plan of a merge, from the headers alone.",
     "methods": "Show the methods, their settings, formulas and papers.",
 }
+#: More than any float has before or behind its point.
+MOST_DIGITS = 400
 USAGE = "modelfuse {merge,check,methods} [recipe.json|recipe.yaml] [--setting value ...]"
 
 
@@ -36,6 +39,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     from modelfuse import show
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # Any path and formula can be shown anywhere.
     try:
         return _run(list(sys.argv[1:] if words is None else words))
     except ModelfuseError as error:
@@ -119,7 +125,7 @@ def parse(words: Sequence[str]) -> tuple[dict[str, object], bool]:
     given = vars(parser.parse_args([part for word in words for part in _normal(word)]))
     quiet = bool(given.pop("quiet", False))
     path = given.pop("recipe", None)
-    settings = {canonical_name(key): value for key, value in load_recipe(path).items()} if path else {}
+    settings = by_canonical_name(load_recipe(path)) if path else {}
     if "model_path_str" in given or "model_path_list" in given:
         settings.pop("model_path_str", None), settings.pop("model_path_list", None)
     return {**settings, **given}, quiet
@@ -135,15 +141,19 @@ def _normal(word: str) -> list[str]:
             plain != switched
             and switched in Recipe.model_fields
             and _is(Recipe.model_fields[switched].annotation, bool)
+            and not equals
         ):
             return [f"--{switched}", "False"]
         known = plain if plain == "quiet" else canonical_name(name)
         return [f"--{known}", value] if equals else [f"--{known}"]
     if word.startswith("-") and len(word) > 1:
         try:
-            return [format(Decimal(word), "f")]
+            number = Decimal(word)
         except InvalidOperation:
             raise RecipeError(f"There is no flag {word}", "Flags begin with two dashes.") from None
+        if not number.is_finite() or abs(number.adjusted()) > MOST_DIGITS:
+            raise RecipeError(f"{word} is not a number that any setting takes")
+        return [format(number, "f")]
     return [word]
 
 

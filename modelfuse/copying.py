@@ -17,9 +17,6 @@ class Difference:
     name: str
     sources: tuple[int, ...]
 
-    def __str__(self) -> str:
-        return self.name
-
 
 @dataclass(frozen=True, slots=True)
 class Copy:

@@ -58,7 +58,9 @@ def match_tensors(models: Sequence[Checkpoint], lead: Checkpoint) -> tuple[list[
             names.append(name)
         else:
             missing.append(name)
-    problems = [*_describe_missing(missing, models), *_describe_shapes(names, models)]
+    problems = [
+        *_describe_missing(missing, models), *_describe_shapes(names, models), *_describe_untied(tied, models)
+    ]  # fmt: skip
     if problems:
         raise MismatchError(
             "The models do not have the same tensors:\n" + "\n".join(f"  {problem}" for problem in problems),
@@ -93,7 +95,7 @@ def _describe_missing(missing: Sequence[str], models: Sequence[Checkpoint]) -> l
     for name in missing:
         absent = tuple(str(model.path) for model in models if not _has(model, name))
         lines.setdefault(absent, []).append(name)
-    return [f"not in {' and '.join(absent)}: {group}" for absent, names in lines.items() for group in _group(names)]
+    return [f"not in {' and '.join(absent)}: {group}" for absent, names in lines.items() for group in group_names(names)]
 
 
 def _describe_shapes(names: Sequence[str], models: Sequence[Checkpoint]) -> list[str]:
@@ -103,7 +105,21 @@ def _describe_shapes(names: Sequence[str], models: Sequence[Checkpoint]) -> list
         if len(set(shapes)) > 1:
             shown = ", ".join(f"{list(shape)} in {model.path}" for shape, model in zip(shapes, models, strict=True))
             lines.setdefault(shown, []).append(name)
-    return [f"{group} has the shapes {shown}" for shown, names in lines.items() for group in _group(names)]
+    return [f"{group} has the shapes {shown}" for shown, names in lines.items() for group in group_names(names)]
+
+
+def _describe_untied(tied: Sequence[Tied], models: Sequence[Checkpoint]) -> list[str]:
+    """Pairs that config.json ties although they cannot share their values."""
+    lines = []
+    for pair in tied:
+        for model in models:
+            one, other = model.tensors.get(pair.name), model.tensors.get(pair.other)
+            if one is not None and other is not None and (one.shape, one.dtype) != (other.shape, other.dtype):
+                lines.append(
+                    f"config.json of {model.path} ties {one.name} to {other.name}, but one is {one.dtype} "
+                    f"{list(one.shape)} and the other {other.dtype} {list(other.shape)}"
+                )
+    return lines
 
 
 def pattern(name: str) -> str:
@@ -115,10 +131,10 @@ def pattern(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def _group(names: Iterable[str]) -> list[str]:
+def group_names(names: Iterable[str]) -> list[str]:
     """Names that differ in numbers only become one line.
 
-    >>> _group(["layers.0.q", "layers.1.q", "norm"])
+    >>> group_names(["layers.0.q", "layers.1.q", "norm"])
     ['layers.*.q (2 tensors)', 'norm']
     """
     groups: dict[str, list[str]] = {}

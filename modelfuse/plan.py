@@ -5,6 +5,7 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from modelfuse.checkpoints import Checkpoint, StoredTensor, open_checkpoint
 from modelfuse.checkpoints.safetensors import encode_header
 from modelfuse.dtypes import OUTPUT_DTYPES, DType
 from modelfuse.errors import CheckpointError, MismatchError, OutputError, RecipeError
-from modelfuse.matching import Tied, match_tensors
+from modelfuse.matching import Tied, group_names, match_tensors
 from modelfuse.methods import Method
 from modelfuse.recipe import Recipe
 from modelfuse.serving import SideFile, files_to_serve
@@ -168,16 +169,23 @@ def _check_places(recipe: Recipe) -> None:
     if output is None:
         return
     for path in _paths(recipe):
-        folder = (path if path.is_dir() else path.parent).resolve()
-        if output.resolve() == folder or folder in output.resolve().parents or output.resolve() in folder.parents:
+        holds_it = output.resolve() in (path.resolve(), *path.resolve().parents)
+        if holds_it or path.resolve() in output.resolve().parents:
             raise OutputError(
                 f"output_path {output} and the input {path} lie inside each other", "Choose another output_path."
             )
+    try:
+        _check_output(output, recipe.overwrite)
+    except OSError as error:
+        raise OutputError(f"output_path {output}: {error.strerror}") from error
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
     if not output.parent.is_dir() and output.parent.exists():
         raise OutputError(f"{output.parent} is not a folder, so output_path {output} cannot be created")
     if output.exists() and not output.is_dir():
         raise OutputError(f"output_path {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(
             f"output_path {output} exists and is not empty", "Use --overwrite to replace it whole when all is done."
         )
@@ -225,12 +233,18 @@ def _draft(recipe: Recipe, name: str, models: Sequence[Checkpoint], chosen: int 
 
 
 def _check_kinds(drafts: Sequence[OutputTensor]) -> None:
+    mixed: dict[str, list[str]] = {}
     for draft in drafts:
         kinds = {source.dtype for source in draft.sources}
-        mixed = any(kind.compute is None for kind in kinds) if draft.action == "merge" else len(kinds) > 1
-        if mixed:
-            listed = ", ".join(sorted(str(kind) for kind in kinds))
-            raise MismatchError(f"Tensor {draft.name!r} is stored as {listed} in different models: these do not mix")
+        if any(kind.compute is None for kind in kinds) if draft.action == "merge" else len(kinds) > 1:
+            listed = ", ".join(str(source.dtype) for source in draft.sources)
+            mixed.setdefault(listed, []).append(draft.name)
+    if mixed:
+        lines = [f"  {group} is {listed}" for listed, names in mixed.items() for group in group_names(names)]
+        raise MismatchError(
+            "The models, in order, hold these tensors in types that do not mix:\n" + "\n".join(lines),
+            "Save them in one type first.",
+        )
 
 
 def _lay_out(
@@ -285,7 +299,7 @@ def _check_room(plan: Plan) -> None:
     output = plan.recipe.output_path
     if output is None:
         return
-    parent = next(folder for folder in output.parents if folder.exists())
+    parent = next(folder for folder in output.resolve().parents if folder.exists())
     needed = plan.bytes_written + sum(file.size for file in plan.side_files)
     free = shutil.disk_usage(parent).free
     if needed > free:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -40,16 +41,20 @@ def parse_bytes(value: object) -> object:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
     if match is None or match[2] not in UNITS:
         raise ValueError("give a size such as 500MB or 5GB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(Decimal(match[1]) * UNITS[match[2]])
 
 
 def _absolute(value: object) -> object:
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError("this is no path")
     return Path(os.path.abspath(value)) if isinstance(value, str | Path) else value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0, lt=2**63)]
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+#: Most tensors are merged in float32, so their weights have its range.
+Weight = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
 
 
 class Recipe(BaseModel):
@@ -73,7 +78,7 @@ class Recipe(BaseModel):
     sparsify_type: Literal["trim", "dare", "magprune"] | None = Field(
         None, description="What is dropped from each model first."
     )
-    weight_list: tuple[Finite, ...] | None = Field(None, description="One weight a model; equal if absent.")
+    weight_list: tuple[Weight, ...] | None = Field(None, description="One weight a model; equal if absent.")
     normalize: bool | None = Field(
         None, description="Divide the weights by their sum (false by default when weights are given)."
     )
@@ -103,7 +108,7 @@ class Recipe(BaseModel):
     )
     copy_file_list: tuple[str, ...] = Field((), description="More files to copy beside the usual ones.")
     split_pieces: int = Field(8, ge=1, description="Bounds the slice; results never depend on it.")
-    max_tensor_mem: Finite = Field(0.5, gt=0, description="In GiB; bounds the slice, changes no result.")
+    max_tensor_mem: Finite = Field(0.5, gt=0, le=1e9, description="In GiB; bounds the slice, changes no result.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -217,14 +222,23 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return f"Did you mean {close[0]!r}?" if close else "`modelfuse merge --help` lists every setting."
 
 
-def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
+def by_canonical_name(settings: Mapping[str, object]) -> dict[str, object]:
+    """The same settings by their :func:`canonical_name`.
+
+    Raises:
+        RecipeError: If there is no such setting, or one is given under two names.
+    """
     named: dict[str, object] = {}
     for name, value in settings.items():
         plain = canonical_name(name)
         if plain in named:
             raise RecipeError(f"The setting {plain} is given twice")
-        if plain not in INFORMATION:
-            named[plain] = value
+        named[plain] = value
+    return named
+
+
+def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
+    named = {name: value for name, value in by_canonical_name(settings).items() if name not in INFORMATION}
     joined = named.pop("model_path_str", None)
     if joined is not None:
         if named.get("model_path_list"):

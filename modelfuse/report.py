@@ -97,4 +97,5 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
 
 
 def _encode(content: Mapping[str, object]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    # Bytes of a path that are no UTF-8 become JSON's own escapes, which mean the same path when read back.
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile, read_bytes
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
@@ -23,6 +23,8 @@ from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.scheduler import Job, Scheduler
 
 Progress = Callable[[int], None]
+#: Differing tensors that an error lists.
+MOST_LINES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Run:
     progress: Progress
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
+    untied: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         widest = max(len(tensor.sources) for tensor in self.plan.tensors)
@@ -85,8 +88,10 @@ class Run:
             folder.create(file.name, file.size, file.header)
         self._folder = folder
         self._schedule(self._preparing_jobs())
+        if self.untied:
+            raise _describe_untied(self.untied)
         if self.differences:
-            raise _describe(self.differences)
+            raise _describe(self.differences, self.plan.models)
         self._schedule(self._merging_jobs())
 
     def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
@@ -100,7 +105,8 @@ class Run:
                 pair = (model.tensors.get(tied.name), model.tensors.get(tied.other))
                 if pair[0] is not None and pair[1] is not None:
                     task = Task(tied.name, (pair[0], pair[1]), (model.path, model.path))
-                    procedure = compare_procedure(Copy(tied.name, None, pair[0].dtype.bytes), self.differences)
+                    copy = Copy(f"{tied.name} and {tied.other} of {model.path}", None, pair[0].dtype.bytes)
+                    procedure = compare_procedure(copy, self.untied)
                     yield Job(task, procedure, pair[0].size)
         for tensor in self.plan.tensors:
             if tensor.action == "copy":
@@ -198,10 +204,26 @@ def _nonfinite(task: Task, bad: np.ndarray[Any, np.dtype[np.int64]]) -> Checkpoi
     )
 
 
-def _describe(differences: list[Difference]) -> MismatchError:
-    listed = "\n".join(f"  {difference}" for difference in differences[:20])
-    more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
+def _describe_untied(differences: Sequence[Difference]) -> MismatchError:
     return MismatchError(
-        f"These tensors cannot be merged, only copied, but they differ:\n{listed}{more}",
+        "config.json ties these tensors, but their values differ:\n" + _listed(each.name for each in differences),
+        "Set tie_word_embeddings to false there if they are meant to differ.",
+    )
+
+
+def _describe(differences: Sequence[Difference], models: Sequence[Checkpoint]) -> MismatchError:
+    lines = (
+        f"{each.name} of {models[0].path} is not that of {' and '.join(str(models[at].path) for at in each.sources)}"
+        for each in differences
+    )
+    return MismatchError(
+        "These tensors cannot be merged, only copied, but they differ:\n" + _listed(lines),
         "Say which model to take them from with --unmerged_from PATH.",
     )
+
+
+def _listed(lines: Iterable[str]) -> str:
+    """Lines in an order that does not depend on workers, the first ones only."""
+    lines = sorted(lines)
+    more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+    return "\n".join(f"  {line}" for line in [*lines[:MOST_LINES], *more])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.errors import CheckpointError
+from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.recipe import Recipe
 
 #: Endings of files that hold weights or training state: everything else beside the weights is small and copied.
@@ -15,6 +17,11 @@ WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pt", ".pth", ".pdopt", ".msgpa
 #: What a training run or an earlier merge leaves in the folder.
 LEFTOVERS = ("merge_config.json", "merge_report.json", "trainer_state.json", "training_args.json",
              "all_results.json", "train_results.json", "eval_results.json", "README.md")  # fmt: skip
+#: What the merge itself writes, and what a loader would take for it.
+MADE = re.compile(
+    r"(model|master_weights|pytorch_model|model_state)(-\d+-of-\d+)?\.(safetensors|bin|pdparams)(\.index\.json)?"
+    r"|merge_(config|report)\.json"
+)
 #: Larger files are no configuration; tokenizers stay well below.
 LARGEST = 200_000_000
 
@@ -33,17 +40,23 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
 
     Raises:
         CheckpointError: If a file in ``copy_file_list`` is not there.
+        RecipeError: If it is one that the merge itself makes.
     """
     folder = lead.path if lead.path.is_dir() else lead.path.parent
     usual = [path.name for path in sorted(folder.iterdir()) if path.is_file() and _is_usual(path)]
     templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     usual += [str(path.relative_to(folder)) for path in templates]
-    for name in recipe.copy_file_list:
+    named = [os.path.normpath(name) for name in recipe.copy_file_list]
+    for name in named:
         if not (folder / name).is_file():
             raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
+        if MADE.fullmatch(name):
+            raise RecipeError(
+                f"copy_file_list names {name}, which would take the place of what the merge writes",
+                "Weights are merged, not copied: leave it out.",
+            )
     return tuple(
-        SideFile(folder / name, name, (folder / name).stat().st_size)
-        for name in dict.fromkeys([*usual, *recipe.copy_file_list])
+        SideFile(folder / name, name, (folder / name).stat().st_size) for name in dict.fromkeys([*usual, *named])
     )
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -84,9 +85,10 @@ def open_checkpoint(path: Path, prefix: str = "model") -> Checkpoint:
         CheckpointError: If there is no checkpoint, a shard is missing, or any file is malformed.
     """
     weight_map = None
-    if path.is_file():
+    if os.path.isfile(path):
+        _refuse_shard(path)
         folder, names, form = path.parent, [path.name], _format_of(path, prefix)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         folder = path
         form, names, weight_map = _find_files(path, prefix)
     else:
@@ -111,6 +113,11 @@ def _join(path: Path, files: Mapping[str, Contents]) -> Contents:
         whole.aliases.update(part.aliases)
         for key, value in part.metadata.items():
             whole.metadata.setdefault(key, value)
+    for text in (*owners, *whole.metadata, *whole.metadata.values()):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # An escape can stand for half a character.
+            raise CheckpointError(f"{path} holds {text!r}, which is no valid text") from error
     return whole
 
 
@@ -142,6 +149,12 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
+def _refuse_shard(path: Path) -> None:
+    number = re.search(r"-(\d+)-of-(\d+)\.\w+$", path.name)
+    if number is not None and int(number[2]) > 1:
+        raise CheckpointError(f"{path} is one shard of {int(number[2])}", f"Name the folder {path.parent} instead.")
+
+
 def _format_of(path: Path, prefix: str) -> Format:
     for form in _formats(prefix):
         if path.suffix == Path(form.file).suffix:
@@ -155,6 +168,11 @@ def _find_files(folder: Path, prefix: str) -> tuple[Format, list[str], dict[str,
         index = folder / f"{form.file}.index.json"
         if index.is_file():
             weight_map = _read_weight_map(index)
+            if form.file not in weight_map.values() and (folder / form.file).is_file():
+                raise CheckpointError(
+                    f"{folder} holds two models: {form.file}, and the shards that {index.name} names",
+                    "Remove the one that is out of date.",
+                )
             return form, sorted(set(weight_map.values())), weight_map
         if (folder / form.file).is_file():
             return form, [form.file], None

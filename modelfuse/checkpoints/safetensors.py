@@ -85,7 +85,7 @@ def _read_header(file: SourceFile) -> tuple[dict[str, object], int]:
     if not text.startswith(b"{"):
         _invalid(file.path, "its header does not start with '{'")
     try:
-        header = json.loads(text, object_pairs_hook=_unique_keys)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         _invalid(file.path, f"its header is not valid JSON: {error}")
     return header, 8 + length

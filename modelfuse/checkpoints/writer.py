@@ -7,9 +7,11 @@ the process that holds it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -31,21 +33,25 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self.path = path
+        # Where a link leads, so that the link stays one.
+        self.path = path = path.resolve()
         self._overwrite = overwrite
         self._temporary = path.with_name(f".{path.name}.modelfuse")
         self._lock = path.with_name(f".{path.name}.modelfuse.lock")
         self._lock_descriptor = -1
         self._descriptors: dict[str, int] = {}
+        self._new_parents: list[Path] = []
 
     def __enter__(self) -> Self:
         try:
+            self._new_parents = list(itertools.takewhile(lambda parent: not parent.exists(), self.path.parents))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock_descriptor = self._acquire_lock()
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir()
         except OSError as error:
             self._release_lock()
+            self._remove_new_parents()
             raise self._failure(error, self._temporary) from error
         return self
 
@@ -56,6 +62,8 @@ class OutputFolder:
             os.close(descriptor)
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._release_lock()
+        if error is not None:
+            self._remove_new_parents()
 
     def create(self, name: str, size: int, header: bytes) -> None:
         """Create a weight file of its final size and write its header."""
@@ -143,6 +151,12 @@ class OutputFolder:
             self._lock.unlink(missing_ok=True)
             os.close(self._lock_descriptor)
             self._lock_descriptor = -1
+
+    def _remove_new_parents(self) -> None:
+        """Leave no empty folder behind; what others have put there meanwhile stays."""
+        with contextlib.suppress(OSError):
+            for parent in self._new_parents:
+                parent.rmdir()
 
     def _failure(self, error: OSError, path: Path) -> OutputError:
         hint = "Free some space and merge again." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None

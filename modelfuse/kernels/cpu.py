@@ -68,7 +68,7 @@ class Slice(NamedTuple):
         models: The number of models, without the base.
         has_base: Whether there is one.
         first: The number of the first element in the tensor.
-        count: The number of elements.
+        length: The number of elements.
     """
 
     raws: Array
@@ -76,7 +76,7 @@ class Slice(NamedTuple):
     models: int
     has_base: bool
     first: int
-    count: int
+    length: int
 
 
 class Room(NamedTuple):
@@ -289,21 +289,36 @@ def _bin(bits: Any, shift: int) -> Any:
 
 
 @_jit
-def _keep_probabilities(
-    x: Array, count: int, bits: Array, shift: int, first_bin: int, table: Array, subtables: Array, out: Array
-) -> None:
+def _short_bin(magnitude: Any) -> Any:
+    """The same of a float32, in 32 bits."""
+    sticky = np.uint32((magnitude & np.uint32(DIGITS - 1)) != 0)
+    return np.uint32(np.uint32(magnitude >> np.uint32(DIGIT_BITS)) << np.uint32(1)) | sticky
+
+
+@_jit
+def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
-    _magnitude_bits(x, count, bits)
-    before = np.uint64(first_bin - 1)
-    stride = np.uint64(table.size // LAST)
+    x, table, bins = room.x[model], how.tables[model], room.bins
+    before, stride = np.uint32(how.first_bins[model] - 1), np.uint32(table.size // LAST)
+    if x.itemsize == 4:
+        singles = x.view(np.uint32)
+        for i in range(count):
+            magnitude = np.uint32(singles[i] & np.uint32(0x7FFFFFFF))
+            place = np.uint32(_short_bin(magnitude) - before) if magnitude != 0 else np.uint32(0)
+            bins[i] = np.uint32((place & np.uint32(LAST - 1)) * stride) + (place >> np.uint32(LAST_BITS))
+    else:
+        _magnitude_bits(x, count, room.bits)
+        for i in range(count):
+            place = np.uint32(_bin(room.bits[i], how.shift) - before) if room.bits[i] != 0 else np.uint32(0)
+            bins[i] = np.uint32((place & np.uint32(LAST - 1)) * stride) + (place >> np.uint32(LAST_BITS))
     for i in range(count):
-        place = _bin(bits[i], shift) - before if bits[i] != 0 else np.uint64(0)
-        out[i] = table[(place & np.uint64(LAST - 1)) * stride + (place >> np.uint64(LAST_BITS))]
-    if subtables.shape[0] > 0:
+        out[i] = table[bins[i]]
+    if how.subtables.shape[0] > 0:
+        _magnitude_bits(x, count, room.bits)
         for i in range(count):
             if out[i] < 0:
-                digit = (bits[i] >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
-                out[i] = subtables[np.int64(-out[i]) - 1, digit]
+                digit = (room.bits[i] >> np.uint64(how.shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
+                out[i] = how.subtables[np.int64(-out[i]) - 1, digit]
 
 
 @_jit
@@ -327,9 +342,7 @@ def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -
                 x[i] /= p
     elif how.kind == MAGPRUNE and how.numbers[model, 1] != 0:
         uniform(how.keys[model], first, count, draws)
-        _keep_probabilities(
-            x, count, room.bits, how.shift, how.first_bins[model], how.tables[model], how.subtables, keep
-        )
+        _keep_probabilities(how, model, count, room, keep)
         for i in range(count):
             x[i] = x[i] if draws[i] < np.float32(keep[i]) else zero
         if how.rescale:
@@ -392,8 +405,8 @@ def combine(
     out: Array,
 ) -> None:
     """Merge one slice into the start of ``out``."""
-    for start in range(0, data.count, BLOCK):
-        size = min(BLOCK, data.count - start)
+    for start in range(0, data.length, BLOCK):
+        size = min(BLOCK, data.length - start)
         _load(data, start, size, room)
         for model in range(data.models):
             _sparsify(how, model, data.first + start, size, room)
@@ -416,10 +429,10 @@ def dot_products(data: Slice, room: Room, how: Sparsifier, lanes: Array, sums: A
     Sixteen running sums a product, folded in a fixed order: the same bits on any processor.
     """
     x = room.x
-    for chunk in range(0, data.count, CHUNK):
+    for chunk in range(0, data.length, CHUNK):
         lanes[:] = 0.0
-        for start in range(chunk, min(chunk + CHUNK, data.count), BLOCK):
-            size = min(BLOCK, data.count - start)
+        for start in range(chunk, min(chunk + CHUNK, data.length), BLOCK):
+            size = min(BLOCK, data.length - start)
             _load(data, start, size, room)
             for model in range(data.models):
                 _sparsify(how, model, data.first + start, size, room)
@@ -447,8 +460,8 @@ def tally(data: Slice, room: Room, shift: int, tables: Array, extremes: Array) -
     sums of the low 22 remaining bits and of the others. ``extremes[model]`` are the least bits above zero, less one,
     and the greatest.
     """
-    for start in range(0, data.count, BLOCK):
-        size = min(BLOCK, data.count - start)
+    for start in range(0, data.length, BLOCK):
+        size = min(BLOCK, data.length - start)
         _load(data, start, size, room)
         for model in range(data.models):
             if room.x.itemsize == 4:
@@ -464,8 +477,7 @@ def _tally_singles(bits: Array, size: int, bins: Array, table: Array, extremes: 
         magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
         # A zero wraps around to the greatest integer: its bin is known, and far from the others.
         least, greatest = min(least, np.uint32(magnitude - np.uint32(1))), max(greatest, magnitude)
-        sticky = np.uint32((magnitude & np.uint32(DIGITS - 1)) != 0)
-        bins[i] = _slot(np.uint32(np.uint32(magnitude >> np.uint32(DIGIT_BITS)) << np.uint32(1)) | sticky)
+        bins[i] = _slot(_short_bin(magnitude))
     if least != np.uint32(0xFFFFFFFF):
         extremes[0] = min(extremes[0], np.uint64(least))
     extremes[1] = max(extremes[1], np.uint64(greatest))
@@ -528,8 +540,8 @@ def tally_within(
     width = np.uint64(slots.shape[1])
     mask = np.uint64((1 << (parent_shift - shift)) - 1)
     bits = room.bits
-    for start in range(0, data.count, BLOCK):
-        size = min(BLOCK, data.count - start)
+    for start in range(0, data.length, BLOCK):
+        size = min(BLOCK, data.length - start)
         _load(data, start, size, room)
         for model in range(data.models):
             mine = slots[model]

@@ -22,6 +22,7 @@ Counts = np.ndarray[Any, np.dtype[np.uint64]]
 PROBABILITY_ERROR = 1e-4
 DIGIT_BITS = 12
 LOW_BITS = 22
+HALF_BITS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,28 +106,25 @@ class Tally:
 
         None if any is not finite.
         """
-        leading = self.numbers[start:stop] >> np.uint64(self.sticky)
+        numbers, rows = self.numbers[start:stop], self.table[start:stop]
+        if not numbers.size:
+            return 0
+        leading = numbers >> np.uint64(self.sticky)
         width = np.uint64(self.layout.mantissa - self.shift)
         exponents = leading >> width
-        if exponents.size and int(exponents[-1]) == self.layout.infinite:
+        if int(exponents[-1]) == self.layout.infinite:
             return None
         hidden = np.where(exponents > 0, np.uint64(1) << width, np.uint64(0))
         mantissas = (leading & ((np.uint64(1) << width) - np.uint64(1))) | hidden
+        # Split in halves, so that 64 bits hold the sums; those of one exponent are added up at a time.
+        low, high = mantissas & np.uint64((1 << HALF_BITS) - 1), mantissas >> np.uint64(HALF_BITS)
+        parts = np.stack([rows[:, 0] * low, rows[:, 0] * high, rows[:, 1], rows[:, 2]], axis=1)
+        starts = np.flatnonzero(np.diff(exponents, prepend=exponents[:1] + np.uint64(1)))
         total = 0
-        for exponent in np.unique(exponents):
-            here = exponents == exponent
-            counts, low, high = self.table[start:stop][here].T
-            units = _dot(counts, mantissas[here]) << self.shift
-            units += int(low.sum()) + (int(high.sum()) << LOW_BITS)
-            total += units << max(int(exponent) - 1, 0)
+        for exponent, sums in zip(exponents[starts].tolist(), np.add.reduceat(parts, starts).tolist(), strict=True):
+            units = (sums[0] + (sums[1] << HALF_BITS) << self.shift) + sums[2] + (sums[3] << LOW_BITS)
+            total += units << max(exponent - 1, 0)
         return total
-
-
-def _dot(counts: Counts, mantissas: Counts) -> int:
-    """The exact product sum; the mantissas are split so that 64 bits are enough."""
-    half = np.uint64(24)
-    low = int((counts * (mantissas & ((np.uint64(1) << half) - np.uint64(1)))).sum())
-    return low + (int((counts * (mantissas >> half)).sum()) << int(half))
 
 
 class TrimSearch:

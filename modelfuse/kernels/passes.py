@@ -117,6 +117,8 @@ def _tally_all(work: Work) -> Generator[Pass, list[Any], list[Tally]]:
 
 def _add_up(layout: Layout, parts: Sequence[tuple[Array, Array]]) -> Tally:
     """One tally of several spans'."""
+    if len(parts) == 1:
+        return Tally(layout, layout.shift, *parts[0], sticky=True)
     numbers = np.unique(np.concatenate([numbers for numbers, _ in parts]))
     table = np.zeros((numbers.size, 3), np.uint64)
     for own, part in parts:

@@ -1,0 +1,33 @@
+# Everything sets itself up: each environment is made once, and again when pyproject.toml changes.
+PYTHON ?= python3
+CORE := .venv/core
+FULL := .venv/full
+
+.PHONY: demo test lint bench clean
+
+demo: $(CORE)/ready  ## Merge trained models with every method and show how good the results are.
+	$(CORE)/bin/python -m demo.run
+
+test: $(FULL)/ready  ## All the tests, warnings as errors.
+	$(FULL)/bin/python -W error -m pytest
+
+lint: $(FULL)/ready
+	$(FULL)/bin/ruff check .
+	$(FULL)/bin/ruff format --check .
+	$(FULL)/bin/mypy
+
+bench: $(FULL)/ready  ## The reference work beside a plain copy; see benchmarks/README.md for the options.
+	$(FULL)/bin/python benchmarks/run.py
+
+$(CORE)/ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(CORE)
+	$(CORE)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(FULL)/ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(FULL)
+	$(FULL)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,bench]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,232 @@
+"""What the tests share: tiny models made without torch, and the command line with all it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modelfuse.checkpoints.safetensors import encode_header
+from modelfuse.dtypes import BY_NAME
+from modelfuse.methods import MERGES, SPARSIFIERS
+
+ROOT = Path(__file__).parent.parent
+#: Every (sparsify_type, merge_type), as words of the command line.
+STEPS = [
+    [*(["--sparsify_type", sparsify] if sparsify else []), "--merge_type", merge]
+    for sparsify in (None, *SPARSIFIERS)
+    for merge in MERGES
+]
+CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a safetensors file holds it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Stored:
+        name = next(each.name for each in BY_NAME.values() if each.numpy == array.dtype.name)
+        return cls(name, array.shape, array.tobytes())
+
+
+def bf16(values: Any) -> Stored:
+    """Values in bfloat16; those that it cannot represent are cut off, not rounded."""
+    wide = np.asarray(values, np.float32)
+    return Stored("BF16", wide.shape, (wide.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+
+
+def save_file(path: Path, tensors: Mapping[str, np.ndarray | Stored], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file."""
+    stored = {name: each if isinstance(each, Stored) else Stored.of(each) for name, each in tensors.items()}
+    header, _ = encode_header([(name, BY_NAME[each.dtype], each.shape) for name, each in stored.items()], metadata or {})
+    path.write_bytes(header + b"".join(each.data for each in stored.values()))
+
+
+def make_model(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray | Stored],
+    *,
+    config: Mapping[str, object] | None = CONFIG,
+    metadata: Mapping[str, str] | None = None,
+    prefix: str = "model",
+    shards: int = 1,
+    index: bool = True,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a model folder.
+
+    Args:
+        folder: Where; created with its parents.
+        tensors: By name, in order. uint16 arrays are stored as U16, :func:`bf16` ones as BF16.
+        config: config.json; None for none.
+        metadata: Of every weight file; None for ``{"format": "pt"}``.
+        prefix: ``model`` or ``master_weights``.
+        shards: How many weight files the tensors are dealt out to.
+        index: Whether several shards get an index.
+        files: Further files: name → content.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{prefix}-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
+    names = names if shards > 1 else [f"{prefix}.safetensors"]
+    for number, name in enumerate(names):
+        part = {each: tensors[each] for each in list(tensors)[number::shards]}
+        save_file(folder / name, part, {"format": "pt"} if metadata is None else metadata)
+    if shards > 1 and index:
+        weight_map = {each: names[number % shards] for number, each in enumerate(tensors)}
+        text = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+        (folder / f"{prefix}.safetensors.index.json").write_text(text)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    for name, content in (files or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and metadata of a safetensors file, by the letter of the format and not by our code."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length].decode("utf-8"))
+    metadata = header.pop("__metadata__", {})
+    data = content[8 + length :]
+    tensors = {
+        name: Stored(entry["dtype"], tuple(entry["shape"]), data[slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    }
+    return tensors, metadata
+
+
+def read_model(folder: Path, prefix: str = "model") -> dict[str, Stored]:
+    """All tensors of a folder, by its index if there is one."""
+    index = folder / f"{prefix}.safetensors.index.json"
+    if not index.exists():
+        return read_file(folder / f"{prefix}.safetensors")[0]
+    weight_map = json.loads(index.read_text())["weight_map"]
+    files = {name: read_file(folder / name)[0] for name in set(weight_map.values())}
+    tensors = {name: files[file][name] for name, file in weight_map.items()}
+    assert sorted(tensors) == sorted(name for file in files.values() for name in file)
+    return tensors
+
+
+def array(stored: Stored) -> np.ndarray:
+    """The values of a tensor, bfloat16 widened to float32."""
+    if stored.dtype == "BF16":
+        half = np.frombuffer(stored.data, np.uint16).astype(np.uint32)
+        return (half << 16).view(np.float32).reshape(stored.shape)
+    return np.frombuffer(stored.data, BY_NAME[stored.dtype].numpy).reshape(stored.shape)
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str | None]:
+    """Everything in a folder, hidden or not: files with their content, links with their target, folders."""
+    found: dict[str, bytes | str | None] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def modelfuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """The command line, in this process."""
+    from modelfuse.cli import main
+
+    def run(*words: object) -> Said:
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return Said(status, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def merge(modelfuse: Callable[..., Said]) -> Callable[..., Said]:
+    """``modelfuse merge`` that must succeed."""
+
+    def run(*words: object) -> Said:
+        said = modelfuse("merge", *words)
+        assert said.status == 0, said.err
+        return said
+
+    return run
+
+
+@pytest.fixture
+def refuse(modelfuse: Callable[..., Said], tmp_path: Path) -> Callable[..., str]:
+    """A command that must be refused as the user's mistake: short, without a traceback, and leaving no trace."""
+
+    def run(*words: object, says: Sequence[object] = (), hint: str | None = None) -> str:
+        before = snapshot(tmp_path)
+        said = modelfuse(*words)
+        assert said.status == 2, said
+        lines = [line for line in said.err.splitlines() if not line.startswith(("merging ", "note: "))]
+        assert lines[0].startswith("error: "), said.err
+        assert "Traceback" not in said.err
+        assert said.out == ""
+        for part in says:
+            assert str(part) in said.err
+        if hint is not None:
+            assert "hint: " in said.err
+            assert hint in said.err.partition("hint: ")[2]
+        assert snapshot(tmp_path) == before
+        return said.err
+
+    return run
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two models of the same few tensors."""
+    return make_model(tmp_path / "A", random_tensors(1)), make_model(tmp_path / "B", random_tensors(2))
+
+
+def random_tensors(seed: int, *, dtype: str = "float32") -> dict[str, np.ndarray | Stored]:
+    """Tensors of a model in small, the same names and shapes for every seed."""
+    random = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (11, 4), "model.layers.0.mlp.weight": (4, 5),
+              "model.layers.1.mlp.weight": (4, 5), "model.norm.weight": (4,), "lm_head.weight": (11, 4)}  # fmt: skip
+    values = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: bf16(each) if dtype == "bfloat16" else each.astype(dtype) for name, each in values.items()}
+
+
+def start(*words: object, folder: Path | None = None, code: str | None = None, **options: Any) -> subprocess.Popen[str]:
+    """``python -m modelfuse`` (or ``code``) in a process of its own."""
+    command = [sys.executable, "-W", "error", *(["-c", code] if code else ["-m", "modelfuse"]), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=folder or ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+def call(*words: object, **options: Any) -> Said:
+    """Run :func:`start` to its end."""
+    with start(*words, **options) as process:
+        out, err = process.communicate()
+    return Said(process.returncode, out, err)

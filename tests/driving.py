@@ -1,0 +1,130 @@
+"""Walking a kernel's procedure as the run does, over arrays in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modelfuse.dtypes import BF16, F16, F32, F64, DType
+from modelfuse.kernels import Pass, Procedure, Work, cpu
+from modelfuse.kernels.passes import merge_procedure
+from modelfuse.methods import Method
+
+Array = npt.NDArray[Any]
+
+#: Slices start at multiples of this many elements: the sums of slerp are added up in such chunks.
+GRAIN = cpu.CHUNK
+FLOATS = {"float32": F32, "float16": F16, "bfloat16": BF16, "float64": F64}
+STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def bfloat16(values: Array) -> npt.NDArray[np.uint16]:
+    """Bit patterns of the nearest bfloat16, ties to even, by integer arithmetic on exact values; NaN stays NaN.
+
+    The neighbours of a value are the float32 with 16 low bits cleared and the next one; which of them is nearer
+    is decided in float64, or exactly for the float64 that float32 rounds.
+    """
+    wide = np.asarray(values, np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = wide.astype(np.float32)
+    # Towards zero, so that the 16 high bits are those of the neighbour below in magnitude.
+    bits = single.view(np.uint32).astype(np.int64)
+    bits -= (np.abs(single.astype(np.float64)) > np.abs(wide)).astype(np.int64)
+    below = (bits >> 16).astype(np.uint32)
+    lower = (below << np.uint32(16)).view(np.float32).astype(np.float64)
+    above = below + np.uint32(1)
+    upper = (above << np.uint32(16)).view(np.float32).astype(np.float64)
+    # The first value too large rounds as if the exponent range went on.
+    upper = np.where(np.isinf(upper), np.copysign(2.0**128, wide), upper)
+    with np.errstate(invalid="ignore"):
+        to_lower, to_upper = np.abs(wide - lower), np.abs(upper - wide)
+    up = (to_upper < to_lower) | ((to_upper == to_lower) & (below % 2 == 1))
+    result = np.where(up, above, below).astype(np.uint16)
+    infinite = np.where(np.signbit(wide), 0xFF80, 0x7F80).astype(np.uint16)
+    result = np.where(np.abs(wide) >= 2.0**128, infinite, result)
+    return np.where(np.isnan(wide), np.uint16(0x7FC0), result).astype(np.uint16)
+
+
+def store(values: Array, dtype: DType) -> Array:
+    """Values as a checkpoint would store them; bfloat16 as uint16."""
+    if dtype is BF16:
+        return bfloat16(values)
+    with np.errstate(over="ignore"):
+        return values.astype(STORED[dtype.name])
+
+
+def load(stored: Array, dtype: DType, compute: str) -> Array:
+    """The opposite of ``store``."""
+    if dtype is BF16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(compute)
+    return stored.astype(compute)
+
+
+def work_on(
+    stored: Sequence[Array], sources: Sequence[DType], method: Method, has_base: bool, out: DType, name: str = "w"
+) -> Work:
+    """The work of merging these arrays."""
+    return Work(name, stored[0].size, tuple(sources), has_base, out, method)
+
+
+def walk(
+    work: Work, stored: Sequence[Array], pass_: Pass, first: int, count: int, step: int, out: Array
+) -> tuple[Any, Array]:
+    """One span, in slices of ``step`` elements; returns what the pass found and its counts of non-finite elements."""
+    assert first % GRAIN == 0
+    assert step % GRAIN == 0
+    state = pass_.start()
+    sizes = [source.bytes for source in work.sources]
+    for start in range(first, first + count, step):
+        length = min(step, first + count - start)
+        # Bytes beyond the slice hold rubbish, as in a buffer that is used again.
+        raws = np.full((len(stored), step * max(sizes)), 0xA5, np.uint8)
+        for raw, values, size in zip(raws, stored, sizes, strict=True):
+            raw[: length * size] = values[start : start + length].view(np.uint8)
+        room = np.full(step * work.out.bytes, 0x5A, np.uint8)
+        pass_.apply(state, start, length, raws, room)
+        if pass_.writes:
+            begin = start * work.out.bytes
+            out[begin : begin + length * work.out.bytes] = room[: length * work.out.bytes]
+    bad = state.bad.copy()
+    return pass_.finish(state), bad
+
+
+def drive(
+    work: Work,
+    stored: Sequence[Array],
+    spans: Sequence[int] | None = None,
+    step: int = GRAIN,
+    procedure: Procedure | None = None,
+    passes: list[tuple[Pass, Any]] | None = None,
+) -> tuple[Array, Array]:
+    """Merge arrays; returns the stored result and the counts of non-finite elements of the pass that writes.
+
+    Args:
+        work: What to do.
+        stored: The stored models, the base last if there is one.
+        spans: The first elements of the spans after the first one.
+        step: Elements a slice.
+        procedure: What to drive instead of merging.
+        passes: Filled with every pass and what its spans found.
+    """
+    out = np.zeros(work.size * work.out.bytes, np.uint8)
+    edges = [0, *(spans or ()), work.size]
+    procedure = procedure or merge_procedure(work)
+    pass_ = next(procedure)
+    while True:
+        walked = [
+            walk(work, stored, pass_, first, stop - first, step, out)
+            for first, stop in zip(edges, edges[1:], strict=False)
+        ]
+        found = [each for each, _ in walked]
+        bad = np.sum([each for _, each in walked], axis=0)
+        if passes is not None:
+            passes.append((pass_, found))
+        try:
+            pass_ = procedure.send(found)
+        except StopIteration:
+            return out.view(STORED[work.out.name]), bad

@@ -1,0 +1,315 @@
+"""The output appears whole or not at all, whatever ends the merge."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Said, array, make_model, random_tensors, read_model, snapshot, start
+
+import modelfuse as package
+from modelfuse.checkpoints import writer
+from modelfuse.checkpoints.writer import OutputFolder
+
+Run = Callable[..., Said]
+Refuse = Callable[..., str]
+Pair = tuple[Path, Path]
+
+#: Runs the command line, but says that it has come to a moment and waits there until it is killed.
+STOP_AT = """
+import sys, time
+from modelfuse.checkpoints import writer
+from modelfuse.cli import main
+
+def stop(*_, **__):
+    print("there", flush=True)
+    time.sleep(60)
+
+def stop_after(function):
+    def run(*words, **named):
+        function(*words, **named)
+        stop()
+    return run
+
+{}
+sys.exit(main(sys.argv[1:]))
+"""
+MOMENTS = {
+    "before the first byte": "writer.OutputFolder.create = stop",
+    "after the first file": "writer.OutputFolder.create = stop_after(writer.OutputFolder.create)",
+    "between tensors": "from modelfuse.run import Run; Run._write = stop_after(Run._write)",
+    "before the report": "from modelfuse import run; run.write_report = stop",
+    "before renaming": "writer.OutputFolder._appear = stop",
+}
+
+
+def killed_at(moment: str, *words: object, number: signal.Signals = signal.SIGKILL) -> Said:
+    """Send a signal to a merge that has come to a moment."""
+    with start("merge", *words, "--quiet", code=STOP_AT.format(MOMENTS[moment])) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.send_signal(number)
+        out, err = process.communicate()
+        assert line == "there\n", err
+    return Said(process.returncode, out, err)
+
+
+@pytest.fixture
+def words(pair: Pair, tmp_path: Path) -> list[object]:
+    return ["--model_path_list", *pair, "--output_path", tmp_path / "out" / "C"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(merge: Run, words: list[object], tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "out" / "C"
+    assert killed_at(moment, *words).status == -signal.SIGKILL
+    assert not out.exists()
+    merge(*words)
+    assert sorted(os.listdir(out.parent)) == ["C"]
+    assert set(read_model(out)) == set(random_tensors(0))
+
+
+@pytest.mark.parametrize("moment", ["before renaming"])
+def test_killed_while_replacing(merge: Run, words: list[object], pair: Pair, tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "out" / "C"
+    merge(*words)
+    before = snapshot(out)
+    assert killed_at(moment, *words, "--weight_list", 2, 3, "--overwrite").status == -signal.SIGKILL
+    assert snapshot(out) == before
+    merge(*words, "--weight_list", 2, 3, "--overwrite")
+    assert sorted(os.listdir(out.parent)) == ["C"]
+    expected = 2 * random_tensors(1)["lm_head.weight"] + 3 * random_tensors(2)["lm_head.weight"]
+    np.testing.assert_allclose(array(read_model(out)["lm_head.weight"]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("moment", ["between tensors", "before renaming"])
+def test_interrupted(words: list[object], tmp_path: Path, moment: str) -> None:
+    before = snapshot(tmp_path)
+    said = killed_at(moment, *words, number=signal.SIGINT)
+    assert said.status == 130, said.err
+    assert "interrupted" in said.err
+    assert "Traceback" not in said.err
+    assert snapshot(tmp_path) == before
+
+
+def test_killed_at_no_moment_in_particular(merge: Run, tmp_path: Path) -> None:
+    models = [make_model(tmp_path / name, {str(number): np.ones(100_000, np.float32) for number in range(40)}) for name in "AB"]
+    words = ["--model_path_list", *models, "--output_path", tmp_path / "out" / "C", "--n_process", 2]
+    for wait in (0.01, 0.05, 0.1):
+        with start("merge", *words) as process:
+            assert process.stderr is not None
+            process.stderr.readline()
+            time.sleep(wait)
+            process.kill()
+        if (tmp_path / "out" / "C").exists():
+            assert len(read_model(tmp_path / "out" / "C")) == 40
+            merge(*words, "--overwrite")
+    merge(*words, "--overwrite")
+    assert sorted(os.listdir(tmp_path / "out")) == ["C"]
+
+
+def test_two_at_once(refuse: Refuse, merge: Run, words: list[object], tmp_path: Path) -> None:
+    with start("merge", *words, code=STOP_AT.format(MOMENTS["between tensors"])) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        says = ["Another merge is writing to", "C", f"process {process.pid}"]
+        refuse("merge", *words, says=says, hint="another output_path")
+        refuse("merge", *words, "--overwrite", says=says, hint="another output_path")
+        merge(*words[:-1], tmp_path / "out" / "D")
+        process.kill()
+    merge(*words)
+    assert sorted(os.listdir(tmp_path / "out")) == ["C", "D"]
+
+
+def test_many_at_once_one_after_the_other_or_refused(tmp_path: Path, pair: Pair) -> None:
+    """Threads of one process: every one either makes the whole output or says why not."""
+    ends: list[str] = []
+
+    def run() -> None:
+        try:
+            package.merge(model_path_list=list(pair), output_path=tmp_path / "out" / "C", overwrite=True)
+            ends.append("done")
+        except package.OutputError as error:
+            ends.append(error.message)
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "done" in ends
+    assert all(end == "done" or end.startswith("Another merge is writing to") for end in ends)
+    assert os.listdir(tmp_path / "out") == ["C"]
+    assert set(read_model(tmp_path / "out" / "C")) == set(random_tensors(0))
+
+
+def test_replacing_leaves_nothing_of_the_old(merge: Run, words: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "out" / "C"
+    merge(*words, "--max_shard_size", 200)
+    (out / "note.txt").write_text("of the user")
+    assert len(list(out.glob("*.safetensors"))) > 1
+    merge(*words, "--overwrite")
+    assert sorted(os.listdir(out)) == ["config.json", "merge_config.json", "merge_report.json", "model.safetensors"]
+    assert os.listdir(out.parent) == ["C"]
+
+
+def test_replacing_without_the_system_call(merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    merge(*words)
+    monkeypatch.setattr(writer.ctypes, "CDLL", lambda *_, **__: object())
+    merge(*words, "--overwrite", "--weight_list", 0, 1)
+    assert os.listdir(tmp_path / "out") == ["C"]
+    assert array(read_model(tmp_path / "out" / "C")["model.norm.weight"]).tolist() == random_tensors(2)["model.norm.weight"].tolist()
+
+
+def test_a_failing_replacement_leaves_the_old(refuse: Refuse, merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    merge(*words)
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(writer, "_exchange", broken)
+    refuse("merge", *words, "--overwrite", says=["Input/output error"])
+
+
+def test_an_empty_folder_may_be_filled(merge: Run, words: list[object], tmp_path: Path) -> None:
+    (tmp_path / "out" / "C").mkdir(parents=True)
+    merge(*words)
+    assert (tmp_path / "out" / "C" / "model.safetensors").exists()
+
+
+def test_a_folder_filled_meanwhile_is_left_alone(refuse: Refuse, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "C"
+    out.mkdir(parents=True)
+    appear = OutputFolder._appear
+
+    def late(folder: OutputFolder) -> None:
+        (out / "precious").write_text("x")
+        appear(folder)
+
+    monkeypatch.setattr(OutputFolder, "_appear", late)
+    with pytest.raises(package.OutputError, match="not empty"):
+        package.merge(model_path_list=words[1:3], output_path=out)
+    assert snapshot(tmp_path / "out") == {"C": None, "C/precious": b"x"}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link(merge: Run, words: list[object], tmp_path: Path, exists: bool) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "disk").mkdir()
+    real = tmp_path / "disk" / "real"
+    if exists:
+        real.mkdir()
+        (real / "old").write_text("x")
+    (tmp_path / "out" / "C").symlink_to(real)
+    merge(*words, "--overwrite")
+    assert (tmp_path / "out" / "C").is_symlink()
+    assert (real / "model.safetensors").exists()
+    assert not (real / "old").exists()
+    assert os.listdir(tmp_path / "out") == ["C"]
+    assert os.listdir(tmp_path / "disk") == ["real"]
+
+
+def test_leftovers_of_others_are_not_touched(merge: Run, words: list[object], tmp_path: Path) -> None:
+    (tmp_path / "out" / ".D.modelfuse").mkdir(parents=True)
+    (tmp_path / "out" / ".C.backup").mkdir()
+    merge(*words)
+    assert sorted(os.listdir(tmp_path / "out")) == [".C.backup", ".D.modelfuse", "C"]
+
+
+def test_every_worker_that_fails_ends_the_merge(
+    modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from modelfuse.kernels.passes import Combine
+
+    before = snapshot(tmp_path)
+    apply, calls = Combine.apply, []
+
+    def failing(self: Combine, *arguments: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ZeroDivisionError("injected")
+        apply(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Combine, "apply", failing)
+    for workers in (1, 2, 7):
+        calls.clear()
+        said = modelfuse("merge", *words, "--n_process", workers)
+        assert said.status == 1
+        assert "injected" in said.err
+        assert "bug in modelfuse" in said.err
+        assert snapshot(tmp_path) == before
+
+
+def test_a_procedure_that_fails_ends_the_merge(
+    modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from modelfuse.kernels import passes
+
+    def failing(work: object) -> object:
+        yield from ()
+        raise MemoryError("injected")
+
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(passes, "merge_procedure", failing)
+    for workers in (1, 3):
+        said = modelfuse("merge", *words, "--n_process", workers)
+        assert said.status == 1
+        assert "injected" in said.err
+        assert snapshot(tmp_path) == before
+
+
+def test_a_measuring_worker_that_fails_ends_the_merge(
+    modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from modelfuse.kernels.passes import TallyAll
+
+    def failing(*_: object) -> None:
+        raise ZeroDivisionError("injected")
+
+    before = snapshot(tmp_path)
+    for method in ("apply", "finish"):
+        with monkeypatch.context() as patch:
+            patch.setattr(TallyAll, method, failing)
+            said = modelfuse("merge", *words, "--n_process", 2, "--merge_method", "ties")
+        assert said.status == 1
+        assert "injected" in said.err
+        assert snapshot(tmp_path) == before
+
+
+def test_progress_that_fails_ends_the_merge(pair: Pair, tmp_path: Path) -> None:
+    def failing(_: int) -> None:
+        raise KeyError("injected")
+
+    before = snapshot(tmp_path)
+    with pytest.raises(KeyError, match="injected"):
+        package.merge(model_path_list=pair, output_path=tmp_path / "C", progress=failing)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", ["touched", "replaced", "cut", "longer", "removed"])
+def test_a_model_that_changes_while_it_is_read(pair: Pair, tmp_path: Path, change: str) -> None:
+    path = pair[1] / "model.safetensors"
+
+    def progress(_: int) -> None:
+        if change == "touched":
+            os.utime(path, ns=(1, 1))
+        elif change == "replaced":
+            (tmp_path / "new").write_bytes(path.read_bytes())
+            (tmp_path / "new").replace(path)
+        elif change == "cut":
+            os.truncate(path, path.stat().st_size - 4)
+        elif change == "longer":
+            os.truncate(path, path.stat().st_size + 4)
+        else:
+            path.unlink(missing_ok=True)
+
+    with pytest.raises(package.CheckpointError, match="changed|ends at byte|No such file") as caught:
+        package.merge(model_path_list=pair, output_path=tmp_path / "C", progress=progress)
+    assert str(path) in caught.value.message
+    assert sorted(os.listdir(tmp_path)) == ["A", "B"]
