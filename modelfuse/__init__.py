@@ -2,7 +2,7 @@
 
 >>> import modelfuse
 >>> sorted(modelfuse.__all__)[-3:]
-['__version__', 'check', 'merge']
+['check', 'merge', 'verify']
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from modelfuse.errors import (
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from modelfuse.api import check, merge
+    from modelfuse.api import check, merge, verify
     from modelfuse.plan import Plan
     from modelfuse.recipe import Recipe
+    from modelfuse.reported import Problem
     from modelfuse.run import Result
+    from modelfuse.verification import Verification
 
 __all__ = [
     "CheckpointError",
@@ -32,21 +34,27 @@ __all__ = [
     "ModelfuseError",
     "OutputError",
     "Plan",
+    "Problem",
     "Recipe",
     "RecipeError",
     "Result",
+    "Verification",
     "__version__",
     "check",
     "merge",
+    "verify",
 ]
 
 #: Imported when first used: importing modelfuse loads neither numpy nor pydantic nor a compiler.
 _LATER = {
     "Plan": "modelfuse.plan",
+    "Problem": "modelfuse.reported",
     "Recipe": "modelfuse.recipe",
     "Result": "modelfuse.run",
+    "Verification": "modelfuse.verification",
     "check": "modelfuse.api",
     "merge": "modelfuse.api",
+    "verify": "modelfuse.api",
 }
 
 

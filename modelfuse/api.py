@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelfuse.plan import Plan, make_plan
 from modelfuse.recipe import Recipe
 
 if TYPE_CHECKING:
+    from modelfuse import verification
     from modelfuse.run import Progress, Result
 
 
@@ -45,3 +47,39 @@ def check(**settings: Any) -> Plan:
         ModelfuseError: As :func:`merge` would, before any work.
     """
     return make_plan(Recipe.parse(settings))
+
+
+def verify(
+    path: Path | str,
+    full: bool = False,
+    *,
+    sample: int | None = None,
+    n_process: int | None = None,
+    seed: int | None = None,
+    progress: verification.Progress | None = None,
+) -> verification.Verification:
+    """Check that an output is what its merge wrote, and that the inputs give it.
+
+    >>> verify("c").holds  # doctest: +SKIP
+    True
+
+    Args:
+        path: The output of a merge.
+        full: Merge every tensor again, not a sample; without the inputs, that is a problem.
+        sample: How many tensors to merge again; by default as many as read and compare about 256 MB.
+        n_process: Parallel workers; by default one a processor, up to eight.
+        seed: Chooses the sample; another one each time if not given.
+        progress: Called with the bytes done since the last call and those to do in all; from worker threads.
+
+    Returns:
+        What was checked, and every problem found.
+
+    Raises:
+        CheckpointError: If the folder is no output of a merge, or its report cannot be understood.
+        RecipeError: If a number is out of range.
+    """
+    from modelfuse.verification import verify_output
+
+    return verify_output(
+        Path(path).absolute(), full=full, sample=sample, n_process=n_process, seed=seed, progress=progress
+    )

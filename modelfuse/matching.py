@@ -80,9 +80,12 @@ def _has(model: Checkpoint, name: str) -> bool:
 def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:
     """For every name that shares its values with others in one model: all names of the group."""
     members: dict[str, set[str]] = {}
+    ties = model.config.get("tie_word_embeddings")
     for alias, kept in model.aliases.items():
+        if ties is False and alias.endswith(HEADS):
+            continue  # A loader will want both, though they were equal when they were saved.
         members.setdefault(kept, {kept}).add(alias)
-    if model.config.get("tie_word_embeddings") is True:
+    if ties is True:
         embeddings = [name for name in model if name.endswith(EMBEDDINGS)]
         heads = [name for name in model if name.endswith(HEADS)]
         if len(embeddings) == 1:

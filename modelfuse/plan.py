@@ -5,7 +5,6 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,9 @@ from modelfuse.serving import SideFile, files_to_serve
 
 #: Slices start at multiples of this many elements, so that sums and checksums never depend on them.
 GRAIN = 1 << 18
-LARGEST_SLICE = 1 << 20
+#: What is walked once streams best through the second-level cache; what is measured first is best held whole, if it fits.
+SLICE_ONCE = GRAIN
+SLICE_MEASURED = 1 << 22
 #: Elements a worker walks between two looks at the queue.
 SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules and compiled kernels, measured.
@@ -278,20 +279,20 @@ def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> tuple[int, i
     an_element = max(
         (sum(source.dtype.bits for source in tensor.sources) + tensor.dtype.bits) / 8 for tensor in tensors
     )
-    tables = TABLE_BYTES * len(tensors[0].sources) if recipe.steps[0] in ("trim", "magprune") else 0
-    pieces = min(LARGEST_SLICE, int(recipe.max_tensor_mem * 2**30 / an_element))
-    slice_elements = max(GRAIN, pieces // GRAIN * GRAIN)
+    sparsify_type, merge_type = recipe.steps
+    tables = TABLE_BYTES * len(tensors[0].sources) if sparsify_type in ("trim", "magprune") else 0
+    largest = recipe.max_tensor_mem * 2**30 / an_element
     workers = recipe.n_process
-    room = recipe.memory - INTERPRETER_BYTES - tables
-    while workers * (slice_elements * an_element + tables) > room:
-        if slice_elements > GRAIN:
-            slice_elements //= 2
-        elif workers > 1:
-            workers -= 1
-        else:
-            break
-    memory = INTERPRETER_BYTES + tables + int(workers * (slice_elements * an_element + tables))
-    return workers, slice_elements, memory
+    elements = SLICE_MEASURED if tables or merge_type == "slerp" else SLICE_ONCE
+
+    def peak() -> int:
+        return INTERPRETER_BYTES + tables + int(workers * (elements * an_element + tables))
+
+    while elements > GRAIN and (elements > largest or peak() > recipe.memory):
+        elements //= 2
+    while workers > 1 and peak() > recipe.memory:
+        workers -= 1
+    return workers, elements, peak()
 
 
 def _check_room(plan: Plan) -> None:

@@ -43,16 +43,19 @@ def write_index(plan: Plan, folder: OutputFolder) -> None:
         "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.tensors)},
         "weight_map": {tensor.name: tensor.file for tensor in plan.tensors},
     }
-    folder.write_file(plan.index, _encode(index))
+    folder.write_file(plan.index, encode_json(index))
 
 
 def write_config(plan: Plan, folder: OutputFolder) -> None:
     """Write merge_config.json: every effective setting; as a recipe it gives the same bytes."""
-    folder.write_file(CONFIG_NAME, _encode({"modelfuse_version": __version__, **plan.recipe.effective()}))
+    folder.write_file(CONFIG_NAME, encode_json({"modelfuse_version": __version__, **plan.recipe.effective()}))
 
 
 def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFolder) -> None:
-    """Write merge_report.json: what became of every tensor of every input, with checksums."""
+    """Write merge_report.json: what became of every tensor of every input, with checksums.
+
+    All other files are written before, so that their checksums are in it: of a weight file, the header's.
+    """
     report = {
         "modelfuse_version": __version__,
         "method": {"merge_type": plan.method.merge_type, "sparsify_type": plan.method.sparsify_type,
@@ -63,9 +66,10 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFold
         "files": {file.name: file.size for file in plan.files},
         "tensors": {name: _tensor(outcomes[name]) for name in (tensor.name for tensor in plan.tensors)},
         "copied_files": [file.name for file in plan.side_files],
+        "sha256": dict(folder.digests),
     }  # fmt: skip
-    report["report_sha256"] = hashlib.sha256(_encode(report)).hexdigest()
-    folder.write_file(REPORT_NAME, _encode(report))
+    report["report_sha256"] = hashlib.sha256(encode_json(report)).hexdigest()
+    folder.write_file(REPORT_NAME, encode_json(report))
 
 
 def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
@@ -96,6 +100,7 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
     return entry
 
 
-def _encode(content: Mapping[str, object]) -> bytes:
+def encode_json(content: Mapping[str, object]) -> bytes:
+    """A JSON file as a merge writes it."""
     # Bytes of a path that are no UTF-8 become JSON's own escapes, which mean the same path when read back.
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -7,20 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from modelfuse.checkpoints import Checkpoint, StoredTensor
+from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile, read_bytes
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
+from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import CheckpointError, MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.plan import SPAN, OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.scheduler import Job, Scheduler
+from modelfuse.serving import with_dtype
 
 Progress = Callable[[int], None]
 #: Differing tensors that an error lists.
@@ -48,7 +50,7 @@ class Result:
     seconds: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """What a worker needs to know of a job: the tensors to read, and where the result goes, if anywhere."""
 
@@ -57,6 +59,16 @@ class Task:
     models: tuple[Path, ...]
     outcome: Outcome | None = None
     strict: bool = True
+
+
+class Sink(Protocol):
+    """Where the weight files go: a folder to write, or one to compare with."""
+
+    def create(self, name: str, size: int, header: bytes) -> None:
+        """Begin a file; once for each, before anything is written to it."""
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Take bytes of a file; safe from any thread."""
 
 
 @dataclass
@@ -81,8 +93,10 @@ class Run:
         column = slices * max(tensor.dtype.bytes for tensor in self.plan.tensors)
         self._raws: list[Bytes] = [np.empty((widest, row), np.uint8) for _ in range(self.plan.workers)]
         self._outs: list[Bytes] = [np.empty(column, np.uint8) for _ in range(self.plan.workers)]
+        #: What each worker's buffers hold: a tensor of one slice is read once, however many passes walk it.
+        self._held: list[tuple[Task, int] | None] = [None] * self.plan.workers
 
-    def to_folder(self, folder: OutputFolder) -> None:
+    def to_folder(self, folder: Sink) -> None:
         """Compare, copy and merge every tensor into the files of ``folder``."""
         for file in self.plan.files:
             folder.create(file.name, file.size, file.header)
@@ -139,8 +153,11 @@ class Run:
                 if self._scheduler.stopping:
                     return None
                 length = min(self.plan.slice_elements, first + count - start)
-                for reader, source, raw in zip(readers, task.sources, raws, strict=True):
-                    reader(start, raw[: source.dtype.nbytes(length)].data)
+                if self._held[worker] != (task, start):
+                    self._held[worker] = None
+                    for reader, source, raw in zip(readers, task.sources, raws, strict=True):
+                        reader(start, raw[: source.dtype.nbytes(length)].data)
+                    self._held[worker] = task, start
                 pass_.apply(state, start, length, raws, out)
                 if task.strict and state.bad.any():
                     raise _nonfinite(task, state.bad)
@@ -175,7 +192,10 @@ def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
         run.to_folder(folder)
         for file in plan.side_files:
             source = SourceFile.at(file.source)
-            folder.write_file(file.name, read_bytes(source, 0, source.size))
+            content = read_bytes(source, 0, source.size)
+            if file.name == CONFIG_FILE and plan.recipe.output_dtype is not None:
+                content = with_dtype(content, str(OUTPUT_DTYPES[plan.recipe.output_dtype]))
+            folder.write_file(file.name, content)
         write_index(plan, folder)
         write_config(plan, folder)
         write_report(plan, run.outcomes, folder)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,11 +25,17 @@ from modelfuse.recipe import Recipe
 if TYPE_CHECKING:
     from modelfuse.plan import Plan
     from modelfuse.run import Result
+    from modelfuse.verification import Verification
 
-out = Console(highlight=False, soft_wrap=True)
+#: A log has no width: names stay whole.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+#: For tables of paths and names, which are never cut: a terminal wraps them itself.
+wide = Console(highlight=False, soft_wrap=True, width=1 << 14)
 err = Console(highlight=False, soft_wrap=True, stderr=True)
 #: Seconds between two lines of progress in a log.
 LOG_INTERVAL = 10.0
+#: Problems that are listed one by one.
+MOST_PROBLEMS = 50
 
 
 def error(problem: ModelfuseError) -> None:
@@ -59,7 +66,7 @@ def usage(line: str, commands: Mapping[str, str]) -> None:
 
 def help_page(line: str, summary: str, command: str) -> None:
     """Every setting with its default, from the recipe itself."""
-    out.print(f"usage: {escape(line.replace('{merge,check,methods}', command))}\n\n{summary}\n")
+    out.print(f"usage: {escape(line.replace('{merge,check,verify,methods}', command))}\n\n{summary}\n")
     table = Table(box=None, pad_edge=False)
     for title in ("setting", "default", "what it does"):
         table.add_column(title, no_wrap=title == "setting")
@@ -71,6 +78,20 @@ def help_page(line: str, summary: str, command: str) -> None:
         "\nDashes and underscores are equal. Booleans: --rescale, --rescale False, --no_rescale."
         "\n--model_path_str A,B is --model_path_list A B. A recipe file has the same names; flags override it."
     )
+
+
+def verify_help(line: str, summary: str) -> None:
+    """What ``verify`` takes."""
+    out.print(f"usage: {escape(line)}\n\n{summary}\n")
+    for name, what in (
+        ("--full", "Merge every tensor again and compare; fails where an input is missing."),
+        ("--sample N", "Merge N tensors again; by default as many as read and compare about 256 MB."),
+        ("--n_process N", "Parallel workers (default: one a processor, up to eight)."),
+        ("--seed N", "Choose the same sample again (default: another one each time)."),
+        ("--quiet", "Say only what is wrong."),
+    ):
+        out.print(f"  {name:14} {what}")
+    out.print("\nExit status: 0 if all holds, 2 if anything is wrong.")
 
 
 def methods() -> None:
@@ -99,7 +120,7 @@ def plan(plan: Plan) -> None:
         is_base = plan.has_base and number == len(plan.models) - 1
         weight = "base" if is_base else "–" if method.merge_type == "slerp" else f"{recipe.weights[number]:.6g}"
         models.add_row(escape(str(model.path)), model.kind, str(len(model)), weight)
-    out.print(models)
+    wide.print(models)
     tensors = Table("what", "tensors", "dtype", "shape", "count", box=None, pad_edge=False)
     groups: Counter[tuple[str, str, DType, tuple[int, ...]]] = Counter(
         (tensor.action, pattern(tensor.name), tensor.dtype, tensor.shape) for tensor in plan.tensors
@@ -107,12 +128,12 @@ def plan(plan: Plan) -> None:
     for (action, name, dtype, shape), count in groups.items():
         tensors.add_row(action, escape(name), str(dtype), str(list(shape)), str(count))
     for tied in plan.tied:
-        tensors.add_row("leave out", escape(tied.name), "", f"tied to {tied.other}", "1")
-    out.print(tensors)
+        tensors.add_row("leave out", escape(tied.name), "", escape(f"tied to {tied.other}"), "1")
+    wide.print(tensors)
     out.print(
-        f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into {len(plan.files)} weight file"
-        f"{'s' * (len(plan.files) > 1)} and {len(plan.side_files)} others, "
-        f"{plan.workers} worker{'s' * (plan.workers > 1)}, about {_size(plan.memory)} of memory"
+        f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into {_count(len(plan.files), 'weight file')}"
+        f", copies {_count(len(plan.side_files), 'other file')}; {_count(plan.workers, 'worker')}, "
+        f"about {_size(plan.memory)} of memory"
     )
     for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
@@ -146,7 +167,7 @@ class _Log:
     """A line of progress every few seconds."""
 
     def __init__(self, whole: int) -> None:
-        self._whole, self._done, self._lock = whole, 0, threading.Lock()
+        self.whole, self._done, self._lock = whole, 0, threading.Lock()
         self._started = self._shown = time.monotonic()
 
     def advance(self, count: int) -> None:
@@ -157,8 +178,8 @@ class _Log:
                 return
             self._shown = now
         rate = self._done / (now - self._started)
-        left = (self._whole - self._done) / rate
-        err.print(f"{self._done / self._whole:4.0%}  {_size(self._done)}  {_size(int(rate))}/s  {left:,.0f} s left")
+        left = (self.whole - self._done) / rate
+        err.print(f"{self._done / self.whole:4.0%}  {_size(self._done)}  {_size(int(rate))}/s  {left:,.0f} s left")
 
 
 def result(plan: Plan, result: Result) -> None:
@@ -169,9 +190,49 @@ def result(plan: Plan, result: Result) -> None:
         f"[green]merged[/] {result.merged} tensors{copied} in {result.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "
         f"into [bold]{escape(str(result.output_path))}[/]"
     )
+    folder = escape(_quoted(str(result.output_path)))
     if any(file.name == "config.json" for file in plan.side_files):
-        folder = escape(_quoted(str(result.output_path)))
         out.print(f"next: vllm serve {folder}   (or any server that reads safetensors)")
+
+
+@contextmanager
+def verifying(folder: Path, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line now and then in a log; how much there is to do is known with the first bytes."""
+    if quiet:
+        yield lambda _count, _whole: None
+    elif err.is_terminal:
+        with _bar() as bar:
+            task = bar.add_task("verifying", total=None)
+            yield lambda count, whole: bar.update(task, advance=count, total=whole)
+    else:
+        err.print(f"verifying {escape(str(folder))}")
+        log = _Log(1)
+
+        def advance(count: int, whole: int) -> None:
+            log.whole = whole
+            log.advance(count)
+
+        yield advance
+
+
+def verification(found: Verification, quiet: bool) -> None:
+    """Every problem on standard error, or what holds."""
+    for problem in found.problems[:MOST_PROBLEMS]:
+        err.print(f"[bold red]problem:[/] {escape(problem.message)}")
+    if len(found.problems) > MOST_PROBLEMS:
+        err.print(f"[bold red]problem:[/] and {len(found.problems) - MOST_PROBLEMS} more")
+    path = escape(str(found.path))
+    if not found.holds:
+        err.print(f"[bold red]not verified:[/] {_count(len(found.problems), 'problem')} in [bold]{path}[/]")
+    elif not quiet:
+        rate = found.nbytes / found.seconds
+        again = f", and {found.recomputed} merged again with the same bytes (seed {found.seed})" * (not found.absent)
+        out.print(
+            f"[green]verified[/] {_count(found.tensors, 'tensor')} in {found.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "
+            f"in [bold]{path}[/]: every checksum holds{again}"
+        )
+        for absent in found.absent:
+            out.print(f"[yellow]note:[/] nothing was merged again: {escape(absent)}")
 
 
 def _quoted(path: str) -> str:
@@ -188,6 +249,10 @@ def _plain(value: object) -> str:
     if isinstance(value, int) and value >= 10**6:
         return _size(value)
     return "–" if value == () else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _size(count: int) -> str:

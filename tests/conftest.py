@@ -39,8 +39,8 @@ class Stored:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Stored:
-        name = next(each.name for each in BY_NAME.values() if each.numpy == array.dtype.name)
-        return cls(name, array.shape, array.tobytes())
+        names = {each.numpy: each.name for each in BY_NAME.values()} | {"uint16": "U16"}
+        return cls(names[array.dtype.name], array.shape, array.tobytes())
 
 
 def bf16(values: Any) -> Stored:
@@ -49,10 +49,14 @@ def bf16(values: Any) -> Stored:
     return Stored("BF16", wide.shape, (wide.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def save_file(path: Path, tensors: Mapping[str, np.ndarray | Stored], metadata: Mapping[str, str] | None = None) -> None:
+def save_file(
+    path: Path, tensors: Mapping[str, np.ndarray | Stored], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file."""
     stored = {name: each if isinstance(each, Stored) else Stored.of(each) for name, each in tensors.items()}
-    header, _ = encode_header([(name, BY_NAME[each.dtype], each.shape) for name, each in stored.items()], metadata or {})
+    header, _ = encode_header(
+        [(name, BY_NAME[each.dtype], each.shape) for name, each in stored.items()], metadata or {}
+    )
     path.write_bytes(header + b"".join(each.data for each in stored.values()))
 
 
@@ -221,7 +225,13 @@ def start(*words: object, folder: Path | None = None, code: str | None = None, *
     command = [sys.executable, "-W", "error", *(["-c", code] if code else ["-m", "modelfuse"]), *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, cwd=folder or ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        command,
+        cwd=folder or ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
     )
 
 

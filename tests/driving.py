@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,25 +28,25 @@ def bfloat16(values: Array) -> npt.NDArray[np.uint16]:
     The neighbours of a value are the float32 with 16 low bits cleared and the next one; which of them is nearer
     is decided in float64, or exactly for the float64 that float32 rounds.
     """
-    wide = np.asarray(values, np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # A signalling NaN becomes a quiet one.
+        wide = np.where(np.isnan(values), 0.0, values).astype(np.float64)
         single = wide.astype(np.float32)
     # Towards zero, so that the 16 high bits are those of the neighbour below in magnitude.
     bits = single.view(np.uint32).astype(np.int64)
     bits -= (np.abs(single.astype(np.float64)) > np.abs(wide)).astype(np.int64)
     below = (bits >> 16).astype(np.uint32)
-    lower = (below << np.uint32(16)).view(np.float32).astype(np.float64)
     above = below + np.uint32(1)
-    upper = (above << np.uint32(16)).view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        lower, upper = ((bits << np.uint32(16)).view(np.float32).astype(np.float64) for bits in (below, above))
     # The first value too large rounds as if the exponent range went on.
-    upper = np.where(np.isinf(upper), np.copysign(2.0**128, wide), upper)
+    upper = np.where(np.abs(upper) < 2.0**128, upper, np.copysign(2.0**128, wide))
     with np.errstate(invalid="ignore"):
         to_lower, to_upper = np.abs(wide - lower), np.abs(upper - wide)
     up = (to_upper < to_lower) | ((to_upper == to_lower) & (below % 2 == 1))
     result = np.where(up, above, below).astype(np.uint16)
     infinite = np.where(np.signbit(wide), 0xFF80, 0x7F80).astype(np.uint16)
     result = np.where(np.abs(wide) >= 2.0**128, infinite, result)
-    return np.where(np.isnan(wide), np.uint16(0x7FC0), result).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), result).astype(np.uint16)
 
 
 def store(values: Array, dtype: DType) -> Array:
@@ -59,7 +60,8 @@ def store(values: Array, dtype: DType) -> Array:
 def load(stored: Array, dtype: DType, compute: str) -> Array:
     """The opposite of ``store``."""
     if dtype is BF16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(compute)
+        with np.errstate(invalid="ignore"):
+            return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(compute)
     return stored.astype(compute)
 
 
@@ -78,13 +80,13 @@ def walk(
     assert step % GRAIN == 0
     state = pass_.start()
     sizes = [source.bytes for source in work.sources]
+    # Bytes beyond the slice hold rubbish, as in a buffer that is used again.
+    raws = np.full((len(stored), step * max(sizes)), 0xA5, np.uint8)
+    room = np.full(step * work.out.bytes, 0x5A, np.uint8)
     for start in range(first, first + count, step):
         length = min(step, first + count - start)
-        # Bytes beyond the slice hold rubbish, as in a buffer that is used again.
-        raws = np.full((len(stored), step * max(sizes)), 0xA5, np.uint8)
         for raw, values, size in zip(raws, stored, sizes, strict=True):
             raw[: length * size] = values[start : start + length].view(np.uint8)
-        room = np.full(step * work.out.bytes, 0x5A, np.uint8)
         pass_.apply(state, start, length, raws, room)
         if pass_.writes:
             begin = start * work.out.bytes
@@ -116,10 +118,7 @@ def drive(
     procedure = procedure or merge_procedure(work)
     pass_ = next(procedure)
     while True:
-        walked = [
-            walk(work, stored, pass_, first, stop - first, step, out)
-            for first, stop in zip(edges, edges[1:], strict=False)
-        ]
+        walked = [walk(work, stored, pass_, first, stop - first, step, out) for first, stop in pairwise(edges)]
         found = [each for each, _ in walked]
         bad = np.sum([each for _, each in walked], axis=0)
         if passes is not None:

@@ -76,7 +76,7 @@ def test_killed(merge: Run, words: list[object], tmp_path: Path, moment: str) ->
 
 
 @pytest.mark.parametrize("moment", ["before renaming"])
-def test_killed_while_replacing(merge: Run, words: list[object], pair: Pair, tmp_path: Path, moment: str) -> None:
+def test_killed_while_replacing(merge: Run, words: list[object], tmp_path: Path, moment: str) -> None:
     out = tmp_path / "out" / "C"
     merge(*words)
     before = snapshot(out)
@@ -99,7 +99,10 @@ def test_interrupted(words: list[object], tmp_path: Path, moment: str) -> None:
 
 
 def test_killed_at_no_moment_in_particular(merge: Run, tmp_path: Path) -> None:
-    models = [make_model(tmp_path / name, {str(number): np.ones(100_000, np.float32) for number in range(40)}) for name in "AB"]
+    models = [
+        make_model(tmp_path / name, {str(number): np.ones(100_000, np.float32) for number in range(40)})
+        for name in "AB"
+    ]
     words = ["--model_path_list", *models, "--output_path", tmp_path / "out" / "C", "--n_process", 2]
     for wait in (0.01, 0.05, 0.1):
         with start("merge", *words) as process:
@@ -159,15 +162,22 @@ def test_replacing_leaves_nothing_of_the_old(merge: Run, words: list[object], tm
     assert os.listdir(out.parent) == ["C"]
 
 
-def test_replacing_without_the_system_call(merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_replacing_without_the_system_call(
+    merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     merge(*words)
     monkeypatch.setattr(writer.ctypes, "CDLL", lambda *_, **__: object())
     merge(*words, "--overwrite", "--weight_list", 0, 1)
     assert os.listdir(tmp_path / "out") == ["C"]
-    assert array(read_model(tmp_path / "out" / "C")["model.norm.weight"]).tolist() == random_tensors(2)["model.norm.weight"].tolist()
+    assert (
+        array(read_model(tmp_path / "out" / "C")["model.norm.weight"]).tolist()
+        == random_tensors(2)["model.norm.weight"].tolist()
+    )
 
 
-def test_a_failing_replacement_leaves_the_old(refuse: Refuse, merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_replacement_leaves_the_old(
+    refuse: Refuse, merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     merge(*words)
 
     def broken(*_: object) -> None:
@@ -183,7 +193,9 @@ def test_an_empty_folder_may_be_filled(merge: Run, words: list[object], tmp_path
     assert (tmp_path / "out" / "C" / "model.safetensors").exists()
 
 
-def test_a_folder_filled_meanwhile_is_left_alone(refuse: Refuse, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_filled_meanwhile_is_left_alone(
+    words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     out = tmp_path / "out" / "C"
     out.mkdir(parents=True)
     appear = OutputFolder._appear
@@ -251,7 +263,7 @@ def test_a_procedure_that_fails_ends_the_merge(
 ) -> None:
     from modelfuse.kernels import passes
 
-    def failing(work: object) -> object:
+    def failing(_: object) -> object:
         yield from ()
         raise MemoryError("injected")
 
@@ -309,7 +321,7 @@ def test_a_model_that_changes_while_it_is_read(pair: Pair, tmp_path: Path, chang
         else:
             path.unlink(missing_ok=True)
 
-    with pytest.raises(package.CheckpointError, match="changed|ends at byte|No such file") as caught:
+    with pytest.raises(package.CheckpointError, match=r"changed|ends at byte|No such file") as caught:
         package.merge(model_path_list=pair, output_path=tmp_path / "C", progress=progress)
     assert str(path) in caught.value.message
     assert sorted(os.listdir(tmp_path)) == ["A", "B"]

@@ -191,7 +191,9 @@ def test_a_model_that_is_not_there(refuse: Refuse, pair: Pair, tmp_path: Path) -
 def test_a_folder_without_a_checkpoint(refuse: Refuse, pair: Pair, tmp_path: Path) -> None:
     empty, out = tmp_path / "D", ["--output_path", tmp_path / "C"]
     empty.mkdir()
-    refuse("merge", "--model_path_list", pair[0], empty, *out, says=[f"{empty} holds no checkpoint", "model.safetensors"])
+    refuse(
+        "merge", "--model_path_list", pair[0], empty, *out, says=[f"{empty} holds no checkpoint", "model.safetensors"]
+    )
     make_model(empty, random_tensors(1), prefix="master_weights")
     refuse("merge", "--model_path_list", pair[0], empty, *out, says=[empty], hint="--merge_prefix master_weights")
     refuse("merge", "--model_path_list", pair[0], empty, *out, "--merge_prefix", "master_weights",
@@ -211,7 +213,9 @@ def test_one_shard_is_no_model(refuse: Refuse, tmp_path: Path) -> None:
 def test_output_equal_to_an_input(refuse: Refuse, pair: Pair, tmp_path: Path) -> None:
     merge = ["merge", "--overwrite", "--model_path_list"]
     for out in (pair[0], pair[1], pair[0] / "inside", tmp_path, f"{tmp_path}/x/../A"):
-        refuse(*merge, *pair, "--output_path", out, says=["output_path", "inside each other"], hint="another output_path")
+        refuse(
+            *merge, *pair, "--output_path", out, says=["output_path", "inside each other"], hint="another output_path"
+        )
     refuse(*merge, pair[0] / "model.safetensors", pair[1], "--output_path", pair[0], says=["inside each other"])
     (tmp_path / "link").symlink_to(pair[1])
     refuse(*merge, *pair, "--output_path", tmp_path / "link", says=["inside each other"])
@@ -221,11 +225,23 @@ def test_output_equal_to_an_input(refuse: Refuse, pair: Pair, tmp_path: Path) ->
 
 
 def test_a_missing_model_is_named_before_the_output(refuse: Refuse, pair: Pair, tmp_path: Path) -> None:
-    refuse("merge", "--model_path_list", *pair, tmp_path / "typo", "--output_path", tmp_path / "C", says=["typo"], hint="path")
+    refuse(
+        "merge",
+        "--model_path_list",
+        *pair,
+        tmp_path / "typo",
+        "--output_path",
+        tmp_path / "C",
+        says=["typo"],
+        hint="path",
+    )
 
 
 def test_output_beside_weight_files(merge: Run, pair: Pair, tmp_path: Path) -> None:
-    files = [path.rename(tmp_path / f"{name}.safetensors") for path, name in zip((each / "model.safetensors" for each in pair), "AB", strict=True)]
+    files = [
+        path.rename(tmp_path / f"{name}.safetensors")
+        for path, name in zip((each / "model.safetensors" for each in pair), "AB", strict=True)
+    ]
     merge("--model_path_list", *files, "--output_path", tmp_path / "C")
     assert set(read_model(tmp_path / "C")) == set(random_tensors(1))
 
@@ -254,7 +270,9 @@ def test_output_where_nothing_may_be_written(refuse: Refuse, pair: Pair, tmp_pat
     refuse("merge", "--model_path_list", *pair, "--output_path", tmp_path / "closed" / "C", says=["closed", "denied"])
 
 
-def test_no_room_on_the_disk(refuse: Refuse, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_room_on_the_disk(
+    refuse: Refuse, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked = []
 
     def usage(path: Path) -> SimpleNamespace:
@@ -296,7 +314,7 @@ def test_a_disk_that_fills_up(refuse: Refuse, words: list[object], monkeypatch: 
 
 
 def test_a_disk_that_cannot_sync(refuse: Refuse, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(descriptor: int) -> None:
+    def broken(_: int) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", broken)
@@ -324,10 +342,20 @@ def test_names_that_differ(refuse: Refuse, tmp_path: Path) -> None:
 
 
 def test_shapes_that_differ(refuse: Refuse, tmp_path: Path) -> None:
-    a = make_model(tmp_path / "A", {"x.0": np.ones((2, 3), np.float32), "x.1": np.ones((2, 3), np.float32), "y": np.ones(1)})
-    b = make_model(tmp_path / "B", {"x.0": np.ones((3, 2), np.float32), "x.1": np.ones((3, 2), np.float32), "y": np.ones(2)})
-    refuse("check", "--model_path_list", a, b,
-           says=["x.* (2 tensors) has the shapes", f"[2, 3] in {a}", f"[3, 2] in {b}", f"[1] in {a}"], hint="one base")  # fmt: skip
+    a = make_model(
+        tmp_path / "A", {"x.0": np.ones((2, 3), np.float32), "x.1": np.ones((2, 3), np.float32), "y": np.ones(1)}
+    )
+    b = make_model(
+        tmp_path / "B", {"x.0": np.ones((3, 2), np.float32), "x.1": np.ones((3, 2), np.float32), "y": np.ones(2)}
+    )
+    refuse(
+        "check",
+        "--model_path_list",
+        a,
+        b,
+        says=["x.* (2 tensors) has the shapes", f"[2, 3] in {a}", f"[3, 2] in {b}", f"[1] in {a}"],
+        hint="one base",
+    )
 
 
 def test_very_many_differences_stay_readable(refuse: Refuse, tmp_path: Path) -> None:
@@ -339,19 +367,36 @@ def test_very_many_differences_stay_readable(refuse: Refuse, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_integers_against_floats(refuse: Refuse, tmp_path: Path, order: tuple[int, int]) -> None:
-    models = [make_model(tmp_path / "A", {"x": np.ones(4, np.float32)}), make_model(tmp_path / "B", {"x": np.ones(4, np.int32)})]
-    refuse("check", "--model_path_list", *(models[each] for each in order), says=["x is ", "float32", "int32"], hint="one type")
+    models = [
+        make_model(tmp_path / "A", {"x": np.ones(4, np.float32)}),
+        make_model(tmp_path / "B", {"x": np.ones(4, np.int32)}),
+    ]
+    refuse(
+        "check",
+        "--model_path_list",
+        *(models[each] for each in order),
+        says=["x is ", "float32", "int32"],
+        hint="one type",
+    )
 
 
 def test_kinds_of_integers_that_differ(refuse: Refuse, tmp_path: Path) -> None:
-    models = [make_model(tmp_path / "A", {"x": np.ones(4, np.int64)}), make_model(tmp_path / "B", {"x": np.ones(4, np.int32)})]
+    models = [
+        make_model(tmp_path / "A", {"x": np.ones(4, np.int64)}),
+        make_model(tmp_path / "B", {"x": np.ones(4, np.int32)}),
+    ]
     refuse("check", "--model_path_list", *models, says=["x is int64, int32"], hint="one type")
 
 
 def test_integers_that_differ(refuse: Refuse, merge: Run, tmp_path: Path) -> None:
     models = []
     for number, name in enumerate("AB"):
-        tensors = {"w": np.full(4, number, np.float32), "ids": np.arange(4) + number, "same": np.arange(5), "flag": np.array(bool(number))}
+        tensors = {
+            "w": np.full(4, number, np.float32),
+            "ids": np.arange(4) + number,
+            "same": np.arange(5),
+            "flag": np.array(bool(number)),
+        }
         models.append(make_model(tmp_path / name, tensors))
     words = ["--model_path_list", *models, "--output_path", tmp_path / "C"]
     said = refuse("merge", *words, says=["ids", "flag", models[1]], hint="--unmerged_from")
@@ -365,8 +410,20 @@ def test_integers_that_differ(refuse: Refuse, merge: Run, tmp_path: Path) -> Non
 
 
 def test_integers_from_the_base(merge: Run, tmp_path: Path) -> None:
-    models = [make_model(tmp_path / name, {"w": np.ones(2, np.float32), "ids": np.full(3, number)}) for number, name in enumerate("ABZ")]
-    merge("--model_path_list", *models[:2], "--base_model_path", models[2], "--output_path", tmp_path / "C", "--unmerged_from", models[2])
+    models = [
+        make_model(tmp_path / name, {"w": np.ones(2, np.float32), "ids": np.full(3, number)})
+        for number, name in enumerate("ABZ")
+    ]
+    merge(
+        "--model_path_list",
+        *models[:2],
+        "--base_model_path",
+        models[2],
+        "--output_path",
+        tmp_path / "C",
+        "--unmerged_from",
+        models[2],
+    )
     assert array(read_model(tmp_path / "C")["ids"]).tolist() == [2, 2, 2]
 
 
@@ -375,8 +432,16 @@ def test_a_tied_head_that_is_not_its_embedding(refuse: Refuse, tmp_path: Path) -
     same = np.ones((5, 2), np.float32)
     a = make_model(tmp_path / "A", {"model.embed_tokens.weight": same, "lm_head.weight": same}, config=tied)
     b = make_model(tmp_path / "B", {"model.embed_tokens.weight": same, "lm_head.weight": same * 2}, config=tied)
-    said = refuse("merge", "--model_path_list", a, b, "--output_path", tmp_path / "C",
-                  says=["lm_head.weight", "model.embed_tokens.weight", b, "tie"], hint="tie_word_embeddings")  # fmt: skip
+    said = refuse(
+        "merge",
+        "--model_path_list",
+        a,
+        b,
+        "--output_path",
+        tmp_path / "C",
+        says=["lm_head.weight", "model.embed_tokens.weight", b, "tie"],
+        hint="tie_word_embeddings",
+    )
     assert "--unmerged_from" not in said
 
 

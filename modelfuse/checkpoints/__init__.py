@@ -22,7 +22,7 @@ from modelfuse.checkpoints.torch_bin import read_torch
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
 
-__all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
+__all__ = ["CONFIG_FILE", "Checkpoint", "StoredTensor", "open_checkpoint"]
 
 MAX_JSON_BYTES = 256_000_000
 CONFIG_FILE = "config.json"

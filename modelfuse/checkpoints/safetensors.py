@@ -18,7 +18,10 @@ from modelfuse.dtypes import BY_NAME, DType
 from modelfuse.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
 ALIGNMENT = 8
+#: How the small text begins that a clone without Git LFS has instead of a large file.
+LFS_POINTER = b"version https://git-lfs"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -76,7 +79,10 @@ def encode_header(
 def _read_header(file: SourceFile) -> tuple[dict[str, object], int]:
     if file.size < 8:
         _invalid(file.path, f"it has {file.size} bytes, too few for a header")
-    length = int.from_bytes(read_bytes(file, 0, 8), "little")
+    start = read_bytes(file, 0, min(file.size, len(LFS_POINTER)))
+    if start == LFS_POINTER:
+        raise CheckpointError(f"{file.path} is a Git LFS pointer, not the weights", "Run `git lfs pull` in its folder.")
+    length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
         _invalid(file.path, f"its header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
     if 8 + length > file.size:
@@ -125,11 +131,12 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[str, DType, tupl
 
 
 def _are_counts(values: object) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) <= 64
-        and all(type(value) is int and 0 <= value < 2**63 for value in values)
-    )
+    if not isinstance(values, list) or len(values) > MAX_DIMENSIONS:
+        return False
+    for value in values:  # noqa: SIM110 - a generator would take twice the time, for every tensor of a large model
+        if type(value) is not int or not 0 <= value < 2**63:
+            return False
+    return True
 
 
 def _invalid(path: Path, why: str) -> NoReturn:

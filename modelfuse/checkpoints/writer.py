@@ -11,8 +11,10 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import itertools
 import os
+import resource
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,8 @@ from typing import Self
 
 from modelfuse.errors import OutputError
 
+#: Open files beside the weight files: a few for every worker.
+SPARE_FILES = 512
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -40,6 +44,8 @@ class OutputFolder:
         self._lock = path.with_name(f".{path.name}.modelfuse.lock")
         self._lock_descriptor = -1
         self._descriptors: dict[str, int] = {}
+        #: The sha256 of every small file, and of the header of every weight file, by name.
+        self.digests: dict[str, str] = {}
         self._new_parents: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -68,6 +74,7 @@ class OutputFolder:
     def create(self, name: str, size: int, header: bytes) -> None:
         """Create a weight file of its final size and write its header."""
         path = self._temporary / name
+        _allow_open_files(len(self._descriptors) + SPARE_FILES)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._descriptors[name] = descriptor
@@ -75,6 +82,7 @@ class OutputFolder:
         except OSError as error:
             raise self._failure(error, path) from error
         self.write(name, 0, memoryview(header))
+        self.digests[name] = hashlib.sha256(header).hexdigest()
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write at an offset of a weight file, however many system calls it takes; safe from any thread.
@@ -91,6 +99,7 @@ class OutputFolder:
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write and sync a small file."""
+        self.digests[name] = hashlib.sha256(content).hexdigest()
         path = self._temporary / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +170,14 @@ class OutputFolder:
     def _failure(self, error: OSError, path: Path) -> OutputError:
         hint = "Free some space and merge again." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
         return OutputError(f"{path} cannot be written: {error.strerror}", hint)
+
+
+def _allow_open_files(count: int) -> None:
+    """All weight files stay open; systems allow a thousand unless asked for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

@@ -39,6 +39,9 @@ BIN_BITS = 20
 BINS = 1 << BIN_BITS
 DIGIT_BITS = 12
 DIGITS = 1 << DIGIT_BITS
+#: Bins that hold too many ranks are tallied again by so many bits at a time: there may be thousands of them.
+RANK_BITS = 6
+RANKS = 1 << RANK_BITS
 #: A float32 tally packs the count above the sum of the remaining 12 bits; a span stays below 2²³ elements.
 COUNT_SHIFT = 40
 #: Neighbouring elements go to different copies of the table: equal ones in a row would wait for each other.
@@ -316,8 +319,10 @@ def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out
     if how.subtables.shape[0] > 0:
         _magnitude_bits(x, count, room.bits)
         for i in range(count):
-            if out[i] < 0:
-                digit = (room.bits[i] >> np.uint64(how.shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
+            level = how.shift
+            while out[i] < 0:
+                level = max(level - RANK_BITS, 0)
+                digit = (room.bits[i] >> np.uint64(level)) & np.uint64(RANKS - 1)
                 out[i] = how.subtables[np.int64(-out[i]) - 1, digit]
 
 
@@ -325,7 +330,7 @@ def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out
 def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -> None:
     """Sparsify a block of one model in place."""
     x, draws, keep = room.x[model], room.draws, room.rows[0]
-    zero = x[0] - x[0]
+    zero = x.dtype.type(0)
     if how.kind == TRIM:
         threshold, factor = how.numbers[model, 0], how.numbers[model, 1]
         for i in range(count):
@@ -530,23 +535,39 @@ def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
 
 @_jit
 def tally_within(
-    data: Slice, room: Room, parent_shift: int, shift: int, first: int, slots: Array, tables: Array
+    data: Slice, room: Room, parent_shift: int, shift: int, prefixes: Array, ends: Array, tables: Array
 ) -> None:
     """Tally the next digits of the magnitudes that lie in chosen bins.
 
-    ``slots[model]`` gives, for the leading bits from ``first`` on, the row of ``tables`` or −1; a row holds, for every
-    digit, a count and the sums of the low 22 remaining bits and of the others.
+    Those of ``model`` are ``prefixes[ends[model] : ends[model + 1]]``, ascending leading bits. The row of ``tables``
+    with a prefix's number holds, for every digit, a count and the sums of the low 22 remaining bits and of the others.
     """
-    width = np.uint64(slots.shape[1])
-    mask = np.uint64((1 << (parent_shift - shift)) - 1)
+    mask = np.uint64(tables.shape[1] - 1)
     bits = room.bits
     for start in range(0, data.length, BLOCK):
         size = min(BLOCK, data.length - start)
         _load(data, start, size, room)
         for model in range(data.models):
-            mine = slots[model]
+            begin, end = ends[model], ends[model + 1]
+            if begin == end:
+                continue
+            first, last = prefixes[begin], prefixes[end - 1]
             _magnitude_bits(room.x[model], size, bits)
             for i in range(size):
-                place = (bits[i] >> np.uint64(parent_shift)) - np.uint64(first)
-                if place < width and mine[place] >= 0:
-                    _count(bits[i], shift, tables[mine[place]], (bits[i] >> np.uint64(shift)) & mask)
+                prefix = bits[i] >> np.uint64(parent_shift)
+                if first <= prefix <= last:
+                    row = _find(prefixes, begin, end, prefix)
+                    if prefixes[row] == prefix:
+                        _count(bits[i], shift, tables[row], (bits[i] >> np.uint64(shift)) & mask)
+
+
+@_jit
+def _find(prefixes: Array, begin: int, end: int, prefix: Any) -> int:
+    """The last place of ``begin`` to ``end`` that holds no more than ``prefix``; the first one does."""
+    while end - begin > 1:
+        middle = (begin + end) // 2
+        if prefixes[middle] <= prefix:
+            begin = middle
+        else:
+            end = middle
+    return begin

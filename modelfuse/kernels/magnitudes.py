@@ -20,7 +20,8 @@ Counts = np.ndarray[Any, np.dtype[np.uint64]]
 
 #: A probability may be off by this much at most (half of it, as a bin takes its mean rank).
 PROBABILITY_ERROR = 1e-4
-DIGIT_BITS = 12
+#: Bits of a digit by which crowded bins are tallied again.
+RANK_BITS = 6
 LOW_BITS = 22
 HALF_BITS = 24
 
@@ -160,8 +161,23 @@ class TrimSearch:
         return scale(self._layout.amount(self._all), self._layout.amount(self._kept))
 
 
+@dataclass(frozen=True, slots=True)
+class Crowded:
+    """A bin that holds too many ranks.
+
+    Attributes:
+        prefix: The leading bits of its magnitudes.
+        larger: How many magnitudes are larger.
+        apart: How many share its leading bits but, as no bits remain, have their own bin.
+    """
+
+    prefix: int
+    larger: float
+    apart: int
+
+
 class RankTable:
-    """One model's probabilities of being kept, by magnitude; bins too full for their width are tallied again.
+    """One model's probabilities of being kept, by magnitude; bins that hold too many ranks are tallied again.
 
     Args:
         tally: The tally of all the model's magnitudes.
@@ -170,38 +186,53 @@ class RankTable:
     """
 
     def __init__(self, tally: Tally, reserve_p: float, epsilon: float) -> None:
-        self._tally, self._reserve_p, self._epsilon = tally, reserve_p, epsilon
+        self._reserve_p, self._epsilon = reserve_p, epsilon
         self._size = int(tally.counts.sum())
-        self._larger = self._size - np.cumsum(tally.counts).astype(np.float64)
-        self.active = bool(tally.numbers[-1])
-        heavy = tally.counts.astype(np.float64) * epsilon > PROBABILITY_ERROR * self._size
-        self._heavy = np.flatnonzero(heavy & tally.table[:, 1:].any(axis=1))
+        self._crowded: list[Crowded] = []
+        self._subtables: list[np.ndarray[Any, Any]] = []
+        numbers = tally.numbers.astype(np.int64)
+        self.active = bool(numbers[-1])
         #: The number of the bin after the table's first entry, which is for zeros.
-        self.first_bin = max(int(tally.numbers[1 if tally.numbers.size > 1 and not tally.numbers[0] else 0]), 1)
+        self.first_bin = max(int(numbers[1 if numbers.size > 1 and not numbers[0] else 0]), 1)
+        self._table = np.ones(max(int(numbers[-1]) - self.first_bin, 0) + 2)
+        self._table[np.maximum(numbers - self.first_bin + 1, 0)] = self._keep(tally, tally.counts, self._size)
 
     def prefixes(self) -> list[int]:
         """The leading bits to tally again, ascending."""
-        return [self._tally.leading(int(index)) for index in self._heavy]
+        return [crowded.prefix for crowded in self._crowded]
 
-    def table(self, first_slot: int) -> np.ndarray[Any, Any]:
-        """Probabilities for zeros, then by bin; −(slot + 1) where a subtable says more."""
-        keep = self._keep(self._larger, self._tally.counts)
-        keep[self._heavy] = -1.0 - first_slot - np.arange(self._heavy.size)
-        numbers = self._tally.numbers.astype(np.int64)
-        table = np.ones(max(int(numbers[-1]) - self.first_bin, 0) + 2)
-        table[np.maximum(numbers - self.first_bin + 1, 0)] = keep
-        return table
+    def narrow(self, tallies: list[Tally]) -> None:
+        """Go on with the tallies of the magnitudes with the leading bits ``prefixes``."""
+        parents, self._crowded = self._crowded, []
+        subtables = []
+        for parent, tally in zip(parents, tallies, strict=True):
+            counts = tally.counts.copy()
+            counts[0] -= np.uint64(parent.apart)
+            table = np.ones(1 << RANK_BITS)
+            digits = tally.numbers & np.uint64(table.size - 1)
+            before = len(self._subtables) + len(parents)
+            table[digits] = self._keep(tally, counts, parent.larger + int(counts.sum()), before)
+            subtables.append(table)
+        self._subtables += subtables
 
-    def subtables(self, tallies: list[Tally]) -> list[np.ndarray[Any, Any]]:
-        """Probabilities by digit for each bin that was tallied again."""
-        tables = []
-        for index, tally in zip(self._heavy, tallies, strict=True):
-            larger = self._larger[index] + tally.counts.sum() - np.cumsum(tally.counts)
-            table = np.ones(1 << DIGIT_BITS)
-            table[tally.numbers & np.uint64((1 << DIGIT_BITS) - 1)] = self._keep(larger, tally.counts)
-            tables.append(table)
-        return tables
+    def table(self, slots: int) -> np.ndarray[Any, Any]:
+        """Probabilities for zeros, then by bin; −(slot + 1) where a subtable says more, after ``slots`` of others."""
+        return np.where(self._table < 0, self._table - slots, self._table)
 
-    def _keep(self, larger: np.ndarray[Any, Any], counts: Counts) -> np.ndarray[Any, Any]:
-        ranks = larger + (counts.astype(np.float64) - 1) / 2
-        return keep_probability(ranks, self._size, self._reserve_p, self._epsilon)
+    def subtables(self, slots: int) -> list[np.ndarray[Any, Any]]:
+        """The same by digit, for each bin that was tallied again."""
+        return [np.where(each < 0, each - slots, each) for each in self._subtables]
+
+    def _keep(self, tally: Tally, counts: Counts, last: float, slots: int = 0) -> np.ndarray[Any, Any]:
+        """Probabilities by bin; the smallest magnitude has the rank ``last`` − 1."""
+        larger = last - np.cumsum(counts).astype(np.float64)
+        keep = keep_probability(
+            larger + (counts.astype(np.float64) - 1) / 2, self._size, self._reserve_p, self._epsilon
+        )
+        crowded = counts.astype(np.float64) * self._epsilon > PROBABILITY_ERROR * self._size
+        for index in np.flatnonzero(crowded & tally.table[:, 1:].any(axis=1)).tolist():
+            keep[index] = -1.0 - slots - len(self._crowded)
+            twin = tally.sticky and index > 0 and tally.leading(index - 1) == tally.leading(index)
+            apart = int(counts[index - 1]) if twin else 0
+            self._crowded.append(Crowded(tally.leading(index), float(larger[index]), apart))
+        return keep

@@ -7,13 +7,14 @@ import mmap
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu
-from modelfuse.kernels.magnitudes import DIGIT_BITS, LAYOUTS, Layout, RankTable, Tally, TrimSearch
+from modelfuse.kernels.magnitudes import LAYOUTS, Layout, RankTable, Tally, TrimSearch
 from modelfuse.methods.arrays import total
 from modelfuse.methods.random import stream_key
 from modelfuse.methods.slerp import coefficients
@@ -75,7 +76,7 @@ def _sparsifier(
         LAYOUTS[work.compute].shift,
         np.array(first_bins or [0] * work.models, np.int64),
         np.ascontiguousarray(by_last_bits),
-        np.array(subtables, work.compute) if subtables else np.ones((0, cpu.DIGITS), work.compute),
+        np.array(subtables, work.compute) if subtables else np.ones((0, cpu.RANKS), work.compute),
     )
 
 
@@ -84,7 +85,7 @@ def _measure_trim(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
     searches = [TrimSearch(tally, work.method.reserve_p) for tally in tallies]
     while pending := [search for search in searches if search.threshold is None]:
         prefixes = [[search.prefix] if search in pending else [] for search in searches]
-        found = yield from _tally_within(work, prefixes, pending[0].parent_shift)
+        found = yield from _tally_within(work, prefixes, pending[0].parent_shift, cpu.DIGIT_BITS)
         for search, tally in zip(pending, found, strict=True):
             search.narrow(tally)
     factors = [search.factor() if work.method.rescale else 1.0 for search in searches]
@@ -96,15 +97,17 @@ def _measure_magprune(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
     tallies = yield from _tally_all(work)
     method = work.method
     ranks = [RankTable(tally, method.reserve_p, method.epsilon) for tally in tallies]
-    prefixes = [rank.prefixes() for rank in ranks]
-    found: list[Tally] = []
-    if any(prefixes):
-        found = yield from _tally_within(work, prefixes, LAYOUTS[work.compute].shift)
+    shift = LAYOUTS[work.compute].shift
+    while any(prefixes := [rank.prefixes() for rank in ranks]):
+        found = iter((yield from _tally_within(work, prefixes, shift, cpu.RANK_BITS)))
+        for rank, own in zip(ranks, prefixes, strict=True):
+            rank.narrow(list(islice(found, len(own))))
+        shift = max(shift - cpu.RANK_BITS, 0)
     tables: list[Array] = []
     subtables: list[Array] = []
-    for rank, own in zip(ranks, prefixes, strict=True):
+    for rank in ranks:
         tables.append(rank.table(len(subtables)))
-        subtables += rank.subtables(found[len(subtables) : len(subtables) + len(own)])
+        subtables += rank.subtables(len(subtables))
     numbers = [(method.reserve_p, float(rank.active)) for rank in ranks]
     return _sparsifier(work, cpu.MAGPRUNE, numbers, tables, [rank.first_bin for rank in ranks], subtables)
 
@@ -126,14 +129,17 @@ def _add_up(layout: Layout, parts: Sequence[tuple[Array, Array]]) -> Tally:
     return Tally(layout, layout.shift, numbers, table, sticky=True)
 
 
-def _tally_within(work: Work, prefixes: list[list[int]], parent_shift: int) -> Generator[Pass, list[Any], list[Tally]]:
-    shift = max(parent_shift - DIGIT_BITS, 0)
-    spans = yield TallyWithin(work, prefixes, parent_shift, shift)
+def _tally_within(
+    work: Work, prefixes: list[list[int]], parent_shift: int, digit_bits: int
+) -> Generator[Pass, list[Any], list[Tally]]:
+    shift = max(parent_shift - digit_bits, 0)
+    spans = yield TallyWithin(work, prefixes, parent_shift, shift, digit_bits)
     tables: Any = np.sum(spans, axis=0, dtype=np.uint64)
     tallies = []
     for prefix, table in zip((prefix for own in prefixes for prefix in own), tables, strict=True):
         digits = np.flatnonzero(table[:, 0])
-        numbers = np.uint64(prefix << (parent_shift - shift)) + digits.astype(np.uint64)
+        # The last digits may begin with the prefix's end.
+        numbers = np.uint64(prefix << (parent_shift - shift) >> digit_bits << digit_bits) + digits.astype(np.uint64)
         tallies.append(Tally(LAYOUTS[work.compute], shift, numbers, table[digits]))
     return tallies
 
@@ -270,28 +276,24 @@ class TallyAll(_Walk):
 
 
 class TallyWithin(_Walk):
-    """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (slots, 4096, 3)."""
+    """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3)."""
 
     writes = False
 
-    def __init__(self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int) -> None:
+    def __init__(self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int, digit_bits: int) -> None:
         super().__init__(work)
-        flat = [prefix for own in prefixes for prefix in own]
-        self._shifts, self._first, self._rows = (parent_shift, shift), min(flat), len(flat)
-        self._slots = np.full((work.models, max(flat) - self._first + 1), -1, np.int32)
-        row = 0
-        for model, own in enumerate(prefixes):
-            self._slots[model, np.array(own, np.int64) - self._first] = np.arange(row, row + len(own))
-            row += len(own)
+        self._shifts, self._digits = (parent_shift, shift), 1 << digit_bits
+        self._prefixes = np.array([prefix for own in prefixes for prefix in own], np.uint64)
+        self._ends = np.cumsum([0, *map(len, prefixes)])
 
     def start(self) -> State:
         state = super().start()
-        state.found = np.zeros((self._rows, cpu.DIGITS, 3), np.uint64)
+        state.found = np.zeros((self._prefixes.size, self._digits, 3), np.uint64)
         return state
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         data = self._slice(state, first, count, raws)
-        cpu.tally_within(data, state.room, *self._shifts, self._first, self._slots, state.found)
+        cpu.tally_within(data, state.room, *self._shifts, self._prefixes, self._ends, state.found)
 
     def finish(self, state: State) -> Array:
         tables: Array = state.found

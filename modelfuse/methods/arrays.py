@@ -19,5 +19,8 @@ def scalar(like: Array, value: float) -> np.floating[Any]:
 
 
 def total(x: Array) -> float:
-    """The sum of all elements, exact, then rounded once to float64."""
-    return math.fsum(x.ravel().tolist())
+    """The sum of all elements, exact, then rounded once to float64; NaN if it has no finite value."""
+    try:
+        return math.fsum(x.ravel().tolist())
+    except (OverflowError, ValueError):  # Infinities of both signs are a ValueError.
+        return math.nan

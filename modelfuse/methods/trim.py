@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -44,5 +45,5 @@ def kept_from(size: int, reserve_p: float) -> int:
 
 
 def scale(before: float, after: float) -> float:
-    """The factor that restores the sum of magnitudes."""
-    return before / after if before >= MIN_SUM and after >= MIN_SUM else 1.0
+    """The factor that restores the sum of magnitudes; 1 where a sum is too small or not finite."""
+    return before / after if MIN_SUM <= before < math.inf and after >= MIN_SUM else 1.0

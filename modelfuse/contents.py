@@ -1,0 +1,173 @@
+"""What lies in an output's folder, against what its report says: files, headers, index, configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modelfuse.checkpoints import CONFIG_FILE, StoredTensor, read_config, read_json
+from modelfuse.checkpoints.files import SourceFile, read_bytes
+from modelfuse.checkpoints.safetensors import read_safetensors
+from modelfuse.dimensions import contradictions
+from modelfuse.errors import CheckpointError
+from modelfuse.matching import group_names
+from modelfuse.reported import Problem, Report, ReportedTensor
+
+WEIGHTS = ".safetensors"
+INDEX = ".safetensors.index.json"
+
+
+@dataclass
+class Contents:
+    """The weight files of an output, read by their headers.
+
+    Attributes:
+        folder: The output.
+        report: What should be there.
+        files: The tensors of each weight file that can be read, by name.
+        problems: What is wrong.
+    """
+
+    folder: Path
+    report: Report
+    files: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, size in self.report.files.items():
+            self.problems += self._open(name, size)
+        known = {*self.report.files}
+        for name in sorted(path.name for path in self.folder.glob(f"*{WEIGHTS}")):
+            if name not in known:
+                self.problems.append(Problem("file", f"{name} is not one of the merge's files", file=name))
+        self.problems += self._check_tensors()
+        self.problems += self._check_small_files()
+        self.problems += self._check_index()
+        self.problems += self._check_config()
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of the report that is there, in the file that it should be in if it is there."""
+        found: dict[str, StoredTensor] = {}
+        for file, tensors in self.files.items():
+            for name, stored in tensors.items():
+                entry = self.report.tensors.get(name)
+                if entry is not None and (name not in found or entry.file == file):
+                    found[name] = stored
+        return found
+
+    def _open(self, name: str, size: int) -> Iterator[Problem]:
+        path = self.folder / name
+        if not path.is_file():
+            yield Problem("file", f"{name} is missing{self._with_tensors(name)}", file=name)
+            return
+        actual = path.stat().st_size
+        if actual != size:
+            yield Problem("file", f"{name} has {actual:,} bytes, {size:,} when it was written", file=name)
+        try:
+            self.files[name], _ = read_safetensors(path)
+        except CheckpointError as error:
+            yield Problem("file", f"{error.message}{self._with_tensors(name)}", file=name)
+            return
+        if self._header_digest(path) != self.report.sha256.get(name):
+            yield Problem("file", f"{name}: its header is not the one that was written", file=name)
+
+    def _with_tensors(self, file: str) -> str:
+        names = [name for name, tensor in self.report.tensors.items() if tensor.file == file]
+        return f"; it should hold {', '.join(group_names(names))}" if names else ""
+
+    def _header_digest(self, path: Path) -> str:
+        file = SourceFile.at(path)
+        length = int.from_bytes(read_bytes(file, 0, 8), "little")
+        return hashlib.sha256(read_bytes(file, 0, 8 + length)).hexdigest()
+
+    def _check_tensors(self) -> Iterator[Problem]:
+        holders: dict[str, list[str]] = {}
+        for file, tensors in self.files.items():
+            for name in tensors:
+                holders.setdefault(name, []).append(file)
+        for name, entry in self.report.tensors.items():
+            files = holders.get(name, [])
+            if entry.file not in self.report.files:
+                yield Problem("report", f"{name} is said to be in {entry.file}, which is not listed", name, entry.file)
+            elif not files and entry.file in self.files:
+                yield Problem("tensor", f"{name} is missing from {entry.file}", name, entry.file)
+            for file in files:
+                yield from _check_tensor(name, file, self.files[file][name], entry)
+        for name, files in holders.items():
+            if name not in self.report.tensors:
+                for file in files:
+                    yield Problem("tensor", f"{name} in {file} is no tensor of the merge", name, file)
+
+    def _check_small_files(self) -> Iterator[Problem]:
+        names = dict.fromkeys([*self.report.copied_files, *self.report.sha256])
+        for name in names:
+            if name in self.report.files:
+                continue
+            try:
+                with open(self.folder / name, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                yield Problem("file", f"{name}: {error.strerror}", file=name)
+                continue
+            if digest != self.report.sha256.get(name):
+                yield Problem("file", f"{name} is not as it was written (its sha256 differs)", file=name)
+
+    def _check_index(self) -> Iterator[Problem]:
+        prefixes = {re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", name) for name in self.report.files}
+        wanted = {f"{prefix}{INDEX}" for prefix in prefixes} if len(self.report.files) > 1 else set[str]()
+        for name in sorted({path.name for path in self.folder.glob(f"*{INDEX}")} - wanted):
+            yield Problem("index", f"{name} is not one of the merge's files; loaders would follow it", file=name)
+        for name in sorted(wanted):
+            if not (self.folder / name).is_file():
+                yield Problem("index", f"{name} is missing", file=name)
+                continue
+            try:
+                content = read_json(self.folder / name)
+            except CheckpointError as error:
+                yield Problem("index", error.message, file=name)
+            else:
+                yield from _check_index(name, content, self.report)
+
+    def _check_config(self) -> Iterator[Problem]:
+        try:
+            config = read_config(self.folder)
+        except CheckpointError as error:
+            yield Problem("config", error.message, file=CONFIG_FILE)
+            return
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        if shapes.keys() >= self.report.tensors.keys():  # What is missing was told already.
+            for tensor, message in contradictions(config, shapes):
+                yield Problem("config", message, tensor, CONFIG_FILE)
+
+
+def _check_tensor(name: str, file: str, stored: StoredTensor, entry: ReportedTensor) -> Iterator[Problem]:
+    if file != entry.file:
+        yield Problem("tensor", f"{name} is in {file}, not in {entry.file} as reported", name, file)
+    if stored.dtype != entry.dtype:
+        yield Problem("tensor", f"{name} in {file} is {stored.dtype}, reported is {entry.dtype}", name, file)
+    if stored.shape != entry.shape:
+        shapes = f"{list(stored.shape)}, reported is {list(entry.shape)}"
+        yield Problem("tensor", f"{name} in {file} has the shape {shapes}", name, file)
+
+
+def _check_index(file: str, content: Mapping[str, object], report: Report) -> Iterator[Problem]:
+    weight_map, metadata = content.get("weight_map"), content.get("metadata")
+    if not isinstance(weight_map, dict):
+        yield Problem("index", f"{file} has no weight_map", file=file)
+        return
+    for name in dict.fromkeys([*report.tensors, *weight_map]):
+        there, entry = weight_map.get(name), report.tensors.get(name)
+        if entry is None:
+            yield Problem("index", f"{file} names {name}, which is no tensor of the merge", name, file)
+        elif there is None:
+            yield Problem("index", f"{file} does not name {name}", name, file)
+        elif there != entry.file:
+            yield Problem("index", f"{file} puts {name} into {there}, reported is {entry.file}", name, file)
+    whole = sum(entry.nbytes for entry in report.tensors.values())
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if said != whole:
+        yield Problem("index", f"{file}: total_size is {said}, the tensors have {whole} bytes", file=file)

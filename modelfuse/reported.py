@@ -1,0 +1,195 @@
+"""What a merge reported of itself, read back: merge_report.json and merge_config.json."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from modelfuse.checkpoints import read_json
+from modelfuse.checksums import ALGORITHM
+from modelfuse.dtypes import BY_NAME, DType
+from modelfuse.errors import CheckpointError, RecipeError
+from modelfuse.recipe import Recipe, load_recipe
+from modelfuse.report import CONFIG_NAME, REPORT_NAME, encode_json
+
+Kind = Literal["report", "recipe", "file", "index", "tensor", "checksum", "config", "inputs", "bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be.
+
+    Attributes:
+        kind: What was checked: the ``report`` itself, the ``recipe``, a ``file`` as a whole, the ``index``, a
+            ``tensor``'s place, type and shape, its ``checksum``, ``config``.json against the shapes, the ``inputs``,
+            the ``bytes`` that the recipe gives.
+        message: What is wrong, naming the file and the tensor.
+        tensor: The tensor, if it is about one.
+        file: The file in the output, if it is about one.
+    """
+
+    kind: Kind
+    message: str
+    tensor: str | None = None
+    file: str | None = None
+
+
+def _plain_name(name: str) -> str:
+    """Nothing beside the output is looked at, whatever an edited report says."""
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError("this is no file inside the folder")
+    return name
+
+
+def _known_dtype(name: str) -> str:
+    if name not in BY_NAME:
+        raise ValueError("there is no such dtype")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain_name)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class ReportedTensor(_Part):
+    """A tensor of the output: its type, its shape, its file and the checksum of its bytes."""
+
+    dtype_name: Annotated[str, AfterValidator(_known_dtype)] = Field(alias="dtype")
+    dimensions: list[Count] = Field(alias="shape", max_length=64)
+    file: FileName
+    checksum: str
+
+    @property
+    def dtype(self) -> DType:
+        """Its element type."""
+        return BY_NAME[self.dtype_name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.dimensions)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of its bytes."""
+        return self.dtype.nbytes(math.prod(self.dimensions))
+
+
+class ReportedFile(_Part):
+    """A weight file of an input, as it was when it was merged."""
+
+    size: Count
+    modified_ns: int
+
+
+class ReportedInput(_Part):
+    """An input: its path and its weight files."""
+
+    path: str
+    files: dict[FileName, ReportedFile]
+
+
+class ReportedMethod(_Part):
+    """The mathematics."""
+
+    merge_type: str
+    sparsify_type: str | None
+    effective_weights: list[float]
+    seed: int
+
+
+class Report(_Part):
+    """The parts of merge_report.json that can be checked."""
+
+    method: ReportedMethod
+    inputs: list[ReportedInput]
+    files: dict[FileName, Count]
+    tensors: dict[str, ReportedTensor]
+    copied_files: list[FileName]
+    sha256: dict[FileName, str]
+
+
+def read_report(folder: Path) -> tuple[Report, list[Problem]]:
+    """Read merge_report.json.
+
+    Returns:
+        Its content, and a problem if it is not what the merge wrote.
+
+    Raises:
+        CheckpointError: If the folder is no output of modelfuse, or the report cannot be understood.
+    """
+    path = folder / REPORT_NAME
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {folder}", "Name the output_path of a merge.")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is not what a merge wrote: it has no {REPORT_NAME}", "Name the output_path of a merge."
+        )
+    content = read_json(path)
+    problems = [] if _is_as_written(path, content) else [_edited()]
+    try:
+        report = Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = " → ".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{path} is not as modelfuse writes it: {where}: {first['msg']}",
+            "It was edited or damaged; merge again." if problems else None,
+        ) from None
+    if content.get("checksum") != ALGORITHM:
+        raise CheckpointError(
+            f"{path} has checksums of the kind {content.get('checksum')!r}; this version knows {ALGORITHM!r}",
+            "It was edited or damaged; merge again." if problems else "Use the version of modelfuse that wrote it.",
+        )
+    return report, problems
+
+
+def _is_as_written(path: Path, content: dict[str, object]) -> bool:
+    """Whether the report's own checksum holds, and there is nothing in the file beside what was understood."""
+    if path.read_bytes() != encode_json(content):
+        return False
+    rest = {key: value for key, value in content.items() if key != "report_sha256"}
+    return content.get("report_sha256") == hashlib.sha256(encode_json(rest)).hexdigest()
+
+
+def _edited() -> Problem:
+    return Problem("report", f"{REPORT_NAME} was edited or damaged: its own checksum does not hold", file=REPORT_NAME)
+
+
+def read_recipe(folder: Path, report: Report) -> tuple[Recipe | None, list[Problem]]:
+    """Read merge_config.json and hold it against the report.
+
+    Returns:
+        The recipe, None if there is none; what is wrong with it.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return None, []  # Named among the files that are missing.
+    try:
+        recipe = Recipe.parse(load_recipe(path))
+    except RecipeError as error:
+        message = f"{CONFIG_NAME} is not a recipe: {error.message}"
+        return None, [Problem("recipe", message, file=CONFIG_NAME)]
+    bases = [recipe.base_model_path] if recipe.base_model_path is not None else []
+    method, said = recipe.method, report.method
+    pairs: list[tuple[str, object, object]] = [
+        ("merge_type", method.merge_type, said.merge_type),
+        ("sparsify_type", method.sparsify_type, said.sparsify_type),
+        ("the weights", list(recipe.weights), said.effective_weights),
+        ("the seed", method.seed, said.seed),
+        ("the inputs", [str(each) for each in (*recipe.model_path_list, *bases)], [each.path for each in report.inputs]),
+    ]
+    return recipe, [
+        Problem("recipe", f"{name}: {CONFIG_NAME} says {one}, {REPORT_NAME} {other}", file=CONFIG_NAME)
+        for name, one, other in pairs
+        if one != other
+    ]

@@ -1,0 +1,418 @@
+"""The command line: flags, recipe files, what it prints, how it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, Said, array, call, make_model, random_tensors, read_model, start
+
+import modelfuse as package
+from modelfuse.cli import parse
+from modelfuse.methods import MERGE_METHODS, MERGES, SPARSIFIERS
+from modelfuse.recipe import Recipe
+
+Run = Callable[..., Said]
+Pair = tuple[Path, Path]
+
+
+def merged(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((folder / "merge_config.json").read_text())
+    return settings
+
+
+# The command of Paddle's tool
+
+
+def test_mergekit_from_its_folder_with_relative_paths(pair: Pair, tmp_path: Path) -> None:
+    here = [os.path.relpath(path, ROOT / "tools") for path in (*pair, tmp_path / "C")]
+    words = ["--device", "cpu", "--tensor_type", "np", "--n_process", "2", "--merge_method", "linear",
+             "--model_path_list", here[0], here[1], "--output_path", here[2]]  # fmt: skip
+    command = [sys.executable, "-W", "error", "mergekit.py", *words]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=ROOT / "tools", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "C") in done.stdout
+    first, second = random_tensors(1), random_tensors(2)
+    for name, stored in read_model(tmp_path / "C").items():
+        np.testing.assert_allclose(array(stored), (first[name] + second[name]) / 2, rtol=1e-6)
+    assert settings_of(tmp_path / "C")["n_process"] == 2
+
+
+@pytest.mark.usefixtures("pair")
+def test_modelfuse_merge_is_the_same(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    merge(
+        "--device",
+        "cpu",
+        "--tensor_type",
+        "np",
+        "--n_process",
+        2,
+        "--merge_method",
+        "ties",
+        "--model_path_list",
+        "A",
+        "./B",
+        "--output_path",
+        "out/../C",
+        "--model_prefix",
+        "model",
+        "--split_pieces",
+        4,
+        "--max_tensor_mem",
+        0.25,
+        "--reserve_p",
+        0.5,
+        "--ties_elect_type",
+        "count",
+        "--copy_file_list",
+        "config.json",
+    )
+    package.merge(
+        model_path_list=["A", "B"], output_path="D", merge_method="ties", reserve_p=0.5, ties_elect_type="count"
+    )
+    assert merged(tmp_path / "C") == merged(tmp_path / "D")
+
+
+# Settings
+
+DEFAULTS = {
+    "device": "cpu",
+    "tensor_type": "np",
+    "n_process": 1,
+    "merge_prefix": "model",
+    "merge_method": None,
+    "merge_type": None,
+    "sparsify_type": None,
+    "base_model_path": None,
+    "output_path": None,
+    "weight_list": None,
+    "normalize": None,
+    "slerp_alpha": 0.5,
+    "slerp_normalize_eps": 1e-8,
+    "slerp_dot_threshold": 0.9995,
+    "ties_elect_type": "sum",
+    "rescale": True,
+    "reserve_p": 0.7,
+    "epsilon": 0.14,
+    "copy_file_list": (),
+    "split_pieces": 8,
+    "max_tensor_mem": 0.5,
+    "seed": 0,
+    "memory": 10**9,
+    "max_shard_size": 5 * 10**9,
+    "output_dtype": None,
+    "overwrite": False,
+    "on_nonfinite": "error",
+    "unmerged_from": None,
+}
+
+
+def test_defaults() -> None:
+    recipe = Recipe.parse({"model_path_list": ["A", "B"]})
+    assert recipe.model_dump(exclude={"model_path_list"}) == DEFAULTS
+    assert recipe.model_path_list == (Path("A").absolute(), Path("B").absolute())
+    assert (recipe.steps, recipe.weights, recipe.normalizes) == ((None, "linear"), (0.5, 0.5), True)
+    assert not Recipe.parse({"model_path_list": ["A", "B"], "weight_list": [1, 2]}).normalizes
+
+
+@pytest.mark.parametrize("name", sorted({*DEFAULTS, "model_path_list"}))
+def test_every_setting_is_a_flag_with_either_dash(name: str) -> None:
+    field = Recipe.model_fields[name]
+    value = {"model_path_list": ["A", "B"], "weight_list": ["1", "2"], "copy_file_list": ["a", "b"]}.get(
+        name, ["False"]
+    )
+    for flag in (f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('_', '-', 1)}"):
+        settings, quiet = parse([flag, *value])
+        assert settings == {name: value if len(value) > 1 else value[0]}
+        assert not quiet
+        if len(value) == 1:
+            assert parse([f"{flag}=False"])[0] == {name: "False"}
+    assert field.description
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--rescale"], True),
+        (["--rescale", "True"], True),
+        (["--rescale", "true"], True),
+        (["--rescale", "1"], True),
+        (["--rescale", "False"], False),
+        (["--rescale", "false"], False),
+        (["--rescale", "0"], False),
+        (["--rescale=False"], False),
+        (["--no_rescale"], False),
+        (["--no-rescale"], False),
+        (["--rescale", "False", "--rescale"], True),
+        (["--no_rescale", "--rescale", "--n_process", "2"], True),
+        ([], True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_booleans(words: list[str], value: bool) -> None:
+    settings, _ = parse([*words, "--model_path_list", "A", "B"])
+    assert Recipe.parse(settings).rescale is value
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "normalizes"),
+    [([], (0.5, 0.5), True), (["--weight_list", "1", "3"], (1, 3), False),
+     (["--weight_list", "1", "3", "--normalize"], (0.25, 0.75), True),
+     (["--weight_list", "-1", "3", "--normalize"], (-0.5, 1.5), True),
+     (["--weight_list", "-1e-2", "+.5"], (-0.01, 0.5), False),
+     (["--weight_list", "1", "1", "--no_normalize"], (1, 1), False),
+     (["--weight_list", "-1", "1"], (-1, 1), False)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_weights(given: list[str], weights: tuple[float, ...], normalizes: bool) -> None:
+    recipe = Recipe.parse(parse(["--model_path_list", "A", "B", *given])[0])
+    assert (recipe.weights, recipe.normalizes) == (weights, normalizes)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1", 1),
+        ("500MB", 5 * 10**8),
+        ("5 GB", 5 * 10**9),
+        ("1.5gib", 3 * 2**29),
+        ("2TB", 2 * 10**12),
+        ("7b", 7),
+        ("1KiB", 1024),
+        (" 3 kb ", 3000),
+    ],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert Recipe.parse({"model_path_list": ["A", "B"], "memory": text}).memory == count
+
+
+def test_model_path_str(merge: Run, pair: Pair, tmp_path: Path) -> None:
+    merge("--model_path_str", f"{pair[0]}, {pair[1]},", "--output_path", tmp_path / "C")
+    assert settings_of(tmp_path / "C")["model_path_list"] == [str(path) for path in pair]
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "recipe.yaml", "recipe.yml", "recipe"])
+def test_a_recipe_with_flags_that_override_it(merge: Run, pair: Pair, tmp_path: Path, name: str) -> None:
+    settings = {
+        "model-path-list": [str(path) for path in pair], "output_path": str(tmp_path / "C"), "merge_method": "linear",
+        "weight_list": [1, 2.5], "memory": "800MB", "rescale": False, "model_prefix": "model", "base_model_path": None,
+    }  # fmt: skip
+    text = json.dumps(settings) if name.endswith("json") else yaml.safe_dump(settings, allow_unicode=True)
+    (tmp_path / name).write_text(text)
+    merge(tmp_path / name)
+    assert settings_of(tmp_path / "C")["weight_list"] == [1, 2.5]
+    assert settings_of(tmp_path / "C")["memory"] == 800_000_000
+    merge("--weight-list", 3, 4, "--output-path", tmp_path / "D", "--rescale", "--overwrite", tmp_path / name)
+    effective = settings_of(tmp_path / "D")
+    assert (effective["weight_list"], effective["rescale"], effective["memory"]) == ([3, 4], True, 800_000_000)
+    assert parse(["--no_rescale", str(tmp_path / name)])[0]["rescale"] == "False"
+    assert parse(["--model_path_list", "overwrite", "B.json"])[0]["model_path_list"] == ["overwrite", "B.json"]
+
+
+def test_models_of_a_recipe_are_overridden_in_either_form(tmp_path: Path) -> None:
+    for key, value in (("model_path_list", ["x", "y"]), ("model_path_str", "x,y")):
+        (tmp_path / "r.json").write_text(json.dumps({key: value}))
+        for flags in (["--model_path_str", "a,b"], ["--model_path_list", "a", "b"]):
+            settings, _ = parse([str(tmp_path / "r.json"), *flags])
+            assert Recipe.parse(settings).model_path_list == (Path("a").absolute(), Path("b").absolute())
+
+
+def test_the_same_names_in_python(merge: Run, pair: Pair, tmp_path: Path) -> None:
+    result = package.merge(
+        model_path_str=f"{pair[0]},{pair[1]}", output_path=str(tmp_path / "C"), weight_list=(0.2, 0.8)
+    )
+    assert (result.output_path, result.merged, result.copied) == (tmp_path / "C", 5, 0)
+    assert result.bytes_written == (tmp_path / "C" / "model.safetensors").stat().st_size
+    assert result.bytes_read == 2 * sum(len(each.data) for each in read_model(pair[0]).values())
+    merge("--model_path_list", *pair, "--weight_list", "0.2", "0.8", "--output_path", tmp_path / "D")
+    assert merged(tmp_path / "C") == merged(tmp_path / "D")
+
+
+def test_progress_in_python(pair: Pair, tmp_path: Path) -> None:
+    seen: list[int] = []
+    result = package.merge(model_path_list=pair, output_path=tmp_path / "C", progress=seen.append, n_process=3)
+    data = sum(len(each.data) for each in read_model(tmp_path / "C").values())
+    assert sum(seen) == result.bytes_read + data
+
+
+# What people see
+
+
+def test_a_log_is_quiet(pair: Pair, tmp_path: Path) -> None:
+    said = call("merge", "--model_path_list", *pair, "--output_path", tmp_path / "C")
+    assert said.status == 0, said.err
+    assert said.err.splitlines() == ["merging 5 tensors of 2 checkpoints, 2.02 kB"]
+    summary, next_line = said.out.splitlines()
+    assert summary.startswith("merged 5 tensors in ")
+    assert summary.endswith(f"GB/s) into {tmp_path / 'C'}")
+    assert next_line.startswith(f"next: vllm serve {tmp_path / 'C'}")
+    assert "\x1b" not in said.out + said.err
+
+
+def test_a_long_merge_says_where_it_is(monkeypatch: pytest.MonkeyPatch, merge: Run, pair: Pair, tmp_path: Path) -> None:
+    monkeypatch.setattr("modelfuse.show.LOG_INTERVAL", 0.0)
+    said = merge("--model_path_list", *pair, "--output_path", tmp_path / "C")
+    lines = said.err.splitlines()[1:]
+    assert len(lines) == 5
+    assert all("/s" in line and line.endswith("s left") for line in lines)
+
+
+def test_the_summary_counts_copies(merge: Run, tmp_path: Path) -> None:
+    models = [
+        make_model(tmp_path / name, {"w": np.ones(2, np.float32), "a": np.arange(3), "b": np.arange(3)})
+        for name in "AB"
+    ]
+    said = merge("--model_path_list", *models, "--output_path", tmp_path / "C")
+    assert said.out.startswith("merged 1 tensors, copied 2 in ")
+
+
+def test_quiet(merge: Run, pair: Pair, tmp_path: Path) -> None:
+    said = merge("--model_path_list", *pair, "--output_path", tmp_path / "C", "--quiet")
+    assert (said.out, said.err) == ("", "")
+
+
+def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
+    models = [
+        make_model(tmp_path / name, {str(each): np.ones(300_000, np.float32) for each in range(40)}) for name in "AB"
+    ]
+    leader, follower = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "modelfuse",
+        "merge",
+        "--model_path_list",
+        *map(str, models),
+        "--output_path",
+        str(tmp_path / "C"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "120"}
+    shown = b""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=follower, stdout=follower, stderr=follower
+    ) as process:
+        os.close(follower)
+        try:
+            while part := os.read(leader, 65536):
+                shown += part
+        except OSError:
+            pass  # How Linux says that the other end is closed.
+    os.close(leader)
+    text = shown.decode()
+    assert process.returncode == 0, text
+    assert "merging" in text
+    assert "━" in text
+    assert "MB" in text
+    assert "/s" in text
+    assert "\x1b[" in text
+    assert "40 tensors" in text
+
+
+def test_all_settings_are_in_the_help(modelfuse: Run) -> None:
+    for words in (
+        ["merge", "--help"],
+        ["merge", "-h"],
+        ["check", "--help"],
+        ["merge", "--model_path_list", "A", "--help"],
+    ):
+        said = modelfuse(*words)
+        assert (said.status, said.err) == (0, "")
+        assert all(f"--{name} " in said.out for name in Recipe.model_fields)
+        assert "5 GB" in said.out
+        assert "0.9995" in said.out
+
+
+def test_how_to_begin(modelfuse: Run) -> None:
+    assert modelfuse("--version").out == f"modelfuse {package.__version__}\n"
+    assert modelfuse("-V").out == f"modelfuse {package.__version__}\n"
+    for words, status in (([], 2), (["--help"], 0), (["-h"], 0)):
+        said = modelfuse(*words)
+        assert said.status == status
+        assert all(command in said.out for command in ("merge", "check", "methods"))
+
+
+def test_methods(modelfuse: Run) -> None:
+    said = modelfuse("methods")
+    assert (said.status, said.err) == (0, "")
+    assert all(name in said.out for name in (*MERGE_METHODS, *MERGES, *SPARSIFIERS))
+    for word in ("formula", "settings", "paper", "arXiv", "reserve_p", "epsilon", "slerp_alpha", "ties_elect_type"):
+        assert word in said.out
+    assert "…" not in said.out
+
+
+def test_a_bug_is_not_called_a_mistake(modelfuse: Run, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("injected")
+
+    monkeypatch.setattr("modelfuse.plan.open_checkpoint", broken)
+    said = modelfuse("check", "--model_path_list", *pair)
+    assert said.status == 1
+    assert "injected" in said.err
+    assert "bug in modelfuse" in said.err
+
+
+@pytest.mark.parametrize("command", [["methods"], ["merge", "--help"]])
+def test_any_encoding_will_do(command: list[str]) -> None:
+    """Formulas have Greek letters; a terminal may not."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "modelfuse", *command], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_leaves_early() -> None:
+    with start("methods") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert "Traceback" not in err
+
+
+# How it starts
+
+
+def test_importing_loads_next_to_nothing() -> None:
+    code = "import sys, modelfuse; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    said = call(code=code)
+    assert said.status == 0, said.err
+    assert not {"numpy", "pydantic", "numba", "yaml", "rich", "xxhash", "torch"} & set(said.out.split())
+
+
+def test_no_module_loads_torch(pair: Pair, tmp_path: Path) -> None:
+    code = (
+        "import sys; from modelfuse.cli import main; status = main(sys.argv[1:]);"
+        "print(*{'torch', 'paddle', 'transformers', 'safetensors'} & {*sys.modules}); sys.exit(status)"
+    )
+    said = call("merge", "--model_path_list", *pair, "--output_path", tmp_path / "C", "--quiet", code=code)
+    assert (said.status, said.out) == (0, "\n")
+
+
+def test_the_public_names_are_there() -> None:
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'mrege'"):
+        _ = package.mrege
+    with pytest.raises(package.RecipeError, match="no setting 'reserve_q'"):
+        package.check(model_path_list=["A", "B"], reserve_q=1)
+
+
+def test_merging_in_python_needs_an_output_path(pair: Pair) -> None:
+    with pytest.raises(package.OutputError, match="output_path is not given"):
+        package.merge(model_path_list=pair)
