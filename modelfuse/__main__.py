@@ -1,8 +1,18 @@
-"""``python -m modelfuse`` is the ``modelfuse`` command."""
+"""The command: ``modelfuse``, or ``python -m modelfuse``."""
 
+import os
 import sys
 
-from modelfuse.cli import main
+# Nothing here multiplies matrices, and starting the threads that would takes longer than planning a merge.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def main() -> int:
+    """Run the command line; see :func:`modelfuse.cli.main`."""
+    from modelfuse.cli import main as run
+
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

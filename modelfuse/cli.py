@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from modelfuse.errors import ModelfuseError, RecipeError
-from modelfuse.recipe import Recipe, by_canonical_name, canonical_name, load_recipe, nearest
+from modelfuse.recipe import Recipe, by_canonical_name, canonical_name, nearest
+from modelfuse.recipe_file import load_recipe
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
@@ -222,7 +223,3 @@ def _is(annotation: object, kind: type) -> bool:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return any(_is(each, kind) for each in typing.get_args(annotation))
     return annotation is kind or typing.get_origin(annotation) is kind
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -80,10 +80,8 @@ def _check_layers(prefix: str, shapes: Shapes, number: Number) -> Iterator[Contr
         return
     absent = wanted - sum(layer < wanted for layer in layers)
     if absent > 0:
-        yield None, (
-            f"{CONFIG_FILE}: num_hidden_layers is {wanted}, but {absent} of the layers {prefix}layers.0 to "
-            f"{prefix}layers.{wanted - 1} have no tensors"
-        )
+        among = f"{prefix}layers.0 to {prefix}layers.{wanted - 1}"
+        yield None, f"{CONFIG_FILE}: num_hidden_layers is {wanted}, but {absent} of {among} have no tensors"
     # Layers that predict further tokens come after the others.
     most = wanted + (number("num_nextn_predict_layers") or 0)
     if max(layers) >= most:

@@ -98,7 +98,9 @@ def _describe_missing(missing: Sequence[str], models: Sequence[Checkpoint]) -> l
     for name in missing:
         absent = tuple(str(model.path) for model in models if not _has(model, name))
         lines.setdefault(absent, []).append(name)
-    return [f"not in {' and '.join(absent)}: {group}" for absent, names in lines.items() for group in group_names(names)]
+    return [
+        f"not in {' and '.join(absent)}: {group}" for absent, names in lines.items() for group in group_names(names)
+    ]
 
 
 def _describe_shapes(names: Sequence[str], models: Sequence[Checkpoint]) -> list[str]:

@@ -16,21 +16,10 @@ from modelfuse.checkpoints.safetensors import encode_header
 from modelfuse.dtypes import OUTPUT_DTYPES, DType
 from modelfuse.errors import CheckpointError, MismatchError, OutputError, RecipeError
 from modelfuse.matching import Tied, group_names, match_tensors
+from modelfuse.memory import Budget, fit_memory
 from modelfuse.methods import Method
 from modelfuse.recipe import Recipe
 from modelfuse.serving import SideFile, files_to_serve
-
-#: Slices start at multiples of this many elements, so that sums and checksums never depend on them.
-GRAIN = 1 << 18
-#: What is walked once streams best through the second-level cache; what is measured first is best held whole, if it fits.
-SLICE_ONCE = GRAIN
-SLICE_MEASURED = 1 << 22
-#: Elements a worker walks between two looks at the queue.
-SPAN = 1 << 22
-#: Resident memory of the interpreter with all modules and compiled kernels, measured.
-INTERPRETER_BYTES = 190_000_000
-#: Tables of a tensor under way and of the worker that makes them, for each model.
-TABLE_BYTES = 3_000_000
 
 Action = Literal["merge", "copy"]
 
@@ -274,25 +263,11 @@ def _lay_out(
     return tuple(placed), tuple(files), index
 
 
-def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> tuple[int, int, int]:
-    """Choose workers and slice so that the budget holds; at least one worker with the smallest slice."""
+def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
     an_element = max(
         (sum(source.dtype.bits for source in tensor.sources) + tensor.dtype.bits) / 8 for tensor in tensors
     )
-    sparsify_type, merge_type = recipe.steps
-    tables = TABLE_BYTES * len(tensors[0].sources) if sparsify_type in ("trim", "magprune") else 0
-    largest = recipe.max_tensor_mem * 2**30 / an_element
-    workers = recipe.n_process
-    elements = SLICE_MEASURED if tables or merge_type == "slerp" else SLICE_ONCE
-
-    def peak() -> int:
-        return INTERPRETER_BYTES + tables + int(workers * (elements * an_element + tables))
-
-    while elements > GRAIN and (elements > largest or peak() > recipe.memory):
-        elements //= 2
-    while workers > 1 and peak() > recipe.memory:
-        workers -= 1
-    return workers, elements, peak()
+    return fit_memory(recipe, an_element, len(tensors[0].sources))
 
 
 def _check_room(plan: Plan) -> None:

@@ -7,7 +7,6 @@ setting again.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
@@ -173,34 +172,6 @@ class Recipe(BaseModel):
             settings["weight_list"] = list(self.weight_list or (1.0,) * len(self.model_path_list))
             settings["normalize"] = self.normalizes
         return settings
-
-
-def load_recipe(path: Path) -> dict[str, object]:
-    """Read the settings in a .json or .yaml recipe; :meth:`Recipe.parse` checks them.
-
-    Raises:
-        RecipeError: If the file cannot be read or is not a map of settings.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        content = json.loads(text) if path.suffix == ".json" else _load_yaml(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"The recipe {path} is malformed: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise RecipeError(f"The recipe {path} is not a map of settings to values")
-    return content
-
-
-def _load_yaml(text: str) -> object:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def canonical_name(name: str) -> str:

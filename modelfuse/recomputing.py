@@ -142,9 +142,12 @@ class Comparison:
 
     def __init__(self, tensors: Sequence[OutputTensor], stored: Mapping[str, StoredTensor]) -> None:
         self._tensors, self._stored = tensors, stored
-        # Those without elements share their offset with the next one, and nothing is ever written to them.
-        files = {tensor.file: [each for each in tensors if each.file == tensor.file and each.size] for tensor in tensors}
-        self._files = {name: ([tensor.offset for tensor in each], each) for name, each in files.items()}
+        self._files: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        for tensor in tensors:
+            if tensor.size:  # Others share their offset with the next one, and nothing is ever written to them.
+                offsets, own = self._files.setdefault(tensor.file, ([], []))
+                offsets.append(tensor.offset)
+                own.append(tensor)
         self._first: dict[str, Deviation] = {}
         self._lock = threading.Lock()
         self._rooms = threading.local()
@@ -164,12 +167,12 @@ class Comparison:
             return
         itemsize = tensor.dtype.bytes
         number = int(np.argmax(made != there)) // itemsize
-        element, place = (offset - tensor.offset) // itemsize + number, slice(number * itemsize, (number + 1) * itemsize)
-        deviation = Deviation(element, there[place].tobytes(), made[place].tobytes())
+        place = slice(number * itemsize, (number + 1) * itemsize)
+        element = (offset - tensor.offset) // itemsize + number
         with self._lock:
             known = self._first.get(tensor.name)
             if known is None or element < known.element:
-                self._first[tensor.name] = deviation
+                self._first[tensor.name] = Deviation(element, there[place].tobytes(), made[place].tobytes())
 
     def problems(self) -> list[Problem]:
         """What deviates, in the order of the tensors."""

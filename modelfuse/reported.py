@@ -14,7 +14,8 @@ from modelfuse.checkpoints import read_json
 from modelfuse.checksums import ALGORITHM
 from modelfuse.dtypes import BY_NAME, DType
 from modelfuse.errors import CheckpointError, RecipeError
-from modelfuse.recipe import Recipe, load_recipe
+from modelfuse.recipe import Recipe
+from modelfuse.recipe_file import load_recipe
 from modelfuse.report import CONFIG_NAME, REPORT_NAME, encode_json
 
 Kind = Literal["report", "recipe", "file", "index", "tensor", "checksum", "config", "inputs", "bytes"]
@@ -173,20 +174,22 @@ def read_recipe(folder: Path, report: Report) -> tuple[Recipe | None, list[Probl
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        return None, []  # Named among the files that are missing.
+        listed = CONFIG_NAME in report.sha256  # Then it is told among the files that are missing.
+        return None, [] if listed else [Problem("recipe", f"{CONFIG_NAME} is missing", file=CONFIG_NAME)]
     try:
         recipe = Recipe.parse(load_recipe(path))
     except RecipeError as error:
         message = f"{CONFIG_NAME} is not a recipe: {error.message}"
         return None, [Problem("recipe", message, file=CONFIG_NAME)]
     bases = [recipe.base_model_path] if recipe.base_model_path is not None else []
+    paths = [str(path) for path in (*recipe.model_path_list, *bases)]
     method, said = recipe.method, report.method
     pairs: list[tuple[str, object, object]] = [
         ("merge_type", method.merge_type, said.merge_type),
         ("sparsify_type", method.sparsify_type, said.sparsify_type),
         ("the weights", list(recipe.weights), said.effective_weights),
         ("the seed", method.seed, said.seed),
-        ("the inputs", [str(each) for each in (*recipe.model_path_list, *bases)], [each.path for each in report.inputs]),
+        ("the inputs", paths, [each.path for each in report.inputs]),
     ]
     return recipe, [
         Problem("recipe", f"{name}: {CONFIG_NAME} says {one}, {REPORT_NAME} {other}", file=CONFIG_NAME)

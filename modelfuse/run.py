@@ -19,7 +19,8 @@ from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedur
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import CheckpointError, MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
-from modelfuse.plan import SPAN, OutputTensor, Plan
+from modelfuse.memory import SPAN
+from modelfuse.plan import OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.scheduler import Job, Scheduler
 from modelfuse.serving import with_dtype

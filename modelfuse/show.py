@@ -131,8 +131,8 @@ def plan(plan: Plan) -> None:
         tensors.add_row("leave out", escape(tied.name), "", escape(f"tied to {tied.other}"), "1")
     wide.print(tensors)
     out.print(
-        f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into {_count(len(plan.files), 'weight file')}"
-        f", copies {_count(len(plan.side_files), 'other file')}; {_count(plan.workers, 'worker')}, "
+        f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into "
+        f"{_count(len(plan.files), 'weight file')}, copies {_count(len(plan.side_files), 'other file')}; {_count(plan.workers, 'worker')}, "
         f"about {_size(plan.memory)} of memory"
     )
     for note in plan.notes:
@@ -190,9 +190,11 @@ def result(plan: Plan, result: Result) -> None:
         f"[green]merged[/] {result.merged} tensors{copied} in {result.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "
         f"into [bold]{escape(str(result.output_path))}[/]"
     )
-    folder = escape(_quoted(str(result.output_path)))
     if any(file.name == "config.json" for file in plan.side_files):
-        out.print(f"next: vllm serve {folder}   (or any server that reads safetensors)")
+        folder = escape(_quoted(str(result.output_path)))
+        out.print(
+            f"next: vllm serve {folder}   (or any server that reads safetensors; modelfuse verify {folder} checks it)"
+        )
 
 
 @contextmanager
@@ -226,7 +228,8 @@ def verification(found: Verification, quiet: bool) -> None:
         err.print(f"[bold red]not verified:[/] {_count(len(found.problems), 'problem')} in [bold]{path}[/]")
     elif not quiet:
         rate = found.nbytes / found.seconds
-        again = f", and {found.recomputed} merged again with the same bytes (seed {found.seed})" * (not found.absent)
+        number = "all" if found.recomputed == found.tensors else f"{found.recomputed} of them (seed {found.seed})"
+        again = f"; {number} merged again, with the same bytes" if not found.absent else ""
         out.print(
             f"[green]verified[/] {_count(found.tensors, 'tensor')} in {found.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "
             f"in [bold]{path}[/]: every checksum holds{again}"

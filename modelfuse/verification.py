@@ -83,8 +83,11 @@ def verify_output(
             raise RecipeError(f"{name} is {number}: it should be at least {least}")
     workers = min(n_process or _processors(), MOST_WORKERS)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-    report, problems = read_report(path)
-    contents = Contents(path, report)
+    try:
+        report, problems = read_report(path)
+        contents = Contents(path, report)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
     stored = contents.tensors
     problems += contents.problems
     plan, absent, found = _plan(contents, full, sample, seed, workers)

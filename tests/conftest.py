@@ -19,6 +19,8 @@ from modelfuse.checkpoints.safetensors import encode_header
 from modelfuse.dtypes import BY_NAME
 from modelfuse.methods import MERGES, SPARSIFIERS
 
+#: The scripts that made the fixtures need the libraries that made them.
+collect_ignore = ["fixtures"]
 ROOT = Path(__file__).parent.parent
 #: Every (sparsify_type, merge_type), as words of the command line.
 STEPS = [

@@ -16,12 +16,12 @@ from driving import FLOATS, GRAIN, bfloat16, drive, load, store, work_on
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import cpu, passes
 from modelfuse.kernels.magnitudes import LAYOUTS, Tally
+from modelfuse.memory import GRAIN as PLAN_GRAIN
+from modelfuse.memory import SPAN
 from modelfuse.methods import MERGE_METHODS, MERGES, SPARSIFIERS, Method, merge_tensor
 from modelfuse.methods.random import draws, stream_key
 from modelfuse.methods.slerp import coefficients
 from modelfuse.methods.trim import kept_from
-from modelfuse.plan import GRAIN as PLAN_GRAIN
-from modelfuse.plan import SPAN
 
 Array = npt.NDArray[Any]
 ALL_HALVES = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)

@@ -54,6 +54,13 @@ def check_report(folder: Path, inputs: list[Path]) -> dict[str, Any]:
             assert names <= accounted
         for name, facts in entry["files"].items():
             assert facts["size"] == (path / name).stat().st_size
+    for name, digest in report["sha256"].items():
+        content = (folder / name).read_bytes()
+        if name.endswith(".safetensors"):
+            content = content[: 8 + int.from_bytes(content[:8], "little")]
+        assert digest == hashlib.sha256(content).hexdigest(), name
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {*report["sha256"], "merge_report.json"} == written
     own = dict(report)
     own.pop("report_sha256")
     text = json.dumps(own, indent=2, ensure_ascii=False) + "\n"
@@ -423,11 +430,17 @@ def test_merge_config_gives_the_same_bytes(
     merge(tmp_path / "C" / "merge_config.json", "--output_path", tmp_path / "D")
     first, second = snapshot(tmp_path / "C"), snapshot(tmp_path / "D")
     configs = [json.loads(each.pop("merge_config.json")) for each in (first, second)]  # type: ignore[arg-type]
+    reports = [json.loads(each.pop("merge_report.json")) for each in (first, second)]  # type: ignore[arg-type]
     assert first == second
+    for report in reports:  # They attest to merge_config.json too, which names another output.
+        del report["sha256"]["merge_config.json"], report["report_sha256"]
+    assert reports[0] == reports[1]
     configs[1]["output_path"] = configs[0]["output_path"]
     assert configs[0] == configs[1]
+    before = snapshot(tmp_path / "C")
     merge(tmp_path / "C" / "merge_config.json", "--overwrite")
-    assert (tmp_path / "C" / "merge_report.json").read_bytes() == first["merge_report.json"]
+    after = snapshot(tmp_path / "C")
+    assert {name for name in before if before[name] != after[name]} == {"merge_config.json", "merge_report.json"}
 
 
 def test_merge_config_holds_every_effective_setting(merge: Run, pair: Pair, tmp_path: Path) -> None:

@@ -180,9 +180,7 @@ def test_tied_weights_keep_the_embedding(torch: Any, save: Callable[..., Path]) 
         ("output.weight", "tok_embeddings.weight"),
     ],
 )
-def test_the_kept_name_does_not_depend_on_order(
-    torch: Any, tmp_path: Path, head: str, embedding: str
-) -> None:
+def test_the_kept_name_does_not_depend_on_order(torch: Any, tmp_path: Path, head: str, embedding: str) -> None:
     weight = torch.randn(2, 2)
     for number, names in enumerate([(head, embedding), (embedding, head)]):
         path = tmp_path / f"{number}.bin"
@@ -389,9 +387,7 @@ def test_streams_of_old_torch(tmp_path: Path) -> None:
             read_torch(path)
 
 
-def test_only_headers_are_read(
-    torch: Any, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_headers_are_read(torch: Any, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = save({f"layer.{number}": torch.zeros(1 << 16) for number in range(64)})
     from modelfuse.checkpoints import pickle_bytes, zip_index
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modelfuse.cli import main
+from modelfuse.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main(["merge", *sys.argv[1:]]))
+    sys.argv.insert(1, "merge")
+    sys.exit(main())

@@ -261,6 +261,18 @@ def _load(data: Slice, start: int, count: int, room: Room) -> None:
 
 
 @_jit
+def _load_one(data: Slice, model: int, start: int, count: int, room: Room) -> None:
+    """Decode a block of one model into the first row of ``room.x``; subtract the base."""
+    room.bad[model] += decode(data.codes[model], data.raws[model], start, count, room.x[0])
+    if data.has_base:
+        delta, base, row = room.x[0], room.x[1], data.models
+        bad = decode(data.codes[row], data.raws[row], start, count, base)
+        room.bad[row] += bad if model == 0 else 0
+        for i in range(count):
+            delta[i] -= base[i]
+
+
+@_jit
 def uniform(key: Any, first: int, count: int, out: Array) -> None:
     """The draws of :func:`modelfuse.methods.random.draws`."""
     for i in range(count):
@@ -465,14 +477,15 @@ def tally(data: Slice, room: Room, shift: int, tables: Array, extremes: Array) -
     sums of the low 22 remaining bits and of the others. ``extremes[model]`` are the least bits above zero, less one,
     and the greatest.
     """
-    for start in range(0, data.length, BLOCK):
-        size = min(BLOCK, data.length - start)
-        _load(data, start, size, room)
-        for model in range(data.models):
+    for model in range(data.models):
+        # One model at a time, so that one table is in the cache; decoding the base again costs less.
+        for start in range(0, data.length, BLOCK):
+            size = min(BLOCK, data.length - start)
+            _load_one(data, model, start, size, room)
             if room.x.itemsize == 4:
-                _tally_singles(room.x[model].view(np.uint32), size, room.bins, tables[model], extremes[model])
+                _tally_singles(room.x[0].view(np.uint32), size, room.bins, tables[model], extremes[model])
             else:
-                _tally_doubles(room.x[model].view(np.uint64), size, shift, tables[model], extremes[model])
+                _tally_doubles(room.x[0].view(np.uint64), size, shift, tables[model], extremes[model])
 
 
 @_jit

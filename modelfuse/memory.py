@@ -1,0 +1,57 @@
+"""How many workers and which slices keep a merge within its memory budget."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from modelfuse.recipe import Recipe
+
+#: Slices start at multiples of this many elements, so that sums and checksums never depend on them.
+GRAIN = 1 << 18
+#: What is walked once streams best through the second-level cache; what is measured first is best held whole.
+SLICE_ONCE = GRAIN
+SLICE_MEASURED = 1 << 22
+#: Elements a worker walks between two looks at the queue.
+SPAN = 1 << 22
+#: Resident memory of the interpreter with all modules and compiled kernels, measured.
+INTERPRETER_BYTES = 190_000_000
+#: Tables of a tensor under way and of the worker that makes them, for each model.
+TABLE_BYTES = 3_000_000
+
+
+class Budget(NamedTuple):
+    """What a merge may use.
+
+    Attributes:
+        workers: Parallel workers; fewer than asked for where the budget wants it.
+        slice_elements: Elements a worker holds at a time.
+        memory: The expected peak of resident memory in bytes.
+    """
+
+    workers: int
+    slice_elements: int
+    memory: int
+
+
+def fit_memory(recipe: Recipe, an_element: float, sources: int) -> Budget:
+    """Choose workers and slice so that the budget holds; at least one worker with the smallest slice.
+
+    Args:
+        recipe: The settings.
+        an_element: Bytes of one element in all sources and the output.
+        sources: The number of models, the base included.
+    """
+    sparsify_type, merge_type = recipe.steps
+    tables = TABLE_BYTES * sources if sparsify_type in ("trim", "magprune") else 0
+    largest = recipe.max_tensor_mem * 2**30 / an_element
+    workers = recipe.n_process
+    elements = SLICE_MEASURED if tables or merge_type == "slerp" else SLICE_ONCE
+
+    def peak() -> int:
+        return INTERPRETER_BYTES + tables + int(workers * (elements * an_element + tables))
+
+    while elements > GRAIN and (elements > largest or peak() > recipe.memory):
+        elements //= 2
+    while workers > 1 and peak() > recipe.memory:
+        workers -= 1
+    return Budget(workers, elements, peak())
