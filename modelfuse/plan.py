@@ -15,7 +15,7 @@ from modelfuse.checkpoints import Checkpoint, StoredTensor, open_checkpoint
 from modelfuse.checkpoints.safetensors import encode_header
 from modelfuse.dtypes import OUTPUT_DTYPES, DType
 from modelfuse.errors import CheckpointError, MismatchError, OutputError, RecipeError
-from modelfuse.matching import Tied, group_names, match_tensors
+from modelfuse.matching import Tied, group_names, match_tensors, refuse_mixed_layouts
 from modelfuse.memory import Budget, fit_memory
 from modelfuse.methods import Method
 from modelfuse.recipe import Recipe
@@ -134,6 +134,7 @@ def make_plan(recipe: Recipe) -> Plan:
     models = tuple(open_checkpoint(path, recipe.merge_prefix) for path in _paths(recipe))
     for model in models:
         _refuse_quantized(model)
+    refuse_mixed_layouts(models)
     lead = models[-1 if recipe.base_model_path is not None else 0]
     names, tied = match_tensors(models, lead)
     chosen = _chosen_source(recipe)

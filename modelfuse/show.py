@@ -132,8 +132,8 @@ def plan(plan: Plan) -> None:
     wide.print(tensors)
     out.print(
         f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into "
-        f"{_count(len(plan.files), 'weight file')}, copies {_count(len(plan.side_files), 'other file')}; {_count(plan.workers, 'worker')}, "
-        f"about {_size(plan.memory)} of memory"
+        f"{_count(len(plan.files), 'weight file')}, copies {_count(len(plan.side_files), 'other file')}; "
+        f"{_count(plan.workers, 'worker')}, about {_size(plan.memory)} of memory"
     )
     for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")

@@ -453,6 +453,13 @@ def test_a_tied_head_of_another_shape(refuse: Refuse, tmp_path: Path) -> None:
            says=["lm_head.weight", "model.embed_tokens.weight", models[0]])  # fmt: skip
 
 
+def test_layouts_that_differ(refuse: Refuse, tmp_path: Path) -> None:
+    square = {"model.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.float32)}
+    paddle = make_model(tmp_path / "P", square, config={"model_type": "llama", "source": "paddle"})
+    other = make_model(tmp_path / "H", square, config={"model_type": "llama"})
+    refuse("check", "--model_path_list", other, paddle, says=[paddle, other, "[in, out]"], hint="one layout")
+
+
 def test_quantized_models(refuse: Refuse, pair: Pair, tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "gptq"}}
     gptq = make_model(tmp_path / "Q", random_tensors(1), config=config)
