@@ -57,7 +57,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _jit(function: F) -> F:
-    compiled: Any = njit(cache=True, nogil=True, error_model="numpy")(function)
+    compiled: Any
+    try:
+        compiled = njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # There is no folder that the compiled code could be kept in.
+        compiled = njit(nogil=True, error_model="numpy")(function)
     typed: F = compiled
     return typed
 
