@@ -126,8 +126,8 @@ def alignment(marks: Marks) -> None:
     words = "The preference is learnt early on the way, the damage comes late: a merge takes one without the other."
     picture.text(20, 54, words, fill=FAINT)
     for at, (_, words, color) in enumerate((*CURVES, ("", "mean perplexity", PERPLEXITY))):
-        picture.dot(520 + 128 * at, 27, color)
-        picture.text(532 + 128 * at, 32, words, fill=color, bold=True)
+        picture.dot(500 + 128 * at, 27, color)
+        picture.text(512 + 128 * at, 32, words, fill=color, bold=True)
     series = {title: [marks[name] for name in names] for title, names in paths().items()}
     values = [point["average"] for points in series.values() for point in points]
     for left, (title, points) in zip((70, 530), series.items(), strict=True):
