@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from rich.progress import track
+
 import modelfuse
 from demo.evaluate import Exam, Score
 from demo.llama import Llama
@@ -46,7 +48,8 @@ def judge(folders: dict[str, Path], size: tuple[int, int]) -> dict[str, Score]:
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, context, _prepare, size) as pool:
-        return dict(zip(folders, pool.map(_judge, folders.values()), strict=True))
+        scores = track(pool.map(_judge, folders.values()), "Judging", total=len(folders), transient=True)
+        return dict(zip(folders, scores, strict=True))
 
 
 def merge_all(merges: Iterable[Merge], folders: dict[str, Path], into: Path) -> None:
@@ -70,7 +73,7 @@ def results(size: tuple[int, int]) -> dict[str, Score]:
     with tempfile.TemporaryDirectory() as scratch:
         begun = time.monotonic()
         merge_all(merges, folders, Path(scratch))
-        print(f"{len(merges)} merges took {time.monotonic() - begun:.1f} s; judging {len(folders)} models …")
+        print(f"{len(merges)} merges took {time.monotonic() - begun:.1f} s.")
         for merge in merges:
             if not merge.shown:
                 del folders[merge.name]
