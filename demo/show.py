@@ -19,7 +19,7 @@ COLUMNS = (
     ("mean", "average", False, "{:.1f}"),
     ("sums right", "sums", True, "{:.0%}"),
 )
-BAR = 16
+BAR = 14
 
 
 def show_domains(scores: dict[str, Score], merged: Sequence[str]) -> None:
@@ -27,8 +27,8 @@ def show_domains(scores: dict[str, Score], merged: Sequence[str]) -> None:
     names = ["base", *EXPERTS, *merged]
     best = {mark: (max if more else min)(getattr(scores[name], mark) for name in names) for _, mark, more, _ in COLUMNS}
     table = Table(
-        title="Three experts become one model: perplexity on held-out text (less is better) and sums answered",
-        caption="The best of each column is green. The mean is geometric.",
+        title="Three experts become one: perplexity on held-out text, and sums",
+        caption="Less perplexity is better; its mean is geometric. Green: the best.",
         title_justify="left",
         caption_justify="left",
     )
@@ -59,7 +59,7 @@ def show_path(title: str, scores: Sequence[Score]) -> None:
     for heading in ("preference", "sums right"):
         table.add_column(heading, min_width=BAR, no_wrap=True)
         table.add_column("", justify="right")
-    table.add_column("perplexity, mean", justify="right")
+    table.add_column("mean perpl.", justify="right")
     for at, score in enumerate(scores):
         table.add_row(
             f"{at / (len(scores) - 1):.3f}",
