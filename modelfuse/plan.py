@@ -6,16 +6,17 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from modelfuse.checkpoints import Checkpoint, StoredTensor, open_checkpoint
+from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.safetensors import encode_header
 from modelfuse.dtypes import OUTPUT_DTYPES, DType
-from modelfuse.errors import CheckpointError, MismatchError, OutputError, RecipeError
-from modelfuse.matching import Tied, group_names, match_tensors, refuse_mixed_layouts
+from modelfuse.errors import MismatchError, OutputError, RecipeError
+from modelfuse.inputs import open_inputs
+from modelfuse.matching import Tied, group_names, match_tensors
 from modelfuse.memory import Budget, fit_memory
 from modelfuse.methods import Method
 from modelfuse.recipe import Recipe
@@ -131,10 +132,7 @@ def make_plan(recipe: Recipe) -> Plan:
         RecipeError: If ``unmerged_from`` is none of the models.
     """
     _check_places(recipe)
-    models = tuple(open_checkpoint(path, recipe.merge_prefix) for path in _paths(recipe))
-    for model in models:
-        _refuse_quantized(model)
-    refuse_mixed_layouts(models)
+    models = open_inputs(recipe)
     lead = models[-1 if recipe.base_model_path is not None else 0]
     names, tied = match_tensors(models, lead)
     chosen = _chosen_source(recipe)
@@ -150,16 +148,11 @@ def make_plan(recipe: Recipe) -> Plan:
     return plan
 
 
-def _paths(recipe: Recipe) -> list[Path]:
-    base = [recipe.base_model_path] if recipe.base_model_path is not None else []
-    return [*recipe.model_path_list, *base]
-
-
 def _check_places(recipe: Recipe) -> None:
     output = recipe.output_path
     if output is None:
         return
-    for path in _paths(recipe):
+    for path in recipe.input_paths:
         holds_it = output.resolve() in (path.resolve(), *path.resolve().parents)
         if holds_it or path.resolve() in output.resolve().parents:
             raise OutputError(
@@ -182,28 +175,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def _refuse_quantized(model: Checkpoint) -> None:
-    quantization = model.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
-        raise CheckpointError(
-            f"{model.path} is quantized (quant_method {method}): its stored bits cannot be merged",
-            "Merge the unquantized models, then quantize the result.",
-        )
-    for tensor in model.values():
-        if tensor.dtype.numpy is None:
-            raise CheckpointError(
-                f"{model.path}: tensor {tensor.name!r} has the quantized dtype {tensor.dtype.name}: its bits cannot be "
-                "merged",
-                "Merge the unquantized models, then quantize the result.",
-            )
-
-
 def _chosen_source(recipe: Recipe) -> int | None:
     if recipe.unmerged_from is None:
         return None
     try:
-        return _paths(recipe).index(recipe.unmerged_from)
+        return recipe.input_paths.index(recipe.unmerged_from)
     except ValueError:
         raise RecipeError(
             f"unmerged_from is {recipe.unmerged_from}, which is none of the models", "Name one of the models' paths."
@@ -218,7 +194,7 @@ def _draft(recipe: Recipe, name: str, models: Sequence[Checkpoint], chosen: int 
     sources = tuple(model[model.aliases.get(name, name)] for model in models)
     lead = sources[-1 if recipe.base_model_path is not None else 0]
     merges = lead.dtype.compute is not None and not name.endswith(BUFFERS)
-    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype and merges else lead.dtype
+    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype and merges else lead.natural
     action: Action = "merge" if merges else "copy"
     return OutputTensor(name, dtype, lead.shape, action, sources, None if merges else chosen, "", 0)
 

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from modelfuse.dtypes import OUTPUT_DTYPES
-from modelfuse.errors import MissingExtraError, RecipeError
+from modelfuse.errors import RecipeError
 from modelfuse.methods import MERGE_METHODS, Method
+from modelfuse.recipe_checks import check_recipe, explain
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
@@ -111,13 +112,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_models(self)
-        _check_method(self)
-        _check_weights(self)
-        _check_pruning(self)
-        for name in self.copy_file_list:
-            if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise RecipeError(f"copy_file_list names {name!r}, which is not inside the model's folder")
+        check_recipe(self)
         return self
 
     @classmethod
@@ -130,7 +125,12 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(_canonical(settings))
         except ValidationError as error:
-            raise RecipeError(_explain(error.errors()), "`modelfuse merge --help` lists every setting.") from None
+            raise RecipeError(explain(error.errors()), "`modelfuse merge --help` lists every setting.") from None
+
+    @property
+    def input_paths(self) -> tuple[Path, ...]:
+        """The models in order, then the base if there is one."""
+        return self.model_path_list if self.base_model_path is None else (*self.model_path_list, self.base_model_path)
 
     @property
     def steps(self) -> tuple[str | None, str]:
@@ -221,78 +221,3 @@ def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
         if named.get(name) is None:
             named.pop(name, None)
     return named
-
-
-def _explain(errors: Iterable[Any]) -> str:
-    lines = []
-    for error in errors:
-        name = error["loc"][0] if error["loc"] else "the recipe"
-        if error["type"] == "missing":
-            lines.append(f"{name} is not given")
-            continue
-        reason = str(error["msg"]).removeprefix("Value error, ")
-        lines.append(f"{name} is {error['input']!r}: {reason[0].lower() + reason[1:]}")
-    return "\n".join(lines)
-
-
-def _check_models(recipe: Recipe) -> None:
-    if len(recipe.model_path_list) < 2:
-        raise RecipeError(
-            f"model_path_list names {len(recipe.model_path_list)} model; a merge needs at least two",
-            "Give two or more paths after --model_path_list.",
-        )
-    if recipe.tensor_type == "np" and recipe.device != "cpu":
-        raise RecipeError(
-            f"tensor_type np computes on the CPU, so device {recipe.device} cannot be used",
-            "Use --device cpu, or --tensor_type pt or pd for a GPU.",
-        )
-    if recipe.tensor_type != "np":
-        raise MissingExtraError(
-            f"tensor_type {recipe.tensor_type} is not built yet in this version",
-            "Use --tensor_type np --device cpu: same methods, at the speed of a copy.",
-        )
-
-
-def _check_method(recipe: Recipe) -> None:
-    if recipe.merge_method is None:
-        return
-    sparsify_type, merge_type = MERGE_METHODS[recipe.merge_method]
-    for name, given, implied in (
-        ("merge_type", recipe.merge_type, merge_type),
-        ("sparsify_type", recipe.sparsify_type, sparsify_type),
-    ):
-        if given is not None and given != implied:
-            raise RecipeError(
-                f"merge_method {recipe.merge_method} means {name} {implied or 'none'}, but {given} is given",
-                "Leave merge_method out to combine merge_type and sparsify_type freely.",
-            )
-
-
-def _check_weights(recipe: Recipe) -> None:
-    models = len(recipe.model_path_list)
-    if recipe.steps[1] == "slerp":
-        if models != 2:
-            raise RecipeError(f"slerp merges exactly two models, {models} are given", "Use linear or ties for more.")
-        if recipe.weight_list is not None:
-            raise RecipeError("slerp takes no weight_list", "Use --slerp_alpha: 0 is the first model, 1 the second.")
-        return
-    if recipe.weight_list is None:
-        return
-    if len(recipe.weight_list) != models:
-        raise RecipeError(
-            f"weight_list has {len(recipe.weight_list)} weights for {models} models", "Give one weight a model."
-        )
-    if recipe.normalize and abs(math.fsum(recipe.weight_list)) < 1e-8:
-        raise RecipeError("weight_list sums to zero, so it cannot be normalized", "Use --no_normalize.")
-
-
-def _check_pruning(recipe: Recipe) -> None:
-    if recipe.steps[0] != "magprune":
-        return
-    low, high = recipe.reserve_p - recipe.epsilon / 2, recipe.reserve_p + recipe.epsilon / 2
-    if low <= 0 or high >= 1:
-        raise RecipeError(
-            f"magprune keeps elements with probabilities from reserve_p − epsilon/2 = {low:g} to "
-            f"reserve_p + epsilon/2 = {high:g}; both must lie between 0 and 1",
-            "Choose a reserve_p nearer to 0.5 or a smaller epsilon.",
-        )

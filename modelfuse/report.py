@@ -73,7 +73,7 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFold
 
 
 def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
-    files = {tensor.file.path.name: tensor.file for tensor in model.values()}
+    files = {file.path.name: file for tensor in model.values() for file in tensor.files}
     return {
         "path": str(model.path),
         "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",

@@ -134,7 +134,10 @@ class Run:
         for tensor in self.plan.tensors:
             if tensor.action == "merge":
                 dtypes = tuple(source.dtype for source in tensor.sources)
-                work = Work(tensor.name, tensor.size, dtypes, self.plan.has_base, tensor.dtype, self.plan.method)
+                deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - self.plan.has_base])
+                work = Work(
+                    tensor.name, tensor.size, dtypes, self.plan.has_base, tensor.dtype, self.plan.method, deltas
+                )
                 yield self._job(tensor, merge_procedure(work))
 
     def _job(self, tensor: OutputTensor, procedure: Procedure) -> Job[Pass]:

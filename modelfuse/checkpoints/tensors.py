@@ -54,6 +54,21 @@ class StoredTensor:
         """The number of bytes."""
         return self.dtype.nbytes(self.size)
 
+    @property
+    def natural(self) -> DType:
+        """The type that an output stores it in unless told otherwise; a tensor that is computed may read wider."""
+        return self.dtype
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether its values are differences to the base already, as an adapter's are."""
+        return False
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """All files that its values come from."""
+        return (self.file,)
+
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; the file is checked to be the one whose header was read."""

@@ -31,6 +31,7 @@ class Work:
         has_base: Whether there is one.
         out: The type to store.
         method: What to do.
+        deltas: Which models are differences to the base already, one a model; empty: none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Work:
     has_base: bool
     out: DType
     method: Method
+    deltas: tuple[bool, ...] = ()
 
     @property
     def models(self) -> int:

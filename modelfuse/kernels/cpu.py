@@ -74,6 +74,7 @@ class Slice(NamedTuple):
         codes: int64, shape (sources,): the storage codes.
         models: The number of models, without the base.
         has_base: Whether there is one.
+        deltas: bool, shape (models,): which models are differences to the base already.
         first: The number of the first element in the tensor.
         length: The number of elements.
     """
@@ -82,6 +83,7 @@ class Slice(NamedTuple):
     codes: Array
     models: int
     has_base: bool
+    deltas: Array
     first: int
     length: int
 
@@ -259,9 +261,10 @@ def _load(data: Slice, start: int, count: int, room: Room) -> None:
     if data.has_base:
         base = x[data.models]
         for model in range(data.models):
-            delta = x[model]
-            for i in range(count):
-                delta[i] -= base[i]
+            if not data.deltas[model]:
+                delta = x[model]
+                for i in range(count):
+                    delta[i] -= base[i]
 
 
 @_jit
@@ -272,8 +275,9 @@ def _load_one(data: Slice, model: int, start: int, count: int, room: Room) -> No
         delta, base, row = room.x[0], room.x[1], data.models
         bad = decode(data.codes[row], data.raws[row], start, count, base)
         room.bad[row] += bad if model == 0 else 0
-        for i in range(count):
-            delta[i] -= base[i]
+        if not data.deltas[model]:
+            for i in range(count):
+                delta[i] -= base[i]
 
 
 @_jit

@@ -150,6 +150,7 @@ class State:
 
     room: cpu.Room
     codes: Array
+    deltas: Array
     found: Any = None
 
     @property
@@ -174,10 +175,11 @@ class _Walk:
             np.empty(cpu.BLOCK, np.uint32),
             np.zeros(sources + 1, np.int64),
         )
-        return State(room, np.array([RAW_CODES[source.name] for source in work.sources], np.int64))
+        codes = np.array([RAW_CODES[source.name] for source in work.sources], np.int64)
+        return State(room, codes, np.array(work.deltas or (False,) * work.models))
 
     def _slice(self, state: State, first: int, count: int, raws: Bytes) -> cpu.Slice:
-        return cpu.Slice(raws, state.codes, self._work.models, self._work.has_base, first, count)
+        return cpu.Slice(raws, state.codes, self._work.models, self._work.has_base, state.deltas, first, count)
 
 
 class Combine(_Walk):
