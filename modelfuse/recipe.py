@@ -20,7 +20,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
 from modelfuse.methods import MERGE_METHODS, Method
-from modelfuse.recipe_checks import check_recipe, explain
+from modelfuse.recipe_checks import (
+    check_copied,
+    check_device,
+    check_method,
+    check_models,
+    check_pruning,
+    check_weights,
+    explain,
+)
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
@@ -112,7 +120,14 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_recipe(self)
+        sparsify_type, merge_type = self.steps
+        check_models(len(self.model_path_list))
+        check_device(self.tensor_type, self.device)
+        check_method(self.merge_method, self.merge_type, self.sparsify_type)
+        check_weights(len(self.model_path_list), merge_type, self.weight_list, self.normalize)
+        if sparsify_type == "magprune":
+            check_pruning(self.reserve_p, self.epsilon)
+        check_copied(self.copy_file_list)
         return self
 
     @classmethod

@@ -359,7 +359,7 @@ def test_a_bug_is_not_called_a_mistake(modelfuse: Run, pair: Pair, monkeypatch: 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("injected")
 
-    monkeypatch.setattr("modelfuse.plan.open_checkpoint", broken)
+    monkeypatch.setattr("modelfuse.inputs.open_checkpoint", broken)
     said = modelfuse("check", "--model_path_list", *pair)
     assert said.status == 1
     assert "injected" in said.err
