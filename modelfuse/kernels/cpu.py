@@ -20,8 +20,8 @@ from numba import njit
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 from modelfuse.methods.ties import MIN_DIVISOR
 
-#: Elements a block: three models, a base and the scratch rows take 28 KiB as float32.
-BLOCK = 1024
+#: Elements a block: few enough for the nearest caches, enough that calling a function for each costs nothing.
+BLOCK = 2048
 #: Elements a partial sum. Fixed, so that sums do not depend on slices.
 CHUNK = 32768
 LANES = 16
@@ -33,23 +33,19 @@ NO_SPARSIFIER, TRIM, DARE, MAGPRUNE = 0, 1, 2, 3
 #: Merge codes.
 LINEAR, TIES_SUM, TIES_COUNT = 0, 1, 2
 
-#: Magnitudes are tallied by 19 leading bits (sign dropped, exponent and first mantissa bits) and a sticky bit: whether
-#: any of the bits that remain is set. Differences of bfloat16 models rarely have any, so their bins hold one value.
-BIN_BITS = 20
-BINS = 1 << BIN_BITS
-DIGIT_BITS = 12
-DIGITS = 1 << DIGIT_BITS
+#: Magnitudes are tallied by 15 leading bits (sign dropped, exponent and first mantissa bits) and, in front of them, a
+#: sticky bit: whether any of the bits that remain is set. Differences of bfloat16 models rarely have any, so nearly all
+#: of their bins hold one value; and the bins they use lie side by side, so that they stay in the first-level cache.
+LEAD_BITS = 15
+LEADS = 1 << LEAD_BITS
+BINS = 2 * LEADS
+#: A threshold's bin is tallied again by so many bits at a time.
+DIGIT_BITS = 16
 #: Bins that hold too many ranks are tallied again by so many bits at a time: there may be thousands of them.
 RANK_BITS = 6
 RANKS = 1 << RANK_BITS
-#: A float32 tally packs the count above the sum of the remaining 12 bits; a span stays below 2²³ elements.
+#: A float32 tally packs the count above the sum of the remaining 16 bits; a span stays below 2²³ elements.
 COUNT_SHIFT = 40
-#: Neighbouring elements go to different copies of the table: equal ones in a row would wait for each other.
-COPIES = 2
-#: Common values have few mantissa bits, so the last bits of their bins' numbers are zero. Tables are indexed with these
-#: bits in front: then such bins lie side by side and stay in the first-level cache.
-LAST_BITS = 5
-LAST = 1 << LAST_BITS
 
 Array = np.ndarray[Any, Any]
 
@@ -95,8 +91,8 @@ class Room(NamedTuple):
         x: Compute type, shape (sources, BLOCK): the decoded elements.
         rows: Compute type, shape (3, BLOCK): results on their way.
         draws: float32, shape (BLOCK,).
-        bits: uint64, shape (BLOCK,): magnitudes.
-        bins: uint32, shape (BLOCK,).
+        bits: uint64, shape (BLOCK,): magnitudes, or the words that draws are made of.
+        bins: uint16, shape (BLOCK,).
         bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
     """
 
@@ -117,11 +113,10 @@ class Sparsifier(NamedTuple):
         keys: uint64, shape (models,): the random streams.
         numbers: Compute type, shape (models, 2): threshold and factor of trim; probability, and whether there is
             anything to drop, of dare and magprune.
-        shift: The bits of a magnitude below a bin of ``tables``.
-        first_bins: int64, shape (models,): the bin of each model's entry after zero's.
-        tables: Compute type, shape (models, bins): magprune's probabilities of being kept, the last bits of a bin's
-            number in front; −(slot + 1) where a subtable says more.
-        subtables: Compute type, shape (slots, DIGITS): the same for bins that needed more bits.
+        shift: The bits of a magnitude below its leading ones.
+        tables: Compute type, shape (models, BINS): magprune's probabilities of being kept; −(slot + 1) where a subtable
+            says more.
+        subtables: Compute type, shape (slots, RANKS): the same for bins that needed more bits.
     """
 
     kind: int
@@ -129,13 +124,12 @@ class Sparsifier(NamedTuple):
     keys: Array
     numbers: Array
     shift: int
-    first_bins: Array
     tables: Array
     subtables: Array
 
 
 _GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
-_SHIFT, _SCALE = np.uint64(SHIFT), np.float32(SCALE)
+_SHIFT, _SCALE = np.uint32(SHIFT), np.float32(SCALE)
 
 
 @_jit
@@ -268,27 +262,16 @@ def _load(data: Slice, start: int, count: int, room: Room) -> None:
 
 
 @_jit
-def _load_one(data: Slice, model: int, start: int, count: int, room: Room) -> None:
-    """Decode a block of one model into the first row of ``room.x``; subtract the base."""
-    room.bad[model] += decode(data.codes[model], data.raws[model], start, count, room.x[0])
-    if data.has_base:
-        delta, base, row = room.x[0], room.x[1], data.models
-        bad = decode(data.codes[row], data.raws[row], start, count, base)
-        room.bad[row] += bad if model == 0 else 0
-        if not data.deltas[model]:
-            for i in range(count):
-                delta[i] -= base[i]
-
-
-@_jit
-def uniform(key: Any, first: int, count: int, out: Array) -> None:
-    """The draws of :func:`modelfuse.methods.random.draws`."""
-    for i in range(count):
-        z = key + np.uint64(first + i + 1) * _GAMMA
+def uniform(key: Any, first: int, count: int, words: Array, out: Array) -> None:
+    """The draws of :func:`modelfuse.methods.random.draws`; ``first`` is even, ``words`` has room for a block."""
+    for i in range((count + 1) // 2):
+        z = key + np.uint64((first >> 1) + i + 1) * _GAMMA
         z = (z ^ (z >> np.uint64(30))) * _MIX_1
         z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        z ^= z >> np.uint64(31)
-        out[i] = np.float32(np.int32(z >> _SHIFT)) * _SCALE
+        words[i] = z ^ (z >> np.uint64(31))
+    halves = words.view(np.uint32)
+    for i in range(count):
+        out[i] = np.float32(np.int32(halves[i] >> _SHIFT)) * _SCALE
 
 
 @_jit
@@ -305,35 +288,27 @@ def _magnitude_bits(x: Array, count: int, bits: Array) -> None:
 
 
 @_jit
-def _bin(bits: Any, shift: int) -> Any:
-    """Leading bits and sticky bit of a magnitude."""
-    rest = bits & np.uint64((1 << shift) - 1)
-    return (bits >> np.uint64(shift) << np.uint64(1)) + np.uint64(rest != 0)
-
-
-@_jit
-def _short_bin(magnitude: Any) -> Any:
-    """The same of a float32, in 32 bits."""
-    sticky = np.uint32((magnitude & np.uint32(DIGITS - 1)) != 0)
-    return np.uint32(np.uint32(magnitude >> np.uint32(DIGIT_BITS)) << np.uint32(1)) | sticky
+def _find_bins(x: Array, count: int, shift: int, bits: Array, bins: Array) -> None:
+    """The bin of each magnitude; for float64, its bits are left in ``bits``."""
+    if x.itemsize == 4:
+        singles = x.view(np.uint32)
+        for i in range(count):
+            magnitude = np.uint32(singles[i] & np.uint32(0x7FFFFFFF))
+            sticky = np.uint32((magnitude & np.uint32(0xFFFF)) != 0)
+            bins[i] = np.uint16(np.uint32(magnitude >> np.uint32(16)) | np.uint32(sticky << np.uint32(LEAD_BITS)))
+    else:
+        _magnitude_bits(x, count, bits)
+        rest = np.uint64((1 << shift) - 1)
+        for i in range(count):
+            sticky = np.uint64((bits[i] & rest) != 0)
+            bins[i] = np.uint16((bits[i] >> np.uint64(shift)) | (sticky << np.uint64(LEAD_BITS)))
 
 
 @_jit
 def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
     x, table, bins = room.x[model], how.tables[model], room.bins
-    before, stride = np.uint32(how.first_bins[model] - 1), np.uint32(table.size // LAST)
-    if x.itemsize == 4:
-        singles = x.view(np.uint32)
-        for i in range(count):
-            magnitude = np.uint32(singles[i] & np.uint32(0x7FFFFFFF))
-            place = np.uint32(_short_bin(magnitude) - before) if magnitude != 0 else np.uint32(0)
-            bins[i] = np.uint32((place & np.uint32(LAST - 1)) * stride) + (place >> np.uint32(LAST_BITS))
-    else:
-        _magnitude_bits(x, count, room.bits)
-        for i in range(count):
-            place = np.uint32(_bin(room.bits[i], how.shift) - before) if room.bits[i] != 0 else np.uint32(0)
-            bins[i] = np.uint32((place & np.uint32(LAST - 1)) * stride) + (place >> np.uint32(LAST_BITS))
+    _find_bins(x, count, how.shift, room.bits, bins)
     for i in range(count):
         out[i] = table[bins[i]]
     if how.subtables.shape[0] > 0:
@@ -359,20 +334,21 @@ def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -
     elif how.kind == DARE:
         p = how.numbers[model, 0]
         single = np.float32(p)
-        uniform(how.keys[model], first, count, draws)
+        uniform(how.keys[model], first, count, room.bits, draws)
+        divisor = p if how.rescale else x.dtype.type(1)
         for i in range(count):
-            x[i] = x[i] if draws[i] < single else zero
-        if how.rescale:
-            for i in range(count):
-                x[i] /= p
+            kept = x[i] if draws[i] < single else zero
+            x[i] = kept / divisor
     elif how.kind == MAGPRUNE and how.numbers[model, 1] != 0:
-        uniform(how.keys[model], first, count, draws)
+        uniform(how.keys[model], first, count, room.bits, draws)
         _keep_probabilities(how, model, count, room, keep)
-        for i in range(count):
-            x[i] = x[i] if draws[i] < np.float32(keep[i]) else zero
         if how.rescale:
             for i in range(count):
-                x[i] /= keep[i]
+                kept = x[i] if draws[i] < np.float32(keep[i]) else zero
+                x[i] = kept / keep[i]
+        else:
+            for i in range(count):
+                x[i] = x[i] if draws[i] < np.float32(keep[i]) else zero
 
 
 @_jit
@@ -392,26 +368,32 @@ def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, nor
     zero = weights[0] - weights[0]
     one = zero + 1
     for model in range(models):
-        y = x[model]
-        for i in range(count):
-            y[i] *= weights[model]
+        y, weight = x[model], weights[model]
         if by_count:
             for i in range(count):
+                y[i] *= weight
                 vote = one if y[i] > 0 else (-one if y[i] < 0 else zero)
                 elected[i] = vote if model == 0 else elected[i] + vote
+        elif model == 0:
+            for i in range(count):
+                y[i] *= weight
+                elected[i] = y[i]
         else:
             for i in range(count):
-                elected[i] = y[i] if model == 0 else elected[i] + y[i]
-    for i in range(count):
-        elected[i] = one if elected[i] >= 0 else -one
-        result[i] = zero
-        divisor[i] = zero
+                y[i] *= weight
+                elected[i] += y[i]
     for model in range(models):
         y, weight = x[model], weights[model]
-        for i in range(count):
-            agrees = y[i] * elected[i] > 0
-            result[i] += y[i] if agrees else zero
-            divisor[i] += weight if agrees else zero
+        if model == 0:
+            for i in range(count):
+                agrees = y[i] > 0 if elected[i] >= 0 else y[i] < 0
+                result[i] = zero + (y[i] if agrees else zero)
+                divisor[i] = weight if agrees else zero
+        else:
+            for i in range(count):
+                agrees = y[i] > 0 if elected[i] >= 0 else y[i] < 0
+                result[i] += y[i] if agrees else zero
+                divisor[i] += weight if agrees else zero
     if normalize:
         smallest = np.float64(np.float32(MIN_DIVISOR)) if x.itemsize == 4 else MIN_DIVISOR
         for i in range(count):
@@ -478,71 +460,56 @@ def dot_products(data: Slice, room: Room, how: Sparsifier, lanes: Array, sums: A
 
 
 @_jit
-def tally(data: Slice, room: Room, shift: int, tables: Array, extremes: Array) -> None:
-    """Tally magnitudes by their leading bits and sticky bit.
+def tally(data: Slice, room: Room, shift: int, sums: bool, tables: Array) -> None:
+    """Tally all magnitudes by their leading bits and sticky bit.
 
-    ``tables[model]`` is indexed by :func:`_slot`. For float32 it has two packed copies; for float64 counts, and the
-    sums of the low 22 remaining bits and of the others. ``extremes[model]`` are the least bits above zero, less one,
-    and the greatest.
+    ``tables[model]`` has a row for every bin. For float32 it packs the count and, with ``sums``, the sum of the
+    remaining bits; for float64 it holds the count, and the sums of the low 22 remaining bits and of the others.
     """
-    for model in range(data.models):
-        # One model at a time, so that one table is in the cache; decoding the base again costs less.
-        for start in range(0, data.length, BLOCK):
-            size = min(BLOCK, data.length - start)
-            _load_one(data, model, start, size, room)
+    bins = room.bins
+    for start in range(0, data.length, BLOCK):
+        size = min(BLOCK, data.length - start)
+        _load(data, start, size, room)
+        for model in range(data.models):
+            table = tables[model]
+            _find_bins(room.x[model], size, shift, room.bits, bins)
             if room.x.itemsize == 4:
-                _tally_singles(room.x[0].view(np.uint32), size, room.bins, tables[model], extremes[model])
+                halves, packed = room.x[model].view(np.uint16), table.reshape(-1)
+                if sums:
+                    for i in range(size):
+                        packed[bins[i]] += np.uint64(1 << COUNT_SHIFT) + np.uint64(halves[2 * i])
+                else:
+                    for i in range(size):
+                        packed[bins[i]] += np.uint64(1 << COUNT_SHIFT)
             else:
-                _tally_doubles(room.x[0].view(np.uint64), size, shift, tables[model], extremes[model])
+                for i in range(size):
+                    _count(room.bits[i], shift, table, bins[i])
 
 
 @_jit
-def _tally_singles(bits: Array, size: int, bins: Array, table: Array, extremes: Array) -> None:
-    least, greatest = np.uint32(0xFFFFFFFF), np.uint32(0)
-    for i in range(size):
-        magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-        # A zero wraps around to the greatest integer: its bin is known, and far from the others.
-        least, greatest = min(least, np.uint32(magnitude - np.uint32(1))), max(greatest, magnitude)
-        bins[i] = _slot(_short_bin(magnitude))
-    if least != np.uint32(0xFFFFFFFF):
-        extremes[0] = min(extremes[0], np.uint64(least))
-    extremes[1] = max(extremes[1], np.uint64(greatest))
-    for i in range(size):
-        table[bins[i], i & (COPIES - 1)] += np.uint64(1 << COUNT_SHIFT) + np.uint64(bits[i] & np.uint32(DIGITS - 1))
+def collect(table: Array, numbers: Array, rows: Array) -> int:
+    """Gather the bins of a model's tally that hold any magnitude, ascending, and clear them; returns how many.
 
-
-@_jit
-def _tally_doubles(bits: Array, size: int, shift: int, table: Array, extremes: Array) -> None:
-    for i in range(size):
-        magnitude = bits[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
-        extremes[0], extremes[1] = min(extremes[0], magnitude - np.uint64(1)), max(extremes[1], magnitude)
-        _count(magnitude, shift, table, _slot(_bin(magnitude, shift)))
-
-
-@_jit
-def _slot(number: Any) -> Any:
-    """Where a tally keeps a bin: the last bits of its number go in front."""
-    small = np.uint32(number)
-    return (small >> np.uint32(LAST_BITS)) | ((small & np.uint32(LAST - 1)) << np.uint32(BIN_BITS - LAST_BITS))
-
-
-@_jit
-def collect(table: Array, first: int, last: int, numbers: Array, rows: Array) -> int:
-    """Gather the bins ``first`` to ``last`` that hold any magnitude, and zero's, and clear them; returns how many."""
-    found = 0
-    for step in range(last - first + 2):
-        number = np.uint64(first + step - 1 if step else 0)
-        entry = table[_slot(number)]
-        if entry.size == COPIES:
-            packed = entry[0] + entry[1]
-            rows[found, 0] = packed >> np.uint64(COUNT_SHIFT)
-            rows[found, 1] = packed & np.uint64((1 << COUNT_SHIFT) - 1)
-            rows[found, 2] = 0
-        else:
-            rows[found] = entry
-        entry[:] = 0
-        numbers[found] = number
-        found += rows[found, 0] != 0
+    ``numbers`` takes the leading bits followed by the sticky bit; ``rows`` the count, and the sums of the low 22
+    remaining bits and of the others.
+    """
+    found, columns, flat = 0, table.shape[1], table.reshape(-1)
+    for lead in range(LEADS):
+        if flat[lead * columns] | flat[(lead | LEADS) * columns] != 0:
+            for sticky in range(2):
+                row = (lead | (sticky << LEAD_BITS)) * columns
+                if flat[row] != 0:
+                    numbers[found] = 2 * lead + sticky
+                    if columns == 1:
+                        rows[found, 0] = flat[row] >> np.uint64(COUNT_SHIFT)
+                        rows[found, 1] = flat[row] & np.uint64((1 << COUNT_SHIFT) - 1)
+                        rows[found, 2] = 0
+                    else:
+                        for column in range(3):
+                            rows[found, column] = flat[row + column]
+                    for column in range(columns):
+                        flat[row + column] = 0
+                    found += 1
     return found
 
 
@@ -556,35 +523,43 @@ def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
 
 @_jit
 def tally_within(
-    data: Slice, room: Room, parent_shift: int, shift: int, prefixes: Array, ends: Array, tables: Array
+    data: Slice,
+    room: Room,
+    shifts: tuple[int, int, int],
+    prefixes: Array,
+    begins: Array,
+    tables: Array,
 ) -> None:
     """Tally the next digits of the magnitudes that lie in chosen bins.
 
-    Those of ``model`` are ``prefixes[ends[model] : ends[model + 1]]``, ascending leading bits. The row of ``tables``
-    with a prefix's number holds, for every digit, a count and the sums of the low 22 remaining bits and of the others.
+    ``shifts`` are the bits below the leading ones, below a prefix, and below a digit. ``prefixes`` ascend for each
+    model; those of ``model`` with the leading bits ``lead`` are the numbers ``begins[model, lead]`` to
+    ``begins[model, lead + 1]``. The row of ``tables`` with a prefix's number holds, for every digit, a count and the
+    sums of the low 22 remaining bits and of the others.
     """
+    lead_shift, parent_shift, shift = np.uint64(shifts[0]), np.uint64(shifts[1]), np.uint64(shifts[2])
     mask = np.uint64(tables.shape[1] - 1)
     bits = room.bits
     for start in range(0, data.length, BLOCK):
         size = min(BLOCK, data.length - start)
         _load(data, start, size, room)
         for model in range(data.models):
-            begin, end = ends[model], ends[model + 1]
-            if begin == end:
+            if begins[model, 0] == begins[model, LEADS]:
                 continue
-            first, last = prefixes[begin], prefixes[end - 1]
             _magnitude_bits(room.x[model], size, bits)
             for i in range(size):
-                prefix = bits[i] >> np.uint64(parent_shift)
-                if first <= prefix <= last:
+                lead = bits[i] >> lead_shift
+                begin, end = begins[model, lead], begins[model, lead + np.uint64(1)]
+                if begin < end:
+                    prefix = bits[i] >> parent_shift
                     row = _find(prefixes, begin, end, prefix)
                     if prefixes[row] == prefix:
-                        _count(bits[i], shift, tables[row], (bits[i] >> np.uint64(shift)) & mask)
+                        _count(bits[i], shifts[2], tables[row], (bits[i] >> shift) & mask)
 
 
 @_jit
 def _find(prefixes: Array, begin: int, end: int, prefix: Any) -> int:
-    """The last place of ``begin`` to ``end`` that holds no more than ``prefix``; the first one does."""
+    """The last place of ``begin`` to ``end`` that holds no more than ``prefix``, or ``begin``."""
     while end - begin > 1:
         middle = (begin + end) // 2
         if prefixes[middle] <= prefix:

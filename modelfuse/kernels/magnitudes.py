@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from modelfuse.kernels.cpu import BINS, LEAD_BITS, RANK_BITS
 from modelfuse.methods.magprune import keep_probability
 from modelfuse.methods.trim import kept_from, scale
 
@@ -20,8 +21,6 @@ Counts = np.ndarray[Any, np.dtype[np.uint64]]
 
 #: A probability may be off by this much at most (half of it, as a bin takes its mean rank).
 PROBABILITY_ERROR = 1e-4
-#: Bits of a digit by which crowded bins are tallied again.
-RANK_BITS = 6
 LOW_BITS = 22
 HALF_BITS = 24
 
@@ -56,7 +55,7 @@ class Layout:
             return math.inf
 
 
-LAYOUTS = {"float32": Layout("float32", 23, 149, 12, 255), "float64": Layout("float64", 52, 1074, 44, 2047)}
+LAYOUTS = {"float32": Layout("float32", 23, 149, 16, 255), "float64": Layout("float64", 52, 1074, 48, 2047)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +85,10 @@ class Tally:
         """The leading bits of a bin."""
         return int(self.numbers[index]) >> self.sticky
 
-    def is_single(self, index: int) -> bool:
-        """Whether all magnitudes in a bin are known to be equal: no bits remain, or none is set."""
-        return self.shift == 0 or not self.table[index, 1:].any()
+    @property
+    def mixed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """bool, shape (bins,): which bins may hold different magnitudes, as some of the remaining bits are set."""
+        return self.numbers & np.uint64(1) != 0 if self.sticky else self.table[:, 1:].any(axis=1)
 
     def find(self, rank: int) -> tuple[int, int]:
         """The bin that holds this ascending rank, and the rank among those that share its leading bits.
@@ -148,7 +148,7 @@ class TrimSearch:
         """Go on with the tally of the magnitudes whose leading bits are ``prefix``."""
         index, self._rank = tally.find(self._rank)
         self.prefix, self.parent_shift = tally.leading(index), tally.shift
-        single = tally.is_single(index)
+        single = not tally.mixed[index]
         units = tally.units(index if single else index + 1)
         self._kept = None if units is None or self._kept is None else self._kept + units
         if single:
@@ -190,12 +190,11 @@ class RankTable:
         self._size = int(tally.counts.sum())
         self._crowded: list[Crowded] = []
         self._subtables: list[np.ndarray[Any, Any]] = []
-        numbers = tally.numbers.astype(np.int64)
+        numbers = tally.numbers
         self.active = bool(numbers[-1])
-        #: The number of the bin after the table's first entry, which is for zeros.
-        self.first_bin = max(int(numbers[1 if numbers.size > 1 and not numbers[0] else 0]), 1)
-        self._table = np.ones(max(int(numbers[-1]) - self.first_bin, 0) + 2)
-        self._table[np.maximum(numbers - self.first_bin + 1, 0)] = self._keep(tally, tally.counts, self._size)
+        self._table = np.ones(BINS)
+        bins = (numbers >> np.uint64(1)) | (numbers & np.uint64(1)) << np.uint64(LEAD_BITS)
+        self._table[bins] = self._keep(tally, tally.counts, self._size)
 
     def prefixes(self) -> list[int]:
         """The leading bits to tally again, ascending."""
@@ -216,7 +215,7 @@ class RankTable:
         self._subtables += subtables
 
     def table(self, slots: int) -> np.ndarray[Any, Any]:
-        """Probabilities for zeros, then by bin; −(slot + 1) where a subtable says more, after ``slots`` of others."""
+        """Probabilities by bin, the sticky bit in front; −(slot + 1) where a subtable says more, after ``slots`` of others."""
         return np.where(self._table < 0, self._table - slots, self._table)
 
     def subtables(self, slots: int) -> list[np.ndarray[Any, Any]]:
@@ -230,7 +229,7 @@ class RankTable:
             larger + (counts.astype(np.float64) - 1) / 2, self._size, self._reserve_p, self._epsilon
         )
         crowded = counts.astype(np.float64) * self._epsilon > PROBABILITY_ERROR * self._size
-        for index in np.flatnonzero(crowded & tally.table[:, 1:].any(axis=1)).tolist():
+        for index in np.flatnonzero(crowded & tally.mixed).tolist():
             keep[index] = -1.0 - slots - len(self._crowded)
             twin = tally.sticky and index > 0 and tally.leading(index - 1) == tally.leading(index)
             apart = int(counts[index - 1]) if twin else 0

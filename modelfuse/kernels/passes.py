@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -59,23 +58,15 @@ def _sparsifier(
     kind: int,
     numbers: list[tuple[float, float]],
     tables: list[Array] | None = None,
-    first_bins: list[int] | None = None,
     subtables: list[Array] | None = None,
 ) -> cpu.Sparsifier:
-    widest = max((table.size for table in tables or []), default=1)
-    stride = -(-widest // cpu.LAST)
-    by_bin = np.ones((work.models, stride * cpu.LAST), work.compute)
-    for row, table in zip(by_bin, tables or [], strict=False):
-        row[: table.size] = table
-    by_last_bits = by_bin.reshape(work.models, stride, cpu.LAST).transpose(0, 2, 1).reshape(work.models, -1)
     return cpu.Sparsifier(
         kind,
         work.method.rescale,
         np.array([stream_key(work.method.seed, model, work.name) for model in range(work.models)], np.uint64),
         np.array(numbers, work.compute),
         LAYOUTS[work.compute].shift,
-        np.array(first_bins or [0] * work.models, np.int64),
-        np.ascontiguousarray(by_last_bits),
+        np.array(tables, work.compute) if tables else np.ones((work.models, 0), work.compute),
         np.array(subtables, work.compute) if subtables else np.ones((0, cpu.RANKS), work.compute),
     )
 
@@ -109,7 +100,7 @@ def _measure_magprune(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
         tables.append(rank.table(len(subtables)))
         subtables += rank.subtables(len(subtables))
     numbers = [(method.reserve_p, float(rank.active)) for rank in ranks]
-    return _sparsifier(work, cpu.MAGPRUNE, numbers, tables, [rank.first_bin for rank in ranks], subtables)
+    return _sparsifier(work, cpu.MAGPRUNE, numbers, tables, subtables)
 
 
 def _tally_all(work: Work) -> Generator[Pass, list[Any], list[Tally]]:
@@ -133,7 +124,7 @@ def _tally_within(
     work: Work, prefixes: list[list[int]], parent_shift: int, digit_bits: int
 ) -> Generator[Pass, list[Any], list[Tally]]:
     shift = max(parent_shift - digit_bits, 0)
-    spans = yield TallyWithin(work, prefixes, parent_shift, shift, digit_bits)
+    spans = yield TallyWithin(work, prefixes, (LAYOUTS[work.compute].shift, parent_shift, shift), digit_bits)
     tables: Any = np.sum(spans, axis=0, dtype=np.uint64)
     tallies = []
     for prefix, table in zip((prefix for own in prefixes for prefix in own), tables, strict=True):
@@ -172,7 +163,7 @@ class _Walk:
             np.empty((3, cpu.BLOCK), work.compute),
             np.empty(cpu.BLOCK, np.float32),
             np.empty(cpu.BLOCK, np.uint64),
-            np.empty(cpu.BLOCK, np.uint32),
+            np.empty(cpu.BLOCK, np.uint16),
             np.zeros(sources + 1, np.int64),
         )
         codes = np.array([RAW_CODES[source.name] for source in work.sources], np.int64)
@@ -222,27 +213,13 @@ class DotProducts(_Walk):
         return np.concatenate(state.found)
 
 
-class _Room(threading.local):
-    """Each worker's tables, all zero between two spans."""
+class _Tables(threading.local):
+    """Each worker's tables of counts, all zero between two spans."""
 
-    tables: Array | None = None
-
-
-_room = _Room()
+    empty: Array | None = None
 
 
-def _empty_tables(models: int, columns: int) -> Array:
-    """Zeros of shape (models, BINS, columns), uint64; only what is written to takes memory.
-
-    Huge pages are declined: a tally touches a few kilobytes here and there, and each would cost two megabytes.
-    """
-    shape = (models, cpu.BINS, columns)
-    if _room.tables is None or _room.tables.shape != shape:
-        memory = mmap.mmap(-1, math.prod(shape) * 8)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-        _room.tables = np.frombuffer(memory, np.uint64).reshape(shape)
-    return _room.tables
+_tables = _Tables()
 
 
 class TallyAll(_Walk):
@@ -252,29 +229,27 @@ class TallyAll(_Walk):
 
     def __init__(self, work: Work, layout: Layout) -> None:
         super().__init__(work)
-        self._layout = layout
-        self._columns = cpu.COPIES if work.compute == "float32" else 3
+        self._layout, self._sums = layout, work.method.sparsify_type == "trim"
+        self._shape = work.models, cpu.BINS, 1 if work.compute == "float32" else 3
 
     def start(self) -> State:
         state = super().start()
-        extremes = np.zeros((self._work.models, 2), np.uint64)
-        extremes[:, 0] = np.iinfo(np.uint64).max
-        state.found = _empty_tables(self._work.models, self._columns), extremes
+        # While they are in use nobody has them, so that tables left by a failure are never used again.
+        empty, _tables.empty = _tables.empty, None
+        state.found = empty if empty is not None and empty.shape == self._shape else np.zeros(self._shape, np.uint64)
         return state
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        cpu.tally(self._slice(state, first, count, raws), state.room, self._layout.shift, *state.found)
+        cpu.tally(self._slice(state, first, count, raws), state.room, self._layout.shift, self._sums, state.found)
 
     def finish(self, state: State) -> list[tuple[Array, Array]]:
-        return [self._collect(table, extreme) for table, extreme in zip(*state.found, strict=True)]
-
-    def _collect(self, table: Array, extreme: Array) -> tuple[Array, Array]:
-        least, greatest = ((int(bits) >> self._layout.shift << 1) + sticky for sticky, bits in enumerate(extreme))
-        first = max(min(least, greatest), 1)  # Without any magnitude above zero, least was never set.
-        numbers = np.empty(max(greatest - first, 0) + 3, np.uint64)
-        rows = np.empty((numbers.size, 3), np.uint64)
-        found = cpu.collect(table, first, max(greatest, first), numbers, rows)
-        return numbers[:found].copy(), rows[:found].copy()
+        found = []
+        for table in state.found:
+            numbers, rows = np.empty(cpu.BINS, np.uint64), np.empty((cpu.BINS, 3), np.uint64)
+            bins = cpu.collect(table, numbers, rows)
+            found.append((numbers[:bins].copy(), rows[:bins].copy()))
+        _tables.empty = state.found
+        return found
 
 
 class TallyWithin(_Walk):
@@ -282,11 +257,16 @@ class TallyWithin(_Walk):
 
     writes = False
 
-    def __init__(self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int, digit_bits: int) -> None:
+    def __init__(self, work: Work, prefixes: list[list[int]], shifts: tuple[int, int, int], digit_bits: int) -> None:
         super().__init__(work)
-        self._shifts, self._digits = (parent_shift, shift), 1 << digit_bits
+        self._shifts, self._digits = shifts, 1 << digit_bits
         self._prefixes = np.array([prefix for own in prefixes for prefix in own], np.uint64)
-        self._ends = np.cumsum([0, *map(len, prefixes)])
+        leads = np.arange(cpu.LEADS + 1)
+        ends = np.cumsum([0, *map(len, prefixes)])
+        leading = [np.array(own, np.int64) >> (shifts[0] - shifts[1]) for own in prefixes]
+        self._begins = np.stack(
+            [np.searchsorted(own, leads) + end for own, end in zip(leading, ends[:-1], strict=True)]
+        ).astype(np.int32)
 
     def start(self) -> State:
         state = super().start()
@@ -295,7 +275,7 @@ class TallyWithin(_Walk):
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         data = self._slice(state, first, count, raws)
-        cpu.tally_within(data, state.room, *self._shifts, self._prefixes, self._ends, state.found)
+        cpu.tally_within(data, state.room, self._shifts, self._prefixes, self._begins, state.found)
 
     def finish(self, state: State) -> Array:
         tables: Array = state.found
