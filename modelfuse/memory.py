@@ -10,7 +10,7 @@ from modelfuse.recipe import Recipe
 GRAIN = 1 << 18
 #: What is walked once streams best through the second-level cache; what is measured first is best held whole.
 SLICE_ONCE = GRAIN
-SLICE_MEASURED = 1 << 20
+SLICE_MEASURED = GRAIN
 #: Elements a worker walks between two looks at the queue.
 SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules and compiled kernels, measured.

@@ -88,8 +88,10 @@ class Tally:
     @property
     def mixed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """bool, shape (bins,): which bins may hold different magnitudes, as some of the remaining bits are set."""
+        if self.sticky:
+            return self.numbers % np.uint64(2) == 1
         rest: np.ndarray[Any, np.dtype[np.bool_]] = self.table[:, 1:].any(axis=1)
-        return self.numbers % np.uint64(2) == 1 if self.sticky else rest
+        return rest
 
     def find(self, rank: int) -> tuple[int, int]:
         """The bin that holds this ascending rank, and the rank among those that share its leading bits.
@@ -217,7 +219,7 @@ class RankTable:
 
     def table(self, slots: int) -> np.ndarray[Any, Any]:
         """Probabilities by bin, the sticky bit in front; −(slot + 1) for a subtable, after ``slots`` of others."""
-        return np.where(self._table < 0, self._table - slots, self._table)
+        return np.where(self._table < 0, self._table - slots, self._table) if self._subtables else self._table
 
     def subtables(self, slots: int) -> list[np.ndarray[Any, Any]]:
         """The same by digit, for each bin that was tallied again."""
