@@ -300,8 +300,8 @@ def _find_bins(x: Array, count: int, shift: int, bits: Array, bins: Array) -> No
         _magnitude_bits(x, count, bits)
         rest = np.uint64((1 << shift) - 1)
         for i in range(count):
-            sticky = np.uint64((bits[i] & rest) != 0)
-            bins[i] = np.uint16((bits[i] >> np.uint64(shift)) | (sticky << np.uint64(LEAD_BITS)))
+            front = np.uint64((bits[i] & rest) != 0) << np.uint64(LEAD_BITS)
+            bins[i] = np.uint16((bits[i] >> np.uint64(shift)) | front)
 
 
 @_jit

@@ -86,12 +86,10 @@ class Tally:
         return int(self.numbers[index]) >> self.sticky
 
     @property
-    def mixed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def mixed(self) -> np.ndarray[Any, Any]:
         """bool, shape (bins,): which bins may hold different magnitudes, as some of the remaining bits are set."""
-        if self.sticky:
-            return self.numbers % np.uint64(2) == 1
-        rest: np.ndarray[Any, np.dtype[np.bool_]] = self.table[:, 1:].any(axis=1)
-        return rest
+        mixed: np.ndarray[Any, Any] = self.numbers & np.uint64(1) if self.sticky else self.table[:, 1:].any(axis=1)
+        return mixed.astype(bool)
 
     def find(self, rank: int) -> tuple[int, int]:
         """The bin that holds this ascending rank, and the rank among those that share its leading bits.
