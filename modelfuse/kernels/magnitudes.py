@@ -88,8 +88,7 @@ class Tally:
     @property
     def mixed(self) -> np.ndarray[Any, Any]:
         """bool, shape (bins,): which bins may hold different magnitudes, as some of the remaining bits are set."""
-        mixed: np.ndarray[Any, Any] = self.numbers & np.uint64(1) if self.sticky else self.table[:, 1:].any(axis=1)
-        return mixed.astype(bool)
+        return np.asarray(self.numbers & np.uint64(1) if self.sticky else self.table[:, 1:].any(axis=1), bool)
 
     def find(self, rank: int) -> tuple[int, int]:
         """The bin that holds this ascending rank, and the rank among those that share its leading bits.
