@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numba import njit
 
+from modelfuse.kernels.loading import compile_kernel
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 from modelfuse.methods.ties import MIN_DIVISOR
 
@@ -53,13 +53,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _jit(function: F) -> F:
-    compiled: Any
-    try:
-        compiled = njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # There is no folder that the compiled code could be kept in.
-        compiled = njit(nogil=True, error_model="numpy")(function)
-    typed: F = compiled
-    return typed
+    compiled: F = compile_kernel(function)
+    return compiled
 
 
 class Slice(NamedTuple):
