@@ -149,8 +149,8 @@ def test_packages_from_outside_are_used_where_they_belong(module: str) -> None:
         assert room(module) in THIRD_PARTY[package], f"{module} imports {package}"
 
 
-def test_only_the_kernels_are_compiled() -> None:
-    assert [module for module in FILES if "numba" in third_party(module)] == ["modelfuse.kernels.cpu"]
+def test_compiling_has_one_door() -> None:
+    assert [module for module in FILES if "numba" in third_party(module)] == ["modelfuse.kernels.loading"]
 
 
 def test_dependencies_are_those_that_are_imported() -> None:

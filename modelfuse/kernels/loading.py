@@ -10,18 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import njit
-from numba.core.caching import FunctionCache
-from numba.core.runtime import rtsys
-
-
-class LoadingCache(FunctionCache):  # type: ignore[misc]
-    """numba's cache of a function, less the preparations for compiling; those numba makes again if it does compile."""
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The function compiled for these types, or None if there is none."""
-        rtsys.initialize(target_context)
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)
+from numba.core import runtime
 
 
 def compile_kernel(function: Callable[..., Any]) -> Any:
@@ -29,7 +18,19 @@ def compile_kernel(function: Callable[..., Any]) -> Any:
     compiled: Any
     try:
         compiled = njit(cache=True, nogil=True, error_model="numpy")(function)
-        compiled._cache = LoadingCache(function)
     except RuntimeError:  # There is no folder that the compiled code could be kept in.
-        compiled = njit(nogil=True, error_model="numpy")(function)
+        return njit(nogil=True, error_model="numpy")(function)
+    _spare_preparations(compiled._cache)
     return compiled
+
+
+def _spare_preparations(cache: Any) -> None:
+    """Let a function's cache load without them; where nothing is kept, numba makes them before it compiles."""
+    system: Any = vars(runtime)["rtsys"]
+
+    def load_overload(signature: Any, target: Any) -> Any:
+        system.initialize(target)
+        with cache._guard_against_spurious_io_errors():
+            return cache._load_overload(signature, target)
+
+    cache.load_overload = load_overload
