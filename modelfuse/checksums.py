@@ -24,10 +24,22 @@ class Checksum:
     def update(self, offset: int, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         """Add the bytes from ``offset`` on, which starts a block; safe from any thread."""
         for start in range(0, data.size, BLOCK_BYTES):
-            place = (offset + start) // BLOCK_BYTES * _DIGEST_BYTES
+            place = _place(offset + start)
             digest = xxhash.xxh3_128_digest(data[start : start + BLOCK_BYTES].data)
             self._digests[place : place + _DIGEST_BYTES] = digest
+
+    def digests(self, offset: int, nbytes: int) -> bytes:
+        """What the bytes from ``offset`` on, once added, came to; for :meth:`restore`."""
+        return bytes(self._digests[_place(offset) : _place(offset + nbytes + BLOCK_BYTES - 1)])
+
+    def restore(self, offset: int, digests: bytes) -> None:
+        """Add bytes that an earlier process has added; ``offset`` starts a block."""
+        self._digests[_place(offset) : _place(offset) + len(digests)] = digests
 
     def hexdigest(self) -> str:
         """The checksum, once all bytes were added."""
         return xxhash.xxh3_128_hexdigest(bytes(self._digests))
+
+
+def _place(offset: int) -> int:
+    return offset // BLOCK_BYTES * _DIGEST_BYTES

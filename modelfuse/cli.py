@@ -61,8 +61,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except ModelfuseError as error:
         show.error(error)
         return 2
-    except KeyboardInterrupt:
-        show.interrupted()
+    except KeyboardInterrupt as interruption:
+        show.interrupted(interruption)
         return 130
     except Exception:
         show.bug()
@@ -123,7 +123,7 @@ def _merge(recipe: Recipe, quiet: bool) -> int:
     from modelfuse.run import run_plan
 
     with show.progress(plan, quiet) as advance:
-        result = run_plan(plan, advance)
+        result = run_plan(plan, advance, (lambda _: None) if quiet else show.note)
     if not quiet:
         show.result(plan, result)
     return 0

@@ -13,6 +13,7 @@ from typing import Literal
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.safetensors import encode_header
+from modelfuse.checkpoints.writer import bytes_left
 from modelfuse.dtypes import OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, OutputError, RecipeError
 from modelfuse.inputs import open_inputs
@@ -254,7 +255,7 @@ def _check_room(plan: Plan) -> None:
         return
     parent = next(folder for folder in output.resolve().parents if folder.exists())
     needed = plan.bytes_written + sum(file.size for file in plan.side_files)
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + bytes_left(output)
     if needed > free:
         raise OutputError(
             f"output_path {output} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there",

@@ -174,6 +174,9 @@ class Comparison:
             if known is None or element < known.element:
                 self._first[tensor.name] = Deviation(element, there[place].tobytes(), made[place].tobytes())
 
+    def keep(self, name: str, nbytes: int, entry: object) -> None:
+        """Nothing: a comparison that is ended begins anew."""
+
     def problems(self) -> list[Problem]:
         """What deviates, in the order of the tensors."""
         return [

@@ -20,12 +20,14 @@ from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import CheckpointError, MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.memory import SPAN
-from modelfuse.plan import OutputTensor, Plan
+from modelfuse.plan import Action, OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
+from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
 from modelfuse.serving import with_dtype
 
 Progress = Callable[[int], None]
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 #: Differing tensors that an error lists.
 MOST_LINES = 20
 
@@ -41,6 +43,7 @@ class Result:
         bytes_read: Bytes of the inputs' tensors.
         bytes_written: Bytes of the weight files.
         seconds: Wall time.
+        bytes_kept: Bytes, read and written, that an earlier run of the same request had done.
     """
 
     output_path: Path
@@ -49,6 +52,7 @@ class Result:
     bytes_read: int
     bytes_written: int
     seconds: float
+    bytes_kept: int = 0
 
 
 @dataclass(eq=False)
@@ -71,6 +75,9 @@ class Sink(Protocol):
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Take bytes of a file; safe from any thread."""
 
+    def keep(self, name: str, nbytes: int, entry: object) -> None:
+        """Take note that so many bytes of a file are finished; safe from any thread."""
+
 
 @dataclass
 class Run:
@@ -83,7 +90,6 @@ class Run:
 
     plan: Plan
     progress: Progress
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     untied: list[Difference] = field(default_factory=list)
 
@@ -96,6 +102,14 @@ class Run:
         self._outs: list[Bytes] = [np.empty(column, np.uint8) for _ in range(self.plan.workers)]
         #: What each worker's buffers hold: a tensor of one slice is read once, however many passes walk it.
         self._held: list[tuple[Task, int] | None] = [None] * self.plan.workers
+        self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
+        self.finished = Finished(self.plan)
+
+    def take_up(self, entries: Iterable[object]) -> None:
+        """Go on from what earlier runs have finished: what their sinks were told to keep."""
+        self.finished.restore(entries, self.outcomes)
+        if self.finished.nbytes:
+            self.progress(self.finished.nbytes)
 
     def to_folder(self, folder: Sink) -> None:
         """Compare, copy and merge every tensor into the files of ``folder``."""
@@ -111,38 +125,39 @@ class Run:
 
     def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
         self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
-        self._scheduler.run(job for job in jobs if job.size)  # Nothing is to be done for a tensor without elements.
+        self._scheduler.run(jobs)
 
     def _preparing_jobs(self) -> Iterator[Job[Pass]]:
         """What can show that the models do not fit comes first: tied tensors and those to be copied."""
         for tied in self.plan.tied:
             for model in self.plan.models:
                 pair = (model.tensors.get(tied.name), model.tensors.get(tied.other))
-                if pair[0] is not None and pair[1] is not None:
+                if pair[0] is not None and pair[1] is not None and pair[0].size:
                     task = Task(tied.name, (pair[0], pair[1]), (model.path, model.path))
                     copy = Copy(f"{tied.name} and {tied.other} of {model.path}", None, pair[0].dtype.bytes)
                     procedure = compare_procedure(copy, self.untied)
                     yield Job(task, procedure, pair[0].size)
-        for tensor in self.plan.tensors:
-            if tensor.action == "copy":
-                copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes)
-                yield self._job(tensor, copy_procedure(copy, self.differences))
+        for tensor in self._unfinished("copy"):
+            copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes)
+            yield self._job(tensor, copy_procedure(copy, self.differences))
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
         from modelfuse.kernels.passes import merge_procedure
 
+        for tensor in self._unfinished("merge"):
+            dtypes = tuple(source.dtype for source in tensor.sources)
+            deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - self.plan.has_base])
+            work = Work(tensor.name, tensor.size, dtypes, self.plan.has_base, tensor.dtype, self.plan.method, deltas)
+            yield self._job(tensor, merge_procedure(work))
+
+    def _unfinished(self, action: Action) -> Iterator[OutputTensor]:
+        """The tensors to do; nothing is to be done for one without elements."""
         for tensor in self.plan.tensors:
-            if tensor.action == "merge":
-                dtypes = tuple(source.dtype for source in tensor.sources)
-                deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - self.plan.has_base])
-                work = Work(
-                    tensor.name, tensor.size, dtypes, self.plan.has_base, tensor.dtype, self.plan.method, deltas
-                )
-                yield self._job(tensor, merge_procedure(work))
+            if tensor.action == action and not self.finished.has_all(tensor):
+                yield tensor
 
     def _job(self, tensor: OutputTensor, procedure: Procedure) -> Job[Pass]:
-        outcome = Outcome(tensor, Checksum(tensor.nbytes))
-        self.outcomes[tensor.name] = outcome
+        outcome = self.outcomes[tensor.name]
         strict = tensor.action == "merge" and self.plan.recipe.on_nonfinite == "error"
         paths = tuple(model.path for model in self.plan.models)
         return Job(Task(tensor.name, tensor.sources, paths, outcome, strict), procedure, tensor.size)
@@ -151,6 +166,9 @@ class Run:
         """One span: read each slice of every source, let the pass work on it, write what it made."""
         raws, out = self._raws[worker][: len(task.sources)], self._outs[worker]
         state = pass_.start()
+        writes = pass_.writes and task.outcome is not None
+        if writes and self.finished.has(task.name, first, count):
+            return pass_.finish(state)  # Only spans that the procedure need know nothing of are kept.
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
             for start in range(first, first + count, self.plan.slice_elements):
@@ -165,23 +183,37 @@ class Run:
                 pass_.apply(state, start, length, raws, out)
                 if task.strict and state.bad.any():
                     raise _nonfinite(task, state.bad)
-                if pass_.writes and task.outcome is not None:
-                    self._write(task, task.outcome.tensor, start, length, out)
-        if pass_.writes and task.outcome is not None:
-            task.outcome.nonfinite.append(state.bad)
-        return pass_.finish(state)
+                if writes:
+                    self._write(task, start, length, out)
+        found = pass_.finish(state)
+        if writes:
+            self._keep(task, first, count, state.bad, found)
+        return found
 
-    def _write(self, task: Task, tensor: OutputTensor, start: int, length: int, out: Bytes) -> None:
+    def _write(self, task: Task, start: int, length: int, out: Bytes) -> None:
         assert task.outcome is not None
+        tensor = task.outcome.tensor
         data = out[: tensor.dtype.nbytes(length)]
         offset = tensor.dtype.nbytes(start)
         task.outcome.checksum.update(offset, data)
         self._folder.write(tensor.file, tensor.offset + offset, data.data)
-        self.progress(data.size + sum(source.dtype.nbytes(length) for source in task.sources))
+        self.progress(bytes_of(tensor, length))
+
+    def _keep(self, task: Task, first: int, count: int, bad: Counts, found: Any) -> None:
+        assert task.outcome is not None
+        tensor = task.outcome.tensor
+        task.outcome.nonfinite.append(bad)
+        if not found:
+            self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(task.outcome, first, count, bad))
 
 
-def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
-    """Carry out a plan.
+def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:
+    """Carry out a plan; where an earlier run of it was ended, go on from there.
+
+    Args:
+        plan: What to do.
+        progress: Called with a number of bytes as they are done; first with those that an earlier run has done.
+        tell: Called with a sentence if an earlier run was ended, on what becomes of its work.
 
     Raises:
         CheckpointError: If an input cannot be read, changes meanwhile, or holds NaN or infinities.
@@ -192,7 +224,13 @@ def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
     run = Run(plan, progress or (lambda _: None))
-    with OutputFolder(plan.recipe.output_path, plan.recipe.overwrite) as folder:
+    with OutputFolder(plan.recipe.output_path, plan.recipe.overwrite, facts_of(plan)) as folder:
+        if folder.afresh is not None:
+            tell(f"Starting afresh: {folder.afresh}.")
+        run.take_up(folder.finished())
+        if run.finished.nbytes:
+            share = run.finished.nbytes / (plan.bytes_read + plan.bytes_written)
+            tell(f"Going on from where the last run was ended: {share:.0%} is done.")
         run.to_folder(folder)
         for file in plan.side_files:
             source = SourceFile.at(file.source)
@@ -212,10 +250,11 @@ def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
         plan.bytes_read,
         plan.bytes_written,
         time.perf_counter() - started,
+        run.finished.nbytes,
     )
 
 
-def _nonfinite(task: Task, bad: np.ndarray[Any, np.dtype[np.int64]]) -> CheckpointError:
+def _nonfinite(task: Task, bad: Counts) -> CheckpointError:
     hint = "Use --on_nonfinite propagate to let such values through."
     for path, count in zip(task.models, bad, strict=False):
         if count:

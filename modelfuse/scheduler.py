@@ -58,19 +58,22 @@ class Scheduler(Generic[P]):
             BaseException: What the first failing worker raised; the others stop after their slice of work.
         """
         self._jobs = iter(jobs)
-        threads = [
-            threading.Thread(target=self._work, args=(number,), name=f"worker {number}", daemon=True)
-            for number in range(self._workers)
-        ]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         try:
+            for number in range(self._workers):
+                thread = threading.Thread(target=self._work, args=(number,), name=f"worker {number}", daemon=True)
+                threads.append(thread)
+                thread.start()
             for thread in threads:
                 thread.join()
+        except RuntimeError:
+            # The system gives no more threads: fewer do the same work, and if there is none, this one does.
+            threads.pop()
+            if not threads:
+                self._work(0)
         except BaseException as interruption:
             self._fail(interruption)
-            for thread in threads:
-                thread.join()
+        join(threads, self._fail)
         if self._failure is not None:
             raise self._failure
 
@@ -135,3 +138,23 @@ def _advance(job: Job[P]) -> P | None:
         return job.procedure.send(job.found)
     except StopIteration:
         return None
+
+
+def join(threads: Iterable[threading.Thread], interrupted: Callable[[BaseException], None] | None = None) -> None:
+    """Wait for threads to end, whatever interrupts that: they write to files that are about to be closed.
+
+    Args:
+        threads: Which.
+        interrupted: Is told of an interruption at once; without it, the last one is raised at the end.
+    """
+    last: BaseException | None = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as interruption:
+                last = interruption
+                if interrupted is not None:
+                    interrupted(interruption)
+    if last is not None and interrupted is None:
+        raise last

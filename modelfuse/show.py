@@ -43,11 +43,24 @@ def error(problem: ModelfuseError) -> None:
     err.print(f"[bold red]error:[/] {escape(problem.message)}")
     if problem.hint:
         err.print(f"[bold]hint:[/] {escape(problem.hint)}")
+    _notes(problem)
 
 
-def interrupted() -> None:
+def interrupted(interruption: KeyboardInterrupt) -> None:
     """After Ctrl-C."""
-    err.print("[bold red]interrupted:[/] nothing was written to output_path")
+    kept = getattr(interruption, "__notes__", ())
+    err.print("[bold red]interrupted[/]" if kept else "[bold red]interrupted:[/] nothing was written to output_path")
+    _notes(interruption)
+
+
+def note(text: str) -> None:
+    """A sentence that the user should read."""
+    err.print(f"note: {escape(text)}")
+
+
+def _notes(problem: BaseException) -> None:
+    for text in getattr(problem, "__notes__", ()):
+        note(text)
 
 
 def bug() -> None:
@@ -135,8 +148,8 @@ def plan(plan: Plan) -> None:
         f"{_count(len(plan.files), 'weight file')}, copies {_count(len(plan.side_files), 'other file')}; "
         f"{_count(plan.workers, 'worker')}, about {_size(plan.memory)} of memory"
     )
-    for note in plan.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+    for text in plan.notes:
+        out.print(f"[yellow]note:[/] {escape(text)}")
     out.print("[green]no problems found[/]")
 
 
@@ -151,8 +164,8 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[int], None]]:
             task = bar.add_task("merging", total=whole)
             yield lambda count: bar.advance(task, count)
     else:
-        for note in plan.notes:
-            err.print(f"note: {escape(note)}")
+        for text in plan.notes:
+            note(text)
         err.print(f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {_size(whole)}")
         yield _Log(whole).advance
 
@@ -169,22 +182,25 @@ class _Log:
     def __init__(self, whole: int) -> None:
         self.whole, self._done, self._lock = whole, 0, threading.Lock()
         self._started = self._shown = time.monotonic()
+        self._first: int | None = None
 
     def advance(self, count: int) -> None:
         with self._lock:
             self._done += count
             now = time.monotonic()
+            if self._first is None:  # What an earlier run has done comes at once, and says nothing of the speed.
+                self._first, self._started = count, now
             if now - self._shown < LOG_INTERVAL:
                 return
             self._shown = now
-        rate = self._done / (now - self._started)
+        rate = max(self._done - self._first, 1) / max(now - self._started, 1e-9)
         left = (self.whole - self._done) / rate
         err.print(f"{self._done / self.whole:4.0%}  {_size(self._done)}  {_size(int(rate))}/s  {left:,.0f} s left")
 
 
 def result(plan: Plan, result: Result) -> None:
     """The closing summary."""
-    rate = (result.bytes_read + result.bytes_written) / result.seconds
+    rate = (result.bytes_read + result.bytes_written - result.bytes_kept) / result.seconds
     copied = f", copied {result.copied}" if result.copied else ""
     out.print(
         f"[green]merged[/] {result.merged} tensors{copied} in {result.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "

@@ -20,14 +20,14 @@ PACKAGE = ROOT / "modelfuse"
 #: ``checkpoints``), modules import each other without cycles.
 LAYERS: list[set[str]] = [
     {"errors", "dtypes", "version"},
-    {"methods", "checksums", "scheduler"},
+    {"methods", "checksums", "scheduler", "journal"},
     {"kernels", "checkpoints"},
     {"dimensions", "recipe_checks"},
     {"copying", "recipe", "recipe_file", "matching"},
     {"inputs", "serving", "memory"},
     {"plan"},
     {"report"},
-    {"reported"},
+    {"reported", "resuming"},
     {"run", "contents"},
     {"recomputing"},
     {"verification"},
@@ -46,6 +46,7 @@ THIRD_PARTY = {
         "checksums",
         "copying",
         "report",
+        "resuming",
         "run",
         "recomputing",
         "verification",
@@ -54,7 +55,7 @@ THIRD_PARTY = {
     "pydantic": {"recipe", "reported"},
     "yaml": {"recipe_file"},
     "rich": {"show", "cli"},
-    "xxhash": {"checksums"},
+    "xxhash": {"checksums", "journal"},
 }
 DISTRIBUTIONS = {"pyyaml": "yaml"}
 #: One module, as numba's cache notices changes only in a function's own file.

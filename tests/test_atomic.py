@@ -1,4 +1,4 @@
-"""The output appears whole or not at all, whatever ends the merge."""
+"""The output appears whole or not at all, whatever ends the merge; what goes on afterwards is in test_resume.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from conftest import Said, array, make_model, random_tensors, read_model, snapshot, start
 
 import modelfuse as package
-from modelfuse.checkpoints import writer
+from modelfuse.checkpoints import exchange, writer
 from modelfuse.checkpoints.writer import OutputFolder
 
 Run = Callable[..., Said]
@@ -88,14 +88,23 @@ def test_killed_while_replacing(merge: Run, words: list[object], tmp_path: Path,
     np.testing.assert_allclose(array(read_model(out)["lm_head.weight"]), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("moment", ["between tensors", "before renaming"])
-def test_interrupted(words: list[object], tmp_path: Path, moment: str) -> None:
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_interrupted(merge: Run, words: list[object], tmp_path: Path, moment: str) -> None:
+    """Nothing is left, or what the next run goes on from; it says which."""
     before = snapshot(tmp_path)
     said = killed_at(moment, *words, number=signal.SIGINT)
     assert said.status == 130, said.err
     assert "interrupted" in said.err
     assert "Traceback" not in said.err
-    assert snapshot(tmp_path) == before
+    if moment in ("before the report", "before renaming"):
+        assert f"kept in {tmp_path / 'out' / '.C.modelfuse'}: the same command goes on from there" in said.err
+        assert sorted(os.listdir(tmp_path / "out")) == [".C.modelfuse", ".C.modelfuse.journal"]
+    else:
+        assert "nothing was written" in said.err
+        assert snapshot(tmp_path) == before
+    merge(*words)
+    assert sorted(os.listdir(tmp_path / "out")) == ["C"]
+    assert set(read_model(tmp_path / "out" / "C")) == set(random_tensors(0))
 
 
 def test_killed_at_no_moment_in_particular(merge: Run, tmp_path: Path) -> None:
@@ -166,7 +175,7 @@ def test_replacing_without_the_system_call(
     merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     merge(*words)
-    monkeypatch.setattr(writer.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(exchange.ctypes, "CDLL", lambda *_, **__: object())
     merge(*words, "--overwrite", "--weight_list", 0, 1)
     assert os.listdir(tmp_path / "out") == ["C"]
     assert (
@@ -175,16 +184,54 @@ def test_replacing_without_the_system_call(
     )
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_replacing_in_steps_that_fails(
+    modelfuse: Run, merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: int
+) -> None:
+    """The old output is there, or the new one; once killed between the steps, the next run puts it back."""
+    merge(*words)
+    before = snapshot(tmp_path / "out" / "C")
+    calls, really = [], os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == failing:
+            raise OSError(5, "Input/output error")
+        really(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange.ctypes, "CDLL", lambda *_, **__: object())
+        patch.setattr(exchange.os, "rename", rename)
+        said = modelfuse("merge", *words, "--overwrite", "--weight_list", 0, 1)
+    assert said.status == 2
+    assert "Input/output error" in said.err
+    assert ("is whole" in said.err) == (failing == 3)
+    assert (snapshot(tmp_path / "out" / "C") == before) == (failing < 3)
+    merge(*words, "--overwrite")
+    assert os.listdir(tmp_path / "out") == ["C"]
+    before = snapshot(tmp_path / "out" / "C")
+    (tmp_path / "out" / "C").rename(tmp_path / "out" / ".C.modelfuse.old")
+    said = modelfuse("merge", *words)
+    assert said.status == 2
+    assert "is put back" in said.err
+    assert snapshot(tmp_path / "out" / "C") == before
+
+
 def test_a_failing_replacement_leaves_the_old(
-    refuse: Refuse, merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch
+    modelfuse: Run, merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     merge(*words)
+    before = snapshot(tmp_path / "out" / "C")
 
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writer, "_exchange", broken)
-    refuse("merge", *words, "--overwrite", says=["Input/output error"])
+    monkeypatch.setattr(writer, "exchange", broken)
+    said = modelfuse("merge", *words, "--overwrite")
+    assert said.status == 2
+    assert "Input/output error" in said.err
+    assert "goes on from there" in said.err
+    assert snapshot(tmp_path / "out" / "C") == before
 
 
 def test_an_empty_folder_may_be_filled(merge: Run, words: list[object], tmp_path: Path) -> None:
@@ -207,7 +254,11 @@ def test_a_folder_filled_meanwhile_is_left_alone(
     monkeypatch.setattr(OutputFolder, "_appear", late)
     with pytest.raises(package.OutputError, match="not empty"):
         package.merge(model_path_list=words[1:3], output_path=out)
-    assert snapshot(tmp_path / "out") == {"C": None, "C/precious": b"x"}
+    assert snapshot(out) == {"precious": b"x"}
+    monkeypatch.undo()
+    (out / "precious").unlink()
+    assert package.merge(model_path_list=words[1:3], output_path=out).bytes_kept
+    assert os.listdir(tmp_path / "out") == ["C"]
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -2,48 +2,63 @@
 
 Files are made in a hidden sibling of the output at their final size; workers write at planned offsets.
 Then everything is synced, and one rename shows it. A lock beside it keeps two merges apart, and ends with
-the process that holds it.
+the process that holds it. A journal beside it says what is finished: what is killed, interrupted or finds the
+disk full leaves both, and the same request goes on from there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import hashlib
 import itertools
 import os
 import resource
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from modelfuse.errors import OutputError
+from modelfuse.checkpoints.exchange import exchange, remove, restore
+from modelfuse.checkpoints.keeper import Keeper
+from modelfuse.checkpoints.lock import Lock, is_same_file
+from modelfuse.errors import ModelfuseError, OutputError
+from modelfuse.journal import Journal, sync_data, sync_folder
 
 #: Open files beside the weight files: a few for every worker.
 SPARE_FILES = 512
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 class OutputFolder:
-    """The output while it is being made; a context manager that leaves nothing behind if it fails.
+    """The output while it is being made; a context manager.
+
+    Left by an error that says the request or an input is wrong, it leaves nothing behind; by an interruption or
+    a failure of the system, what the next run goes on from.
 
     Args:
         path: Where the output is to appear.
         overwrite: Whether it may replace what is there.
+        facts: What decides its bytes: name → value, ready for JSON. Work that was done for other facts is not
+            taken up.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, overwrite: bool = False, facts: Mapping[str, object] | None = None) -> None:
         # Where a link leads, so that the link stays one.
         self.path = path = path.resolve()
         self._overwrite = overwrite
-        self._temporary = path.with_name(f".{path.name}.modelfuse")
-        self._lock = path.with_name(f".{path.name}.modelfuse.lock")
-        self._lock_descriptor = -1
+        self._facts = dict(facts or {})
+        self._temporary = temporary_sibling(path)
+        self._aside = path.with_name(f".{path.name}.modelfuse.old")
+        self._lock = Lock(path.with_name(f".{path.name}.modelfuse.lock"), path)
         self._descriptors: dict[str, int] = {}
+        self._journal = Journal(path.with_name(f".{path.name}.modelfuse.journal"))
+        self._keeper = Keeper(self._keep)
+        #: Weight files that an earlier run has left, by name.
+        self._left: frozenset[str] = frozenset()
+        self._entries: Iterator[object] = iter(())
+        #: Why nothing that an earlier run has left can be used; None if there was nothing, or it can.
+        self.afresh: str | None = None
         #: The sha256 of every small file, and of the header of every weight file, by name.
         self.digests: dict[str, str] = {}
         self._new_parents: list[Path] = []
@@ -52,37 +67,82 @@ class OutputFolder:
         try:
             self._new_parents = list(itertools.takewhile(lambda parent: not parent.exists(), self.path.parents))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_descriptor = self._acquire_lock()
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary.mkdir()
-        except OSError as error:
-            self._release_lock()
+            self._lock.acquire()
+            if restore(self._aside, self.path) and not self._overwrite:
+                raise OutputError(
+                    f"output_path {self.path} exists: a merge that was to replace it was killed, and it is put back",
+                    "Use --overwrite to replace it whole when all is done.",
+                )
+            if not self._takes_up():
+                self._clear()
+                self._temporary.mkdir()
+        except BaseException as error:
+            self._lock.release()
             self._remove_new_parents()
-            raise self._failure(error, self._temporary) from error
+            if isinstance(error, OSError):
+                raise self._failure(error, self._temporary) from error
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._release_lock()
-        if error is not None:
+        keeps = done = False
+        try:
+            self._keeper.stop()
+            done = self._appeared()
+            keeps = error is not None and not done and _is_worth_going_on(error) and self._kept()
+            self._close()
+            if not keeps:
+                with contextlib.suppress(OSError):  # What stays does no harm: the next run removes it.
+                    self._clear()
+        finally:
+            self._close()
+            self._lock.release()
+        if error is not None and keeps:
+            error.add_note(
+                f"What is done is kept in {self._temporary}: the same command goes on from there. "
+                "Remove the folder if you do not want that."
+            )
+        elif error is not None and done:
+            error.add_note(f"The output was ready before: {self.path} is whole.")
+        elif error is not None:
             self._remove_new_parents()
 
+    def finished(self) -> Iterator[object]:
+        """The entries that earlier runs have handed to :meth:`keep`; to be taken before anything is written."""
+        yield from self._entries
+
     def create(self, name: str, size: int, header: bytes) -> None:
-        """Create a weight file of its final size and write its header."""
+        """Create a weight file of its final size and write its header, or open what an earlier run has left."""
         path = self._temporary / name
         _allow_open_files(len(self._descriptors) + SPARE_FILES)
+        made = os.O_CREAT | os.O_EXCL if name not in self._left else 0
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            self._descriptors[name] = descriptor
-            os.truncate(descriptor, size)
+            self._descriptors[name] = descriptor = os.open(path, os.O_RDWR | made | os.O_CLOEXEC, 0o666)
+            if made:
+                os.truncate(descriptor, size)
         except OSError as error:
             raise self._failure(error, path) from error
-        self.write(name, 0, memoryview(header))
+        if made:
+            self.write(name, 0, memoryview(header))
         self.digests[name] = hashlib.sha256(header).hexdigest()
+
+    def keep(self, name: str, nbytes: int, entry: object) -> None:
+        """Note that so many bytes of a weight file are finished; soon, they survive the end of this process.
+
+        Args:
+            name: The file.
+            nbytes: How many were written since the last call.
+            entry: What :meth:`finished` is to give to the next run, ready for JSON.
+
+        Raises:
+            OutputError: If an earlier part could not be synced.
+        """
+        try:
+            self._keeper.add(name, nbytes, entry)
+        except OSError as error:
+            raise self._failure(error, self.path / name) from error
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write at an offset of a weight file, however many system calls it takes; safe from any thread.
@@ -117,49 +177,88 @@ class OutputFolder:
             OutputError: If syncing or renaming fails; the output is then as it was.
         """
         try:
+            self._keeper.stop()
+            if self._journal.exists:
+                self._keeper.flush()
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
             for folder, _, _ in os.walk(self._temporary):
-                _sync_folder(Path(folder))
+                sync_folder(Path(folder))
             self._appear()
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise self._failure(error, self.path) from error
+
+    def _keep(self, names: set[str], entries: list[object]) -> None:
+        """First the data, then the word that it is there. What the first word rests on is all that was created."""
+        is_first = not self._journal.exists
+        for name in self._descriptors if is_first else names:
+            sync_data(self._descriptors[name])
+        if is_first:
+            sync_folder(self._temporary)
+            sync_folder(self.path.parent)
+            files = {name: _identity(os.fstat(descriptor)) for name, descriptor in self._descriptors.items()}
+            entries = [self._facts, files, *entries]
+        self._journal.append(entries)
+
+    def _kept(self) -> bool:
+        """Keep what is not kept yet, as far as that can be done; whether the next run finds anything."""
+        with contextlib.suppress(OSError):
+            self._keeper.flush()
+        return self._journal.exists
+
+    def _takes_up(self) -> bool:
+        """Whether an earlier run of the same request has left something to go on from."""
+        self._entries = self._journal.read()
+        facts, files = next(self._entries, None), next(self._entries, None)
+        if not isinstance(facts, dict) or not isinstance(files, dict):
+            return False
+        changed = [name for name in {**facts, **self._facts} if facts.get(name) != self._facts.get(name)]
+        if changed:
+            self.afresh = f"{changed[0]} has changed since the last run" + " (and more)" * (len(changed) > 1)
+            return False
+        try:
+            there = {entry.name: _identity(entry.stat()) for entry in os.scandir(self._temporary)}
+        except OSError:
+            there = {}
+        if any(there.get(name) != identity for name, identity in files.items()):
+            # Also after a replacement that was killed: what is there now is the old output.
+            self.afresh = f"{self._temporary} is not as the last run has left it"
+            return False
+        self._left = frozenset(files)
+        for name in there.keys() - files.keys():
+            remove(self._temporary / name)
+        return True
+
+    def _clear(self) -> None:
+        self._journal.remove()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _appeared(self) -> bool:
+        """Whether the folder at the output's place is the one made here."""
+        some = next(iter(self._descriptors.items()), None)
+        if some is None:
+            return False
+        try:
+            return is_same_file(some[1], self.path / some[0])
+        except OSError:
+            return False
+
+    def _close(self) -> None:
+        while self._descriptors:
+            with contextlib.suppress(OSError):  # All that matters was synced.
+                os.close(self._descriptors.popitem()[1])
+        with contextlib.suppress(OSError):
+            self._journal.close()
 
     def _appear(self) -> None:
         if not self.path.exists():
             os.rename(self._temporary, self.path)
         elif self._overwrite:
-            _exchange(self._temporary, self.path)
+            exchange(self._temporary, self.path, self._aside)
         else:
             # Replaces an empty folder; fails if anything has come into it meanwhile.
             os.rename(self._temporary, self.path)
-
-    def _acquire_lock(self) -> int:
-        while True:
-            descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
-                os.close(descriptor)
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
-                raise OutputError(
-                    f"Another merge is writing to {self.path}" + (f" ({holder})" if holder else ""),
-                    "Wait until it ends, or choose another output_path.",
-                ) from None
-            if _is_same_file(descriptor, self._lock):
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-                return descriptor
-            os.close(descriptor)  # Its holder removed it while we waited for it.
-
-    def _release_lock(self) -> None:
-        if self._lock_descriptor >= 0:
-            self._lock.unlink(missing_ok=True)
-            os.close(self._lock_descriptor)
-            self._lock_descriptor = -1
 
     def _remove_new_parents(self) -> None:
         """Leave no empty folder behind; what others have put there meanwhile stays."""
@@ -180,34 +279,25 @@ def _allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+def _identity(status: os.stat_result) -> list[int]:
+    return [status.st_ino, status.st_size]
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_worth_going_on(error: BaseException) -> bool:
+    """Whether the same request can succeed later: it was interrupted, or the system has failed it."""
+    cause = error.__cause__ if isinstance(error, ModelfuseError) else error
+    return isinstance(error, OutputError) or (
+        isinstance(cause, KeyboardInterrupt | OSError | MemoryError) and not isinstance(cause, FileNotFoundError)
+    )
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders so that ``old`` is at no moment absent; what it held is left at ``new``.
+def temporary_sibling(path: Path) -> Path:
+    """Where the output that is to appear at a resolved path is made."""
+    return path.with_name(f".{path.name}.modelfuse")
 
-    Linux can do it in one system call; elsewhere two renames must do.
-    """
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is not None:
-        if rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
-            return
-        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    aside = new.with_name(f"{new.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(old, aside)
-    os.rename(new, old)
-    os.rename(aside, new)
+
+def bytes_left(path: Path) -> int:
+    """The bytes on the disk of what an earlier run has left beside an output: used again, or removed."""
+    with contextlib.suppress(OSError), os.scandir(temporary_sibling(path.resolve())) as entries:
+        return sum(entry.stat().st_blocks * 512 for entry in entries)
+    return 0

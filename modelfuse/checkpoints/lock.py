@@ -1,0 +1,74 @@
+"""A lock that keeps two merges apart and ends with the process that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from modelfuse.errors import OutputError
+
+
+class Lock:
+    """A lock file; holding it, not its being there, means that a merge is under way.
+
+    Args:
+        path: The file.
+        guarded: The output that it stands for, for messages.
+    """
+
+    def __init__(self, path: Path, guarded: Path) -> None:
+        self._path, self._guarded = path, guarded
+        self._descriptor = -1
+
+    def acquire(self) -> None:
+        """Take the lock, or say at once who holds it.
+
+        Raises:
+            OutputError: If another process, or another thread of this one, holds it.
+            OSError: If the file cannot be made or locked.
+        """
+        while self._descriptor < 0:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._lock(descriptor)
+                if is_same_file(descriptor, self._path):
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+                    self._descriptor = descriptor
+                    return
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # Its holder removed it while we waited for it.
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+            raise OutputError(
+                f"Another merge is writing to {self._guarded}" + (f" ({holder})" if holder else ""),
+                "Wait until it ends, or choose another output_path.",
+            ) from None
+
+    def release(self) -> None:
+        """Let others have it; nothing happens if it is not held."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            with contextlib.suppress(OSError):  # The file alone locks nothing.
+                os.unlink(self._path)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,461 @@
+"""A merge that was killed, interrupted or found the disk full is gone on with: nothing twice, the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import STEPS, Said, bf16, make_model, snapshot, start
+
+import modelfuse as package
+from modelfuse import run as running
+from modelfuse.checkpoints import keeper, writer
+from modelfuse.journal import Journal
+
+Command = Callable[..., Said]
+Words = list[object]
+
+#: The smallest span, so that small tensors have several.
+SPAN = 1 << 18
+SIZES = {"a": 3 * SPAN + 17, "b": 5, "c": SPAN, "d": 0, "e": 2 * SPAN}
+#: Merges in spans as small as those, keeps each one at once, and is killed after so many.
+KILLED_AFTER = """
+import os, signal, sys
+from modelfuse import run
+from modelfuse.checkpoints.keeper import Keeper
+from modelfuse.checkpoints.writer import OutputFolder
+from modelfuse.cli import main
+
+run.SPAN = {span}
+kept, keep = [], OutputFolder.keep
+
+def keep_at_once(folder, *words):
+    if len(kept) == {spans}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    kept.append(keep(folder, *words))
+    folder._keeper.stop()
+    folder._keeper.flush()
+    folder._keeper = Keeper(folder._keep)
+
+OutputFolder.keep = keep_at_once
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "SPAN", SPAN)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    """A base and two models in bfloat16, with a tensor of integers that is copied."""
+    made = []
+    for seed, name in enumerate("ZAB"):
+        random = np.random.default_rng(seed)
+        tensors = {each: bf16(random.standard_normal(size)) for each, size in SIZES.items()}
+        tensors["ids"] = np.arange(SPAN + 9)
+        made.append(make_model(tmp_path / name, tensors))
+    return made
+
+
+@pytest.fixture
+def words(models: list[Path], tmp_path: Path) -> Words:
+    return ["--model_path_list", *models[1:], "--output_path", tmp_path / "out" / "C"]
+
+
+class Written:
+    """What a run writes: (tensor, first element of the slice)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.slices: list[tuple[str, int]] = []
+        self.end_after = 0
+        write = running.Run._write
+
+        def noted(run: running.Run, task: running.Task, start: int, *rest: Any) -> None:
+            if self.end_after and len(self.slices) == self.end_after:
+                raise KeyboardInterrupt
+            self.slices.append((task.name, start))
+            write(run, task, start, *rest)
+
+        monkeypatch.setattr(running.Run, "_write", noted)
+
+    def begin(self, end_after: int = 0) -> None:
+        """Count anew; raise KeyboardInterrupt, as Ctrl-C does, after so many slices."""
+        self.slices, self.end_after = [], end_after
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Written:
+    return Written(monkeypatch)
+
+
+def whole(merge: Command, words: Words, tmp_path: Path) -> dict[str, bytes | str | None]:
+    """What an uninterrupted run makes at the same place; removed again."""
+    merge(*words)
+    made = snapshot(tmp_path / "out" / "C")
+    (tmp_path / "out" / "C").rename(tmp_path / f"whole {len(os.listdir(tmp_path))}")
+    return made
+
+
+def slices() -> int:
+    """All slices of the output, of one span each."""
+    return sum(-(-size // SPAN) for size in (*SIZES.values(), SPAN + 9))
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=lambda steps: " ".join(steps))
+def test_every_method_goes_on_with_the_same_bytes(
+    modelfuse: Command, merge: Command, models: list[Path], words: Words, written: Written, tmp_path: Path, steps: Words
+) -> None:
+    words += [*steps, "--base_model_path", models[0]]
+    expected = whole(merge, words, tmp_path)
+    for end_after in (3, 4):  # The second time from where the first was interrupted.
+        written.begin(end_after)
+        said = modelfuse("merge", *words)
+        assert said.status == 130
+        assert "goes on from there" in said.err
+        assert not (tmp_path / "out" / "C").exists()
+    written.begin()
+    said = merge(*words)
+    assert "Going on from where the last run was ended" in said.err
+    assert len(written.slices) == slices() - 3 - 4
+    assert snapshot(tmp_path / "out") == {"C": None} | {f"C/{name}": content for name, content in expected.items()}
+
+
+@pytest.mark.parametrize("workers", [(1, 2), (2, 1), (3, 3)])
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--max_shard_size", 600_000, "--output_dtype", "float32"]])
+def test_nothing_is_done_twice(
+    modelfuse: Command,
+    merge: Command,
+    words: Words,
+    written: Written,
+    tmp_path: Path,
+    workers: tuple[int, int],
+    more: Words,
+) -> None:
+    words += more
+    expected = whole(merge, [*words, "--n_process", workers[1]], tmp_path)
+    old = {"kept": b"by the user"} if "--overwrite" in more else {}
+    for name, content in old.items():
+        (tmp_path / "out" / "C").mkdir(parents=True)
+        (tmp_path / "out" / "C" / name).write_bytes(content)
+    written.begin(end_after=6)
+    assert modelfuse("merge", *words, "--n_process", workers[0]).status == 130
+    assert snapshot(tmp_path / "out" / "C") == old
+    first = written.slices
+    written.begin()
+    merge(*words, "--n_process", workers[1])
+    assert snapshot(tmp_path / "out" / "C") == expected
+    assert os.listdir(tmp_path / "out") == ["C"]
+    again = set(first) & set(written.slices)
+    # Workers that were in the middle of a span when another one was interrupted have not finished it.
+    assert len(again) <= workers[0] - 1
+    assert len(set(first) | set(written.slices)) == slices()
+
+
+@pytest.mark.parametrize("spans", [1, 4, 9])
+def test_killed(merge: Command, words: Words, written: Written, tmp_path: Path, spans: int) -> None:
+    expected = whole(merge, words, tmp_path)
+    code = KILLED_AFTER.format(span=SPAN, spans=spans)
+    with start("merge", *words, code=code) as process:
+        _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    written.begin()
+    merge(*words)
+    assert len(written.slices) == slices() - spans
+    assert snapshot(tmp_path / "out") == {"C": None} | {f"C/{name}": content for name, content in expected.items()}
+
+
+def test_killed_before_anything_was_kept(merge: Command, words: Words, written: Written, tmp_path: Path) -> None:
+    code = KILLED_AFTER.format(span=SPAN, spans=0)
+    with start("merge", *words, code=code) as process:
+        process.communicate()
+    assert os.listdir(tmp_path / "out" / ".C.modelfuse") == ["model.safetensors"]
+    written.begin()
+    said = merge(*words)
+    assert "Going on" not in said.err
+    assert "afresh" not in said.err
+    assert len(written.slices) == slices()
+    assert os.listdir(tmp_path / "out") == ["C"]
+
+
+LEFT_BY_INTERRUPTING = 5
+
+
+@pytest.fixture
+def left(modelfuse: Command, words: Words, written: Written, tmp_path: Path) -> Path:
+    """The journal of a merge that was interrupted after so many slices."""
+    written.begin(LEFT_BY_INTERRUPTING)
+    assert modelfuse("merge", *words).status == 130
+    written.begin()
+    return tmp_path / "out" / ".C.modelfuse.journal"
+
+
+def retouch(path: Path) -> None:
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+
+
+def replace_by_its_copy(path: Path) -> None:
+    """The same bytes at the same time in another inode."""
+    status = path.stat()
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.rename(path)
+
+
+def rename_a_tensor(path: Path) -> None:
+    """Another header of the same length, at the same time, in the same inode."""
+    status = path.stat()
+    content = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.write(content.replace(b'"e"', b'"f"'))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [retouch, replace_by_its_copy, rename_a_tensor])
+def test_a_changed_input_starts_afresh_and_says_so(
+    left: Path, merge: Command, models: list[Path], words: Words, written: Written, change: Callable[[Path], None]
+) -> None:
+    changed = models[1:] if change is rename_a_tensor else models[2:]
+    for model in changed:
+        change(model / "model.safetensors")
+    said = merge(*words)
+    (line,) = [line for line in said.err.splitlines() if "Starting afresh" in line]
+    assert str(changed[0]) in line
+    assert "has changed since the last run" in line
+    assert len(written.slices) == slices()
+    assert os.listdir(left.parent) == ["C"]
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (["--weight_list", 0.5, 0.25], "the setting weight_list"),
+        (["--merge_method", "dare_linear"], "the setting merge_method"),
+        (["--output_dtype", "float32"], "the setting output_dtype"),
+        (["--max_shard_size", 600_000], "the setting max_shard_size"),
+        (["--on_nonfinite", "propagate"], "the setting on_nonfinite"),
+    ],
+)
+def test_a_changed_setting_starts_afresh_and_says_so(
+    left: Path, merge: Command, words: Words, written: Written, more: Words, name: str
+) -> None:
+    said = merge(*words, *more)
+    assert f"Starting afresh: {name} has changed since the last run" in said.err
+    assert len(written.slices) == slices()
+    assert os.listdir(left.parent) == ["C"]
+
+
+def test_another_version_starts_afresh(
+    left: Path, merge: Command, words: Words, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelfuse import resuming
+
+    monkeypatch.setattr(resuming, "__version__", "99")
+    assert "Starting afresh: modelfuse's version has changed" in merge(*words).err
+    assert len(written.slices) == slices()
+
+
+@pytest.mark.parametrize("more", [["--n_process", 3], ["--memory", "5GB"], ["--overwrite"], ["--split_pieces", 20]])
+def test_a_setting_that_changes_no_byte_goes_on(
+    left: Path, merge: Command, words: Words, written: Written, more: Words
+) -> None:
+    assert "Going on" in merge(*words, *more).err
+    assert len(written.slices) == slices() - LEFT_BY_INTERRUPTING
+
+
+def lines_of(journal: Path) -> list[bytes]:
+    return journal.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("trusted", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("damage", ["torn", "flipped", "zeros", "exchanged", "dropped", "no text"])
+def test_a_damaged_journal_is_trusted_up_to_there(
+    left: Path, merge: Command, words: Words, written: Written, tmp_path: Path, damage: str, trusted: int
+) -> None:
+    expected = len(lines_of(left)) - 2
+    assert expected == LEFT_BY_INTERRUPTING
+    lines = lines_of(left)
+    line = lines[trusted]
+    following = lines[trusted + 1] if trusted + 1 < len(lines) else b""
+    lines[trusted : trusted + 2] = {
+        "torn": [line[:-9]],
+        "flipped": [line[:30] + bytes([line[30] ^ 4]) + line[31:], following],
+        "zeros": [bytes(len(line)), following],
+        "exchanged": [following, line],
+        "dropped": [following],
+        "no text": [b"\xff\xfe\n", following],
+    }[damage]
+    left.write_bytes(b"".join(lines))
+    said = merge(*words)
+    assert "Traceback" not in said.err
+    assert len(written.slices) == slices() - max(trusted - 2, 0)
+    made = snapshot(tmp_path / "out" / "C")
+    assert made == whole(merge, [*words, "--overwrite"], tmp_path) | {
+        name: made[name] for name in ("merge_config.json", "merge_report.json")
+    }
+    assert package.verify(tmp_path / f"whole {len(os.listdir(tmp_path)) - 1}", full=True).holds
+
+
+def test_what_is_written_after_a_damage_is_trusted_again(
+    left: Path, modelfuse: Command, merge: Command, words: Words, written: Written
+) -> None:
+    left.write_bytes(left.read_bytes()[:-5])
+    written.begin(2)
+    assert modelfuse("merge", *words).status == 130
+    written.begin()
+    merge(*words)
+    assert len(written.slices) == slices() - (LEFT_BY_INTERRUPTING - 1) - 2
+
+
+@pytest.mark.parametrize("missing", ["a weight file", "the folder", "the journal"])
+def test_leftovers_that_are_not_whole_are_cleared(
+    left: Path, merge: Command, words: Words, written: Written, missing: str
+) -> None:
+    folder = left.parent / ".C.modelfuse"
+    if missing == "the journal":
+        left.unlink()
+    else:
+        (folder / "model.safetensors").unlink()
+        if missing == "the folder":
+            folder.rmdir()
+    said = merge(*words)
+    assert ("is not as the last run has left it" in said.err) == (missing != "the journal")
+    assert len(written.slices) == slices()
+    assert os.listdir(left.parent) == ["C"]
+
+
+def test_an_old_output_is_not_taken_for_unfinished_work(
+    merge: Command, modelfuse: Command, words: Words, written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Killed after the exchange, before the rest is cleared: the folder of the journal holds the old output."""
+    merge(*words, "--weight_list", 0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper, "SYNC_BYTES", 1)
+        patch.setattr(writer.OutputFolder, "_clear", lambda _: None)
+        patch.setattr(writer.OutputFolder, "_takes_up", lambda folder: folder._temporary.mkdir() or True)
+        merge(*words, "--weight_list", 1, 0, "--overwrite")
+    assert {".C.modelfuse", ".C.modelfuse.journal"} < set(os.listdir(tmp_path / "out"))
+    expected = snapshot(tmp_path / "out" / "C")
+    written.begin()
+    said = merge(*words, "--weight_list", 1, 0, "--overwrite")
+    assert "is not as the last run has left it" in said.err
+    assert len(written.slices) == slices()
+    assert snapshot(tmp_path / "out" / "C") == expected
+    assert os.listdir(tmp_path / "out") == ["C"]
+
+
+def test_progress_starts_where_the_last_run_stopped(left: Path, words: Words, written: Written) -> None:
+    seen: list[int] = []
+    result = package.merge(model_path_list=words[1:3], output_path=words[-1], progress=seen.append)
+    assert seen[0] == result.bytes_kept
+    assert result.bytes_kept > 0
+    plan = package.check(model_path_list=words[1:3])
+    headers = sum(len(file.header) for file in plan.files)
+    assert sum(seen) == result.bytes_read + result.bytes_written - headers
+
+
+def test_nonfinite_values_of_an_earlier_run_are_reported(
+    modelfuse: Command, merge: Command, models: list[Path], words: Words, written: Written, tmp_path: Path
+) -> None:
+    make_model(
+        models[2], {**{name: bf16(np.full(size, np.nan)) for name, size in SIZES.items()}, "ids": np.arange(SPAN + 9)}
+    )
+    words += ["--on_nonfinite", "propagate"]
+    expected = whole(merge, words, tmp_path)
+    written.begin(7)
+    assert modelfuse("merge", *words).status == 130
+    written.begin()
+    merge(*words)
+    assert snapshot(tmp_path / "out" / "C") == expected
+    report = expected["merge_report.json"]
+    assert isinstance(report, bytes)
+    assert b"nonfinite" in report
+
+
+def test_a_refused_input_leaves_nothing(modelfuse: Command, models: list[Path], words: Words, tmp_path: Path) -> None:
+    values = np.zeros(SIZES["e"])
+    values[-1] = np.inf
+    tensors = {name: bf16(np.zeros(size)) for name, size in SIZES.items()} | {"ids": np.arange(SPAN + 9)}
+    make_model(models[2], {**tensors, "e": bf16(values)})
+    before = snapshot(tmp_path)
+    assert modelfuse("merge", *words).status == 2
+    assert snapshot(tmp_path) == before
+
+
+def test_a_full_disk_keeps_what_is_done(
+    modelfuse: Command, merge: Command, words: Words, written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = whole(merge, words, tmp_path)
+    written.begin()
+    pwrite = os.pwrite
+
+    def full(descriptor: int, data: Any, offset: int) -> int:
+        if len(written.slices) == 5 and len(data) > 1000:
+            raise OSError(28, "No space left on device")
+        return pwrite(descriptor, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "pwrite", full)
+        said = modelfuse("merge", *words)
+    assert said.status == 2
+    assert "No space left on device" in said.err
+    assert "the same command goes on from there" in said.err
+    written.begin()
+    merge(*words)
+    assert len(written.slices) == slices() - 4
+    assert snapshot(tmp_path / "out" / "C") == expected
+
+
+def test_room_that_is_taken_already_is_not_asked_for_again(
+    left: Path, merge: Command, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelfuse import plan
+
+    taken = sum(file.stat().st_blocks * 512 for file in (left.parent / ".C.modelfuse").iterdir())
+    assert taken
+    needed = package.check(model_path_list=words[1:3])
+    needed_bytes = needed.bytes_written + sum(file.size for file in needed.side_files)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: plan.shutil._ntuple_diskusage(0, 0, needed_bytes - taken))
+    merge(*words)
+
+
+def test_a_failing_sync_in_the_background_ends_the_merge(
+    modelfuse: Command, merge: Command, words: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The system tells of a lost write once, to whoever syncs first: the journal's sync must not swallow it."""
+    expected = whole(merge, words, tmp_path)
+
+    def broken(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "sync_data", broken)
+        patch.setattr(keeper, "SYNC_BYTES", 1)
+        said = modelfuse("merge", *words)
+    assert said.status == 2
+    assert "Input/output error" in said.err
+    assert not (tmp_path / "out" / "C").exists()
+    merge(*words)
+    assert snapshot(tmp_path / "out" / "C") == expected
+
+
+def test_a_journal_reads_back_what_was_appended(tmp_path: Path) -> None:
+    entries: list[object] = [{"a": [1, "é\udcff"]}, 2, None, "x" * 1000]
+    journal = Journal(tmp_path / "journal")
+    for entry in entries[:2]:
+        journal.append([entry])
+    journal.close()
+    journal = Journal(tmp_path / "journal")
+    assert list(journal.read()) == entries[:2]
+    journal.append(entries[2:])
+    journal.close()
+    assert list(Journal(tmp_path / "journal").read()) == entries
+    Journal(tmp_path / "journal").remove()
+    assert list(Journal(tmp_path / "journal").read()) == []
