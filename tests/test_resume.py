@@ -397,7 +397,7 @@ def test_a_full_disk_keeps_what_is_done(
     pwrite = os.pwrite
 
     def full(descriptor: int, data: Any, offset: int) -> int:
-        if len(written.slices) == 5 and len(data) > 1000:
+        if len(written.slices) == 5 and len(data) > 100_000:
             raise OSError(28, "No space left on device")
         return pwrite(descriptor, data, offset)
 
