@@ -51,22 +51,49 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 2 the request or an input is wrong, 1 anything else, 130 interrupted.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # Closed by the caller, and its number would be given to the next file.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     from modelfuse import show
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # Any path and formula can be shown anywhere.
     try:
-        return _run(list(sys.argv[1:] if words is None else words))
+        status = _run(list(sys.argv[1:] if words is None else words))
+        sys.stdout.flush()
+        return status
     except ModelfuseError as error:
         show.error(error)
         return 2
     except KeyboardInterrupt as interruption:
         show.interrupted(interruption)
         return 130
+    except OSError as error:
+        _tell_failure(error)
+        return 1
+    except MemoryError:
+        show.error(ModelfuseError("There is not enough memory", "Give a smaller --memory, or fewer --n_process."))
+        return 1
     except Exception:
         show.bug()
         return 1
+
+
+def _tell_failure(error: OSError) -> None:
+    """Tell of what the system could not do, and nobody is to blame for: a failing disk, or a full one."""
+    from modelfuse import show
+
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What cannot be written would be tried once more at the end. A reader that has seen enough is no failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return
+        error.filename = "standard output"
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    show.error(ModelfuseError(f"{place}{error.strerror or error}"))
 
 
 def _run(words: list[str]) -> int:

@@ -7,9 +7,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,11 +27,20 @@ if TYPE_CHECKING:
     from modelfuse.run import Result
     from modelfuse.verification import Verification
 
+
+class _Unfailing(Console):
+    """A console that says what it can: no merge ends because the disk of its log is full."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with suppress(OSError):
+            super().print(*objects, **options)
+
+
 #: A log has no width: names stay whole.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 #: For tables of paths and names, which are never cut: a terminal wraps them itself.
 wide = Console(highlight=False, soft_wrap=True, width=1 << 14)
-err = Console(highlight=False, soft_wrap=True, stderr=True)
+err = _Unfailing(highlight=False, soft_wrap=True, stderr=True)
 #: Seconds between two lines of progress in a log.
 LOG_INTERVAL = 10.0
 #: Problems that are listed one by one.
