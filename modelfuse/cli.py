@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import io
 import os
@@ -84,16 +85,15 @@ def _tell_failure(error: OSError) -> None:
     """Tell of what the system could not do, and nobody is to blame for: a failing disk, or a full one."""
     from modelfuse import show
 
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # What cannot be written would be tried once more at the end. A reader that has seen enough is no failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    place = error.filename
+    if not isinstance(place, str | bytes):
+        # Only printing fails without the name of a file. What could not be written would be tried again at the end.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
-            return
-        error.filename = "standard output"
-    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    show.error(ModelfuseError(f"{place}{error.strerror or error}"))
+            return  # Whoever reads it, such as `head`, has seen enough.
+        place = "standard output"
+    show.error(ModelfuseError(f"{os.fsdecode(place)}: {error.strerror or error}"))
 
 
 def _run(words: list[str]) -> int:

@@ -416,3 +416,32 @@ def test_the_public_names_are_there() -> None:
 def test_merging_in_python_needs_an_output_path(pair: Pair) -> None:
     with pytest.raises(package.OutputError, match="output_path is not given"):
         package.merge(model_path_list=pair)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("words", ["methods", "--version", "merge --help"])
+def test_standard_output_that_is_full(words: str) -> None:
+    with open("/dev/full", "w") as full:
+        said = subprocess.run(
+            [sys.executable, "-m", "modelfuse", *words.split()],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (said.returncode, said.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+def test_a_reader_that_has_seen_enough_hears_nothing_more() -> None:
+    command = f"{sys.executable} -m modelfuse methods | true"
+    said = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("closed", ["2> /dev/full", ">&- 2>&-"])
+def test_a_log_that_is_full_or_closed_ends_no_merge(pair: tuple[Path, Path], tmp_path: Path, closed: str) -> None:
+    words = f"merge --model_path_list {pair[0]} {pair[1]} --output_path {tmp_path / 'C'}"
+    said = subprocess.run(f"{sys.executable} -m modelfuse {words} {closed}", shell=True, cwd=ROOT, capture_output=True)
+    assert said.returncode == 0
+    assert (tmp_path / "C" / "merge_report.json").exists()

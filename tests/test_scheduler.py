@@ -244,3 +244,49 @@ def test_an_interrupt_of_a_worker_comes_out_too() -> None:
     scheduler: Scheduler[int] = Scheduler(walk, 2, 1)
     with pytest.raises(KeyboardInterrupt):
         in_time(lambda: scheduler.run(iter([Job(None, procedure(1, []), 9)])))
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_no_interruption_leaves_workers_behind(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Ctrl-C while it waits for the workers, and again while they end."""
+    join, left = threading.Thread.join, times
+    interrupted = threading.Event()
+
+    def interrupting(thread: threading.Thread, timeout: float | None = None) -> None:
+        nonlocal left
+        if thread.name.startswith("worker ") and left:
+            left -= 1
+            if not left:
+                interrupted.set()
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    def walk(*_: Any) -> None:
+        assert interrupted.wait(HANGS)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupting)
+    scheduler: Scheduler[int] = Scheduler(walk, 3, 1)
+    with pytest.raises(KeyboardInterrupt):
+        in_time(lambda: scheduler.run(iter([Job(None, procedure(1, []), 9)])))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker ")]
+
+
+@pytest.mark.parametrize("available", [0, 1, 3])
+def test_fewer_threads_do_the_same_work(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+    """The system may give no more; the thread that asks is a worker itself if it gives none."""
+    start, started = threading.Thread.start, 0
+
+    def refusing(thread: threading.Thread) -> None:
+        nonlocal started
+        if thread.name.startswith("worker "):
+            if started == available:
+                raise RuntimeError("can't start new thread")
+            started += 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+    log: list[list[Any]] = []
+    scheduler: Scheduler[int] = Scheduler(lambda _, owner, pass_, first, count: (pass_, first), 5, 10)
+    in_time(lambda: scheduler.run(iter([Job(None, procedure(2, log), 95)])))
+    assert log == [[(pass_, first) for first in range(0, 95, 10)] for pass_ in range(2)]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker ")]

@@ -67,7 +67,10 @@ class SourceFile:
             os.close(descriptor)
 
     def _check_unchanged(self, descriptor: int) -> None:
-        status = os.fstat(descriptor)
+        try:
+            status = os.fstat(descriptor)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror}") from error
         if (status.st_size, status.st_mtime_ns, status.st_ino) != (self.size, self.mtime_ns, self.inode):
             raise CheckpointError(
                 f"{self.path} was changed while it was being read",
