@@ -73,8 +73,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:
         _tell_failure(error)
         return 1
-    except MemoryError:
-        show.error(ModelfuseError("There is not enough memory", "Give a smaller --memory, or fewer --n_process."))
+    except MemoryError as error:
+        show.error(
+            ModelfuseError(f"There is not enough memory: {error}", "Give a smaller --memory, or fewer --n_process.")
+        )
         return 1
     except Exception:
         show.bug()

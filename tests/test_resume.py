@@ -13,6 +13,7 @@ import pytest
 from conftest import STEPS, Said, bf16, make_model, snapshot, start
 
 import modelfuse as package
+from modelfuse import journal
 from modelfuse import run as running
 from modelfuse.checkpoints import keeper, writer
 from modelfuse.journal import Journal
@@ -270,8 +271,8 @@ def test_a_setting_that_changes_no_byte_goes_on(
     assert len(written.slices) == slices() - LEFT_BY_INTERRUPTING
 
 
-def lines_of(journal: Path) -> list[bytes]:
-    return journal.read_bytes().splitlines(keepends=True)
+def lines_of(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
 
 
 @pytest.mark.parametrize("trusted", [0, 1, 2, 3, 5])
@@ -446,16 +447,87 @@ def test_a_failing_sync_in_the_background_ends_the_merge(
     assert snapshot(tmp_path / "out" / "C") == expected
 
 
+class Disk:
+    """What a disk would still hold after a power cut at each moment: what was synced, under names that were synced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files: dict[Path, bytes] = {}
+        self.names: dict[Path, set[str]] = {}
+        self.images: list[tuple[dict[Path, bytes], dict[Path, set[str]]]] = []
+        fsync = os.fsync
+
+        def sync(descriptor: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if path.is_dir():
+                self.names[path] = set(os.listdir(path))
+            else:
+                self.files[path] = path.read_bytes()
+            self.images.append((dict(self.files), dict(self.names)))
+            fsync(descriptor)
+
+        for module, name in ((os, "fsync"), (writer, "sync_data"), (journal, "sync_data")):
+            monkeypatch.setattr(module, name, sync)
+
+    def put_back(self, image: int, folder: Path, sizes: dict[str, int]) -> None:
+        """Make ``folder`` as it was at a moment; of a file that was never synced, only the size is there."""
+        files, names = self.images[image]
+        folder.mkdir()
+        for parent in (folder, folder / ".C.modelfuse"):
+            for name in names.get(parent, ()) if parent.is_dir() else ():
+                path = parent / name
+                if name == ".C.modelfuse":
+                    path.mkdir()
+                elif name != "C":
+                    path.write_bytes(files.get(path, bytes(sizes.get(name, 0))))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc to tell which file is synced")
+@pytest.mark.parametrize("more", [[], ["--max_shard_size", 600_000]])
+def test_a_power_cut_at_any_moment(
+    merge: Command, words: Words, written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, more: Words
+) -> None:
+    """An entry is never on the disk before what it speaks of."""
+    keep = writer.OutputFolder.keep
+
+    def keep_at_once(folder: writer.OutputFolder, name: str, nbytes: int, entry: object) -> None:
+        keep(folder, name, nbytes, entry)
+        folder._keeper.stop()
+        folder._keeper.flush()
+        folder._keeper = keeper.Keeper(folder._keep)
+
+    monkeypatch.setattr(writer, "_identity", lambda status: [0, status.st_size])
+    words += more
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.OutputFolder, "keep", keep_at_once)
+        disk = Disk(patch)
+        merge(*words)
+    expected = snapshot(out / "C")
+    sizes = {name: len(content) for name, content in expected.items() if isinstance(content, bytes)}
+    assert len(disk.images) > 2 * slices()
+    done = []
+    for image in range(len([0 for _, names in disk.images if "C" not in names.get(out, ())])):
+        out.rename(tmp_path / f"out {image}")
+        disk.put_back(image, out, sizes)
+        written.begin()
+        merge(*words)
+        assert snapshot(out / "C") == expected, image
+        assert os.listdir(out) == ["C"]
+        done.append(slices() - len(written.slices))
+    assert done == sorted(done)
+    assert set(done) == set(range(slices() + 1))
+
+
 def test_a_journal_reads_back_what_was_appended(tmp_path: Path) -> None:
     entries: list[object] = [{"a": [1, "é\udcff"]}, 2, None, "x" * 1000]
-    journal = Journal(tmp_path / "journal")
+    log = Journal(tmp_path / "journal")
     for entry in entries[:2]:
-        journal.append([entry])
-    journal.close()
-    journal = Journal(tmp_path / "journal")
-    assert list(journal.read()) == entries[:2]
-    journal.append(entries[2:])
-    journal.close()
+        log.append([entry])
+    log.close()
+    log = Journal(tmp_path / "journal")
+    assert list(log.read()) == entries[:2]
+    log.append(entries[2:])
+    log.close()
     assert list(Journal(tmp_path / "journal").read()) == entries
     Journal(tmp_path / "journal").remove()
     assert list(Journal(tmp_path / "journal").read()) == []
