@@ -61,7 +61,7 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFold
         "method": {"merge_type": plan.method.merge_type, "sparsify_type": plan.method.sparsify_type,
                    "effective_weights": list(plan.recipe.weights), "seed": plan.method.seed},
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
-        "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
+        "left_out": _left_out(plan),
         "checksum": ALGORITHM,
         "files": {file.name: file.size for file in plan.files},
         "tensors": {name: _tensor(outcomes[name]) for name in (tensor.name for tensor in plan.tensors)},
@@ -72,13 +72,23 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFold
     folder.write_file(REPORT_NAME, encode_json(report))
 
 
+def _left_out(plan: Plan) -> list[dict[str, object]]:
+    """Tensors that the output does not have: of all inputs, then of one."""
+    entries: list[dict[str, object]] = [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied]
+    for model in plan.models:
+        entries += [
+            {"tensor": name, "because": reason, "of": str(model.path)} for name, reason in model.left_out.items()
+        ]
+    return entries
+
+
 def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
     files = {file.path.name: file for tensor in model.values() for file in tensor.files}
     return {
         "path": str(model.path),
         "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",
         "format": model.kind,
-        "tensors": len(model) + len(model.aliases),
+        "tensors": len(model) + len(model.aliases) + len(model.left_out),
         "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
     }
 
@@ -92,7 +102,7 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
         "shape": list(tensor.shape),
         "file": tensor.file,
         "checksum": outcome.checksum.hexdigest(),
-        "source_dtypes": [source.dtype.name for source in tensor.sources],
+        "source_dtypes": [source.stored.name for source in tensor.sources],
     }
     nonfinite = np.sum(outcome.nonfinite, axis=0) if outcome.nonfinite else np.zeros(1)
     if nonfinite.any():

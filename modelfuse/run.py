@@ -16,14 +16,13 @@ from modelfuse.checkpoints.files import SourceFile, read_bytes
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
-from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import CheckpointError, MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.memory import SPAN
 from modelfuse.plan import OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.scheduler import Job, Scheduler
-from modelfuse.serving import with_dtype
+from modelfuse.serving import served_config
 
 Progress = Callable[[int], None]
 #: Differing tensors that an error lists.
@@ -177,7 +176,7 @@ class Run:
         offset = tensor.dtype.nbytes(start)
         task.outcome.checksum.update(offset, data)
         self._folder.write(tensor.file, tensor.offset + offset, data.data)
-        self.progress(data.size + sum(source.dtype.nbytes(length) for source in task.sources))
+        self.progress(data.size + sum(source.stored.nbytes(length) for source in task.sources))
 
 
 def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
@@ -197,8 +196,8 @@ def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
         for file in plan.side_files:
             source = SourceFile.at(file.source)
             content = read_bytes(source, 0, source.size)
-            if file.name == CONFIG_FILE and plan.recipe.output_dtype is not None:
-                content = with_dtype(content, str(OUTPUT_DTYPES[plan.recipe.output_dtype]))
+            if file.name == CONFIG_FILE:
+                content = served_config(content, plan.served_dtype, plan.lead.dequantized)
             folder.write_file(file.name, content)
         write_index(plan, folder)
         write_config(plan, folder)

@@ -1,0 +1,263 @@
+"""Checkpoints whose stored bits are not the weights: fp8 becomes values, all else is refused by name.
+
+What is known of the schemes is what transformers, vLLM and the tools that write such checkpoints document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from modelfuse.checkpoints import Checkpoint, StoredTensor
+from modelfuse.dtypes import DType
+from modelfuse.errors import CheckpointError
+from modelfuse.fp8 import FORMATS, SCALE_DTYPES, Fp8Tensor, expected_scales, fits
+from modelfuse.matching import group_names
+
+#: Where config.json, and the configurations of a model's parts in it, declare how weights are stored.
+DECLARATIONS = ("quantization_config", "compression_config")
+#: Schemes that are understood: fp8 with one scale a tensor or a block (DeepSeek, transformers, AutoFP8), or a row.
+SUPPORTED = ("fp8", "fbgemm_fp8")
+#: Blocks that transformers assumes where config.json does not give them.
+USUAL_BLOCK = (128, 128)
+
+#: Behind a weight's name, what its scale is called; both are multiplied by.
+SCALES = ("_scale_inv", "_scale")
+#: Scales of what flows through a model while it runs: the last part of a name, or its end.
+RUNTIME_SCALES = ("input_scale", "activation_scale", "act_scale", "output_scale", "k_scale", "v_scale", "q_scale",
+                  "kv_scale", "prob_scale")  # fmt: skip
+RUNTIME_ENDINGS = ("_input_scale", "_activation_scale", "_output_scale", "proj.k_scale", "proj.v_scale")
+
+#: Last parts of names that only quantized checkpoints have, and whose they are.
+TELLTALES = {
+    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "g_idx": "GPTQ",
+    "weight_packed": "compressed-tensors", "weight_zero_point": "compressed-tensors",
+    "weight_global_scale": "compressed-tensors",
+    "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "nested_absmax": "bitsandbytes",
+    "nested_quant_map": "bitsandbytes", "bitsandbytes__nf4": "bitsandbytes", "bitsandbytes__fp4": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "weight_scale": "a scheme with scales", "weight_scale_inv": "a scheme with scales",
+    "weight_scales": "a scheme with scales", "weight_scale_2": "a scheme with scales",
+}  # fmt: skip
+#: The same, where the tensor holds integers: others may have such a name without being quantized.
+INTEGER_TELLTALES = {"codes": "AQLM", "W_q": "HQQ", "q_weight": "EXL2", "trellis": "EXL3", "_data": "Quanto"}
+#: Ends of names of gpt-oss's packed experts, integers too.
+MXFP4_ENDINGS = ("_blocks", "_scales")
+
+UNQUANTIZED = "Merge the unquantized models, then quantize the result."
+#: How to get weights out of a checkpoint of some scheme.
+WAYS_OUT = {
+    "bitsandbytes": "Save it as bfloat16 first: load it with transformers, call model.dequantize(), then "
+    "save_pretrained. Better, merge the unquantized models and quantize the result.",
+    "mxfp4": "Save it as bfloat16 first: load it with transformers' Mxfp4Config(dequantize=True), then "
+    "save_pretrained.",
+    "compressed-tensors": "Save it as bfloat16 first: load it with transformers' "
+    "CompressedTensorsConfig(run_compressed=False), then save_pretrained. Better, merge the unquantized models and "
+    "quantize the result.",
+}  # fmt: skip
+
+
+class Scheme(NamedTuple):
+    """A scheme of scales that a config.json declares.
+
+    Attributes:
+        method: Its name.
+        blocks: Rows and columns of a block, in the order of trying; None for one scale a tensor, ``row`` for one a
+            row, ``matrix`` for one a matrix of several.
+    """
+
+    method: str
+    blocks: tuple[tuple[int, int] | str | None, ...]
+
+
+def dequantized(model: Checkpoint) -> Checkpoint:
+    """A checkpoint of values: one whose bits are values as it is, one of fp8 with its scales multiplied in.
+
+    Raises:
+        CheckpointError: If it is quantized in any other way, or its scales are missing or do not fit.
+    """
+    schemes = list(dict.fromkeys(_scheme(model, declared) for declared in _declarations(model.config)))
+    if len(schemes) > 1:
+        listed = " and ".join(scheme.method for scheme in schemes)
+        raise CheckpointError(
+            f"config.json of {model.path} declares {listed}, each with settings of its own", UNQUANTIZED
+        )
+    if schemes:
+        model = _Fp8(model, schemes[0]).values()
+    _refuse_undeclared(model)
+    return model
+
+
+def _declarations(config: Mapping[str, object]) -> Iterator[object]:
+    """What config.json declares for the model or for one of its parts."""
+    for key, value in config.items():
+        if key in DECLARATIONS:
+            if value and not _says_nothing(value):
+                yield value
+        elif isinstance(value, Mapping):
+            yield from _declarations(value)
+
+
+def _says_nothing(declared: object) -> bool:
+    """Whether it is the record that Paddle's tools write for models that are not quantized."""
+    if not isinstance(declared, Mapping) or "weight_quantize_algo" not in declared or declared.get("quant_method"):
+        return False
+    return not declared["weight_quantize_algo"] and not declared.get("quant_type")
+
+
+def _scheme(model: Checkpoint, declared: object) -> Scheme:
+    settings = declared if isinstance(declared, Mapping) else {}
+    method = _method(settings)
+    if method not in SUPPORTED:
+        raise CheckpointError(
+            f"{model.path} is quantized (quant_method {method}): its stored bits cannot be merged",
+            WAYS_OUT.get(method, UNQUANTIZED),
+        )
+    scales = (None, "row", "matrix")
+    if "weight_block_size" not in settings:
+        return Scheme(method, (*scales, USUAL_BLOCK) if method == "fp8" else scales)
+    block = settings["weight_block_size"]
+    if block is None:
+        return Scheme(method, scales)
+    if isinstance(block, list) and len(block) == 2 and all(type(size) is int and 0 < size < 2**31 for size in block):
+        return Scheme(method, ((block[0], block[1]),))
+    raise CheckpointError(
+        f"config.json of {model.path} declares the weight_block_size {block!r}", "It should be two whole numbers."
+    )
+
+
+def _method(settings: Mapping[str, object]) -> str:
+    method = settings.get("quant_method")
+    if isinstance(method, str) and method:
+        return method.lower()
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return "bitsandbytes"
+    algorithm = settings.get("weight_quantize_algo") or settings.get("quant_algo")
+    return algorithm if isinstance(algorithm, str) else "unknown"
+
+
+@dataclass(frozen=True)
+class _Fp8:
+    """The values of a checkpoint that declares a scheme of fp8."""
+
+    model: Checkpoint
+    scheme: Scheme
+
+    def values(self) -> Checkpoint:
+        """The same checkpoint with its codes as values, and without scales."""
+        everything = {**self.model.tensors, **{a: self.model.tensors[to] for a, to in self.model.aliases.items()}}
+        scales, left_out = dict[str, str](), dict[str, str]()
+        for name in everything:
+            weight = _scaled_by(name, everything)
+            if weight is not None:
+                if weight in scales:
+                    raise CheckpointError(
+                        f"{self.model.path}: {weight!r} has two scales, {scales[weight]!r} and {name!r}"
+                    )
+                scales[weight] = name
+                left_out[name] = f"the scale of {weight}, multiplied into it"
+            elif name.split(".")[-1] in RUNTIME_SCALES or name.endswith(RUNTIME_ENDINGS):
+                left_out[name] = "a scale of activations, which the merged model does not quantize"
+        self._refuse_strays(everything, scales, left_out)
+        tensors = {
+            name: self._value(stored, everything.get(scales.get(name, "")))
+            for name, stored in self.model.tensors.items()
+            if name not in left_out
+        }
+        aliases = {alias: to for alias, to in self.model.aliases.items() if alias not in left_out}
+        return replace(self.model, tensors=tensors, aliases=aliases, left_out=left_out, dequantized=True)
+
+    def _refuse_strays(
+        self, everything: Mapping[str, StoredTensor], scales: Mapping[str, str], left_out: Mapping[str, str]
+    ) -> None:
+        for weight, scale in scales.items():
+            dtype = everything[weight].dtype
+            if dtype.name not in FORMATS:
+                raise CheckpointError(
+                    f"{self.model.path}: {weight!r} has the scale {scale!r}, but it is {dtype}, not fp8",
+                    "Its bits are packed in a way that is not known here. " + UNQUANTIZED
+                    if dtype.compute is None
+                    else "If its values are scaled already, remove the scales and quantization_config.",
+                )
+        if strays := [name for name in everything if name.endswith(("weight_scale_inv", "weight_scale"))
+                      and name not in left_out]:  # fmt: skip
+            raise CheckpointError(
+                f"{self.model.path} has scales without their tensors: {', '.join(group_names(strays))}",
+                "Fetch the missing shards.",
+            )
+
+    def _value(self, stored: StoredTensor, scale: StoredTensor | None) -> StoredTensor:
+        if stored.dtype.name not in FORMATS:
+            return stored
+        where = f"{self.model.path}: tensor {stored.name!r} is {stored.dtype}"
+        if scale is None:
+            raise CheckpointError(
+                f"{where} without a scale: there is no {stored.name + SCALES[0]!r} and no {stored.name + SCALES[1]!r}",
+                "Without it, the bits mean nothing. Fetch the whole checkpoint, or merge the unquantized model.",
+            )
+        if scale.dtype.name not in SCALE_DTYPES:
+            raise CheckpointError(f"{where} with a scale of type {scale.dtype}, which is not known here", UNQUANTIZED)
+        if not stored.size:
+            return Fp8Tensor.of(stored, scale, None)
+        tried = list(dict.fromkeys(_size(block, stored.shape) for block in self.scheme.blocks))
+        for block in tried:
+            if fits(scale.shape, stored.shape, block):
+                return Fp8Tensor.of(stored, scale, block)
+        wanted = " or ".join(str(list(expected_scales(stored.shape, block)[0])) for block in tried)
+        raise CheckpointError(
+            f"{where} {list(stored.shape)} with scales of shape {list(scale.shape)}; by the scheme that "
+            f"config.json declares it should be {wanted}",
+            "The weight_block_size of quantization_config does not belong to these tensors.",
+        )
+
+
+def _size(block: tuple[int, int] | str | None, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    if len(shape) < 2 or block is None:
+        return None
+    if isinstance(block, str):
+        return (1 if block == "row" else shape[-2]), shape[-1]
+    return block
+
+
+def _scaled_by(name: str, everything: Mapping[str, StoredTensor]) -> str | None:
+    """The tensor that ``name`` is the scale of, if it is one."""
+    for ending in SCALES:
+        if name.endswith(ending):
+            weight = name.removesuffix(ending)
+            return weight if weight in everything else None
+    return None
+
+
+def _refuse_undeclared(model: Checkpoint) -> None:
+    """Refuse bits that mean nothing by themselves, whatever config.json does not say of them."""
+    for name, tensor in model.items():
+        method = _betrays(name, tensor.dtype)
+        if method is not None:
+            raise CheckpointError(
+                f"{model.path} is quantized ({method}): it has {name!r}, though its config.json "
+                + ("declares something else" if model.dequantized else "declares no quantization_config"),
+                UNQUANTIZED
+                if "scales" not in method
+                else "Restore quantization_config in its config.json if it is "
+                "fp8. Otherwise merge the unquantized models.",
+            )
+        if tensor.dtype.numpy is None:
+            raise CheckpointError(
+                f"{model.path}: tensor {name!r} has the quantized dtype {tensor.dtype}, and its config.json does not "
+                "say how it is scaled: its bits cannot be merged",
+                "Restore quantization_config in its config.json if it has scales. Otherwise merge the unquantized "
+                "models.",
+            )
+
+
+def _betrays(name: str, dtype: DType) -> str | None:
+    """The scheme that a tensor of this name and type belongs to, if it can only be quantized."""
+    last = name.rpartition(".")[2]
+    if last in TELLTALES:
+        return TELLTALES[last]
+    if dtype.compute is None:
+        if name.endswith(MXFP4_ENDINGS) and dtype.name == "U8":
+            return "MXFP4"
+        return INTEGER_TELLTALES.get(last)
+    return None
