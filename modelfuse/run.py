@@ -13,16 +13,19 @@ import numpy as np
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile, read_bytes
+from modelfuse.checkpoints.tensors import Reader
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
-from modelfuse.errors import CheckpointError, MismatchError, OutputError
+from modelfuse.errors import MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.memory import SPAN
+from modelfuse.nonfinite import nonfinite
 from modelfuse.plan import OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.scheduler import Job, Scheduler
 from modelfuse.serving import served_config
+from modelfuse.suspicious import Suspicious, find_suspicious
 
 Progress = Callable[[int], None]
 #: Differing tensors that an error lists.
@@ -40,6 +43,7 @@ class Result:
         bytes_read: Bytes of the inputs' tensors.
         bytes_written: Bytes of the weight files.
         seconds: Wall time.
+        suspicious: The models with tensors that equal the base's, or are far from it.
     """
 
     output_path: Path
@@ -48,13 +52,13 @@ class Result:
     bytes_read: int
     bytes_written: int
     seconds: float
+    suspicious: tuple[Suspicious, ...] = ()
 
 
 @dataclass(eq=False)
 class Task:
     """What a worker needs to know of a job: the tensors to read, and where the result goes, if anywhere."""
 
-    name: str
     sources: tuple[StoredTensor, ...]
     models: tuple[Path, ...]
     outcome: Outcome | None = None
@@ -118,16 +122,17 @@ class Run:
             for model in self.plan.models:
                 pair = (model.tensors.get(tied.name), model.tensors.get(tied.other))
                 if pair[0] is not None and pair[1] is not None:
-                    task = Task(tied.name, (pair[0], pair[1]), (model.path, model.path))
+                    task = Task((pair[0], pair[1]), (model.path, model.path))
                     copy = Copy(f"{tied.name} and {tied.other} of {model.path}", None, pair[0].dtype.bytes)
                     procedure = compare_procedure(copy, self.untied)
                     yield Job(task, procedure, pair[0].size)
         for tensor in self.plan.tensors:
             if tensor.action == "copy":
                 copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes)
-                yield self._job(tensor, copy_procedure(copy, self.differences))
+                yield self._job(self._begin(tensor), copy_procedure(copy, self.differences))
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
+        from modelfuse.kernels.distances import measured
         from modelfuse.kernels.passes import merge_procedure
 
         for tensor in self.plan.tensors:
@@ -137,44 +142,72 @@ class Run:
                 work = Work(
                     tensor.name, tensor.size, dtypes, self.plan.has_base, tensor.dtype, self.plan.method, deltas
                 )
-                yield self._job(tensor, merge_procedure(work))
+                outcome, procedure = self._begin(tensor), merge_procedure(work)
+                if work.has_base:
+                    procedure = measured(procedure, work, outcome.distances)
+                yield self._job(outcome, procedure)
 
-    def _job(self, tensor: OutputTensor, procedure: Procedure) -> Job[Pass]:
-        outcome = Outcome(tensor, Checksum(tensor.nbytes))
-        self.outcomes[tensor.name] = outcome
+    def _begin(self, tensor: OutputTensor) -> Outcome:
+        outcome = self.outcomes[tensor.name] = Outcome(tensor, Checksum(tensor.nbytes))
+        return outcome
+
+    def _job(self, outcome: Outcome, procedure: Procedure) -> Job[Pass]:
+        tensor = outcome.tensor
         strict = tensor.action == "merge" and self.plan.recipe.on_nonfinite == "error"
         paths = tuple(model.path for model in self.plan.models)
-        return Job(Task(tensor.name, tensor.sources, paths, outcome, strict), procedure, tensor.size)
+        return Job(Task(tensor.sources, paths, outcome, strict), procedure, tensor.size)
 
     def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
         """One span: read each slice of every source, let the pass work on it, write what it made."""
-        raws, out = self._raws[worker][: len(task.sources)], self._outs[worker]
-        state = pass_.start()
+        state, out = pass_.start(), self._outs[worker]
+        outcome = task.outcome if pass_.writes else None
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
             for start in range(first, first + count, self.plan.slice_elements):
                 if self._scheduler.stopping:
                     return None
                 length = min(self.plan.slice_elements, first + count - start)
-                if self._held[worker] != (task, start):
-                    self._held[worker] = None
-                    for reader, source, raw in zip(readers, task.sources, raws, strict=True):
-                        reader(start, raw[: source.dtype.nbytes(length)].data)
-                    self._held[worker] = task, start
+                raws = self._read(worker, task, readers, start, length)
                 pass_.apply(state, start, length, raws, out)
-                if task.strict and state.bad.any():
-                    raise _nonfinite(task, state.bad)
-                if pass_.writes and task.outcome is not None:
-                    self._write(task, task.outcome.tensor, start, length, out)
-        if pass_.writes and task.outcome is not None:
-            task.outcome.nonfinite.append(state.bad)
+                if task.strict and task.outcome is not None and state.bad.any():
+                    raise nonfinite(task.outcome.tensor, task.models, self._count_bad(worker, task, pass_))
+                if outcome is not None:
+                    self._write(task, outcome, start, length, out)
+        if outcome is not None:
+            outcome.nonfinite.append(state.bad)
         return pass_.finish(state)
 
-    def _write(self, task: Task, tensor: OutputTensor, start: int, length: int, out: Bytes) -> None:
-        assert task.outcome is not None
+    def _read(self, worker: int, task: Task, readers: Sequence[Reader], start: int, length: int) -> Bytes:
+        """Fill the worker's buffers with a slice of every source, unless they hold it already."""
+        raws = self._raws[worker][: len(task.sources)]
+        if self._held[worker] != (task, start):
+            self._held[worker] = None
+            for reader, source, raw in zip(readers, task.sources, raws, strict=True):
+                reader(start, raw[: source.dtype.nbytes(length)].data)
+            self._held[worker] = task, start
+        return raws
+
+    def _count_bad(self, worker: int, task: Task, pass_: Pass) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
+        size, bad = task.sources[0].size, []
+        with ExitStack() as files:
+            readers = [files.enter_context(source.open()) for source in task.sources]
+            for first in range(0, size, SPAN):
+                state, end = pass_.start(), min(first + SPAN, size)
+                for start in range(first, end, self.plan.slice_elements):
+                    length = min(self.plan.slice_elements, end - start)
+                    raws = self._read(worker, task, readers, start, length)
+                    pass_.apply(state, start, length, raws, self._outs[worker])
+                bad.append(state.bad.copy())
+                pass_.finish(state)
+        counts: np.ndarray[Any, np.dtype[np.int64]] = np.sum(bad, axis=0)
+        return counts
+
+    def _write(self, task: Task, outcome: Outcome, start: int, length: int, out: Bytes) -> None:
+        tensor = outcome.tensor
         data = out[: tensor.dtype.nbytes(length)]
         offset = tensor.dtype.nbytes(start)
-        task.outcome.checksum.update(offset, data)
+        outcome.checksum.update(offset, data)
         self._folder.write(tensor.file, tensor.offset + offset, data.data)
         self.progress(data.size + sum(source.stored.nbytes(length) for source in task.sources))
 
@@ -187,6 +220,8 @@ def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
         MismatchError: If tensors that cannot be merged differ between the models.
         OutputError: If the output cannot be written.
     """
+    from modelfuse.kernels.distances import distances
+
     started = time.perf_counter()
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
@@ -201,7 +236,8 @@ def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
             folder.write_file(file.name, content)
         write_index(plan, folder)
         write_config(plan, folder)
-        write_report(plan, run.outcomes, folder)
+        suspicious = find_suspicious(plan, {name: distances(each.distances) for name, each in run.outcomes.items()})
+        write_report(plan, run.outcomes, suspicious, folder)
         folder.commit()
     merged = sum(tensor.action == "merge" for tensor in plan.tensors)
     return Result(
@@ -211,19 +247,7 @@ def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
         plan.bytes_read,
         plan.bytes_written,
         time.perf_counter() - started,
-    )
-
-
-def _nonfinite(task: Task, bad: np.ndarray[Any, np.dtype[np.int64]]) -> CheckpointError:
-    hint = "Use --on_nonfinite propagate to let such values through."
-    for path, count in zip(task.models, bad, strict=False):
-        if count:
-            return CheckpointError(
-                f"Tensor {task.name!r} of {path} holds NaN or infinite values ({count:,} in the part read so far)", hint
-            )
-    return CheckpointError(
-        f"The merged tensor {task.name!r} overflows its output dtype in {bad[-1]:,} elements of the part done so far",
-        "Use a wider --output_dtype, or --on_nonfinite propagate to store infinities.",
+        suspicious,
     )
 
 
