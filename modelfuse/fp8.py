@@ -76,7 +76,8 @@ def scales_of(dtype: DType, content: bytes) -> Array:
     """
     if dtype.name == "F8_E8M0":
         codes = np.frombuffer(content, np.uint8)
-        return np.where(codes == 255, np.float32(np.nan), np.ldexp(np.float32(1), codes.astype(np.int32) - 127))
+        powers = np.ldexp(np.float32(1), np.minimum(codes, 254).astype(np.int32) - 127)
+        return np.where(codes == 255, np.float32(np.nan), powers)
     if dtype is BF16:
         return (np.frombuffer(content, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     return np.frombuffer(content, "<f2" if dtype.name == "F16" else "<f4").astype(np.float32)

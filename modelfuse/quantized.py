@@ -153,7 +153,8 @@ class _Fp8:
             if weight is not None:
                 if weight in scales:
                     raise CheckpointError(
-                        f"{self.model.path}: {weight!r} has two scales, {scales[weight]!r} and {name!r}"
+                        f"{self.model.path}: {weight!r} has two scales, {scales[weight]!r} and {name!r}",
+                        "Its files were put together from different checkpoints; fetch it again.",
                     )
                 scales[weight] = name
                 left_out[name] = f"the scale of {weight}, multiplied into it"

@@ -2,6 +2,8 @@
 
 Whether they are equal is told exactly; where they are not, as for nearly all tensors, the first few bytes show it.
 The distance is an estimate from some blocks, chosen by the numbers of their elements alone.
+
+numba's cache does not notice here that :func:`modelfuse.kernels.cpu.decode` was edited: touch this file, too.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from modelfuse.kernels.passes import RAW_CODES
 
 Array = np.ndarray[Any, Any]
 
+#: Elements a block, and running sums: they are part of what is measured, so they are not those of other kernels.
+BLOCK, LANES = 1024, 16
 #: A tensor of fewer elements is measured whole; of any other, so many at least.
 LEAST = 1 << 16
 #: At most every so-manieth block: odd, so that rows of a power of two are seen at all their columns.
@@ -102,7 +106,7 @@ class MeasuredPass:
     def start(self) -> MeasuredState:
         """Begin a span."""
         models = self._layout[2].size
-        rows = np.empty((2, cpu.BLOCK))
+        rows = np.empty((2, BLOCK))
         return MeasuredState(self._inner.start(), rows, np.zeros(models, np.bool_), np.zeros(models + 1))
 
     def apply(self, state: MeasuredState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
@@ -181,7 +185,7 @@ def measure(
     for model in range(models):
         start = 0
         while start < count and not differs[model]:
-            size = min(cpu.BLOCK, count - start)
+            size = min(BLOCK, count - start)
             if deltas[model]:
                 differs[model] = _any(codes[model], raws[model], start, size, rows[0])
             elif codes[model] == codes[models]:
@@ -192,9 +196,9 @@ def measure(
                 cpu.decode(codes[models], raws[models], start, size, rows[1])
                 differs[model] = _unequal(codes[model], raws[model], start, size, rows[0], rows[1])
             start += size
-    block = first // cpu.BLOCK
-    for start in range((-block) % stride * cpu.BLOCK, count, stride * cpu.BLOCK):
-        size = min(cpu.BLOCK, count - start)
+    block = first // BLOCK
+    for start in range((-block) % stride * BLOCK, count, stride * BLOCK):
+        size = min(BLOCK, count - start)
         cpu.decode(codes[models], raws[models], start, size, rows[1])
         squares[models] += _sum_of_squares(rows[1], size)
         for model in range(models):
@@ -235,13 +239,13 @@ def _unequal(code: int, raw: Array, start: int, size: int, row: Array, base: Arr
 @jit
 def _sum_of_squares(row: Array, size: int) -> float:
     """In lanes folded in a fixed order: the same bits on any processor."""
-    for i in range(size, -(-size // cpu.LANES) * cpu.LANES):
+    for i in range(size, -(-size // LANES) * LANES):
         row[i] = 0.0
-    lanes = np.zeros(cpu.LANES)
-    for i in range(0, size, cpu.LANES):
-        for lane in range(cpu.LANES):
+    lanes = np.zeros(LANES)
+    for i in range(0, size, LANES):
+        for lane in range(LANES):
             lanes[lane] += row[i + lane] * row[i + lane]
     total = 0.0
-    for lane in range(cpu.LANES):
+    for lane in range(LANES):
         total += lanes[lane]
     return total
