@@ -24,10 +24,9 @@ USUAL_BLOCK = (128, 128)
 
 #: Behind a weight's name, what its scale is called; both are multiplied by.
 SCALES = ("_scale_inv", "_scale")
-#: Scales of what flows through a model while it runs: the last part of a name, or its end.
-RUNTIME_SCALES = ("input_scale", "activation_scale", "act_scale", "output_scale", "k_scale", "v_scale", "q_scale",
-                  "kv_scale", "prob_scale")  # fmt: skip
-RUNTIME_ENDINGS = ("_input_scale", "_activation_scale", "_output_scale", "proj.k_scale", "proj.v_scale")
+#: Ends of the names of scales of what flows through a model while it runs; the second ones are of one element.
+INPUT_SCALES = tuple(f"{mark}{name}" for mark in "._" for name in ("input_scale", "activation_scale", "act_scale"))
+CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_scale", ".output_scale")
 
 #: Last parts of names that only quantized checkpoints have, and whose they are.
 TELLTALES = {
@@ -91,12 +90,14 @@ def dequantized(model: Checkpoint) -> Checkpoint:
 
 def _declarations(config: Mapping[str, object]) -> Iterator[object]:
     """What config.json declares for the model or for one of its parts."""
-    for key, value in config.items():
-        if key in DECLARATIONS:
-            if value and not _says_nothing(value):
-                yield value
-        elif isinstance(value, Mapping):
-            yield from _declarations(value)
+    pending = [config]
+    while pending:
+        for key, value in pending.pop().items():
+            if key in DECLARATIONS:
+                if value and not _says_nothing(value):
+                    yield value
+            elif isinstance(value, Mapping):
+                pending.append(value)
 
 
 def _says_nothing(declared: object) -> bool:
@@ -147,27 +148,36 @@ class _Fp8:
     def values(self) -> Checkpoint:
         """The same checkpoint with its codes as values, and without scales."""
         everything = {**self.model.tensors, **{a: self.model.tensors[to] for a, to in self.model.aliases.items()}}
-        scales, left_out = dict[str, str](), dict[str, str]()
-        for name in everything:
-            weight = _scaled_by(name, everything)
-            if weight is not None:
-                if weight in scales:
-                    raise CheckpointError(
-                        f"{self.model.path}: {weight!r} has two scales, {scales[weight]!r} and {name!r}",
-                        "Its files were put together from different checkpoints; fetch it again.",
-                    )
-                scales[weight] = name
-                left_out[name] = f"the scale of {weight}, multiplied into it"
-            elif name.split(".")[-1] in RUNTIME_SCALES or name.endswith(RUNTIME_ENDINGS):
+        scales = self._scales(everything)
+        left_out = dict.fromkeys(scales.values(), "a scale, multiplied into its tensor")
+        for name, stored in everything.items():
+            if name.endswith(INPUT_SCALES) or (name.endswith(CACHE_SCALES) and stored.size == 1):
                 left_out[name] = "a scale of activations, which the merged model does not quantize"
         self._refuse_strays(everything, scales, left_out)
+        # A name that shares codes, but not their scales, is a tensor of its own.
+        aliases = {alias: to for alias, to in self.model.aliases.items()
+                   if not {alias, to} & left_out.keys() and alias not in scales}  # fmt: skip
         tensors = {
-            name: self._value(stored, everything.get(scales.get(name, "")))
-            for name, stored in self.model.tensors.items()
-            if name not in left_out
+            name: self._value(name, stored, everything.get(scales.get(name, "")))
+            for name, stored in everything.items()
+            if name not in left_out and name not in aliases
         }
-        aliases = {alias: to for alias, to in self.model.aliases.items() if alias not in left_out}
         return replace(self.model, tensors=tensors, aliases=aliases, left_out=left_out, dequantized=True)
+
+    def _scales(self, everything: Mapping[str, StoredTensor]) -> dict[str, str]:
+        """The names of the scales, by the tensors that they belong to."""
+        scales: dict[str, str] = {}
+        for name in everything:
+            weight = next((name.removesuffix(ending) for ending in SCALES if name.endswith(ending)), None)
+            if weight is None or weight not in everything:
+                continue
+            if weight in scales:
+                raise CheckpointError(
+                    f"{self.model.path}: {weight!r} has two scales, {scales[weight]!r} and {name!r}",
+                    "Its files were put together from different checkpoints; fetch it again.",
+                )
+            scales[weight] = name
+        return scales
 
     def _refuse_strays(
         self, everything: Mapping[str, StoredTensor], scales: Mapping[str, str], left_out: Mapping[str, str]
@@ -188,13 +198,13 @@ class _Fp8:
                 "Fetch the missing shards.",
             )
 
-    def _value(self, stored: StoredTensor, scale: StoredTensor | None) -> StoredTensor:
+    def _value(self, name: str, stored: StoredTensor, scale: StoredTensor | None) -> StoredTensor:
         if stored.dtype.name not in FORMATS:
             return stored
-        where = f"{self.model.path}: tensor {stored.name!r} is {stored.dtype}"
+        where = f"{self.model.path}: tensor {name!r} is {stored.dtype}"
         if scale is None:
             raise CheckpointError(
-                f"{where} without a scale: there is no {stored.name + SCALES[0]!r} and no {stored.name + SCALES[1]!r}",
+                f"{where} without a scale: there is no {name + SCALES[0]!r} and no {name + SCALES[1]!r}",
                 "Without it, the bits mean nothing. Fetch the whole checkpoint, or merge the unquantized model.",
             )
         if scale.dtype.name not in SCALE_DTYPES:
@@ -219,15 +229,6 @@ def _size(block: tuple[int, int] | str | None, shape: tuple[int, ...]) -> tuple[
     if isinstance(block, str):
         return (1 if block == "row" else shape[-2]), shape[-1]
     return block
-
-
-def _scaled_by(name: str, everything: Mapping[str, StoredTensor]) -> str | None:
-    """The tensor that ``name`` is the scale of, if it is one."""
-    for ending in SCALES:
-        if name.endswith(ending):
-            weight = name.removesuffix(ending)
-            return weight if weight in everything else None
-    return None
 
 
 def _refuse_undeclared(model: Checkpoint) -> None:

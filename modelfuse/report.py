@@ -69,7 +69,7 @@ def write_report(
         "method": {"merge_type": plan.method.merge_type, "sparsify_type": plan.method.sparsify_type,
                    "effective_weights": list(plan.recipe.weights), "seed": plan.method.seed},
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
-        "left_out": _left_out(plan),
+        "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
         "suspicious": [_suspicious(each) for each in suspicious],
         "checksum": ALGORITHM,
         "files": {file.name: file.size for file in plan.files},
@@ -81,16 +81,6 @@ def write_report(
     folder.write_file(REPORT_NAME, encode_json(report))
 
 
-def _left_out(plan: Plan) -> list[dict[str, object]]:
-    """Tensors that the output does not have: of all inputs, then of one."""
-    entries: list[dict[str, object]] = [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied]
-    for model in plan.models:
-        entries += [
-            {"tensor": name, "because": reason, "of": str(model.path)} for name, reason in model.left_out.items()
-        ]
-    return entries
-
-
 def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
     files = {file.path.name: file for tensor in model.values() for file in tensor.files}
     return {
@@ -99,7 +89,16 @@ def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
         "format": model.kind,
         "tensors": len(model) + len(model.aliases) + len(model.left_out),
         "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
+        **_left_out(model),
     }
+
+
+def _left_out(model: Checkpoint) -> dict[str, object]:
+    """Tensors of one input that no output could have, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in model.left_out.items():
+        names.setdefault(reason, []).append(name)
+    return {"left_out": [{"because": reason, "tensors": own} for reason, own in names.items()]} if names else {}
 
 
 def _suspicious(found: Suspicious) -> dict[str, object]:

@@ -247,11 +247,11 @@ def test_fp8_and_bfloat16_models_merge(
 
     # Every tensor of every input is accounted for.
     report = report_of(out)
-    names = {each["tensor"] for each in report["left_out"]}
+    names = {name for each in report["inputs"][0]["left_out"] for name in each["tensors"]}
     files, _ = read_safetensors(tmp_path / "A" / "model.safetensors")
     assert names | merged.keys() == files.keys()
     assert not names & merged.keys()
-    assert {each["of"] for each in report["left_out"]} == {str(tmp_path / "A")}
+    assert "left_out" not in report["inputs"][1]
     assert report["inputs"][0]["tensors"] == len(files)
     assert report["tensors"]["model.layers.0.mlp.up_proj.weight"]["source_dtypes"] == ["F8_E4M3", "BF16"]
 
@@ -322,6 +322,24 @@ def test_pickled_fp8(merge: Run, tmp_path: Path) -> None:
     merge("--model_path_list", tmp_path / "A", tmp_path / "P", "--weight_list", 0, 1, "--output_path", tmp_path / "C")
     wanted = expanded(codes.T, scale, (128, 128)).bfloat16().float().numpy()
     np.testing.assert_array_equal(array(read_model(tmp_path / "C")["w"]), wanted)
+
+
+def test_codes_that_are_shared_with_other_scales(merge: Run, tmp_path: Path) -> None:
+    """torch stores what is shared once; a scale of its own makes another tensor of it."""
+    codes, scales = codes_of((150, 140), 1), [scale_for((2, 2), seed) for seed in (1, 2)]
+    for name in "AB":
+        (tmp_path / name).mkdir()
+        shared = {"a": codes, "b": codes, "c": codes, "a_scale_inv": scales[0], "b_scale_inv": scales[1],
+                  "d": scales[0]}  # fmt: skip
+        torch.save(shared, tmp_path / name / "pytorch_model.bin")
+        (tmp_path / name / "config.json").write_text(json.dumps({"quantization_config": BLOCKS}))
+    merge("--model_path_list", tmp_path / "A", tmp_path / "B", "--output_path", tmp_path / "C")
+    merged = read_model(tmp_path / "C")
+    assert merged.keys() == {"a", "b", "d"}  # c is a's second name.
+    for name, scale in zip("ab", scales, strict=True):
+        wanted = expanded(codes, scale, (128, 128)).bfloat16().float().numpy()
+        np.testing.assert_array_equal(array(merged[name]), wanted)
+    np.testing.assert_array_equal(array(merged["d"]), scales[0].numpy())
 
 
 def test_a_nan_code_is_a_value_that_is_not_finite(refuse: Callable[..., str], modelfuse: Run, tmp_path: Path) -> None:

@@ -162,7 +162,16 @@ def test_scales_of_activations_are_left_out_of_fp8_models_only(merge: Callable[.
     tensors = {WEIGHT: stored(torch.ones(4, 6).to(E4M3)), f"{WEIGHT}_scale": stored(torch.ones(1)),
                "model.layers.0.mlp.up_proj.input_scale": stored(torch.ones(1)),
                "experts.gate_up_proj_activation_scale": stored(torch.ones(1)),
-               "attn.k_scale": np.ones(1, np.float32), "layer_scale": np.ones(3, np.float32)}  # fmt: skip
+               "attn.k_scale": np.ones(1, np.float32), "layer_scale": np.ones(3, np.float32),
+               "norm.k_scale": np.ones(3, np.float32)}  # fmt: skip
     models = [make_model(tmp_path / name, tensors, config={"quantization_config": STATIC}) for name in "AB"]
     merge("--model_path_list", *models, "--output_path", tmp_path / "C")
-    assert read_model(tmp_path / "C").keys() == {WEIGHT, "layer_scale"}
+    # What has several elements is learned.
+    assert read_model(tmp_path / "C").keys() == {WEIGHT, "layer_scale", "norm.k_scale"}
+
+
+def test_a_configuration_as_deep_as_json_goes(merge: Callable[..., Said], tmp_path: Path) -> None:
+    models = [make_model(tmp_path / name, PLAIN, config=None) for name in "AB"]
+    for model in models:
+        (model / "config.json").write_text('{"a": ' * 900 + "{}" + "}" * 900)
+    merge("--model_path_list", *models, "--output_path", tmp_path / "C")
