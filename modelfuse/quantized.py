@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cache
+from typing import Literal, NamedTuple
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.dtypes import DType
@@ -57,6 +58,10 @@ WAYS_OUT = {
 }  # fmt: skip
 
 
+#: Rows and columns of a block; None for one scale a tensor.
+Block = tuple[int, int] | None
+
+
 class Scheme(NamedTuple):
     """A scheme of scales that a config.json declares.
 
@@ -67,7 +72,7 @@ class Scheme(NamedTuple):
     """
 
     method: str
-    blocks: tuple[tuple[int, int] | str | None, ...]
+    blocks: tuple[Block | Literal["row", "matrix"], ...]
 
 
 def dequantized(model: Checkpoint) -> Checkpoint:
@@ -115,7 +120,7 @@ def _scheme(model: Checkpoint, declared: object) -> Scheme:
             f"{model.path} is quantized (quant_method {method}): its stored bits cannot be merged",
             WAYS_OUT.get(method, UNQUANTIZED),
         )
-    scales = (None, "row", "matrix")
+    scales: tuple[Block | Literal["row", "matrix"], ...] = (None, "row", "matrix")
     if "weight_block_size" not in settings:
         return Scheme(method, (*scales, USUAL_BLOCK) if method == "fp8" else scales)
     block = settings["weight_block_size"]
@@ -201,34 +206,41 @@ class _Fp8:
     def _value(self, name: str, stored: StoredTensor, scale: StoredTensor | None) -> StoredTensor:
         if stored.dtype.name not in FORMATS:
             return stored
-        where = f"{self.model.path}: tensor {name!r} is {stored.dtype}"
         if scale is None:
             raise CheckpointError(
-                f"{where} without a scale: there is no {name + SCALES[0]!r} and no {name + SCALES[1]!r}",
+                f"{self.model.path}: tensor {name!r} is {stored.dtype} without a scale: there is no "
+                f"{name + SCALES[0]!r} and no {name + SCALES[1]!r}",
                 "Without it, the bits mean nothing. Fetch the whole checkpoint, or merge the unquantized model.",
             )
         if scale.dtype.name not in SCALE_DTYPES:
-            raise CheckpointError(f"{where} with a scale of type {scale.dtype}, which is not known here", UNQUANTIZED)
-        if not stored.size:
-            return Fp8Tensor.of(stored, scale, None)
-        tried = list(dict.fromkeys(_size(block, stored.shape) for block in self.scheme.blocks))
-        for block in tried:
-            if fits(scale.shape, stored.shape, block):
-                return Fp8Tensor.of(stored, scale, block)
-        wanted = " or ".join(str(list(expected_scales(stored.shape, block)[0])) for block in tried)
+            raise CheckpointError(
+                f"{self.model.path}: the scale of {name!r} is {scale.dtype}, which is not known here", UNQUANTIZED
+            )
+        blocks = _possible_blocks(stored.shape, self.scheme)
+        block = _block(stored.shape, scale.shape, blocks)
+        if block is not False:
+            return Fp8Tensor.of(stored, scale, block)
+        wanted = " or ".join(str(list(expected_scales(stored.shape, each)[0])) for each in blocks)
         raise CheckpointError(
-            f"{where} {list(stored.shape)} with scales of shape {list(scale.shape)}; by the scheme that "
-            f"config.json declares it should be {wanted}",
+            f"{self.model.path}: tensor {name!r} {list(stored.shape)} has scales of shape {list(scale.shape)}; by the "
+            f"scheme that config.json declares it should be {wanted}",
             "The weight_block_size of quantization_config does not belong to these tensors.",
         )
 
 
-def _size(block: tuple[int, int] | str | None, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    if len(shape) < 2 or block is None:
-        return None
-    if isinstance(block, str):
-        return (1 if block == "row" else shape[-2]), shape[-1]
-    return block
+@cache
+def _possible_blocks(shape: tuple[int, ...], scheme: Scheme) -> tuple[Block, ...]:
+    """Rows and columns of a block in a tensor of this shape, in the order of trying."""
+    if len(shape) < 2 or 0 in shape:
+        return (None,)
+    known: dict[str | None, Block] = {None: None, "row": (1, shape[-1]), "matrix": (shape[-2], shape[-1])}
+    return tuple(dict.fromkeys(each if isinstance(each, tuple) else known[each] for each in scheme.blocks))
+
+
+@cache
+def _block(shape: tuple[int, ...], scale: tuple[int, ...], blocks: tuple[Block, ...]) -> Block | Literal[False]:
+    """The first of the blocks that the scale's shape fits; without elements, nothing can be wrong."""
+    return next((block for block in blocks if 0 in shape or fits(scale, shape, block)), False)
 
 
 def _refuse_undeclared(model: Checkpoint) -> None:
