@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import CONFIG, Said, Stored, array, bf16, make_model, read_model, save_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from modelfuse.checkpoints.safetensors import read_safetensors
 from modelfuse.dtypes import BF16, BY_NAME, BY_TORCH_NAME
 from modelfuse.fp8 import FORMATS, SCALE_DTYPES, Fp8Tensor, fits, scales_of, values_of
 
+torch = pytest.importorskip("torch", reason="compares with torch's float8 types")
 Run = Callable[..., Said]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -155,6 +155,7 @@ def test_any_blocks_of_any_shape(tmp_path_factory: pytest.TempPathFactory, data:
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 def test_values_are_those_of_transformers(tmp_path: Path, scale_dtype: str) -> None:
+    pytest.importorskip("transformers", reason="compares with transformers' own conversion")
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     codes, scale = codes_of((256, 384), 5), scale_for((2, 3), 5).to(torch_dtype(scale_dtype))
@@ -389,3 +390,31 @@ def test_memory_and_bytes_are_counted_as_they_are(tmp_path: Path) -> None:
     assert sum(done) == 4 * 64 * 64
     assert math.isclose(plan.memory - package.check(model_path_list=paths, output_dtype="float32").memory,
                         -2 * plan.slice_elements)  # fmt: skip
+
+
+def test_transformers_loads_what_was_merged(merge: Run, tmp_path: Path) -> None:
+    """As bfloat16, with nothing left to dequantize and no tensor missing or unexpected."""
+    transformers = pytest.importorskip("transformers", reason="loads what was merged with transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    plain = transformers.LlamaForCausalLM(config).bfloat16()
+    plain.save_pretrained(tmp_path / "B")
+    wanted, tensors = {}, {}
+    for number, (name, weight) in enumerate(plain.state_dict().items()):
+        wanted[name], tensors[name] = weight, stored(weight)
+        if "_proj" in name:
+            codes = codes_of(tuple(weight.shape), number)
+            scale = scale_for(tuple(-(-length // 32) for length in weight.shape), number)
+            tensors[name], tensors[f"{name}_scale_inv"] = stored(codes), stored(scale)
+            wanted[name] = ((expanded(codes, scale, (32, 32)) + weight.float()) * 0.5).bfloat16()
+    quantization = {**BLOCKS, "weight_block_size": [32, 32]}
+    make_model(tmp_path / "A", tensors, config={**config_of(tmp_path / "B"), "quantization_config": quantization})
+    merge("--model_path_list", tmp_path / "A", tmp_path / "B", "--output_path", tmp_path / "C")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "C", output_loading_info=True)
+    assert not any(info.values()), info
+    assert not hasattr(loaded.config, "quantization_config")
+    found = loaded.state_dict()
+    assert {name: each.dtype for name, each in found.items()} == dict.fromkeys(wanted, torch.bfloat16)
+    assert all(torch.equal(found[name], each) for name, each in wanted.items())

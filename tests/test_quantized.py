@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import CONFIG, Said, Stored, array, bf16, make_model, read_model
-from test_fp8 import BLOCKS, E4M3, STATIC, codes_of, scale_for, stored
+from test_fp8 import BLOCKS, E4M3, STATIC, codes_of, scale_for, stored, torch
 
 Refuse = Callable[..., str]
 Tensors = Mapping[str, np.ndarray | Stored]
