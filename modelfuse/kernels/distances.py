@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelfuse.kernels import Bytes, Pass, Procedure, SpanState, Work, cpu
-from modelfuse.kernels.compiling import jit
+from modelfuse.kernels.loading import compile_kernel
 from modelfuse.kernels.passes import RAW_CODES
 
 Array = np.ndarray[Any, Any]
@@ -154,7 +154,7 @@ def distances(spans: Sequence[SpanDistances]) -> list[Distance]:
     ]
 
 
-@jit
+@compile_kernel
 def measure(
     raws: Array,
     codes: Array,
@@ -209,7 +209,7 @@ def measure(
             squares[model] += _sum_of_squares(rows[0], size)
 
 
-@jit
+@compile_kernel
 def _differ(one: Array, other: Array) -> Any:
     ones, others = one.view(np.uint16), other.view(np.uint16)
     found = np.uint16(0)
@@ -218,7 +218,7 @@ def _differ(one: Array, other: Array) -> Any:
     return found != 0
 
 
-@jit
+@compile_kernel
 def _any(code: int, raw: Array, start: int, size: int, row: Array) -> bool:
     cpu.decode(code, raw, start, size, row)
     found = False
@@ -227,7 +227,7 @@ def _any(code: int, raw: Array, start: int, size: int, row: Array) -> bool:
     return found
 
 
-@jit
+@compile_kernel
 def _unequal(code: int, raw: Array, start: int, size: int, row: Array, base: Array) -> bool:
     cpu.decode(code, raw, start, size, row)
     found = False
@@ -236,7 +236,7 @@ def _unequal(code: int, raw: Array, start: int, size: int, row: Array, base: Arr
     return found
 
 
-@jit
+@compile_kernel
 def _sum_of_squares(row: Array, size: int) -> float:
     """In lanes folded in a fixed order: the same bits on any processor."""
     for i in range(size, -(-size // LANES) * LANES):
