@@ -29,16 +29,19 @@ SCALES = ("_scale_inv", "_scale")
 INPUT_SCALES = tuple(f"{mark}{name}" for mark in "._" for name in ("input_scale", "activation_scale", "act_scale"))
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_scale", ".output_scale")
 
+#: What may be any of several schemes.
+SCALED, GPTQ_OR_AWQ = "a scheme with scales", "GPTQ or AWQ"
 #: Last parts of names that only quantized checkpoints have, and whose they are.
 TELLTALES = {
-    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "g_idx": "GPTQ",
+    "qweight": GPTQ_OR_AWQ, "qzeros": GPTQ_OR_AWQ, "g_idx": "GPTQ",
     "weight_packed": "compressed-tensors", "weight_zero_point": "compressed-tensors",
     "weight_global_scale": "compressed-tensors",
     "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "nested_absmax": "bitsandbytes",
     "nested_quant_map": "bitsandbytes", "bitsandbytes__nf4": "bitsandbytes", "bitsandbytes__fp4": "bitsandbytes",
     "SCB": "bitsandbytes",
-    "weight_scale": "a scheme with scales", "weight_scale_inv": "a scheme with scales",
-    "weight_scales": "a scheme with scales", "weight_scale_2": "a scheme with scales",
+    "quant_weight": "Paddle's weight-only quantization", "quant_scale": "Paddle's weight-only quantization",
+    "weight_scale": SCALED, "weight_scale_inv": SCALED,
+    "weight_scales": SCALED, "weight_scale_2": SCALED,
 }  # fmt: skip
 #: The same, where the tensor holds integers: others may have such a name without being quantized.
 INTEGER_TELLTALES = {"codes": "AQLM", "W_q": "HQQ", "q_weight": "EXL2", "trellis": "EXL3", "_data": "Quanto"}
@@ -46,6 +49,9 @@ INTEGER_TELLTALES = {"codes": "AQLM", "W_q": "HQQ", "q_weight": "EXL2", "trellis
 MXFP4_ENDINGS = ("_blocks", "_scales")
 
 UNQUANTIZED = "Merge the unquantized models, then quantize the result."
+UNDECLARED = (
+    "Restore quantization_config in its config.json if it is fp8 with scales. Otherwise merge the unquantized models."
+)
 #: How to get weights out of a checkpoint of some scheme.
 WAYS_OUT = {
     "bitsandbytes": "Save it as bfloat16 first: load it with transformers, call model.dequantize(), then "
@@ -245,24 +251,26 @@ def _block(shape: tuple[int, ...], scale: tuple[int, ...], blocks: tuple[Block, 
 
 def _refuse_undeclared(model: Checkpoint) -> None:
     """Refuse bits that mean nothing by themselves, whatever config.json does not say of them."""
+    betrayals: dict[str, str] = {}
     for name, tensor in model.items():
         method = _betrays(name, tensor.dtype)
         if method is not None:
-            raise CheckpointError(
-                f"{model.path} is quantized ({method}): it has {name!r}, though its config.json "
-                + ("declares something else" if model.dequantized else "declares no quantization_config"),
-                UNQUANTIZED
-                if "scales" not in method
-                else "Restore quantization_config in its config.json if it is "
-                "fp8. Otherwise merge the unquantized models.",
-            )
-        if tensor.dtype.numpy is None:
-            raise CheckpointError(
-                f"{model.path}: tensor {name!r} has the quantized dtype {tensor.dtype}, and its config.json does not "
-                "say how it is scaled: its bits cannot be merged",
-                "Restore quantization_config in its config.json if it has scales. Otherwise merge the unquantized "
-                "models.",
-            )
+            betrayals.setdefault(method, name)
+    if betrayals:
+        # Several schemes have scales; what else there is says more.
+        method = min(betrayals, key=lambda each: (each == SCALED, each == GPTQ_OR_AWQ))
+        raise CheckpointError(
+            f"{model.path} is quantized ({method}): it has {betrayals[method]!r}, though its config.json declares "
+            + ("another scheme" if model.dequantized else "no quantization_config"),
+            UNDECLARED if method == SCALED else WAYS_OUT.get(method.lower(), UNQUANTIZED),
+        )
+    bits = next((tensor for tensor in model.values() if tensor.dtype.numpy is None), None)
+    if bits is not None:
+        raise CheckpointError(
+            f"{model.path}: tensor {bits.name!r} has the quantized dtype {bits.dtype}, and its config.json does not "
+            "say how it is scaled: its bits cannot be merged",
+            UNDECLARED,
+        )
 
 
 def _betrays(name: str, dtype: DType) -> str | None:

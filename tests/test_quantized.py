@@ -60,9 +60,10 @@ def test_declared_methods(refused: Callable[..., str], declared: object, method:
 @pytest.mark.parametrize(
     ("names", "method"),
     [
-        ({"qweight": np.int32, "qzeros": np.int32, "scales": np.float16, "g_idx": np.int32}, "GPTQ"),
-        ({"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, "AWQ"),
-        ({"weight_packed": np.int32, "weight_scale": np.float16, "weight_shape": np.int64}, "compressed-tensors"),
+        ({"qweight": np.int32, "qzeros": np.int32, "scales": np.float16, "g_idx": np.int32}, "(GPTQ)"),
+        ({"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, "(GPTQ or AWQ)"),
+        ({"weight_scale": np.float16, "weight_packed": np.int32, "weight_shape": np.int64}, "(compressed-tensors)"),
+        ({"quant_weight": np.int8, "quant_scale": np.float32}, "Paddle's weight-only"),
         ({"weight": np.uint8, "weight.absmax": np.float32, "weight.quant_map": np.float32,
           "weight.quant_state.bitsandbytes__nf4": np.uint8}, "bitsandbytes"),
         ({"weight": np.int8, "SCB": np.float32}, "bitsandbytes"),
@@ -78,12 +79,13 @@ def test_names_betray_what_config_does_not_say(
     refused: Callable[..., str], names: dict[str, type], method: str, config: dict[str, Any] | None
 ) -> None:
     tensors = {f"model.layers.0.mlp.{name}": np.zeros((2, 2), kind) for name, kind in names.items()}
-    refused({**PLAIN, **tensors}, config, [method, "declares no quantization_config"])
+    hint = "Mxfp4Config" if method == "MXFP4" else "unquantized"
+    refused({**PLAIN, **tensors}, config, [method, "declares no quantization_config"], hint)
 
 
 def test_a_declared_scheme_does_not_hide_another(refused: Callable[..., str]) -> None:
     tensors = {WEIGHT: CODES, f"{WEIGHT}_scale_inv": SCALE, "model.layers.1.mlp.qweight": np.zeros((2, 2), np.int32)}
-    refused(tensors, {"quantization_config": BLOCKS}, ["GPTQ", "declares something else"])
+    refused(tensors, {"quantization_config": BLOCKS}, ["GPTQ", "declares another scheme"])
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"])
