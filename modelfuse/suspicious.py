@@ -26,7 +26,7 @@ class Suspicious:
         tensors: How many of its tensors were compared with the base's.
         equal: Those that are the base's, bit for bit.
         far: Those whose relative distance ‖x − b‖ / ‖b‖ is more than ten times the median, and that distance; None
-            where the base is zero.
+            where there is no such number, as for a base of zeros.
         median: The median of the relative distances of the tensors that differ; None if there is none.
     """
 
@@ -42,10 +42,10 @@ class Suspicious:
         parts = []
         if self.equal:
             whole = len(self.equal) == self.tensors
-            parts.append("all tensors are the base's" if whole else f"{len(self.equal)} of {self.tensors} tensors are "
-                         "the base's")  # fmt: skip
+            number = "all" if whole else f"{len(self.equal)} of {self.tensors}"
+            parts.append(f"{number} tensors equal the base's")
         if self.far:
-            parts.append(f"{len(self.far)} far from it")
+            parts.append(f"{len(self.far)} of {self.tensors} tensors are far from the base's")
         return ", ".join(parts)
 
 

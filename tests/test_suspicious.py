@@ -160,7 +160,7 @@ def test_what_stands_out_is_listed(merge: Run, tmp_path: Path) -> None:
     ratios = [np.linalg.norm(a[name] - base[name]) / np.linalg.norm(base[name]) for name in moved]
     assert found["median_relative_distance"] == pytest.approx(np.median(ratios), rel=1e-5)
     (line,) = [line for line in said.out.splitlines() if "the base's" in line]
-    assert f"{tmp_path / 'A'}: 2 of 9 tensors are the base's, 1 far from it" in line
+    assert f"{tmp_path / 'A'}: 2 of 9 tensors equal the base's, 1 of 9 tensors are far from the base's" in line
     assert str(tmp_path / "B") not in line
     assert package.verify(tmp_path / "O", full=True).holds
 
@@ -170,7 +170,7 @@ def test_a_model_that_is_the_base(merge: Run, tmp_path: Path) -> None:
     make_model(tmp_path / "base", many(0))
     said = merge("--model_path_list", tmp_path / "A", tmp_path / "base", "--base_model_path", tmp_path / "base",
                  "--output_path", tmp_path / "O")  # fmt: skip
-    assert f"{tmp_path / 'base'}: all tensors are the base's" in said.out
+    assert f"{tmp_path / 'base'}: all tensors equal the base's" in said.out
     (found,) = report_of(tmp_path / "O")["suspicious"]
     assert (found["far_from_base"], found["median_relative_distance"]) == ({}, None)
     assert found["equal_to_base"] == list(many(0))
