@@ -14,7 +14,7 @@ from typing import Literal
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.safetensors import encode_header
 from modelfuse.checkpoints.writer import bytes_left
-from modelfuse.dtypes import OUTPUT_DTYPES, DType
+from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, OutputError, RecipeError
 from modelfuse.inputs import open_inputs
 from modelfuse.matching import Tied, group_names, match_tensors
@@ -59,6 +59,11 @@ class OutputTensor:
     def nbytes(self) -> int:
         """The number of bytes in the output."""
         return self.dtype.nbytes(self.size)
+
+    @property
+    def bytes_read(self) -> int:
+        """The number of bytes in all sources together."""
+        return sum(source.stored.nbytes(source.size) for source in self.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,14 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes to read, each once; measuring reads some again."""
-        return sum(source.nbytes for tensor in self.tensors for source in tensor.sources)
+        return sum(tensor.bytes_read for tensor in self.tensors)
+
+    @property
+    def served_dtype(self) -> str | None:
+        """The type that the output's config.json is to name, None for that of the lead."""
+        if self.recipe.output_dtype is not None:
+            return str(OUTPUT_DTYPES[self.recipe.output_dtype])
+        return str(BF16) if any(tensor.natural is not tensor.dtype for tensor in self.lead.values()) else None
 
     @property
     def bytes_written(self) -> int:
@@ -143,7 +155,7 @@ def make_plan(recipe: Recipe) -> Plan:
     workers, slice_elements, memory = _fit_memory(recipe, tensors)
     plan = Plan(
         recipe, recipe.method, models, tensors, tied, files, index, files_to_serve(recipe, lead), workers,
-        slice_elements, memory, _notes(recipe, workers, memory, lead),
+        slice_elements, memory, _notes(recipe, workers, memory, models, lead),
     )  # fmt: skip
     _check_room(plan)
     return plan
@@ -263,8 +275,10 @@ def _check_room(plan: Plan) -> None:
         )
 
 
-def _notes(recipe: Recipe, workers: int, memory: int, lead: Checkpoint) -> tuple[str, ...]:
-    notes = []
+def _notes(
+    recipe: Recipe, workers: int, memory: int, models: Sequence[Checkpoint], lead: Checkpoint
+) -> tuple[str, ...]:
+    notes = [_note_dequantized(model) for model in models if model.dequantized]
     if workers < recipe.n_process:
         notes.append(f"{workers} of {recipe.n_process} workers, so that the memory budget holds.")
     if memory > recipe.memory:
@@ -275,3 +289,8 @@ def _notes(recipe: Recipe, workers: int, memory: int, lead: Checkpoint) -> tuple
     if not lead.config:
         notes.append(f"{lead.path} has no config.json, so none is copied; a server will need one.")
     return tuple(notes)
+
+
+def _note_dequantized(model: Checkpoint) -> str:
+    number = sum(tensor.natural is not tensor.dtype for tensor in model.values())
+    return f"{model.path}: {number} tensors are dequantized; {len(model.left_out)} tensors of scales are left out."

@@ -106,7 +106,7 @@ def choose(plan: Plan, stored: Mapping[str, StoredTensor], full: bool, sample: i
 
 def bytes_of(tensor: OutputTensor) -> int:
     """The bytes of a tensor and of its sources."""
-    return tensor.nbytes + sum(source.nbytes for source in tensor.sources)
+    return tensor.nbytes + tensor.bytes_read
 
 
 def compare(plan: Plan, stored: Mapping[str, StoredTensor], progress: Callable[[int], None]) -> list[Problem]:

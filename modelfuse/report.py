@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,11 @@ from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import ALGORITHM, Checksum
 from modelfuse.plan import OutputTensor, Plan
+from modelfuse.suspicious import Suspicious
 from modelfuse.version import __version__
+
+if TYPE_CHECKING:
+    from modelfuse.kernels.distances import SpanDistances
 
 CONFIG_NAME = "merge_config.json"
 REPORT_NAME = "merge_report.json"
@@ -28,11 +32,13 @@ class Outcome:
         tensor: Which one.
         checksum: Of its bytes in the output.
         nonfinite: For each span, the counts of non-finite elements: one a source, the last for the output.
+        distances: For each span, what it says of the distances to the base, if there is one.
     """
 
     tensor: OutputTensor
     checksum: Checksum
     nonfinite: list[np.ndarray[Any, np.dtype[np.int64]]] = field(default_factory=list)
+    distances: list[SpanDistances] = field(default_factory=list)
 
 
 def write_index(plan: Plan, folder: OutputFolder) -> None:
@@ -51,7 +57,9 @@ def write_config(plan: Plan, folder: OutputFolder) -> None:
     folder.write_file(CONFIG_NAME, encode_json({"modelfuse_version": __version__, **plan.recipe.effective()}))
 
 
-def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFolder) -> None:
+def write_report(
+    plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequence[Suspicious], folder: OutputFolder
+) -> None:
     """Write merge_report.json: what became of every tensor of every input, with checksums.
 
     All other files are written before, so that their checksums are in it: of a weight file, the header's.
@@ -62,6 +70,7 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFold
                    "effective_weights": list(plan.recipe.weights), "seed": plan.method.seed},
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
         "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
+        "suspicious": [_suspicious(each) for each in suspicious],
         "checksum": ALGORITHM,
         "files": {file.name: file.size for file in plan.files},
         "tensors": {name: _tensor(outcomes[name]) for name in (tensor.name for tensor in plan.tensors)},
@@ -78,8 +87,26 @@ def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
         "path": str(model.path),
         "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",
         "format": model.kind,
-        "tensors": len(model) + len(model.aliases),
+        "tensors": len(model) + len(model.aliases) + len(model.left_out),
         "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
+        **_left_out(model),
+    }
+
+
+def _left_out(model: Checkpoint) -> dict[str, object]:
+    """Tensors of one input that no output could have, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in model.left_out.items():
+        names.setdefault(reason, []).append(name)
+    return {"left_out": [{"because": reason, "tensors": own} for reason, own in names.items()]} if names else {}
+
+
+def _suspicious(found: Suspicious) -> dict[str, object]:
+    return {
+        "model": str(found.path),
+        "equal_to_base": list(found.equal),
+        "far_from_base": dict(found.far),
+        "median_relative_distance": found.median,
     }
 
 
@@ -92,7 +119,7 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
         "shape": list(tensor.shape),
         "file": tensor.file,
         "checksum": outcome.checksum.hexdigest(),
-        "source_dtypes": [source.dtype.name for source in tensor.sources],
+        "source_dtypes": [source.stored.name for source in tensor.sources],
     }
     nonfinite = np.sum(outcome.nonfinite, axis=0) if outcome.nonfinite else np.zeros(1)
     if nonfinite.any():

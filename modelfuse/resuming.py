@@ -66,6 +66,8 @@ class Finished:
 
     def restore(self, entries: Iterable[object], outcomes: Mapping[str, Outcome]) -> None:
         """Take up what :func:`entry_of` gave: which spans are done, and what they add to the outcomes."""
+        from modelfuse.kernels.distances import SpanDistances
+
         for entry in entries:
             if not isinstance(entry, dict):
                 continue
@@ -75,6 +77,7 @@ class Finished:
                 spans[first] = count
                 outcomes[name].checksum.restore(tensor.dtype.nbytes(first), bytes.fromhex(entry["digests"]))
                 outcomes[name].nonfinite.append(np.array(entry["nonfinite"], np.int64))
+                outcomes[name].distances += [SpanDistances(first, *map(np.array, each)) for each in entry["distances"]]
                 self.nbytes += bytes_of(tensor, count)
 
     def has(self, name: str, first: int, count: int) -> bool:
@@ -90,9 +93,11 @@ def entry_of(outcome: Outcome, first: int, count: int, bad: np.ndarray[Any, np.d
     """What the journal is to say of a finished span."""
     tensor = outcome.tensor
     digests = outcome.checksum.digests(tensor.dtype.nbytes(first), tensor.dtype.nbytes(count))
-    return {"tensor": tensor.name, "first": first, "count": count, "digests": digests.hex(), "nonfinite": bad.tolist()}
+    distances = [[each.differs.tolist(), each.squares.tolist()] for each in outcome.distances if each.first == first]
+    return {"tensor": tensor.name, "first": first, "count": count, "digests": digests.hex(), "nonfinite": bad.tolist(),
+            "distances": distances}  # fmt: skip
 
 
 def bytes_of(tensor: OutputTensor, count: int) -> int:
     """The bytes that progress counts for so many elements: those read, each once, and those written."""
-    return tensor.dtype.nbytes(count) + sum(source.dtype.nbytes(count) for source in tensor.sources)
+    return tensor.dtype.nbytes(count) + sum(source.stored.nbytes(count) for source in tensor.sources)

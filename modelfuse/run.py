@@ -13,18 +13,20 @@ import numpy as np
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile, read_bytes
+from modelfuse.checkpoints.tensors import Reader
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
-from modelfuse.dtypes import OUTPUT_DTYPES
-from modelfuse.errors import CheckpointError, MismatchError, OutputError
+from modelfuse.errors import MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.memory import SPAN
+from modelfuse.nonfinite import nonfinite
 from modelfuse.plan import Action, OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
-from modelfuse.serving import with_dtype
+from modelfuse.serving import served_config
+from modelfuse.suspicious import Suspicious, find_suspicious
 
 Progress = Callable[[int], None]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
@@ -44,6 +46,7 @@ class Result:
         bytes_written: Bytes of the weight files.
         seconds: Wall time.
         bytes_kept: Bytes, read and written, that an earlier run of the same request had done.
+        suspicious: The models with tensors that equal the base's, or are far from it.
     """
 
     output_path: Path
@@ -53,13 +56,13 @@ class Result:
     bytes_written: int
     seconds: float
     bytes_kept: int = 0
+    suspicious: tuple[Suspicious, ...] = ()
 
 
 @dataclass(eq=False)
 class Task:
     """What a worker needs to know of a job: the tensors to read, and where the result goes, if anywhere."""
 
-    name: str
     sources: tuple[StoredTensor, ...]
     models: tuple[Path, ...]
     outcome: Outcome | None = None
@@ -133,7 +136,7 @@ class Run:
             for model in self.plan.models:
                 pair = (model.tensors.get(tied.name), model.tensors.get(tied.other))
                 if pair[0] is not None and pair[1] is not None and pair[0].size:
-                    task = Task(tied.name, (pair[0], pair[1]), (model.path, model.path))
+                    task = Task((pair[0], pair[1]), (model.path, model.path))
                     copy = Copy(f"{tied.name} and {tied.other} of {model.path}", None, pair[0].dtype.bytes)
                     procedure = compare_procedure(copy, self.untied)
                     yield Job(task, procedure, pair[0].size)
@@ -142,13 +145,17 @@ class Run:
             yield self._job(tensor, copy_procedure(copy, self.differences))
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
+        from modelfuse.kernels.distances import measured
         from modelfuse.kernels.passes import merge_procedure
 
         for tensor in self._unfinished("merge"):
             dtypes = tuple(source.dtype for source in tensor.sources)
             deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - self.plan.has_base])
             work = Work(tensor.name, tensor.size, dtypes, self.plan.has_base, tensor.dtype, self.plan.method, deltas)
-            yield self._job(tensor, merge_procedure(work))
+            procedure = merge_procedure(work)
+            if work.has_base:
+                procedure = measured(procedure, work, self.outcomes[tensor.name].distances)
+            yield self._job(tensor, procedure)
 
     def _unfinished(self, action: Action) -> Iterator[OutputTensor]:
         """The tensors to do; nothing is to be done for one without elements."""
@@ -157,17 +164,15 @@ class Run:
                 yield tensor
 
     def _job(self, tensor: OutputTensor, procedure: Procedure) -> Job[Pass]:
-        outcome = self.outcomes[tensor.name]
         strict = tensor.action == "merge" and self.plan.recipe.on_nonfinite == "error"
         paths = tuple(model.path for model in self.plan.models)
-        return Job(Task(tensor.name, tensor.sources, paths, outcome, strict), procedure, tensor.size)
+        return Job(Task(tensor.sources, paths, self.outcomes[tensor.name], strict), procedure, tensor.size)
 
     def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
         """One span: read each slice of every source, let the pass work on it, write what it made."""
-        raws, out = self._raws[worker][: len(task.sources)], self._outs[worker]
-        state = pass_.start()
-        writes = pass_.writes and task.outcome is not None
-        if writes and self.finished.has(task.name, first, count):
+        state, out = pass_.start(), self._outs[worker]
+        outcome = task.outcome if pass_.writes else None
+        if outcome is not None and self.finished.has(outcome.tensor.name, first, count):
             return pass_.finish(state)  # Only spans that the procedure need know nothing of are kept.
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
@@ -175,36 +180,56 @@ class Run:
                 if self._scheduler.stopping:
                     return None
                 length = min(self.plan.slice_elements, first + count - start)
-                if self._held[worker] != (task, start):
-                    self._held[worker] = None
-                    for reader, source, raw in zip(readers, task.sources, raws, strict=True):
-                        reader(start, raw[: source.dtype.nbytes(length)].data)
-                    self._held[worker] = task, start
+                raws = self._read(worker, task, readers, start, length)
                 pass_.apply(state, start, length, raws, out)
-                if task.strict and state.bad.any():
-                    raise _nonfinite(task, state.bad)
-                if writes:
-                    self._write(task, start, length, out)
+                if task.strict and task.outcome is not None and state.bad.any():
+                    raise nonfinite(task.outcome.tensor, task.models, self._count_bad(worker, task, pass_))
+                if outcome is not None:
+                    self._write(outcome, start, length, out)
         found = pass_.finish(state)
-        if writes:
-            self._keep(task, first, count, state.bad, found)
+        if outcome is not None:
+            self._keep(outcome, first, count, state.bad, found)
         return found
 
-    def _write(self, task: Task, start: int, length: int, out: Bytes) -> None:
-        assert task.outcome is not None
-        tensor = task.outcome.tensor
+    def _read(self, worker: int, task: Task, readers: Sequence[Reader], start: int, length: int) -> Bytes:
+        """Fill the worker's buffers with a slice of every source, unless they hold it already."""
+        raws = self._raws[worker][: len(task.sources)]
+        if self._held[worker] != (task, start):
+            self._held[worker] = None
+            for reader, source, raw in zip(readers, task.sources, raws, strict=True):
+                reader(start, raw[: source.dtype.nbytes(length)].data)
+            self._held[worker] = task, start
+        return raws
+
+    def _count_bad(self, worker: int, task: Task, pass_: Pass) -> Counts:
+        """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
+        size, bad = task.sources[0].size, []
+        with ExitStack() as files:
+            readers = [files.enter_context(source.open()) for source in task.sources]
+            for first in range(0, size, SPAN):
+                state, end = pass_.start(), min(first + SPAN, size)
+                for start in range(first, end, self.plan.slice_elements):
+                    length = min(self.plan.slice_elements, end - start)
+                    raws = self._read(worker, task, readers, start, length)
+                    pass_.apply(state, start, length, raws, self._outs[worker])
+                bad.append(state.bad.copy())
+                pass_.finish(state)
+        counts: Counts = np.sum(bad, axis=0)
+        return counts
+
+    def _write(self, outcome: Outcome, start: int, length: int, out: Bytes) -> None:
+        tensor = outcome.tensor
         data = out[: tensor.dtype.nbytes(length)]
         offset = tensor.dtype.nbytes(start)
-        task.outcome.checksum.update(offset, data)
+        outcome.checksum.update(offset, data)
         self._folder.write(tensor.file, tensor.offset + offset, data.data)
         self.progress(bytes_of(tensor, length))
 
-    def _keep(self, task: Task, first: int, count: int, bad: Counts, found: Any) -> None:
-        assert task.outcome is not None
-        tensor = task.outcome.tensor
-        task.outcome.nonfinite.append(bad)
+    def _keep(self, outcome: Outcome, first: int, count: int, bad: Counts, found: Any) -> None:
+        tensor = outcome.tensor
+        outcome.nonfinite.append(bad)
         if not found:
-            self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(task.outcome, first, count, bad))
+            self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(outcome, first, count, bad))
 
 
 def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:
@@ -220,6 +245,8 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         MismatchError: If tensors that cannot be merged differ between the models.
         OutputError: If the output cannot be written.
     """
+    from modelfuse.kernels.distances import distances
+
     started = time.perf_counter()
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
@@ -235,12 +262,13 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         for file in plan.side_files:
             source = SourceFile.at(file.source)
             content = read_bytes(source, 0, source.size)
-            if file.name == CONFIG_FILE and plan.recipe.output_dtype is not None:
-                content = with_dtype(content, str(OUTPUT_DTYPES[plan.recipe.output_dtype]))
+            if file.name == CONFIG_FILE:
+                content = served_config(content, plan.served_dtype, plan.lead.dequantized)
             folder.write_file(file.name, content)
         write_index(plan, folder)
         write_config(plan, folder)
-        write_report(plan, run.outcomes, folder)
+        suspicious = find_suspicious(plan, {name: distances(each.distances) for name, each in run.outcomes.items()})
+        write_report(plan, run.outcomes, suspicious, folder)
         folder.commit()
     merged = sum(tensor.action == "merge" for tensor in plan.tensors)
     return Result(
@@ -251,19 +279,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         plan.bytes_written,
         time.perf_counter() - started,
         run.finished.nbytes,
-    )
-
-
-def _nonfinite(task: Task, bad: Counts) -> CheckpointError:
-    hint = "Use --on_nonfinite propagate to let such values through."
-    for path, count in zip(task.models, bad, strict=False):
-        if count:
-            return CheckpointError(
-                f"Tensor {task.name!r} of {path} holds NaN or infinite values ({count:,} in the part read so far)", hint
-            )
-    return CheckpointError(
-        f"The merged tensor {task.name!r} overflows its output dtype in {bad[-1]:,} elements of the part done so far",
-        "Use a wider --output_dtype, or --on_nonfinite propagate to store infinities.",
+        suspicious,
     )
 
 

@@ -215,6 +215,9 @@ def result(plan: Plan, result: Result) -> None:
         f"[green]merged[/] {result.merged} tensors{copied} in {result.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "
         f"into [bold]{escape(str(result.output_path))}[/]"
     )
+    if result.suspicious:
+        told = "; ".join(f"{each.path}: {each.summary}" for each in result.suspicious)
+        out.print(f"[yellow]note:[/] {escape(told)} (listed in merge_report.json)")
     if any(file.name == "config.json" for file in plan.side_files):
         folder = escape(_quoted(str(result.output_path)))
         out.print(

@@ -17,6 +17,7 @@ from modelfuse import journal
 from modelfuse import run as running
 from modelfuse.checkpoints import keeper, writer
 from modelfuse.journal import Journal
+from modelfuse.report import Outcome
 
 Command = Callable[..., Said]
 Words = list[object]
@@ -78,11 +79,11 @@ class Written:
         self.end_after = 0
         write = running.Run._write
 
-        def noted(run: running.Run, task: running.Task, start: int, *rest: Any) -> None:
+        def noted(run: running.Run, outcome: Outcome, start: int, *rest: Any) -> None:
             if self.end_after and len(self.slices) == self.end_after:
                 raise KeyboardInterrupt
-            self.slices.append((task.name, start))
-            write(run, task, start, *rest)
+            self.slices.append((outcome.tensor.name, start))
+            write(run, outcome, start, *rest)
 
         monkeypatch.setattr(running.Run, "_write", noted)
 

@@ -60,6 +60,11 @@ class StoredTensor:
         return self.dtype
 
     @property
+    def stored(self) -> DType:
+        """The type of the elements in the file; a tensor that is computed may read wider."""
+        return self.dtype
+
+    @property
     def is_delta(self) -> bool:
         """Whether its values are differences to the base already, as an adapter's are."""
         return False
@@ -92,6 +97,8 @@ class Checkpoint(Mapping[str, StoredTensor]):
             (pickle formats keep tied weights so): alias → name in ``tensors``.
         metadata: The ``__metadata__`` of a safetensors file.
         config: The contents of config.json, empty if there is none.
+        left_out: Tensors of the files that are not among these, and why: name → reason.
+        dequantized: Whether config.json declares a quantization that is undone here.
     """
 
     path: Path
@@ -100,6 +107,8 @@ class Checkpoint(Mapping[str, StoredTensor]):
     aliases: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    dequantized: bool = False
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]

@@ -1,0 +1,252 @@
+"""How far each model's tensor is from the base's, told from slices that were read anyway.
+
+Whether they are equal is told exactly; where they are not, as for nearly all tensors, the first few bytes show it.
+The distance is an estimate from some blocks, chosen by the numbers of their elements alone.
+
+numba's cache does not notice here that :func:`modelfuse.kernels.cpu.decode` was edited: touch this file, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from modelfuse.kernels import Bytes, Pass, Procedure, SpanState, Work, cpu
+from modelfuse.kernels.loading import compile_kernel
+from modelfuse.kernels.passes import RAW_CODES
+
+Array = np.ndarray[Any, Any]
+
+#: Elements a block, and running sums: they are part of what is measured, so they are not those of other kernels.
+BLOCK, LANES = 1024, 16
+#: A tensor of fewer elements is measured whole; of any other, so many at least.
+LEAST = 1 << 16
+#: At most every so-manieth block: odd, so that rows of a power of two are seen at all their columns.
+WIDEST = 63
+
+
+def stride_of(size: int) -> int:
+    """Every how-manieth block of a tensor is measured; odd.
+
+    >>> stride_of(1000), stride_of(300_000), stride_of(10**9)
+    (1, 5, 63)
+    """
+    return min(size // LEAST, WIDEST) | 1
+
+
+@dataclass
+class SpanDistances:
+    """What a span says of the models' tensors and of the base's.
+
+    Attributes:
+        first: The number of the span's first element.
+        differs: bool, shape (models,): whether any element is not the base's.
+        squares: float64, shape (models + 1,): of the differences to the base, and of the base itself, summed over
+            the measured blocks.
+    """
+
+    first: int
+    differs: Array
+    squares: Array
+
+
+def measured(procedure: Procedure, work: Work, found: list[SpanDistances]) -> Procedure:
+    """The same procedure, whose last pass tells how far the models are from the base.
+
+    Args:
+        procedure: Merges a tensor.
+        work: What it does; there is a base.
+        found: What its spans say is added here, in any order.
+    """
+    pass_ = next(procedure)
+    while True:
+        results = yield MeasuredPass(pass_, work, found) if pass_.writes else pass_
+        try:
+            pass_ = procedure.send(results)
+        except StopIteration:
+            return
+
+
+@dataclass
+class MeasuredState:
+    """A span under way: the state of the pass, and what is known of the distances so far."""
+
+    inner: SpanState
+    rows: Array
+    differs: Array
+    squares: Array
+    first: int | None = None
+
+    @property
+    def bad(self) -> Array:
+        """The counts of non-finite elements."""
+        return self.inner.bad
+
+
+class MeasuredPass:
+    """A pass that also looks at the slices that it is given; those of a span come in order."""
+
+    def __init__(self, inner: Pass, work: Work, found: list[SpanDistances]) -> None:
+        self._inner, self._found = inner, found
+        self._layout = (
+            np.array([RAW_CODES[source.name] for source in work.sources], np.int64),
+            np.array([source.bytes for source in work.sources], np.int64),
+            np.array(work.deltas or (False,) * work.models),
+            stride_of(work.size),
+        )
+
+    @property
+    def writes(self) -> bool:
+        """As the pass."""
+        return self._inner.writes
+
+    def start(self) -> MeasuredState:
+        """Begin a span."""
+        models = self._layout[2].size
+        rows = np.empty((2, BLOCK))
+        return MeasuredState(self._inner.start(), rows, np.zeros(models, np.bool_), np.zeros(models + 1))
+
+    def apply(self, state: MeasuredState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        """Look at the slice, and let the pass work on it."""
+        state.first = first if state.first is None else state.first
+        measure(raws, *self._layout, first, count, state.rows, state.differs, state.squares)
+        self._inner.apply(state.inner, first, count, raws, out)
+
+    def finish(self, state: MeasuredState) -> Any:
+        """End a span."""
+        if state.first is not None:  # Otherwise an earlier run has done it.
+            self._found.append(SpanDistances(state.first, state.differs, state.squares))
+        return self._inner.finish(state.inner)
+
+
+class Distance(NamedTuple):
+    """How far one model's tensor is from the base's.
+
+    Attributes:
+        equal: Whether it is the base's, element by element.
+        relative: The estimate of ‖x − b‖ / ‖b‖; None where there is no such number, as for a base of zeros.
+    """
+
+    equal: bool
+    relative: float | None
+
+
+def distances(spans: Sequence[SpanDistances]) -> list[Distance]:
+    """The distance of each model.
+
+    Args:
+        spans: What was found in all spans of a tensor, in any order.
+    """
+    if not spans:
+        return []
+    ordered = sorted(spans, key=lambda span: span.first)
+    differs = np.any([span.differs for span in ordered], axis=0)
+    squares = np.zeros_like(ordered[0].squares)
+    for span in ordered:
+        squares += span.squares
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.sqrt(squares[:-1]) / np.sqrt(squares[-1])
+    return [
+        Distance(not differ, float(ratio) if np.isfinite(ratio) else None)
+        for differ, ratio in zip(differs.tolist(), ratios, strict=True)
+    ]
+
+
+@compile_kernel
+def measure(
+    raws: Array,
+    codes: Array,
+    sizes: Array,
+    deltas: Array,
+    stride: int,
+    first: int,
+    count: int,
+    rows: Array,
+    differs: Array,
+    squares: Array,
+) -> None:
+    """Compare every model with the base until a difference is found, and sum the squares of the chosen blocks.
+
+    Args:
+        raws: uint8, shape (sources, bytes); the base in the last row.
+        codes: int64, shape (sources,): the storage codes.
+        sizes: int64, shape (sources,): bytes an element.
+        deltas: bool, shape (models,): which models are differences to the base already.
+        stride: Every how-manieth block is chosen.
+        first: The number of the first element in the tensor, a multiple of BLOCK.
+        count: The number of elements.
+        rows: float64, shape (2, BLOCK): scratch.
+        differs: bool, shape (models,): updated.
+        squares: float64, shape (models + 1,): added to.
+    """
+    models = deltas.size
+    for model in range(models):
+        start = 0
+        while start < count and not differs[model]:
+            size = min(BLOCK, count - start)
+            if deltas[model]:
+                differs[model] = _any(codes[model], raws[model], start, size, rows[0])
+            elif codes[model] == codes[models]:
+                width = sizes[model]
+                begin, end = start * width, (start + size) * width
+                differs[model] = _differ(raws[model][begin:end], raws[models][begin:end])
+            else:
+                cpu.decode(codes[models], raws[models], start, size, rows[1])
+                differs[model] = _unequal(codes[model], raws[model], start, size, rows[0], rows[1])
+            start += size
+    block = first // BLOCK
+    for start in range((-block) % stride * BLOCK, count, stride * BLOCK):
+        size = min(BLOCK, count - start)
+        cpu.decode(codes[models], raws[models], start, size, rows[1])
+        squares[models] += _sum_of_squares(rows[1], size)
+        for model in range(models):
+            cpu.decode(codes[model], raws[model], start, size, rows[0])
+            if not deltas[model]:
+                for i in range(size):
+                    rows[0, i] -= rows[1, i]
+            squares[model] += _sum_of_squares(rows[0], size)
+
+
+@compile_kernel
+def _differ(one: Array, other: Array) -> Any:
+    ones, others = one.view(np.uint16), other.view(np.uint16)
+    found = np.uint16(0)
+    for i in range(ones.size):
+        found |= ones[i] ^ others[i]
+    return found != 0
+
+
+@compile_kernel
+def _any(code: int, raw: Array, start: int, size: int, row: Array) -> bool:
+    cpu.decode(code, raw, start, size, row)
+    found = False
+    for i in range(size):
+        found |= row[i] != 0
+    return found
+
+
+@compile_kernel
+def _unequal(code: int, raw: Array, start: int, size: int, row: Array, base: Array) -> bool:
+    cpu.decode(code, raw, start, size, row)
+    found = False
+    for i in range(size):
+        found |= row[i] != base[i]
+    return found
+
+
+@compile_kernel
+def _sum_of_squares(row: Array, size: int) -> float:
+    """In lanes folded in a fixed order: the same bits on any processor."""
+    for i in range(size, -(-size // LANES) * LANES):
+        row[i] = 0.0
+    lanes = np.zeros(LANES)
+    for i in range(0, size, LANES):
+        for lane in range(LANES):
+            lanes[lane] += row[i + lane] * row[i + lane]
+    total = 0.0
+    for lane in range(LANES):
+        total += lanes[lane]
+    return total
