@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.errors import CheckpointError
-from modelfuse.matching import refuse_mixed_layouts
 from modelfuse.recipe import Recipe
+from modelfuse.relayout import bring_together
 
 
 def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -15,13 +15,12 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
 
     Raises:
         CheckpointError: If an input is missing, malformed or quantized.
-        MismatchError: If the models' layouts differ.
+        MismatchError: If a model's layout cannot be known.
     """
     models = tuple(open_checkpoint(path, recipe.merge_prefix) for path in recipe.input_paths)
     for model in models:
         _refuse_quantized(model)
-    refuse_mixed_layouts(models)
-    return models
+    return bring_together(models, recipe)
 
 
 def _refuse_quantized(model: Checkpoint) -> None:

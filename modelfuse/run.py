@@ -13,17 +13,16 @@ import numpy as np
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile, read_bytes
+from modelfuse.checkpoints.tensors import Frame
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
-from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import CheckpointError, MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.memory import SPAN
 from modelfuse.plan import OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.scheduler import Job, Scheduler
-from modelfuse.serving import with_dtype
 
 Progress = Callable[[int], None]
 #: Differing tensors that an error lists.
@@ -65,7 +64,7 @@ class Task:
 class Sink(Protocol):
     """Where the weight files go: a folder to write, or one to compare with."""
 
-    def create(self, name: str, size: int, header: bytes) -> None:
+    def create(self, name: str, frame: Frame) -> None:
         """Begin a file; once for each, before anything is written to it."""
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
@@ -100,7 +99,7 @@ class Run:
     def to_folder(self, folder: Sink) -> None:
         """Compare, copy and merge every tensor into the files of ``folder``."""
         for file in self.plan.files:
-            folder.create(file.name, file.size, file.header)
+            folder.create(file.name, file.frame)
         self._folder = folder
         self._schedule(self._preparing_jobs())
         if self.untied:
@@ -197,8 +196,8 @@ def run_plan(plan: Plan, progress: Progress | None = None) -> Result:
         for file in plan.side_files:
             source = SourceFile.at(file.source)
             content = read_bytes(source, 0, source.size)
-            if file.name == CONFIG_FILE and plan.recipe.output_dtype is not None:
-                content = with_dtype(content, str(OUTPUT_DTYPES[plan.recipe.output_dtype]))
+            if file.name == CONFIG_FILE:
+                content = plan.format.config(content, plan.recipe.output_dtype)
             folder.write_file(file.name, content)
         write_index(plan, folder)
         write_config(plan, folder)

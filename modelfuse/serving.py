@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -59,17 +58,6 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     return tuple(
         SideFile(folder / name, name, (folder / name).stat().st_size) for name in dict.fromkeys([*usual, *named])
     )
-
-
-def with_dtype(config: bytes, dtype: str) -> bytes:
-    """config.json naming another type, wherever it names one: loaders convert the weights to what it says."""
-    content = json.loads(config)
-    pending = [content]
-    while pending:
-        part = pending.pop()
-        part.update((key, dtype) for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str))
-        pending.extend(value for value in part.values() if isinstance(value, dict))
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _is_usual(path: Path) -> bool:

@@ -34,16 +34,19 @@ class StridedTensor(StoredTensor):
         strides: The distance between neighbours along each dimension, in elements; zero for an
             expanded dimension.
         big_endian: Whether the bytes of each element are stored most significant first.
+        dims: The dimensions that ``strides`` are of, where they are finer than those of the shape: together
+            they hold the same elements in the same order.
     """
 
     strides: tuple[int, ...]
     big_endian: bool = False
+    dims: tuple[int, ...] = ()
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; elements come out in row-major, little-endian order."""
         with self.file.open() as descriptor:
-            yield _reader(self, _map(self, descriptor, self.offset, self.strides, self.big_endian))
+            yield _reader(self, _map(self, descriptor, self.offset))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +54,33 @@ class ReorderedTensor(StoredTensor):
     """A tensor whose source cannot be mapped: copied to an unnamed temporary file while it is open.
 
     Attributes:
-        source: The same elements in the order in which they are stored.
+        source: The same elements, and perhaps more, in the order in which they are stored.
         strides: As of a StridedTensor, over the elements of ``source``.
         big_endian: Whether ``source`` gives the bytes of each element most significant first.
+        dims: As of a StridedTensor.
+        first: The number of this tensor's first element in ``source``.
     """
 
     source: StoredTensor
     strides: tuple[int, ...]
     big_endian: bool = False
+    dims: tuple[int, ...] = ()
+    first: int = 0
+
+    @property
+    def natural(self) -> DType:
+        """That of the source."""
+        return self.source.natural
+
+    @property
+    def is_delta(self) -> bool:
+        """That of the source."""
+        return self.source.is_delta
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Those of the source."""
+        return self.source.files
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
@@ -66,8 +88,8 @@ class ReorderedTensor(StoredTensor):
         with self.source.open() as read, tempfile.TemporaryFile() as copy:
             piece = memoryview(bytearray(_PIECE // self.dtype.bytes * self.dtype.bytes))
             try:
-                for begin in range(0, self.nbytes, len(piece)):
-                    part = piece[: self.nbytes - begin]
+                for begin in range(0, self.source.nbytes, len(piece)):
+                    part = piece[: self.source.nbytes - begin]
                     read(begin // self.dtype.bytes, part)
                     copy.write(part)
                 copy.flush()
@@ -76,12 +98,13 @@ class ReorderedTensor(StoredTensor):
                     f"{self.file.path}: tensor {self.name!r} needs a temporary copy: {error.strerror}",
                     "Set TMPDIR to a folder with more room.",
                 ) from error
-            yield _reader(self, _map(self, copy.fileno(), 0, self.strides, self.big_endian))
+            yield _reader(self, _map(self, copy.fileno(), self.dtype.nbytes(self.first)))
 
 
-def _map(tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int, ...], big_endian: bool) -> Array:
-    element = _element(tensor.dtype, ">" if big_endian else "<")
-    extent = extent_of(tensor.shape, strides)
+def _map(tensor: StridedTensor | ReorderedTensor, descriptor: int, offset: int) -> Array:
+    element = _element(tensor.dtype, ">" if tensor.big_endian else "<")
+    dims, strides = tensor.dims or tensor.shape, tensor.strides
+    extent = extent_of(dims, strides)
     begin = offset - offset % mmap.ALLOCATIONGRANULARITY
     length = offset - begin + extent * element.itemsize
     try:
@@ -89,7 +112,7 @@ def _map(tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int,
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}") from error
     storage = np.frombuffer(mapped, element, extent, offset - begin)
-    kept = [(size, stride) for size, stride in zip(tensor.shape, strides, strict=True) if size > 1]
+    kept = [(size, stride) for size, stride in zip(dims, strides, strict=True) if size > 1]
     shape = tuple(size for size, _ in kept) or (1,)
     steps = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
     return as_strided(storage, shape, steps, writeable=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from modelfuse.checkpoints.files import Buffer, SourceFile, read_exactly
 from modelfuse.dtypes import DType
@@ -80,6 +81,25 @@ class StoredTensor:
             yield read
 
 
+class Frame(NamedTuple):
+    """How a weight file is laid out before any tensor is in it.
+
+    Attributes:
+        pieces: All bytes that are no tensor's, as runs: where each begins, and its bytes.
+        offsets: Where each tensor begins.
+        size: The size of the file.
+    """
+
+    pieces: tuple[tuple[int, bytes], ...]
+    offsets: tuple[int, ...]
+    size: int
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of all bytes that are no tensor's, in their order."""
+        return hashlib.sha256(b"".join(piece for _, piece in self.pieces)).hexdigest()
+
+
 @dataclass(frozen=True)
 class Checkpoint(Mapping[str, StoredTensor]):
     """The tensors of one model, by name, in the order of their files.
@@ -92,6 +112,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
             (pickle formats keep tied weights so): alias → name in ``tensors``.
         metadata: The ``__metadata__`` of a safetensors file.
         config: The contents of config.json, empty if there is none.
+        layout: ``hf`` or ``paddle``: how its Linear weights are stored, once that is known.
     """
 
     path: Path
@@ -100,6 +121,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
     aliases: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
+    layout: str | None = None
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import OutputError
 
 #: Open files beside the weight files: a few for every worker.
@@ -44,7 +45,7 @@ class OutputFolder:
         self._lock = path.with_name(f".{path.name}.modelfuse.lock")
         self._lock_descriptor = -1
         self._descriptors: dict[str, int] = {}
-        #: The sha256 of every small file, and of the header of every weight file, by name.
+        #: The sha256 of every small file, and of all but the tensors of every weight file, by name.
         self.digests: dict[str, str] = {}
         self._new_parents: list[Path] = []
 
@@ -71,18 +72,19 @@ class OutputFolder:
         if error is not None:
             self._remove_new_parents()
 
-    def create(self, name: str, size: int, header: bytes) -> None:
-        """Create a weight file of its final size and write its header."""
+    def create(self, name: str, frame: Frame) -> None:
+        """Create a weight file of its final size and write all that is no tensor's."""
         path = self._temporary / name
         _allow_open_files(len(self._descriptors) + SPARE_FILES)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._descriptors[name] = descriptor
-            os.truncate(descriptor, size)
+            os.truncate(descriptor, frame.size)
         except OSError as error:
             raise self._failure(error, path) from error
-        self.write(name, 0, memoryview(header))
-        self.digests[name] = hashlib.sha256(header).hexdigest()
+        for offset, piece in frame.pieces:
+            self.write(name, offset, memoryview(piece))
+        self.digests[name] = frame.digest
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write at an offset of a weight file, however many system calls it takes; safe from any thread.
