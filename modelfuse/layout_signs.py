@@ -43,6 +43,11 @@ def _kind(model: Checkpoint, said: Kind | None, geometry: Geometry) -> Kind | No
         found.setdefault(kind, why)
         if is_shape:
             shapes.add(kind)
+    if len(shapes) > 1:
+        raise MismatchError(
+            f"{model.path} holds weights in both layouts: {found['hf']}, but {found['paddle']}",
+            "Save it again in one layout, with the library that wrote it.",
+        )
     if said is not None:
         other: Kind = "paddle" if said == "hf" else "hf"
         if shapes == {other}:

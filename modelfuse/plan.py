@@ -68,6 +68,11 @@ class OutputFile:
     name: str
     frame: Frame
 
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return self.frame.size
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -121,7 +126,7 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the weight files."""
-        return sum(file.frame.size for file in self.files)
+        return sum(file.size for file in self.files)
 
 
 def make_plan(recipe: Recipe) -> Plan:

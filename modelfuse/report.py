@@ -63,7 +63,7 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], folder: OutputFold
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
         "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
         "checksum": ALGORITHM,
-        "files": {file.name: file.frame.size for file in plan.files},
+        "files": {file.name: file.size for file in plan.files},
         "tensors": {name: _tensor(outcomes[name]) for name in (tensor.name for tensor in plan.tensors)},
         "copied_files": [file.name for file in plan.side_files],
         "sha256": dict(folder.digests),
