@@ -33,22 +33,24 @@ class Budget(NamedTuple):
     memory: int
 
 
-def fit_memory(recipe: Recipe, an_element: float, sources: int) -> Budget:
+def fit_memory(recipe: Recipe, an_element: float, sources: int, held: int = 0) -> Budget:
     """Choose workers and slice so that the budget holds; at least one worker with the smallest slice.
 
     Args:
         recipe: The settings.
         an_element: Bytes of one element in all sources and the output.
         sources: The number of models, the base included.
+        held: Bytes that a worker holds beside its slices.
     """
     sparsify_type, merge_type = recipe.steps
     tables = TABLE_BYTES * sources if sparsify_type in ("trim", "magprune") else 0
     largest = recipe.max_tensor_mem * 2**30 / an_element
     workers = recipe.n_process
-    elements = SLICE_MEASURED if tables or merge_type == "slerp" else SLICE_ONCE
+    # What is read in another order than it is stored in touches the same pages again for every slice.
+    elements = SLICE_MEASURED if tables or held or merge_type == "slerp" else SLICE_ONCE
 
     def peak() -> int:
-        return INTERPRETER_BYTES + tables + int(workers * (elements * an_element + tables))
+        return INTERPRETER_BYTES + tables + int(workers * (elements * an_element + tables + held))
 
     while elements > GRAIN and (elements > largest or peak() > recipe.memory):
         elements //= 2

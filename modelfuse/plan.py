@@ -250,7 +250,8 @@ def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
     an_element = max(
         (sum(source.dtype.bits for source in tensor.sources) + tensor.dtype.bits) / 8 for tensor in tensors
     )
-    return fit_memory(recipe, an_element, len(tensors[0].sources))
+    held = max(sum(source.held for source in tensor.sources) for tensor in tensors)
+    return fit_memory(recipe, an_element, len(tensors[0].sources), held)
 
 
 def _check_room(plan: Plan) -> None:

@@ -78,6 +78,11 @@ class WovenTensor(StoredTensor):
         return self.parts[0].is_delta
 
     @property
+    def held(self) -> int:
+        """What its parts hold, and rows of one of them."""
+        return sum(part.held for part in self.parts) + min(self.nbytes, self.dtype.nbytes(_BATCH))
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """Those of all parts."""
         return tuple(dict.fromkeys(file for part in self.parts for file in part.files))

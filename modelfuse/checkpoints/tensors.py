@@ -66,6 +66,11 @@ class StoredTensor:
         return False
 
     @property
+    def held(self) -> int:
+        """Bytes that reading it keeps resident beside what is read."""
+        return 0
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """All files that its values come from."""
         return (self.file,)
