@@ -9,8 +9,6 @@ from modelfuse.errors import MismatchError
 from modelfuse.layouts import EMBEDDINGS, HEAD, HF_PREFIX, LINEAR, WORDS, Geometry, Kind, module_of, prefix_of
 
 ASK = "Say which it is with --input_layout hf or paddle: one for all, or one per model with the base last."
-#: A kind, what says so, and whether it is a shape.
-Sign = tuple[Kind, str, bool]
 
 
 def kinds_of(
@@ -37,46 +35,54 @@ def kinds_of(
 
 
 def _kind(model: Checkpoint, said: Kind | None, geometry: Geometry) -> Kind | None:
-    found: dict[Kind, str] = {}
-    shapes: set[Kind] = set()
-    for kind, why, is_shape in _signs(model, geometry):
-        found.setdefault(kind, why)
-        if is_shape:
-            shapes.add(kind)
+    shapes = _shapes(model, geometry)
     if len(shapes) > 1:
         raise MismatchError(
-            f"{model.path} holds weights in both layouts: {found['hf']}, but {found['paddle']}",
+            f"{model.path} holds weights in both layouts: {shapes['hf']}, but {shapes['paddle']}",
             "Save it again in one layout, with the library that wrote it.",
         )
     if said is not None:
-        other: Kind = "paddle" if said == "hf" else "hf"
-        if shapes == {other}:
-            raise MismatchError(
-                f"{model.path} cannot be in {WORDS[said]}: {found[other]}", "Check --input_layout and convert_from_hf."
-            )
+        for kind, why in shapes.items():
+            if kind != said:
+                raise MismatchError(
+                    f"{model.path} cannot be in {WORDS[said]}: {why}", "Check --input_layout and convert_from_hf."
+                )
         return said
+    found = dict(shapes)
+    for kind, why in _other_signs(model, geometry):
+        found.setdefault(kind, why)
     if len(found) > 1:
         raise MismatchError(f"The layout of {model.path} cannot be known: {found['hf']}, but {found['paddle']}", ASK)
     return next(iter(found), None)
 
 
-def _signs(model: Checkpoint, geometry: Geometry) -> Iterator[Sign]:
-    """All that speaks for a kind; shapes first, as only they are sure."""
+def _shapes(model: Checkpoint, geometry: Geometry) -> dict[Kind, str]:
+    """The kinds that shapes speak for, which is sure, and of each the first weight that does."""
     prefix = prefix_of([*model, *model.aliases], geometry.architecture)
     embedding = model.get(f"{prefix}embed_tokens.weight")
     hidden = geometry.hidden or (embedding.shape[-1] if embedding is not None and embedding.shape else None)
+    first: dict[Kind, StoredTensor] = {}
     for name, tensor in model.items():
         kind = _kind_of_shape(tensor, hidden)
-        if kind is not None and (embedding is None or name.startswith(prefix)):
-            yield kind, f"{name} is {list(tensor.shape)}, which is {WORDS[kind]} for a width of {hidden}", True
+        # Beside a decoder of this width there may be an encoder of another one.
+        if kind is not None and kind not in first and (embedding is None or name.startswith(prefix)):
+            first[kind] = tensor
+    return {
+        kind: f"{tensor.name} is {list(tensor.shape)}, which is {WORDS[kind]} for a width of {hidden}"
+        for kind, tensor in first.items()
+    }
+
+
+def _other_signs(model: Checkpoint, geometry: Geometry) -> Iterator[tuple[Kind, str]]:
+    prefix = prefix_of([*model, *model.aliases], geometry.architecture)
     if model.config.get("source") == "paddle":
-        yield "paddle", "its config.json says source: paddle", False
+        yield "paddle", "its config.json says source: paddle"
     if model.kind == "paddle":
-        yield "paddle", "it is in .pdparams files", False
+        yield "paddle", "it is in .pdparams files"
     if prefix != HF_PREFIX:
-        yield "paddle", f"its names begin with {prefix!r}, as PaddleNLP's do", False
+        yield "paddle", f"its names begin with {prefix!r}, as PaddleNLP's do"
     if model.kind == "torch":
-        yield "hf", "it is in .bin files of torch", False
+        yield "hf", "it is in .bin files of torch"
 
 
 def _kind_of_shape(tensor: StoredTensor, hidden: int | None) -> Kind | None:

@@ -12,6 +12,7 @@ from modelfuse.checkpoints.paddle_files import frame_paddle
 from modelfuse.checkpoints.safetensors import frame_safetensors
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import OUTPUT_DTYPES, DType
+from modelfuse.layouts import WORDS
 from modelfuse.recipe import Recipe
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -47,6 +48,14 @@ class OutputFormat:
         # Loaders of each world look for its word, though it proves nothing.
         known = {"format": {"hf": "pt", "paddle": "np"}[layout]} if layout is not None else {}
         return cls(layout, recipe.merge_prefix, ".safetensors", {"format": "pt", **lead.metadata, **known}, changes)
+
+    def notes(self, models: Sequence[Checkpoint]) -> tuple[str, ...]:
+        """What the user should know of the inputs' layouts."""
+        return tuple(
+            f"{model.path} is in {WORDS[model.layout]}: its weights are transposed."
+            for model in models
+            if model.layout is not None and model.layout != self.layout
+        )
 
     def frame(self, tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
         """Lay out one weight file of these tensors."""

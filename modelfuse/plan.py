@@ -150,7 +150,7 @@ def make_plan(recipe: Recipe) -> Plan:
     workers, slice_elements, memory = _fit_memory(recipe, tensors)
     plan = Plan(
         recipe, recipe.method, models, tensors, tied, files, form, index, files_to_serve(recipe, lead), workers,
-        slice_elements, memory, _notes(recipe, workers, memory, lead),
+        slice_elements, memory, (*_notes(recipe, workers, memory, lead), *form.notes(models)),
     )  # fmt: skip
     _check_room(plan)
     return plan

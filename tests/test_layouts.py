@@ -283,6 +283,19 @@ def test_a_split_lead_takes_fused_weights_apart_as_the_model_reads_them(merge: R
     assert json.loads((tmp_path / "D" / "config.json").read_text())["source"] == "paddle"
 
 
+def test_what_is_turned_is_told(modelfuse: Run, merge: Run, tmp_path: Path) -> None:
+    hf, paddle = save(tmp_path / "hf", hf_model(1)), save(tmp_path / "paddle", transposed(hf_model(2)))
+    said = modelfuse("check", "--model_path_list", hf, paddle)
+    assert said.status == 0
+    assert f"{paddle} is in Paddle's layout, [in, out]" in said.out
+    assert f"{hf} is in" not in said.out
+    said = merge("--model_path_list", hf, paddle, "--output_path", tmp_path / "C", "--output_format", "paddle")
+    assert f"{hf} is in Hugging Face's layout" in said.err
+    assert 'load_checkpoint_format=""' in said.out
+    report = json.loads((tmp_path / "C" / "merge_report.json").read_text())
+    assert [each["layout"] for each in report["inputs"]] == ["hf", "paddle"]
+
+
 def test_the_flags_of_paddles_tool(merge: Run, refuse: Refuse, tmp_path: Path) -> None:
     model = hf_model(1)
     hf, paddle = save(tmp_path / "hf", model), save(tmp_path / "paddle", transposed(model))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from modelfuse.checkpoints.files import Buffer, SourceFile, read_exactly
 from modelfuse.dtypes import DType
@@ -126,7 +126,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
     aliases: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
-    layout: str | None = None
+    layout: Literal["hf", "paddle"] | None = None
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
