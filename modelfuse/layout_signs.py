@@ -6,7 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.errors import MismatchError
-from modelfuse.layouts import EMBEDDINGS, HEAD, HF_PREFIX, LINEAR, WORDS, Geometry, Kind, module_of, prefix_of
+from modelfuse.layouts import (
+    EMBEDDING,
+    EMBEDDINGS,
+    HEAD,
+    HF_PREFIX,
+    LINEAR,
+    WORDS,
+    Geometry,
+    Kind,
+    module_of,
+    prefix_of,
+)
 
 ASK = "Say which it is with --input_layout hf or paddle: one for all, or one per model with the base last."
 
@@ -58,14 +69,14 @@ def _kind(model: Checkpoint, said: Kind | None, geometry: Geometry) -> Kind | No
 
 def _shapes(model: Checkpoint, geometry: Geometry) -> dict[Kind, str]:
     """The kinds that shapes speak for, which is sure, and of each the first weight that does."""
-    prefix = prefix_of([*model, *model.aliases], geometry.architecture)
-    embedding = model.get(f"{prefix}embed_tokens.weight")
-    hidden = geometry.hidden or (embedding.shape[-1] if embedding is not None and embedding.shape else None)
+    embeddings = [tensor for name, tensor in model.items() if name.endswith(EMBEDDING)]
+    # Beside a decoder of this width there may be an encoder of another one: only the decoder counts.
+    decoder = embeddings[0].name.removesuffix(EMBEDDING) if len(embeddings) == 1 else ""
+    hidden = geometry.hidden or next((tensor.shape[-1] for tensor in embeddings if tensor.shape), None)
     first: dict[Kind, StoredTensor] = {}
     for name, tensor in model.items():
         kind = _kind_of_shape(tensor, hidden)
-        # Beside a decoder of this width there may be an encoder of another one.
-        if kind is not None and kind not in first and (embedding is None or name.startswith(prefix)):
+        if kind is not None and kind not in first and name.startswith(decoder):
             first[kind] = tensor
     return {
         kind: f"{tensor.name} is {list(tensor.shape)}, which is {WORDS[kind]} for a width of {hidden}"

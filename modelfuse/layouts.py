@@ -27,6 +27,7 @@ LINEAR: Mapping[str, str | None] = {
 }
 #: What is [entries, width] in both.
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "shared")
+EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head"
 HF_PREFIX = "model."
 
@@ -119,9 +120,9 @@ def geometry_of(models: Iterable[Checkpoint]) -> Geometry:
 
 def prefix_of(names: Iterable[str], architecture: str | None) -> str:
     """What the decoder's names begin with: PaddleNLP uses the architecture's name where others have ``model``."""
-    names = set(names)
-    for word in dict.fromkeys(filter(None, (architecture, *ARCHITECTURES))):
-        if any(name.startswith(f"{word}.layers.") or name == f"{word}.embed_tokens.weight" for name in names):
+    starts = {".".join(name.split(".", 2)[:2]) for name in names}
+    for word in filter(None, (architecture, *ARCHITECTURES)):
+        if starts & {f"{word}.layers", f"{word}.embed_tokens"}:
             return f"{word}."
     return HF_PREFIX
 
@@ -131,13 +132,19 @@ def layout_of(model: Checkpoint, kind: Kind, geometry: Geometry) -> Layout:
     names = [*model, *model.aliases]
     prefix = prefix_of(names, geometry.architecture)
     fused = {module_of(name) for name in names} & FUSED.keys() if geometry.architecture in ARCHITECTURES else set()
-    head = model.get(f"{HEAD}.weight")
-    shape = head.shape if head is not None else ()
-    if len(shape) == 2 and shape[0] != shape[1] and geometry.hidden in shape:
-        kind_of_head: Kind = "hf" if shape[1] == geometry.hidden else "paddle"
-    else:
-        kind_of_head = "hf" if prefix == HF_PREFIX else "paddle"
-    return Layout(kind, prefix, kind_of_head, frozenset(fused))
+    return Layout(kind, prefix, _kind_of_head(model, prefix), frozenset(fused))
+
+
+def _kind_of_head(model: Checkpoint, prefix: str) -> Kind:
+    """How ``lm_head.weight`` is stored: told from the embedding, which is [vocab, hidden] in both."""
+    head, embedding = model.get(f"{HEAD}.weight"), model.get(f"{prefix}{EMBEDDING}")
+    if head is not None and embedding is not None and embedding.shape != embedding.shape[::-1]:
+        if head.shape == embedding.shape:
+            return "hf"
+        if head.shape == embedding.shape[::-1]:
+            return "paddle"
+    # PaddleNLP keeps it so too where it is tied to the embedding.
+    return "hf" if prefix == HF_PREFIX or model.config.get("tie_word_embeddings") is True else "paddle"
 
 
 def usual_layout(kind: Kind, geometry: Geometry) -> Layout:

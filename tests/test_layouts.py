@@ -378,6 +378,31 @@ def test_a_model_without_config_is_told_from_its_embedding(merge: Run, tmp_path:
     assert same(values(tmp_path / "C"), model)
 
 
+def test_tied_heads_of_paddlenlp(merge: Run, tmp_path: Path) -> None:
+    """Two names of one array, as paddle.save keeps it; Hugging Face's file has one of them, or both."""
+    models = [hf_model(seed) | {"lm_head.weight": hf_model(seed)["model.embed_tokens.weight"]} for seed in range(2)]
+    tied = {"tie_word_embeddings": True}
+    nlp = nlp_model(models[0])
+    nlp["lm_head.weight"] = nlp["llama.embed_tokens.weight"]
+    one, two = save_pdparams(tmp_path / "nlp", nlp, **tied), save(tmp_path / "hf", models[1], **tied)
+    merge("--model_path_list", one, two, "--output_path", tmp_path / "C")
+    merge("--model_path_list", one, two, "--output_path", tmp_path / "D", "--save_to_hf")
+    three = save(tmp_path / "three", models[0], **tied)
+    merge("--model_path_list", three, two, "--output_path", tmp_path / "E")
+    assert same(values(tmp_path / "D"), values(tmp_path / "E"))
+    expected = nlp_model(values(tmp_path / "E") | {"lm_head.weight": np.zeros((1, 1))})
+    assert same(values(tmp_path / "C"), {name: each for name, each in expected.items() if name != "lm_head.weight"})
+
+
+def test_an_encoder_of_another_width_does_not_count(merge: Run, tmp_path: Path) -> None:
+    """Its weights may look transposed for the decoder's width."""
+    model = {name.replace("model.", "model.language_model.", 1): each for name, each in hf_model(1).items()}
+    model["model.visual.layers.0.mlp.up_proj.weight"] = np.ones((HIDDEN, 3), np.float32)
+    one = save(tmp_path / "A", model, "seeing")
+    merge("--model_path_list", one, one, "--output_path", tmp_path / "C")
+    assert same(values(tmp_path / "C"), model)
+
+
 def test_an_unknown_architecture_works_where_its_names_agree(merge: Run, refuse: Refuse, tmp_path: Path) -> None:
     """Weights that no table knows are turned if they have the other model's shape turned; square ones are refused."""
     draw = np.random.default_rng(0)
