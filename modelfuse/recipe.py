@@ -26,7 +26,7 @@ from modelfuse.recipe_checks import (
     check_input_layout,
     check_method,
     check_models,
-    check_output_layout,
+    check_output_format,
     check_pruning,
     check_weights,
     explain,
@@ -36,6 +36,8 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
 INFORMATION = ("modelfuse_version",)
+#: The layout of the formats that an output can have.
+LAYOUTS: Mapping[str, Literal["hf", "paddle"]] = {"hf": "hf", "paddle": "paddle", "pdparams": "paddle"}
 #: Other names of a setting.
 SYNONYMS = {"model_prefix": "merge_prefix"}
 
@@ -145,7 +147,7 @@ class Recipe(BaseModel):
             check_pruning(self.reserve_p, self.epsilon)
         check_copied(self.copy_file_list)
         check_input_layout(len(self.input_paths), self.input_layout, self.convert_from_hf)
-        check_output_layout(self.output_format, self.save_to_hf)
+        check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
         return self
 
     @classmethod
@@ -188,8 +190,8 @@ class Recipe(BaseModel):
     @property
     def output_layout(self) -> Literal["hf", "paddle"] | None:
         """The layout that the settings give the output; None: that of the base, else of the first model."""
-        if self.output_format is not None:
-            return "hf" if self.output_format == "hf" else "paddle"
+        if self.output_format in LAYOUTS:
+            return LAYOUTS[self.output_format]
         return None if self.save_to_hf is None else "hf" if self.save_to_hf else "paddle"
 
     @property

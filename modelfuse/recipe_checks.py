@@ -103,9 +103,9 @@ def check_input_layout(inputs: int, layouts: Sequence[str] | None, convert_from_
         )
 
 
-def check_output_layout(output_format: str | None, save_to_hf: bool | None) -> None:
-    """Refuse a format that Paddle's flag contradicts."""
-    if output_format is not None and save_to_hf is not None and save_to_hf != (output_format == "hf"):
+def check_output_format(output_format: str | None, layout: str | None, save_to_hf: bool | None) -> None:
+    """Refuse a format whose layout is not the one that Paddle's flag means."""
+    if layout is not None and save_to_hf is not None and save_to_hf != (layout == "hf"):
         raise RecipeError(
             f"save_to_hf is {str(save_to_hf).lower()}, but output_format is {output_format}", "Leave save_to_hf out."
         )

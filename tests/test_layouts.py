@@ -344,6 +344,18 @@ def test_square_weights_are_never_guessed(merge: Run, refuse: Refuse, tmp_path: 
     assert same(values(tmp_path / "C"), transposed(expected))
 
 
+def test_files_of_torch_hold_hugging_faces_layout(merge: Run, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    one, two = squares(1), squares(2)
+    hf = save(tmp_path / "hf", {"other": np.zeros(1)})
+    (hf / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(each) for name, each in one.items()}, hf / "pytorch_model.bin")
+    paddle = save_pdparams(tmp_path / "paddle", transposed(two))
+    merge("--model_path_list", hf, paddle, "--output_path", tmp_path / "C")
+    merge("--model_path_list", save(tmp_path / "1", one), save(tmp_path / "2", two), "--output_path", tmp_path / "D")
+    assert same(values(tmp_path / "C"), values(tmp_path / "D"))
+
+
 def test_signs_that_contradict_each_other(merge: Run, refuse: Refuse, tmp_path: Path) -> None:
     model = hf_model(1)
     good = save(tmp_path / "good", model)
