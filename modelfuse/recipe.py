@@ -190,7 +190,7 @@ class Recipe(BaseModel):
     @property
     def output_layout(self) -> Literal["hf", "paddle"] | None:
         """The layout that the settings give the output; None: that of the base, else of the first model."""
-        if self.output_format in LAYOUTS:
+        if self.output_format is not None and self.output_format in LAYOUTS:
             return LAYOUTS[self.output_format]
         return None if self.save_to_hf is None else "hf" if self.save_to_hf else "paddle"
 
