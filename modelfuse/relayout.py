@@ -126,7 +126,8 @@ class Relayout:
         """A tensor under its new name and in its new order: none while it waits for others, or several."""
         tensor = replace(tensor, name=self._rename(tensor.name))
         module = module_of(tensor.name)
-        fusion = FUSED.get(module) if module in self.own.fused else None
+        is_layer = len(tensor.shape) in (1, 2)
+        fusion = FUSED.get(module) if is_layer and module in self.own.fused else None
         if fusion is not None:
             fused = self._fused(fusion)
             if fused is None:
@@ -135,7 +136,7 @@ class Relayout:
             tensor = replace(tensor, name=_with_module(tensor.name, module, fused))
         tensor = self._turn(tensor)
         into = PARTS.get(module)
-        if into is not None and self._fused(into) is not None:
+        if into is not None and is_layer and self._fused(into) is not None:
             yield from self._fuse(tensor, module, into)
         else:
             yield tensor

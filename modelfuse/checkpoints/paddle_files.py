@@ -6,7 +6,7 @@ It is what ``paddle.save`` writes for a state dict: protocol 4, bfloat16 as 16-b
 from __future__ import annotations
 
 import math
-import pickle
+import pickletools
 from collections.abc import Iterable, Sequence
 
 from modelfuse.checkpoints.numpy_values import CODES
@@ -14,15 +14,18 @@ from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import DType
 from modelfuse.errors import RecipeError
 
-#: Opcodes are those of pickle's documentation (``pickletools``), with which the tests read them again.
-_START = pickle.PROTO + b"\x04" + pickle.EMPTY_DICT + pickle.MARK
-_END = pickle.SETITEMS + pickle.STOP
+#: Opcodes by name. Nothing here can unpickle anything.
+_OP = {op.name: op.code.encode("latin-1") for op in pickletools.opcodes}
+_START = _OP["PROTO"] + b"\x04" + _OP["EMPTY_DICT"] + _OP["MARK"]
+#: Behind an array's bytes: its state is complete, and given to it.
+_AFTER = _OP["TUPLE"] + _OP["BUILD"]
+_END = _OP["SETITEMS"] + _OP["STOP"]
 #: numpy of any version finds an array's builder under this name.
-_BUILDER = pickle.GLOBAL + b"numpy.core.multiarray\n_reconstruct\n"
-_ARRAY = pickle.GLOBAL + b"numpy\nndarray\n"
-_DTYPE = pickle.GLOBAL + b"numpy\ndtype\n"
-_NO_SHAPE = pickle.BININT1 + b"\x00" + pickle.TUPLE1
-_NO_BYTES = pickle.SHORT_BINBYTES + b"\x01b"
+_BUILDER = _OP["GLOBAL"] + b"numpy.core.multiarray\n_reconstruct\n"
+_ARRAY = _OP["GLOBAL"] + b"numpy\nndarray\n"
+_DTYPE = _OP["GLOBAL"] + b"numpy\ndtype\n"
+_NO_SHAPE = _OP["BININT1"] + b"\x00" + _OP["TUPLE1"]
+_NO_BYTES = _OP["SHORT_BINBYTES"] + b"\x01b"
 
 
 def frame_paddle(tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
@@ -45,10 +48,6 @@ def frame_paddle(tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
     return Frame(tuple(pieces), tuple(offsets), position + len(run))
 
 
-#: The state of the array is complete, and given to it.
-_AFTER = pickle.TUPLE + pickle.BUILD
-
-
 def _before(name: str, dtype: DType, shape: Sequence[int], size: int) -> Iterable[bytes]:
     """A name, and of its array all that comes before the bytes."""
     code = next((code for code, each in CODES.items() if each is dtype), None)
@@ -58,21 +57,21 @@ def _before(name: str, dtype: DType, shape: Sequence[int], size: int) -> Iterabl
             "Use --output_format paddle or hf.",
         )
     yield _text(name)
-    yield _BUILDER + _ARRAY + _NO_SHAPE + _NO_BYTES + pickle.TUPLE3 + pickle.REDUCE
-    yield pickle.MARK + _number(1)
-    yield pickle.MARK + b"".join(map(_number, shape)) + pickle.TUPLE
-    yield _DTYPE + _text(code) + pickle.NEWFALSE + pickle.NEWTRUE + pickle.TUPLE3 + pickle.REDUCE
-    yield pickle.MARK + _number(3) + _text("<" if dtype.bytes > 1 else "|") + pickle.NONE * 3
-    yield _number(-1) + _number(-1) + _number(0) + pickle.TUPLE + pickle.BUILD
-    yield pickle.NEWFALSE + pickle.BINBYTES8 + size.to_bytes(8, "little")
+    yield _BUILDER + _ARRAY + _NO_SHAPE + _NO_BYTES + _OP["TUPLE3"] + _OP["REDUCE"]
+    yield _OP["MARK"] + _number(1)
+    yield _OP["MARK"] + b"".join(map(_number, shape)) + _OP["TUPLE"]
+    yield _DTYPE + _text(code) + _OP["NEWFALSE"] + _OP["NEWTRUE"] + _OP["TUPLE3"] + _OP["REDUCE"]
+    yield _OP["MARK"] + _number(3) + _text("<" if dtype.bytes > 1 else "|") + _OP["NONE"] * 3
+    yield _number(-1) + _number(-1) + _number(0) + _OP["TUPLE"] + _OP["BUILD"]
+    yield _OP["NEWFALSE"] + _OP["BINBYTES8"] + size.to_bytes(8, "little")
 
 
 def _text(text: str) -> bytes:
     encoded = text.encode()
-    return pickle.BINUNICODE + len(encoded).to_bytes(4, "little") + encoded
+    return _OP["BINUNICODE"] + len(encoded).to_bytes(4, "little") + encoded
 
 
 def _number(number: int) -> bytes:
     if -(2**31) <= number < 2**31:
-        return pickle.BININT + number.to_bytes(4, "little", signed=True)
-    return pickle.LONG1 + b"\x09" + number.to_bytes(9, "little", signed=True)
+        return _OP["BININT"] + number.to_bytes(4, "little", signed=True)
+    return _OP["LONG1"] + b"\x09" + number.to_bytes(9, "little", signed=True)
