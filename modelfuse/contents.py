@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelfuse.checkpoints import CONFIG_FILE, StoredTensor, read_config, read_json
 from modelfuse.checkpoints.files import SourceFile, read_bytes
+from modelfuse.checkpoints.paddle_params import read_paddle
 from modelfuse.checkpoints.safetensors import read_safetensors
 from modelfuse.dimensions import contradictions
 from modelfuse.errors import CheckpointError
 from modelfuse.matching import group_names
 from modelfuse.reported import Problem, Report, ReportedTensor
 
-WEIGHTS = ".safetensors"
-INDEX = ".safetensors.index.json"
+#: How the files end that a loader would take for weights, or for the index of some.
+WEIGHTS = (".safetensors", ".pdparams")
+INDEX = ".index.json"
+#: Bytes of a frame that are read at a time.
+PIECE = 1 << 20
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Contents:
         for name, size in self.report.files.items():
             self.problems += self._open(name, size)
         known = {*self.report.files}
-        for name in sorted(path.name for path in self.folder.glob(f"*{WEIGHTS}")):
+        for name in sorted(path.name for path in self.folder.iterdir() if path.name.endswith(WEIGHTS)):
             if name not in known:
                 self.problems.append(Problem("file", f"{name} is not one of the merge's files", file=name))
         self.problems += self._check_tensors()
@@ -68,21 +72,18 @@ class Contents:
         if actual != size:
             yield Problem("file", f"{name} has {actual:,} bytes, {size:,} when it was written", file=name)
         try:
-            self.files[name], _ = read_safetensors(path)
+            tensors, _ = read_paddle(path) if name.endswith(".pdparams") else read_safetensors(path)
+            digest = _frame_digest(path, tensors.values())
         except CheckpointError as error:
             yield Problem("file", f"{error.message}{self._with_tensors(name)}", file=name)
             return
-        if self._header_digest(path) != self.report.sha256.get(name):
+        self.files[name] = tensors
+        if digest != self.report.sha256.get(name):
             yield Problem("file", f"{name}: its header is not the one that was written", file=name)
 
     def _with_tensors(self, file: str) -> str:
         names = [name for name, tensor in self.report.tensors.items() if tensor.file == file]
         return f"; it should hold {', '.join(group_names(names))}" if names else ""
-
-    def _header_digest(self, path: Path) -> str:
-        file = SourceFile.at(path)
-        length = int.from_bytes(read_bytes(file, 0, 8), "little")
-        return hashlib.sha256(read_bytes(file, 0, 8 + length)).hexdigest()
 
     def _check_tensors(self) -> Iterator[Problem]:
         holders: dict[str, list[str]] = {}
@@ -117,8 +118,8 @@ class Contents:
                 yield Problem("file", f"{name} is not as it was written (its sha256 differs)", file=name)
 
     def _check_index(self) -> Iterator[Problem]:
-        prefixes = {re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", name) for name in self.report.files}
-        wanted = {f"{prefix}{INDEX}" for prefix in prefixes} if len(self.report.files) > 1 else set[str]()
+        whole = {re.sub(r"(-\d+-of-\d+)?(\.\w+)$", r"\2", name) for name in self.report.files}
+        wanted = {f"{name}{INDEX}" for name in whole} if len(self.report.files) > 1 else set[str]()
         for name in sorted({path.name for path in self.folder.glob(f"*{INDEX}")} - wanted):
             yield Problem("index", f"{name} is not one of the merge's files; loaders would follow it", file=name)
         for name in sorted(wanted):
@@ -142,6 +143,24 @@ class Contents:
         if shapes.keys() >= self.report.tensors.keys():  # What is missing was told already.
             for tensor, message in contradictions(config, shapes):
                 yield Problem("config", message, tensor, CONFIG_FILE)
+
+
+def _frame_digest(path: Path, tensors: Iterable[StoredTensor]) -> str:
+    """The sha256 of all bytes of a weight file that are no tensor's, in their order.
+
+    Raises:
+        CheckpointError: If a tensor is not one run of bytes, as a merge writes it.
+    """
+    file, digest, position = SourceFile.at(path), hashlib.sha256(), 0
+    spans = sorted((tensor.offset, tensor.nbytes) for tensor in tensors if tensor.nbytes)
+    for tensor in tensors:
+        if type(tensor) is not StoredTensor:
+            raise CheckpointError(f"{path}: tensor {tensor.name!r} is not stored as a merge writes it")
+    for begin, nbytes in (*spans, (file.size, 0)):
+        for start in range(position, begin, PIECE):
+            digest.update(read_bytes(file, start, min(PIECE, begin - start)))
+        position = max(position, begin + nbytes)
+    return digest.hexdigest()
 
 
 def _check_tensor(name: str, file: str, stored: StoredTensor, entry: ReportedTensor) -> Iterator[Problem]:

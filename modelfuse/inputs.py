@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from modelfuse.checkpoints import Checkpoint, open_checkpoint
-from modelfuse.matching import refuse_mixed_layouts
 from modelfuse.quantized import dequantized
 from modelfuse.recipe import Recipe
+from modelfuse.relayout import bring_together
 
 
 def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -13,8 +13,7 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
 
     Raises:
         CheckpointError: If an input is missing, malformed, or quantized in a way that is not understood.
-        MismatchError: If the models' layouts differ.
+        MismatchError: If a model's layout cannot be known.
     """
     models = tuple(dequantized(open_checkpoint(path, recipe.merge_prefix)) for path in recipe.input_paths)
-    refuse_mixed_layouts(models)
-    return models
+    return bring_together(models, recipe)

@@ -69,23 +69,6 @@ def match_tensors(models: Sequence[Checkpoint], lead: Checkpoint) -> tuple[list[
     return names, tuple(tied)
 
 
-def refuse_mixed_layouts(models: Sequence[Checkpoint]) -> None:
-    """Refuse to merge models in Paddle's layout, [in, out], with others: square weights fit and would be garbled.
-
-    Raises:
-        MismatchError: If some config.json say ``"source": "paddle"`` and others do not.
-    """
-    configured = [model for model in models if model.config]
-    paddle = [model for model in configured if model.config.get("source") == "paddle"]
-    if paddle and len(paddle) < len(configured):
-        other = next(model for model in configured if model not in paddle)
-        raise MismatchError(
-            f"{paddle[0].path} stores Linear weights as [in, out] (its config.json says source: paddle), "
-            f"{other.path} as [out, in]",
-            "Save both in one layout first: PaddleFormers saves Hugging Face's with save_to_hf=True.",
-        )
-
-
 def _names(model: Checkpoint) -> set[str]:
     return {*model, *model.aliases}
 

@@ -8,9 +8,10 @@ from modelfuse.recipe import Recipe
 
 #: Slices start at multiples of this many elements, so that sums and checksums never depend on them.
 GRAIN = 1 << 18
-#: What is walked once streams best through the second-level cache; what is measured first is best held whole.
-SLICE_ONCE = GRAIN
-SLICE_MEASURED = GRAIN
+#: What lies in order streams best through the second-level cache. What is read in another order than it is stored in
+#: touches the same pages again for every slice.
+SLICE = GRAIN
+SLICE_TURNED = 1 << 22
 #: Elements a worker walks between two looks at the queue.
 SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules and compiled kernels, measured.
@@ -33,22 +34,23 @@ class Budget(NamedTuple):
     memory: int
 
 
-def fit_memory(recipe: Recipe, an_element: float, sources: int) -> Budget:
+def fit_memory(recipe: Recipe, an_element: float, sources: int, held: int = 0) -> Budget:
     """Choose workers and slice so that the budget holds; at least one worker with the smallest slice.
 
     Args:
         recipe: The settings.
         an_element: Bytes of one element in all sources and the output.
         sources: The number of models, the base included.
+        held: Bytes that a worker holds beside its slices.
     """
-    sparsify_type, merge_type = recipe.steps
+    sparsify_type, _ = recipe.steps
     tables = TABLE_BYTES * sources if sparsify_type in ("trim", "magprune") else 0
     largest = recipe.max_tensor_mem * 2**30 / an_element
     workers = recipe.n_process
-    elements = SLICE_MEASURED if tables or merge_type == "slerp" else SLICE_ONCE
+    elements = SLICE_TURNED if held else SLICE
 
     def peak() -> int:
-        return INTERPRETER_BYTES + tables + int(workers * (elements * an_element + tables))
+        return INTERPRETER_BYTES + tables + int(workers * (elements * an_element + tables + held))
 
     while elements > GRAIN and (elements > largest or peak() > recipe.memory):
         elements //= 2

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
-from modelfuse.checkpoints.safetensors import encode_header
+from modelfuse.checkpoints.tensors import Frame
 from modelfuse.checkpoints.writer import bytes_left
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, OutputError, RecipeError
@@ -20,6 +20,7 @@ from modelfuse.inputs import open_inputs
 from modelfuse.matching import Tied, group_names, match_tensors
 from modelfuse.memory import Budget, fit_memory
 from modelfuse.methods import Method
+from modelfuse.output_format import OutputFormat
 from modelfuse.recipe import Recipe
 from modelfuse.serving import SideFile, files_to_serve
 
@@ -68,11 +69,15 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A weight file of the output: its name, its size in bytes, and the bytes before the first tensor."""
+    """A weight file of the output: its name, and all of it but the tensors."""
 
     name: str
-    size: int
-    header: bytes
+    frame: Frame
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return self.frame.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ class Plan:
         tensors: Every tensor of the output, in the order of the files.
         tied: Tensors of the inputs that are left out because they are another one's second name.
         files: The weight files.
+        format: How they are stored.
         index: The name of the index file, None if there is one weight file.
         side_files: Configuration, tokenizer and other files to copy.
         workers: Parallel workers; fewer than asked for if the memory budget wants it.
@@ -100,6 +106,7 @@ class Plan:
     tensors: tuple[OutputTensor, ...]
     tied: tuple[Tied, ...]
     files: tuple[OutputFile, ...]
+    format: OutputFormat
     index: str | None
     side_files: tuple[SideFile, ...]
     workers: int
@@ -151,11 +158,12 @@ def make_plan(recipe: Recipe) -> Plan:
     chosen = _chosen_source(recipe)
     drafts = [_draft(recipe, name, models, chosen) for name in names]
     _check_kinds(drafts)
-    tensors, files, index = _lay_out(drafts, recipe, lead)
+    form = OutputFormat.of(recipe, lead)
+    tensors, files, index = _lay_out(drafts, recipe, form)
     workers, slice_elements, memory = _fit_memory(recipe, tensors)
     plan = Plan(
-        recipe, recipe.method, models, tensors, tied, files, index, files_to_serve(recipe, lead), workers,
-        slice_elements, memory, _notes(recipe, workers, memory, models, lead),
+        recipe, recipe.method, models, tensors, tied, files, form, index, files_to_serve(recipe, lead), workers,
+        slice_elements, memory, (*_notes(recipe, workers, memory, models, lead), *form.notes(models)),
     )  # fmt: skip
     _check_room(plan)
     return plan
@@ -228,7 +236,7 @@ def _check_kinds(drafts: Sequence[OutputTensor]) -> None:
 
 
 def _lay_out(
-    drafts: Sequence[OutputTensor], recipe: Recipe, lead: Checkpoint
+    drafts: Sequence[OutputTensor], recipe: Recipe, form: OutputFormat
 ) -> tuple[tuple[OutputTensor, ...], tuple[OutputFile, ...], str | None]:
     """Assign the tensors to shards in order, and each its offset."""
     shards: list[list[OutputTensor]] = [[]]
@@ -239,17 +247,15 @@ def _lay_out(
             filled = 0
         shards[-1].append(draft)
         filled += draft.nbytes
-    metadata = {"format": "pt", **lead.metadata}
     placed: list[OutputTensor] = []
     files = []
     for number, shard in enumerate(shards, 1):
         several = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        name = f"{recipe.merge_prefix}{several}.safetensors"
-        header, offsets = encode_header([(draft.name, draft.dtype, draft.shape) for draft in shard], metadata)
-        for draft, offset in zip(shard, offsets, strict=True):
-            placed.append(replace(draft, file=name, offset=offset))
-        files.append(OutputFile(name, placed[-1].offset + placed[-1].nbytes, header))
-    index = f"{recipe.merge_prefix}.safetensors.index.json" if len(shards) > 1 else None
+        name = f"{form.stem}{several}{form.suffix}"
+        frame = form.frame([(draft.name, draft.dtype, draft.shape) for draft in shard])
+        placed += (replace(draft, file=name, offset=offset) for draft, offset in zip(shard, frame.offsets, strict=True))
+        files.append(OutputFile(name, frame))
+    index = f"{form.stem}{form.suffix}.index.json" if len(shards) > 1 else None
     return tuple(placed), tuple(files), index
 
 
@@ -257,7 +263,8 @@ def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
     an_element = max(
         (sum(source.dtype.bits for source in tensor.sources) + tensor.dtype.bits) / 8 for tensor in tensors
     )
-    return fit_memory(recipe, an_element, len(tensors[0].sources))
+    held = max(sum(source.held for source in tensor.sources) for tensor in tensors)
+    return fit_memory(recipe, an_element, len(tensors[0].sources), held)
 
 
 def _check_room(plan: Plan) -> None:

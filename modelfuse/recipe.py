@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -23,8 +23,10 @@ from modelfuse.methods import MERGE_METHODS, Method
 from modelfuse.recipe_checks import (
     check_copied,
     check_device,
+    check_input_layout,
     check_method,
     check_models,
+    check_output_format,
     check_pruning,
     check_weights,
     explain,
@@ -34,6 +36,8 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
 INFORMATION = ("modelfuse_version",)
+#: The layout of the formats that an output can have.
+LAYOUTS: Mapping[str, Literal["hf", "paddle"]] = {"hf": "hf", "paddle": "paddle", "pdparams": "paddle"}
 #: Other names of a setting.
 SYNONYMS = {"model_prefix": "merge_prefix"}
 
@@ -109,6 +113,20 @@ class Recipe(BaseModel):
     output_dtype: Literal[*OUTPUT_DTYPES] | None = Field(  # type: ignore[valid-type]
         None, description="The type to store (default: the base's, else the first model's, tensor by tensor)."
     )
+    input_layout: tuple[Literal["hf", "paddle"], ...] | None = Field(
+        None, description="Linear weights of the inputs are [out, in] (hf) or [in, out] (paddle); one for all, or one "
+        "a model with the base last (default: told from shapes and config.json).",
+    )  # fmt: skip
+    output_format: Literal["hf", "paddle", "pdparams"] | None = Field(
+        None, description="The output's layout: hf, paddle, or paddle in .pdparams files (default: the layout of the "
+        "base, else of the first model, in safetensors).",
+    )  # fmt: skip
+    convert_from_hf: bool | None = Field(
+        None, description="Paddle's flag: true is --input_layout hf for all but .pdparams files, false is paddle."
+    )
+    save_to_hf: bool | None = Field(
+        None, description="Paddle's flag: true is --output_format hf, false is paddle, whatever the inputs are."
+    )
     overwrite: bool = Field(False, description="Replace an existing output.")
     on_nonfinite: Literal["error", "propagate"] = Field("error", description="What NaN and infinities do.")
     unmerged_from: AbsolutePath | None = Field(
@@ -128,6 +146,8 @@ class Recipe(BaseModel):
         if sparsify_type == "magprune":
             check_pruning(self.reserve_p, self.epsilon)
         check_copied(self.copy_file_list)
+        check_input_layout(len(self.input_paths), self.input_layout, self.convert_from_hf)
+        check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
         return self
 
     @classmethod
@@ -153,6 +173,26 @@ class Recipe(BaseModel):
         if self.merge_method is not None:
             return MERGE_METHODS[self.merge_method]
         return self.sparsify_type, self.merge_type or "linear"
+
+    def declared_layouts(self, formats: Sequence[str]) -> tuple[Literal["hf", "paddle"] | None, ...]:
+        """The layout that the settings give each input, None where they say nothing.
+
+        Args:
+            formats: The format of every input: ``safetensors``, ``torch`` or ``paddle``.
+        """
+        if self.input_layout is not None:
+            return self.input_layout if len(self.input_layout) > 1 else self.input_layout * len(formats)
+        if self.convert_from_hf is None:
+            return (None,) * len(formats)
+        # Paddle's own files hold Paddle's layout, and its tool loads them as they are.
+        return tuple("paddle" if not self.convert_from_hf else None if kind == "paddle" else "hf" for kind in formats)
+
+    @property
+    def output_layout(self) -> Literal["hf", "paddle"] | None:
+        """The layout that the settings give the output; None: that of the base, else of the first model."""
+        if self.output_format is not None and self.output_format in LAYOUTS:
+            return LAYOUTS[self.output_format]
+        return None if self.save_to_hf is None else "hf" if self.save_to_hf else "paddle"
 
     @property
     def normalizes(self) -> bool:

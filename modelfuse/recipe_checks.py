@@ -87,6 +87,30 @@ def check_pruning(reserve_p: float, epsilon: float) -> None:
         )
 
 
+def check_input_layout(inputs: int, layouts: Sequence[str] | None, convert_from_hf: bool | None) -> None:
+    """Refuse layouts that are not one for all or one an input, or that Paddle's flag contradicts."""
+    if layouts is None:
+        return
+    if len(layouts) not in (1, inputs):
+        raise RecipeError(
+            f"input_layout has {len(layouts)} values for {inputs} inputs",
+            "Give one for all, or one per model with the base last.",
+        )
+    if convert_from_hf is not None and ("paddle" if convert_from_hf else "hf") in layouts:
+        raise RecipeError(
+            f"convert_from_hf is {str(convert_from_hf).lower()}, but input_layout is {' '.join(layouts)}",
+            "Leave convert_from_hf out.",
+        )
+
+
+def check_output_format(output_format: str | None, layout: str | None, save_to_hf: bool | None) -> None:
+    """Refuse a format whose layout is not the one that Paddle's flag means."""
+    if layout is not None and save_to_hf is not None and save_to_hf != (layout == "hf"):
+        raise RecipeError(
+            f"save_to_hf is {str(save_to_hf).lower()}, but output_format is {output_format}", "Leave save_to_hf out."
+        )
+
+
 def check_copied(names: Iterable[str]) -> None:
     """Refuse files to copy that lie outside the model's folder."""
     for name in names:

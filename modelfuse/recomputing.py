@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
 from bisect import bisect_right
@@ -14,6 +13,7 @@ import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.files import read_exactly
+from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import ModelfuseError
 from modelfuse.kernels import Bytes
 from modelfuse.plan import OutputTensor, Plan, make_plan
@@ -69,7 +69,7 @@ def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | N
     problems = [replace(each, message=f"{each.tensor}: {each.message}") for each in problems]
     for file in plan.files:
         said = report.sha256.get(file.name)
-        if said is not None and said != hashlib.sha256(file.header).hexdigest():
+        if said is not None and said != file.frame.digest:
             problems.append(Problem("recipe", f"{file.name}: the merge would write another header", file=file.name))
     return plan, problems
 
@@ -152,8 +152,8 @@ class Comparison:
         self._lock = threading.Lock()
         self._rooms = threading.local()
 
-    def create(self, name: str, size: int, header: bytes) -> None:
-        """Nothing: headers were compared with the plan's."""
+    def create(self, name: str, frame: Frame) -> None:
+        """Nothing: frames were compared with the plan's."""
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Compare bytes of a file with those that are stored."""

@@ -87,6 +87,7 @@ def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
         "path": str(model.path),
         "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",
         "format": model.kind,
+        "layout": model.layout,
         "tensors": len(model) + len(model.aliases) + len(model.left_out),
         "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
         **_left_out(model),

@@ -35,7 +35,7 @@ def facts_of(plan: Plan) -> dict[str, object]:
             for file in source.files:
                 facts[str(file.path)] = [file.size, file.mtime_ns, file.inode]
     facts |= {f"what the headers of {path} say": digest.hexdigest() for path, digest in headers.items()}
-    layout = [[file.name, file.size, hashlib.sha256(file.header).hexdigest()] for file in plan.files]
+    layout = [[file.name, file.size, file.frame.digest] for file in plan.files]
     layout += [[tensor.name, tensor.action, tensor.chosen] for tensor in plan.tensors]
     facts["the plan"] = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
     known: dict[str, object] = json.loads(json.dumps(facts))  # As it will be read: without tuples.

@@ -13,7 +13,7 @@ import numpy as np
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile, read_bytes
-from modelfuse.checkpoints.tensors import Reader
+from modelfuse.checkpoints.tensors import Frame, Reader
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
@@ -25,7 +25,6 @@ from modelfuse.plan import Action, OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
-from modelfuse.serving import served_config
 from modelfuse.suspicious import Suspicious, find_suspicious
 
 Progress = Callable[[int], None]
@@ -72,7 +71,7 @@ class Task:
 class Sink(Protocol):
     """Where the weight files go: a folder to write, or one to compare with."""
 
-    def create(self, name: str, size: int, header: bytes) -> None:
+    def create(self, name: str, frame: Frame) -> None:
         """Begin a file; once for each, before anything is written to it."""
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
@@ -117,7 +116,7 @@ class Run:
     def to_folder(self, folder: Sink) -> None:
         """Compare, copy and merge every tensor into the files of ``folder``."""
         for file in self.plan.files:
-            folder.create(file.name, file.size, file.header)
+            folder.create(file.name, file.frame)
         self._folder = folder
         self._schedule(self._preparing_jobs())
         if self.untied:
@@ -263,7 +262,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
             source = SourceFile.at(file.source)
             content = read_bytes(source, 0, source.size)
             if file.name == CONFIG_FILE:
-                content = served_config(content, plan.served_dtype, plan.lead.dequantized)
+                content = plan.format.config(content, plan.served_dtype, plan.lead.dequantized)
             folder.write_file(file.name, content)
         write_index(plan, folder)
         write_config(plan, folder)

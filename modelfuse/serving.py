@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.errors import CheckpointError, RecipeError
-from modelfuse.quantized import DECLARATIONS
 from modelfuse.recipe import Recipe
 
 #: Endings of files that hold weights or training state: everything else beside the weights is small and copied.
@@ -60,29 +58,6 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     return tuple(
         SideFile(folder / name, name, (folder / name).stat().st_size) for name in dict.fromkeys([*usual, *named])
     )
-
-
-def served_config(config: bytes, dtype: str | None, dequantized: bool) -> bytes:
-    """config.json as it is true of the output.
-
-    Args:
-        config: That of the lead.
-        dtype: Another type, to be named wherever it names one: loaders convert the weights to what it says.
-        dequantized: Whether the weights are no longer quantized as it declares.
-    """
-    if dtype is None and not dequantized:
-        return config
-    content = json.loads(config)
-    pending = [content]
-    while pending:
-        part = pending.pop()
-        if dtype is not None:
-            part.update((key, dtype) for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str))
-        if dequantized:
-            for key in DECLARATIONS:
-                part.pop(key, None)
-        pending.extend(value for value in part.values() if isinstance(value, dict))
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _is_usual(path: Path) -> bool:

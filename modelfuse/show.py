@@ -220,6 +220,10 @@ def result(plan: Plan, result: Result) -> None:
         out.print(f"[yellow]note:[/] {escape(told)} (listed in merge_report.json)")
     if any(file.name == "config.json" for file in plan.side_files):
         folder = escape(_quoted(str(result.output_path)))
+        if plan.format.layout == "paddle":
+            loads = f'from_pretrained({folder!r}, load_checkpoint_format="", convert_from_hf=False)'
+            out.print(f"next: {loads} of PaddleFormers   (modelfuse verify {folder} checks it)")
+            return
         out.print(
             f"next: vllm serve {folder}   (or any server that reads safetensors; modelfuse verify {folder} checks it)"
         )

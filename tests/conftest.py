@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelfuse.checkpoints.safetensors import encode_header
+from modelfuse.checkpoints.safetensors import frame_safetensors
 from modelfuse.dtypes import BY_NAME
 from modelfuse.methods import MERGES, SPARSIFIERS
 
@@ -56,9 +56,10 @@ def save_file(
 ) -> None:
     """Write a safetensors file."""
     stored = {name: each if isinstance(each, Stored) else Stored.of(each) for name, each in tensors.items()}
-    header, _ = encode_header(
+    frame = frame_safetensors(
         [(name, BY_NAME[each.dtype], each.shape) for name, each in stored.items()], metadata or {}
     )
+    header = frame.pieces[0][1]
     path.write_bytes(header + b"".join(each.data for each in stored.values()))
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import Said, bf16, make_model, random_tensors, snapshot
 
 import modelfuse as package
-from modelfuse.checkpoints.safetensors import encode_header
+from modelfuse.checkpoints.safetensors import frame_safetensors
 from modelfuse.dtypes import BF16
 
 Run = Callable[..., Said]
@@ -115,7 +115,7 @@ def test_no_byte_of_a_tensor_is_read(modelfuse: Run, tmp_path: Path, monkeypatch
         (tmp_path / name).mkdir()
         for shard in range(shards):
             tensors = [(f"layers.{shard}.{part}.weight", BF16, shape) for part in ("up", "down")]
-            header, _ = encode_header(tensors, {"format": "pt"})
+            header = frame_safetensors(tensors, {"format": "pt"}).pieces[0][1]
             path = tmp_path / name / f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
             with path.open("wb") as file:
                 file.write(header)

@@ -116,6 +116,10 @@ DEFAULTS = {
     "memory": 10**9,
     "max_shard_size": 5 * 10**9,
     "output_dtype": None,
+    "input_layout": None,
+    "output_format": None,
+    "convert_from_hf": None,
+    "save_to_hf": None,
     "overwrite": False,
     "on_nonfinite": "error",
     "unmerged_from": None,
@@ -133,9 +137,9 @@ def test_defaults() -> None:
 @pytest.mark.parametrize("name", sorted({*DEFAULTS, "model_path_list"}))
 def test_every_setting_is_a_flag_with_either_dash(name: str) -> None:
     field = Recipe.model_fields[name]
-    value = {"model_path_list": ["A", "B"], "weight_list": ["1", "2"], "copy_file_list": ["a", "b"]}.get(
-        name, ["False"]
-    )
+    several = {"model_path_list": ["A", "B"], "weight_list": ["1", "2"], "copy_file_list": ["a", "b"]}
+    several["input_layout"] = ["hf", "paddle"]
+    value = several.get(name, ["False"])
     for flag in (f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('_', '-', 1)}"):
         settings, quiet = parse([flag, *value])
         assert settings == {name: value if len(value) > 1 else value[0]}

@@ -461,7 +461,7 @@ def test_layouts_that_differ(refuse: Refuse, tmp_path: Path) -> None:
     square = {"model.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.float32)}
     paddle = make_model(tmp_path / "P", square, config={"model_type": "llama", "source": "paddle"})
     other = make_model(tmp_path / "H", square, config={"model_type": "llama"})
-    refuse("check", "--model_path_list", other, paddle, says=[paddle, other, "[in, out]"], hint="one layout")
+    refuse("check", "--model_path_list", other, paddle, says=[paddle, other, "square"], hint="--input_layout")
 
 
 def test_quantized_models(refuse: Refuse, pair: Pair, tmp_path: Path) -> None:

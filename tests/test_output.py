@@ -453,7 +453,8 @@ def test_merge_config_holds_every_effective_setting(merge: Run, pair: Pair, tmp_
         "normalize": True, "slerp_alpha": 0.5, "slerp_normalize_eps": 1e-8, "slerp_dot_threshold": 0.9995,
         "ties_elect_type": "sum", "rescale": True, "reserve_p": 0.7, "epsilon": 0.14, "seed": 0, "device": "cpu",
         "tensor_type": "np", "n_process": 1, "memory": 10**9, "merge_prefix": "model", "max_shard_size": 5 * 10**9,
-        "output_dtype": None, "overwrite": False, "on_nonfinite": "error", "unmerged_from": None,
+        "output_dtype": None, "overwrite": False, "on_nonfinite": "error", "unmerged_from": None, "input_layout": None,
+        "output_format": None, "convert_from_hf": None, "save_to_hf": None,
         "copy_file_list": [], "split_pieces": 8, "max_tensor_mem": 0.5,
     }  # fmt: skip
 

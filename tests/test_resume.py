@@ -359,7 +359,7 @@ def test_progress_starts_where_the_last_run_stopped(left: Path, words: Words, wr
     assert seen[0] == result.bytes_kept
     assert result.bytes_kept > 0
     plan = package.check(model_path_list=words[1:3])
-    headers = sum(len(file.header) for file in plan.files)
+    headers = sum(len(piece) for file in plan.files for _, piece in file.frame.pieces)
     assert sum(seen) == result.bytes_read + result.bytes_written - headers
 
 

@@ -23,7 +23,7 @@ from modelfuse.checkpoints.pickle_values import (
 from modelfuse.dtypes import BF16, BY_NAME, DType
 
 #: numpy's type codes. It has no bfloat16: Paddle keeps that as 16-bit unsigned integers.
-_CODES: Mapping[str, DType] = {
+CODES: Mapping[str, DType] = {
     "f8": BY_NAME["F64"],
     "f4": BY_NAME["F32"],
     "f2": BY_NAME["F16"],
@@ -67,7 +67,7 @@ class NumpyType(Stateful):
 
     def dtype(self) -> DType:
         """The element type; raises Refused if checkpoints cannot have it."""
-        dtype = self.code if isinstance(self.code, DType) else _CODES.get(self.code)
+        dtype = self.code if isinstance(self.code, DType) else CODES.get(self.code)
         if dtype is None:
             raise Refused(f"it holds arrays of numpy's type {self._shown()}, which is no tensor's")
         return dtype

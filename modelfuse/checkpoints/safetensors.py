@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from modelfuse.checkpoints.files import SourceFile, read_bytes
-from modelfuse.checkpoints.tensors import StoredTensor
+from modelfuse.checkpoints.tensors import Frame, StoredTensor
 from modelfuse.dtypes import BY_NAME, DType
 from modelfuse.errors import CheckpointError
 
@@ -54,14 +54,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     return tensors, metadata
 
 
-def encode_header(
-    tensors: Sequence[tuple[str, DType, Sequence[int]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[int]]:
-    """Lay out a safetensors file.
-
-    Returns:
-        The bytes in front of the data, and each tensor's offset from the start of the file.
-    """
+def frame_safetensors(tensors: Sequence[tuple[str, DType, Sequence[int]]], metadata: Mapping[str, str]) -> Frame:
+    """Lay out a safetensors file: all its tensors lie behind its header."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     starts: list[int] = []
@@ -73,7 +67,8 @@ def encode_header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     prefix = len(text).to_bytes(8, "little") + text
-    return prefix, [len(prefix) + start for start in starts]
+    offsets = tuple(len(prefix) + start for start in starts)
+    return Frame(((0, prefix),), offsets, len(prefix) + position)
 
 
 def _read_header(file: SourceFile) -> tuple[dict[str, object], int]:

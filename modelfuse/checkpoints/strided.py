@@ -22,6 +22,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _PIECE = 1 << 20
 _TILE = 32
+#: Pages of a mapped file are given back when so many bytes of them may be resident.
+RESIDENT = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +36,24 @@ class StridedTensor(StoredTensor):
         strides: The distance between neighbours along each dimension, in elements; zero for an
             expanded dimension.
         big_endian: Whether the bytes of each element are stored most significant first.
+        dims: The dimensions that ``strides`` are of, where they are finer than those of the shape: together
+            they hold the same elements in the same order.
     """
 
     strides: tuple[int, ...]
     big_endian: bool = False
+    dims: tuple[int, ...] = ()
+
+    @property
+    def held(self) -> int:
+        """Pages of the file that are mapped."""
+        return min(self.nbytes, RESIDENT)
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; elements come out in row-major, little-endian order."""
         with self.file.open() as descriptor:
-            yield _reader(self, _map(self, descriptor, self.offset, self.strides, self.big_endian))
+            yield _Mapped(self, descriptor, self.offset).read
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +61,43 @@ class ReorderedTensor(StoredTensor):
     """A tensor whose source cannot be mapped: copied to an unnamed temporary file while it is open.
 
     Attributes:
-        source: The same elements in the order in which they are stored.
+        source: The same elements, and perhaps more, in the order in which they are stored.
         strides: As of a StridedTensor, over the elements of ``source``.
         big_endian: Whether ``source`` gives the bytes of each element most significant first.
+        dims: As of a StridedTensor.
+        first: The number of this tensor's first element in ``source``.
     """
 
     source: StoredTensor
     strides: tuple[int, ...]
     big_endian: bool = False
+    dims: tuple[int, ...] = ()
+    first: int = 0
+
+    @property
+    def natural(self) -> DType:
+        """That of the source."""
+        return self.source.natural
+
+    @property
+    def stored(self) -> DType:
+        """That of the source."""
+        return self.source.stored
+
+    @property
+    def is_delta(self) -> bool:
+        """That of the source."""
+        return self.source.is_delta
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Those of the source."""
+        return self.source.files
+
+    @property
+    def held(self) -> int:
+        """Pages of the copy that are mapped."""
+        return min(self.nbytes, RESIDENT) + self.source.held + _PIECE
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
@@ -66,8 +105,8 @@ class ReorderedTensor(StoredTensor):
         with self.source.open() as read, tempfile.TemporaryFile() as copy:
             piece = memoryview(bytearray(_PIECE // self.dtype.bytes * self.dtype.bytes))
             try:
-                for begin in range(0, self.nbytes, len(piece)):
-                    part = piece[: self.nbytes - begin]
+                for begin in range(0, self.source.nbytes, len(piece)):
+                    part = piece[: self.source.nbytes - begin]
                     read(begin // self.dtype.bytes, part)
                     copy.write(part)
                 copy.flush()
@@ -76,32 +115,72 @@ class ReorderedTensor(StoredTensor):
                     f"{self.file.path}: tensor {self.name!r} needs a temporary copy: {error.strerror}",
                     "Set TMPDIR to a folder with more room.",
                 ) from error
-            yield _reader(self, _map(self, copy.fileno(), 0, self.strides, self.big_endian))
+            yield _Mapped(self, copy.fileno(), self.dtype.nbytes(self.first)).read
 
 
-def _map(tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int, ...], big_endian: bool) -> Array:
-    element = _element(tensor.dtype, ">" if big_endian else "<")
-    extent = extent_of(tensor.shape, strides)
-    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-    length = offset - begin + extent * element.itemsize
-    try:
-        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=begin)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}") from error
-    storage = np.frombuffer(mapped, element, extent, offset - begin)
-    kept = [(size, stride) for size, stride in zip(tensor.shape, strides, strict=True) if size > 1]
-    shape = tuple(size for size, _ in kept) or (1,)
-    steps = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
-    return as_strided(storage, shape, steps, writeable=False)
+class _Mapped:
+    """A strided tensor in a mapped file, of which only some pages are resident at a time.
 
+    Args:
+        tensor: The tensor.
+        descriptor: The open file.
+        offset: Where its first element lies in the file.
+    """
 
-def _reader(tensor: StoredTensor, view: Array) -> Reader:
-    element = _element(tensor.dtype, "<")
+    def __init__(self, tensor: StridedTensor | ReorderedTensor, descriptor: int, offset: int) -> None:
+        element = _element(tensor.dtype, ">" if tensor.big_endian else "<")
+        dims, strides = tensor.dims or tensor.shape, tensor.strides
+        extent = extent_of(dims, strides)
+        begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+        length = offset - begin + extent * element.itemsize
+        try:
+            self._pages = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=begin)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}") from error
+        storage = np.frombuffer(self._pages, element, extent, offset - begin)
+        kept = [(size, stride) for size, stride in zip(dims, strides, strict=True) if size > 1]
+        shape = tuple(size for size, _ in kept) or (1,)
+        steps = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
+        self._view: Array = as_strided(storage, shape, steps, writeable=False)
+        self._element = _element(tensor.dtype, "<")
+        self._resident = 0
 
-    def read(start: int, buffer: Buffer) -> None:
-        _copy(view, start, np.frombuffer(buffer, element))
+    def read(self, start: int, buffer: Buffer) -> None:
+        """Fill the buffer with the elements from number ``start`` on, in row-major order."""
+        self._copy(self._view, start, np.frombuffer(buffer, self._element))
 
-    return read
+    def _copy(self, view: Array, start: int, out: Array) -> None:
+        if view.ndim == 1:
+            self._take(view[start : start + out.size], out)
+            return
+        row_size = math.prod(view.shape[1:])
+        row, skipped = divmod(start, row_size)
+        if skipped:
+            count = min(row_size - skipped, out.size)
+            self._copy(view[row], skipped, out[:count])
+            row, out = row + 1, out[count:]
+        rows = out.size // row_size
+        if rows:
+            self._copy_rows(view[row : row + rows], out[: rows * row_size].reshape(rows, *view.shape[1:]))
+        rest = out[rows * row_size :]
+        if rest.size:
+            self._copy(view[row + rows], 0, rest)
+
+    def _copy_rows(self, view: Array, out: Array) -> None:
+        # Reading a transposed matrix along its rows touches a cache line for every element: narrow columns
+        # keep those lines in the cache until the next rows need them.
+        across = view.strides[-1] != view.itemsize and len(view) >= _TILE
+        width = _TILE if across else view.shape[-1]
+        for begin in range(0, view.shape[-1], width):
+            self._take(view[..., begin : begin + width], out[..., begin : begin + width])
+
+    def _take(self, view: Array, out: Array) -> None:
+        out[...] = view
+        # Pages between those that are touched come along: systems map several at a time.
+        self._resident += extent_of(view.shape, view.strides) + mmap.PAGESIZE
+        if self._resident > RESIDENT:
+            self._pages.madvise(mmap.MADV_DONTNEED)
+            self._resident = 0
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -155,31 +234,3 @@ def _element(dtype: DType, order: str) -> np.dtype[Any]:
     # A complex number swaps the bytes of each half; anything else is moved as an integer of its size.
     kind = "c" if dtype.name.startswith("C") else "u"
     return np.dtype(f"{order}{kind}{dtype.bytes}")
-
-
-def _copy(view: Array, start: int, out: Array) -> None:
-    """Copy the elements of ``view`` from number ``start`` on, in row-major order, until ``out`` is full."""
-    if view.ndim == 1:
-        out[:] = view[start : start + out.size]
-        return
-    row_size = math.prod(view.shape[1:])
-    row, skipped = divmod(start, row_size)
-    if skipped:
-        count = min(row_size - skipped, out.size)
-        _copy(view[row], skipped, out[:count])
-        row, out = row + 1, out[count:]
-    rows = out.size // row_size
-    if rows:
-        _copy_rows(view[row : row + rows], out[: rows * row_size].reshape(rows, *view.shape[1:]))
-    rest = out[rows * row_size :]
-    if rest.size:
-        _copy(view[row + rows], 0, rest)
-
-
-def _copy_rows(view: Array, out: Array) -> None:
-    # Reading a transposed matrix along its rows touches a cache line for every element: narrow columns
-    # keep those lines in the cache until the next rows need them.
-    across = view.strides[-1] != view.itemsize and len(view) >= _TILE
-    width = _TILE if across else view.shape[-1]
-    for begin in range(0, view.shape[-1], width):
-        out[..., begin : begin + width] = view[..., begin : begin + width]

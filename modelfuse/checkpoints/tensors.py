@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from modelfuse.checkpoints.files import Buffer, SourceFile, read_exactly
 from modelfuse.dtypes import DType
@@ -70,6 +71,11 @@ class StoredTensor:
         return False
 
     @property
+    def held(self) -> int:
+        """Bytes that reading it keeps resident beside what is read."""
+        return 0
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """All files that its values come from."""
         return (self.file,)
@@ -83,6 +89,25 @@ class StoredTensor:
                 read_exactly(descriptor, self.offset + self.dtype.nbytes(start), buffer, self.file.path)
 
             yield read
+
+
+class Frame(NamedTuple):
+    """How a weight file is laid out before any tensor is in it.
+
+    Attributes:
+        pieces: All bytes that are no tensor's, as runs: where each begins, and its bytes.
+        offsets: Where each tensor begins.
+        size: The size of the file.
+    """
+
+    pieces: tuple[tuple[int, bytes], ...]
+    offsets: tuple[int, ...]
+    size: int
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of all bytes that are no tensor's, in their order."""
+        return hashlib.sha256(b"".join(piece for _, piece in self.pieces)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -99,6 +124,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
         config: The contents of config.json, empty if there is none.
         left_out: Tensors of the files that are not among these, and why: name → reason.
         dequantized: Whether config.json declares a quantization that is undone here.
+        layout: ``hf`` or ``paddle``: how its Linear weights are stored, once that is known.
     """
 
     path: Path
@@ -109,6 +135,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
     config: Mapping[str, object] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     dequantized: bool = False
+    layout: Literal["hf", "paddle"] | None = None
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]

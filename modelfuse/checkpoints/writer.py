@@ -23,6 +23,7 @@ from typing import Self
 from modelfuse.checkpoints.exchange import exchange, remove, restore
 from modelfuse.checkpoints.keeper import Keeper
 from modelfuse.checkpoints.lock import Lock, is_same_file
+from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import ModelfuseError, OutputError
 from modelfuse.journal import Journal, sync_data, sync_folder
 
@@ -59,7 +60,7 @@ class OutputFolder:
         self._entries: Iterator[object] = iter(())
         #: Why nothing that an earlier run has left can be used; None if there was nothing, or it can.
         self.afresh: str | None = None
-        #: The sha256 of every small file, and of the header of every weight file, by name.
+        #: The sha256 of every small file, and of all but the tensors of every weight file, by name.
         self.digests: dict[str, str] = {}
         self._new_parents: list[Path] = []
 
@@ -113,20 +114,20 @@ class OutputFolder:
         """The entries that earlier runs have handed to :meth:`keep`; to be taken before anything is written."""
         yield from self._entries
 
-    def create(self, name: str, size: int, header: bytes) -> None:
-        """Create a weight file of its final size and write its header, or open what an earlier run has left."""
+    def create(self, name: str, frame: Frame) -> None:
+        """Create a weight file of its final size and write all that is no tensor's, or open what a run has left."""
         path = self._temporary / name
         _allow_open_files(len(self._descriptors) + SPARE_FILES)
         made = os.O_CREAT | os.O_EXCL if name not in self._left else 0
         try:
             self._descriptors[name] = descriptor = os.open(path, os.O_RDWR | made | os.O_CLOEXEC, 0o666)
             if made:
-                os.truncate(descriptor, size)
+                os.truncate(descriptor, frame.size)
         except OSError as error:
             raise self._failure(error, path) from error
-        if made:
-            self.write(name, 0, memoryview(header))
-        self.digests[name] = hashlib.sha256(header).hexdigest()
+        for offset, piece in frame.pieces if made else ():
+            self.write(name, offset, memoryview(piece))
+        self.digests[name] = frame.digest
 
     def keep(self, name: str, nbytes: int, entry: object) -> None:
         """Note that so many bytes of a weight file are finished; soon, they survive the end of this process.
