@@ -39,8 +39,7 @@ class Keeper:
             BaseException: What an earlier attempt to keep something failed with.
         """
         with self._changed:
-            if self._failure is not None:
-                raise self._failure
+            self.check()
             if not self._entries:
                 self._since = time.monotonic()
             self._files.add(file)
@@ -66,13 +65,21 @@ class Keeper:
         """Keep what is finished; after :meth:`stop`.
 
         Raises:
-            BaseException: What this or an earlier attempt failed with: the system tells of a failed write only once.
+            BaseException: What this or an earlier attempt failed with.
         """
-        if self._failure is not None:
-            raise self._failure
+        self.check()
         files, entries = self._take()
         if entries:
             self._keep(files, entries)
+
+    def check(self) -> None:
+        """Make sure that nothing has failed so far: the system tells of a lost write once, to whoever syncs first.
+
+        Raises:
+            BaseException: What an attempt to keep something failed with.
+        """
+        if self._failure is not None:
+            raise self._failure
 
     def _work(self) -> None:
         while True:

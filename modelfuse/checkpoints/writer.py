@@ -179,6 +179,7 @@ class OutputFolder:
         """
         try:
             self._keeper.stop()
+            self._keeper.check()
             if self._journal.exists:
                 self._keeper.flush()
             for descriptor in self._descriptors.values():
@@ -213,6 +214,8 @@ class OutputFolder:
         self._entries = self._journal.read()
         facts, files = next(self._entries, None), next(self._entries, None)
         if not isinstance(facts, dict) or not isinstance(files, dict):
+            if self._journal.path.exists():
+                self.afresh = f"{self._journal.path} is damaged"
             return False
         changed = [name for name in {**facts, **self._facts} if facts.get(name) != self._facts.get(name)]
         if changed:
