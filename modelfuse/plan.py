@@ -18,7 +18,7 @@ from modelfuse.dtypes import OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, OutputError, RecipeError
 from modelfuse.inputs import open_inputs
 from modelfuse.matching import Tied, group_names, match_tensors
-from modelfuse.memory import Budget, fit_memory
+from modelfuse.memory import Budget, Weight, fit_memory
 from modelfuse.methods import Method
 from modelfuse.recipe import Recipe
 from modelfuse.serving import SideFile, files_to_serve
@@ -242,10 +242,17 @@ def _lay_out(
 
 
 def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
-    an_element = max(
-        (sum(source.dtype.bits for source in tensor.sources) + tensor.dtype.bits) / 8 for tensor in tensors
-    )
-    return fit_memory(recipe, an_element, len(tensors[0].sources))
+    sources = [part for each in tensors for part in each.sources]
+    # A slice's rows are as wide as the widest of its sources.
+    sizes = {
+        (each.size, len(each.sources) * max(part.dtype.bytes for part in each.sources) + each.dtype.bytes)
+        for each in tensors
+    }
+    weight = Weight(
+        len(tensors), len(tensors[0].sources), frozenset(sizes), max(part.reader_bytes for part in sources),
+        any(part.dtype.compute == "float64" for part in sources),
+    )  # fmt: skip
+    return fit_memory(recipe, weight)
 
 
 def _check_room(plan: Plan) -> None:

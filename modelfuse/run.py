@@ -30,6 +30,8 @@ Progress = Callable[[int], None]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 #: Differing tensors that an error lists.
 MOST_LINES = 20
+#: Rows of a slice start at multiples of a cache line.
+ROW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +96,10 @@ class Run:
     untied: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        widest = max(len(tensor.sources) for tensor in self.plan.tensors)
-        slices = self.plan.slice_elements
-        row = slices * max(source.dtype.bytes for tensor in self.plan.tensors for source in tensor.sources)
-        column = slices * max(tensor.dtype.bytes for tensor in self.plan.tensors)
-        self._raws: list[Bytes] = [np.empty((widest, row), np.uint8) for _ in range(self.plan.workers)]
+        slices, tensors = self.plan.slice_elements, self.plan.tensors
+        room = max(_row_bytes(tensor.sources, slices) * len(tensor.sources) for tensor in tensors)
+        column = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in tensors)
+        self._raws: list[Bytes] = [np.empty(room, np.uint8) for _ in range(self.plan.workers)]
         self._outs: list[Bytes] = [np.empty(column, np.uint8) for _ in range(self.plan.workers)]
         #: What each worker's buffers hold: a tensor of one slice is read once, however many passes walk it.
         self._held: list[tuple[Task, int] | None] = [None] * self.plan.workers
@@ -160,11 +161,12 @@ class Run:
         outcome = self.outcomes[tensor.name]
         strict = tensor.action == "merge" and self.plan.recipe.on_nonfinite == "error"
         paths = tuple(model.path for model in self.plan.models)
-        return Job(Task(tensor.name, tensor.sources, paths, outcome, strict), procedure, tensor.size)
+        return Job(Task(tensor.name, tensor.sources, paths, outcome, strict), outcome.follow(procedure), tensor.size)
 
     def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
         """One span: read each slice of every source, let the pass work on it, write what it made."""
-        raws, out = self._raws[worker][: len(task.sources)], self._outs[worker]
+        width, out = _row_bytes(task.sources, self.plan.slice_elements), self._outs[worker]
+        raws = self._raws[worker][: width * len(task.sources)].reshape(-1, width)
         state = pass_.start()
         writes = pass_.writes and task.outcome is not None
         if writes and self.finished.has(task.name, first, count):
@@ -195,16 +197,22 @@ class Run:
         tensor = task.outcome.tensor
         data = out[: tensor.dtype.nbytes(length)]
         offset = tensor.dtype.nbytes(start)
-        task.outcome.checksum.update(offset, data)
+        task.outcome.adding.update(offset, data)
         self._folder.write(tensor.file, tensor.offset + offset, data.data)
         self.progress(bytes_of(tensor, length))
 
     def _keep(self, task: Task, first: int, count: int, bad: Counts, found: Any) -> None:
         assert task.outcome is not None
         tensor = task.outcome.tensor
-        task.outcome.nonfinite.append(bad)
+        task.outcome.count(bad)
         if not found:
             self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(task.outcome, first, count, bad))
+
+
+def _row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
+    """The bytes of a slice of any of a tensor's sources, up to a multiple of the widest element's."""
+    elements = min(slice_elements, max(source.size for source in sources))
+    return -(-elements * max(source.dtype.bytes for source in sources) // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:

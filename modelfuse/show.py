@@ -155,7 +155,7 @@ def plan(plan: Plan) -> None:
     out.print(
         f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into "
         f"{_count(len(plan.files), 'weight file')}, copies {_count(len(plan.side_files), 'other file')}; "
-        f"{_count(plan.workers, 'worker')}, about {_size(plan.memory)} of memory"
+        f"{_count(plan.workers, 'worker')}, at most about {_size(plan.memory)} of memory"
     )
     for text in plan.notes:
         out.print(f"[yellow]note:[/] {escape(text)}")

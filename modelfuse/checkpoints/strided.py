@@ -22,6 +22,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _PIECE = 1 << 20
 _TILE = 32
+#: What a system maps around a page that is touched.
+_WINDOW = 1 << 16
+#: Mapped pages count as resident memory: no more of them at a time than this, in a reader.
+MOST_MAPPED = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,16 @@ class StridedTensor(StoredTensor):
     strides: tuple[int, ...]
     big_endian: bool = False
 
+    @property
+    def reader_bytes(self) -> int:
+        """Pages of the file that are mapped."""
+        return MOST_MAPPED
+
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; elements come out in row-major, little-endian order."""
         with self.file.open() as descriptor:
-            yield _reader(self, _map(self, descriptor, self.offset, self.strides, self.big_endian))
+            yield _map(self, descriptor, self.offset, self.strides, self.big_endian).read
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,11 @@ class ReorderedTensor(StoredTensor):
     source: StoredTensor
     strides: tuple[int, ...]
     big_endian: bool = False
+
+    @property
+    def reader_bytes(self) -> int:
+        """Pages of the file that are mapped."""
+        return MOST_MAPPED
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
@@ -76,10 +90,62 @@ class ReorderedTensor(StoredTensor):
                     f"{self.file.path}: tensor {self.name!r} needs a temporary copy: {error.strerror}",
                     "Set TMPDIR to a folder with more room.",
                 ) from error
-            yield _reader(self, _map(self, copy.fileno(), 0, self.strides, self.big_endian))
+            yield _map(self, copy.fileno(), 0, self.strides, self.big_endian).read
 
 
-def _map(tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int, ...], big_endian: bool) -> Array:
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    """A strided view of a mapped file, read piece by piece so that few of its pages are resident at a time."""
+
+    memory: mmap.mmap
+    view: Array
+    element: np.dtype[Any]
+
+    def read(self, start: int, buffer: Buffer) -> None:
+        """As a Reader."""
+        self._copy(self.view, start, np.frombuffer(buffer, self.element))
+
+    def _copy(self, view: Array, start: int, out: Array) -> None:
+        """Copy the elements of ``view`` from number ``start`` on, in row-major order, until ``out`` is full."""
+        if view.ndim == 1:
+            self._move(view[start : start + out.size], out)
+            return
+        row_size = math.prod(view.shape[1:])
+        row, skipped = divmod(start, row_size)
+        if skipped:
+            count = min(row_size - skipped, out.size)
+            self._copy(view[row], skipped, out[:count])
+            row, out = row + 1, out[count:]
+        rows = out.size // row_size
+        if rows:
+            self._move(view[row : row + rows], out[: rows * row_size].reshape(rows, *view.shape[1:]))
+        rest = out[rows * row_size :]
+        if rest.size:
+            self._copy(view[row + rows], 0, rest)
+
+    def _move(self, view: Array, out: Array) -> None:
+        """Copy a view as large as ``out``, by halves until the pages of each are few; then let go of them."""
+        if _mapped_by(view) > MOST_MAPPED and view.size > 1:
+            axis = max(range(view.ndim), key=lambda each: (view.shape[each] > 1, view.strides[each]))
+            middle = view.shape[axis] // 2
+            for half in (slice(None, middle), slice(middle, None)):
+                place = (slice(None),) * axis + (half,)
+                self._move(view[place], out[place])
+            return
+        _copy_rows(view, out)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapped_by(view: Array) -> int:
+    """About how many bytes of a mapped file become resident when a view is read."""
+    steps = [(size, step) for size, step in zip(view.shape, view.strides, strict=True) if size > 1]
+    near: int = view.itemsize + sum((size - 1) * step for size, step in steps if step < _WINDOW)
+    windows: int = math.prod(size for size, step in steps if step >= _WINDOW)
+    return (near // _WINDOW + 2) * _WINDOW * windows
+
+
+def _map(tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int, ...], big_endian: bool) -> _Mapped:
     element = _element(tensor.dtype, ">" if big_endian else "<")
     extent = extent_of(tensor.shape, strides)
     begin = offset - offset % mmap.ALLOCATIONGRANULARITY
@@ -92,16 +158,7 @@ def _map(tensor: StoredTensor, descriptor: int, offset: int, strides: tuple[int,
     kept = [(size, stride) for size, stride in zip(tensor.shape, strides, strict=True) if size > 1]
     shape = tuple(size for size, _ in kept) or (1,)
     steps = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
-    return as_strided(storage, shape, steps, writeable=False)
-
-
-def _reader(tensor: StoredTensor, view: Array) -> Reader:
-    element = _element(tensor.dtype, "<")
-
-    def read(start: int, buffer: Buffer) -> None:
-        _copy(view, start, np.frombuffer(buffer, element))
-
-    return read
+    return _Mapped(mapped, as_strided(storage, shape, steps, writeable=False), _element(tensor.dtype, "<"))
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -157,29 +214,10 @@ def _element(dtype: DType, order: str) -> np.dtype[Any]:
     return np.dtype(f"{order}{kind}{dtype.bytes}")
 
 
-def _copy(view: Array, start: int, out: Array) -> None:
-    """Copy the elements of ``view`` from number ``start`` on, in row-major order, until ``out`` is full."""
-    if view.ndim == 1:
-        out[:] = view[start : start + out.size]
-        return
-    row_size = math.prod(view.shape[1:])
-    row, skipped = divmod(start, row_size)
-    if skipped:
-        count = min(row_size - skipped, out.size)
-        _copy(view[row], skipped, out[:count])
-        row, out = row + 1, out[count:]
-    rows = out.size // row_size
-    if rows:
-        _copy_rows(view[row : row + rows], out[: rows * row_size].reshape(rows, *view.shape[1:]))
-    rest = out[rows * row_size :]
-    if rest.size:
-        _copy(view[row + rows], 0, rest)
-
-
 def _copy_rows(view: Array, out: Array) -> None:
     # Reading a transposed matrix along its rows touches a cache line for every element: narrow columns
     # keep those lines in the cache until the next rows need them.
-    across = view.strides[-1] != view.itemsize and len(view) >= _TILE
+    across = view.ndim > 1 and view.strides[-1] != view.itemsize and len(view) >= _TILE
     width = _TILE if across else view.shape[-1]
     for begin in range(0, view.shape[-1], width):
         out[..., begin : begin + width] = view[..., begin : begin + width]

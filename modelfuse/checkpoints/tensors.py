@@ -65,6 +65,11 @@ class StoredTensor:
         return False
 
     @property
+    def reader_bytes(self) -> int:
+        """The most memory that reading a slice takes beside the buffer that is filled."""
+        return 0
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """All files that its values come from."""
         return (self.file,)

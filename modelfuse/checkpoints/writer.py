@@ -15,7 +15,7 @@ import itertools
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -157,18 +157,20 @@ class OutputFolder:
             except OSError as error:
                 raise self._failure(error, self.path / name) from error
 
-    def write_file(self, name: str, content: bytes) -> None:
-        """Write and sync a small file."""
-        self.digests[name] = hashlib.sha256(content).hexdigest()
-        path = self._temporary / name
+    def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
+        """Write and sync a small file, whole or by its parts."""
+        digest, path = hashlib.sha256(), self._temporary / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
-                file.write(content)
+                for part in (content,) if isinstance(content, bytes) else content:
+                    file.write(part)
+                    digest.update(part)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise self._failure(error, path) from error
+        self.digests[name] = digest.hexdigest()
 
     def commit(self) -> None:
         """Sync everything and make it appear, in one step.
