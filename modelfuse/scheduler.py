@@ -125,10 +125,10 @@ class Scheduler(Generic[P]):
             job.waiting -= 1
             if job.waiting:
                 return
-        pass_ = _advance(job)
+        following = _advance(job)
         with self._changed:
-            if pass_ is not None:
-                self._enqueue(job, pass_)
+            if following is not None:
+                self._enqueue(job, following)
             else:
                 self._under_way -= 1
                 self._changed.notify_all()
