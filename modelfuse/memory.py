@@ -21,7 +21,7 @@ TALLYING_BYTES, DOUBLE_BYTES = 45_000_000, 55_000_000
 #: What the plan and the report remember of an output tensor, and of each of its sources.
 OUTPUT_BYTES, SOURCE_BYTES = 700, 300
 #: Tables of a tensor under way and of the worker that makes them, for each model.
-TABLE_BYTES = 3_000_000
+TABLE_BYTES = 2_500_000
 
 
 class Weight(NamedTuple):
