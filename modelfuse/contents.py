@@ -108,10 +108,14 @@ class Contents:
             if name in self.report.files:
                 continue
             try:
-                with open(self.folder / name, "rb") as file:
+                with (
+                    SourceFile.at(self.folder / name).open() as descriptor,
+                    open(descriptor, "rb", closefd=False) as file,
+                ):
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                yield Problem("file", f"{name}: {error.strerror}", file=name)
+            except (OSError, CheckpointError) as error:
+                reason = error.message if isinstance(error, CheckpointError) else f"{name}: {error.strerror}"
+                yield Problem("file", reason.replace(f"{self.folder}/", "", 1), file=name)
                 continue
             if digest != self.report.sha256.get(name):
                 yield Problem("file", f"{name} is not as it was written (its sha256 differs)", file=name)

@@ -28,6 +28,7 @@ from modelfuse.recipe_checks import (
     check_pruning,
     check_weights,
     explain,
+    is_path,
 )
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -53,7 +54,7 @@ def parse_bytes(value: object) -> object:
 
 
 def _absolute(value: object) -> object:
-    if isinstance(value, str) and (not value or "\0" in value):
+    if isinstance(value, str) and not is_path(value):
         raise ValueError("this is no path")
     return Path(os.path.abspath(value)) if isinstance(value, str | Path) else value
 

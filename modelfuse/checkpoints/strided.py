@@ -22,10 +22,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _PIECE = 1 << 20
 _TILE = 32
-#: What a system maps around a page that is touched.
-_WINDOW = 1 << 16
+#: What a system may map around a page that is touched: Linux up to a huge page, if the file is cached so.
+_WINDOW = 1 << 21
 #: Mapped pages count as resident memory: no more of them at a time than this, in a reader.
-MOST_MAPPED = 8 << 20
+MOST_MAPPED = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
