@@ -6,16 +6,14 @@ from typing import NamedTuple
 
 from modelfuse.recipe import Recipe
 
-#: Slices start at multiples of this many elements, so that sums and checksums never depend on them.
+#: Elements of a slice: they stream best through the second-level cache. Whatever else slices could be, they start at
+#: multiples of this, so that sums and checksums never depend on them.
 GRAIN = 1 << 18
-#: What is walked once streams best through the second-level cache; what is measured first is best held whole.
-SLICE_ONCE = GRAIN
-SLICE_MEASURED = GRAIN
 #: Elements a worker walks between two looks at the queue.
 SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules and kernels that were compiled just now, as in the first merge on
 #: a machine; from the next one on they are read from a cache and take a quarter less.
-INTERPRETER_BYTES = 220_000_000
+INTERPRETER_BYTES = 230_000_000
 #: More of it where kernels tally, and where some compute in float64.
 TALLYING_BYTES, DOUBLE_BYTES = 45_000_000, 55_000_000
 #: What the plan and the report remember of an output tensor, and of each of its sources.
@@ -41,9 +39,10 @@ class Weight(NamedTuple):
     a_reader: int
     double: bool
 
-    def slice_bytes(self, elements: int) -> int:
-        """What a worker holds of the largest slice of so many elements at most."""
-        return max(min(elements, size) * an_element for size, an_element in self.sizes)
+    @property
+    def slice_bytes(self) -> int:
+        """What a worker holds of the largest slice."""
+        return max(min(GRAIN, size) * an_element for size, an_element in self.sizes)
 
 
 class Budget(NamedTuple):
@@ -61,24 +60,14 @@ class Budget(NamedTuple):
 
 
 def fit_memory(recipe: Recipe, weight: Weight) -> Budget:
-    """Choose workers and slice so that the budget holds; at least one worker with the smallest slice.
+    """Choose as many workers as the budget and the recipe allow, at least one.
 
     The memory is what the first merge on a machine may take, when the kernels are not compiled yet.
     """
-    sparsify_type, merge_type = recipe.steps
-    tallies = sparsify_type in ("trim", "magprune")
+    tallies = recipe.steps[0] in ("trim", "magprune")
     tables = TABLE_BYTES * weight.sources if tallies else 0
-    largest = recipe.max_tensor_mem * 2**30
-    workers = recipe.n_process
-    elements = SLICE_MEASURED if tallies or merge_type == "slerp" else SLICE_ONCE
     fixed = INTERPRETER_BYTES + tallies * TALLYING_BYTES + weight.double * DOUBLE_BYTES + tables
     fixed += weight.outputs * (OUTPUT_BYTES + weight.sources * SOURCE_BYTES)
-
-    def peak() -> int:
-        return fixed + workers * (weight.slice_bytes(elements) + weight.a_reader + tables)
-
-    while elements > GRAIN and (weight.slice_bytes(elements) > largest or peak() > recipe.memory):
-        elements //= 2
-    while workers > 1 and peak() > recipe.memory:
-        workers -= 1
-    return Budget(workers, elements, peak())
+    a_worker = weight.slice_bytes + weight.a_reader + tables
+    workers = max(1, min(recipe.n_process, (recipe.memory - fixed) // max(a_worker, 1)))
+    return Budget(workers, GRAIN, fixed + workers * a_worker)

@@ -129,7 +129,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         CheckpointError: If an input is missing or malformed.
         MismatchError: If the models do not fit together; all differences are listed.
-        OutputError: If the output exists, lies inside an input, or does not fit on the disk.
+        OutputError: If the output exists or lies inside an input.
         RecipeError: If ``unmerged_from`` is none of the models.
     """
     _check_places(recipe)
@@ -141,12 +141,10 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_kinds(drafts)
     tensors, files, index = _lay_out(drafts, recipe, lead)
     workers, slice_elements, memory = _fit_memory(recipe, tensors)
-    plan = Plan(
+    return Plan(
         recipe, recipe.method, models, tensors, tied, files, index, files_to_serve(recipe, lead), workers,
         slice_elements, memory, _notes(recipe, workers, memory, lead),
     )  # fmt: skip
-    _check_room(plan)
-    return plan
 
 
 def _check_places(recipe: Recipe) -> None:
@@ -255,8 +253,12 @@ def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
     return fit_memory(recipe, weight)
 
 
-def _check_room(plan: Plan) -> None:
-    """Known from the plan, before any work: the output and what it replaces exist side by side."""
+def check_room(plan: Plan) -> None:
+    """Known from the plan, before any work: the output and what it replaces exist side by side.
+
+    Raises:
+        OutputError: If the output does not fit on the disk.
+    """
     output = plan.recipe.output_path
     if output is None:
         return
@@ -276,7 +278,7 @@ def _notes(recipe: Recipe, workers: int, memory: int, lead: Checkpoint) -> tuple
         notes.append(f"{workers} of {recipe.n_process} workers, so that the memory budget holds.")
     if memory > recipe.memory:
         notes.append(
-            f"The peak will be about {memory / 1e6:,.0f} MB: slices are at their smallest, but the memory budget is "
+            f"The peak will be about {memory / 1e6:,.0f} MB: one worker needs that, but the memory budget is "
             f"{recipe.memory / 1e6:,.0f} MB."
         )
     if not lead.config:

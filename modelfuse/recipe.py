@@ -116,8 +116,8 @@ class Recipe(BaseModel):
         None, description="The model to take tensors from that cannot be merged (integers) where they differ."
     )
     copy_file_list: tuple[str, ...] = Field((), description="More files to copy beside the usual ones.")
-    split_pieces: int = Field(8, ge=1, description="Bounds the slice; results never depend on it.")
-    max_tensor_mem: Finite = Field(0.5, gt=0, le=1e9, description="In GiB; bounds the slice, changes no result.")
+    split_pieces: int = Field(8, ge=1, description="Accepted; slices are always small.")
+    max_tensor_mem: Finite = Field(0.5, gt=0, le=1e9, description="Accepted; slices are always small.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

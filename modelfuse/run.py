@@ -20,7 +20,7 @@ from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import CheckpointError, MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.memory import SPAN
-from modelfuse.plan import Action, OutputTensor, Plan
+from modelfuse.plan import Action, OutputTensor, Plan, check_room
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
@@ -231,6 +231,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
     started = time.perf_counter()
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
+    check_room(plan)
     run = Run(plan, progress or (lambda _: None))
     with OutputFolder(plan.recipe.output_path, plan.recipe.overwrite, facts_of(plan)) as folder:
         if folder.afresh is not None:

@@ -159,6 +159,10 @@ def plan(plan: Plan) -> None:
     )
     for text in plan.notes:
         out.print(f"[yellow]note:[/] {escape(text)}")
+
+
+def no_problems() -> None:
+    """After a plan that can be carried out."""
     out.print("[green]no problems found[/]")
 
 
