@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Contents:
 
     def _open(self, name: str, size: int) -> Iterator[Problem]:
         path = self.folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             yield Problem("file", f"{name} is missing{self._with_tensors(name)}", file=name)
             return
         actual = path.stat().st_size

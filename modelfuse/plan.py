@@ -5,6 +5,7 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -151,9 +152,10 @@ def _check_places(recipe: Recipe) -> None:
     output = recipe.output_path
     if output is None:
         return
+    place = Path(os.path.realpath(output))
     for path in recipe.input_paths:
-        holds_it = output.resolve() in (path.resolve(), *path.resolve().parents)
-        if holds_it or path.resolve() in output.resolve().parents:
+        other = Path(os.path.realpath(path))
+        if place in (other, *other.parents) or other in place.parents:
             raise OutputError(
                 f"output_path {output} and the input {path} lie inside each other", "Choose another output_path."
             )
@@ -262,7 +264,7 @@ def check_room(plan: Plan) -> None:
     output = plan.recipe.output_path
     if output is None:
         return
-    parent = next(folder for folder in output.resolve().parents if folder.exists())
+    parent = next(folder for folder in Path(os.path.realpath(output)).parents if folder.exists())
     needed = plan.bytes_written + sum(file.size for file in plan.side_files)
     free = shutil.disk_usage(parent).free + bytes_left(output)
     if needed > free:

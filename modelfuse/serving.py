@@ -51,7 +51,7 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
     _refuse_links_outside(folder, set(usual) - set(named))
     for name in named:
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
         if MADE.fullmatch(name):
             raise RecipeError(

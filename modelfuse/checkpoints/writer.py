@@ -45,7 +45,7 @@ class OutputFolder:
 
     def __init__(self, path: Path, overwrite: bool = False, facts: Mapping[str, object] | None = None) -> None:
         # Where a link leads, so that the link stays one.
-        self.path = path = path.resolve()
+        self.path = path = Path(os.path.realpath(path))
         self._overwrite = overwrite
         self._facts = dict(facts or {})
         self._temporary = temporary_sibling(path)
