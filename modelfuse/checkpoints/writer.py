@@ -300,6 +300,6 @@ def temporary_sibling(path: Path) -> Path:
 
 def bytes_left(path: Path) -> int:
     """The bytes on the disk of what an earlier run has left beside an output: used again, or removed."""
-    with contextlib.suppress(OSError), os.scandir(temporary_sibling(path.resolve())) as entries:
+    with contextlib.suppress(OSError), os.scandir(temporary_sibling(Path(os.path.realpath(path)))) as entries:
         return sum(entry.stat().st_blocks * 512 for entry in entries)
     return 0
