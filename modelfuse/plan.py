@@ -166,6 +166,8 @@ def _check_places(recipe: Recipe) -> None:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    if os.path.islink(os.path.realpath(output)):
+        raise OutputError(f"output_path {output} is a link that leads in a circle")
     if not output.parent.is_dir() and output.parent.exists():
         raise OutputError(f"{output.parent} is not a folder, so output_path {output} cannot be created")
     if output.exists() and not output.is_dir():
