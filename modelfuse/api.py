@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelfuse.places import check_room
 from modelfuse.plan import Plan, make_plan
 from modelfuse.recipe import Recipe
 
@@ -32,7 +33,7 @@ def merge(*, progress: Progress | None = None, **settings: Any) -> Result:
     """
     from modelfuse.run import run_plan
 
-    return run_plan(check(**settings), progress)
+    return run_plan(make_plan(Recipe.parse(settings)), progress)
 
 
 def check(**settings: Any) -> Plan:
@@ -47,7 +48,9 @@ def check(**settings: Any) -> Plan:
     Raises:
         ModelfuseError: As :func:`merge` would, before any work.
     """
-    return make_plan(Recipe.parse(settings))
+    plan = make_plan(Recipe.parse(settings))
+    check_room(plan.recipe.output_path, plan.room)
+    return plan
 
 
 def verify(

@@ -18,6 +18,8 @@ _DIGEST_BYTES = 16
 class Checksum:
     """The checksum of ``nbytes`` bytes."""
 
+    __slots__ = ("_digests",)
+
     def __init__(self, nbytes: int) -> None:
         self._digests = bytearray(-(-nbytes // BLOCK_BYTES) * _DIGEST_BYTES)
 

@@ -119,6 +119,10 @@ def _run(words: list[str]) -> int:
     if command == "verify":
         return _verify(words)
     if command == "methods":
+        if words:
+            raise RecipeError(
+                f"methods takes nothing, but {words[0]!r} is given", "`modelfuse methods` shows them all."
+            )
         show.methods()
         return 0
     settings, quiet = parse(words)
@@ -128,8 +132,12 @@ def _run(words: list[str]) -> int:
 
 def _check(recipe: Recipe) -> int:
     from modelfuse import show
+    from modelfuse.places import check_room
 
-    show.plan(_plan(recipe))
+    plan = _plan(recipe)
+    show.plan(plan)
+    check_room(plan.recipe.output_path, plan.room)
+    show.no_problems()
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Contents:
 
     def _open(self, name: str, size: int) -> Iterator[Problem]:
         path = self.folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             yield Problem("file", f"{name} is missing{self._with_tensors(name)}", file=name)
             return
         actual = path.stat().st_size
@@ -109,10 +110,14 @@ class Contents:
             if name in self.report.files:
                 continue
             try:
-                with open(self.folder / name, "rb") as file:
+                with (
+                    SourceFile.at(self.folder / name).open() as descriptor,
+                    open(descriptor, "rb", closefd=False) as file,
+                ):
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                yield Problem("file", f"{name}: {error.strerror}", file=name)
+            except (OSError, CheckpointError) as error:
+                reason = error.message if isinstance(error, CheckpointError) else f"{name}: {error.strerror}"
+                yield Problem("file", reason.replace(f"{self.folder}/", "", 1), file=name)
                 continue
             if digest != self.report.sha256.get(name):
                 yield Problem("file", f"{name} is not as it was written (its sha256 differs)", file=name)

@@ -5,22 +5,20 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensors import Frame
-from modelfuse.checkpoints.writer import bytes_left
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
-from modelfuse.errors import MismatchError, OutputError, RecipeError
+from modelfuse.errors import MismatchError, RecipeError
 from modelfuse.inputs import open_inputs
 from modelfuse.matching import Tied, group_names, match_tensors
-from modelfuse.memory import Budget, fit_memory
+from modelfuse.memory import Budget, Weight, fit_memory
 from modelfuse.methods import Method
 from modelfuse.output_format import OutputFormat
+from modelfuse.places import check_places
 from modelfuse.recipe import Recipe
 from modelfuse.serving import SideFile, files_to_serve
 
@@ -141,6 +139,11 @@ class Plan:
         """Bytes of the weight files."""
         return sum(file.size for file in self.files)
 
+    @property
+    def room(self) -> int:
+        """Bytes of the whole output."""
+        return self.bytes_written + sum(file.size for file in self.side_files)
+
 
 def make_plan(recipe: Recipe) -> Plan:
     """Open the checkpoints' headers and plan the merge.
@@ -148,10 +151,10 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         CheckpointError: If an input is missing or malformed.
         MismatchError: If the models do not fit together; all differences are listed.
-        OutputError: If the output exists, lies inside an input, or does not fit on the disk.
+        OutputError: If the output exists or lies inside an input.
         RecipeError: If ``unmerged_from`` is none of the models.
     """
-    _check_places(recipe)
+    check_places(recipe)
     models = open_inputs(recipe)
     lead = models[-1 if recipe.base_model_path is not None else 0]
     names, tied = match_tensors(models, lead)
@@ -161,39 +164,10 @@ def make_plan(recipe: Recipe) -> Plan:
     form = OutputFormat.of(recipe, lead)
     tensors, files, index = _lay_out(drafts, recipe, form)
     workers, slice_elements, memory = _fit_memory(recipe, tensors)
-    plan = Plan(
+    return Plan(
         recipe, recipe.method, models, tensors, tied, files, form, index, files_to_serve(recipe, lead), workers,
         slice_elements, memory, (*_notes(recipe, workers, memory, models, lead), *form.notes(models)),
     )  # fmt: skip
-    _check_room(plan)
-    return plan
-
-
-def _check_places(recipe: Recipe) -> None:
-    output = recipe.output_path
-    if output is None:
-        return
-    for path in recipe.input_paths:
-        holds_it = output.resolve() in (path.resolve(), *path.resolve().parents)
-        if holds_it or path.resolve() in output.resolve().parents:
-            raise OutputError(
-                f"output_path {output} and the input {path} lie inside each other", "Choose another output_path."
-            )
-    try:
-        _check_output(output, recipe.overwrite)
-    except OSError as error:
-        raise OutputError(f"output_path {output}: {error.strerror}") from error
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if not output.parent.is_dir() and output.parent.exists():
-        raise OutputError(f"{output.parent} is not a folder, so output_path {output} cannot be created")
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"output_path {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(
-            f"output_path {output} exists and is not empty", "Use --overwrite to replace it whole when all is done."
-        )
 
 
 def _chosen_source(recipe: Recipe) -> int | None:
@@ -260,26 +234,17 @@ def _lay_out(
 
 
 def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
-    an_element = max(
-        (sum(source.dtype.bits for source in tensor.sources) + tensor.dtype.bits) / 8 for tensor in tensors
-    )
-    held = max(sum(source.held for source in tensor.sources) for tensor in tensors)
-    return fit_memory(recipe, an_element, len(tensors[0].sources), held)
-
-
-def _check_room(plan: Plan) -> None:
-    """Known from the plan, before any work: the output and what it replaces exist side by side."""
-    output = plan.recipe.output_path
-    if output is None:
-        return
-    parent = next(folder for folder in output.resolve().parents if folder.exists())
-    needed = plan.bytes_written + sum(file.size for file in plan.side_files)
-    free = shutil.disk_usage(parent).free + bytes_left(output)
-    if needed > free:
-        raise OutputError(
-            f"output_path {output} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there",
-            "Free some space or choose an output_path on another disk.",
-        )
+    sources = [part for each in tensors for part in each.sources]
+    # A slice's rows are as wide as the widest of its sources.
+    sizes = {
+        (each.size, len(each.sources) * max(part.dtype.bytes for part in each.sources) + each.dtype.bytes)
+        for each in tensors
+    }
+    weight = Weight(
+        len(tensors), len(tensors[0].sources), frozenset(sizes), max(part.reader_bytes for part in sources),
+        any(part.dtype.compute == "float64" for part in sources),
+    )  # fmt: skip
+    return fit_memory(recipe, weight)
 
 
 def _notes(
@@ -290,7 +255,7 @@ def _notes(
         notes.append(f"{workers} of {recipe.n_process} workers, so that the memory budget holds.")
     if memory > recipe.memory:
         notes.append(
-            f"The peak will be about {memory / 1e6:,.0f} MB: slices are at their smallest, but the memory budget is "
+            f"The peak will be about {memory / 1e6:,.0f} MB: one worker needs that, but the memory budget is "
             f"{recipe.memory / 1e6:,.0f} MB."
         )
     if not lead.config:

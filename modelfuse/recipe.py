@@ -30,6 +30,7 @@ from modelfuse.recipe_checks import (
     check_pruning,
     check_weights,
     explain,
+    is_path,
 )
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -57,7 +58,7 @@ def parse_bytes(value: object) -> object:
 
 
 def _absolute(value: object) -> object:
-    if isinstance(value, str) and (not value or "\0" in value):
+    if isinstance(value, str) and not is_path(value):
         raise ValueError("this is no path")
     return Path(os.path.abspath(value)) if isinstance(value, str | Path) else value
 
@@ -133,8 +134,8 @@ class Recipe(BaseModel):
         None, description="The model to take tensors from that cannot be merged (integers) where they differ."
     )
     copy_file_list: tuple[str, ...] = Field((), description="More files to copy beside the usual ones.")
-    split_pieces: int = Field(8, ge=1, description="Bounds the slice; results never depend on it.")
-    max_tensor_mem: Finite = Field(0.5, gt=0, le=1e9, description="In GiB; bounds the slice, changes no result.")
+    split_pieces: int = Field(8, ge=1, description="Accepted; slices are always small.")
+    max_tensor_mem: Finite = Field(0.5, gt=0, le=1e9, description="Accepted; slices are always small.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from modelfuse.errors import MissingExtraError, RecipeError
 from modelfuse.methods import MERGE_METHODS
+
+#: Of an error: what is shown of a value, and the settings that are listed.
+MOST_CHARACTERS = 500
+MOST_LINES = 20
 
 
 def explain(errors: Iterable[Any]) -> str:
@@ -20,8 +25,27 @@ def explain(errors: Iterable[Any]) -> str:
             lines.append(f"{name} is not given")
             continue
         reason = str(error["msg"]).removeprefix("Value error, ")
-        lines.append(f"{name} is {error['input']!r}: {reason[0].lower() + reason[1:]}")
+        lines.append(f"{name} is {_shown(error['input'])}: {reason[0].lower() + reason[1:]}")
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], f"and {len(lines) - MOST_LINES} more"]
     return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    """A value as it was given, as far as a line has room."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "a number of too many digits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+
+
+def is_path(text: str) -> bool:
+    """Whether a system can look for a file of this name; half a character, which JSON can spell, is none."""
+    try:
+        return bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def check_models(models: int) -> None:
@@ -114,5 +138,5 @@ def check_output_format(output_format: str | None, layout: str | None, save_to_h
 def check_copied(names: Iterable[str]) -> None:
     """Refuse files to copy that lie outside the model's folder."""
     for name in names:
-        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not is_path(name) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise RecipeError(f"copy_file_list names {name!r}, which is not inside the model's folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from bisect import bisect_right
@@ -30,11 +31,11 @@ def absent_inputs(report: Report) -> list[str]:
     """What is not at hand of the inputs as they were merged: paths, and why not."""
     absent = []
     for model in report.inputs:
-        if not Path(model.path).exists():
+        if not os.path.exists(model.path):
             absent.append(f"{model.path} is missing")
             continue
         for path, size, _ in _files(model):
-            if not path.is_file():
+            if not os.path.isfile(path):
                 absent.append(f"{path} is missing")
             elif path.stat().st_size != size:
                 absent.append(f"{path} was changed: it has {path.stat().st_size:,} bytes, {size:,} when it was merged")
@@ -49,7 +50,7 @@ def modified_inputs(report: Report) -> list[str]:
 
 def _files(model: ReportedInput) -> Iterator[tuple[Path, int, int]]:
     path = Path(model.path)
-    folder = path if path.is_dir() else path.parent
+    folder = path if os.path.isdir(path) else path.parent
     for name, file in model.files.items():
         yield folder / name, file.size, file.modified_ns
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,32 +13,64 @@ import numpy as np
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import ALGORITHM, Checksum
+from modelfuse.kernels import Procedure
 from modelfuse.plan import OutputTensor, Plan
 from modelfuse.suspicious import Suspicious
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from modelfuse.kernels.distances import SpanDistances
+    from modelfuse.kernels.distances import Distance, SpanDistances
 
 CONFIG_NAME = "merge_config.json"
 REPORT_NAME = "merge_report.json"
+#: How a JSON object ends.
+END = b"\n}\n"
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """What became of one output tensor.
 
     Attributes:
         tensor: Which one.
-        checksum: Of its bytes in the output.
-        nonfinite: For each span, the counts of non-finite elements: one a source, the last for the output.
+        checksum: Of its bytes in the output; a string once all of them were added, for a model may have a hundred
+            thousand tensors.
+        nonfinite: For each span that has any, the counts of non-finite elements: one a source, the last for the output.
         distances: For each span, what it says of the distances to the base, if there is one.
     """
 
     tensor: OutputTensor
-    checksum: Checksum
-    nonfinite: list[np.ndarray[Any, np.dtype[np.int64]]] = field(default_factory=list)
+    checksum: Checksum | str
+    nonfinite: list[np.ndarray[Any, np.dtype[np.int64]]] | None = None
     distances: list[SpanDistances] = field(default_factory=list)
+    _measured: Sequence[Distance] = ()
+
+    @property
+    def adding(self) -> Checksum:
+        """The checksum while bytes are added to it."""
+        assert isinstance(self.checksum, Checksum)
+        return self.checksum
+
+    def count(self, bad: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        """Take a span's counts of non-finite elements."""
+        if bad.any():
+            self.nonfinite = [*(self.nonfinite or []), bad]
+
+    def follow(self, procedure: Procedure) -> Procedure:
+        """The same procedure; at its end all that is known of its spans is summed up."""
+        yield from procedure
+        self.checksum, self._measured = self.hexdigest(), self.measured()
+        self.distances.clear()
+
+    def hexdigest(self) -> str:
+        """The checksum, once all bytes were added."""
+        return self.checksum if isinstance(self.checksum, str) else self.checksum.hexdigest()
+
+    def measured(self) -> Sequence[Distance]:
+        """How far the models are from the base, one a model, once all spans were walked; empty if there is none."""
+        from modelfuse.kernels.distances import distances
+
+        return distances(self.distances) if self.distances else self._measured
 
 
 def write_index(plan: Plan, folder: OutputFolder) -> None:
@@ -49,7 +81,7 @@ def write_index(plan: Plan, folder: OutputFolder) -> None:
         "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.tensors)},
         "weight_map": {tensor.name: tensor.file for tensor in plan.tensors},
     }
-    folder.write_file(plan.index, encode_json(index))
+    folder.write_file(plan.index, encode_parts(index))
 
 
 def write_config(plan: Plan, folder: OutputFolder) -> None:
@@ -64,7 +96,7 @@ def write_report(
 
     All other files are written before, so that their checksums are in it: of a weight file, the header's.
     """
-    report = {
+    report: dict[str, object] = {
         "modelfuse_version": __version__,
         "method": {"merge_type": plan.method.merge_type, "sparsify_type": plan.method.sparsify_type,
                    "effective_weights": list(plan.recipe.weights), "seed": plan.method.seed},
@@ -73,12 +105,21 @@ def write_report(
         "suspicious": [_suspicious(each) for each in suspicious],
         "checksum": ALGORITHM,
         "files": {file.name: file.size for file in plan.files},
-        "tensors": {name: _tensor(outcomes[name]) for name in (tensor.name for tensor in plan.tensors)},
+        "tensors": ((tensor.name, _tensor(outcomes[tensor.name])) for tensor in plan.tensors),
         "copied_files": [file.name for file in plan.side_files],
         "sha256": dict(folder.digests),
     }  # fmt: skip
-    report["report_sha256"] = hashlib.sha256(encode_json(report)).hexdigest()
-    folder.write_file(REPORT_NAME, encode_json(report))
+    folder.write_file(REPORT_NAME, _sealed(encode_parts(report)))
+
+
+def _sealed(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """A JSON object with its own sha256 as one more entry."""
+    digest, last = hashlib.sha256(), b""
+    for part in parts:
+        digest.update(part)
+        yield last
+        last = part
+    yield last.removesuffix(END) + f',\n  "report_sha256": "{digest.hexdigest()}"'.encode() + END
 
 
 def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
@@ -119,16 +160,48 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
         "dtype": tensor.dtype.name,
         "shape": list(tensor.shape),
         "file": tensor.file,
-        "checksum": outcome.checksum.hexdigest(),
+        "checksum": outcome.hexdigest(),
         "source_dtypes": [source.stored.name for source in tensor.sources],
     }
-    nonfinite = np.sum(outcome.nonfinite, axis=0) if outcome.nonfinite else np.zeros(1)
-    if nonfinite.any():
+    if outcome.nonfinite is not None:
+        nonfinite = np.sum(outcome.nonfinite, axis=0)
         entry["nonfinite"] = {"sources": nonfinite[:-1].tolist(), "output": int(nonfinite[-1])}
     return entry
 
 
 def encode_json(content: Mapping[str, object]) -> bytes:
     """A JSON file as a merge writes it."""
+    return b"".join(encode_parts(content))
+
+
+def encode_parts(content: Mapping[str, object]) -> Iterator[bytes]:
+    """The same piece by piece, as the text of a large report takes much more memory than what it tells.
+
+    Args:
+        content: An iterator of pairs may stand for a map.
+    """
+    start = "{"
+    for key, value in content.items():
+        yield _encode(f"{start}\n  {_dump(key)}: ")
+        start = ","
+        if isinstance(value, Mapping):
+            value = iter(value.items())
+        if not isinstance(value, Iterator):
+            yield _encode(_dump(value, 1))
+            continue
+        inner = "{"
+        for name, entry in value:
+            yield _encode(f"{inner}\n    {_dump(name)}: {_dump(entry, 2)}")
+            inner = ","
+        yield b"\n  }" if inner == "," else b"{}"
+    yield END if start == "," else b"{}\n"
+
+
+def _dump(value: object, depth: int = 0) -> str:
+    # A line's end in a string is escaped: those in the text are all json's own.
+    return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n" + "  " * depth)
+
+
+def _encode(text: str) -> bytes:
     # Bytes of a path that are no UTF-8 become JSON's own escapes, which mean the same path when read back.
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    return text.encode(errors="backslashreplace")

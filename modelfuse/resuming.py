@@ -75,8 +75,8 @@ class Finished:
             tensor, spans = self._tensors[name], self._spans.setdefault(name, {})
             if first not in spans:
                 spans[first] = count
-                outcomes[name].checksum.restore(tensor.dtype.nbytes(first), bytes.fromhex(entry["digests"]))
-                outcomes[name].nonfinite.append(np.array(entry["nonfinite"], np.int64))
+                outcomes[name].adding.restore(tensor.dtype.nbytes(first), bytes.fromhex(entry["digests"]))
+                outcomes[name].count(np.array(entry["nonfinite"], np.int64))
                 outcomes[name].distances += [SpanDistances(first, *map(np.array, each)) for each in entry["distances"]]
                 self.nbytes += bytes_of(tensor, count)
 
@@ -92,7 +92,7 @@ class Finished:
 def entry_of(outcome: Outcome, first: int, count: int, bad: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, object]:
     """What the journal is to say of a finished span."""
     tensor = outcome.tensor
-    digests = outcome.checksum.digests(tensor.dtype.nbytes(first), tensor.dtype.nbytes(count))
+    digests = outcome.adding.digests(tensor.dtype.nbytes(first), tensor.dtype.nbytes(count))
     distances = [[each.differs.tolist(), each.squares.tolist()] for each in outcome.distances if each.first == first]
     return {"tensor": tensor.name, "first": first, "count": count, "digests": digests.hex(), "nonfinite": bad.tolist(),
             "distances": distances}  # fmt: skip

@@ -11,16 +11,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
+from modelfuse.checkpoints import CONFIG_FILE, StoredTensor
 from modelfuse.checkpoints.files import SourceFile, read_bytes
 from modelfuse.checkpoints.tensors import Frame, Reader
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
-from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
-from modelfuse.errors import MismatchError, OutputError
+from modelfuse.copying import (
+    Copy,
+    Difference,
+    compare_procedure,
+    copy_procedure,
+    describe_differences,
+    describe_untied,
+)
+from modelfuse.errors import OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.memory import SPAN
 from modelfuse.nonfinite import nonfinite
+from modelfuse.places import check_room
 from modelfuse.plan import Action, OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
@@ -29,8 +37,8 @@ from modelfuse.suspicious import Suspicious, find_suspicious
 
 Progress = Callable[[int], None]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
-#: Differing tensors that an error lists.
-MOST_LINES = 20
+#: Rows of a slice start at multiples of a cache line.
+ROW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +104,10 @@ class Run:
     untied: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        widest = max(len(tensor.sources) for tensor in self.plan.tensors)
-        slices = self.plan.slice_elements
-        row = slices * max(source.dtype.bytes for tensor in self.plan.tensors for source in tensor.sources)
-        column = slices * max(tensor.dtype.bytes for tensor in self.plan.tensors)
-        self._raws: list[Bytes] = [np.empty((widest, row), np.uint8) for _ in range(self.plan.workers)]
+        slices, tensors = self.plan.slice_elements, self.plan.tensors
+        room = max(_row_bytes(tensor.sources, slices) * len(tensor.sources) for tensor in tensors)
+        column = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in tensors)
+        self._raws: list[Bytes] = [np.empty(room, np.uint8) for _ in range(self.plan.workers)]
         self._outs: list[Bytes] = [np.empty(column, np.uint8) for _ in range(self.plan.workers)]
         #: What each worker's buffers hold: a tensor of one slice is read once, however many passes walk it.
         self._held: list[tuple[Task, int] | None] = [None] * self.plan.workers
@@ -120,9 +127,9 @@ class Run:
         self._folder = folder
         self._schedule(self._preparing_jobs())
         if self.untied:
-            raise _describe_untied(self.untied)
+            raise describe_untied(self.untied)
         if self.differences:
-            raise _describe(self.differences, self.plan.models)
+            raise describe_differences(self.differences, [model.path for model in self.plan.models])
         self._schedule(self._merging_jobs())
 
     def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
@@ -165,7 +172,8 @@ class Run:
     def _job(self, tensor: OutputTensor, procedure: Procedure) -> Job[Pass]:
         strict = tensor.action == "merge" and self.plan.recipe.on_nonfinite == "error"
         paths = tuple(model.path for model in self.plan.models)
-        return Job(Task(tensor.sources, paths, self.outcomes[tensor.name], strict), procedure, tensor.size)
+        outcome = self.outcomes[tensor.name]
+        return Job(Task(tensor.sources, paths, outcome, strict), outcome.follow(procedure), tensor.size)
 
     def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
         """One span: read each slice of every source, let the pass work on it, write what it made."""
@@ -192,7 +200,8 @@ class Run:
 
     def _read(self, worker: int, task: Task, readers: Sequence[Reader], start: int, length: int) -> Bytes:
         """Fill the worker's buffers with a slice of every source, unless they hold it already."""
-        raws = self._raws[worker][: len(task.sources)]
+        width = _row_bytes(task.sources, self.plan.slice_elements)
+        raws = self._raws[worker][: width * len(task.sources)].reshape(-1, width)
         if self._held[worker] != (task, start):
             self._held[worker] = None
             for reader, source, raw in zip(readers, task.sources, raws, strict=True):
@@ -220,15 +229,21 @@ class Run:
         tensor = outcome.tensor
         data = out[: tensor.dtype.nbytes(length)]
         offset = tensor.dtype.nbytes(start)
-        outcome.checksum.update(offset, data)
+        outcome.adding.update(offset, data)
         self._folder.write(tensor.file, tensor.offset + offset, data.data)
         self.progress(bytes_of(tensor, length))
 
     def _keep(self, outcome: Outcome, first: int, count: int, bad: Counts, found: Any) -> None:
         tensor = outcome.tensor
-        outcome.nonfinite.append(bad)
+        outcome.count(bad)
         if not found:
             self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(outcome, first, count, bad))
+
+
+def _row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
+    """The bytes of a slice of any of a tensor's sources, up to a multiple of the widest element's."""
+    elements = min(slice_elements, max(source.size for source in sources))
+    return -(-elements * max(source.dtype.bytes for source in sources) // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:
@@ -244,11 +259,10 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         MismatchError: If tensors that cannot be merged differ between the models.
         OutputError: If the output cannot be written.
     """
-    from modelfuse.kernels.distances import distances
-
     started = time.perf_counter()
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
+    check_room(plan.recipe.output_path, plan.room)
     run = Run(plan, progress or (lambda _: None))
     with OutputFolder(plan.recipe.output_path, plan.recipe.overwrite, facts_of(plan)) as folder:
         if folder.afresh is not None:
@@ -266,7 +280,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
             folder.write_file(file.name, content)
         write_index(plan, folder)
         write_config(plan, folder)
-        suspicious = find_suspicious(plan, {name: distances(each.distances) for name, each in run.outcomes.items()})
+        suspicious = find_suspicious(plan, {name: each.measured() for name, each in run.outcomes.items()})
         write_report(plan, run.outcomes, suspicious, folder)
         folder.commit()
     merged = sum(tensor.action == "merge" for tensor in plan.tensors)
@@ -280,28 +294,3 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         run.finished.nbytes,
         suspicious,
     )
-
-
-def _describe_untied(differences: Sequence[Difference]) -> MismatchError:
-    return MismatchError(
-        "config.json ties these tensors, but their values differ:\n" + _listed(each.name for each in differences),
-        "Set tie_word_embeddings to false there if they are meant to differ.",
-    )
-
-
-def _describe(differences: Sequence[Difference], models: Sequence[Checkpoint]) -> MismatchError:
-    lines = (
-        f"{each.name} of {models[0].path} is not that of {' and '.join(str(models[at].path) for at in each.sources)}"
-        for each in differences
-    )
-    return MismatchError(
-        "These tensors cannot be merged, only copied, but they differ:\n" + _listed(lines),
-        "Say which model to take them from with --unmerged_from PATH.",
-    )
-
-
-def _listed(lines: Iterable[str]) -> str:
-    """Lines in an order that does not depend on workers, the first ones only."""
-    lines = sorted(lines)
-    more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
-    return "\n".join(f"  {line}" for line in [*lines[:MOST_LINES], *more])

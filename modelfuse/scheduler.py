@@ -2,7 +2,8 @@
 
 A procedure (one tensor) yields passes; a pass is cut into spans. Spans of the tensors already begun come before
 new tensors, so few are under way at a time, and the next one starts while the last spans of a pass are still
-being walked. Which worker does what never changes a result: what the spans find is collected in their order.
+being walked. Which worker does what never changes a result: what the spans find is collected in their order, or, by a
+pass with a method ``fold(one, other)`` for which order means nothing, made one as soon as there are two.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Scheduler(Generic[P]):
             while (task := self._next()) is not None:
                 job, pass_, first, count = task
                 found = self._walk(number, job.owner, pass_, first, count)
-                self._done(job, first, found)
+                self._done(job, pass_, first, found)
         except BaseException as error:
             self._fail(error)
 
@@ -109,28 +110,45 @@ class Scheduler(Generic[P]):
 
     def _enqueue(self, job: Job[P], pass_: P) -> None:
         spans = [(first, min(self._span, job.size - first)) for first in range(0, job.size, self._span)]
-        job.found, job.waiting = [None] * len(spans), len(spans)
+        job.found, job.waiting = [] if _fold_of(pass_) else [None] * len(spans), len(spans)
         self._ready.extendleft((job, pass_, first, count) for first, count in reversed(spans))
         self._changed.notify_all()
 
-    def _done(self, job: Job[P], first: int, found: Any) -> None:
+    def _done(self, job: Job[P], pass_: P, first: int, found: Any) -> None:
+        if fold := _fold_of(pass_):
+            # Whoever finds what others have found takes it away, so that nobody waits while it is added up.
+            while (other := self._take_or_leave(job, found)) is not None:
+                found = fold(other, found)
         with self._changed:
-            job.found[first // self._span] = found
+            if not fold:
+                job.found[first // self._span] = found
             job.waiting -= 1
             if job.waiting:
                 return
-        pass_ = _advance(job)
+        following = _advance(job)
         with self._changed:
-            if pass_ is not None:
-                self._enqueue(job, pass_)
+            if following is not None:
+                self._enqueue(job, following)
             else:
                 self._under_way -= 1
                 self._changed.notify_all()
+
+    def _take_or_leave(self, job: Job[P], found: Any) -> Any:
+        """What other spans have found, now the caller's; None if there was nothing: then ``found`` is left there."""
+        with self._changed:
+            if job.found:
+                return job.found.pop()
+            job.found.append(found)
+            return None
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
+
+
+def _fold_of(pass_: object) -> Callable[[Any, Any], Any] | None:
+    return getattr(pass_, "fold", None)
 
 
 def _advance(job: Job[P]) -> P | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     """The files to copy from the lead's folder, and those that the recipe names.
 
     Raises:
-        CheckpointError: If a file in ``copy_file_list`` is not there.
+        CheckpointError: If a file in ``copy_file_list`` is not there, or another one is a link out of the folder.
         RecipeError: If it is one that the merge itself makes.
     """
     folder = lead.path if lead.path.is_dir() else lead.path.parent
@@ -47,8 +48,9 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     usual += [str(path.relative_to(folder)) for path in templates]
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
+    _refuse_links_outside(folder, set(usual) - set(named))
     for name in named:
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
         if MADE.fullmatch(name):
             raise RecipeError(
@@ -58,6 +60,19 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     return tuple(
         SideFile(folder / name, name, (folder / name).stat().st_size) for name in dict.fromkeys([*usual, *named])
     )
+
+
+def _refuse_links_outside(folder: Path, names: Iterable[str]) -> None:
+    """A checkpoint may come from anybody, and its output go to everybody: it is not to say which files go with it."""
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for name in sorted(names):
+        target = (folder / name).resolve()
+        if not any(each in target.parents for each in homes):
+            raise CheckpointError(
+                f"{folder / name} is a link to {target}, outside the model's folder: it is not copied unasked",
+                f"If it belongs to the model: --copy_file_list {name}. Otherwise remove the link.",
+            )
 
 
 def _is_usual(path: Path) -> bool:

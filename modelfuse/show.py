@@ -155,10 +155,14 @@ def plan(plan: Plan) -> None:
     out.print(
         f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into "
         f"{_count(len(plan.files), 'weight file')}, copies {_count(len(plan.side_files), 'other file')}; "
-        f"{_count(plan.workers, 'worker')}, about {_size(plan.memory)} of memory"
+        f"{_count(plan.workers, 'worker')}, at most about {_size(plan.memory)} of memory"
     )
     for text in plan.notes:
         out.print(f"[yellow]note:[/] {escape(text)}")
+
+
+def no_problems() -> None:
+    """After a plan that can be carried out."""
     out.print("[green]no problems found[/]")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -120,6 +121,8 @@ def drive(
     while True:
         walked = [walk(work, stored, pass_, first, stop - first, step, out) for first, stop in pairwise(edges)]
         found = [each for each, _ in walked]
+        if fold := getattr(pass_, "fold", None):
+            found = [functools.reduce(fold, found)]
         bad = np.sum([each for _, each in walked], axis=0)
         if passes is not None:
             passes.append((pass_, found))

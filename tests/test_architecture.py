@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"copying", "recipe", "recipe_file", "matching", "layout_signs"},
     {"fp8"},
     {"quantized"},
-    {"relayout", "serving", "memory"},
+    {"relayout", "serving", "memory", "places"},
     {"inputs", "output_format"},
     {"plan"},
     {"nonfinite", "suspicious"},

@@ -357,6 +357,10 @@ def test_methods(modelfuse: Run) -> None:
     for word in ("formula", "settings", "paper", "arXiv", "reserve_p", "epsilon", "slerp_alpha", "ties_elect_type"):
         assert word in said.out
     assert "…" not in said.out
+    for word in ("--x", "ties"):
+        refused = modelfuse("methods", word)
+        assert (refused.status, refused.out) == (2, "")
+        assert f"methods takes nothing, but {word!r} is given" in refused.err
 
 
 def test_a_bug_is_not_called_a_mistake(modelfuse: Run, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from conftest import Said, array, bf16, call, make_model, random_tensors, read_model, snapshot
 
+import modelfuse as package
+from modelfuse.errors import OutputError
+
 Refuse = Callable[..., str]
 Run = Callable[..., Said]
 Pair = tuple[Path, Path]
@@ -271,7 +274,7 @@ def test_output_where_nothing_may_be_written(refuse: Refuse, pair: Pair, tmp_pat
 
 
 def test_no_room_on_the_disk(
-    refuse: Refuse, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    refuse: Refuse, modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked = []
 
@@ -280,9 +283,16 @@ def test_no_room_on_the_disk(
         return SimpleNamespace(total=1000, used=999, free=1)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    for command in ("merge", "check"):
-        refuse(command, *words[1:], says=[f"output_path {tmp_path / 'C'} needs", "free"], hint="another disk")
-    assert asked == [tmp_path] * 2
+    problem = f"output_path {tmp_path / 'C'} needs"
+    refuse("merge", *words[1:], says=[problem, "free"], hint="another disk")
+    said = modelfuse("check", *words[1:])
+    assert said.status == 2
+    assert problem in said.err
+    assert "model.layers.*.mlp.weight" in said.out, "the plan is shown nevertheless"
+    assert "no problems" not in said.out
+    with pytest.raises(OutputError, match="free"):
+        package.check(model_path_list=words[2:4], output_path=tmp_path / "C")
+    assert asked == [tmp_path] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process as Linux has them")

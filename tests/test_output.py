@@ -507,6 +507,24 @@ def test_tied_heads_are_left_out(merge: Run, tmp_path: Path, heads: tuple[bool, 
     assert report["left_out"] == [{"tensor": HEAD, "because": f"tied to {EMBED}"}]
 
 
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": None, "llm_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
+        ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, False),
+        ({"text_config": {"tie_word_embeddings": "yes"}}, False),
+        ({"text_config": [True]}, False),
+    ],
+)
+def test_what_multimodal_models_say_of_ties(merge: Run, tmp_path: Path, config: dict[str, object], tied: bool) -> None:
+    models = [tied_model(tmp_path / name, seed, head=True, config=config) for seed, name in enumerate("AB")]
+    merge("--model_path_list", *models, "--output_path", tmp_path / "M")
+    assert (HEAD not in read_model(tmp_path / "M")) == tied
+
+
 def test_heads_that_are_not_tied_are_merged(merge: Run, pair: Pair, tmp_path: Path) -> None:
     merge("--model_path_list", *pair, "--output_path", tmp_path / "C")
     assert HEAD in read_model(tmp_path / "C")

@@ -93,10 +93,10 @@ def test_what_lies_in_order_is_read_plainly(tmp_path: Path) -> None:
 
 def test_a_mapped_file_keeps_few_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading on after pages were given back gives the same elements."""
-    monkeypatch.setattr(strided, "RESIDENT", 1 << 16)
+    monkeypatch.setattr(strided, "MOST_MAPPED", 1 << 22)
     array = np.random.default_rng(0).standard_normal((700, 900)).astype(np.float32)
     tensor = view(stored(tmp_path, array, "plain"), (900, 700), (900, 700), (1, 900))
-    assert tensor.held == 1 << 16
+    assert tensor.reader_bytes == 1 << 22
     expected = array.T.tobytes()
     for step in (array.size, 70_001):
         found = b"".join(content(tensor, at, min(step, array.size - at)) for at in range(0, array.size, step))

@@ -17,6 +17,7 @@ import modelfuse as package
 from modelfuse import journal
 from modelfuse import run as running
 from modelfuse.checkpoints import keeper, writer
+from modelfuse.checkpoints.tensors import Frame
 from modelfuse.journal import Journal
 from modelfuse.report import Outcome
 
@@ -419,13 +420,13 @@ def test_a_full_disk_keeps_what_is_done(
 def test_room_that_is_taken_already_is_not_asked_for_again(
     left: Path, merge: Command, words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelfuse import plan
+    from modelfuse import places
 
     taken = sum(file.stat().st_blocks * 512 for file in (left.parent / ".C.modelfuse").iterdir())
     assert taken
     needed = package.check(model_path_list=words[1:3])
-    needed_bytes = needed.bytes_written + sum(file.size for file in needed.side_files)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: plan.shutil._ntuple_diskusage(0, 0, needed_bytes - taken))
+    free = places.shutil._ntuple_diskusage(0, 0, needed.room - taken)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: free)
     merge(*words)
 
 
@@ -463,7 +464,7 @@ def test_a_failed_sync_is_told_of_although_it_was_the_last(tmp_path: Path, monke
 
     def make() -> None:
         with folder:
-            folder.create("model.safetensors", 10, b"head")
+            folder.create("model.safetensors", Frame(((0, b"head"),), (), 10))
             folder.keep("model.safetensors", 4, {})
             assert failed.wait(60)
             folder.commit()

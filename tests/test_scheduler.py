@@ -290,3 +290,41 @@ def test_fewer_threads_do_the_same_work(monkeypatch: pytest.MonkeyPatch, availab
     in_time(lambda: scheduler.run(iter([Job(None, procedure(2, log), 95)])))
     assert log == [[(pass_, first) for first in range(0, 95, 10)] for pass_ in range(2)]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker ")]
+
+
+class Folded:
+    """A pass whose spans' findings are added up."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._alive = 0
+        self._lock = threading.Lock()
+
+    def begin(self, found: int) -> int:
+        with self._lock:
+            self._alive += 1
+            self.most = max(self.most, self._alive)
+        return found
+
+    def fold(self, one: int, other: int) -> int:
+        with self._lock:
+            self._alive -= 1
+        return one + other
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 7, 500])
+def test_what_spans_find_is_folded_as_it_comes(workers: int, size: int) -> None:
+    """Two a worker at most, its own and one that it adds to it, and one that waits: never one a span."""
+    pass_ = Folded()
+    sent = []
+
+    def procedure() -> Generator[Folded, list[int], None]:
+        sent.append((yield pass_))
+
+    scheduler: Scheduler[Folded] = Scheduler(
+        lambda worker, owner, pass_, first, count: pass_.begin(sum(range(first, first + count))), workers, 1
+    )
+    scheduler.run([Job(None, procedure(), size)])
+    assert sent == [[sum(range(size))]]
+    assert pass_.most <= 2 * workers + 1

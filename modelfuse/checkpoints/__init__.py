@@ -191,7 +191,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
                 f"{index} names the file {file!r}, which is not in its folder",
                 "An index may only name files beside it. Do not trust this checkpoint.",
             )
-        if not (index.parent / file).is_file():
+        if not os.path.isfile(index.parent / file):  # False for a name too long for any file.
             raise CheckpointError(
                 f"{index.parent / file} is missing, but {index.name} names it", "Fetch the missing shard."
             )

@@ -83,9 +83,9 @@ class WovenTensor(StoredTensor):
         return self.parts[0].is_delta
 
     @property
-    def held(self) -> int:
-        """What its parts hold, and rows of one of them."""
-        return sum(part.held for part in self.parts) + min(self.nbytes, self.dtype.nbytes(_BATCH))
+    def reader_bytes(self) -> int:
+        """What reading one of its parts takes, and rows of it."""
+        return max(part.reader_bytes for part in self.parts) + min(self.nbytes, self.dtype.nbytes(_BATCH))
 
     @property
     def files(self) -> tuple[SourceFile, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -38,11 +39,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     metadata = _check_metadata(path, header.pop("__metadata__", {}))
     entries = [_check_entry(path, name, entry) for name, entry in header.items()]
     entries.sort(key=lambda entry: (entry[3], entry[4]))
+    del header
     tensors: dict[str, StoredTensor] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     position = 0
     for name, dtype, shape, begin, end in entries:
         if begin != position:
             _invalid(path, f"tensor {name!r} starts at byte {begin:,}, expected {position:,} (gap or overlap)")
+        # A model may have a hundred thousand tensors, and several models have the same names and few shapes.
+        name, shape = sys.intern(name), shapes.setdefault(shape, shape)
         tensors[name] = StoredTensor(name, dtype, shape, file, data_start + begin)
         position = end
     if data_start + position != file.size:

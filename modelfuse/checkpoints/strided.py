@@ -22,8 +22,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _PIECE = 1 << 20
 _TILE = 32
-#: Pages of a mapped file are given back when so many bytes of them may be resident.
-RESIDENT = 32 << 20
+#: What a system may map around a page that is touched: Linux up to a huge page, if the file is cached so.
+_WINDOW = 1 << 21
+#: Mapped pages count as resident memory: no more of them at a time than this, in a reader.
+MOST_MAPPED = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +47,15 @@ class StridedTensor(StoredTensor):
     dims: tuple[int, ...] = ()
 
     @property
-    def held(self) -> int:
+    def reader_bytes(self) -> int:
         """Pages of the file that are mapped."""
-        return min(self.nbytes, RESIDENT)
+        return MOST_MAPPED
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; elements come out in row-major, little-endian order."""
         with self.file.open() as descriptor:
-            yield _Mapped(self, descriptor, self.offset).read
+            yield _map(self, descriptor, self.offset).read
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +97,9 @@ class ReorderedTensor(StoredTensor):
         return self.source.files
 
     @property
-    def held(self) -> int:
-        """Pages of the copy that are mapped."""
-        return min(self.nbytes, RESIDENT) + self.source.held + _PIECE
+    def reader_bytes(self) -> int:
+        """Pages of the copy that are mapped, or what it takes to make it."""
+        return max(MOST_MAPPED, self.source.reader_bytes + _PIECE)
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
@@ -115,43 +117,25 @@ class ReorderedTensor(StoredTensor):
                     f"{self.file.path}: tensor {self.name!r} needs a temporary copy: {error.strerror}",
                     "Set TMPDIR to a folder with more room.",
                 ) from error
-            yield _Mapped(self, copy.fileno(), self.dtype.nbytes(self.first)).read
+            yield _map(self, copy.fileno(), self.dtype.nbytes(self.first)).read
 
 
+@dataclass(frozen=True, slots=True)
 class _Mapped:
-    """A strided tensor in a mapped file, of which only some pages are resident at a time.
+    """A strided view of a mapped file, read piece by piece so that few of its pages are resident at a time."""
 
-    Args:
-        tensor: The tensor.
-        descriptor: The open file.
-        offset: Where its first element lies in the file.
-    """
-
-    def __init__(self, tensor: StridedTensor | ReorderedTensor, descriptor: int, offset: int) -> None:
-        element = _element(tensor.dtype, ">" if tensor.big_endian else "<")
-        dims, strides = tensor.dims or tensor.shape, tensor.strides
-        extent = extent_of(dims, strides)
-        begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-        length = offset - begin + extent * element.itemsize
-        try:
-            self._pages = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=begin)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}") from error
-        storage = np.frombuffer(self._pages, element, extent, offset - begin)
-        kept = [(size, stride) for size, stride in zip(dims, strides, strict=True) if size > 1]
-        shape = tuple(size for size, _ in kept) or (1,)
-        steps = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
-        self._view: Array = as_strided(storage, shape, steps, writeable=False)
-        self._element = _element(tensor.dtype, "<")
-        self._resident = 0
+    memory: mmap.mmap
+    view: Array
+    element: np.dtype[Any]
 
     def read(self, start: int, buffer: Buffer) -> None:
-        """Fill the buffer with the elements from number ``start`` on, in row-major order."""
-        self._copy(self._view, start, np.frombuffer(buffer, self._element))
+        """As a Reader."""
+        self._copy(self.view, start, np.frombuffer(buffer, self.element))
 
     def _copy(self, view: Array, start: int, out: Array) -> None:
+        """Copy the elements of ``view`` from number ``start`` on, in row-major order, until ``out`` is full."""
         if view.ndim == 1:
-            self._take(view[start : start + out.size], out)
+            self._move(view[start : start + out.size], out)
             return
         row_size = math.prod(view.shape[1:])
         row, skipped = divmod(start, row_size)
@@ -161,26 +145,49 @@ class _Mapped:
             row, out = row + 1, out[count:]
         rows = out.size // row_size
         if rows:
-            self._copy_rows(view[row : row + rows], out[: rows * row_size].reshape(rows, *view.shape[1:]))
+            self._move(view[row : row + rows], out[: rows * row_size].reshape(rows, *view.shape[1:]))
         rest = out[rows * row_size :]
         if rest.size:
             self._copy(view[row + rows], 0, rest)
 
-    def _copy_rows(self, view: Array, out: Array) -> None:
-        # Reading a transposed matrix along its rows touches a cache line for every element: narrow columns
-        # keep those lines in the cache until the next rows need them.
-        across = view.strides[-1] != view.itemsize and len(view) >= _TILE
-        width = _TILE if across else view.shape[-1]
-        for begin in range(0, view.shape[-1], width):
-            self._take(view[..., begin : begin + width], out[..., begin : begin + width])
+    def _move(self, view: Array, out: Array) -> None:
+        """Copy a view as large as ``out``, by halves until the pages of each are few; then let go of them."""
+        if _mapped_by(view) > MOST_MAPPED and view.size > 1:
+            axis = max(range(view.ndim), key=lambda each: (view.shape[each] > 1, view.strides[each]))
+            middle = view.shape[axis] // 2
+            for half in (slice(None, middle), slice(middle, None)):
+                place = (slice(None),) * axis + (half,)
+                self._move(view[place], out[place])
+            return
+        _copy_rows(view, out)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED)
 
-    def _take(self, view: Array, out: Array) -> None:
-        out[...] = view
-        # Pages between those that are touched come along: systems map several at a time.
-        self._resident += extent_of(view.shape, view.strides) + mmap.PAGESIZE
-        if self._resident > RESIDENT:
-            self._pages.madvise(mmap.MADV_DONTNEED)
-            self._resident = 0
+
+def _mapped_by(view: Array) -> int:
+    """About how many bytes of a mapped file become resident when a view is read."""
+    steps = [(size, step) for size, step in zip(view.shape, view.strides, strict=True) if size > 1]
+    near: int = view.itemsize + sum((size - 1) * step for size, step in steps if step < _WINDOW)
+    windows: int = math.prod(size for size, step in steps if step >= _WINDOW)
+    return (near // _WINDOW + 2) * _WINDOW * windows
+
+
+def _map(tensor: StridedTensor | ReorderedTensor, descriptor: int, offset: int) -> _Mapped:
+    """Map a tensor whose first element lies at an offset of an open file."""
+    element = _element(tensor.dtype, ">" if tensor.big_endian else "<")
+    dims, strides = tensor.dims or tensor.shape, tensor.strides
+    extent = extent_of(dims, strides)
+    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    length = offset - begin + extent * element.itemsize
+    try:
+        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=begin)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}") from error
+    storage = np.frombuffer(mapped, element, extent, offset - begin)
+    kept = [(size, stride) for size, stride in zip(dims, strides, strict=True) if size > 1]
+    shape = tuple(size for size, _ in kept) or (1,)
+    steps = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
+    return _Mapped(mapped, as_strided(storage, shape, steps, writeable=False), _element(tensor.dtype, "<"))
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -234,3 +241,12 @@ def _element(dtype: DType, order: str) -> np.dtype[Any]:
     # A complex number swaps the bytes of each half; anything else is moved as an integer of its size.
     kind = "c" if dtype.name.startswith("C") else "u"
     return np.dtype(f"{order}{kind}{dtype.bytes}")
+
+
+def _copy_rows(view: Array, out: Array) -> None:
+    # Reading a transposed matrix along its rows touches a cache line for every element: narrow columns
+    # keep those lines in the cache until the next rows need them.
+    across = view.ndim > 1 and view.strides[-1] != view.itemsize and len(view) >= _TILE
+    width = _TILE if across else view.shape[-1]
+    for begin in range(0, view.shape[-1], width):
+        out[..., begin : begin + width] = view[..., begin : begin + width]

@@ -71,8 +71,8 @@ class StoredTensor:
         return False
 
     @property
-    def held(self) -> int:
-        """Bytes that reading it keeps resident beside what is read."""
+    def reader_bytes(self) -> int:
+        """The most memory that reading a slice takes beside the buffer that is filled."""
         return 0
 
     @property

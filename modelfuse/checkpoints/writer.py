@@ -15,7 +15,7 @@ import itertools
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -46,7 +46,7 @@ class OutputFolder:
 
     def __init__(self, path: Path, overwrite: bool = False, facts: Mapping[str, object] | None = None) -> None:
         # Where a link leads, so that the link stays one.
-        self.path = path = path.resolve()
+        self.path = path = Path(os.path.realpath(path))
         self._overwrite = overwrite
         self._facts = dict(facts or {})
         self._temporary = temporary_sibling(path)
@@ -158,18 +158,20 @@ class OutputFolder:
             except OSError as error:
                 raise self._failure(error, self.path / name) from error
 
-    def write_file(self, name: str, content: bytes) -> None:
-        """Write and sync a small file."""
-        self.digests[name] = hashlib.sha256(content).hexdigest()
-        path = self._temporary / name
+    def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
+        """Write and sync a small file, whole or by its parts."""
+        digest, path = hashlib.sha256(), self._temporary / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
-                file.write(content)
+                for part in (content,) if isinstance(content, bytes) else content:
+                    file.write(part)
+                    digest.update(part)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise self._failure(error, path) from error
+        self.digests[name] = digest.hexdigest()
 
     def commit(self) -> None:
         """Sync everything and make it appear, in one step.
@@ -302,6 +304,6 @@ def temporary_sibling(path: Path) -> Path:
 
 def bytes_left(path: Path) -> int:
     """The bytes on the disk of what an earlier run has left beside an output: used again, or removed."""
-    with contextlib.suppress(OSError), os.scandir(temporary_sibling(path.resolve())) as entries:
+    with contextlib.suppress(OSError), os.scandir(temporary_sibling(Path(os.path.realpath(path)))) as entries:
         return sum(entry.stat().st_blocks * 512 for entry in entries)
     return 0
