@@ -18,6 +18,8 @@ SPAN = 1 << 22
 INTERPRETER_BYTES = 190_000_000
 #: Tables of a tensor under way and of the worker that makes them, for each model.
 TABLE_BYTES = 3_000_000
+#: Tensors that are computed, whose parts are kept beside those of the tensors under way.
+KEPT = 2
 
 
 class Budget(NamedTuple):
@@ -41,7 +43,7 @@ def fit_memory(recipe: Recipe, an_element: float, sources: int, held: int = 0) -
         recipe: The settings.
         an_element: Bytes of one element in all sources and the output.
         sources: The number of models, the base included.
-        held: Bytes that a worker holds beside its slices.
+        held: Bytes that reading the sources of one tensor keeps resident beside its slices.
     """
     sparsify_type, _ = recipe.steps
     tables = TABLE_BYTES * sources if sparsify_type in ("trim", "magprune") else 0
@@ -50,7 +52,9 @@ def fit_memory(recipe: Recipe, an_element: float, sources: int, held: int = 0) -
     elements = SLICE_TURNED if held else SLICE
 
     def peak() -> int:
-        return INTERPRETER_BYTES + tables + int(workers * (elements * an_element + tables + held))
+        # What tensors that were read last are computed from is kept too.
+        computed = held * (workers + KEPT) if held else 0
+        return INTERPRETER_BYTES + tables + computed + int(workers * (elements * an_element + tables))
 
     while elements > GRAIN and (elements > largest or peak() > recipe.memory):
         elements //= 2

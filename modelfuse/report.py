@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modelfuse.adapters import Adapter
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import ALGORITHM, Checksum
@@ -33,12 +34,14 @@ class Outcome:
         checksum: Of its bytes in the output.
         nonfinite: For each span, the counts of non-finite elements: one a source, the last for the output.
         distances: For each span, what it says of the distances to the base, if there is one.
+        facts: What else its sources tell of it.
     """
 
     tensor: OutputTensor
     checksum: Checksum
     nonfinite: list[np.ndarray[Any, np.dtype[np.int64]]] = field(default_factory=list)
     distances: list[SpanDistances] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
 
 
 def write_index(plan: Plan, folder: OutputFolder) -> None:
@@ -82,8 +85,8 @@ def write_report(
 
 
 def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
-    files = {file.path.name: file for tensor in model.values() for file in tensor.files}
-    return {
+    files = {file.path.name: file for file in model.files}
+    entry: dict[str, object] = {
         "path": str(model.path),
         "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",
         "format": model.kind,
@@ -92,6 +95,9 @@ def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
         "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
         **_left_out(model),
     }
+    if isinstance(model, Adapter):
+        entry |= {"role": "adapter", "tensors": len(model.account), "went_into": dict(model.account)}
+    return entry
 
 
 def _left_out(model: Checkpoint) -> dict[str, object]:
@@ -113,7 +119,7 @@ def _suspicious(found: Suspicious) -> dict[str, object]:
 
 def _tensor(outcome: Outcome) -> dict[str, object]:
     tensor = outcome.tensor
-    done = {"merge": "merged", "copy": "copied"}[tensor.action]
+    done = {"merge": "merged", "copy": "copied", "take": "taken"}[tensor.action]
     entry: dict[str, object] = {
         "action": done,
         "dtype": tensor.dtype.name,
@@ -122,6 +128,7 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
         "checksum": outcome.checksum.hexdigest(),
         "source_dtypes": [source.stored.name for source in tensor.sources],
     }
+    entry |= outcome.facts
     nonfinite = np.sum(outcome.nonfinite, axis=0) if outcome.nonfinite else np.zeros(1)
     if nonfinite.any():
         entry["nonfinite"] = {"sources": nonfinite[:-1].tolist(), "output": int(nonfinite[-1])}
