@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from adapting import DOWN, SHAPES, UP, Q, adapter_of, make_base, noise
-from conftest import Said, array, make_model, read_file, read_model
+from conftest import Said, array, make_model, read_file, read_model, snapshot, start
+from test_resume import KILLED_AFTER, SPAN
 
 import modelfuse
 from modelfuse.kernels.factoring import factorize
@@ -109,3 +112,21 @@ def test_what_is_refused(tmp_path: Path, refuse: Callable[..., str]) -> None:
     model = make_model(tmp_path / "full", {name: each + 1 for name, each in tensors.items()})
     words = ["--model_path_list", model, adapter, "--base_model_path", base, "--lora_rank", 2]
     refuse("merge", *words, *lora, says=["cannot hold", f"{Q}.bias"], hint="output_format")
+
+
+@pytest.mark.parametrize("form", [[], ["--output_format", "lora", "--lora_rank", 2]], ids=["model", "lora"])
+def test_a_killed_merge_is_gone_on_with(tmp_path: Path, merge: Callable[..., Said], form: list[object]) -> None:
+    """With the same bytes, and the errors of what was factorized before in the report."""
+    base, _ = make_base(tmp_path / "base")
+    first, _ = adapter_of(tmp_path / "L1", 1, Q, DOWN)
+    second, _ = adapter_of(tmp_path / "L2", 11, Q)
+    words = ["--model_path_list", first, second, "--base_model_path", base, "--merge_method", "ties", *form]
+    words += ["--output_path", tmp_path / "out" / "C"]
+    merge(*words)
+    expected = snapshot(tmp_path / "out" / "C")
+    shutil.rmtree(tmp_path / "out")
+    with start("merge", *words, code=KILLED_AFTER.format(span=SPAN, spans=3)) as process:
+        _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    assert "Going on" in merge(*words).err
+    assert snapshot(tmp_path / "out" / "C") == expected
