@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from modelfuse.errors import ModelfuseError, RecipeError
-from modelfuse.recipe import Recipe, by_canonical_name, canonical_name, nearest
+from modelfuse.recipe import ANOTHER_WAY, Recipe, by_canonical_name, canonical_name, nearest
 from modelfuse.recipe_file import load_recipe
 from modelfuse.version import __version__
 
@@ -197,7 +197,8 @@ def parse(words: Sequence[str]) -> tuple[dict[str, object], bool]:
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("recipe", nargs="?", type=Path, default=None)
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--model_path_str")
+    for name in ANOTHER_WAY:
+        parser.add_argument(f"--{name}")
     for name, field in Recipe.model_fields.items():
         if _is(field.annotation, bool):
             parser.add_argument(f"--{name}", nargs="?", const=True)
@@ -209,8 +210,9 @@ def parse(words: Sequence[str]) -> tuple[dict[str, object], bool]:
     quiet = bool(given.pop("quiet", False))
     path = given.pop("recipe", None)
     settings = by_canonical_name(load_recipe(path)) if path else {}
-    if "model_path_str" in given or "model_path_list" in given:
-        settings.pop("model_path_str", None), settings.pop("model_path_list", None)
+    ways = ("model_path_list", *ANOTHER_WAY)
+    if any(name in given for name in ways):
+        settings = {name: value for name, value in settings.items() if name not in ways}
     return {**settings, **given}, quiet
 
 

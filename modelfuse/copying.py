@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modelfuse.errors import MismatchError
 from modelfuse.kernels import Bytes, Procedure
-
-#: Differing tensors that an error lists.
-MOST_LINES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,30 +81,3 @@ class CopyPass:
 
     def finish(self, state: CopyState) -> set[int]:
         return state.differing
-
-
-def describe_untied(differences: Sequence[Difference]) -> MismatchError:
-    """The error of models in which tensors that config.json ties are not equal."""
-    return MismatchError(
-        "config.json ties these tensors, but their values differ:\n" + _listed(each.name for each in differences),
-        "Set tie_word_embeddings to false there if they are meant to differ.",
-    )
-
-
-def describe_differences(differences: Sequence[Difference], models: Sequence[Path]) -> MismatchError:
-    """The error of tensors to copy that differ, and no model was chosen to take them from."""
-    lines = (
-        f"{each.name} of {models[0]} is not that of {' and '.join(str(models[at]) for at in each.sources)}"
-        for each in differences
-    )
-    return MismatchError(
-        "These tensors cannot be merged, only copied, but they differ:\n" + _listed(lines),
-        "Say which model to take them from with --unmerged_from PATH.",
-    )
-
-
-def _listed(lines: Iterable[str]) -> str:
-    """Lines in an order that does not depend on workers, the first ones only."""
-    lines = sorted(lines)
-    more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
-    return "\n".join(f"  {line}" for line in [*lines[:MOST_LINES], *more])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from modelfuse.adapters.listing import full_models, with_adapters, without_adapters
 from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.quantized import dequantized
 from modelfuse.recipe import Recipe
@@ -13,7 +14,10 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
 
     Raises:
         CheckpointError: If an input is missing, malformed, or quantized in a way that is not understood.
-        MismatchError: If a model's layout cannot be known.
+        MismatchError: If a model's layout cannot be known, or an adapter does not fit the base.
+        RecipeError: If there are adapters and no base.
     """
-    models = tuple(dequantized(open_checkpoint(path, recipe.merge_prefix)) for path in recipe.input_paths)
-    return bring_together(models, recipe)
+    models = tuple(dequantized(open_checkpoint(path, recipe.merge_prefix)) for path in full_models(recipe))
+    models = bring_together(models, without_adapters(recipe))
+    layout = recipe.output_layout or models[-1].layout
+    return with_adapters(recipe, models, None if layout is None else layout == "paddle")

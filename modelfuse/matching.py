@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.errors import MismatchError
 
 #: Output heads that share the input embedding's values where config.json ties them.
@@ -29,6 +30,33 @@ class Tied:
 
     name: str
     other: str
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """Two tensors that must be equal: tied ones of a model, or an adapter's copy of one of its base's and that one.
+
+    Attributes:
+        one: A tensor.
+        other: The other.
+        path: The model that ties them, or the adapter.
+        tied: Whether the model ties them.
+    """
+
+    one: StoredTensor
+    other: StoredTensor
+    path: Path
+    tied: bool
+
+
+def find_twins(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> tuple[Twins, ...]:
+    """The tied tensors of every model that has both; a difference on one of them changes both."""
+    pairs = ((model, model.tensors.get(each.name), model.tensors.get(each.other)) for each in tied for model in models)
+    return tuple(
+        Twins(one, other, model.path, True)
+        for model, one, other in pairs
+        if one is not None and other is not None and not (one.is_delta or other.is_delta)
+    )
 
 
 def match_tensors(models: Sequence[Checkpoint], lead: Checkpoint) -> tuple[list[str], tuple[Tied, ...]]:
@@ -136,7 +164,9 @@ def _describe_untied(tied: Sequence[Tied], models: Sequence[Checkpoint]) -> list
     for pair in tied:
         for model in models:
             one, other = model.tensors.get(pair.name), model.tensors.get(pair.other)
-            if one is not None and other is not None and (one.shape, one.dtype) != (other.shape, other.dtype):
+            if one is None or other is None or one.is_delta or other.is_delta:
+                continue
+            if (one.shape, one.dtype) != (other.shape, other.dtype):
                 lines.append(
                     f"config.json of {model.path} ties {one.name} to {other.name}, but one is {one.dtype} "
                     f"{list(one.shape)} and the other {other.dtype} {list(other.shape)}"

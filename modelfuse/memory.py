@@ -22,6 +22,8 @@ TALLYING_BYTES, DOUBLE_BYTES = 45_000_000, 55_000_000
 OUTPUT_BYTES, SOURCE_BYTES = 700, 300
 #: Tables of a tensor under way and of the worker that makes them, for each model.
 TABLE_BYTES = 2_500_000
+#: Tensors that are computed, whose parts are kept beside those of the tensors under way.
+KEPT = 2
 
 
 class Weight(NamedTuple):
@@ -32,6 +34,7 @@ class Weight(NamedTuple):
         sources: The number of models, the base included.
         sizes: For each kind of tensor, the number of its elements, and the bytes of one in all sources and the output.
         a_reader: Bytes that reading takes beside that, at most.
+        held: Bytes that computing the sources of one tensor keeps resident, at most.
         double: Whether any is computed in float64.
     """
 
@@ -39,6 +42,7 @@ class Weight(NamedTuple):
     sources: int
     sizes: frozenset[tuple[int, int]]
     a_reader: int
+    held: int
     double: bool
 
     def slice_bytes(self, elements: int) -> int:
@@ -70,10 +74,12 @@ def fit_memory(recipe: Recipe, weight: Weight) -> Budget:
     fixed = INTERPRETER_BYTES + tallies * TALLYING_BYTES + weight.double * DOUBLE_BYTES + tables
     fixed += weight.outputs * (OUTPUT_BYTES + weight.sources * SOURCE_BYTES)
 
-    def a_worker(elements: int) -> int:
-        return weight.slice_bytes(elements) + weight.a_reader + tables
+    fixed += weight.held * KEPT  # What tensors that were read last are computed from is kept too.
 
-    elements = SLICE_TURNED if weight.a_reader else GRAIN
+    def a_worker(elements: int) -> int:
+        return weight.slice_bytes(elements) + weight.a_reader + weight.held + tables
+
+    elements = SLICE_TURNED if weight.a_reader or weight.held else GRAIN
     while elements > GRAIN and fixed + recipe.n_process * a_worker(elements) > recipe.memory:
         elements //= 2
     workers = max(1, min(recipe.n_process, (recipe.memory - fixed) // max(a_worker(elements), 1)))

@@ -17,6 +17,8 @@ from modelfuse.quantized import DECLARATIONS
 from modelfuse.recipe import Recipe
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
+#: What PEFT looks for; it reads no shards.
+ADAPTER_STEM = "adapter_model"
 #: The names of a weight file in Paddle's own format.
 PADDLE_STEMS = {"model": "model_state", "master_weights": "master_weights"}
 
@@ -31,6 +33,7 @@ class OutputFormat:
         suffix: ``.safetensors`` or ``.pdparams``.
         metadata: The ``__metadata__`` of safetensors files.
         changes: Whether the layout is not the lead's.
+        whole: Whether one file holds all, however large.
     """
 
     layout: str | None
@@ -38,12 +41,15 @@ class OutputFormat:
     suffix: str
     metadata: Mapping[str, str]
     changes: bool
+    whole: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, lead: Checkpoint) -> OutputFormat:
         """The format that the recipe gives; what it leaves open is as in the lead."""
         layout = recipe.output_layout or lead.layout
         changes = layout != lead.layout
+        if recipe.output_format == "lora":
+            return cls(layout, ADAPTER_STEM, ".safetensors", {"format": "pt"}, changes, whole=True)
         if recipe.output_format == "pdparams":
             return cls(layout, PADDLE_STEMS[recipe.merge_prefix], ".pdparams", {}, changes)
         # Loaders of each world look for its word, though it proves nothing.

@@ -5,24 +5,28 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from modelfuse.adapters.listing import copies
+from modelfuse.adapters.output import as_adapter
+from modelfuse.adapters.settings import PEFT_CONFIG
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, RecipeError
 from modelfuse.inputs import open_inputs
-from modelfuse.matching import Tied, group_names, match_tensors
+from modelfuse.matching import Tied, Twins, find_twins, group_names, match_tensors
 from modelfuse.memory import Budget, Weight, fit_memory
 from modelfuse.methods import Method
+from modelfuse.notes import notes_on
 from modelfuse.output_format import OutputFormat
 from modelfuse.places import check_places
 from modelfuse.recipe import Recipe
 from modelfuse.serving import SideFile, files_to_serve
 
-Action = Literal["merge", "copy"]
+Action = Literal["merge", "copy", "take"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,11 @@ class OutputTensor:
         name: Its name.
         dtype: The type it is stored in.
         shape: Its shape.
-        action: ``merge``, or ``copy`` for what cannot be merged and must be equal in all models.
-        sources: Where it lies in each model in order, then in the base if there is one.
-        chosen: For a copy, the source to take where they differ; None: they must not differ.
+        action: ``merge``, ``copy`` for what cannot be merged and must be equal in all models, or ``take`` for what is
+            one input's as it is: the base's that no model changes, or the model's where there is only one.
+        sources: Where it lies in each model in order, then in the base if there is one; of what is taken, only there.
+        chosen: For a copy, the source to take where they differ; None: they must not differ. Of what is taken, the
+            number of the input.
         file: The output file it goes to.
         offset: Its first byte in that file.
     """
@@ -88,10 +94,12 @@ class Plan:
         models: The models in order, then the base if there is one.
         tensors: Every tensor of the output, in the order of the files.
         tied: Tensors of the inputs that are left out because they are another one's second name.
+        twins: Tensors of the inputs that must be equal.
         files: The weight files.
         format: How they are stored.
         index: The name of the index file, None if there is one weight file.
         side_files: Configuration, tokenizer and other files to copy.
+        made_files: Files that the plan already has the content of, by name.
         workers: Parallel workers; fewer than asked for if the memory budget wants it.
         slice_elements: Elements a worker holds at a time.
         memory: The expected peak of resident memory in bytes.
@@ -103,10 +111,12 @@ class Plan:
     models: tuple[Checkpoint, ...]
     tensors: tuple[OutputTensor, ...]
     tied: tuple[Tied, ...]
+    twins: tuple[Twins, ...]
     files: tuple[OutputFile, ...]
     format: OutputFormat
     index: str | None
     side_files: tuple[SideFile, ...]
+    made_files: Mapping[str, bytes]
     workers: int
     slice_elements: int
     memory: int
@@ -121,6 +131,12 @@ class Plan:
     def lead(self) -> Checkpoint:
         """The checkpoint that the output takes its names, types and files from: the base, else the first."""
         return self.models[-1 if self.has_base else 0]
+
+    def inputs_of(self, tensor: OutputTensor) -> tuple[Checkpoint, ...]:
+        """The inputs that a tensor's sources are in: all, or the one that it is taken from."""
+        if len(tensor.sources) == len(self.models):
+            return self.models
+        return (self.models[-1 if tensor.chosen is None else tensor.chosen],)
 
     @property
     def bytes_read(self) -> int:
@@ -158,15 +174,22 @@ def make_plan(recipe: Recipe) -> Plan:
     models = open_inputs(recipe)
     lead = models[-1 if recipe.base_model_path is not None else 0]
     names, tied = match_tensors(models, lead)
+    adapter = as_adapter(recipe, models) if recipe.output_format == "lora" else None
+    twins = (*find_twins(models, tied), *copies(models))
     chosen = _chosen_source(recipe)
-    drafts = [_draft(recipe, name, models, chosen) for name in names]
+    if adapter is None:
+        drafts = [_draft(recipe, name, models, chosen) for name in names]
+    else:
+        drafts = [_draft_factor(recipe, tensor, len(models) - 1) for tensor in adapter.tensors]
     _check_kinds(drafts)
     form = OutputFormat.of(recipe, lead)
     tensors, files, index = _lay_out(drafts, recipe, form)
-    workers, slice_elements, memory = _fit_memory(recipe, tensors)
+    budget = _fit_memory(recipe, tensors)
+    side_files = files_to_serve(recipe, lead) if adapter is None else ()
+    made_files = {PEFT_CONFIG: adapter.config} if adapter is not None else {}
     return Plan(
-        recipe, recipe.method, models, tensors, tied, files, form, index, files_to_serve(recipe, lead), workers,
-        slice_elements, memory, (*_notes(recipe, workers, memory, models, lead), *form.notes(models)),
+        recipe, recipe.method, models, tensors, tied, twins, files, form, index, side_files, made_files, *budget,
+        notes_on(recipe, models, tied, form, budget),
     )  # fmt: skip
 
 
@@ -191,14 +214,34 @@ def _draft(recipe: Recipe, name: str, models: Sequence[Checkpoint], chosen: int 
     merges = lead.dtype.compute is not None and not name.endswith(BUFFERS)
     dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype and merges else lead.natural
     action: Action = "merge" if merges else "copy"
+    taken = _taken(recipe, sources, merges)
+    if taken is not None:
+        action = "take" if merges else "copy"
+        return OutputTensor(name, dtype, lead.shape, action, (sources[taken],), taken if merges else None, "", 0)
     return OutputTensor(name, dtype, lead.shape, action, sources, None if merges else chosen, "", 0)
+
+
+def _draft_factor(recipe: Recipe, tensor: StoredTensor, base: int) -> OutputTensor:
+    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else tensor.dtype
+    return OutputTensor(tensor.name, dtype, tensor.shape, "take", (tensor,), base, "", 0)
+
+
+def _taken(recipe: Recipe, sources: Sequence[StoredTensor], merges: bool) -> int | None:
+    """The number of the input that a tensor is taken from as it is, if that is all there is to do."""
+    if recipe.base_model_path is None:
+        return None
+    *models, base = sources
+    if all(source == base for source in models):
+        return len(models)
+    alone = merges and recipe.steps == (None, "linear") and recipe.weights == (1.0,)
+    return 0 if alone and not models[0].is_delta else None
 
 
 def _check_kinds(drafts: Sequence[OutputTensor]) -> None:
     mixed: dict[str, list[str]] = {}
     for draft in drafts:
         kinds = {source.dtype for source in draft.sources}
-        if any(kind.compute is None for kind in kinds) if draft.action == "merge" else len(kinds) > 1:
+        if any(kind.compute is None for kind in kinds) if draft.action != "copy" else len(kinds) > 1:
             listed = ", ".join(str(source.dtype) for source in draft.sources)
             mixed.setdefault(listed, []).append(draft.name)
     if mixed:
@@ -216,7 +259,7 @@ def _lay_out(
     shards: list[list[OutputTensor]] = [[]]
     filled = 0
     for draft in drafts:
-        if shards[-1] and filled + draft.nbytes > recipe.max_shard_size:
+        if shards[-1] and filled + draft.nbytes > recipe.max_shard_size and not form.whole:
             shards.append([])
             filled = 0
         shards[-1].append(draft)
@@ -241,28 +284,8 @@ def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
         for each in tensors
     }
     weight = Weight(
-        len(tensors), len(tensors[0].sources), frozenset(sizes), max(part.reader_bytes for part in sources),
+        len(tensors), max(len(each.sources) for each in tensors), frozenset(sizes),
+        max(part.reader_bytes for part in sources), max(sum(part.held for part in each.sources) for each in tensors),
         any(part.dtype.compute == "float64" for part in sources),
     )  # fmt: skip
     return fit_memory(recipe, weight)
-
-
-def _notes(
-    recipe: Recipe, workers: int, memory: int, models: Sequence[Checkpoint], lead: Checkpoint
-) -> tuple[str, ...]:
-    notes = [_note_dequantized(model) for model in models if model.dequantized]
-    if workers < recipe.n_process:
-        notes.append(f"{workers} of {recipe.n_process} workers, so that the memory budget holds.")
-    if memory > recipe.memory:
-        notes.append(
-            f"The peak will be about {memory / 1e6:,.0f} MB: one worker needs that, but the memory budget is "
-            f"{recipe.memory / 1e6:,.0f} MB."
-        )
-    if not lead.config:
-        notes.append(f"{lead.path} has no config.json, so none is copied; a server will need one.")
-    return tuple(notes)
-
-
-def _note_dequantized(model: Checkpoint) -> str:
-    number = sum(tensor.natural is not tensor.dtype for tensor in model.values())
-    return f"{model.path}: {number} tensors are dequantized; {len(model.left_out)} tensors of scales are left out."

@@ -21,6 +21,7 @@ from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
 from modelfuse.methods import MERGE_METHODS, Method
 from modelfuse.recipe_checks import (
+    check_adapter_output,
     check_copied,
     check_device,
     check_input_layout,
@@ -39,6 +40,8 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 INFORMATION = ("modelfuse_version",)
 #: The layout of the formats that an output can have.
 LAYOUTS: Mapping[str, Literal["hf", "paddle"]] = {"hf": "hf", "paddle": "paddle", "pdparams": "paddle"}
+#: Other ways to give model_path_list: as one string, and as the one adapter to merge.
+ANOTHER_WAY = ("model_path_str", "lora_model_path")
 #: Other names of a setting.
 SYNONYMS = {"model_prefix": "merge_prefix"}
 
@@ -79,7 +82,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    model_path_list: tuple[AbsolutePath, ...] = Field(description="The models to merge: folders or weight files.")
+    model_path_list: tuple[AbsolutePath, ...] = Field(
+        description="The models to merge: folders or weight files, adapters among them."
+    )
     base_model_path: AbsolutePath | None = Field(
         None, description="The model they were fine-tuned from: methods then act on the differences to it."
     )
@@ -118,15 +123,21 @@ class Recipe(BaseModel):
         None, description="Linear weights of the inputs are [out, in] (hf) or [in, out] (paddle); one for all, or one "
         "a model with the base last (default: told from shapes and config.json).",
     )  # fmt: skip
-    output_format: Literal["hf", "paddle", "pdparams"] | None = Field(
+    output_format: Literal["hf", "paddle", "pdparams", "lora"] | None = Field(
         None, description="The output's layout: hf, paddle, or paddle in .pdparams files (default: the layout of the "
-        "base, else of the first model, in safetensors).",
+        "base, else of the first model, in safetensors); lora: the difference to the base as one PEFT adapter.",
     )  # fmt: skip
     convert_from_hf: bool | None = Field(
         None, description="Paddle's flag: true is --input_layout hf for all but .pdparams files, false is paddle."
     )
     save_to_hf: bool | None = Field(
         None, description="Paddle's flag: true is --output_format hf, false is paddle, whatever the inputs are."
+    )
+    lora_rank: int | None = Field(
+        None, ge=1, description="With output_format lora: the rank to cut differences to that are no exact products."
+    )
+    merge_with_qdq_base_model: bool = Field(
+        False, description="Quantize and dequantize the base first, as config.json in the adapter's folder says."
     )
     overwrite: bool = Field(False, description="Replace an existing output.")
     on_nonfinite: Literal["error", "propagate"] = Field("error", description="What NaN and infinities do.")
@@ -140,7 +151,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         sparsify_type, merge_type = self.steps
-        check_models(len(self.model_path_list))
+        check_models(len(self.model_path_list), self.base_model_path is not None)
         check_device(self.tensor_type, self.device)
         check_method(self.merge_method, self.merge_type, self.sparsify_type)
         check_weights(len(self.model_path_list), merge_type, self.weight_list, self.normalize)
@@ -149,6 +160,7 @@ class Recipe(BaseModel):
         check_copied(self.copy_file_list)
         check_input_layout(len(self.input_paths), self.input_layout, self.convert_from_hf)
         check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
+        check_adapter_output(self.output_format, self.lora_rank, self.base_model_path is not None)
         return self
 
     @classmethod
@@ -238,8 +250,8 @@ def canonical_name(name: str) -> str:
     """
     plain = name.replace("-", "_")
     plain = SYNONYMS.get(plain, plain)
-    if plain not in Recipe.model_fields and plain not in (*INFORMATION, "model_path_str"):
-        raise RecipeError(f"There is no setting {name!r}", nearest(plain, Recipe.model_fields))
+    if plain not in Recipe.model_fields and plain not in (*INFORMATION, *ANOTHER_WAY):
+        raise RecipeError(f"There is no setting {name!r}", nearest(plain, (*Recipe.model_fields, *ANOTHER_WAY)))
     return plain
 
 
@@ -273,6 +285,15 @@ def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
         if not isinstance(joined, str):
             raise RecipeError("model_path_str is not a comma-separated string")
         named["model_path_list"] = [part for part in (part.strip() for part in joined.split(",")) if part]
+    adapter = named.pop("lora_model_path", None)
+    if adapter is not None:
+        if named.get("model_path_list"):
+            raise RecipeError(
+                "lora_model_path and models are both given", "Name adapters in model_path_list, beside other models."
+            )
+        if named.get("base_model_path") is None:
+            raise RecipeError("lora_model_path needs base_model_path", "Name the model that it was trained on.")
+        named["model_path_list"] = [adapter]
     for name in ("model_path_list", "weight_list", "copy_file_list"):
         if named.get(name) is None:
             named.pop(name, None)

@@ -48,12 +48,12 @@ def is_path(text: str) -> bool:
         return False
 
 
-def check_models(models: int) -> None:
+def check_models(models: int, has_base: bool) -> None:
     """Refuse too few models to merge."""
-    if models < 2:
+    if models < 2 - has_base:
         raise RecipeError(
-            f"model_path_list names {models} model; a merge needs at least two",
-            "Give two or more paths after --model_path_list.",
+            f"model_path_list names {models} model; a merge needs at least two, or one and a base",
+            "Give two or more paths after --model_path_list, or a --base_model_path.",
         )
 
 
@@ -133,6 +133,17 @@ def check_output_format(output_format: str | None, layout: str | None, save_to_h
         raise RecipeError(
             f"save_to_hf is {str(save_to_hf).lower()}, but output_format is {output_format}", "Leave save_to_hf out."
         )
+
+
+def check_adapter_output(output_format: str | None, rank: int | None, has_base: bool) -> None:
+    """Refuse an adapter without a base, and its rank without it."""
+    if output_format == "lora" and not has_base:
+        raise RecipeError(
+            "output_format lora saves differences to a base, but base_model_path is not given",
+            "Name the model that the adapter is to be used with.",
+        )
+    if rank is not None and output_format != "lora":
+        raise RecipeError("lora_rank is given, but output_format is not lora", "Add --output_format lora.")
 
 
 def check_copied(names: Iterable[str]) -> None:

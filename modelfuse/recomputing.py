@@ -102,7 +102,7 @@ def choose(plan: Plan, stored: Mapping[str, StoredTensor], full: bool, sample: i
         if sample is not None or len(chosen) < SAMPLE_LEAST or bytes_of(tensor) <= room:
             chosen.add(tensor.name)
             room -= bytes_of(tensor)
-    return replace(plan, tensors=tuple(each for each in fit if each.name in chosen), tied=(), files=())
+    return replace(plan, tensors=tuple(each for each in fit if each.name in chosen), tied=(), twins=(), files=())
 
 
 def bytes_of(tensor: OutputTensor) -> int:

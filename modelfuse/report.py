@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modelfuse.adapters import Adapter
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import ALGORITHM, Checksum
@@ -37,12 +38,14 @@ class Outcome:
             thousand tensors.
         nonfinite: For each span that has any, the counts of non-finite elements: one a source, the last for the output.
         distances: For each span, what it says of the distances to the base, if there is one.
+        facts: What else its sources tell of it.
     """
 
     tensor: OutputTensor
     checksum: Checksum | str
     nonfinite: list[np.ndarray[Any, np.dtype[np.int64]]] | None = None
     distances: list[SpanDistances] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
     _measured: Sequence[Distance] = ()
 
     @property
@@ -123,8 +126,8 @@ def _sealed(parts: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
-    files = {file.path.name: file for tensor in model.values() for file in tensor.files}
-    return {
+    files = {file.path.name: file for file in model.files}
+    entry: dict[str, object] = {
         "path": str(model.path),
         "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",
         "format": model.kind,
@@ -133,6 +136,9 @@ def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
         "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
         **_left_out(model),
     }
+    if isinstance(model, Adapter):
+        entry |= {"role": "adapter", "tensors": len(model.account), "went_into": dict(model.account)}
+    return entry
 
 
 def _left_out(model: Checkpoint) -> dict[str, object]:
@@ -154,7 +160,7 @@ def _suspicious(found: Suspicious) -> dict[str, object]:
 
 def _tensor(outcome: Outcome) -> dict[str, object]:
     tensor = outcome.tensor
-    done = {"merge": "merged", "copy": "copied"}[tensor.action]
+    done = {"merge": "merged", "copy": "copied", "take": "taken"}[tensor.action]
     entry: dict[str, object] = {
         "action": done,
         "dtype": tensor.dtype.name,
@@ -163,6 +169,7 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
         "checksum": outcome.hexdigest(),
         "source_dtypes": [source.stored.name for source in tensor.sources],
     }
+    entry |= outcome.facts
     if outcome.nonfinite is not None:
         nonfinite = np.sum(outcome.nonfinite, axis=0)
         entry["nonfinite"] = {"sources": nonfinite[:-1].tolist(), "output": int(nonfinite[-1])}

@@ -30,7 +30,7 @@ def facts_of(plan: Plan) -> dict[str, object]:
             facts[f"the setting {name}"] = value
     headers: dict[str, Any] = {}
     for tensor in plan.tensors:
-        for source, model in zip(tensor.sources, plan.models, strict=True):
+        for source, model in zip(tensor.sources, plan.inputs_of(tensor), strict=True):
             headers.setdefault(str(model.path), hashlib.sha256()).update(_describe(source))
             for file in source.files:
                 facts[str(file.path)] = [file.size, file.mtime_ns, file.inode]
@@ -78,6 +78,7 @@ class Finished:
                 outcomes[name].adding.restore(tensor.dtype.nbytes(first), bytes.fromhex(entry["digests"]))
                 outcomes[name].count(np.array(entry["nonfinite"], np.int64))
                 outcomes[name].distances += [SpanDistances(first, *map(np.array, each)) for each in entry["distances"]]
+                outcomes[name].facts.update(entry["facts"])
                 self.nbytes += bytes_of(tensor, count)
 
     def has(self, name: str, first: int, count: int) -> bool:
@@ -94,8 +95,15 @@ def entry_of(outcome: Outcome, first: int, count: int, bad: np.ndarray[Any, np.d
     tensor = outcome.tensor
     digests = outcome.adding.digests(tensor.dtype.nbytes(first), tensor.dtype.nbytes(count))
     distances = [[each.differs.tolist(), each.squares.tolist()] for each in outcome.distances if each.first == first]
-    return {"tensor": tensor.name, "first": first, "count": count, "digests": digests.hex(), "nonfinite": bad.tolist(),
-            "distances": distances}  # fmt: skip
+    return {
+        "tensor": tensor.name,
+        "first": first,
+        "count": count,
+        "digests": digests.hex(),
+        "nonfinite": bad.tolist(),
+        "distances": distances,
+        "facts": outcome.facts,
+    }
 
 
 def bytes_of(tensor: OutputTensor, count: int) -> int:

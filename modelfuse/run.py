@@ -16,17 +16,11 @@ from modelfuse.checkpoints.files import SourceFile, read_bytes
 from modelfuse.checkpoints.tensors import Frame, Reader
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
-from modelfuse.copying import (
-    Copy,
-    Difference,
-    compare_procedure,
-    copy_procedure,
-    describe_differences,
-    describe_untied,
-)
+from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
 from modelfuse.errors import OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.memory import SPAN
+from modelfuse.methods import Method
 from modelfuse.nonfinite import nonfinite
 from modelfuse.places import check_room
 from modelfuse.plan import Action, OutputTensor, Plan
@@ -34,11 +28,14 @@ from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
 from modelfuse.suspicious import Suspicious, find_suspicious
+from modelfuse.unequal import describe_copies, describe_twins
 
 Progress = Callable[[int], None]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 #: Rows of a slice start at multiples of a cache line.
 ROW_ALIGNMENT = 64
+#: What is taken from one input is multiplied by one.
+TAKE = Method("linear", None, (1.0,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +99,14 @@ class Run:
     progress: Progress
     differences: list[Difference] = field(default_factory=list)
     untied: list[Difference] = field(default_factory=list)
+    strange: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        slices, tensors = self.plan.slice_elements, self.plan.tensors
-        room = max(_row_bytes(tensor.sources, slices) * len(tensor.sources) for tensor in tensors)
-        column = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in tensors)
+        slices = self.plan.slice_elements
+        pairs = [(pair.one, pair.other) for pair in self.plan.twins if pair.one.size]
+        everything = [*(tensor.sources for tensor in self.plan.tensors), *pairs]
+        room = max(_row_bytes(sources, slices) * len(sources) for sources in everything)
+        column = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in self.plan.tensors)
         self._raws: list[Bytes] = [np.empty(room, np.uint8) for _ in range(self.plan.workers)]
         self._outs: list[Bytes] = [np.empty(column, np.uint8) for _ in range(self.plan.workers)]
         #: What each worker's buffers hold: a tensor of one slice is read once, however many passes walk it.
@@ -127,9 +127,15 @@ class Run:
         self._folder = folder
         self._schedule(self._preparing_jobs())
         if self.untied:
-            raise describe_untied(self.untied)
+            what = "config.json ties these tensors, but their values differ"
+            raise describe_twins(
+                self.untied, what, "Set tie_word_embeddings to false there if they are meant to differ."
+            )
+        if self.strange:
+            what = "The adapter has copies of tensors of its base, but they are not equal"
+            raise describe_twins(self.strange, what, "Give the base that the adapter was trained on.")
         if self.differences:
-            raise describe_differences(self.differences, [model.path for model in self.plan.models])
+            raise describe_copies(self.differences, self.plan.models)
         self._schedule(self._merging_jobs())
 
     def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
@@ -138,14 +144,12 @@ class Run:
 
     def _preparing_jobs(self) -> Iterator[Job[Pass]]:
         """What can show that the models do not fit comes first: tied tensors and those to be copied."""
-        for tied in self.plan.tied:
-            for model in self.plan.models:
-                pair = (model.tensors.get(tied.name), model.tensors.get(tied.other))
-                if pair[0] is not None and pair[1] is not None and pair[0].size:
-                    task = Task((pair[0], pair[1]), (model.path, model.path))
-                    copy = Copy(f"{tied.name} and {tied.other} of {model.path}", None, pair[0].dtype.bytes)
-                    procedure = compare_procedure(copy, self.untied)
-                    yield Job(task, procedure, pair[0].size)
+        for pair in self.plan.twins:
+            if pair.one.size:
+                task = Task((pair.one, pair.other), (pair.path, pair.path))
+                copy = Copy(f"{pair.one.name} and {pair.other.name} of {pair.path}", None, pair.one.dtype.bytes)
+                procedure = compare_procedure(copy, self.untied if pair.tied else self.strange)
+                yield Job(task, procedure, pair.one.size)
         for tensor in self._unfinished("copy"):
             copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes)
             yield self._job(tensor, copy_procedure(copy, self.differences))
@@ -154,24 +158,26 @@ class Run:
         from modelfuse.kernels.distances import measured
         from modelfuse.kernels.passes import merge_procedure
 
-        for tensor in self._unfinished("merge"):
+        for tensor in self._unfinished("merge", "take"):
+            merges = tensor.action == "merge"
+            has_base, method = merges and self.plan.has_base, self.plan.method if merges else TAKE
             dtypes = tuple(source.dtype for source in tensor.sources)
-            deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - self.plan.has_base])
-            work = Work(tensor.name, tensor.size, dtypes, self.plan.has_base, tensor.dtype, self.plan.method, deltas)
+            deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - has_base])
+            work = Work(tensor.name, tensor.size, dtypes, has_base, tensor.dtype, method, deltas)
             procedure = merge_procedure(work)
             if work.has_base:
                 procedure = measured(procedure, work, self.outcomes[tensor.name].distances)
             yield self._job(tensor, procedure)
 
-    def _unfinished(self, action: Action) -> Iterator[OutputTensor]:
+    def _unfinished(self, *actions: Action) -> Iterator[OutputTensor]:
         """The tensors to do; nothing is to be done for one without elements."""
         for tensor in self.plan.tensors:
-            if tensor.action == action and not self.finished.has_all(tensor):
+            if tensor.action in actions and not self.finished.has_all(tensor):
                 yield tensor
 
     def _job(self, tensor: OutputTensor, procedure: Procedure) -> Job[Pass]:
-        strict = tensor.action == "merge" and self.plan.recipe.on_nonfinite == "error"
-        paths = tuple(model.path for model in self.plan.models)
+        strict = tensor.action != "copy" and self.plan.recipe.on_nonfinite == "error"
+        paths = tuple(model.path for model in self.plan.inputs_of(tensor))
         outcome = self.outcomes[tensor.name]
         return Job(Task(tensor.sources, paths, outcome, strict), outcome.follow(procedure), tensor.size)
 
@@ -236,6 +242,8 @@ class Run:
     def _keep(self, outcome: Outcome, first: int, count: int, bad: Counts, found: Any) -> None:
         tensor = outcome.tensor
         outcome.count(bad)
+        for source in tensor.sources:
+            outcome.facts.update(source.facts)
         if not found:
             self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(outcome, first, count, bad))
 
@@ -278,12 +286,15 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
             if file.name == CONFIG_FILE:
                 content = plan.format.config(content, plan.served_dtype, plan.lead.dequantized)
             folder.write_file(file.name, content)
+        for name, made in plan.made_files.items():
+            folder.write_file(name, made)
         write_index(plan, folder)
         write_config(plan, folder)
         suspicious = find_suspicious(plan, {name: each.measured() for name, each in run.outcomes.items()})
         write_report(plan, run.outcomes, suspicious, folder)
         folder.commit()
-    merged = sum(tensor.action == "merge" for tensor in plan.tensors)
+    adapts = plan.recipe.output_format == "lora"
+    merged = sum(adapts or tensor.action == "merge" for tensor in plan.tensors)
     return Result(
         plan.recipe.output_path,
         merged,

@@ -98,7 +98,8 @@ def help_page(line: str, summary: str, command: str) -> None:
     out.print(table, soft_wrap=False)
     out.print(
         "\nDashes and underscores are equal. Booleans: --rescale, --rescale False, --no_rescale."
-        "\n--model_path_str A,B is --model_path_list A B. A recipe file has the same names; flags override it."
+        "\n--model_path_str A,B is --model_path_list A B; --lora_model_path L is the same with one adapter."
+        "\nA recipe file has the same names; flags override it."
     )
 
 
@@ -136,7 +137,7 @@ def plan(plan: Plan) -> None:
     """What a merge will do."""
     recipe, method = plan.recipe, plan.method
     steps = " → ".join(step for step in (method.sparsify_type, method.merge_type) if step)
-    out.print(f"[bold]{recipe.merge_method or steps}[/] ({steps}) of {len(recipe.model_path_list)} models")
+    out.print(f"[bold]{recipe.merge_method or steps}[/] ({steps}) of {_count(len(recipe.model_path_list), 'model')}")
     models = Table("model", "format", "tensors", "weight", box=None, pad_edge=False)
     for number, model in enumerate(plan.models):
         is_base = plan.has_base and number == len(plan.models) - 1
@@ -222,8 +223,11 @@ def result(plan: Plan, result: Result) -> None:
     if result.suspicious:
         told = "; ".join(f"{each.path}: {each.summary}" for each in result.suspicious)
         out.print(f"[yellow]note:[/] {escape(told)} (listed in merge_report.json)")
-    if any(file.name == "config.json" for file in plan.side_files):
-        folder = escape(_quoted(str(result.output_path)))
+    folder = escape(_quoted(str(result.output_path)))
+    if plan.recipe.output_format == "lora":
+        base = escape(_quoted(str(plan.lead.path)))
+        out.print(f"next: vllm serve {base} --enable-lora --lora-modules merged={folder}   (or peft's from_pretrained)")
+    elif any(file.name == "config.json" for file in plan.side_files):
         if plan.format.layout == "paddle":
             loads = f'from_pretrained({folder!r}, load_checkpoint_format="", convert_from_hf=False)'
             out.print(f"next: {loads} of PaddleFormers   (modelfuse verify {folder} checks it)")

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from modelfuse.adapters import Adapter
 from modelfuse.plan import Plan
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def find_suspicious(plan: Plan, distances: Mapping[str, Sequence[Distance]]) -> 
     """
     found = []
     for number, model in enumerate(plan.models[:-1] if plan.has_base else ()):
+        if isinstance(model, Adapter):
+            continue  # It is meant to leave tensors as they are, and its products are not compared with weights.
         own = {tensor.name: each[number] for tensor in plan.tensors if (each := distances.get(tensor.name))}
         equal = tuple(name for name, distance in own.items() if distance.equal)
         moved = {name: distance.relative for name, distance in own.items() if not distance.equal}

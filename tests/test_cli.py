@@ -120,6 +120,8 @@ DEFAULTS = {
     "output_format": None,
     "convert_from_hf": None,
     "save_to_hf": None,
+    "lora_rank": None,
+    "merge_with_qdq_base_model": False,
     "overwrite": False,
     "on_nonfinite": "error",
     "unmerged_from": None,

@@ -208,7 +208,14 @@ def test_known_names_cannot_be_misused(tmp_path: Path, way: str, known: dict[str
 
 def test_the_readers_cannot_run_anything() -> None:
     """They import no unpickler, and do not use what could turn a name into a function."""
-    others = {"__init__.py", "safetensors.py", "writer.py"}
+    others = {
+        "__init__.py",
+        "safetensors.py",
+        "writer.py",
+        "exchange.py",
+        "keeper.py",
+        "lock.py",
+    }  # They read no checkpoint.
     for path in {path for path in READERS.glob("*.py") if path.name not in others}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Name):

@@ -60,13 +60,22 @@ def _from_paddle(path: Path) -> Contents:
     return Contents(*read_paddle(path), {})
 
 
+#: What is known by one prefix: the names of its safetensors, torch and Paddle files; None where there are none.
+_STEMS: Mapping[str, tuple[str, str | None, str | None]] = {
+    "model": ("model", "pytorch_model", "model_state"),
+    "master_weights": ("master_weights", "master_weights", "master_weights"),
+    "adapter_model": ("adapter_model", "adapter_model", None),
+    "peft_model": ("peft_model", None, "lora_model_state"),
+}
+
+
 def _formats(prefix: str) -> tuple[Format, ...]:
     """The formats of one prefix, best first: where a folder holds several, the first is read."""
-    torch_name, paddle_name = ("pytorch_model", "model_state") if prefix == "model" else (prefix, prefix)
+    safe, torch, paddle = _STEMS[prefix]
     return (
-        Format("safetensors", f"{prefix}.safetensors", _from_safetensors),
-        Format("torch", f"{torch_name}.bin", _from_torch),
-        Format("paddle", f"{paddle_name}.pdparams", _from_paddle),
+        Format("safetensors", f"{safe}.safetensors", _from_safetensors),
+        *([Format("torch", f"{torch}.bin", _from_torch)] if torch else []),
+        *([Format("paddle", f"{paddle}.pdparams", _from_paddle)] if paddle else []),
     )
 
 
@@ -76,7 +85,7 @@ def open_checkpoint(path: Path, prefix: str = "model") -> Checkpoint:
     Args:
         path: A folder, or the one file that holds all the weights.
         prefix: ``model``, or ``master_weights`` for the float32 copies that mixed-precision
-            training keeps.
+            training keeps; ``adapter_model`` and ``peft_model`` for the tensors of PEFT's and Paddle's adapters.
 
     Returns:
         The checkpoint: every tensor's name, type, shape and place.
@@ -216,8 +225,8 @@ def _numbered_shards(folder: Path, form: Format) -> list[str]:
 
 def _no_checkpoint(folder: Path, prefix: str) -> CheckpointError:
     expected = ", ".join(form.file for form in _formats(prefix))
-    other = "master_weights" if prefix == "model" else "model"
-    found = [form.file for form in _formats(other) if (folder / form.file).exists()]
+    other = {"model": "master_weights", "master_weights": "model"}.get(prefix)
+    found = [form.file for form in _formats(other) if (folder / form.file).exists()] if other else []
     hint = f"It has {found[0]}: use --merge_prefix {other}." if found else None
     return CheckpointError(f"{folder} holds no checkpoint: looked for {expected} (and their shards)", hint)
 

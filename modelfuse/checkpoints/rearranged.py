@@ -83,6 +83,11 @@ class WovenTensor(StoredTensor):
         return self.parts[0].is_delta
 
     @property
+    def held(self) -> int:
+        """That of the parts."""
+        return sum(part.held for part in self.parts)
+
+    @property
     def reader_bytes(self) -> int:
         """What reading one of its parts takes, and rows of it."""
         return max(part.reader_bytes for part in self.parts) + min(self.nbytes, self.dtype.nbytes(_BATCH))

@@ -97,6 +97,11 @@ class ReorderedTensor(StoredTensor):
         return self.source.files
 
     @property
+    def held(self) -> int:
+        """That of the source."""
+        return self.source.held
+
+    @property
     def reader_bytes(self) -> int:
         """Pages of the copy that are mapped, or what it takes to make it."""
         return max(MOST_MAPPED, self.source.reader_bytes + _PIECE)

@@ -76,9 +76,19 @@ class StoredTensor:
         return 0
 
     @property
+    def held(self) -> int:
+        """Bytes that computing its values keeps resident while its tensor is under way."""
+        return 0
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """All files that its values come from."""
         return (self.file,)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What a report should tell of it beside its values, known once it was read."""
+        return {}
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
@@ -136,6 +146,11 @@ class Checkpoint(Mapping[str, StoredTensor]):
     left_out: Mapping[str, str] = field(default_factory=dict)
     dequantized: bool = False
     layout: Literal["hf", "paddle"] | None = None
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The files that are its own, each once."""
+        return tuple(dict.fromkeys(file for tensor in self.values() for file in tensor.files))
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]

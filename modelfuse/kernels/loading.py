@@ -7,21 +7,24 @@ what it knows of Python and numpy, for a tenth of a second or more. Running the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from numba import njit
 from numba.core import runtime
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def compile_kernel(function: Callable[..., Any]) -> Any:
+
+def compile_kernel(function: F) -> F:
     """Have numba compile a function when it is first called, and keep the result for later processes."""
     compiled: Any
     try:
         compiled = njit(cache=True, nogil=True, error_model="numpy")(function)
+        _spare_preparations(compiled._cache)
     except RuntimeError:  # There is no folder that the compiled code could be kept in.
-        return njit(nogil=True, error_model="numpy")(function)
-    _spare_preparations(compiled._cache)
-    return compiled
+        compiled = njit(nogil=True, error_model="numpy")(function)
+    kernel: F = compiled
+    return kernel
 
 
 def _spare_preparations(cache: Any) -> None:

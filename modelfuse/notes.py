@@ -1,0 +1,54 @@
+"""What the user should know of a merge before it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from modelfuse.adapters import Adapter
+from modelfuse.checkpoints import Checkpoint
+from modelfuse.matching import Tied
+from modelfuse.memory import Budget
+from modelfuse.output_format import OutputFormat
+from modelfuse.recipe import Recipe
+
+
+def notes_on(
+    recipe: Recipe, models: Sequence[Checkpoint], tied: Sequence[Tied], form: OutputFormat, budget: Budget
+) -> tuple[str, ...]:
+    """What is out of the ordinary, a sentence each.
+
+    Args:
+        recipe: The settings.
+        models: The models in order, then the base if there is one.
+        tied: Names that are left out.
+        form: How the output is stored.
+        budget: The workers and the memory that they will take.
+    """
+    lead = models[-1 if recipe.base_model_path is not None else 0]
+    memory = budget.memory
+    notes = [_of_dequantized(model) for model in models if model.dequantized]
+    if budget.workers < recipe.n_process:
+        notes.append(f"{budget.workers} of {recipe.n_process} workers, so that the memory budget holds.")
+    if memory > recipe.memory:
+        notes.append(
+            f"The peak will be about {memory / 1e6:,.0f} MB: one worker needs that, but the memory budget is "
+            f"{recipe.memory / 1e6:,.0f} MB."
+        )
+    if not lead.config and not form.whole:
+        notes.append(f"{lead.path} has no config.json, so none is copied; a server will need one.")
+    return (*notes, *form.notes(models), *_of_ties(models, tied))
+
+
+def _of_dequantized(model: Checkpoint) -> str:
+    number = sum(tensor.natural is not tensor.dtype for tensor in model.values())
+    return f"{model.path}: {number} tensors are dequantized; {len(model.left_out)} tensors of scales are left out."
+
+
+def _of_ties(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> Iterator[str]:
+    """What an adapter of tied weights does: it saw only one of them change, but they stay tied."""
+    pairs = [pair for each in tied for pair in ((each.name, each.other), (each.other, each.name))]
+    for model in models:
+        if isinstance(model, Adapter):
+            for one, other in pairs:
+                if one in model.changed:
+                    yield f"{model.path} changes {one}, to which {other} is tied: both change, as with PEFT."
