@@ -17,6 +17,7 @@ from modelfuse.checkpoints.writer import bytes_left
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, OutputError, RecipeError
 from modelfuse.inputs import open_inputs
+from modelfuse.kernels.choice import Device
 from modelfuse.matching import Tied, group_names, match_tensors
 from modelfuse.memory import Budget, fit_memory
 from modelfuse.methods import Method
@@ -97,6 +98,7 @@ class Plan:
         workers: Parallel workers; fewer than asked for if the memory budget wants it.
         slice_elements: Elements a worker holds at a time.
         memory: The expected peak of resident memory in bytes.
+        device: Where tensors are merged.
         notes: What the user should know.
     """
 
@@ -112,6 +114,7 @@ class Plan:
     workers: int
     slice_elements: int
     memory: int
+    device: Device
     notes: tuple[str, ...]
 
     @property
@@ -160,10 +163,10 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_kinds(drafts)
     form = OutputFormat.of(recipe, lead)
     tensors, files, index = _lay_out(drafts, recipe, form)
-    workers, slice_elements, memory = _fit_memory(recipe, tensors)
+    budget = _fit_memory(recipe, tensors)
     plan = Plan(
-        recipe, recipe.method, models, tensors, tied, files, form, index, files_to_serve(recipe, lead), workers,
-        slice_elements, memory, (*_notes(recipe, workers, memory, models, lead), *form.notes(models)),
+        recipe, recipe.method, models, tensors, tied, files, form, index, files_to_serve(recipe, lead), *budget,
+        (*_notes(recipe, budget, models, lead), *form.notes(models)),
     )  # fmt: skip
     _check_room(plan)
     return plan
@@ -282,16 +285,16 @@ def _check_room(plan: Plan) -> None:
         )
 
 
-def _notes(
-    recipe: Recipe, workers: int, memory: int, models: Sequence[Checkpoint], lead: Checkpoint
-) -> tuple[str, ...]:
+def _notes(recipe: Recipe, budget: Budget, models: Sequence[Checkpoint], lead: Checkpoint) -> tuple[str, ...]:
     notes = [_note_dequantized(model) for model in models if model.dequantized]
-    if workers < recipe.n_process:
-        notes.append(f"{workers} of {recipe.n_process} workers, so that the memory budget holds.")
-    if memory > recipe.memory:
+    if recipe.device != "cpu" and not budget.device.gpu:
+        notes.append("There is no GPU to be used, so the CPU does the work, as allow_cpu_fallback says.")
+    if budget.workers < recipe.n_process:
+        notes.append(f"{budget.workers} of {recipe.n_process} workers, so that the memory budget holds.")
+    if budget.memory > recipe.memory:
         notes.append(
-            f"The peak will be about {memory / 1e6:,.0f} MB: slices are at their smallest, but the memory budget is "
-            f"{recipe.memory / 1e6:,.0f} MB."
+            f"The peak will be about {budget.memory / 1e6:,.0f} MB: slices are at their smallest, but the memory "
+            f"budget is {recipe.memory / 1e6:,.0f} MB."
         )
     if not lead.config:
         notes.append(f"{lead.path} has no config.json, so none is copied; a server will need one.")

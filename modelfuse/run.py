@@ -19,6 +19,7 @@ from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
 from modelfuse.errors import MismatchError, OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
+from modelfuse.kernels.choice import choose
 from modelfuse.memory import SPAN
 from modelfuse.nonfinite import nonfinite
 from modelfuse.plan import Action, OutputTensor, Plan
@@ -100,8 +101,9 @@ class Run:
         slices = self.plan.slice_elements
         row = slices * max(source.dtype.bytes for tensor in self.plan.tensors for source in tensor.sources)
         column = slices * max(tensor.dtype.bytes for tensor in self.plan.tensors)
-        self._raws: list[Bytes] = [np.empty((widest, row), np.uint8) for _ in range(self.plan.workers)]
-        self._outs: list[Bytes] = [np.empty(column, np.uint8) for _ in range(self.plan.workers)]
+        self._kernel = choose(self.plan.device)
+        self._raws = [self._kernel.buffer((widest, row)) for _ in range(self.plan.workers)]
+        self._outs = [self._kernel.buffer((column,)) for _ in range(self.plan.workers)]
         #: What each worker's buffers hold: a tensor of one slice is read once, however many passes walk it.
         self._held: list[tuple[Task, int] | None] = [None] * self.plan.workers
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
@@ -123,7 +125,8 @@ class Run:
             raise _describe_untied(self.untied)
         if self.differences:
             raise _describe(self.differences, self.plan.models)
-        self._schedule(self._merging_jobs())
+        with self._kernel.running():
+            self._schedule(self._merging_jobs())
 
     def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
         self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
@@ -145,13 +148,12 @@ class Run:
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
         from modelfuse.kernels.distances import measured
-        from modelfuse.kernels.passes import merge_procedure
 
         for tensor in self._unfinished("merge"):
             dtypes = tuple(source.dtype for source in tensor.sources)
             deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - self.plan.has_base])
             work = Work(tensor.name, tensor.size, dtypes, self.plan.has_base, tensor.dtype, self.plan.method, deltas)
-            procedure = merge_procedure(work)
+            procedure = self._kernel.merge(work)
             if work.has_base:
                 procedure = measured(procedure, work, self.outcomes[tensor.name].distances)
             yield self._job(tensor, procedure)

@@ -132,6 +132,12 @@ def methods() -> None:
             out.print(f"  paper     {escape(about.paper)}")
 
 
+def _device(plan: Plan) -> str:
+    if plan.device.tensor_type == "np":
+        return ""
+    return f", {plan.device.library} tensors on the {'GPU' if plan.device.gpu else 'CPU'}"
+
+
 def plan(plan: Plan) -> None:
     """What a merge will do."""
     recipe, method = plan.recipe, plan.method
@@ -155,7 +161,7 @@ def plan(plan: Plan) -> None:
     out.print(
         f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into "
         f"{_count(len(plan.files), 'weight file')}, copies {_count(len(plan.side_files), 'other file')}; "
-        f"{_count(plan.workers, 'worker')}, about {_size(plan.memory)} of memory"
+        f"{_count(plan.workers, 'worker')}, about {_size(plan.memory)} of memory{_device(plan)}"
     )
     for text in plan.notes:
         out.print(f"[yellow]note:[/] {escape(text)}")

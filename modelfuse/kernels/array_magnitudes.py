@@ -15,14 +15,15 @@ import numpy as np
 from modelfuse.kernels import Bytes, Pass, Work
 from modelfuse.kernels.array import Arithmetic, Sparsifier
 from modelfuse.kernels.array_walk import State, Walk
+from modelfuse.kernels.cpu import BINS, LEAD_BITS, RANK_BITS
 from modelfuse.kernels.library import Array, Library, Tensor
-from modelfuse.kernels.magnitudes import LAYOUTS, LOW_BITS, RANK_BITS, RankTable, Tally, TrimSearch
+from modelfuse.kernels.magnitudes import LAYOUTS, LOW_BITS, RankTable, Tally, TrimSearch
 from modelfuse.methods.random import stream_key
 
 #: Bits of a digit by which a threshold's bin is tallied again.
-DIGIT_BITS = 12
+DIGIT_BITS = 16
 #: A tally's tables on the device: counts and two sums for each bin, and what it takes to gather those in use.
-TABLE_BYTES = (1 << 20) * 32
+TABLE_BYTES = BINS * 32
 
 Measuring = Generator[Pass, list[Any], Sparsifier]
 
@@ -61,15 +62,17 @@ def _measure_magprune(work: Work, library: Library, keys: Sequence[int]) -> Meas
         for rank, own in zip(ranks, prefixes, strict=True):
             rank.narrow(list(islice(found, len(own))))
         shift, levels = max(shift - RANK_BITS, 0), levels + 1
+    bins = np.arange(BINS)
+    order = bins >> 1 | (bins & 1) << LEAD_BITS  # The table has the sticky bit in front.
     tables: list[Array] = []
     subtables: list[Array] = []
     for rank in ranks:
-        tables.append(rank.table(len(subtables)))
+        tables.append(rank.table(len(subtables))[order])
         subtables += rank.subtables(len(subtables))
     numbers = [(method.reserve_p, float(rank.active)) for rank in ranks]
     return Sparsifier(
-        "magprune", work.compute, method.rescale, keys, numbers, LAYOUTS[work.compute].shift, RANK_BITS,
-        [rank.first_bin for rank in ranks], tables, np.array(subtables or np.ones((0, 1 << RANK_BITS))), levels,
+        "magprune", work.compute, method.rescale, keys, numbers, LAYOUTS[work.compute].shift, RANK_BITS, tables,
+        np.array(subtables or np.ones((0, 1 << RANK_BITS))), levels,
     )  # fmt: skip
 
 
@@ -128,9 +131,10 @@ class TallyAll(Walk):
     def __init__(self, work: Work, library: Library) -> None:
         super().__init__(work, library)
         self._shift = LAYOUTS[work.compute].shift
+        self._sums = work.method.sparsify_type == "trim"
 
     def start(self) -> State:
-        return super().start([[] for _ in range(self._work.models)])
+        return self._state([[] for _ in range(self._work.models)])
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         library, arithmetic = self._library, self._arithmetic
@@ -139,8 +143,9 @@ class TallyAll(Walk):
             xs[model] = None
             bins, rest = arithmetic.bins(bits, self._shift), arithmetic.low_bits(bits, self._shift)
             counts = library.bincount(bins, 0)
-            used = library.places(counts != library.number(0, "int64"))
-            sums = _rest_sums(library, arithmetic, bins, rest, self._work.compute == "float64")
+            used = library.places(counts != arithmetic.integer(0))
+            wide = self._work.compute == "float64"
+            sums = _rest_sums(library, arithmetic, bins, rest, wide) if self._sums else ()
             rows = np.zeros((used.shape[0], 3), np.uint64)
             for column, values in enumerate((counts, *sums)):
                 rows[:, column] = library.fetch(library.take(values, used))
@@ -153,6 +158,7 @@ class TallyAll(Walk):
 class TallyWithin(Walk):
     """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3)."""
 
+    once = False
     scratch = 80
 
     def __init__(
@@ -166,7 +172,7 @@ class TallyWithin(Walk):
         found = np.zeros((sum(map(len, self._prefixes)), self._digits, 3), np.uint64)
         with self._library.working():
             placed = [self._library.place(np.array(own, np.int64)) for own in self._prefixes]
-        return super().start(found, placed)
+        return self._state(found, placed)
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         library, arithmetic = self._library, self._arithmetic

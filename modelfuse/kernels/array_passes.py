@@ -38,7 +38,7 @@ class _Sparsified(Walk):
         how, library = self._how, self._library
         with library.working():
             tables = [library.place(table.astype(how.compute)) for table in how.tables]
-            return super().start([], (tables, library.place(how.subtables.astype(how.compute).ravel())))
+            return self._state([], (tables, library.place(how.subtables.astype(how.compute).ravel())))
 
     def _sparsify(self, state: State, first: int, xs: list[Tensor]) -> None:
         """Sparsify all models in place."""
@@ -47,16 +47,17 @@ class _Sparsified(Walk):
             for model, (threshold, factor) in enumerate(how.numbers if how.kind else ()):
                 xs[model] = arithmetic.trim(xs[model], threshold, factor)
             return
-        counters = arithmetic.counters(first, xs[0].shape[0])
+        count = xs[0].shape[0]
+        counters = arithmetic.counters(first, count)
         tables, subtables = state.placed
         for model, (probability, active) in enumerate(how.numbers):
             if not active:
                 continue
-            draws = arithmetic.draws(counters, how.keys[model])
+            draws = arithmetic.draws(counters, how.keys[model], count)
             if how.kind == "dare":
                 xs[model] = arithmetic.dare(xs[model], draws, probability, how.rescale)
             else:
-                keep = arithmetic.keep_probabilities(xs[model], how, model, tables[model], subtables)
+                keep = arithmetic.keep_probabilities(xs[model], how, tables[model], subtables)
                 xs[model] = arithmetic.magprune(xs[model], draws, keep, how.rescale)
 
 
@@ -86,13 +87,13 @@ class Combine(_Sparsified):
 
 
 class DotProducts(_Sparsified):
-    """The pass that measures slerp's norms and dot product; finds float64 sums a chunk, shape (3, chunks)."""
+    """The pass that measures slerp's norms and dot product; finds float64 sums, shape (3, numbers to add up)."""
 
     scratch = 80
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         self._sparsify(state, first, xs)
-        state.found.append(self._library.fetch(self._arithmetic.dot_products(*xs)))
+        state.found.append(self._library.fetch(self._arithmetic.dot_products(*xs)).reshape(3, -1))
 
     def finish(self, state: State) -> Array:
         return np.concatenate(state.found, axis=1)

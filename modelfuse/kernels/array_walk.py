@@ -29,9 +29,11 @@ class Walk:
         writes: Whether there is a result to store.
         fixed: Bytes on the device beside the blocks.
         scratch: Bytes on the device for each element, beside what is stored and what is decoded of it.
+        once: Whether there is nothing to pay for each block, so that small ones are best.
     """
 
     writes = False
+    once = True
     fixed = 0
     scratch = 0
 
@@ -40,14 +42,15 @@ class Walk:
         self._arithmetic = Arithmetic(library, work.compute)
         self._deltas = work.deltas or (False,) * work.models
 
-    def start(self, found: Any = None, placed: Any = None) -> State:
+    def start(self) -> State:
+        return self._state()
+
+    def _state(self, found: Any = None, placed: Any = None) -> State:
         return State(np.zeros(len(self._work.sources) + 1, np.int64), found, placed)
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         work, library = self._work, self._library
-        width = 4 if work.compute == "float32" else 8
-        an_element = sum(source.bytes for source in work.sources) + width * len(work.sources) + self.scratch
-        step = library.block(an_element, self.fixed, CHUNK)
+        step = self._step()
         with library.working():
             for start in range(0, count, step):
                 size = min(step, count - start)
@@ -56,6 +59,14 @@ class Walk:
                 stored = out[work.out.nbytes(start) : work.out.nbytes(start + size)]
                 self.block(state, first + start, loaded, base, stored)
             self._add_counts(state)
+
+    def _step(self) -> int:
+        """Elements of a block, so that the room holds: a multiple of CHUNK, at least one."""
+        work, library = self._work, self._library
+        width = 4 if work.compute == "float32" else 8
+        an_element = sum(source.bytes for source in work.sources) + width * len(work.sources) + self.scratch
+        elements = max(library.room - self.fixed, 0) // an_element
+        return max((min(elements, library.most) if self.once else elements) // CHUNK, 1) * CHUNK
 
     def _load(self, state: State, raws: Bytes, start: int, size: int) -> list[Tensor]:
         """The models' elements, less the base's where they are none to it yet; then the base's."""

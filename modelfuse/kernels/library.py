@@ -1,9 +1,10 @@
 """The thin table of operations that torch and Paddle share, under one name each.
 
 The methods in :mod:`modelfuse.kernels.array` are written once over this table and over what tensors of both
-libraries do alike: arithmetic, comparison, ``&``, ``|``, ``^``, ``~``, ``abs()``, ``reshape`` and slices. Operands are
-always tensors, 0-dimensional ones for numbers: given a Python number, Paddle adds a zero (which loses the sign of −0),
-and torch on a GPU multiplies by the reciprocal instead of dividing.
+libraries do alike: arithmetic, comparison, ``&``, ``|``, ``^``, ``~``, ``abs()``, ``reshape`` and slices. Two
+things are never done. Operands are tensors, 0-dimensional ones for numbers: given a Python number, Paddle adds a zero
+(which loses the sign of −0), and torch on a GPU multiplies by the reciprocal instead of dividing. And floats are never
+compared with ``==`` or ``!=``, as those closer than 10⁻⁸ are equal to Paddle.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Library(ABC):
 
     Attributes:
         room: Bytes of the device's memory that each worker may fill.
-        most: Elements of a block at most; where all are in the cache, small blocks are faster.
+        most: Elements of a block that is walked once: as many as stay in the cache, where there is one.
     """
 
     def __init__(self, room: int, most: int) -> None:
@@ -124,12 +125,5 @@ class Library(ABC):
         """Tensors of one shape along a new first axis."""
 
     def number(self, value: float | int, dtype: str) -> Tensor:
-        """A 0-dimensional tensor of this value, made once for each worker."""
-        known: dict[tuple[float | int, str], Tensor] = self._own.__dict__.setdefault("numbers", {})
-        if (value, dtype) not in known:
-            known[value, dtype] = self.place(np.array(value, dtype))
-        return known[value, dtype]
-
-    def block(self, an_element: int, fixed: int, grain: int) -> int:
-        """How many elements fit a worker's room beside ``fixed`` bytes: a multiple of ``grain``, at least one."""
-        return max(min((self.room - fixed) // an_element, self.most) // grain, 1) * grain
+        """A 0-dimensional tensor of this value."""
+        return self.place(np.array(value, dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,19 +14,21 @@ from modelfuse.kernels.library import Array, Library, Tensor
 
 
 class PaddleLibrary(Library):
-    """Paddle, imported when this is made.
+    """Paddle's tensors.
+
+    Args:
+        paddle: The module; it is imported only where it is asked for.
+        gpu: Whether to compute on a GPU: the first that Paddle sees.
+        room: As in the library.
+        most: As in the library.
 
     Paddle keeps one stream for all threads: on a GPU, copies of one worker overlap with the reading and writing of
     the others, and with arithmetic as far as the stream allows.
     """
 
-    def __init__(self, gpu: bool, room: int, most: int) -> None:
+    def __init__(self, paddle: Any, gpu: bool, room: int, most: int) -> None:
         super().__init__(room, most)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of tools for building extensions, among others.
-            import paddle
-
-        self._paddle: Any = paddle
+        self._paddle = paddle
         self._gpu = gpu
         self._place = paddle.CUDAPlace(0) if gpu else paddle.CPUPlace()
 

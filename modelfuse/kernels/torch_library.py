@@ -14,16 +14,20 @@ from modelfuse.kernels.library import Array, Library, Tensor
 
 
 class TorchLibrary(Library):
-    """torch, imported when this is made.
+    """torch's tensors.
+
+    Args:
+        torch: The module; it is imported only where it is asked for.
+        gpu: Whether to compute on a GPU: torch's current one.
+        room: As in the library.
+        most: As in the library.
 
     On a GPU every worker has a stream of its own: while one computes, another one's copies are under way.
     """
 
-    def __init__(self, gpu: bool, room: int, most: int) -> None:
+    def __init__(self, torch: Any, gpu: bool, room: int, most: int) -> None:
         super().__init__(room, most)
-        import torch
-
-        self._torch: Any = torch
+        self._torch = torch
         self._gpu = gpu
         self._device = torch.device("cuda" if gpu else "cpu")
 
@@ -43,11 +47,11 @@ class TorchLibrary(Library):
             if not self._gpu:
                 yield
                 return
-            stream = self._own.__dict__.setdefault("stream", None) or self._torch.cuda.Stream()
-            self._own.stream = stream
-            with self._torch.cuda.stream(stream):
+            if not hasattr(self._own, "stream"):
+                self._own.stream = self._torch.cuda.Stream()
+            with self._torch.cuda.stream(self._own.stream):
                 yield
-                stream.synchronize()
+                self._own.stream.synchronize()
 
     def buffer(self, shape: tuple[int, ...]) -> Bytes:
         pinned: Bytes = self._torch.empty(shape, dtype=self._torch.uint8, pin_memory=self._gpu).numpy()
