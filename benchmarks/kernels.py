@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.kernels import Bytes, Pass, Work
-from modelfuse.kernels.passes import merge_procedure
+from modelfuse.kernels.choice import Device, Kernel, choose
 from modelfuse.methods import MERGE_METHODS, Method
 
 DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}
@@ -50,11 +50,12 @@ def main(words: Sequence[str] | None = None) -> None:
     table = Table(title=title, title_justify="left")
     for heading in ("method", "threads", "GB/s", "ms", "ms by pass"):
         table.add_column(heading, justify="left" if heading in ("method", "ms by pass") else "right")
+    kernel = choose(Device("np"))
     for name in options.methods:
-        work = _work(WORKS[name], options.elements << 20, DTYPES[options.dtype])
+        work = reference_work(WORKS[name], options.elements << 20, DTYPES[options.dtype])
         for threads in options.threads:
-            _time(work, 1)
-            times = [_time(work, threads) for _ in range(options.repeat)]
+            time_passes(work, 1, kernel)
+            times = [time_passes(work, threads, kernel) for _ in range(options.repeat)]
             # Whole runs are compared, so that the passes add up.
             best = min(times, key=lambda each: sum(each.values()))
             seconds = sum(best.values())
@@ -64,24 +65,30 @@ def main(words: Sequence[str] | None = None) -> None:
     Console().print(table)
 
 
-def _work(merge: Merge, size: int, dtype: DType) -> Work:
+def reference_work(merge: Merge, size: int, dtype: DType) -> Work:
+    """One tensor of the reference work."""
     sparsify_type, merge_type = MERGE_METHODS[merge.method]
     weights = (1.0 / merge.models,) * merge.models
     method = Method(merge_type, sparsify_type, weights, normalize=True)
     return Work("tensor", size, (dtype,) * (merge.models + merge.has_base), merge.has_base, dtype, method)
 
 
-def _time(work: Work, threads: int) -> dict[str, float]:
-    """Seconds of each pass, by the names of their classes."""
-    buffers = [(_stored(work), np.empty(work.out.bytes * SLICE, np.uint8)) for _ in range(threads)]
+def time_passes(work: Work, threads: int, kernel: Kernel, step: int = SLICE) -> dict[str, float]:
+    """Seconds of each pass, by the names of their classes, in slices of ``step`` elements."""
+    buffers = []
+    for _ in range(threads):
+        stored = _stored(work, step)
+        raws = kernel.buffer(stored.shape)
+        raws[:] = stored
+        buffers.append((raws, kernel.buffer((work.out.bytes * step,))))
     spans = [(first, min(SPAN, work.size - first)) for first in range(0, work.size, SPAN)]
     times: dict[str, float] = {}
-    procedure = merge_procedure(work)
+    procedure = kernel.merge(work)
     pass_ = next(procedure)
     with ThreadPoolExecutor(threads) as pool:
         while True:
             start = time.perf_counter()
-            tasks = [pool.submit(_walk, pass_, spans[n::threads], *buffers[n]) for n in range(threads)]
+            tasks = [pool.submit(_walk, pass_, spans[n::threads], step, *buffers[n]) for n in range(threads)]
             found = [each for task in tasks for each in task.result()]
             try:
                 following = procedure.send(found)
@@ -92,21 +99,21 @@ def _time(work: Work, threads: int) -> dict[str, float]:
             pass_ = following
 
 
-def _walk(pass_: Pass, spans: Sequence[tuple[int, int]], raws: Bytes, out: Bytes) -> list[Any]:
+def _walk(pass_: Pass, spans: Sequence[tuple[int, int]], step: int, raws: Bytes, out: Bytes) -> list[Any]:
     found = []
     for first, count in spans:
         state = pass_.start()
-        for start in range(first, first + count, SLICE):
-            pass_.apply(state, start, min(SLICE, first + count - start), raws, out)
+        for start in range(first, first + count, step):
+            pass_.apply(state, start, min(step, first + count - start), raws, out)
         found.append(pass_.finish(state))
     return found
 
 
-def _stored(work: Work) -> Bytes:
+def _stored(work: Work, step: int) -> Bytes:
     """A slice of every source: a base and fine-tunes near it, as stored."""
     draw = np.random.default_rng(0)
-    base = draw.standard_normal(SLICE) * 0.02
-    rows = [base + draw.standard_normal(SLICE) * 0.001 for _ in work.sources[: work.models]]
+    base = draw.standard_normal(step) * 0.02
+    rows = [base + draw.standard_normal(step) * 0.001 for _ in work.sources[: work.models]]
     rows += [base] if work.has_base else []
     return np.stack([_encode(row, source) for row, source in zip(rows, work.sources, strict=True)])
 

@@ -99,10 +99,10 @@ def _tell_failure(error: OSError) -> None:
 
 
 def _run(words: list[str]) -> int:
-    from modelfuse import show
+    from modelfuse import manual
 
     if not words or words[0] in ("-h", "--help"):
-        show.usage(USAGE, COMMANDS)
+        manual.usage(USAGE, COMMANDS)
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
         print(f"modelfuse {__version__}")
@@ -112,9 +112,9 @@ def _run(words: list[str]) -> int:
         raise RecipeError(f"There is no command {command!r}", nearest(command, COMMANDS))
     if "-h" in words or "--help" in words:
         if command == "verify":
-            show.verify_help(VERIFY_USAGE, COMMANDS[command])
+            manual.verify_help(VERIFY_USAGE, COMMANDS[command])
         else:
-            show.help_page(USAGE, COMMANDS[command], command)
+            manual.help_page(USAGE, COMMANDS[command], command)
         return 0
     if command == "verify":
         return _verify(words)
@@ -123,7 +123,7 @@ def _run(words: list[str]) -> int:
             raise RecipeError(
                 f"methods takes nothing, but {words[0]!r} is given", "`modelfuse methods` shows them all."
             )
-        show.methods()
+        manual.methods()
         return 0
     settings, quiet = parse(words)
     recipe = Recipe.parse(settings)

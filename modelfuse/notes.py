@@ -27,6 +27,8 @@ def notes_on(
     lead = models[-1 if recipe.base_model_path is not None else 0]
     memory = budget.memory
     notes = [_of_dequantized(model) for model in models if model.dequantized]
+    if recipe.device != "cpu" and not budget.device.gpu:
+        notes.append("There is no GPU to be used, so the CPU does the work, as allow_cpu_fallback says.")
     if budget.workers < recipe.n_process:
         notes.append(f"{budget.workers} of {recipe.n_process} workers, so that the memory budget holds.")
     if memory > recipe.memory:

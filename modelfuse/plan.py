@@ -17,6 +17,7 @@ from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, RecipeError
 from modelfuse.inputs import open_inputs
+from modelfuse.kernels.choice import Device
 from modelfuse.matching import Tied, Twins, find_twins, group_names, match_tensors
 from modelfuse.memory import Budget, Weight, fit_memory
 from modelfuse.methods import Method
@@ -103,6 +104,7 @@ class Plan:
         workers: Parallel workers; fewer than asked for if the memory budget wants it.
         slice_elements: Elements a worker holds at a time.
         memory: The expected peak of resident memory in bytes.
+        device: Where tensors are merged.
         notes: What the user should know.
     """
 
@@ -120,6 +122,7 @@ class Plan:
     workers: int
     slice_elements: int
     memory: int
+    device: Device
     notes: tuple[str, ...]
 
     @property

@@ -112,6 +112,10 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="dare, magprune: which random draws.")
     device: Literal["cpu", "gpu", "low_gpu_mem"] = Field("cpu", description="Where to compute.")
     tensor_type: Literal["np", "pd", "pt"] = Field("np", description="numpy, Paddle or torch kernels.")
+    gpu_memory: Bytes = Field(
+        256 * 10**6, ge=64 * 10**6, description="device low_gpu_mem: the most memory of the GPU to use."
+    )
+    allow_cpu_fallback: bool = Field(False, description="Where there is no GPU to be used, compute on the CPU.")
     n_process: int = Field(1, ge=1, le=1024, description="Parallel workers; never changes the result.")
     memory: Bytes = Field(10**9, description="The most resident memory to use.")
     merge_prefix: Literal["model", "master_weights"] = Field("model", description="Which weights of a folder.")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelfuse.errors import MissingExtraError, RecipeError
+from modelfuse.errors import RecipeError
 from modelfuse.methods import MERGE_METHODS
 
 #: Of an error: what is shown of a value, and the settings that are listed.
@@ -63,11 +63,6 @@ def check_device(tensor_type: str, device: str) -> None:
         raise RecipeError(
             f"tensor_type np computes on the CPU, so device {device} cannot be used",
             "Use --device cpu, or --tensor_type pt or pd for a GPU.",
-        )
-    if tensor_type != "np":
-        raise MissingExtraError(
-            f"tensor_type {tensor_type} is not built yet in this version",
-            "Use --tensor_type np --device cpu: same methods, at the speed of a copy.",
         )
 
 

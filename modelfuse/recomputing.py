@@ -58,7 +58,9 @@ def _files(model: ReportedInput) -> Iterator[tuple[Path, int, int]]:
 def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | None, list[Problem]]:
     """Plan the merge anew, wherever its output is now, and hold the plan against the report."""
     try:
-        plan = make_plan(recipe.model_copy(update={"output_path": None, "n_process": n_process}))
+        # What a GPU merged, a CPU merges to the same bytes.
+        changes = {"output_path": None, "n_process": n_process, "allow_cpu_fallback": True}
+        plan = make_plan(recipe.model_copy(update=changes))
     except ModelfuseError as error:
         return None, [Problem("inputs", f"{CONFIG_NAME} cannot be merged again: {error.message}")]
     planned = {tensor.name: tensor for tensor in plan.tensors}

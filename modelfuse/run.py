@@ -19,6 +19,7 @@ from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
 from modelfuse.errors import OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
+from modelfuse.kernels.choice import choose
 from modelfuse.memory import SPAN
 from modelfuse.methods import Method
 from modelfuse.nonfinite import nonfinite
@@ -107,8 +108,9 @@ class Run:
         everything = [*(tensor.sources for tensor in self.plan.tensors), *pairs]
         room = max(_row_bytes(sources, slices) * len(sources) for sources in everything)
         column = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in self.plan.tensors)
-        self._raws: list[Bytes] = [np.empty(room, np.uint8) for _ in range(self.plan.workers)]
-        self._outs: list[Bytes] = [np.empty(column, np.uint8) for _ in range(self.plan.workers)]
+        self._kernel = choose(self.plan.device)
+        self._raws = [self._kernel.buffer((room,)) for _ in range(self.plan.workers)]
+        self._outs = [self._kernel.buffer((column,)) for _ in range(self.plan.workers)]
         #: What each worker's buffers hold: a tensor of one slice is read once, however many passes walk it.
         self._held: list[tuple[Task, int] | None] = [None] * self.plan.workers
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
@@ -136,7 +138,8 @@ class Run:
             raise describe_twins(self.strange, what, "Give the base that the adapter was trained on.")
         if self.differences:
             raise describe_copies(self.differences, self.plan.models)
-        self._schedule(self._merging_jobs())
+        with self._kernel.running():
+            self._schedule(self._merging_jobs())
 
     def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
         self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
@@ -156,7 +159,6 @@ class Run:
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
         from modelfuse.kernels.distances import measured
-        from modelfuse.kernels.passes import merge_procedure
 
         for tensor in self._unfinished("merge", "take"):
             merges = tensor.action == "merge"
@@ -164,7 +166,7 @@ class Run:
             dtypes = tuple(source.dtype for source in tensor.sources)
             deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - has_base])
             work = Work(tensor.name, tensor.size, dtypes, has_base, tensor.dtype, method, deltas)
-            procedure = merge_procedure(work)
+            procedure = self._kernel.merge(work)
             if work.has_base:
                 procedure = measured(procedure, work, self.outcomes[tensor.name].distances)
             yield self._job(tensor, procedure)

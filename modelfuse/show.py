@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,6 @@ from rich.table import Table
 from modelfuse.dtypes import DType
 from modelfuse.errors import ModelfuseError
 from modelfuse.matching import pattern
-from modelfuse.methods import MERGE_METHODS, MERGES, SPARSIFIERS, describe, parameters
-from modelfuse.recipe import Recipe
 
 if TYPE_CHECKING:
     from modelfuse.plan import Plan
@@ -78,59 +76,10 @@ def bug() -> None:
     err.print("[bold red]This is a bug in modelfuse.[/] Please report it with the lines above.")
 
 
-def usage(line: str, commands: Mapping[str, str]) -> None:
-    """What there is to say first."""
-    out.print(f"usage: {escape(line)}\n")
-    for name, summary in commands.items():
-        out.print(f"  [bold]{name:8}[/] {summary}")
-    out.print("\n`modelfuse merge --help` lists every setting.")
-
-
-def help_page(line: str, summary: str, command: str) -> None:
-    """Every setting with its default, from the recipe itself."""
-    out.print(f"usage: {escape(line.replace('{merge,check,verify,methods}', command))}\n\n{summary}\n")
-    table = Table(box=None, pad_edge=False)
-    for title in ("setting", "default", "what it does"):
-        table.add_column(title, no_wrap=title == "setting")
-    for name, field in Recipe.model_fields.items():
-        default = "required" if field.is_required() else _plain(field.default)
-        table.add_row(f"--{name}", escape(default), escape(field.description or ""))
-    out.print(table, soft_wrap=False)
-    out.print(
-        "\nDashes and underscores are equal. Booleans: --rescale, --rescale False, --no_rescale."
-        "\n--model_path_str A,B is --model_path_list A B; --lora_model_path L is the same with one adapter."
-        "\nA recipe file has the same names; flags override it."
-    )
-
-
-def verify_help(line: str, summary: str) -> None:
-    """What ``verify`` takes."""
-    out.print(f"usage: {escape(line)}\n\n{summary}\n")
-    for name, what in (
-        ("--full", "Merge every tensor again and compare; fails where an input is missing."),
-        ("--sample N", "Merge N tensors again; by default as many as read and compare about 256 MB."),
-        ("--n_process N", "Parallel workers (default: one a processor, up to eight)."),
-        ("--seed N", "Choose the same sample again (default: another one each time)."),
-        ("--quiet", "Say only what is wrong."),
-    ):
-        out.print(f"  {name:14} {what}")
-    out.print("\nExit status: 0 if all holds, 2 if anything is wrong.")
-
-
-def methods() -> None:
-    """What exists, with settings, formula and paper."""
-    names = Table("merge_method", "sparsify_type", "merge_type", title="Names of the usual pairs", title_justify="left")
-    for name, (sparsify_type, merge_type) in MERGE_METHODS.items():
-        names.add_row(name, sparsify_type or "–", merge_type)
-    out.print(names)
-    for title, steps in (("sparsify_type", SPARSIFIERS), ("merge_type", MERGES)):
-        for name, function in steps.items():
-            about = describe(function)
-            out.print(f"\n[bold]{name}[/] ({title}): {escape(about.summary)}")
-            settings = ", ".join(f"{key} = {_plain(value)}" for key, value in parameters(function).items())
-            out.print(f"  formula   {escape(about.formula)}")
-            out.print(f"  settings  {escape(settings or 'weight_list, normalize')}")
-            out.print(f"  paper     {escape(about.paper)}")
+def _device(plan: Plan) -> str:
+    if plan.device.tensor_type == "np":
+        return ""
+    return f", {plan.device.library} tensors on the {'GPU' if plan.device.gpu else 'CPU'}"
 
 
 def plan(plan: Plan) -> None:
@@ -154,9 +103,9 @@ def plan(plan: Plan) -> None:
         tensors.add_row("leave out", escape(tied.name), "", escape(f"tied to {tied.other}"), "1")
     wide.print(tensors)
     out.print(
-        f"\nreads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} into "
+        f"\nreads {size(plan.bytes_read)}, writes {size(plan.bytes_written)} into "
         f"{_count(len(plan.files), 'weight file')}, copies {_count(len(plan.side_files), 'other file')}; "
-        f"{_count(plan.workers, 'worker')}, at most about {_size(plan.memory)} of memory"
+        f"{_count(plan.workers, 'worker')}, at most about {size(plan.memory)} of memory{_device(plan)}"
     )
     for text in plan.notes:
         out.print(f"[yellow]note:[/] {escape(text)}")
@@ -180,7 +129,7 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[int], None]]:
     else:
         for text in plan.notes:
             note(text)
-        err.print(f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {_size(whole)}")
+        err.print(f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(whole)}")
         yield _Log(whole).advance
 
 
@@ -209,7 +158,7 @@ class _Log:
             self._shown = now
         rate = max(self._done - self._first, 1) / max(now - self._started, 1e-9)
         left = (self.whole - self._done) / rate
-        err.print(f"{self._done / self.whole:4.0%}  {_size(self._done)}  {_size(int(rate))}/s  {left:,.0f} s left")
+        err.print(f"{self._done / self.whole:4.0%}  {size(self._done)}  {size(int(rate))}/s  {left:,.0f} s left")
 
 
 def result(plan: Plan, result: Result) -> None:
@@ -284,21 +233,12 @@ def _quoted(path: str) -> str:
     return shlex.quote(path)
 
 
-def _plain(value: object) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, int) and value >= 10**6:
-        return _size(value)
-    return "–" if value == () else str(value)
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """So many bytes, for people to read."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"

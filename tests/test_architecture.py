@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
     {"recomputing"},
     {"verification"},
     {"api", "show"},
+    {"manual"},
     {"cli"},
     {"__main__"},
 ]
@@ -62,7 +63,7 @@ THIRD_PARTY = {
     "numba": {"kernels"},
     "pydantic": {"recipe", "reported"},
     "yaml": {"recipe_file"},
-    "rich": {"show", "cli"},
+    "rich": {"show", "manual", "cli"},
     "xxhash": {"checksums", "journal"},
 }
 DISTRIBUTIONS = {"pyyaml": "yaml"}

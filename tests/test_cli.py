@@ -93,6 +93,8 @@ def test_modelfuse_merge_is_the_same(merge: Run, tmp_path: Path, monkeypatch: py
 DEFAULTS = {
     "device": "cpu",
     "tensor_type": "np",
+    "gpu_memory": 256 * 10**6,
+    "allow_cpu_fallback": False,
     "n_process": 1,
     "merge_prefix": "model",
     "merge_method": None,
