@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from adapting import Q, factors, make_base, make_paddle, make_peft
 from conftest import Said, make_model, random_tensors, snapshot
 from hostile import EFFORT, bounded, json_files, texts
 from hypothesis import HealthCheck, given, settings
@@ -277,6 +278,37 @@ def test_a_pipe_in_an_output(hostile: Hostile, modelfuse: Run, merged: Path) -> 
     (merged / "config.json").unlink()
     os.mkfifo(merged / "config.json")
     assert "config.json is not a regular file" in modelfuse("verify", merged).err
+
+
+# Adapters
+
+PEFT = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 3.5, "use_rslora": True, "use_dora": False, "fan_in_fan_out": False,
+    "bias": "none", "init_lora_weights": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*up_proj": 5},
+    "modules_to_save": None, "target_modules": ["q_proj", "up_proj"], "loftq_config": {}, "layer_replication": None,
+}  # fmt: skip
+PADDLE = {"r": 2, "lora_alpha": 3, "rslora": False, "trainable_bias": None, "pissa": False, "dtype": "float32"}
+
+
+@fuzz
+@given(content=st.one_of(json_files(PEFT), json_files(PADDLE)), file=st.sampled_from(["adapter_config", "lora_config"]))
+def test_adapter_configs(hostile: Hostile, tmp_path: Path, content: bytes, file: str) -> None:
+    base, _ = make_base(tmp_path / "base")
+    down, up = factors(1, 16, 8)
+    make_peft(tmp_path / "A", {f"{Q}.lora_A.weight": down, f"{Q}.lora_B.weight": up})
+    make_paddle(tmp_path / "P", {f"{Q}.lora_A": down.T.copy(), f"{Q}.lora_B": up.T.copy()})
+    adapter = tmp_path / ("A" if file == "adapter_config" else "P")
+    (adapter / f"{file}.json").write_bytes(content)
+    hostile("check", "--lora_model_path", adapter, "--base_model_path", base)
+    shutil.rmtree(tmp_path / "base"), shutil.rmtree(tmp_path / "A"), shutil.rmtree(tmp_path / "P")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", ".*.*.*.*x", "(", "(.*)*", "a{1,9}{1,9}b*c*"])
+def test_patterns_that_take_for_ever(refuse: Callable[..., str], tmp_path: Path, pattern: str) -> None:
+    base, _ = make_base(tmp_path / "base")
+    make_peft(tmp_path / "A", {}, rank_pattern={pattern: 2})
+    words = ["--lora_model_path", tmp_path / "A", "--base_model_path", base, "--output_path", tmp_path / "C"]
+    refuse("merge", *words, says=["rank_pattern", pattern])
 
 
 # Links

@@ -41,6 +41,10 @@ PADDLE_KINDS = {
 #: Ways to begin that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) subtract from it.
 HARMLESS_STARTS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
 
+#: A float32 holds no more, nor does a weight.
+MOST_ALPHA = 3e38
+#: Repeats in a pattern: each one multiplies the time that a hostile name can cost.
+MOST_REPEATS = 3
 SUPPORTED = "Supported are LoRA, rsLoRA and DoRA."
 
 
@@ -87,6 +91,16 @@ def _of(patterns: Mapping[str, float], module: str, usual: float) -> float:
 def _fits(pattern: str, module: str) -> bool:
     """As PEFT's ``get_pattern_key`` has it: the whole name, or its end after a dot."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether a pattern is one, and can be looked for in any name without taking for ever."""
+    repeats = re.findall(r"(?<![\\(])[*+?{]", pattern)
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(repeats) <= MOST_REPEATS and re.search(r"(?<!\\)\)[*+?{]", pattern) is None
 
 
 def config_of(path: Path) -> Path | None:
@@ -165,7 +179,7 @@ class _Values:
         return self._number(key, self._content.get(key, usual))
 
     def _number(self, key: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_ALPHA:
             raise self._wrong(key, value)
         return float(value)
 
@@ -182,10 +196,8 @@ class _Values:
         values: dict[str, float] = {}
         for name, value in found.items():
             number = self._number(f"{key}.{name}", value)
-            try:
-                re.compile(rf"(.*\.)?({name})$")
-            except re.error as error:
-                raise self._wrong(key, name) from error
+            if not _is_quick(name):
+                raise self._wrong(key, name)
             if whole and (number < 1 or number != int(number)):
                 raise self._wrong(f"{key}.{name}", value)
             values[name] = number
