@@ -12,6 +12,8 @@ from modelfuse.scheduler import join
 #: Bytes of output, and seconds, between two syncs: what a merge that is killed loses is not much more.
 SYNC_BYTES = 256_000_000
 SYNC_SECONDS = 5.0
+#: Spans between two syncs: of tiny tensors, what is known of them takes more memory than they do.
+SYNC_ENTRIES = 8192
 
 
 class Keeper:
@@ -97,7 +99,10 @@ class Keeper:
                 return
 
     def _is_due(self) -> bool:
-        return bool(self._entries) and (self._pending >= SYNC_BYTES or time.monotonic() - self._since >= SYNC_SECONDS)
+        entries = len(self._entries)
+        if self._pending >= SYNC_BYTES or entries >= SYNC_ENTRIES:
+            return entries > 0
+        return entries > 0 and time.monotonic() - self._since >= SYNC_SECONDS
 
     def _take(self) -> tuple[set[str], list[object]]:
         taken = self._files, self._entries
