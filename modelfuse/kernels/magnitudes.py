@@ -66,7 +66,8 @@ class Tally:
         layout: How to read the bits.
         shift: The number of bits that remain after the leading ones.
         numbers: uint64, shape (bins,): the leading bits, followed by the sticky bit if there is one.
-        table: uint64, shape (bins, 3): counts, and the sums of the remaining bits' low 22 and of the others.
+        table: uint64, shape (bins, 3): counts, and the sums of the remaining bits' low 22 and of the others; or counts
+            alone, shape (bins, 1), where there is a sticky bit and no sum is asked for.
         sticky: Whether a bin's number ends with a bit that says if any of the remaining bits is set.
     """
 

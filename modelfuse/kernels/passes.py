@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -74,6 +74,7 @@ def _sparsifier(
 def _measure_trim(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
     tallies = yield from _tally_all(work)
     searches = [TrimSearch(tally, work.method.reserve_p) for tally in tallies]
+    del tallies  # Of many models they are large.
     while pending := [search for search in searches if search.threshold is None]:
         prefixes = [[search.prefix] if search in pending else [] for search in searches]
         found = yield from _tally_within(work, prefixes, pending[0].parent_shift, cpu.DIGIT_BITS)
@@ -88,6 +89,7 @@ def _measure_magprune(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
     tallies = yield from _tally_all(work)
     method = work.method
     ranks = [RankTable(tally, method.reserve_p, method.epsilon) for tally in tallies]
+    del tallies
     shift = LAYOUTS[work.compute].shift
     while any(prefixes := [rank.prefixes() for rank in ranks]):
         found = iter((yield from _tally_within(work, prefixes, shift, cpu.RANK_BITS)))
@@ -106,18 +108,7 @@ def _measure_magprune(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
 def _tally_all(work: Work) -> Generator[Pass, list[Any], list[Tally]]:
     layout = LAYOUTS[work.compute]
     spans = yield TallyAll(work, layout)
-    return [_add_up(layout, parts) for parts in zip(*spans, strict=True)]
-
-
-def _add_up(layout: Layout, parts: Sequence[tuple[Array, Array]]) -> Tally:
-    """One tally of several spans'."""
-    if len(parts) == 1:
-        return Tally(layout, layout.shift, *parts[0], sticky=True)
-    numbers = np.unique(np.concatenate([numbers for numbers, _ in parts]))
-    table = np.zeros((numbers.size, 3), np.uint64)
-    for own, part in parts:
-        table[np.searchsorted(numbers, own)] += part
-    return Tally(layout, layout.shift, numbers, table, sticky=True)
+    return [Tally(layout, layout.shift, numbers, rows, sticky=True) for numbers, rows in spans[0]]
 
 
 def _tally_within(
@@ -125,9 +116,8 @@ def _tally_within(
 ) -> Generator[Pass, list[Any], list[Tally]]:
     shift = max(parent_shift - digit_bits, 0)
     spans = yield TallyWithin(work, prefixes, (LAYOUTS[work.compute].shift, parent_shift, shift), digit_bits)
-    tables: Any = np.sum(spans, axis=0, dtype=np.uint64)
     tallies = []
-    for prefix, table in zip((prefix for own in prefixes for prefix in own), tables, strict=True):
+    for prefix, table in zip((prefix for own in prefixes for prefix in own), spans[0], strict=True):
         digits = np.flatnonzero(table[:, 0])
         # The last digits may begin with the prefix's end.
         numbers = np.uint64(prefix << (parent_shift - shift) >> digit_bits << digit_bits) + digits.astype(np.uint64)
@@ -223,7 +213,10 @@ _tables = _Tables()
 
 
 class TallyAll(_Walk):
-    """The pass that tallies all magnitudes; finds, for each model, the bins that hold any, and their rows."""
+    """The pass that tallies all magnitudes; finds, for each model, the bins that hold any, and their rows.
+
+    Where only ranks matter, a row is a count.
+    """
 
     writes = False
 
@@ -247,9 +240,21 @@ class TallyAll(_Walk):
         for table in state.found:
             numbers, rows = np.empty(cpu.BINS, np.uint64), np.empty((cpu.BINS, 3), np.uint64)
             bins = cpu.collect(table, numbers, rows)
-            found.append((numbers[:bins].copy(), rows[:bins].copy()))
+            found.append((numbers[:bins].copy(), rows[:bins, : 3 if self._sums else 1].copy()))
         _tables.empty = state.found
         return found
+
+    def fold(self, one: list[tuple[Array, Array]], other: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+        """The sums of two spans' tallies."""
+        return [_add_up(*pair) for pair in zip(one, other, strict=True)]
+
+
+def _add_up(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    numbers = np.union1d(one[0], other[0])
+    rows = np.zeros((numbers.size, one[1].shape[1]), np.uint64)
+    for own, part in (one, other):
+        rows[np.searchsorted(numbers, own)] += part
+    return numbers, rows
 
 
 class TallyWithin(_Walk):
@@ -280,3 +285,8 @@ class TallyWithin(_Walk):
     def finish(self, state: State) -> Array:
         tables: Array = state.found
         return tables
+
+    def fold(self, one: Array, other: Array) -> Array:
+        """The sums of two spans' tables."""
+        one += other
+        return one
