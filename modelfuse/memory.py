@@ -17,11 +17,11 @@ SLICE_LARGE = 1 << 22
 SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules, the library, and kernels that were compiled just now, as in the
 #: first merge on a machine; from the next one on they are read from a cache and take a quarter less.
-INTERPRETER_BYTES = {"np": 230_000_000, "pt": 300_000_000, "pd": 400_000_000}
+INTERPRETER_BYTES = {"np": 230_000_000, "pt": 330_000_000, "pd": 400_000_000}
 #: More of it where kernels tally, and where some compute in float64.
 TALLYING_BYTES, DOUBLE_BYTES = 45_000_000, 55_000_000
 #: A worker's tensors on the CPU, with what the allocator keeps of those that were freed, measured.
-SCRATCH_BYTES = int(1.75 * CPU_ROOM)
+SCRATCH_BYTES = 75_000_000
 #: What a GPU's libraries and driver add to it: an estimate.
 GPU_BYTES = 400_000_000
 #: torch rounds memory that a GPU copies from up to a power of two.

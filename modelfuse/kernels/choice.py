@@ -17,7 +17,7 @@ from modelfuse.kernels import Bytes, Procedure, Work
 from modelfuse.kernels.library import Library
 
 #: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
-CPU_ROOM = 64_000_000
+CPU_ROOM = 32_000_000
 CPU_BLOCK = 1 << 17
 #: The same of a GPU's: whole slices.
 GPU_ROOM = 2_000_000_000

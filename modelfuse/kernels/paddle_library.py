@@ -74,8 +74,7 @@ class PaddleLibrary(Library):
         return self._paddle.arange(first, first + count, dtype="int64")
 
     def shift_right(self, x: Tensor, bits: int) -> Tensor:
-        dtype = str(x.dtype).rpartition(".")[2]
-        return self._paddle.bitwise_right_shift(x, self.number(bits, dtype), False) if bits else x
+        return self._paddle.bitwise_right_shift(x, self._paddle.full([], bits, x.dtype), False) if bits else x
 
     def finite(self, x: Tensor) -> Tensor:
         return self._paddle.isfinite(x)
