@@ -15,7 +15,7 @@ from modelfuse.adapters.terms import Cut, Shared, Term, difference_type
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile
 from modelfuse.errors import CheckpointError, MismatchError
-from modelfuse.matching import EMBEDDINGS, HEADS
+from modelfuse.matching import EMBEDDINGS, HEADS, group_names
 
 Shape = tuple[int, ...]
 
@@ -87,7 +87,7 @@ class _Laying:
         if self.problems:
             raise MismatchError(
                 f"The adapter {self.weights.path} does not fit the base {self.base.path}:\n"
-                + "\n".join(f"  {problem}" for problem in self.problems),
+                + "\n".join(f"  {problem}" for problem in group_names(self.problems)),
                 "Give the base that the adapter was trained on.",
             )
         return Adapter(
