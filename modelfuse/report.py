@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,16 +38,16 @@ class Outcome:
         checksum: Of its bytes in the output; a string once all of them were added, for a model may have a hundred
             thousand tensors.
         nonfinite: For each span that has any, the counts of non-finite elements: one a source, the last for the output.
-        distances: For each span, what it says of the distances to the base, if there is one.
-        facts: What else its sources tell of it.
+        distances: For each span, what it says of the distances to the base, while spans are walked.
+        facts: What else its sources tell of it, if they do.
     """
 
     tensor: OutputTensor
     checksum: Checksum | str
     nonfinite: list[np.ndarray[Any, np.dtype[np.int64]]] | None = None
-    distances: list[SpanDistances] = field(default_factory=list)
-    facts: dict[str, object] = field(default_factory=dict)
-    _measured: Sequence[Distance] = ()
+    distances: list[SpanDistances] | None = None
+    facts: dict[str, object] | None = None
+    _measured: array[float] | None = None
 
     @property
     def adding(self) -> Checksum:
@@ -59,11 +60,25 @@ class Outcome:
         if bad.any():
             self.nonfinite = [*(self.nonfinite or []), bad]
 
+    def spans(self) -> list[SpanDistances]:
+        """``distances``, to be added to."""
+        if self.distances is None:
+            self.distances = []
+        return self.distances
+
+    def learn(self, facts: Mapping[str, object]) -> None:
+        """Take what a source tells."""
+        if facts:
+            self.facts = {**(self.facts or {}), **facts}
+
     def follow(self, procedure: Procedure) -> Procedure:
         """The same procedure; at its end all that is known of its spans is summed up."""
         yield from procedure
-        self.checksum, self._measured = self.hexdigest(), self.measured()
-        self.distances.clear()
+        from modelfuse.kernels.distances import pack
+
+        self.checksum = self.hexdigest()
+        if self.distances:
+            self._measured, self.distances = pack(self.measured()), None
 
     def hexdigest(self) -> str:
         """The checksum, once all bytes were added."""
@@ -71,9 +86,11 @@ class Outcome:
 
     def measured(self) -> Sequence[Distance]:
         """How far the models are from the base, one a model, once all spans were walked; empty if there is none."""
-        from modelfuse.kernels.distances import distances
+        from modelfuse.kernels.distances import distances, unpack
 
-        return distances(self.distances) if self.distances else self._measured
+        if self.distances:
+            return distances(self.distances)
+        return unpack(self._measured) if self._measured is not None else ()
 
 
 def write_index(plan: Plan, folder: OutputFolder) -> None:
@@ -169,7 +186,7 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
         "checksum": outcome.hexdigest(),
         "source_dtypes": [source.stored.name for source in tensor.sources],
     }
-    entry |= outcome.facts
+    entry |= outcome.facts or {}
     if outcome.nonfinite is not None:
         nonfinite = np.sum(outcome.nonfinite, axis=0)
         entry["nonfinite"] = {"sources": nonfinite[:-1].tolist(), "output": int(nonfinite[-1])}

@@ -77,8 +77,11 @@ class Finished:
                 spans[first] = count
                 outcomes[name].adding.restore(tensor.dtype.nbytes(first), bytes.fromhex(entry["digests"]))
                 outcomes[name].count(np.array(entry["nonfinite"], np.int64))
-                outcomes[name].distances += [SpanDistances(first, *map(np.array, each)) for each in entry["distances"]]
-                outcomes[name].facts.update(entry["facts"])
+                if entry["distances"]:
+                    outcomes[name].spans().extend(
+                        SpanDistances(first, *map(np.array, each)) for each in entry["distances"]
+                    )
+                outcomes[name].learn(entry["facts"])
                 self.nbytes += bytes_of(tensor, count)
 
     def has(self, name: str, first: int, count: int) -> bool:
@@ -94,15 +97,15 @@ def entry_of(outcome: Outcome, first: int, count: int, bad: np.ndarray[Any, np.d
     """What the journal is to say of a finished span."""
     tensor = outcome.tensor
     digests = outcome.adding.digests(tensor.dtype.nbytes(first), tensor.dtype.nbytes(count))
-    distances = [[each.differs.tolist(), each.squares.tolist()] for each in outcome.distances if each.first == first]
+    own = [each for each in outcome.distances or () if each.first == first]
     return {
         "tensor": tensor.name,
         "first": first,
         "count": count,
         "digests": digests.hex(),
         "nonfinite": bad.tolist(),
-        "distances": distances,
-        "facts": outcome.facts,
+        "distances": [[each.differs.tolist(), each.squares.tolist()] for each in own],
+        "facts": outcome.facts or {},
     }
 
 

@@ -168,7 +168,7 @@ class Run:
             work = Work(tensor.name, tensor.size, dtypes, has_base, tensor.dtype, method, deltas)
             procedure = self._kernel.merge(work)
             if work.has_base:
-                procedure = measured(procedure, work, self.outcomes[tensor.name].distances)
+                procedure = measured(procedure, work, self.outcomes[tensor.name].spans())
             yield self._job(tensor, procedure)
 
     def _unfinished(self, *actions: Action) -> Iterator[OutputTensor]:
@@ -245,7 +245,7 @@ class Run:
         tensor = outcome.tensor
         outcome.count(bad)
         for source in tensor.sources:
-            outcome.facts.update(source.facts)
+            outcome.learn(source.facts)
         if not found:
             self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(outcome, first, count, bad))
 
@@ -292,7 +292,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
             folder.write_file(name, made)
         write_index(plan, folder)
         write_config(plan, folder)
-        suspicious = find_suspicious(plan, {name: each.measured() for name, each in run.outcomes.items()})
+        suspicious = find_suspicious(plan, lambda name: run.outcomes[name].measured())
         write_report(plan, run.outcomes, suspicious, folder)
         folder.commit()
     adapts = plan.recipe.output_format == "lora"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from modelfuse.adapters import Adapter
 from modelfuse.plan import Plan
 
 if TYPE_CHECKING:
@@ -50,26 +50,42 @@ class Suspicious:
         return ", ".join(parts)
 
 
-def find_suspicious(plan: Plan, distances: Mapping[str, Sequence[Distance]]) -> tuple[Suspicious, ...]:
+def find_suspicious(plan: Plan, distances: Callable[[str], Sequence[Distance]]) -> tuple[Suspicious, ...]:
     """Look at the distances of every tensor to the base's.
 
     Args:
         plan: What was merged.
-        distances: By tensor, one a model; empty for tensors that were not measured.
+        distances: Of a tensor by name, one a model; empty for one that was not measured.
 
     Returns:
         The models in which something stands out.
     """
     found = []
     for number, model in enumerate(plan.models[:-1] if plan.has_base else ()):
-        if isinstance(model, Adapter):
-            continue  # It is meant to leave tensors as they are, and its products are not compared with weights.
-        own = {tensor.name: each[number] for tensor in plan.tensors if (each := distances.get(tensor.name))}
-        equal = tuple(name for name, distance in own.items() if distance.equal)
-        moved = {name: distance.relative for name, distance in own.items() if not distance.equal}
-        known = [distance for distance in moved.values() if distance is not None]
+        # A model may have a hundred thousand tensors: what is remembered of one is a number.
+        tensors, equal, known = 0, [], array("d")
+        for name, distance in _of_model(plan, distances, number):
+            tensors += 1
+            if distance.equal:
+                equal.append(name)
+            elif distance.relative is not None:
+                known.append(distance.relative)
         middle = median(known) if known else None
-        far = {name: each for name, each in moved.items() if each is None or (middle and each > FAR * middle)}
+        far = {
+            name: distance.relative
+            for name, distance in _of_model(plan, distances, number)
+            if not distance.equal
+            and (distance.relative is None or (middle is not None and distance.relative > FAR * middle > 0))
+        }
         if equal or far:
-            found.append(Suspicious(model.path, len(own), equal, far, middle))
+            found.append(Suspicious(model.path, tensors, tuple(equal), far, middle))
     return tuple(found)
+
+
+def _of_model(
+    plan: Plan, distances: Callable[[str], Sequence[Distance]], number: int
+) -> Iterator[tuple[str, Distance]]:
+    for tensor in plan.tensors:
+        measured = distances(tensor.name)
+        if measured:
+            yield tensor.name, measured[number]

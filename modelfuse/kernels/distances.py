@@ -8,6 +8,8 @@ numba's cache does not notice here that :func:`modelfuse.kernels.cpu.decode` was
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,6 +134,23 @@ class Distance(NamedTuple):
 
     equal: bool
     relative: float | None
+
+
+def pack(found: Sequence[Distance]) -> array[float]:
+    """The same in a few bytes, for a model may have a hundred thousand tensors.
+
+    >>> list(unpack(pack([Distance(False, 0.5), Distance(True, 0.0), Distance(False, None)])))
+    [Distance(equal=False, relative=0.5), Distance(equal=True, relative=0.0), Distance(equal=False, relative=None)]
+    """
+    return array("d", (-1.0 if each.equal else math.nan if each.relative is None else each.relative for each in found))
+
+
+def unpack(packed: array[float]) -> list[Distance]:
+    """What was packed; the distance of what is equal is zero."""
+    return [
+        Distance(value < 0, 0.0) if value < 0 else Distance(False, None if math.isnan(value) else value)
+        for value in packed
+    ]
 
 
 def distances(spans: Sequence[SpanDistances]) -> list[Distance]:
