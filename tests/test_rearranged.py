@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from modelfuse.checkpoints.paddle_params import read_paddle
 from modelfuse.checkpoints.rearranged import WovenTensor, view
 from modelfuse.checkpoints.strided import ReorderedTensor, StridedTensor
 from modelfuse.checkpoints.tensors import StoredTensor
+from modelfuse.errors import CheckpointError
 
 
 def content(tensor: StoredTensor, start: int, count: int) -> bytes:
@@ -91,13 +93,23 @@ def test_what_lies_in_order_is_read_plainly(tmp_path: Path) -> None:
     assert type(view(stored(tmp_path, array, "plain"), (3, 4), (3, 4), (1, 3))) is StridedTensor
 
 
-def test_a_mapped_file_keeps_few_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading on after pages were given back gives the same elements."""
-    monkeypatch.setattr(strided, "MOST_MAPPED", 1 << 22)
-    array = np.random.default_rng(0).standard_normal((700, 900)).astype(np.float32)
-    tensor = view(stored(tmp_path, array, "plain"), (900, 700), (900, 700), (1, 900))
-    assert tensor.reader_bytes == 1 << 22
+def test_no_more_than_some_bytes_are_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small they are: the same elements, from every start."""
+    array = np.random.default_rng(0).standard_normal((70, 90)).astype(np.float32)
+    tensor = view(stored(tmp_path, array, "plain"), (90, 70), (90, 70), (1, 90))
     expected = array.T.tobytes()
-    for step in (array.size, 70_001):
-        found = b"".join(content(tensor, at, min(step, array.size - at)) for at in range(0, array.size, step))
-        assert found == expected
+    for most in (4, 1000, 20_000, 1 << 24):
+        monkeypatch.setattr(strided, "MOST_READ", most)
+        assert tensor.reader_bytes == most
+        for step in (array.size, 701, 70):
+            found = b"".join(content(tensor, at, min(step, array.size - at)) for at in range(0, array.size, step))
+            assert found == expected
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """And no end of the process, as where files are mapped."""
+    array = np.random.default_rng(0).standard_normal((70, 90)).astype(np.float32)
+    tensor = view(stored(tmp_path, array, "plain"), (90, 70), (90, 70), (1, 90))
+    with pytest.raises(CheckpointError, match="in the middle of a tensor"), tensor.open() as read:  # noqa: PT012
+        os.truncate(tensor.file.path, tensor.offset + 100)
+        read(0, memoryview(bytearray(tensor.nbytes)))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import mmap
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from modelfuse.checkpoints.files import Buffer, SourceFile
+from modelfuse.checkpoints.files import Buffer, SourceFile, read_exactly
 from modelfuse.checkpoints.tensors import Reader, StoredTensor
 from modelfuse.dtypes import DType
 from modelfuse.errors import CheckpointError
@@ -22,17 +22,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _PIECE = 1 << 20
 _TILE = 32
-#: What a system may map around a page that is touched: Linux up to a huge page, if the file is cached so.
-_WINDOW = 1 << 21
-#: Mapped pages count as resident memory: no more of them at a time than this, in a reader.
-MOST_MAPPED = 16 << 20
+#: Bytes of the storage that are read at a time: a slice of a transposed matrix reaches over all of it.
+MOST_READ = 16 << 20
+#: Rows are read together, with what lies between, where at least one in so many elements is needed.
+MOST_WASTED = 4
 
 
 @dataclass(frozen=True, slots=True)
 class StridedTensor(StoredTensor):
     """A transposed, expanded or otherwise strided view of a storage, or one of big-endian elements.
-
-    The file is mapped while the tensor is open, for a slice of a transposed matrix touches all of it.
 
     Attributes:
         strides: The distance between neighbours along each dimension, in elements; zero for an
@@ -48,19 +46,19 @@ class StridedTensor(StoredTensor):
 
     @property
     def reader_bytes(self) -> int:
-        """Pages of the file that are mapped."""
-        return MOST_MAPPED
+        """What is read of the storage at a time."""
+        return MOST_READ
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; elements come out in row-major, little-endian order."""
         with self.file.open() as descriptor:
-            yield _map(self, descriptor, self.offset).read
+            yield _gatherer(self, descriptor, self.file.path, self.offset).read
 
 
 @dataclass(frozen=True, slots=True)
 class ReorderedTensor(StoredTensor):
-    """A tensor whose source cannot be mapped: copied to an unnamed temporary file while it is open.
+    """A tensor whose source is not stored as it is read: copied to an unnamed temporary file while it is open.
 
     Attributes:
         source: The same elements, and perhaps more, in the order in which they are stored.
@@ -103,8 +101,8 @@ class ReorderedTensor(StoredTensor):
 
     @property
     def reader_bytes(self) -> int:
-        """Pages of the copy that are mapped, or what it takes to make it."""
-        return max(MOST_MAPPED, self.source.reader_bytes + _PIECE)
+        """What is read of the copy at a time, or what it takes to make it."""
+        return max(MOST_READ, self.source.reader_bytes + _PIECE)
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
@@ -122,77 +120,89 @@ class ReorderedTensor(StoredTensor):
                     f"{self.file.path}: tensor {self.name!r} needs a temporary copy: {error.strerror}",
                     "Set TMPDIR to a folder with more room.",
                 ) from error
-            yield _map(self, copy.fileno(), self.dtype.nbytes(self.first)).read
+            yield _gatherer(self, copy.fileno(), self.file.path, self.dtype.nbytes(self.first)).read
 
 
 @dataclass(frozen=True, slots=True)
-class _Mapped:
-    """A strided view of a mapped file, read piece by piece so that few of its pages are resident at a time."""
+class _Gatherer:
+    """Reads a strided tensor from an open file: for each piece of it, all bytes from its first element to its last.
 
-    memory: mmap.mmap
-    view: Array
+    A file that is mapped instead would end the process if it were cut meanwhile.
+
+    Attributes:
+        tensor: The tensor.
+        descriptor: The open file.
+        path: What it is called in errors.
+        offset: Where the tensor's first element lies in it.
+        element: The type of the elements as they are stored.
+    """
+
+    tensor: StridedTensor | ReorderedTensor
+    descriptor: int
+    path: Path
+    offset: int
     element: np.dtype[Any]
 
     def read(self, start: int, buffer: Buffer) -> None:
         """As a Reader."""
-        self._copy(self.view, start, np.frombuffer(buffer, self.element))
+        kept = zip(self.tensor.dims or self.tensor.shape, self.tensor.strides, strict=True)
+        dims = [(size, stride) for size, stride in kept if size > 1] or [(1, 1)]
+        self._copy(0, dims, start, np.frombuffer(buffer, _element(self.tensor.dtype, "<")))
 
-    def _copy(self, view: Array, start: int, out: Array) -> None:
-        """Copy the elements of ``view`` from number ``start`` on, in row-major order, until ``out`` is full."""
-        if view.ndim == 1:
-            self._move(view[start : start + out.size], out)
+    def _copy(self, first: int, dims: Sequence[tuple[int, int]], start: int, out: Array) -> None:
+        """Copy elements of a view from number ``start`` on, in row-major order, until ``out`` is full.
+
+        A view is its first element in the storage, and for each dimension its size and stride.
+        """
+        (_, stride), rest = dims[0], dims[1:]
+        if not rest:
+            self._move(first + start * stride, [(out.size, stride)], out)
             return
-        row_size = math.prod(view.shape[1:])
+        row_size = math.prod(size for size, _ in rest)
         row, skipped = divmod(start, row_size)
         if skipped:
             count = min(row_size - skipped, out.size)
-            self._copy(view[row], skipped, out[:count])
+            self._copy(first + row * stride, rest, skipped, out[:count])
             row, out = row + 1, out[count:]
         rows = out.size // row_size
         if rows:
-            self._move(view[row : row + rows], out[: rows * row_size].reshape(rows, *view.shape[1:]))
-        rest = out[rows * row_size :]
-        if rest.size:
-            self._copy(view[row + rows], 0, rest)
+            whole = out[: rows * row_size].reshape(rows, *(size for size, _ in rest))
+            self._move(first + row * stride, [(rows, stride), *rest], whole)
+        if out.size > rows * row_size:
+            self._copy(first + (row + rows) * stride, rest, 0, out[rows * row_size :])
 
-    def _move(self, view: Array, out: Array) -> None:
-        """Copy a view as large as ``out``, by halves until the pages of each are few; then let go of them."""
-        if _mapped_by(view) > MOST_MAPPED and view.size > 1:
-            axis = max(range(view.ndim), key=lambda each: (view.shape[each] > 1, view.strides[each]))
-            middle = view.shape[axis] // 2
-            for half in (slice(None, middle), slice(middle, None)):
-                place = (slice(None),) * axis + (half,)
-                self._move(view[place], out[place])
+    def _move(self, first: int, dims: Sequence[tuple[int, int]], out: Array) -> None:
+        """Copy a whole view, by halves until each reaches over few bytes."""
+        if not out.size:
             return
-        _copy_rows(view, out)
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.memory.madvise(mmap.MADV_DONTNEED)
+        extent = 1 + sum((size - 1) * stride for size, stride in dims)
+        if extent * self.element.itemsize > MOST_READ and out.size > 1:
+            axis = max(range(len(dims)), key=lambda each: (dims[each][0] > 1, dims[each][1]))
+            size, stride = dims[axis]
+            for begin, end in ((0, size // 2), (size // 2, size)):
+                half = [*dims[:axis], (end - begin, stride), *dims[axis + 1 :]]
+                self._move(first + begin * stride, half, out[(slice(None),) * axis + (slice(begin, end),)])
+            return
+        self._fetch(first, dims, extent, out)
+
+    def _fetch(self, first: int, dims: Sequence[tuple[int, int]], extent: int, out: Array) -> None:
+        """Read a view that reaches over so many elements: as one run, or row by row where most of it is not needed."""
+        axis = max(range(len(dims)), key=lambda each: dims[each][1])
+        rows, pitch = dims[axis]
+        width = extent - (rows - 1) * pitch  # What a row reaches over.
+        if rows == 1 or width * MOST_WASTED > pitch:
+            rows, pitch, width = 1, extent, extent
+        storage, itemsize = np.empty((rows, width), self.element), self.element.itemsize
+        for row, part in enumerate(storage):
+            place = self.offset + (first + row * pitch) * itemsize
+            read_exactly(self.descriptor, place, part.view(np.uint8).data, self.path)
+        strides = [width if each == axis and rows > 1 else stride for each, (_, stride) in enumerate(dims)]
+        steps = tuple(stride * itemsize for stride in strides)
+        _copy_rows(as_strided(storage, tuple(size for size, _ in dims), steps, writeable=False), out)
 
 
-def _mapped_by(view: Array) -> int:
-    """About how many bytes of a mapped file become resident when a view is read."""
-    steps = [(size, step) for size, step in zip(view.shape, view.strides, strict=True) if size > 1]
-    near: int = view.itemsize + sum((size - 1) * step for size, step in steps if step < _WINDOW)
-    windows: int = math.prod(size for size, step in steps if step >= _WINDOW)
-    return (near // _WINDOW + 2) * _WINDOW * windows
-
-
-def _map(tensor: StridedTensor | ReorderedTensor, descriptor: int, offset: int) -> _Mapped:
-    """Map a tensor whose first element lies at an offset of an open file."""
-    element = _element(tensor.dtype, ">" if tensor.big_endian else "<")
-    dims, strides = tensor.dims or tensor.shape, tensor.strides
-    extent = extent_of(dims, strides)
-    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-    length = offset - begin + extent * element.itemsize
-    try:
-        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=begin)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{tensor.file.path}: tensor {tensor.name!r} cannot be mapped: {error}") from error
-    storage = np.frombuffer(mapped, element, extent, offset - begin)
-    kept = [(size, stride) for size, stride in zip(dims, strides, strict=True) if size > 1]
-    shape = tuple(size for size, _ in kept) or (1,)
-    steps = tuple(stride * element.itemsize for _, stride in kept) or (element.itemsize,)
-    return _Mapped(mapped, as_strided(storage, shape, steps, writeable=False), _element(tensor.dtype, "<"))
+def _gatherer(tensor: StridedTensor | ReorderedTensor, descriptor: int, path: Path, offset: int) -> _Gatherer:
+    return _Gatherer(tensor, descriptor, path, offset, _element(tensor.dtype, ">" if tensor.big_endian else "<"))
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
