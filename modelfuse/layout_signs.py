@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.errors import MismatchError
 from modelfuse.layouts import (
+    ARCHITECTURES,
     EMBEDDING,
     EMBEDDINGS,
     HEAD,
@@ -48,9 +49,14 @@ def kinds_of(
 def _kind(model: Checkpoint, said: Kind | None, geometry: Geometry) -> Kind | None:
     shapes = _shapes(model, geometry)
     if len(shapes) > 1:
+        # Names of an architecture that no table knows may mean something else.
+        known = geometry.architecture in ARCHITECTURES
+        if said is not None and not known:
+            return said
         raise MismatchError(
             f"{model.path} holds weights in both layouts: {shapes['hf']}, but {shapes['paddle']}",
-            "Save it again in one layout, with the library that wrote it.",
+            "Save it again in one layout, with the library that wrote it."
+            + ("" if known else f" If its architecture is meant so: {ASK[0].lower()}{ASK[1:]}"),
         )
     if said is not None:
         for kind, why in shapes.items():

@@ -372,6 +372,15 @@ def test_signs_that_contradict_each_other(merge: Run, refuse: Refuse, tmp_path: 
         refuse("check", "--model_path_list", both, both, *declared, says=[both, "both layouts"], hint="Save it again")
 
 
+def test_an_unknown_architecture_may_have_weights_both_ways(merge: Run, refuse: Refuse, tmp_path: Path) -> None:
+    """What its names mean is its own affair, once the user has said that nothing is to be turned."""
+    model = {name: each.T.copy() if "down" in name else each for name, each in hf_model(1).items()}
+    strange = save(tmp_path / "strange", model, "strange")
+    refuse("check", "--model_path_list", strange, strange, says=[strange, "both layouts"], hint="--input_layout hf")
+    merge("--model_path_list", strange, strange, "--input_layout", "hf", "--output_path", tmp_path / "C")
+    assert same(values(tmp_path / "C"), model)
+
+
 def test_metadata_proves_nothing(merge: Run, tmp_path: Path) -> None:
     """PaddleFormers has long written ``format: np`` beside Hugging Face's layout."""
     config = {"model_type": "llama", **CONFIG}
