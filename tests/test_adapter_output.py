@@ -15,8 +15,13 @@ from conftest import Said, array, make_model, read_file, read_model, snapshot, s
 from test_resume import KILLED_AFTER, SPAN
 
 import modelfuse
+from modelfuse.adapters import factored
+from modelfuse.checkpoints.files import SourceFile
+from modelfuse.checkpoints.tensors import StoredTensor
+from modelfuse.dtypes import F32
+from modelfuse.kernels import cpu
 from modelfuse.kernels.factoring import factorize
-from modelfuse.methods import merge_tensor
+from modelfuse.methods import Method, merge_tensor
 
 PREFIX = "base_model.model."
 
@@ -130,3 +135,27 @@ def test_a_killed_merge_is_gone_on_with(tmp_path: Path, merge: Callable[..., Sai
     assert process.returncode == -signal.SIGKILL, err
     assert "Going on" in merge(*words).err
     assert snapshot(tmp_path / "out" / "C") == expected
+
+
+@pytest.mark.parametrize("sparsify_type", [None, "trim", "dare", "magprune"])
+@pytest.mark.parametrize("merge_type", ["linear", "ties", "slerp"])
+def test_differences_of_several_pieces_merge_as_the_definition_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge_type: str, sparsify_type: str | None
+) -> None:
+    """What is measured of a tensor is measured of all of its pieces; here each is larger than the next."""
+    monkeypatch.setattr(factored, "PIECE", cpu.CHUNK)
+    sizes = np.repeat([64.0, 8.0, 1.0], cpu.CHUNK)[: 2 * cpu.CHUNK + 77]
+    sources, values = [], []
+    for seed in range(2):
+        draw = np.random.default_rng(seed).integers(-15, 16, sizes.size)  # One magnitude a bin: ranks are exact.
+        values.append((draw * sizes).astype(np.float32))
+        (tmp_path / f"{seed}").write_bytes(values[-1].tobytes())
+        file = SourceFile.at(tmp_path / f"{seed}")
+        sources.append(StoredTensor("w", F32, (sizes.size,), file, 0))
+    method = Method(merge_type, sparsify_type, (1.0, 0.5), normalize=False, reserve_p=0.5)
+    merged = factored.merge_whole("w", sources, method, strict=True)
+    expected = merge_tensor(values, None, method, "w")
+    if merge_type == "slerp":
+        np.testing.assert_allclose(merged, expected, rtol=2e-6, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(merged, expected)

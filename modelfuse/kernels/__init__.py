@@ -64,8 +64,9 @@ class SpanState(Protocol):
 class Pass(Protocol):
     """One walk over a tensor, slice by slice; the spans of a tensor may be walked at the same time.
 
-    A pass may have a method ``fold(one, other)`` that makes one of what two spans found, in any order and exactly: the
-    procedure is then sent a list of one, and however large the tensor is, only one such finding a worker is kept.
+    A pass may have a method ``fold(one, other)`` that makes one of what two spans found, in any order and exactly.
+    Whoever drives it may fold as spans end, so that however large the tensor is, only one such finding a worker is
+    kept; the procedure folds what it is sent.
     """
 
     @property

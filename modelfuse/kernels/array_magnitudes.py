@@ -6,8 +6,7 @@ as the compiled kernels'; only this module and its passes know how a tally looks
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from itertools import islice
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,10 @@ from modelfuse.kernels.array import Arithmetic, Sparsifier
 from modelfuse.kernels.array_walk import State, Walk
 from modelfuse.kernels.cpu import BINS, LEAD_BITS, RANK_BITS
 from modelfuse.kernels.library import Array, Library, Tensor
-from modelfuse.kernels.magnitudes import LAYOUTS, LOW_BITS, RankTable, Tally, TrimSearch
+from modelfuse.kernels.magnitudes import LAYOUTS, LOW_BITS
+from modelfuse.kernels.measuring import add_up, add_up_models, measure_ranks, measure_thresholds
 from modelfuse.methods.random import stream_key
 
-#: Bits of a digit by which a threshold's bin is tallied again.
-DIGIT_BITS = 16
 #: A tally's tables on the device: counts and two sums for each bin, and what it takes to gather those in use.
 TABLE_BYTES = BINS * 32
 
@@ -33,81 +31,33 @@ def measure_sparsifier(work: Work, library: Library) -> Measuring:
     method, kind = work.method, work.method.sparsify_type
     keys = [stream_key(method.seed, model, work.name) for model in range(work.models)]
     if kind == "trim":
-        return (yield from _measure_trim(work, library))
+        numbers = yield from measure_thresholds(work, _Tallies(library))
+        return Sparsifier("trim", work.compute, numbers=numbers)
     if kind == "magprune":
-        return (yield from _measure_magprune(work, library, keys))
+        ranks = yield from measure_ranks(work, _Tallies(library))
+        bins = np.arange(BINS)
+        order = bins >> 1 | (bins & 1) << LEAD_BITS  # The tables have the sticky bit in front.
+        return Sparsifier(
+            "magprune", work.compute, method.rescale, keys, ranks.numbers, LAYOUTS[work.compute].shift, RANK_BITS,
+            [table[order] for table in ranks.tables], np.array(ranks.subtables or np.ones((0, 1 << RANK_BITS))),
+            ranks.levels,
+        )  # fmt: skip
     return Sparsifier(kind, work.compute, method.rescale, keys, [(method.reserve_p, 1.0)] * work.models)
 
 
-def _measure_trim(work: Work, library: Library) -> Measuring:
-    tallies = yield from _tally_all(work, library)
-    searches = [TrimSearch(tally, work.method.reserve_p) for tally in tallies]
-    while pending := [search for search in searches if search.threshold is None]:
-        prefixes = [[search.prefix] if search in pending else [] for search in searches]
-        found = yield from _tally_within(work, library, prefixes, pending[0].parent_shift, DIGIT_BITS)
-        for search, tally in zip(pending, found, strict=True):
-            search.narrow(tally)
-    factors = [search.factor() if work.method.rescale else 1.0 for search in searches]
-    numbers = [(search.threshold or 0.0, factor) for search, factor in zip(searches, factors, strict=True)]
-    return Sparsifier("trim", work.compute, numbers=numbers)
+class _Tallies:
+    """The passes of a library that tally."""
 
+    def __init__(self, library: Library) -> None:
+        self._library = library
 
-def _measure_magprune(work: Work, library: Library, keys: Sequence[int]) -> Measuring:
-    tallies = yield from _tally_all(work, library)
-    method = work.method
-    ranks = [RankTable(tally, method.reserve_p, method.epsilon) for tally in tallies]
-    shift, levels = LAYOUTS[work.compute].shift, 0
-    while any(prefixes := [rank.prefixes() for rank in ranks]):
-        found = iter((yield from _tally_within(work, library, prefixes, shift, RANK_BITS)))
-        for rank, own in zip(ranks, prefixes, strict=True):
-            rank.narrow(list(islice(found, len(own))))
-        shift, levels = max(shift - RANK_BITS, 0), levels + 1
-    bins = np.arange(BINS)
-    order = bins >> 1 | (bins & 1) << LEAD_BITS  # The table has the sticky bit in front.
-    tables: list[Array] = []
-    subtables: list[Array] = []
-    for rank in ranks:
-        tables.append(rank.table(len(subtables))[order])
-        subtables += rank.subtables(len(subtables))
-    numbers = [(method.reserve_p, float(rank.active)) for rank in ranks]
-    return Sparsifier(
-        "magprune", work.compute, method.rescale, keys, numbers, LAYOUTS[work.compute].shift, RANK_BITS, tables,
-        np.array(subtables or np.ones((0, 1 << RANK_BITS))), levels,
-    )  # fmt: skip
+    def all(self, work: Work) -> TallyAll:
+        return TallyAll(work, self._library)
 
-
-def _tally_all(work: Work, library: Library) -> Generator[Pass, list[Any], list[Tally]]:
-    layout = LAYOUTS[work.compute]
-    spans = yield TallyAll(work, library)
-    tallies = []
-    for parts in zip(*spans, strict=True):
-        numbers, table = add_up([part for span in parts for part in span])
-        tallies.append(Tally(layout, layout.shift, numbers, table, sticky=True))
-    return tallies
-
-
-def add_up(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Bins and their rows of several blocks or spans as one's: ascending numbers, shape (bins,); shape (bins, 3)."""
-    if len(parts) == 1:
-        return parts[0]
-    numbers, places = np.unique(np.concatenate([numbers for numbers, _ in parts]), return_inverse=True)
-    table = np.zeros((numbers.size, 3), np.uint64)
-    np.add.at(table, places, np.concatenate([rows for _, rows in parts]))
-    return numbers, table
-
-
-def _tally_within(
-    work: Work, library: Library, prefixes: list[list[int]], parent_shift: int, digit_bits: int
-) -> Generator[Pass, list[Any], list[Tally]]:
-    shift = max(parent_shift - digit_bits, 0)
-    spans = yield TallyWithin(work, library, prefixes, parent_shift, shift, digit_bits)
-    tallies = []
-    for prefix, table in zip((each for own in prefixes for each in own), sum(spans), strict=True):
-        digits = np.flatnonzero(table[:, 0])
-        # The last digits may begin with the prefix's end.
-        numbers = np.uint64(prefix << (parent_shift - shift) >> digit_bits << digit_bits) + digits.astype(np.uint64)
-        tallies.append(Tally(LAYOUTS[work.compute], shift, numbers, table[digits]))
-    return tallies
+    def within(
+        self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int, digit_bits: int
+    ) -> TallyWithin:
+        return TallyWithin(work, self._library, prefixes, parent_shift, shift, digit_bits)
 
 
 def _rest_sums(library: Library, arithmetic: Arithmetic, bins: Tensor, rest: Tensor, wide: bool) -> tuple[Tensor, ...]:
@@ -123,7 +73,7 @@ def _rest_sums(library: Library, arithmetic: Arithmetic, bins: Tensor, rest: Ten
 
 
 class TallyAll(Walk):
-    """The pass that tallies all magnitudes; finds, for each model, the bins that hold any and their rows, by block."""
+    """The pass that tallies all magnitudes; finds, for each model, the bins that hold any and their rows."""
 
     fixed = TABLE_BYTES
     scratch = 40
@@ -151,8 +101,12 @@ class TallyAll(Walk):
                 rows[:, column] = library.fetch(library.take(values, used))
             parts.append((library.fetch(used).astype(np.uint64), rows))
 
-    def finish(self, state: State) -> list[list[tuple[Array, Array]]]:
-        return [[add_up(parts)] for parts in state.found]
+    def finish(self, state: State) -> list[tuple[Array, Array]]:
+        return [add_up(parts) for parts in state.found]
+
+    def fold(self, one: list[tuple[Array, Array]], other: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+        """The sums of two spans' tallies."""
+        return add_up_models(one, other)
 
 
 class TallyWithin(Walk):
@@ -212,3 +166,8 @@ class TallyWithin(Walk):
     def finish(self, state: State) -> Array:
         tables: Array = state.found
         return tables
+
+    def fold(self, one: Array, other: Array) -> Array:
+        """The sums of two spans' tables."""
+        one += other
+        return one

@@ -6,14 +6,14 @@ import math
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu
-from modelfuse.kernels.magnitudes import LAYOUTS, Layout, RankTable, Tally, TrimSearch
+from modelfuse.kernels.magnitudes import LAYOUTS, Layout
+from modelfuse.kernels.measuring import add_up_models, measure_ranks, measure_thresholds
 from modelfuse.methods.arrays import total
 from modelfuse.methods.random import stream_key
 from modelfuse.methods.slerp import coefficients
@@ -43,12 +43,25 @@ def _slerp_weights(work: Work, sums: Array) -> tuple[float, float]:
     )
 
 
+class _Tallies:
+    """The compiled passes that tally."""
+
+    def all(self, work: Work) -> TallyAll:
+        return TallyAll(work, LAYOUTS[work.compute])
+
+    def within(
+        self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int, digit_bits: int
+    ) -> TallyWithin:
+        return TallyWithin(work, prefixes, (LAYOUTS[work.compute].shift, parent_shift, shift), digit_bits)
+
+
 def _measure_sparsifier(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
     kind = work.method.sparsify_type
     if kind == "trim":
-        return (yield from _measure_trim(work))
+        return _sparsifier(work, cpu.TRIM, (yield from measure_thresholds(work, _Tallies())))
     if kind == "magprune":
-        return (yield from _measure_magprune(work))
+        ranks = yield from measure_ranks(work, _Tallies())
+        return _sparsifier(work, cpu.MAGPRUNE, ranks.numbers, ranks.tables, ranks.subtables)
     numbers = [(work.method.reserve_p, 1.0)] * work.models
     return _sparsifier(work, cpu.DARE if kind == "dare" else cpu.NO_SPARSIFIER, numbers)
 
@@ -69,60 +82,6 @@ def _sparsifier(
         np.array(tables, work.compute) if tables else np.ones((work.models, 0), work.compute),
         np.array(subtables, work.compute) if subtables else np.ones((0, cpu.RANKS), work.compute),
     )
-
-
-def _measure_trim(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
-    tallies = yield from _tally_all(work)
-    searches = [TrimSearch(tally, work.method.reserve_p) for tally in tallies]
-    del tallies  # Of many models they are large.
-    while pending := [search for search in searches if search.threshold is None]:
-        prefixes = [[search.prefix] if search in pending else [] for search in searches]
-        found = yield from _tally_within(work, prefixes, pending[0].parent_shift, cpu.DIGIT_BITS)
-        for search, tally in zip(pending, found, strict=True):
-            search.narrow(tally)
-    factors = [search.factor() if work.method.rescale else 1.0 for search in searches]
-    thresholds = [search.threshold or 0.0 for search in searches]
-    return _sparsifier(work, cpu.TRIM, list(zip(thresholds, factors, strict=True)))
-
-
-def _measure_magprune(work: Work) -> Generator[Pass, list[Any], cpu.Sparsifier]:
-    tallies = yield from _tally_all(work)
-    method = work.method
-    ranks = [RankTable(tally, method.reserve_p, method.epsilon) for tally in tallies]
-    del tallies
-    shift = LAYOUTS[work.compute].shift
-    while any(prefixes := [rank.prefixes() for rank in ranks]):
-        found = iter((yield from _tally_within(work, prefixes, shift, cpu.RANK_BITS)))
-        for rank, own in zip(ranks, prefixes, strict=True):
-            rank.narrow(list(islice(found, len(own))))
-        shift = max(shift - cpu.RANK_BITS, 0)
-    tables: list[Array] = []
-    subtables: list[Array] = []
-    for rank in ranks:
-        tables.append(rank.table(len(subtables)))
-        subtables += rank.subtables(len(subtables))
-    numbers = [(method.reserve_p, float(rank.active)) for rank in ranks]
-    return _sparsifier(work, cpu.MAGPRUNE, numbers, tables, subtables)
-
-
-def _tally_all(work: Work) -> Generator[Pass, list[Any], list[Tally]]:
-    layout = LAYOUTS[work.compute]
-    spans = yield TallyAll(work, layout)
-    return [Tally(layout, layout.shift, numbers, rows, sticky=True) for numbers, rows in spans[0]]
-
-
-def _tally_within(
-    work: Work, prefixes: list[list[int]], parent_shift: int, digit_bits: int
-) -> Generator[Pass, list[Any], list[Tally]]:
-    shift = max(parent_shift - digit_bits, 0)
-    spans = yield TallyWithin(work, prefixes, (LAYOUTS[work.compute].shift, parent_shift, shift), digit_bits)
-    tallies = []
-    for prefix, table in zip((prefix for own in prefixes for prefix in own), spans[0], strict=True):
-        digits = np.flatnonzero(table[:, 0])
-        # The last digits may begin with the prefix's end.
-        numbers = np.uint64(prefix << (parent_shift - shift) >> digit_bits << digit_bits) + digits.astype(np.uint64)
-        tallies.append(Tally(LAYOUTS[work.compute], shift, numbers, table[digits]))
-    return tallies
 
 
 @dataclass
@@ -246,15 +205,7 @@ class TallyAll(_Walk):
 
     def fold(self, one: list[tuple[Array, Array]], other: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
         """The sums of two spans' tallies."""
-        return [_add_up(*pair) for pair in zip(one, other, strict=True)]
-
-
-def _add_up(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    numbers = np.union1d(one[0], other[0])
-    rows = np.zeros((numbers.size, one[1].shape[1]), np.uint64)
-    for own, part in (one, other):
-        rows[np.searchsorted(numbers, own)] += part
-    return numbers, rows
+        return add_up_models(one, other)
 
 
 class TallyWithin(_Walk):
