@@ -74,10 +74,10 @@ class Outcome:
     def follow(self, procedure: Procedure) -> Procedure:
         """The same procedure; at its end all that is known of its spans is summed up."""
         yield from procedure
-        from modelfuse.kernels.distances import pack
-
         self.checksum = self.hexdigest()
         if self.distances:
+            from modelfuse.kernels.distances import pack
+
             self._measured, self.distances = pack(self.measured()), None
 
     def hexdigest(self) -> str:
@@ -86,11 +86,11 @@ class Outcome:
 
     def measured(self) -> Sequence[Distance]:
         """How far the models are from the base, one a model, once all spans were walked; empty if there is none."""
+        if self.distances is None and self._measured is None:
+            return ()
         from modelfuse.kernels.distances import distances, unpack
 
-        if self.distances:
-            return distances(self.distances)
-        return unpack(self._measured) if self._measured is not None else ()
+        return distances(self.distances) if self.distances else unpack(self._measured or array("d"))
 
 
 def write_index(plan: Plan, folder: OutputFolder) -> None:

@@ -66,8 +66,6 @@ class Finished:
 
     def restore(self, entries: Iterable[object], outcomes: Mapping[str, Outcome]) -> None:
         """Take up what :func:`entry_of` gave: which spans are done, and what they add to the outcomes."""
-        from modelfuse.kernels.distances import SpanDistances
-
         for entry in entries:
             if not isinstance(entry, dict):
                 continue
@@ -78,6 +76,8 @@ class Finished:
                 outcomes[name].adding.restore(tensor.dtype.nbytes(first), bytes.fromhex(entry["digests"]))
                 outcomes[name].count(np.array(entry["nonfinite"], np.int64))
                 if entry["distances"]:
+                    from modelfuse.kernels.distances import SpanDistances
+
                     outcomes[name].spans().extend(
                         SpanDistances(first, *map(np.array, each)) for each in entry["distances"]
                     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from modelfuse.checkpoints import CONFIG_FILE, StoredTensor
 from modelfuse.checkpoints.files import SourceFile, read_bytes
-from modelfuse.checkpoints.tensors import Frame, Reader
+from modelfuse.checkpoints.tensors import Frame
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
 from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedure
@@ -158,8 +158,6 @@ class Run:
             yield self._job(tensor, copy_procedure(copy, self.differences))
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
-        from modelfuse.kernels.distances import measured
-
         for tensor in self._unfinished("merge", "take"):
             merges = tensor.action == "merge"
             has_base, method = merges and self.plan.has_base, self.plan.method if merges else TAKE
@@ -168,6 +166,8 @@ class Run:
             work = Work(tensor.name, tensor.size, dtypes, has_base, tensor.dtype, method, deltas)
             procedure = self._kernel.merge(work)
             if work.has_base:
+                from modelfuse.kernels.distances import measured
+
                 procedure = measured(procedure, work, self.outcomes[tensor.name].spans())
             yield self._job(tensor, procedure)
 
@@ -189,47 +189,46 @@ class Run:
         outcome = task.outcome if pass_.writes else None
         if outcome is not None and self.finished.has(outcome.tensor.name, first, count):
             return pass_.finish(state)  # Only spans that the procedure need know nothing of are kept.
-        with ExitStack() as files:
-            readers = [files.enter_context(source.open()) for source in task.sources]
-            for start in range(first, first + count, self.plan.slice_elements):
-                if self._scheduler.stopping:
-                    return None
-                length = min(self.plan.slice_elements, first + count - start)
-                raws = self._read(worker, task, readers, start, length)
-                pass_.apply(state, start, length, raws, out)
-                if task.strict and task.outcome is not None and state.bad.any():
-                    raise nonfinite(task.outcome.tensor, task.models, self._count_bad(worker, task, pass_))
-                if outcome is not None:
-                    self._write(outcome, start, length, out)
+        for start, length, raws in self._slices(worker, task, first, count):
+            if self._scheduler.stopping:
+                return None
+            pass_.apply(state, start, length, raws, out)
+            if task.strict and task.outcome is not None and state.bad.any():
+                raise nonfinite(task.outcome.tensor, task.models, self._count_bad(worker, task, pass_))
+            if outcome is not None:
+                self._write(outcome, start, length, out)
         found = pass_.finish(state)
         if outcome is not None:
             self._keep(outcome, first, count, state.bad, found)
         return found
 
-    def _read(self, worker: int, task: Task, readers: Sequence[Reader], start: int, length: int) -> Bytes:
-        """Fill the worker's buffers with a slice of every source, unless they hold it already."""
+    def _slices(self, worker: int, task: Task, first: int, count: int) -> Iterator[tuple[int, int, Bytes]]:
+        """The slices of a span: first element, number of elements, and the bytes of every source.
+
+        They are read into the worker's buffers, unless these hold them already.
+        """
         width = _row_bytes(task.sources, self.plan.slice_elements)
         raws = self._raws[worker][: width * len(task.sources)].reshape(-1, width)
-        if self._held[worker] != (task, start):
-            self._held[worker] = None
-            for reader, source, raw in zip(readers, task.sources, raws, strict=True):
-                reader(start, raw[: source.dtype.nbytes(length)].data)
-            self._held[worker] = task, start
-        return raws
+        with ExitStack() as files:
+            readers = [files.enter_context(source.open()) for source in task.sources]
+            for start in range(first, first + count, self.plan.slice_elements):
+                length = min(self.plan.slice_elements, first + count - start)
+                if self._held[worker] != (task, start):
+                    self._held[worker] = None
+                    for reader, source, raw in zip(readers, task.sources, raws, strict=True):
+                        reader(start, raw[: source.dtype.nbytes(length)].data)
+                    self._held[worker] = task, start
+                yield start, length, raws
 
     def _count_bad(self, worker: int, task: Task, pass_: Pass) -> Counts:
         """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
         size, bad = task.sources[0].size, []
-        with ExitStack() as files:
-            readers = [files.enter_context(source.open()) for source in task.sources]
-            for first in range(0, size, SPAN):
-                state, end = pass_.start(), min(first + SPAN, size)
-                for start in range(first, end, self.plan.slice_elements):
-                    length = min(self.plan.slice_elements, end - start)
-                    raws = self._read(worker, task, readers, start, length)
-                    pass_.apply(state, start, length, raws, self._outs[worker])
-                bad.append(state.bad.copy())
-                pass_.finish(state)
+        for first in range(0, size, SPAN):
+            state = pass_.start()
+            for start, length, raws in self._slices(worker, task, first, min(SPAN, size - first)):
+                pass_.apply(state, start, length, raws, self._outs[worker])
+            bad.append(state.bad.copy())
+            pass_.finish(state)
         counts: Counts = np.sum(bad, axis=0)
         return counts
 
