@@ -30,12 +30,19 @@ INTEGERS = {"float32": "int32", "float64": "int64"}
 class Library(ABC):
     """A tensor library on one device. All of it is safe to use from several threads.
 
+    Args:
+        module: torch or paddle; it is imported only where it is asked for.
+        gpu: Whether to compute on a GPU.
+        room: As the attribute.
+        most: As the attribute.
+
     Attributes:
         room: Bytes of the device's memory that each worker may fill.
         most: Elements of a block that is walked once: as many as stay in the cache, where there is one.
     """
 
-    def __init__(self, room: int, most: int) -> None:
+    def __init__(self, module: Any, gpu: bool, room: int, most: int) -> None:
+        self._module, self._gpu = module, gpu
         self.room, self.most = room, most
         #: Each worker's own: what was made on one stream may not be ready on another one.
         self._own = threading.local()
@@ -88,41 +95,41 @@ class Library(ABC):
     def shift_right(self, x: Tensor, bits: int) -> Tensor:
         """Integers shifted so that zeros follow, whatever the sign."""
 
-    @abstractmethod
     def finite(self, x: Tensor) -> Tensor:
         """Whether each element is neither NaN nor infinite."""
+        return self._module.isfinite(x)
 
-    @abstractmethod
     def count(self, mask: Tensor) -> Tensor:
         """How many are true, int64, 0-dimensional."""
+        return mask.sum()
 
-    @abstractmethod
     def where(self, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """``x`` where true, else ``y``."""
+        return self._module.where(mask, x, y)
 
-    @abstractmethod
     def bincount(self, x: Tensor, length: int, weights: Tensor | None = None) -> Tensor:
         """How often each integer from 0 occurs, or the float64 sums of its weights; at least ``length`` of them."""
+        return self._module.bincount(x, weights=weights, minlength=length)
 
-    @abstractmethod
     def places(self, mask: Tensor) -> Tensor:
         """Where it is true, int64, shape (number,)."""
+        return self._module.nonzero(mask).reshape([-1])
 
     @abstractmethod
     def take(self, x: Tensor, places: Tensor) -> Tensor:
         """The elements at these places."""
 
-    @abstractmethod
     def find(self, ascending: Tensor, x: Tensor) -> Tensor:
         """For each element, the first place in ``ascending`` whose value is no less, int64."""
+        return self._module.searchsorted(ascending, x)
 
     @abstractmethod
     def join(self, *parts: Tensor) -> Tensor:
         """One-dimensional tensors, one after another."""
 
-    @abstractmethod
     def stack(self, *parts: Tensor) -> Tensor:
         """Tensors of one shape along a new first axis."""
+        return self._module.stack(list(parts))
 
     def number(self, value: float | int, dtype: str) -> Tensor:
         """A 0-dimensional tensor of this value."""

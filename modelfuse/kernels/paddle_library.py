@@ -27,21 +27,19 @@ class PaddleLibrary(Library):
     """
 
     def __init__(self, paddle: Any, gpu: bool, room: int, most: int) -> None:
-        super().__init__(room, most)
-        self._paddle = paddle
-        self._gpu = gpu
+        super().__init__(paddle, gpu, room, most)
         self._place = paddle.CUDAPlace(0) if gpu else paddle.CPUPlace()
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        with self._paddle.no_grad():
+        with self._module.no_grad():
             if not self._gpu:
                 yield
                 return
-            self._paddle.set_device("gpu:0")  # The device is each thread's own.
+            self._module.set_device("gpu:0")  # The device is each thread's own.
             self._own.pinned = []
             yield
-            self._paddle.device.synchronize()
+            self._module.device.synchronize()
             self._own.pinned = []
 
     def buffer(self, shape: tuple[int, ...]) -> Bytes:
@@ -49,16 +47,16 @@ class PaddleLibrary(Library):
 
     def load(self, raw: Bytes, dtype: DType) -> Tensor:
         if self._gpu:
-            pinned = self._paddle.to_tensor(raw, place=self._paddle.CUDAPinnedPlace())
+            pinned = self._module.to_tensor(raw, place=self._module.CUDAPinnedPlace())
             self._own.pinned.append(pinned)  # It must live until the copy is done.
             return self.view(pinned._copy_to(self._place, False), str(dtype.paddle))
-        return self.view(self._paddle.utils.dlpack.from_dlpack(raw), str(dtype.paddle))
+        return self.view(self._module.utils.dlpack.from_dlpack(raw), str(dtype.paddle))
 
     def store(self, x: Tensor, out: Bytes) -> None:
         out[:] = self.view(x, "uint8").numpy()
 
     def place(self, values: Array) -> Tensor:
-        return self._paddle.to_tensor(values, place=self._place)
+        return self._module.to_tensor(values, place=self._place)
 
     def fetch(self, x: Tensor) -> Array:
         values: Array = x.numpy()
@@ -71,34 +69,13 @@ class PaddleLibrary(Library):
         return x.view(dtype)
 
     def arange(self, first: int, count: int) -> Tensor:
-        return self._paddle.arange(first, first + count, dtype="int64")
+        return self._module.arange(first, first + count, dtype="int64")
 
     def shift_right(self, x: Tensor, bits: int) -> Tensor:
-        return self._paddle.bitwise_right_shift(x, self._paddle.full([], bits, x.dtype), False) if bits else x
-
-    def finite(self, x: Tensor) -> Tensor:
-        return self._paddle.isfinite(x)
-
-    def count(self, mask: Tensor) -> Tensor:
-        return mask.sum()
-
-    def where(self, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return self._paddle.where(mask, x, y)
-
-    def bincount(self, x: Tensor, length: int, weights: Tensor | None = None) -> Tensor:
-        return self._paddle.bincount(x, weights=weights, minlength=length)
-
-    def places(self, mask: Tensor) -> Tensor:
-        return self._paddle.nonzero(mask).reshape([-1])
+        return self._module.bitwise_right_shift(x, self._module.full([], bits, x.dtype), False) if bits else x
 
     def take(self, x: Tensor, places: Tensor) -> Tensor:
-        return self._paddle.gather(x, places)
-
-    def find(self, ascending: Tensor, x: Tensor) -> Tensor:
-        return self._paddle.searchsorted(ascending, x)
+        return self._module.gather(x, places)
 
     def join(self, *parts: Tensor) -> Tensor:
-        return self._paddle.concat(list(parts))
-
-    def stack(self, *parts: Tensor) -> Tensor:
-        return self._paddle.stack(list(parts))
+        return self._module.concat(list(parts))
