@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.files import Buffer, SourceFile
+from modelfuse.checkpoints.files import Buffer
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import BF16, F32, DType
 
@@ -113,9 +113,9 @@ class Fp8Tensor(StoredTensor):
         return self.codes.dtype
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Those of the codes and of the scales."""
-        return tuple(dict.fromkeys((*self.codes.files, *self.scale.files)))
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """The codes and the scales."""
+        return self.codes, self.scale
 
     @property
     def grid(self) -> Grid:

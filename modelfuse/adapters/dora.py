@@ -15,7 +15,7 @@ import numpy as np
 from modelfuse.adapters.tensors import LowRankTensor
 from modelfuse.adapters.values import Array, load, read_values
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.files import Buffer, SourceFile
+from modelfuse.checkpoints.files import Buffer
 from modelfuse.checkpoints.tensors import Reader
 
 #: Elements of a base that are looked at together for its norms; whole rows, but at least one.
@@ -37,9 +37,9 @@ class DoraTensor(StoredTensor):
     magnitude: StoredTensor
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """The files of all that it is computed from."""
-        return tuple(dict.fromkeys((*self.difference.files, *self.magnitude.files, *self.base.files)))
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """The factors, the magnitudes and the base's weight."""
+        return self.difference, self.magnitude, self.base
 
     @property
     def held(self) -> int:

@@ -13,7 +13,7 @@ from modelfuse.adapters.tensors import LowRankTensor
 from modelfuse.adapters.terms import Shared, difference_type
 from modelfuse.adapters.values import Array, load, read_values
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.files import Buffer, SourceFile
+from modelfuse.checkpoints.files import Buffer
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.errors import CheckpointError
 from modelfuse.methods import Method
@@ -39,9 +39,9 @@ class DifferenceTensor(StoredTensor):
     base: StoredTensor
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """The files of both."""
-        return tuple(dict.fromkeys((*self.source.files, *self.base.files)))
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """Both."""
+        return self.source, self.base
 
     @property
     def held(self) -> int:
@@ -133,9 +133,9 @@ class FactorTensor(StoredTensor):
     part: Literal["A", "B"]
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """The files of all differences."""
-        return tuple(dict.fromkeys(file for source in self.factoring.sources for file in source.files))
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """All differences."""
+        return self.factoring.sources
 
     @property
     def held(self) -> int:
@@ -180,9 +180,9 @@ class WholeTensor(StoredTensor):
     shared: Shared = field(compare=False, repr=False)
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """The files of all."""
-        return tuple(dict.fromkeys(file for source in self.sources for file in source.files))
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """All of them."""
+        return self.sources
 
     @property
     def held(self) -> int:

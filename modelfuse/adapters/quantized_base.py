@@ -21,7 +21,7 @@ import numpy as np
 from modelfuse.adapters.names import Names
 from modelfuse.adapters.values import Array, Recent, narrow, read_values, widen
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor, read_config
-from modelfuse.checkpoints.files import Buffer, SourceFile
+from modelfuse.checkpoints.files import Buffer
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import BF16, F16
 from modelfuse.errors import CheckpointError, MismatchError
@@ -63,9 +63,9 @@ class QuantizedTensor(StoredTensor):
     recent: Recent = field(compare=False, repr=False)
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Those of the weight."""
-        return self.source.files
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """The weight."""
+        return (self.source,)
 
     @property
     def held(self) -> int:

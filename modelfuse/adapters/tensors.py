@@ -15,7 +15,7 @@ import numpy as np
 from modelfuse.adapters.terms import Cut, Shared, Term
 from modelfuse.adapters.values import Array, load, read_values
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.files import Buffer, SourceFile
+from modelfuse.checkpoints.files import Buffer
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import F64
 
@@ -40,9 +40,9 @@ class LowRankTensor(StoredTensor):
         return True
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """The files of all factors."""
-        return tuple(dict.fromkeys(file for term in self.terms for each in (term.a, term.b) for file in each.files))
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """All factors."""
+        return tuple(each for term in self.terms for each in (term.a, term.b))
 
     @property
     def held(self) -> int:
@@ -106,9 +106,9 @@ class ComputedTensor(StoredTensor):
         return self.scale is not None
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Those of its source."""
-        return self.source.files
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """The source."""
+        return (self.source,)
 
     @property
     def held(self) -> int:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelfuse.checkpoints.files import Buffer, SourceFile
+from modelfuse.checkpoints.files import Buffer
 from modelfuse.checkpoints.strided import ReorderedTensor, StridedTensor, is_plain, row_major
-from modelfuse.checkpoints.tensors import Reader, StoredTensor
+from modelfuse.checkpoints.tensors import MovedTensor, Reader, StoredTensor
 from modelfuse.dtypes import DType
 
 #: Elements that are put together at a time: enough for rows of a transposed matrix to share cache lines.
@@ -56,7 +56,7 @@ def view(
 
 
 @dataclass(frozen=True, slots=True)
-class WovenTensor(StoredTensor):
+class WovenTensor(MovedTensor):
     """Several tensors side by side: each row holds the same row of every part, one after another.
 
     Attributes:
@@ -68,34 +68,14 @@ class WovenTensor(StoredTensor):
     rows: int
 
     @property
-    def natural(self) -> DType:
-        """That of the parts."""
-        return self.parts[0].natural
-
-    @property
-    def stored(self) -> DType:
-        """That of the parts."""
-        return self.parts[0].stored
-
-    @property
-    def is_delta(self) -> bool:
-        """That of the parts."""
-        return self.parts[0].is_delta
-
-    @property
-    def held(self) -> int:
-        """That of the parts."""
-        return sum(part.held for part in self.parts)
-
-    @property
     def reader_bytes(self) -> int:
         """What reading one of its parts takes, and rows of it."""
         return max(part.reader_bytes for part in self.parts) + min(self.nbytes, self.dtype.nbytes(_BATCH))
 
     @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Those of all parts."""
-        return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """The parts."""
+        return self.parts
 
     @contextmanager
     def open(self) -> Iterator[Reader]:

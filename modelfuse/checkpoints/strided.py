@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from modelfuse.checkpoints.files import Buffer, SourceFile, read_exactly
-from modelfuse.checkpoints.tensors import Reader, StoredTensor
+from modelfuse.checkpoints.tensors import MovedTensor, Reader, StoredTensor
 from modelfuse.dtypes import DType
 from modelfuse.errors import CheckpointError
 
@@ -57,7 +57,7 @@ class StridedTensor(StoredTensor):
 
 
 @dataclass(frozen=True, slots=True)
-class ReorderedTensor(StoredTensor):
+class ReorderedTensor(MovedTensor):
     """A tensor whose source is not stored as it is read: copied to an unnamed temporary file while it is open.
 
     Attributes:
@@ -75,29 +75,9 @@ class ReorderedTensor(StoredTensor):
     first: int = 0
 
     @property
-    def natural(self) -> DType:
-        """That of the source."""
-        return self.source.natural
-
-    @property
-    def stored(self) -> DType:
-        """That of the source."""
-        return self.source.stored
-
-    @property
-    def is_delta(self) -> bool:
-        """That of the source."""
-        return self.source.is_delta
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Those of the source."""
-        return self.source.files
-
-    @property
-    def held(self) -> int:
-        """That of the source."""
-        return self.source.held
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """The source."""
+        return (self.source,)
 
     @property
     def reader_bytes(self) -> int:
@@ -175,7 +155,7 @@ class _Gatherer:
         """Copy a whole view, by halves until each reaches over few bytes."""
         if not out.size:
             return
-        extent = 1 + sum((size - 1) * stride for size, stride in dims)
+        extent = extent_of(*zip(*dims, strict=True))
         if extent * self.element.itemsize > MOST_READ and out.size > 1:
             axis = max(range(len(dims)), key=lambda each: (dims[each][0] > 1, dims[each][1]))
             size, stride = dims[axis]

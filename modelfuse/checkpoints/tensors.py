@@ -81,9 +81,14 @@ class StoredTensor:
         return 0
 
     @property
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """The tensors that its values are computed from; none if they lie in its file as they are."""
+        return ()
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """All files that its values come from."""
-        return (self.file,)
+        return tuple(dict.fromkeys(file for part in self.made_of for file in part.files)) or (self.file,)
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -99,6 +104,31 @@ class StoredTensor:
                 read_exactly(descriptor, self.offset + self.dtype.nbytes(start), buffer, self.file.path)
 
             yield read
+
+
+@dataclass(frozen=True, slots=True)
+class MovedTensor(StoredTensor):
+    """A tensor whose elements are those of others, in another order: all else is as it is there."""
+
+    @property
+    def natural(self) -> DType:
+        """That of what it is made of."""
+        return self.made_of[0].natural
+
+    @property
+    def stored(self) -> DType:
+        """That of what it is made of."""
+        return self.made_of[0].stored
+
+    @property
+    def is_delta(self) -> bool:
+        """That of what it is made of."""
+        return self.made_of[0].is_delta
+
+    @property
+    def held(self) -> int:
+        """What all that it is made of holds."""
+        return sum(part.held for part in self.made_of)
 
 
 class Frame(NamedTuple):
