@@ -111,8 +111,8 @@ class Contents:
                 continue
             try:
                 with (
-                    SourceFile.at(self.folder / name).open() as descriptor,
-                    open(descriptor, "rb", closefd=False) as file,
+                    SourceFile.at(self.folder / name).open() as opened,
+                    open(opened.descriptor, "rb", closefd=False) as file,
                 ):
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
             except (OSError, CheckpointError) as error:

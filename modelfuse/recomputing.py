@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.files import read_exactly
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import ModelfuseError
 from modelfuse.kernels import Bytes
@@ -164,8 +163,8 @@ class Comparison:
         tensor = tensors[bisect_right(offsets, offset) - 1]
         stored = self._stored[tensor.name]
         made, there = np.frombuffer(data, np.uint8), self._room(len(data))
-        with stored.file.open() as descriptor:
-            read_exactly(descriptor, stored.offset + offset - tensor.offset, there.data, stored.file.path)
+        with stored.file.open() as file:
+            file.read(stored.offset + offset - tensor.offset, there.data)
         if np.array_equal(made, there):
             return
         itemsize = tensor.dtype.bytes

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.files import read_exactly
 from modelfuse.checksums import BLOCK_BYTES, Checksum
 from modelfuse.contents import Contents
 from modelfuse.errors import CheckpointError, RecipeError
@@ -176,10 +175,10 @@ class Checksums:
 
     def _walk(self, worker: int, stored: StoredTensor, checksum: Checksum, first: int, count: int) -> str | None:
         try:
-            with stored.file.open() as descriptor:
+            with stored.file.open() as file:
                 for start in range(first, first + count, READ_BYTES):
                     room = self._rooms[worker][: min(READ_BYTES, first + count - start)]
-                    read_exactly(descriptor, stored.offset + start, room.data, stored.file.path)
+                    file.read(stored.offset + start, room.data)
                     checksum.update(start, room)
                     self.progress(room.size)
         except CheckpointError as error:

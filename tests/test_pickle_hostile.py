@@ -396,8 +396,8 @@ def test_plain_values_are_read_as_python_does(
     path = tmp_path_factory.getbasetemp() / "plain"
     path.write_bytes(b"before" + pickle.dumps(value, protocol) + b"after")
     file = SourceFile.at(path)
-    with file.open() as descriptor:
-        window = Window(file, descriptor, 6)
+    with file.open() as opened:
+        window = Window(opened, 6)
         assert PickleMachine(window, {}).load() == value
         assert window.take(5) == b"after"
 
@@ -408,8 +408,8 @@ def test_long_strings_stay_in_the_file(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(value, 5))
     whole = path.read_bytes()
     file = SourceFile.at(path)
-    with file.open() as descriptor:
-        spans = PickleMachine(Window(file, descriptor), {}).load()
+    with file.open() as opened:
+        spans = PickleMachine(Window(opened), {}).load()
     assert isinstance(spans, list)
     assert [type(span) for span in spans] == [Span, Span, TextSpan, Span]
     for span, original in zip(spans, value, strict=True):
@@ -422,5 +422,5 @@ def test_without_persistent_ids_or_names_they_are_refused(tmp_path: Path) -> Non
     for content, why in ((b"\x80\x02K\x01Q.", "persistent"), (b"\x80\x02cos\nsystem\n.", "os.system")):
         path.write_bytes(content)
         file = SourceFile.at(path)
-        with file.open() as descriptor, pytest.raises(Refused, match=why):
-            PickleMachine(Window(file, descriptor), {}).load()
+        with file.open() as opened, pytest.raises(Refused, match=why):
+            PickleMachine(Window(opened), {}).load()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from modelfuse.checkpoints.files import OpenFile
 from modelfuse.checkpoints.strided import StridedTensor
 from modelfuse.checkpoints.tensors import StoredTensor
 from modelfuse.checkpoints.torch_bin import read_torch
@@ -389,18 +390,15 @@ def test_streams_of_old_torch(tmp_path: Path) -> None:
 
 def test_only_headers_are_read(torch: Any, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = save({f"layer.{number}": torch.zeros(1 << 16) for number in range(64)})
-    from modelfuse.checkpoints import pickle_bytes, zip_index
-
     read = 0
-    real = pickle_bytes.read_exactly
+    real = OpenFile.read
 
-    def count(descriptor: int, offset: int, buffer: memoryview, path: Path) -> None:
+    def count(file: OpenFile, offset: int, buffer: memoryview) -> None:
         nonlocal read
         read += len(buffer)
-        real(descriptor, offset, buffer, path)
+        real(file, offset, buffer)
 
-    monkeypatch.setattr(pickle_bytes, "read_exactly", count)
-    monkeypatch.setattr(zip_index, "read_exactly", count)
+    monkeypatch.setattr(OpenFile, "read", count)
     tensors, _ = read_torch(path)
     assert math.fsum(tensor.nbytes for tensor in tensors.values()) == 64 << 18
     assert read < 1 << 20

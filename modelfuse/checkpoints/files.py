@@ -48,8 +48,8 @@ class SourceFile:
         return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
     @contextmanager
-    def open(self) -> Iterator[int]:
-        """Open for positioned reads; yields the file descriptor.
+    def open(self) -> Iterator[OpenFile]:
+        """Open for positioned reads.
 
         Raises:
             CheckpointError: If the file is gone or is no longer the one that was recorded,
@@ -61,7 +61,7 @@ class SourceFile:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
         try:
             self._check_unchanged(descriptor)
-            yield descriptor
+            yield OpenFile(self.path, self.size, descriptor)
             self._check_unchanged(descriptor)
         finally:
             os.close(descriptor)
@@ -78,26 +78,40 @@ class SourceFile:
             )
 
 
-def read_exactly(descriptor: int, offset: int, buffer: Buffer, path: Path) -> None:
-    """Fill ``buffer`` with the bytes at ``offset``, however many system calls it takes.
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A file that is open for positioned reads, from any thread.
 
-    Raises:
-        CheckpointError: If the file ends before the buffer is full or the disk fails.
+    Attributes:
+        path: What it is called in errors.
+        size: Its length in bytes.
+        descriptor: What the system knows it by.
     """
-    done = 0
-    while done < len(buffer):
-        try:
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror} at byte {offset + done:,}") from error
-        if count == 0:
-            raise CheckpointError(f"{path} ends at byte {offset + done:,}, in the middle of a tensor")
-        done += count
+
+    path: Path
+    size: int
+    descriptor: int
+
+    def read(self, offset: int, buffer: Buffer) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``, however many system calls it takes.
+
+        Raises:
+            CheckpointError: If the file ends before the buffer is full or the disk fails.
+        """
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: {error.strerror} at byte {offset + done:,}") from error
+            if count == 0:
+                raise CheckpointError(f"{self.path} ends at byte {offset + done:,}, in the middle of a tensor")
+            done += count
 
 
 def read_bytes(file: SourceFile, offset: int, count: int) -> bytes:
     """Read ``count`` bytes at ``offset``; the caller has checked that they lie in the file."""
     content = bytearray(count)
-    with file.open() as descriptor:
-        read_exactly(descriptor, offset, memoryview(content), file.path)
+    with file.open() as opened:
+        opened.read(offset, memoryview(content))
     return bytes(content)

@@ -44,11 +44,11 @@ def read_paddle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             or would need code to be executed.
     """
     file = SourceFile.at(path)
-    with naming(path), file.open() as descriptor:
-        start = Window(file, descriptor).take(min(file.size, 64))
+    with naming(path), file.open() as opened:
+        start = Window(opened).take(min(file.size, 64))
         if not start.startswith(b"\x80"):
             raise not_this_format(start, "paddle.save")
-        value = PickleMachine(Window(file, descriptor), _KNOWN).load()
+        value = PickleMachine(Window(opened), _KNOWN).load()
         entries = find_state_dict(value, lambda item: _as_array(item) is not None)
         arrays = {name: array for name, item in entries.items() if (array := _as_array(item)) is not None}
         slices = _take_slices(entries, arrays)

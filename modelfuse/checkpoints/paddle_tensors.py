@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from modelfuse.checkpoints.files import Buffer, read_exactly
+from modelfuse.checkpoints.files import Buffer, OpenFile
 from modelfuse.checkpoints.tensors import Reader, StoredTensor
 from modelfuse.errors import CheckpointError
 
@@ -84,19 +84,19 @@ class TextTensor(StoredTensor):
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; the file is checked to be the one whose header was read."""
-        with self.file.open() as descriptor:
+        with self.file.open() as file:
 
             def read(start: int, buffer: Buffer) -> None:
-                self._decode_into(descriptor, self.dtype.nbytes(start), buffer)
+                self._decode_into(file, self.dtype.nbytes(start), buffer)
 
             yield read
 
-    def _decode_into(self, descriptor: int, begin: int, buffer: Buffer) -> None:
+    def _decode_into(self, file: OpenFile, begin: int, buffer: Buffer) -> None:
         decoded, encoded = self.landmarks.before(begin)
         end = begin + len(buffer)
         while decoded < end:
             piece = bytearray(min(_PIECE, self.length - encoded))
-            read_exactly(descriptor, self.offset + encoded, memoryview(piece), self.file.path)
+            file.read(self.offset + encoded, memoryview(piece))
             if piece and piece[-1] in _TWO_BYTE_LEADS:
                 piece.pop()
             content = self._decode(piece)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelfuse.checkpoints.files import SourceFile, read_exactly
+from modelfuse.checkpoints.files import OpenFile
 from modelfuse.checkpoints.pickle_values import Refused
 
 #: The longest text or line that is taken into memory; whatever is longer stays in the file.
@@ -17,14 +17,12 @@ class Window:
 
     Args:
         file: The file.
-        descriptor: Its open descriptor.
         start: Where to begin.
         end: Where to stop; the end of the file if absent.
     """
 
-    def __init__(self, file: SourceFile, descriptor: int, start: int = 0, end: int | None = None) -> None:
+    def __init__(self, file: OpenFile, start: int = 0, end: int | None = None) -> None:
         self._file = file
-        self._descriptor = descriptor
         self._end = file.size if end is None else end
         self._chunk = b""
         self._chunk_start = start
@@ -104,5 +102,5 @@ class Window:
         start = self.position
         self.check_left(count)
         chunk = bytearray(min(max(count, _CHUNK), self._end - start))
-        read_exactly(self._descriptor, start, memoryview(chunk), self._file.path)
+        self._file.read(start, memoryview(chunk))
         self._chunk, self._chunk_start, self._at = bytes(chunk), start, 0

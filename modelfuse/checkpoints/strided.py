@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from modelfuse.checkpoints.files import Buffer, SourceFile, read_exactly
+from modelfuse.checkpoints.files import Buffer, OpenFile, SourceFile
 from modelfuse.checkpoints.tensors import MovedTensor, Reader, StoredTensor
 from modelfuse.dtypes import DType
 from modelfuse.errors import CheckpointError
@@ -52,8 +51,8 @@ class StridedTensor(StoredTensor):
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; elements come out in row-major, little-endian order."""
-        with self.file.open() as descriptor:
-            yield _gatherer(self, descriptor, self.file.path, self.offset).read
+        with self.file.open() as file:
+            yield _gatherer(self, file, self.offset).read
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,8 @@ class ReorderedTensor(MovedTensor):
                     f"{self.file.path}: tensor {self.name!r} needs a temporary copy: {error.strerror}",
                     "Set TMPDIR to a folder with more room.",
                 ) from error
-            yield _gatherer(self, copy.fileno(), self.file.path, self.dtype.nbytes(self.first)).read
+            file = OpenFile(self.file.path, self.source.nbytes, copy.fileno())
+            yield _gatherer(self, file, self.dtype.nbytes(self.first)).read
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +111,13 @@ class _Gatherer:
 
     Attributes:
         tensor: The tensor.
-        descriptor: The open file.
-        path: What it is called in errors.
+        file: What holds it.
         offset: Where the tensor's first element lies in it.
         element: The type of the elements as they are stored.
     """
 
     tensor: StridedTensor | ReorderedTensor
-    descriptor: int
-    path: Path
+    file: OpenFile
     offset: int
     element: np.dtype[Any]
 
@@ -175,14 +173,14 @@ class _Gatherer:
         storage, itemsize = np.empty((rows, width), self.element), self.element.itemsize
         for row, part in enumerate(storage):
             place = self.offset + (first + row * pitch) * itemsize
-            read_exactly(self.descriptor, place, part.view(np.uint8).data, self.path)
+            self.file.read(place, part.view(np.uint8).data)
         strides = [width if each == axis and rows > 1 else stride for each, (_, stride) in enumerate(dims)]
         steps = tuple(stride * itemsize for stride in strides)
         _copy_rows(as_strided(storage, tuple(size for size, _ in dims), steps, writeable=False), out)
 
 
-def _gatherer(tensor: StridedTensor | ReorderedTensor, descriptor: int, path: Path, offset: int) -> _Gatherer:
-    return _Gatherer(tensor, descriptor, path, offset, _element(tensor.dtype, ">" if tensor.big_endian else "<"))
+def _gatherer(tensor: StridedTensor | ReorderedTensor, file: OpenFile, offset: int) -> _Gatherer:
+    return _Gatherer(tensor, file, offset, _element(tensor.dtype, ">" if tensor.big_endian else "<"))
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from modelfuse.checkpoints.files import Buffer, SourceFile, read_exactly
+from modelfuse.checkpoints.files import Buffer, SourceFile
 from modelfuse.dtypes import DType
 
 
@@ -98,10 +98,10 @@ class StoredTensor:
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; the file is checked to be the one whose header was read."""
-        with self.file.open() as descriptor:
+        with self.file.open() as file:
 
             def read(start: int, buffer: Buffer) -> None:
-                read_exactly(descriptor, self.offset + self.dtype.nbytes(start), buffer, self.file.path)
+                file.read(self.offset + self.dtype.nbytes(start), buffer)
 
             yield read
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from modelfuse.checkpoints.files import SourceFile
+from modelfuse.checkpoints.files import OpenFile, SourceFile
 from modelfuse.checkpoints.pickle_bytes import Window
 from modelfuse.checkpoints.pickle_machine import PickleMachine
 from modelfuse.checkpoints.pickle_values import Refused, naming, not_this_format
@@ -38,12 +38,12 @@ def read_torch(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             or would need code to be executed.
     """
     file = SourceFile.at(path)
-    with naming(path), file.open() as descriptor:
-        start = Window(file, descriptor).take(min(file.size, 64))
+    with naming(path), file.open() as opened:
+        start = Window(opened).take(min(file.size, 64))
         if start.startswith(b"PK\3\4"):
-            value, locate, big_endian = _read_zip(file, descriptor)
+            value, locate, big_endian = _read_zip(opened)
         elif start.startswith(b"\x80"):
-            value, locate = _read_stream(file, descriptor)
+            value, locate = _read_stream(opened)
             big_endian = False  # torch writes streams in little-endian order on any machine
         else:
             raise not_this_format(start, "torch")
@@ -53,25 +53,25 @@ def read_torch(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         return {name: _place(name, tensor, file, locate, big_endian) for name, tensor in kept.items()}, aliases
 
 
-def _read_zip(file: SourceFile, descriptor: int) -> tuple[object, Locate, bool]:
+def _read_zip(file: OpenFile) -> tuple[object, Locate, bool]:
     """The value of an archive's pickle, where its storages are, and whether they are big-endian."""
-    index = ZipIndex(file, descriptor)
+    index = ZipIndex(file)
     roots = [name.removesuffix("data.pkl") for name in index if name.endswith("/data.pkl")]
     if len(roots) != 1 or f"{roots[0]}constants.pkl" in index:
         what = "a TorchScript program" if roots else "a zip archive without a data.pkl"
         raise Refused(f"it is {what}, not a checkpoint", "Save the model's state_dict() with torch.save.")
     root = roots[0]
     start, size = index.locate(f"{root}data.pkl")
-    machine = PickleMachine(Window(file, descriptor, start, start + size), KNOWN, storage_of)
+    machine = PickleMachine(Window(file, start, start + size), KNOWN, storage_of)
     order = index.read(f"{root}byteorder", 16) if f"{root}byteorder" in index else b"little"
     if order not in (b"little", b"big"):
         raise Refused(f"its byte order is {order!r}")
     return machine.load(), lambda storage: index.locate(f"{root}data/{storage.key}"), order == b"big"
 
 
-def _read_stream(file: SourceFile, descriptor: int) -> tuple[object, Locate]:
+def _read_stream(file: OpenFile) -> tuple[object, Locate]:
     """The value of a stream, and where its storages are."""
-    window = Window(file, descriptor)
+    window = Window(file)
     magic = PickleMachine(window, KNOWN).load()
     if type(magic) is not int or magic != _MAGIC:
         raise Refused("it is a pickle, but not one that torch.save wrote", "Check the file's name.")

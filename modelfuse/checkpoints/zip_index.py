@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modelfuse.checkpoints.files import SourceFile, read_exactly
+from modelfuse.checkpoints.files import OpenFile
 from modelfuse.checkpoints.pickle_values import Refused
 
 _MAX_DIRECTORY_BYTES = 64 << 20
@@ -33,15 +33,13 @@ class ZipIndex:
 
     Args:
         file: The archive.
-        descriptor: Its open descriptor.
 
     Raises:
         Refused: If it has no sound directory.
     """
 
-    def __init__(self, file: SourceFile, descriptor: int) -> None:
+    def __init__(self, file: OpenFile) -> None:
         self._file = file
-        self._descriptor = descriptor
         start, size = self._find_directory()
         self._entries = _parse_directory(self._read(start, size))
 
@@ -106,7 +104,7 @@ class ZipIndex:
         if start + size > self._file.size:
             raise Refused("its zip directory points beyond the end of the file (truncated?)")
         content = bytearray(size)
-        read_exactly(self._descriptor, start, memoryview(content), self._file.path)
+        self._file.read(start, memoryview(content))
         return bytes(content)
 
 
