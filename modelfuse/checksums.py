@@ -30,12 +30,13 @@ class Checksum:
             digest = xxhash.xxh3_128_digest(data[start : start + BLOCK_BYTES].data)
             self._digests[place : place + _DIGEST_BYTES] = digest
 
-    def digests(self, offset: int, nbytes: int) -> bytes:
-        """What the bytes from ``offset`` on, once added, came to; for :meth:`restore`."""
-        return bytes(self._digests[_place(offset) : _place(offset + nbytes + BLOCK_BYTES - 1)])
+    @property
+    def digests(self) -> bytes:
+        """What all bytes have come to; for :meth:`restore`."""
+        return bytes(self._digests)
 
     def restore(self, offset: int, digests: bytes) -> None:
-        """Add bytes that an earlier process has added; ``offset`` starts a block."""
+        """Add bytes that were added to a checksum of their own; ``offset`` starts a block."""
         self._digests[_place(offset) : _place(offset) + len(digests)] = digests
 
     def hexdigest(self) -> str:

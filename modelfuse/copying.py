@@ -45,7 +45,7 @@ def compare_procedure(copy: Copy, differences: list[Difference]) -> Procedure:
 
 def _procedure(copy: Copy, differences: list[Difference], writes: bool) -> Procedure:
     found = yield CopyPass(copy, writes)
-    differing = sorted({source for span in found for source in span})
+    differing = sorted({source for span in found if span for source in span})
     if differing and copy.chosen is None:
         differences.append(Difference(copy.name, tuple(differing)))
 

@@ -7,7 +7,7 @@ import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,25 @@ CONFIG_NAME = "merge_config.json"
 REPORT_NAME = "merge_report.json"
 #: How a JSON object ends.
 END = b"\n}\n"
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Walked(NamedTuple):
+    """What walking a span has come to.
+
+    Attributes:
+        found: What the procedure is to be sent.
+        bad: Of a pass that writes, the counts of non-finite elements: one a source, the last for the output.
+        digests: What its bytes in the output add to the checksum.
+        distances: What it says of the distances to the base, if there is one.
+        facts: What else its sources tell.
+    """
+
+    found: Any
+    bad: Counts | None = None
+    digests: bytes = b""
+    distances: SpanDistances | None = None
+    facts: Mapping[str, object] = {}
 
 
 @dataclass(slots=True)
@@ -44,32 +63,21 @@ class Outcome:
 
     tensor: OutputTensor
     checksum: Checksum | str
-    nonfinite: list[np.ndarray[Any, np.dtype[np.int64]]] | None = None
+    nonfinite: list[Counts] | None = None
     distances: list[SpanDistances] | None = None
     facts: dict[str, object] | None = None
     _measured: array[float] | None = None
 
-    @property
-    def adding(self) -> Checksum:
-        """The checksum while bytes are added to it."""
+    def take(self, first: int, walked: Walked) -> None:
+        """Take what became of the span that begins with an element, in this run or an earlier one."""
         assert isinstance(self.checksum, Checksum)
-        return self.checksum
-
-    def count(self, bad: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        """Take a span's counts of non-finite elements."""
-        if bad.any():
-            self.nonfinite = [*(self.nonfinite or []), bad]
-
-    def spans(self) -> list[SpanDistances]:
-        """``distances``, to be added to."""
-        if self.distances is None:
-            self.distances = []
-        return self.distances
-
-    def learn(self, facts: Mapping[str, object]) -> None:
-        """Take what a source tells."""
-        if facts:
-            self.facts = {**(self.facts or {}), **facts}
+        self.checksum.restore(self.tensor.dtype.nbytes(first), walked.digests)
+        if walked.bad is not None and walked.bad.any():
+            self.nonfinite = [*(self.nonfinite or []), walked.bad]
+        if walked.distances is not None:
+            self.distances = [*(self.distances or []), walked.distances]
+        if walked.facts:
+            self.facts = {**(self.facts or {}), **walked.facts}
 
     def follow(self, procedure: Procedure) -> Procedure:
         """The same procedure; at its end all that is known of its spans is summed up."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.plan import OutputTensor, Plan
-from modelfuse.report import Outcome
+from modelfuse.report import Outcome, Walked
 from modelfuse.version import __version__
 
 #: Settings that never change a byte of the weights. Whatever is not here does, for all that is known.
@@ -73,15 +73,7 @@ class Finished:
             tensor, spans = self._tensors[name], self._spans.setdefault(name, {})
             if first not in spans:
                 spans[first] = count
-                outcomes[name].adding.restore(tensor.dtype.nbytes(first), bytes.fromhex(entry["digests"]))
-                outcomes[name].count(np.array(entry["nonfinite"], np.int64))
-                if entry["distances"]:
-                    from modelfuse.kernels.distances import SpanDistances
-
-                    outcomes[name].spans().extend(
-                        SpanDistances(first, *map(np.array, each)) for each in entry["distances"]
-                    )
-                outcomes[name].learn(entry["facts"])
+                outcomes[name].take(first, _walked(first, entry))
                 self.nbytes += bytes_of(tensor, count)
 
     def has(self, name: str, first: int, count: int) -> bool:
@@ -93,20 +85,29 @@ class Finished:
         return sum(self._spans.get(tensor.name, {}).values()) == tensor.size
 
 
-def entry_of(outcome: Outcome, first: int, count: int, bad: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, object]:
+def entry_of(tensor: OutputTensor, first: int, count: int, walked: Walked) -> dict[str, object]:
     """What the journal is to say of a finished span."""
-    tensor = outcome.tensor
-    digests = outcome.adding.digests(tensor.dtype.nbytes(first), tensor.dtype.nbytes(count))
-    own = [each for each in outcome.distances or () if each.first == first]
+    distances = walked.distances
     return {
         "tensor": tensor.name,
         "first": first,
         "count": count,
-        "digests": digests.hex(),
-        "nonfinite": bad.tolist(),
-        "distances": [[each.differs.tolist(), each.squares.tolist()] for each in own],
-        "facts": outcome.facts or {},
+        "digests": walked.digests.hex(),
+        "nonfinite": None if walked.bad is None else walked.bad.tolist(),
+        "distances": None if distances is None else [distances.differs.tolist(), distances.squares.tolist()],
+        "facts": dict(walked.facts),
     }
+
+
+def _walked(first: int, entry: Mapping[str, Any]) -> Walked:
+    """What was walked when an entry was made."""
+    distances = None
+    if entry["distances"] is not None:
+        from modelfuse.kernels.distances import SpanDistances
+
+        distances = SpanDistances(first, *map(np.array, entry["distances"]))
+    bad = np.array(entry["nonfinite"], np.int64)
+    return Walked(None, bad, bytes.fromhex(entry["digests"]), distances, entry["facts"])
 
 
 def bytes_of(tensor: OutputTensor, count: int) -> int:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from modelfuse.checkpoints import CONFIG_FILE, StoredTensor
+from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.files import SourceFile, read_bytes
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.checkpoints.writer import OutputFolder
@@ -22,7 +19,6 @@ from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.kernels.choice import choose
 from modelfuse.memory import SPAN
 from modelfuse.methods import Method
-from modelfuse.nonfinite import nonfinite
 from modelfuse.places import check_room
 from modelfuse.plan import Action, OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
@@ -30,11 +26,9 @@ from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
 from modelfuse.suspicious import Suspicious, find_suspicious
 from modelfuse.unequal import describe_copies, describe_twins
+from modelfuse.walking import Room, Task, Walker
 
 Progress = Callable[[int], None]
-Counts = np.ndarray[Any, np.dtype[np.int64]]
-#: Rows of a slice start at multiples of a cache line.
-ROW_ALIGNMENT = 64
 #: What is taken from one input is multiplied by one.
 TAKE = Method("linear", None, (1.0,))
 
@@ -62,16 +56,6 @@ class Result:
     seconds: float
     bytes_kept: int = 0
     suspicious: tuple[Suspicious, ...] = ()
-
-
-@dataclass(eq=False)
-class Task:
-    """What a worker needs to know of a job: the tensors to read, and where the result goes, if anywhere."""
-
-    sources: tuple[StoredTensor, ...]
-    models: tuple[Path, ...]
-    outcome: Outcome | None = None
-    strict: bool = True
 
 
 class Sink(Protocol):
@@ -103,16 +87,9 @@ class Run:
     strange: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        slices = self.plan.slice_elements
-        pairs = [(pair.one, pair.other) for pair in self.plan.twins if pair.one.size]
-        everything = [*(tensor.sources for tensor in self.plan.tensors), *pairs]
-        room = max(_row_bytes(sources, slices) * len(sources) for sources in everything)
-        column = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in self.plan.tensors)
         self._kernel = choose(self.plan.device)
-        self._raws = [self._kernel.buffer((room,)) for _ in range(self.plan.workers)]
-        self._outs = [self._kernel.buffer((column,)) for _ in range(self.plan.workers)]
-        #: What each worker's buffers hold: a tensor of one slice is read once, however many passes walk it.
-        self._held: list[tuple[Task, int] | None] = [None] * self.plan.workers
+        room = Room.of(self.plan)
+        self._walkers = [Walker(self._kernel, room, self._is_stopping) for _ in range(self.plan.workers)]
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
         self.finished = Finished(self.plan)
 
@@ -168,7 +145,7 @@ class Run:
             if work.has_base:
                 from modelfuse.kernels.distances import measured
 
-                procedure = measured(procedure, work, self.outcomes[tensor.name].spans())
+                procedure = measured(procedure, work)
             yield self._job(tensor, procedure)
 
     def _unfinished(self, *actions: Action) -> Iterator[OutputTensor]:
@@ -180,79 +157,27 @@ class Run:
     def _job(self, tensor: OutputTensor, procedure: Procedure) -> Job[Pass]:
         strict = tensor.action != "copy" and self.plan.recipe.on_nonfinite == "error"
         paths = tuple(model.path for model in self.plan.inputs_of(tensor))
-        outcome = self.outcomes[tensor.name]
-        return Job(Task(tensor.sources, paths, outcome, strict), outcome.follow(procedure), tensor.size)
+        task = Task(tensor.sources, paths, tensor, strict)
+        return Job(task, self.outcomes[tensor.name].follow(procedure), tensor.size)
+
+    def _is_stopping(self) -> bool:
+        return self._scheduler.stopping
 
     def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
-        """One span: read each slice of every source, let the pass work on it, write what it made."""
-        state, out = pass_.start(), self._outs[worker]
-        outcome = task.outcome if pass_.writes else None
-        if outcome is not None and self.finished.has(outcome.tensor.name, first, count):
-            return pass_.finish(state)  # Only spans that the procedure need know nothing of are kept.
-        for start, length, raws in self._slices(worker, task, first, count):
-            if self._scheduler.stopping:
-                return None
-            pass_.apply(state, start, length, raws, out)
-            if task.strict and task.outcome is not None and state.bad.any():
-                raise nonfinite(task.outcome.tensor, task.models, self._count_bad(worker, task, pass_))
-            if outcome is not None:
-                self._write(outcome, start, length, out)
-        found = pass_.finish(state)
-        if outcome is not None:
-            self._keep(outcome, first, count, state.bad, found)
-        return found
+        """One span; nothing is found in one that an earlier run has written."""
+        tensor = task.tensor if pass_.writes else None
+        if tensor is not None and self.finished.has(tensor.name, first, count):
+            return None
+        walked = self._walkers[worker].walk(task, pass_, first, count, self._write)
+        if tensor is not None:
+            self.outcomes[tensor.name].take(first, walked)
+            if not walked.found:
+                self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(tensor, first, count, walked))
+        return walked.found
 
-    def _slices(self, worker: int, task: Task, first: int, count: int) -> Iterator[tuple[int, int, Bytes]]:
-        """The slices of a span: first element, number of elements, and the bytes of every source.
-
-        They are read into the worker's buffers, unless these hold them already.
-        """
-        width = _row_bytes(task.sources, self.plan.slice_elements)
-        raws = self._raws[worker][: width * len(task.sources)].reshape(-1, width)
-        with ExitStack() as files:
-            readers = [files.enter_context(source.open()) for source in task.sources]
-            for start in range(first, first + count, self.plan.slice_elements):
-                length = min(self.plan.slice_elements, first + count - start)
-                if self._held[worker] != (task, start):
-                    self._held[worker] = None
-                    for reader, source, raw in zip(readers, task.sources, raws, strict=True):
-                        reader(start, raw[: source.dtype.nbytes(length)].data)
-                    self._held[worker] = task, start
-                yield start, length, raws
-
-    def _count_bad(self, worker: int, task: Task, pass_: Pass) -> Counts:
-        """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
-        size, bad = task.sources[0].size, []
-        for first in range(0, size, SPAN):
-            state = pass_.start()
-            for start, length, raws in self._slices(worker, task, first, min(SPAN, size - first)):
-                pass_.apply(state, start, length, raws, self._outs[worker])
-            bad.append(state.bad.copy())
-            pass_.finish(state)
-        counts: Counts = np.sum(bad, axis=0)
-        return counts
-
-    def _write(self, outcome: Outcome, start: int, length: int, out: Bytes) -> None:
-        tensor = outcome.tensor
-        data = out[: tensor.dtype.nbytes(length)]
-        offset = tensor.dtype.nbytes(start)
-        outcome.adding.update(offset, data)
-        self._folder.write(tensor.file, tensor.offset + offset, data.data)
-        self.progress(bytes_of(tensor, length))
-
-    def _keep(self, outcome: Outcome, first: int, count: int, bad: Counts, found: Any) -> None:
-        tensor = outcome.tensor
-        outcome.count(bad)
-        for source in tensor.sources:
-            outcome.learn(source.facts)
-        if not found:
-            self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(outcome, first, count, bad))
-
-
-def _row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
-    """The bytes of a slice of any of a tensor's sources, up to a multiple of the widest element's."""
-    elements = min(slice_elements, max(source.size for source in sources))
-    return -(-elements * max(source.dtype.bytes for source in sources) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    def _write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
+        self._folder.write(tensor.file, tensor.offset + tensor.dtype.nbytes(start), data.data)
+        self.progress(bytes_of(tensor, data.size // tensor.dtype.bytes))
 
 
 def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:

@@ -19,7 +19,7 @@ from modelfuse import run as running
 from modelfuse.checkpoints import keeper, writer
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.journal import Journal
-from modelfuse.report import Outcome
+from modelfuse.plan import OutputTensor
 
 Command = Callable[..., Said]
 Words = list[object]
@@ -81,11 +81,11 @@ class Written:
         self.end_after = 0
         write = running.Run._write
 
-        def noted(run: running.Run, outcome: Outcome, start: int, *rest: Any) -> None:
+        def noted(run: running.Run, tensor: OutputTensor, start: int, *rest: Any) -> None:
             if self.end_after and len(self.slices) == self.end_after:
                 raise KeyboardInterrupt
-            self.slices.append((outcome.tensor.name, start))
-            write(run, outcome, start, *rest)
+            self.slices.append((tensor.name, start))
+            write(run, tensor, start, *rest)
 
         monkeypatch.setattr(running.Run, "_write", noted)
 

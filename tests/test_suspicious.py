@@ -15,7 +15,7 @@ from driving import bfloat16, drive, work_on
 import modelfuse as package
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.kernels import distances as module
-from modelfuse.kernels.distances import BLOCK, Distance, SpanDistances, distances, measured, stride_of
+from modelfuse.kernels.distances import BLOCK, Distance, distances, measured, stride_of
 from modelfuse.kernels.passes import merge_procedure
 from modelfuse.methods import Method
 
@@ -29,9 +29,9 @@ def measure(
     """The distances that merging finds; the base comes last."""
     work = work_on(stored, dtypes, method, True, BF16)
     object.__setattr__(work, "deltas", deltas)
-    found: list[SpanDistances] = []
-    drive(work, stored, procedure=measured(merge_procedure(work), work, found), **how)
-    return distances(found)
+    passes: list[Any] = []
+    drive(work, stored, procedure=measured(merge_procedure(work), work), passes=passes, **how)
+    return distances([each.distances for each in passes[-1][1]])
 
 
 def definition(models: list[np.ndarray], base: np.ndarray) -> list[float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -89,6 +89,18 @@ class Pass(Protocol):
 
     def finish(self, state: Any) -> Any:
         """End a span: what the procedure is to be sent."""
+
+
+class Measured(NamedTuple):
+    """What a pass finds that was wrapped in one that measures.
+
+    Attributes:
+        found: What the pass itself has found.
+        distances: What was measured in passing.
+    """
+
+    found: Any
+    distances: Any
 
 
 Procedure = Generator[Pass, list[Any], None]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Pass, Procedure, SpanState, Work, cpu
+from modelfuse.kernels import Bytes, Measured, Pass, Procedure, SpanState, Work, cpu
 from modelfuse.kernels.loading import compile_kernel
 from modelfuse.kernels.passes import RAW_CODES
 
@@ -55,19 +55,20 @@ class SpanDistances:
     squares: Array
 
 
-def measured(procedure: Procedure, work: Work, found: list[SpanDistances]) -> Procedure:
-    """The same procedure, whose last pass tells how far the models are from the base.
+def measured(procedure: Procedure, work: Work) -> Procedure:
+    """The same procedure, whose last pass tells beside all else how far the models are from the base.
+
+    What a span of that pass finds is a :class:`Measured`; whoever walks it takes the distances out of it.
 
     Args:
         procedure: Merges a tensor.
         work: What it does; there is a base.
-        found: What its spans say is added here, in any order.
     """
     pass_ = next(procedure)
     while True:
-        results = yield MeasuredPass(pass_, work, found) if pass_.writes else pass_
+        found = yield MeasuredPass(pass_, work) if pass_.writes else pass_
         try:
-            pass_ = procedure.send(results)
+            pass_ = procedure.send(found)
         except StopIteration:
             return
 
@@ -91,8 +92,8 @@ class MeasuredState:
 class MeasuredPass:
     """A pass that also looks at the slices that it is given; those of a span come in order."""
 
-    def __init__(self, inner: Pass, work: Work, found: list[SpanDistances]) -> None:
-        self._inner, self._found = inner, found
+    def __init__(self, inner: Pass, work: Work) -> None:
+        self._inner = inner
         self._layout = (
             np.array([RAW_CODES[source.name] for source in work.sources], np.int64),
             np.array([source.bytes for source in work.sources], np.int64),
@@ -117,11 +118,11 @@ class MeasuredPass:
         measure(raws, *self._layout, first, count, state.rows, state.differs, state.squares)
         self._inner.apply(state.inner, first, count, raws, out)
 
-    def finish(self, state: MeasuredState) -> Any:
+    def finish(self, state: MeasuredState) -> Measured:
         """End a span."""
-        if state.first is not None:  # Otherwise an earlier run has done it.
-            self._found.append(SpanDistances(state.first, state.differs, state.squares))
-        return self._inner.finish(state.inner)
+        assert state.first is not None
+        distances = SpanDistances(state.first, state.differs, state.squares)
+        return Measured(self._inner.finish(state.inner), distances)
 
 
 class Distance(NamedTuple):

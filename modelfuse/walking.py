@@ -1,0 +1,148 @@
+"""One worker: spans of tensors are read, worked on and given away, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checksums import Checksum
+from modelfuse.kernels import Bytes, Measured, Pass
+from modelfuse.kernels.choice import Kernel
+from modelfuse.memory import SPAN
+from modelfuse.nonfinite import nonfinite
+from modelfuse.plan import OutputTensor, Plan
+from modelfuse.report import Counts, Walked
+
+#: Rows of a slice start at multiples of a cache line.
+ROW_ALIGNMENT = 64
+#: Takes a tensor's bytes from an element on.
+Write = Callable[[OutputTensor, int, Bytes], None]
+
+
+@dataclass(eq=False)
+class Task:
+    """What a worker needs to know of a job.
+
+    Attributes:
+        sources: The tensors to read.
+        models: The inputs that they are in.
+        tensor: The one to make of them; None if they are only compared.
+        strict: Whether values that are not finite end the merge.
+    """
+
+    sources: tuple[StoredTensor, ...]
+    models: tuple[Path, ...]
+    tensor: OutputTensor | None = None
+    strict: bool = False
+
+
+class Room(NamedTuple):
+    """What a worker needs room for.
+
+    Attributes:
+        slice_elements: Elements to hold at a time.
+        rows: Bytes of the largest slice of all sources.
+        out: Bytes of the largest slice of the result.
+    """
+
+    slice_elements: int
+    rows: int
+    out: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Room:
+        """What the tensors of a plan need."""
+        slices = plan.slice_elements
+        pairs = [(pair.one, pair.other) for pair in plan.twins if pair.one.size]
+        everything = [*(tensor.sources for tensor in plan.tensors), *pairs]
+        rows = max(_row_bytes(sources, slices) * len(sources) for sources in everything)
+        return cls(slices, rows, max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in plan.tensors))
+
+
+class Stopped(Exception):
+    """Raised in a worker that is not to go on, because another one has failed."""
+
+
+class Walker:
+    """A worker's buffers, and what it does to a span.
+
+    Args:
+        kernel: What merges.
+        room: What the buffers are to hold.
+        stopping: Whether to give up; asked before every slice.
+    """
+
+    def __init__(self, kernel: Kernel, room: Room, stopping: Callable[[], bool] = lambda: False) -> None:
+        self._slice_elements, self._stopping = room.slice_elements, stopping
+        self._raws, self._out = kernel.buffer((room.rows,)), kernel.buffer((room.out,))
+        #: What the buffers hold: a tensor of one slice is read once, however many passes walk it.
+        self._held: tuple[Task, int] | None = None
+
+    def walk(self, task: Task, pass_: Pass, first: int, count: int, write: Write) -> Walked:
+        """Read each slice of every source, let the pass work on it, give away what it made.
+
+        Raises:
+            CheckpointError: If an input cannot be read, or holds values that are not finite.
+            Stopped: If it was told to give up.
+        """
+        state, tensor = pass_.start(), task.tensor if pass_.writes else None
+        checksum = Checksum(tensor.dtype.nbytes(count)) if tensor is not None else None
+        for start, length in self._slices(task, first, count):
+            pass_.apply(state, start, length, self._rows(task), self._out)
+            if task.strict and task.tensor is not None and state.bad.any():
+                raise nonfinite(task.tensor, task.models, self._count_bad(task, pass_))
+            if tensor is not None and checksum is not None:
+                data = self._out[: tensor.dtype.nbytes(length)]
+                checksum.update(tensor.dtype.nbytes(start - first), data)
+                write(tensor, start, data)
+        found, distances = pass_.finish(state), None
+        if isinstance(found, Measured):
+            found, distances = found
+        if checksum is None:
+            return Walked(found)
+        facts = {key: value for source in task.sources for key, value in source.facts.items()}
+        return Walked(found, state.bad, checksum.digests, distances, facts)
+
+    def _slices(self, task: Task, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """The slices of a span, first element and number of elements, each while its bytes are in the buffers."""
+        with ExitStack() as files:
+            readers = [files.enter_context(source.open()) for source in task.sources]
+            for start in range(first, first + count, self._slice_elements):
+                if self._stopping():
+                    raise Stopped
+                length = min(self._slice_elements, first + count - start)
+                if self._held != (task, start):
+                    self._held = None
+                    for reader, source, raw in zip(readers, task.sources, self._rows(task), strict=True):
+                        reader(start, raw[: source.dtype.nbytes(length)].data)
+                    self._held = task, start
+                yield start, length
+
+    def _rows(self, task: Task) -> Bytes:
+        """The buffer as the rows of a task's sources."""
+        width = _row_bytes(task.sources, self._slice_elements)
+        return self._raws[: width * len(task.sources)].reshape(-1, width)
+
+    def _count_bad(self, task: Task, pass_: Pass) -> Counts:
+        """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
+        size, bad = task.sources[0].size, []
+        for first in range(0, size, SPAN):
+            state = pass_.start()
+            for start, length in self._slices(task, first, min(SPAN, size - first)):
+                pass_.apply(state, start, length, self._rows(task), self._out)
+            bad.append(state.bad.copy())
+            pass_.finish(state)
+        counts: Counts = np.sum(bad, axis=0)
+        return counts
+
+
+def _row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
+    """The bytes of a slice of any of a tensor's sources, up to a multiple of the widest element's."""
+    elements = min(slice_elements, max(source.size for source in sources))
+    return -(-elements * max(source.dtype.bytes for source in sources) // ROW_ALIGNMENT) * ROW_ALIGNMENT
