@@ -23,7 +23,8 @@ Pair = tuple[Path, Path]
 
 #: Runs the command line, but says that it has come to a moment and waits there until it is killed.
 STOP_AT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background begins with it ignored.
 from modelfuse.checkpoints import writer
 from modelfuse.cli import main
 
