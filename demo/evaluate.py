@@ -62,12 +62,13 @@ class Exam:
 
     Args:
         tokenizer: The models' tokenizer.
-        windows: How many windows of each domain, spread over its text.
-        pairs: How many preference pairs.
+        windows: How many windows of each domain, spread over its half of the text.
+        pairs: How many preference pairs; none: no preference is told.
+        tuning: Whether to take the first half of every text, for choosing settings; models are judged on the second.
     """
 
-    def __init__(self, tokenizer: Tokenizer, windows: int, pairs: int) -> None:
-        self.passages = {domain: self._passage(tokenizer, domain, windows) for domain in DOMAINS}
+    def __init__(self, tokenizer: Tokenizer, windows: int, pairs: int, tuning: bool = False) -> None:
+        self.passages = {domain: self._passage(tokenizer, domain, windows, tuning) for domain in DOMAINS}
         self.pairs = self._pairs(tokenizer, pairs)
 
     def score(self, model: Llama) -> Score:
@@ -78,15 +79,18 @@ class Exam:
             losses[domain] = math.exp(-chances[passage.counted].mean())
             if domain == "arithmetic":
                 sums = float(np.mean([right[row, start:end].all() for row, start, end in passage.answers]))
-        chances, _ = _read(model, self.pairs.numbers)
-        totals = np.where(self.pairs.counted, chances, 0).sum(1)
-        chosen, rejected = totals[0::2], totals[1::2]
-        return Score(**losses, sums=sums, preference=float((chosen > rejected).mean()))
+        preference = math.nan
+        if len(self.pairs.numbers):
+            chances, _ = _read(model, self.pairs.numbers)
+            totals = np.where(self.pairs.counted, chances, 0).sum(1)
+            preference = float((totals[0::2] > totals[1::2]).mean())
+        return Score(**losses, sums=sums, preference=preference)
 
     @staticmethod
-    def _passage(tokenizer: Tokenizer, domain: str, windows: int) -> Passage:
+    def _passage(tokenizer: Tokenizer, domain: str, windows: int, tuning: bool) -> Passage:
         numbers = np.array(tokenizer.encode((HELD_OUT / f"{domain}.txt").read_text(encoding="utf-8")), np.int64)
         whole = numbers[: len(numbers) // WINDOW * WINDOW].reshape(-1, WINDOW)
+        whole = whole[: len(whole) // 2] if tuning else whole[len(whole) // 2 :]
         picked = whole[np.linspace(0, len(whole) - 1, min(windows, len(whole))).round().astype(int)]
         if domain != "arithmetic":
             return Passage(picked, np.ones((len(picked), WINDOW - 1), np.bool_))

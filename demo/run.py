@@ -33,21 +33,21 @@ WORKERS = 2
 _exam: Exam
 
 
-def _prepare(windows: int, pairs: int) -> None:
+def _prepare(windows: int, pairs: int, tuning: bool) -> None:
     global _exam
-    _exam = Exam(Tokenizer(SHIPPED / "base" / "tokenizer.json"), windows, pairs)
+    _exam = Exam(Tokenizer(SHIPPED / "base" / "tokenizer.json"), windows, pairs, tuning)
 
 
 def _judge(folder: Path) -> Score:
     return _exam.score(Llama(folder))
 
 
-def judge(folders: dict[str, Path], size: tuple[int, int]) -> dict[str, Score]:
+def judge(folders: dict[str, Path], size: tuple[int, int], tuning: bool = False) -> dict[str, Score]:
     """The marks of models, several judged at a time."""
     # numpy's matrix products would otherwise start threads of their own in every worker.
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context, _prepare, size) as pool:
+    with ProcessPoolExecutor(WORKERS, context, _prepare, (*size, tuning)) as pool:
         scores = track(pool.map(_judge, folders.values()), "Judging", total=len(folders), transient=True)
         return dict(zip(folders, scores, strict=True))
 

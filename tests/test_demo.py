@@ -12,6 +12,7 @@ from demo import evaluate, recipes
 from demo.llama import Llama, log_probabilities, read_safetensors
 from demo.run import SHIPPED, merge_all
 from demo.tokenizer import END, Tokenizer
+from demo.tune import kept
 
 DEMO = Path(evaluate.__file__).parent
 TEXTS = ("code", "prose", "arithmetic")
@@ -116,6 +117,26 @@ def test_a_merge_is_better_over_all_than_any_expert(
     merge_all([merge for merge in recipes.DOMAIN_MERGES if merge.name == name], folders, tmp_path)
     merged = exam.score(Llama(folders[name]))
     assert merged.average < min(score.average for score in scores.values())
+
+
+def test_settings_are_not_chosen_on_what_is_judged(tokenizer: Tokenizer) -> None:
+    """No window of the texts is in both halves."""
+    halves = [evaluate.Exam(tokenizer, 10_000, 1, tuning=tuning).passages for tuning in (True, False)]
+    for domain in TEXTS:
+        tuned, judged = ({row.tobytes() for row in half[domain].numbers} for half in halves)
+        assert tuned
+        assert judged
+        assert not tuned & judged
+
+
+def test_a_merge_keeps_shares_of_what_experts_gained() -> None:
+    def score(*marks: float) -> evaluate.Score:
+        return evaluate.Score(*marks, sums=0.0, preference=0.0)
+
+    marks = {"base": score(16.0, 4.0, 9.0), "code": score(4.0, 9.0, 9.0), "prose": score(16.0, 2.0, 9.0)}
+    marks["arithmetic"] = score(16.0, 4.0, 1.0)
+    # Half of the way in nats, all of it, and a step back of as much.
+    assert kept(score(8.0, 2.0, 81.0), marks) == pytest.approx({"code": 0.5, "prose": 1.0, "arithmetic": -1.0})
 
 
 def test_the_results_written_down_are_those_of_the_recipes() -> None:
