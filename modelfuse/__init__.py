@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelfuse.errors import (
     CheckpointError,
+    HubError,
     MismatchError,
     MissingExtraError,
     ModelfuseError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "HubError",
     "MismatchError",
     "MissingExtraError",
     "ModelfuseError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelfuse.hub import fetch, headers
 from modelfuse.places import check_room
 from modelfuse.plan import Plan, make_plan
 from modelfuse.recipe import Recipe
@@ -21,7 +22,8 @@ def merge(*, progress: Progress | None = None, **settings: Any) -> Result:
     Result(output_path=PosixPath('/…/c'), merged=291, copied=0, …)
 
     Args:
-        progress: Called with a number of bytes whenever so many more are done; from worker threads.
+        progress: Called with a number of bytes whenever so many more are done; from worker threads. Models that are
+            named as on a hub are fetched before, with the progress bars of huggingface_hub.
         **settings: The settings of :class:`modelfuse.Recipe`, by the names of the command line.
 
     Returns:
@@ -33,7 +35,7 @@ def merge(*, progress: Progress | None = None, **settings: Any) -> Result:
     """
     from modelfuse.run import run_plan
 
-    return run_plan(make_plan(Recipe.parse(settings)), progress)
+    return run_plan(make_plan(fetch(Recipe.parse(settings))), progress)
 
 
 def check(**settings: Any) -> Plan:
@@ -48,7 +50,8 @@ def check(**settings: Any) -> Plan:
     Raises:
         ModelfuseError: As :func:`merge` would, before any work.
     """
-    plan = make_plan(Recipe.parse(settings))
+    with headers(Recipe.parse(settings)) as recipe:
+        plan = make_plan(recipe)
     check_room(plan.recipe.output_path, plan.room)
     return plan
 

@@ -127,14 +127,16 @@ def _run(words: list[str]) -> int:
         return 0
     settings, quiet = parse(words)
     recipe = Recipe.parse(settings)
-    return _check(recipe) if command == "check" else _merge(recipe, quiet)
+    return _check(recipe, quiet) if command == "check" else _merge(recipe, quiet)
 
 
-def _check(recipe: Recipe) -> int:
+def _check(recipe: Recipe, quiet: bool) -> int:
     from modelfuse import show
+    from modelfuse.hub import headers
     from modelfuse.places import check_room
 
-    plan = _plan(recipe)
+    with headers(recipe, show.watch(quiet)) as at_hand:
+        plan = _plan(at_hand)
     show.plan(plan)
     check_room(plan.recipe.output_path, plan.room)
     show.no_problems()
@@ -156,7 +158,9 @@ def _merge(recipe: Recipe, quiet: bool) -> int:
 
     if recipe.output_path is None:
         raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
-    plan = _plan(recipe)
+    from modelfuse.hub import fetch
+
+    plan = _plan(fetch(recipe, show.watch(quiet)))
     from modelfuse.run import run_plan
 
     with show.progress(plan, quiet) as advance:

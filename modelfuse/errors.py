@@ -5,6 +5,7 @@
     ModelfuseError            anything that modelfuse refuses or gives up on
     ├── RecipeError           a setting is unknown, out of range or contradicts another
     ├── CheckpointError       an input file is missing, malformed, or holds values that cannot be merged
+    │   └── HubError          a model cannot be fetched from the hub
     ├── MismatchError         each input is sound, but they do not fit together
     ├── OutputError           the output cannot be written where it was asked for
     └── MissingExtraError     the request needs a library that is not installed
@@ -39,6 +40,10 @@ class RecipeError(ModelfuseError):
 
 class CheckpointError(ModelfuseError):
     """Raised while an input is opened or read."""
+
+
+class HubError(CheckpointError):
+    """Raised where a model is not on the hub, may not be fetched, or finds no room; or the hub cannot be reached."""
 
 
 class MismatchError(ModelfuseError):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modelfuse.checkpoints.writer import bytes_left
 from modelfuse.errors import OutputError
+from modelfuse.hub_names import HubName
 from modelfuse.recipe import Recipe
 
 
@@ -21,7 +22,10 @@ def check_places(recipe: Recipe) -> None:
     if output is None:
         return
     place = Path(os.path.realpath(output))
-    for path in recipe.input_paths:
+    for each in recipe.inputs:
+        path = each.folder if isinstance(each, HubName) else each
+        if path is None:
+            continue
         other = Path(os.path.realpath(path))
         if place in (other, *other.parents) or other in place.parents:
             raise OutputError(

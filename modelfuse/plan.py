@@ -200,7 +200,7 @@ def _chosen_source(recipe: Recipe) -> int | None:
     if recipe.unmerged_from is None:
         return None
     try:
-        return recipe.input_paths.index(recipe.unmerged_from)
+        return recipe.inputs.index(recipe.unmerged_from)
     except ValueError:
         raise RecipeError(
             f"unmerged_from is {recipe.unmerged_from}, which is none of the models", "Name one of the models' paths."

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
+from modelfuse.hub_names import HubName
 from modelfuse.methods import MERGE_METHODS, Method
 from modelfuse.recipe_checks import (
     check_adapter_output,
@@ -31,11 +29,9 @@ from modelfuse.recipe_checks import (
     check_pruning,
     check_weights,
     explain,
-    is_path,
 )
+from modelfuse.recipe_values import AbsolutePath, Bytes, Endpoint, Finite, Input, Weight
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
 INFORMATION = ("modelfuse_version",)
 #: The layout of the formats that an output can have.
@@ -44,33 +40,6 @@ LAYOUTS: Mapping[str, Literal["hf", "paddle"]] = {"hf": "hf", "paddle": "paddle"
 ANOTHER_WAY = ("model_path_str", "lora_model_path")
 #: Other names of a setting.
 SYNONYMS = {"model_prefix": "merge_prefix"}
-
-
-def parse_bytes(value: object) -> object:
-    """A size such as ``5GB``, ``300 MB`` or ``1.5GiB`` in bytes; 1 MB is 10⁶ bytes.
-
-    >>> parse_bytes("1.5GB")
-    1500000000
-    """
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
-    if match is None or match[2] not in UNITS:
-        raise ValueError("give a size such as 500MB or 5GB")
-    return int(Decimal(match[1]) * UNITS[match[2]])
-
-
-def _absolute(value: object) -> object:
-    if isinstance(value, str) and not is_path(value):
-        raise ValueError("this is no path")
-    return Path(os.path.abspath(value)) if isinstance(value, str | Path) else value
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0, lt=2**63)]
-AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-#: Most tensors are merged in float32, so their weights have its range.
-Weight = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
 
 
 class Recipe(BaseModel):
@@ -82,10 +51,10 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    model_path_list: tuple[AbsolutePath, ...] = Field(
-        description="The models to merge: folders or weight files, adapters among them."
+    model_path_list: tuple[Input, ...] = Field(
+        description="The models to merge: folders, weight files or hub names, adapters among them."
     )
-    base_model_path: AbsolutePath | None = Field(
+    base_model_path: Input | None = Field(
         None, description="The model they were fine-tuned from: methods then act on the differences to it."
     )
     output_path: AbsolutePath | None = Field(None, description="The folder to create.")
@@ -145,8 +114,11 @@ class Recipe(BaseModel):
     )
     overwrite: bool = Field(False, description="Replace an existing output.")
     on_nonfinite: Literal["error", "propagate"] = Field("error", description="What NaN and infinities do.")
-    unmerged_from: AbsolutePath | None = Field(
+    unmerged_from: Input | None = Field(
         None, description="The model to take tensors from that cannot be merged (integers) where they differ."
+    )
+    hub_endpoint: Endpoint | None = Field(
+        None, description="Where hub names are looked up, such as a mirror (default: HF_ENDPOINT, else huggingface.co)."
     )
     copy_file_list: tuple[str, ...] = Field((), description="More files to copy beside the usual ones.")
     split_pieces: int = Field(8, ge=1, description="Accepted; slices are always small.")
@@ -162,7 +134,7 @@ class Recipe(BaseModel):
         if sparsify_type == "magprune":
             check_pruning(self.reserve_p, self.epsilon)
         check_copied(self.copy_file_list)
-        check_input_layout(len(self.input_paths), self.input_layout, self.convert_from_hf)
+        check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
         check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
         check_adapter_output(self.output_format, self.lora_rank, self.base_model_path is not None)
         return self
@@ -180,9 +152,39 @@ class Recipe(BaseModel):
             raise RecipeError(explain(error.errors()), "`modelfuse merge --help` lists every setting.") from None
 
     @property
-    def input_paths(self) -> tuple[Path, ...]:
+    def inputs(self) -> tuple[Path | HubName, ...]:
         """The models in order, then the base if there is one."""
         return self.model_path_list if self.base_model_path is None else (*self.model_path_list, self.base_model_path)
+
+    @property
+    def hub_names(self) -> tuple[HubName, ...]:
+        """Those that are hub names, each once."""
+        return tuple(dict.fromkeys(each for each in self.inputs if isinstance(each, HubName)))
+
+    @property
+    def input_paths(self) -> tuple[Path, ...]:
+        """Where the inputs are, once all are at hand."""
+        paths = tuple(each.folder if isinstance(each, HubName) else each for each in self.inputs)
+        if missing := [str(each) for each, path in zip(self.inputs, paths, strict=True) if path is None]:
+            raise ValueError(f"{', '.join(missing)}: not fetched yet")
+        return tuple(path for path in paths if path is not None)
+
+    @property
+    def model_paths(self) -> tuple[Path, ...]:
+        """Where the models are, without the base."""
+        return self.input_paths[: len(self.model_path_list)]
+
+    @property
+    def base_path(self) -> Path | None:
+        """Where the base is, if there is one."""
+        return None if self.base_model_path is None else self.input_paths[-1]
+
+    def at_hand(self, found: Mapping[object, HubName]) -> Recipe:
+        """The same with what hub names have become: a commit, and a folder."""
+        update: dict[str, object] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
+        for name in ("base_model_path", "unmerged_from"):
+            update[name] = found.get(getattr(self, name), getattr(self, name))
+        return self.model_copy(update=update)
 
     @property
     def steps(self) -> tuple[str | None, str]:

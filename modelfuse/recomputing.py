@@ -26,29 +26,37 @@ SAMPLE_BYTES = 256_000_000
 SAMPLE_LEAST = 4
 
 
-def absent_inputs(report: Report) -> list[str]:
+def absent_inputs(report: Report, recipe: Recipe | None) -> list[str]:
     """What is not at hand of the inputs as they were merged: paths, and why not."""
     absent = []
-    for model in report.inputs:
-        if not os.path.exists(model.path):
+    for model, path in _places(report, recipe):
+        if not os.path.exists(path):
             absent.append(f"{model.path} is missing")
             continue
-        for path, size, _ in _files(model):
-            if not os.path.isfile(path):
-                absent.append(f"{path} is missing")
-            elif path.stat().st_size != size:
-                absent.append(f"{path} was changed: it has {path.stat().st_size:,} bytes, {size:,} when it was merged")
+        for file, size, _ in _files(model, path):
+            if not os.path.isfile(file):
+                absent.append(f"{file} is missing")
+            elif file.stat().st_size != size:
+                absent.append(f"{file} was changed: it has {file.stat().st_size:,} bytes, {size:,} when it was merged")
     return absent
 
 
 def modified_inputs(report: Report) -> list[str]:
     """Files that were written again since the merge, though their sizes are the same: perhaps other weights."""
-    files = (file for model in report.inputs for file in _files(model))
+    # What comes from a hub has the time when it was fetched.
+    places = ((model, path) for model, path in _places(report, None) if os.path.exists(path))
+    files = (file for model, path in places for file in _files(model, path))
     return [str(path) for path, _, modified in files if path.stat().st_mtime_ns != modified]
 
 
-def _files(model: ReportedInput) -> Iterator[tuple[Path, int, int]]:
-    path = Path(model.path)
+def _places(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, Path]]:
+    """Every input, and where it is now."""
+    known = {} if recipe is None else dict(zip(map(str, recipe.inputs), recipe.input_paths, strict=True))
+    for model in report.inputs:
+        yield model, known.get(model.path, Path(model.path))
+
+
+def _files(model: ReportedInput, path: Path) -> Iterator[tuple[Path, int, int]]:
     folder = path if os.path.isdir(path) else path.parent
     for name, file in model.files.items():
         yield folder / name, file.size, file.modified_ns

@@ -153,7 +153,7 @@ def _sealed(parts: Iterator[bytes]) -> Iterator[bytes]:
 def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
     files = {file.path.name: file for file in model.files}
     entry: dict[str, object] = {
-        "path": str(model.path),
+        "path": str(plan.recipe.inputs[number]),
         "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",
         "format": model.kind,
         "layout": model.layout,

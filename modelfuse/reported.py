@@ -181,15 +181,13 @@ def read_recipe(folder: Path, report: Report) -> tuple[Recipe | None, list[Probl
     except RecipeError as error:
         message = f"{CONFIG_NAME} is not a recipe: {error.message}"
         return None, [Problem("recipe", message, file=CONFIG_NAME)]
-    bases = [recipe.base_model_path] if recipe.base_model_path is not None else []
-    paths = [str(path) for path in (*recipe.model_path_list, *bases)]
     method, said = recipe.method, report.method
     pairs: list[tuple[str, object, object]] = [
         ("merge_type", method.merge_type, said.merge_type),
         ("sparsify_type", method.sparsify_type, said.sparsify_type),
         ("the weights", list(recipe.weights), said.effective_weights),
         ("the seed", method.seed, said.seed),
-        ("the inputs", paths, [each.path for each in report.inputs]),
+        ("the inputs", [str(each) for each in recipe.inputs], [each.path for each in report.inputs]),
     ]
     return recipe, [
         Problem("recipe", f"{name}: {CONFIG_NAME} says {one}, {REPORT_NAME} {other}", file=CONFIG_NAME)

@@ -15,7 +15,8 @@ from modelfuse.report import Outcome, Walked
 from modelfuse.version import __version__
 
 #: Settings that never change a byte of the weights. Whatever is not here does, for all that is known.
-IMMATERIAL = ("output_path", "overwrite", "n_process", "memory", "split_pieces", "max_tensor_mem", "copy_file_list")
+IMMATERIAL = ("output_path", "overwrite", "n_process", "memory", "split_pieces", "max_tensor_mem", "copy_file_list",
+              "hub_endpoint")  # fmt: skip
 
 
 def facts_of(plan: Plan) -> dict[str, object]:

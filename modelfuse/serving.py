@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from modelfuse.checkpoints import Checkpoint
@@ -23,6 +24,7 @@ MADE = re.compile(
     r"(model|master_weights|pytorch_model|model_state)(-\d+-of-\d+)?\.(safetensors|bin|pdparams)(\.index\.json)?"
     r"|merge_(config|report)\.json"
 )
+TEMPLATES = "additional_chat_templates"
 #: Larger files are no configuration; tokenizers stay well below.
 LARGEST = 200_000_000
 
@@ -44,9 +46,8 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
         RecipeError: If it is one that the merge itself makes.
     """
     folder = lead.path if lead.path.is_dir() else lead.path.parent
-    usual = [path.name for path in sorted(folder.iterdir()) if path.is_file() and _is_usual(path)]
-    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    usual += [str(path.relative_to(folder)) for path in templates]
+    here = [*sorted(folder.iterdir()), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+    usual = usual_files({str(path.relative_to(folder)): path.stat().st_size for path in here if path.is_file()})
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
     _refuse_links_outside(folder, set(usual) - set(named))
     for name in named:
@@ -65,7 +66,9 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
 def _refuse_links_outside(folder: Path, names: Iterable[str]) -> None:
     """A checkpoint may come from anybody, and its output go to everybody: it is not to say which files go with it."""
     home = folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    homes = [home]
+    if home.parent.name == "snapshots":  # The hub's cache keeps what is in them beside, or for all models together.
+        homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
     for name in sorted(names):
         target = (folder / name).resolve()
         if not any(each in target.parents for each in homes):
@@ -75,10 +78,12 @@ def _refuse_links_outside(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def _is_usual(path: Path) -> bool:
-    return (
-        not path.name.startswith(".")
-        and not path.name.endswith(WEIGHTS)
-        and path.name not in LEFTOVERS
-        and path.stat().st_size <= LARGEST
-    )
+def usual_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of a model's files, by their names and sizes, those that a server needs."""
+    return [name for name, size in sizes.items() if _is_usual(name, size)]
+
+
+def _is_usual(name: str, size: int) -> bool:
+    if "/" in name:
+        return fnmatch(name, f"{TEMPLATES}/*.jinja") and name.count("/") == 1
+    return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and size <= LARGEST

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from modelfuse.errors import ModelfuseError
 from modelfuse.matching import pattern
 
 if TYPE_CHECKING:
+    from modelfuse.hub import Watch
     from modelfuse.plan import Plan
     from modelfuse.run import Result
     from modelfuse.verification import Verification
@@ -91,7 +92,7 @@ def plan(plan: Plan) -> None:
     for number, model in enumerate(plan.models):
         is_base = plan.has_base and number == len(plan.models) - 1
         weight = "base" if is_base else "–" if method.merge_type == "slerp" else f"{recipe.weights[number]:.6g}"
-        models.add_row(escape(str(model.path)), model.kind, str(len(model)), weight)
+        models.add_row(escape(str(recipe.inputs[number])), model.kind, str(len(model)), weight)
     wide.print(models)
     tensors = Table("what", "tensors", "dtype", "shape", "count", box=None, pad_edge=False)
     groups: Counter[tuple[str, str, DType, tuple[int, ...]]] = Counter(
@@ -120,16 +121,34 @@ def no_problems() -> None:
 def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line now and then in a log."""
     whole = plan.bytes_read + plan.bytes_written
+    if not quiet and not err.is_terminal:
+        for text in plan.notes:
+            note(text)
+    what = f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(whole)}"
+    with _advancing("merging", what, whole, quiet) as advance:
+        yield advance
+
+
+def watch(quiet: bool) -> Watch:
+    """The same of what is fetched from a hub."""
+    from modelfuse.hub import Watch
+
+    def fetching(whole: int) -> AbstractContextManager[Callable[[int], None]]:
+        return _advancing("fetching", f"fetching {size(whole)}", whole, quiet)
+
+    return Watch(fetching, note)
+
+
+@contextmanager
+def _advancing(word: str, what: str, whole: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     if quiet:
         yield lambda _: None
     elif err.is_terminal:
         with _bar() as bar:
-            task = bar.add_task("merging", total=whole)
+            task = bar.add_task(word, total=whole)
             yield lambda count: bar.advance(task, count)
     else:
-        for text in plan.notes:
-            note(text)
-        err.print(f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(whole)}")
+        err.print(what)
         yield _Log(whole).advance
 
 

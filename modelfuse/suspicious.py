@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from modelfuse.hub_names import HubName
 from modelfuse.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Suspicious:
     """What stands out in one model.
 
     Attributes:
-        path: The model.
+        path: The model, as the recipe names it.
         tensors: How many of its tensors were compared with the base's.
         equal: Those that are the base's, bit for bit.
         far: Those whose relative distance ‖x − b‖ / ‖b‖ is more than ten times the median, and that distance; None
@@ -31,7 +32,7 @@ class Suspicious:
         median: The median of the relative distances of the tensors that differ; None if there is none.
     """
 
-    path: Path
+    path: Path | HubName
     tensors: int
     equal: tuple[str, ...]
     far: Mapping[str, float | None]
@@ -61,7 +62,7 @@ def find_suspicious(plan: Plan, distances: Callable[[str], Sequence[Distance]]) 
         The models in which something stands out.
     """
     found = []
-    for number, model in enumerate(plan.models[:-1] if plan.has_base else ()):
+    for number, place in enumerate(plan.recipe.model_path_list if plan.has_base else ()):
         # A model may have a hundred thousand tensors: what is remembered of one is a number.
         tensors, equal, known = 0, [], array("d")
         for name, distance in _of_model(plan, distances, number):
@@ -78,7 +79,7 @@ def find_suspicious(plan: Plan, distances: Callable[[str], Sequence[Distance]]) 
             and (distance.relative is None or (middle is not None and distance.relative > FAR * middle > 0))
         }
         if equal or far:
-            found.append(Suspicious(model.path, tensors, tuple(equal), far, middle))
+            found.append(Suspicious(place, tensors, tuple(equal), far, middle))
     return tuple(found)
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checksums import BLOCK_BYTES, Checksum
 from modelfuse.contents import Contents
-from modelfuse.errors import CheckpointError, RecipeError
+from modelfuse.errors import CheckpointError, ModelfuseError, RecipeError
 from modelfuse.plan import Plan
+from modelfuse.recipe import Recipe
 from modelfuse.recomputing import absent_inputs, bytes_of, choose, compare, modified_inputs, plan_again
 from modelfuse.reported import Problem, Report, read_recipe, read_report
 from modelfuse.scheduler import Job, Scheduler
@@ -113,7 +114,10 @@ def _plan(
     """What to merge again, what is missing for it, and what is wrong before any of it is done."""
     report = contents.report
     recipe, problems = read_recipe(contents.folder, report)
-    absent = absent_inputs(report)
+    absent: list[str] = []
+    if recipe is not None and recipe.hub_names:
+        recipe, absent = _from_cache(recipe, full)
+    absent = absent or absent_inputs(report, recipe)
     if absent:
         problems += [Problem("inputs", f"Not all can be merged again: {each}") for each in absent if full]
         return None, absent, problems
@@ -122,6 +126,16 @@ def _plan(
     plan, found = plan_again(recipe, report, workers)
     problems += found
     return plan and choose(plan, contents.tensors, full, sample, seed), [], problems
+
+
+def _from_cache(recipe: Recipe, full: bool) -> tuple[Recipe, list[str]]:
+    """The recipe with what the hub's cache holds; only to merge all again is anything fetched."""
+    from modelfuse.hub import QUIET, fetch
+
+    try:
+        return fetch(recipe.model_copy(update={"output_path": None}), QUIET, ask=full), []
+    except ModelfuseError as error:
+        return recipe, [error.message]
 
 
 def _blame(problems: list[Problem], report: Report) -> list[Problem]:

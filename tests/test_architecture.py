@@ -22,7 +22,8 @@ LAYERS: list[set[str]] = [
     {"errors", "dtypes", "version"},
     {"methods", "checksums", "scheduler", "journal"},
     {"kernels", "checkpoints"},
-    {"dimensions", "recipe_checks", "layouts"},
+    {"dimensions", "recipe_checks", "layouts", "hub_names"},
+    {"recipe_values"},
     {"copying", "recipe", "recipe_file", "matching", "layout_signs"},
     {"fp8", "adapters"},
     {"quantized"},
@@ -30,6 +31,7 @@ LAYERS: list[set[str]] = [
     {"inputs", "output_format"},
     {"notes"},
     {"plan"},
+    {"hub"},
     {"nonfinite", "suspicious", "unequal"},
     {"report"},
     {"reported", "resuming", "walking"},
@@ -61,7 +63,8 @@ THIRD_PARTY = {
         "verification",
     },
     "numba": {"kernels"},
-    "pydantic": {"recipe", "reported"},
+    "pydantic": {"recipe", "recipe_values", "reported"},
+    "huggingface_hub": {"hub"},
     "yaml": {"recipe_file"},
     "rich": {"show", "manual", "cli"},
     "xxhash": {"checksums", "journal"},
@@ -165,7 +168,8 @@ def test_compiling_has_one_door() -> None:
 
 def test_dependencies_are_those_that_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[<>=!~\[ ]", each)[0] for each in project["dependencies"]}
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
+    declared = {re.split(r"[<>=!~\[ ]", each)[0] for each in wanted}
     assert {DISTRIBUTIONS.get(name, name) for name in declared} == set().union(*map(third_party, FILES))
 
 

@@ -127,6 +127,7 @@ DEFAULTS = {
     "overwrite": False,
     "on_nonfinite": "error",
     "unmerged_from": None,
+    "hub_endpoint": None,
 }
 
 

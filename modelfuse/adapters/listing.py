@@ -19,8 +19,8 @@ def full_models(recipe: Recipe) -> tuple[Path, ...]:
     Raises:
         RecipeError: If there are adapters and no base, or the base is one.
     """
-    adapters = [path for path in recipe.model_path_list if is_adapter(path)]
-    base = recipe.base_model_path
+    adapters = [path for path in recipe.model_paths if is_adapter(path)]
+    base = recipe.base_path
     if base is not None and is_adapter(base):
         raise RecipeError(f"base_model_path {base} is an adapter", "Name the model that the adapters were trained on.")
     if adapters and base is None:
@@ -48,7 +48,7 @@ def without_adapters(recipe: Recipe) -> Recipe:
 def with_adapters(recipe: Recipe, models: Sequence[Checkpoint], paddle: bool | None) -> tuple[Checkpoint, ...]:
     """All inputs in the recipe's order: the full models, and the adapters laid over the base, which is the last."""
     strict = recipe.on_nonfinite == "error"
-    adapters = [path for path in recipe.model_path_list if is_adapter(path)]
+    adapters = [path for path in recipe.model_paths if is_adapter(path)]
     if recipe.merge_with_qdq_base_model:
         models = (*models[:-1], quantize_base(models[-1], adapters, paddle))
 

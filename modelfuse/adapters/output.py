@@ -15,6 +15,7 @@ from modelfuse.adapters.terms import Shared, difference_type
 from modelfuse.adapters.values import Recent
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.hub_names import HubName
 from modelfuse.matching import EMBEDDINGS, group_names
 from modelfuse.recipe import Recipe
 
@@ -133,10 +134,14 @@ class _Output:
         others = {module: rank for module, rank in self.ranks.items() if rank != usual}
         architectures = base.config.get("architectures")
         causal = isinstance(architectures, list) and str(next(iter(architectures), "")).endswith("ForCausalLM")
+        place = self.recipe.base_model_path
+        named = {"base_model_name_or_path": str(place)}
+        if isinstance(place, HubName):
+            named = {"base_model_name_or_path": place.name, "revision": place.revision or "main"}
         config: Mapping[str, object] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM" if causal else None,
-            "base_model_name_or_path": str(base.path),
+            **named,
             "inference_mode": True,
             "r": usual,
             "lora_alpha": usual,

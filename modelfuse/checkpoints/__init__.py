@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from modelfuse.checkpoints.torch_bin import read_torch
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
 
-__all__ = ["CONFIG_FILE", "Checkpoint", "StoredTensor", "open_checkpoint"]
+__all__ = ["CONFIG_FILE", "Checkpoint", "StoredTensor", "find_files", "open_checkpoint"]
 
 MAX_JSON_BYTES = 256_000_000
 CONFIG_FILE = "config.json"
@@ -99,9 +99,10 @@ def open_checkpoint(path: Path, prefix: str = "model") -> Checkpoint:
         folder, names, form = path.parent, [path.name], _format_of(path, prefix)
     elif os.path.isdir(path):
         folder = path
-        form, names, weight_map = _find_files(path, prefix)
+        here = {name for name in os.listdir(folder) if os.path.isfile(folder / name)}
+        form, names, weight_map = find_files(folder, here, prefix, folder.__truediv__)
     else:
-        raise CheckpointError(f"There is no folder {path}", "Check the path; hub names are not downloaded.")
+        raise CheckpointError(f"There is no folder {path}", "Check the path. A hub name has the form org/model.")
     contents = _join(path, {name: form.read(folder / name) for name in names})
     if weight_map is not None:
         _check_index(path, weight_map, contents)
@@ -171,64 +172,80 @@ def _format_of(path: Path, prefix: str) -> Format:
     raise CheckpointError(f"{path} is no .safetensors, .bin or .pdparams file")
 
 
-def _find_files(folder: Path, prefix: str) -> tuple[Format, list[str], dict[str, str] | None]:
-    """Which files of a folder hold the model: by index, as one file, or as numbered shards."""
+class Files(NamedTuple):
+    """Which files hold a model: how they are stored, their names, and what the index says if there is one."""
+
+    format: Format
+    names: list[str]
+    weight_map: dict[str, str] | None
+
+
+def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], Path]) -> Files:
+    """Which of a folder's files hold the model: by index, as one file, or as numbered shards.
+
+    Args:
+        place: The folder, for errors.
+        names: All its files.
+        prefix: As for :func:`open_checkpoint`.
+        get: Where to read a small one of them.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, a shard is missing, or an index is malformed.
+    """
     for form in _formats(prefix):
-        index = folder / f"{form.file}.index.json"
-        if index.is_file():
-            weight_map = _read_weight_map(index)
-            if form.file not in weight_map.values() and (folder / form.file).is_file():
+        index = f"{form.file}.index.json"
+        if index in names:
+            weight_map = _read_weight_map(place, names, index, get(index))
+            if form.file not in weight_map.values() and form.file in names:
                 raise CheckpointError(
-                    f"{folder} holds two models: {form.file}, and the shards that {index.name} names",
+                    f"{place} holds two models: {form.file}, and the shards that {index} names",
                     "Remove the one that is out of date.",
                 )
-            return form, sorted(set(weight_map.values())), weight_map
-        if (folder / form.file).is_file():
-            return form, [form.file], None
-        if shards := _numbered_shards(folder, form):
-            return form, shards, None
-    raise _no_checkpoint(folder, prefix)
+            return Files(form, sorted(set(weight_map.values())), weight_map)
+        if form.file in names:
+            return Files(form, [form.file], None)
+        if shards := _numbered_shards(place, names, form):
+            return Files(form, shards, None)
+    raise _no_checkpoint(place, names, prefix)
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+def _read_weight_map(place: object, names: Collection[str], index: str, path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map")
+        raise CheckpointError(f"{place}/{index} has no weight_map")
     for file in {file if isinstance(file, str) else "" for file in weight_map.values()}:
         if not file or "\0" in file or file in (".", "..") or Path(file).name != file or "\\" in file:
             raise CheckpointError(
-                f"{index} names the file {file!r}, which is not in its folder",
+                f"{place}/{index} names the file {file!r}, which is not in its folder",
                 "An index may only name files beside it. Do not trust this checkpoint.",
             )
-        if not os.path.isfile(index.parent / file):  # False for a name too long for any file.
-            raise CheckpointError(
-                f"{index.parent / file} is missing, but {index.name} names it", "Fetch the missing shard."
-            )
+        if file not in names:
+            raise CheckpointError(f"{place}/{file} is missing, but {index} names it", "Fetch the missing shard.")
     return weight_map
 
 
-def _numbered_shards(folder: Path, form: Format) -> list[str]:
+def _numbered_shards(place: object, names: Collection[str], form: Format) -> list[str]:
     stem, suffix = Path(form.file).stem, Path(form.file).suffix
     pattern = re.compile(rf"{re.escape(stem)}-(\d+)-of-(\d+){re.escape(suffix)}")
-    found = {match[0]: match for entry in folder.iterdir() if (match := pattern.fullmatch(entry.name))}
+    found = {match[0]: match for name in names if (match := pattern.fullmatch(name))}
     totals = {int(match[2]) for match in found.values()}
     if not found:
         return []
     numbers = sorted(int(match[1]) for match in found.values())
     if len(totals) > 1 or numbers != list(range(1, max(totals) + 1)):
         raise CheckpointError(
-            f"{folder} holds {len(found)} of {max(totals)} shards of {stem}{suffix} and no index",
+            f"{place} holds {len(found)} of {max(totals)} shards of {stem}{suffix} and no index",
             f"Fetch the missing shards, or {form.file}.index.json.",
         )
     return sorted(found)
 
 
-def _no_checkpoint(folder: Path, prefix: str) -> CheckpointError:
+def _no_checkpoint(place: object, names: Collection[str], prefix: str) -> CheckpointError:
     expected = ", ".join(form.file for form in _formats(prefix))
     other = {"model": "master_weights", "master_weights": "model"}.get(prefix)
-    found = [form.file for form in _formats(other) if (folder / form.file).exists()] if other else []
+    found = [form.file for form in _formats(other) if form.file in names] if other else []
     hint = f"It has {found[0]}: use --merge_prefix {other}." if found else None
-    return CheckpointError(f"{folder} holds no checkpoint: looked for {expected} (and their shards)", hint)
+    return CheckpointError(f"{place} holds no checkpoint: looked for {expected} (and their shards)", hint)
 
 
 def _check_index(path: Path, weight_map: dict[str, str], contents: Contents) -> None:

@@ -1,0 +1,165 @@
+"""Models that a recipe names as they are called on a hub become folders of the cache.
+
+What the merge needs of all of them is fetched at once, after a plan was made of the headers alone: so models that do
+not fit together, or an output that finds no room, are refused before hours of downloading.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from modelfuse.errors import HubError
+from modelfuse.hub.client import Hub
+from modelfuse.hub.headers import can_be_read, header_folders
+from modelfuse.hub.models import Finder, Model, Silent
+from modelfuse.hub.together import Stop, together
+from modelfuse.places import check_places, check_room
+from modelfuse.plan import make_plan
+from modelfuse.recipe import Recipe
+
+__all__ = ["Watch", "fetch", "headers"]
+
+Advance = Callable[[int], None]
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is shown of the fetching.
+
+    Attributes:
+        fetching: Called with the bytes to fetch in all; gives what is called with the bytes done since the last call,
+            from several threads. None: huggingface_hub shows its own bars.
+        tell: Called with a sentence that the user should read.
+    """
+
+    fetching: Callable[[int], AbstractContextManager[Advance]] | None = None
+    tell: Callable[[str], None] = _warn
+
+
+QUIET = Watch(lambda _: nullcontext(lambda _: None), lambda _: None)
+
+
+def fetch(recipe: Recipe, watch: Watch | None = None, *, ask: bool = True) -> Recipe:
+    """Bring what a merge needs into the cache.
+
+    Args:
+        recipe: The merge; nothing is done if it has no hub names.
+        watch: What is shown.
+        ask: Whether to ask the hub; without, all must be in the cache.
+
+    Returns:
+        The same recipe, with a commit and a folder for each hub name.
+
+    Raises:
+        HubError: If a model cannot be had.
+        ModelfuseError: If what the headers say cannot be merged.
+    """
+    if not recipe.hub_names:
+        return recipe
+    check_places(recipe)
+    watch = watch or Watch()
+    finder = _finder(recipe, watch)
+    models = finder.find(ask=ask)
+    _download(finder.hub, recipe, models, watch)
+    finder.keep(models)
+    return recipe.at_hand({model.name: model.place for model in models})
+
+
+@contextmanager
+def headers(recipe: Recipe, watch: Watch | None = None) -> Iterator[Recipe]:
+    """Enough to plan a merge: of safetensors that are not in the cache, only the headers are read.
+
+    Yields:
+        The same recipe, with a commit and a folder for each hub name, that lasts as long as the context.
+
+    Raises:
+        HubError: If a model cannot be had.
+    """
+    if not recipe.hub_names:
+        yield recipe
+        return
+    watch = watch or Watch()
+    finder = _finder(recipe, watch)
+    models = finder.find()
+    whole = [model for model in models if not can_be_read(model)]
+    if whole:
+        watch.tell(f"Other weights than safetensors are fetched whole: {', '.join(str(each.name) for each in whole)}.")
+        _download(finder.hub, recipe, whole, watch)
+        finder.keep(whole)
+    with header_folders(finder.hub, models) as found:
+        yield recipe.at_hand(found)
+
+
+def _finder(recipe: Recipe, watch: Watch) -> Finder:
+    hub = Hub(recipe.hub_endpoint, recipe.hub_names[0])
+    if watch.fetching is not None:
+        hub.hush()
+    return Finder(hub, recipe, watch.tell)
+
+
+def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch) -> None:
+    """Fetch all files that the cache lacks, of all models at once."""
+    missing = [[(model, file) for file in model.missing] for model in models]
+    size = sum(model.sizes[file] for model, file in chain(*missing))
+    if not any(missing):
+        return
+    _check_disk(hub, size)
+    if all(can_be_read(model) for model in models):
+        with header_folders(hub, models) as found:
+            plan = make_plan(recipe.at_hand(found))
+            shared = recipe.output_path is not None and _same_disk(recipe.output_path, hub.cache)
+            check_room(recipe.output_path, plan.room + (size if shared else 0))
+    in_turn = [each for each in chain(*zip_longest(*missing)) if each is not None]
+    shown = nullcontext(None) if watch.fetching is None else watch.fetching(size)
+    with shown as advance:
+        together(_job(hub, model, file, advance) for model, file in in_turn)
+
+
+def _job(hub: Hub, model: Model, file: str, advance: Advance | None) -> Callable[[Stop], None]:
+    """Fetch one file; count its bytes, if that is wanted."""
+
+    def fetch(stop: Stop) -> None:
+        if advance is None:
+            hub.fetch(model.place, file, None)
+            return
+        count, done = advance, 0
+
+        class Bar(Silent):
+            def update(self, more: float | None = 1) -> None:
+                nonlocal done
+                stop.check()
+                done += int(more or 0)
+                count(int(more or 0))
+
+        hub.fetch(model.place, file, Bar)
+        count(model.sizes[file] - done)  # Nothing is counted of what another model has brought already.
+
+    return fetch
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return os.stat(_existing(one)).st_dev == os.stat(_existing(other)).st_dev
+
+
+def _check_disk(hub: Hub, size: int) -> None:
+    free = shutil.disk_usage(_existing(hub.cache)).free
+    if size > free:
+        raise HubError(
+            f"The models need {size / 1e9:.1f} GB in the cache {hub.cache}; only {free / 1e9:.1f} GB are free there",
+            "Free some space, or name a cache on another disk with HF_HOME.",
+        )
