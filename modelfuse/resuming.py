@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
+from modelfuse.hub_names import HubName
 from modelfuse.plan import OutputTensor, Plan
 from modelfuse.report import Outcome, Walked
 from modelfuse.version import __version__
@@ -26,6 +27,9 @@ def facts_of(plan: Plan) -> dict[str, object]:
     again has the same shapes, but not these.
     """
     facts: dict[str, object] = {"modelfuse's version": __version__}
+    for place in plan.recipe.inputs:
+        if isinstance(place, HubName):
+            facts[f"the commit of {place.name}"] = place.revision
     for name, value in plan.recipe.effective().items():
         if name not in IMMATERIAL:
             facts[f"the setting {name}"] = value

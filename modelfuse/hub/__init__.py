@@ -18,8 +18,8 @@ from pathlib import Path
 from modelfuse.errors import HubError
 from modelfuse.hub.client import Hub
 from modelfuse.hub.headers import can_be_read, header_folders
+from modelfuse.hub.jobs import Stop, together
 from modelfuse.hub.models import Finder, Model, Silent
-from modelfuse.hub.together import Stop, together
 from modelfuse.places import check_places, check_room
 from modelfuse.plan import make_plan
 from modelfuse.recipe import Recipe
@@ -103,8 +103,8 @@ def headers(recipe: Recipe, watch: Watch | None = None) -> Iterator[Recipe]:
 
 def _finder(recipe: Recipe, watch: Watch) -> Finder:
     hub = Hub(recipe.hub_endpoint, recipe.hub_names[0])
-    if watch.fetching is not None:
-        hub.hush()
+    if watch.fetching is not None:  # huggingface_hub is not to show anything in this process.
+        hub.settle_in()
     return Finder(hub, recipe, watch.tell)
 
 

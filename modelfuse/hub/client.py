@@ -15,6 +15,8 @@ from modelfuse.version import __version__
 
 #: Seconds to wait for a connection, and for each piece of an answer.
 PATIENCE = 10.0
+#: Bytes between two looks at whether to go on.
+CHUNK = 1 << 20
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 #: What a hub that is there, but cannot do it now, answers with.
 BUSY = (408, 429)
@@ -49,10 +51,12 @@ class Hub:
         self.cache = Path(constants.HF_HUB_CACHE)
         self._api = HfApi(endpoint=endpoint, library_name="modelfuse", library_version=__version__)
 
-    def hush(self) -> None:
-        """Keep the library from saying what is shown otherwise, unless it was asked to."""
+    def settle_in(self) -> None:
+        """Have the library say nothing that is shown otherwise, unless it was asked to, and look up more often."""
+        from huggingface_hub import constants
         from huggingface_hub.utils import logging
 
+        constants.DOWNLOAD_CHUNK_SIZE = CHUNK
         if "HF_HUB_VERBOSITY" not in os.environ:
             logging.set_verbosity_error()
 
@@ -60,10 +64,11 @@ class Hub:
         """The commit of a model's revision, and the sizes of all its files."""
         with self._explained(name):
             info = self._api.model_info(name.name, revision=name.revision, files_metadata=True, timeout=PATIENCE)
-            files = {each.rfilename: each.size for each in info.siblings or ()}
-            if info.sha is None or not all(isinstance(size, int) for size in files.values()):
-                raise ValueError("its answer lacks the commit or the sizes of files")
-            return info.sha, {file: int(size or 0) for file, size in files.items()}
+            files: dict[str, int] = {each.rfilename: each.size for each in info.siblings or ()}
+            # They become names and sizes of files here.
+            if HubName(name.name, info.sha).commit is None or not all(map(_is_file, files.items())):
+                raise ValueError("its answer lacks the commit, or names or sizes of files")
+            return info.sha, files
 
     def fetch(self, name: HubName, file: str, bar: type | None) -> Path:
         """Bring one file of a model at a commit into the cache, unless it is there.
@@ -161,6 +166,11 @@ class Hub:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return HubError(f"{what} does not fit on the disk of the cache {self.cache}", hint)
         return HubError(f"{what} cannot be kept in the cache: {error.filename or self.cache}: {error.strerror}", hint)
+
+
+def _is_file(entry: tuple[object, object]) -> bool:
+    name, size = entry
+    return isinstance(name, str) and "\0" not in name and type(size) is int and 0 <= size < 2**63
 
 
 def _reason(error: BaseException) -> str:

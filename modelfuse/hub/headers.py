@@ -15,8 +15,8 @@ from pathlib import Path
 
 from modelfuse.checkpoints.safetensors import MAX_HEADER_BYTES
 from modelfuse.hub.client import Hub
+from modelfuse.hub.jobs import Stop, together
 from modelfuse.hub.models import Model, Silent
-from modelfuse.hub.together import Stop, together
 from modelfuse.hub_names import HubName
 
 #: Bytes that are asked for first; most headers are shorter, and then one request is enough.

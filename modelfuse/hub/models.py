@@ -16,7 +16,7 @@ from modelfuse.hub.cache import (
     snapshot,
 )
 from modelfuse.hub.client import Hub, UnreachableError
-from modelfuse.hub.together import Stop, together
+from modelfuse.hub.jobs import Stop, together
 from modelfuse.hub.wanted import Wanted, wanted
 from modelfuse.hub_names import HubName
 from modelfuse.recipe import Recipe

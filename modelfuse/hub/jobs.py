@@ -13,7 +13,7 @@ T = TypeVar("T")
 #: Requests at a time, of all models together.
 MOST = 8
 #: Seconds to wait for requests that were told to stop. What still waits for its network then ends with the process.
-GRACE = 5.0
+GRACE = 2.0
 
 
 class StoppedError(Exception):
