@@ -34,6 +34,7 @@ from modelfuse.recipe import Recipe
 constants = pytest.importorskip("huggingface_hub.constants")
 
 Run = Callable[..., Said]
+KEPT = "note: What was fetched whole is kept: the same command goes on from there."
 #: What a hub has beside a model, and no merge needs.
 BESIDE = {"README.md": "about", "model.gguf": "other weights", "onnx/model.onnx": "others", "tf_model.h5": "others",
           "training_args.bin": "pickle", ".gitattributes": "git", "original/params.json": "{}"}  # fmt: skip
@@ -175,7 +176,7 @@ def test_merged_from_a_hub_verified_and_merged_again_elsewhere(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "elsewhere"))
     said = call("verify", "C", folder=tmp_path)
     assert said.status == 0
-    assert f"nothing was merged again: {commits[0]} is not at hand" in said.out
+    assert any(f"nothing was merged again: {commit} is not at hand" in said.out for commit in commits)
     assert call("verify", "C", "--full", folder=tmp_path).out.count("all merged again, with the same bytes") == 1
     said = call("merge", "C/merge_config.json", "--output_path", "E", folder=tmp_path)
     assert said.status == 0, said.err
@@ -612,7 +613,7 @@ def test_a_hub_that_goes_down_meanwhile(
 
     with cached_headers(published):
         published.before = before
-        refuse("merge", *words(published, "org/a", "org/b"), says=["cannot be fetched", "503"])
+        refuse("merge", *words(published, "org/a", "org/b"), says=["cannot be fetched", "503", KEPT])
     published.status, published.before = None, lambda _: None
     published.sent.clear()
     merge(*words(published, "org/a", "org/b"))
@@ -804,8 +805,7 @@ def test_interrupted_and_gone_on_with(published: Hub, tmp_path: Path) -> None:
             on.set()
             process.kill()
     assert process.returncode == 130, err
-    assert "interrupted: nothing was written to output_path" in err
-    assert "Traceback" not in err
+    assert err.splitlines()[-2:] == ["interrupted", KEPT]
     assert sorted(os.listdir(tmp_path)) == ["local"]
     published.before = lambda _: None
     published.sent.clear()

@@ -122,8 +122,12 @@ def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch) -
             check_room(recipe.output_path, plan.room + (size if shared else 0))
     in_turn = [each for each in chain(*zip_longest(*missing)) if each is not None]
     shown = nullcontext(None) if watch.fetching is None else watch.fetching(size)
-    with shown as advance:
-        together(_job(hub, model, file, advance) for model, file in in_turn)
+    try:
+        with shown as advance:
+            together(_job(hub, model, file, advance) for model, file in in_turn)
+    except (HubError, KeyboardInterrupt) as error:
+        error.add_note("What was fetched whole is kept: the same command goes on from there.")
+        raise
 
 
 def _job(hub: Hub, model: Model, file: str, advance: Advance | None) -> Callable[[Stop], None]:
