@@ -85,10 +85,12 @@ def headers(recipe: Recipe, watch: Watch | None = None) -> Iterator[Recipe]:
 
     Raises:
         HubError: If a model cannot be had.
+        OutputError: If the output exists already.
     """
     if not recipe.hub_names:
         yield recipe
         return
+    check_places(recipe)
     watch = watch or Watch()
     finder = _finder(recipe, watch)
     models = finder.find()

@@ -112,7 +112,8 @@ class Hub:
 
         try:
             yield
-        except (*HfHubHTTPError.__bases__, OSError, ValueError, KeyError, TypeError) as error:
+        # The bases are those of the HTTP library; RuntimeError is what Xet raises.
+        except (*HfHubHTTPError.__bases__, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise self._explain(name, file, error) from error
 
     def _explain(self, name: HubName, file: str | None, error: BaseException) -> HubError:
@@ -138,7 +139,8 @@ class Hub:
         for kind, explain in table.items():
             if isinstance(error, kind):
                 return explain()
-        if isinstance(error, OSError) and error.errno is not None:
+        of_network = isinstance(error, ConnectionError | TimeoutError)
+        if isinstance(error, OSError) and error.errno is not None and not of_network:
             return self._cannot_store(what, error)
         return UnreachableError(f"{what} cannot be fetched from {self.endpoint}: {_reason(error)}")
 
