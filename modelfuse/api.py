@@ -45,7 +45,8 @@ def check(**settings: Any) -> Plan:
         **settings: As for :func:`merge`; ``output_path`` may be left out.
 
     Returns:
-        The plan: what will be merged, copied and left out, and what it will cost.
+        The plan: what will be merged, copied and left out, and what it will cost. It is to be looked at: of models on
+        a hub that are not in the cache, no more than the headers was there while it was made.
 
     Raises:
         ModelfuseError: As :func:`merge` would, before any work.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from modelfuse.checkpoints.writer import bytes_left
 from modelfuse.errors import HubError
 from modelfuse.hub.client import Hub
 from modelfuse.hub.headers import can_be_read, header_folders
@@ -94,6 +95,7 @@ def headers(recipe: Recipe, watch: Watch | None = None) -> Iterator[Recipe]:
     watch = watch or Watch()
     finder = _finder(recipe, watch)
     models = finder.find()
+    _check_disk(finder.hub, sum(model.missing_bytes for model in models))
     whole = [model for model in models if not can_be_read(model)]
     if whole:
         watch.tell(f"Other weights than safetensors are fetched whole: {', '.join(str(each.name) for each in whole)}.")
@@ -113,15 +115,16 @@ def _finder(recipe: Recipe, watch: Watch) -> Finder:
 def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch) -> None:
     """Fetch all files that the cache lacks, of all models at once."""
     missing = [[(model, file) for file in model.missing] for model in models]
-    size = sum(model.sizes[file] for model, file in chain(*missing))
+    size = sum(model.missing_bytes for model in models)
     if not any(missing):
         return
     _check_disk(hub, size)
     if all(can_be_read(model) for model in models):
         with header_folders(hub, models) as found:
-            plan = make_plan(recipe.at_hand(found))
-            shared = recipe.output_path is not None and _same_disk(recipe.output_path, hub.cache)
-            check_room(recipe.output_path, plan.room + (size if shared else 0))
+            room = make_plan(recipe.at_hand(found)).room
+        check_room(recipe.output_path, room)
+        if recipe.output_path is not None and _same_disk(recipe.output_path, hub.cache):
+            _check_disk(hub, size, max(0, room - bytes_left(recipe.output_path)))
     in_turn = [each for each in chain(*zip_longest(*missing)) if each is not None]
     shown = nullcontext(None) if watch.fetching is None else watch.fetching(size)
     try:
@@ -162,10 +165,13 @@ def _same_disk(one: Path, other: Path) -> bool:
     return os.stat(_existing(one)).st_dev == os.stat(_existing(other)).st_dev
 
 
-def _check_disk(hub: Hub, size: int) -> None:
+def _check_disk(hub: Hub, size: int, output: int = 0) -> None:
+    """Whether there is room for what is to be fetched, and beside it for an output of so many bytes."""
     free = shutil.disk_usage(_existing(hub.cache)).free
-    if size > free:
+    if size + output > free:
+        both = f", and their merge {output / 1e9:.1f} GB on the same disk" if output else ""
         raise HubError(
-            f"The models need {size / 1e9:.1f} GB in the cache {hub.cache}; only {free / 1e9:.1f} GB are free there",
+            f"The models need {size / 1e9:.1f} GB in the cache {hub.cache}{both}, "
+            f"but only {free / 1e9:.1f} GB are free there",
             "Free some space, or name a cache on another disk with HF_HOME.",
         )

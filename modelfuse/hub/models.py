@@ -52,6 +52,11 @@ class Model:
         """The files that are needed and not in the cache."""
         return [file for file in self.files.all if not (self.folder / file).exists()]
 
+    @property
+    def missing_bytes(self) -> int:
+        """Their size."""
+        return sum(self.sizes[file] for file in self.missing)
+
 
 @dataclass(frozen=True)
 class Finder:
