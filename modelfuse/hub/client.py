@@ -16,7 +16,7 @@ from modelfuse.version import __version__
 #: Seconds to wait for a connection, and for each piece of an answer.
 PATIENCE = 10.0
 #: Bytes between two looks at whether to go on.
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 #: What a hub that is there, but cannot do it now, answers with.
 BUSY = (408, 429)
