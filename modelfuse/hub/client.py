@@ -48,7 +48,7 @@ class Hub:
         self._given = endpoint
         self.endpoint = endpoint or constants.ENDPOINT
         self.offline: bool = constants.HF_HUB_OFFLINE
-        self.cache = Path(constants.HF_HUB_CACHE)
+        self.cache = Path(constants.HF_HUB_CACHE).absolute()
         self._api = HfApi(endpoint=endpoint, library_name="modelfuse", library_version=__version__)
 
     def settle_in(self) -> None:
