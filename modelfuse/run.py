@@ -24,6 +24,7 @@ from modelfuse.plan import Action, OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
+from modelfuse.streaming import Sources, Streaming
 from modelfuse.suspicious import Suspicious, find_suspicious
 from modelfuse.unequal import describe_copies, describe_twins
 from modelfuse.walking import Room, Task, Walker
@@ -104,7 +105,7 @@ class Run:
         for file in self.plan.files:
             folder.create(file.name, file.frame)
         self._folder = folder
-        self._schedule(self._preparing_jobs())
+        self._schedule(self._preparing_jobs(), ())
         if self.untied:
             what = "config.json ties these tensors, but their values differ"
             raise describe_twins(
@@ -116,11 +117,16 @@ class Run:
         if self.differences:
             raise describe_copies(self.differences, self.plan.models)
         with self._kernel.running():
-            self._schedule(self._merging_jobs())
+            order = (tensor.sources for tensor in self._unfinished("merge", "take"))
+            self._schedule(self._merging_jobs(), order)
 
-    def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
+    def _schedule(self, jobs: Iterator[Job[Pass]], order: Iterable[Sources]) -> None:
         self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
-        self._scheduler.run(jobs)
+        self._streaming = Streaming(order)
+        try:
+            self._scheduler.run(jobs)
+        finally:
+            self._streaming.end()
 
     def _preparing_jobs(self) -> Iterator[Job[Pass]]:
         """What can show that the models do not fit comes first: tied tensors and those to be copied."""
@@ -168,8 +174,10 @@ class Run:
         tensor = task.tensor if pass_.writes else None
         if tensor is not None and self.finished.has(tensor.name, first, count):
             return None
+        self._streaming.begin(task, first, count)
         walked = self._walkers[worker].walk(task, pass_, first, count, self._write)
         if tensor is not None:
+            self._streaming.passed(task, first, count)
             self.outcomes[tensor.name].take(first, walked)
             if not walked.found:
                 self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(tensor, first, count, walked))

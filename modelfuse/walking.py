@@ -34,12 +34,14 @@ class Task:
         models: The inputs that they are in.
         tensor: The one to make of them; None if they are only compared.
         strict: Whether values that are not finite end the merge.
+        begun: How many elements workers have begun to read at least once, from the first on.
     """
 
     sources: tuple[StoredTensor, ...]
     models: tuple[Path, ...]
     tensor: OutputTensor | None = None
     strict: bool = False
+    begun: int = 0
 
 
 class Room(NamedTuple):

@@ -35,6 +35,7 @@ LAYERS: list[set[str]] = [
     {"nonfinite", "suspicious", "unequal"},
     {"report"},
     {"reported", "resuming", "walking"},
+    {"streaming"},
     {"run", "contents"},
     {"recomputing"},
     {"verification"},

@@ -23,9 +23,10 @@ from typing import Self
 from modelfuse.checkpoints.exchange import exchange, remove, restore
 from modelfuse.checkpoints.keeper import Keeper
 from modelfuse.checkpoints.lock import Lock, is_same_file
+from modelfuse.checkpoints.page_cache import settle
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import ModelfuseError, OutputError
-from modelfuse.journal import Journal, sync_data, sync_folder
+from modelfuse.journal import Journal, sync_folder
 
 #: Open files beside the weight files: a few for every worker.
 SPARE_FILES = 512
@@ -197,7 +198,7 @@ class OutputFolder:
         """First the data, then the word that it is there. What the first word rests on is all that was created."""
         is_first = not self._journal.exists
         for name in self._descriptors if is_first else names:
-            sync_data(self._descriptors[name])
+            settle(self._descriptors[name])
         if is_first:
             sync_folder(self._temporary)
             sync_folder(self.path.parent)

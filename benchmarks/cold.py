@@ -1,0 +1,217 @@
+"""How long merges take whose inputs lie on the disk only, beside a plain parallel read of the same bytes.
+
+    python benchmarks/cold.py
+    python benchmarks/cold.py --limit 500        # on a disk that reads 500 MB/s
+
+How it is measured: see README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import reference
+from measure import CommandFailed, Sample, measure
+from pages import bring_in, evict, share
+from programs import HERE, Place, Tool, copy_tool, modelfuse_tool
+from rich.console import Console
+from rich.table import Table
+from run import SHAPES
+from slow import limited
+from works import WORKS, Work
+
+#: What a plain read tries, the best of which is taken: threads, and bytes a block.
+READS = (
+    (1, 8 << 20),
+    (2, 1 << 20),
+    (2, 8 << 20),
+    (4, 1 << 20),
+    (8, 1 << 20),
+    (8, 8 << 20),
+    (16, 4 << 20),
+    (32, 1 << 20),
+)
+#: A file that someone else has in the page cache.
+BYSTANDER_BYTES = 1 << 28
+READ, COPY, COLD, WARM = "plain read", "copy", "cold merge", "warm merge"
+HEADINGS = ("method", "read s", "copy s", "warm s", "cold s", "× read", "× copy", "inputs left", "others kept")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method's figures, medians over the rounds.
+
+    Attributes:
+        method: Which.
+        read: Seconds of the plain read.
+        copy: Seconds of a copy whose inputs are not in the page cache.
+        warm: Seconds of a merge whose inputs are.
+        cold: Seconds of a merge whose inputs are not.
+        to_read: The cold merge's seconds by the plain read's in the same round.
+        to_copy: The same by the copy's.
+        inputs_left: The share of the inputs in the page cache after the cold merge, at most.
+        others_kept: The share of another file there, at least.
+    """
+
+    method: str
+    read: float
+    copy: float
+    warm: float
+    cold: float
+    to_read: float
+    to_copy: float
+    inputs_left: float
+    others_kept: float
+
+    def cells(self) -> list[str]:
+        """For a table."""
+        seconds = [f"{each:.2f}" for each in (self.read, self.copy, self.warm, self.cold, self.to_read, self.to_copy)]
+        return [self.method, *seconds, f"{self.inputs_left:.1%}", f"{self.others_kept:.1%}"]
+
+
+class Bench:
+    """Runs programs on inputs that are, or are not, in the page cache.
+
+    Args:
+        place: Where the files are.
+        threads: Of the copy and of modelfuse.
+        before: Words to put before every command.
+        words: More words for modelfuse.
+    """
+
+    def __init__(self, place: Place, threads: int, before: Sequence[str], words: Sequence[str]) -> None:
+        self.place, self.before = place, before
+        self.copy, self.merge = copy_tool(place, threads), modelfuse_tool(place, threads, words)
+        self.bystander = place.work / "bystander"
+        self.bystander.write_bytes(os.urandom(BYSTANDER_BYTES))
+        self.reads = READS[0]
+        self.left, self.kept = defaultdict[str, float](float), defaultdict[str, float](lambda: 1.0)
+
+    def files(self, work: Work) -> list[Path]:
+        """The weight files that a work reads."""
+        return [path / "model.safetensors" for path in work.inputs(self.place.reference)]
+
+    def choose_read(self, work: Work, repeat: int = 2) -> dict[tuple[int, int], float]:
+        """Find the fastest way to read a work's inputs; the seconds of each that was tried."""
+        times = {each: min(self.read(work, each).seconds for _ in range(repeat)) for each in READS}
+        self.reads = min(times, key=times.__getitem__)
+        return times
+
+    def read(self, work: Work, how: tuple[int, int] | None = None) -> Sample:
+        """The plain read."""
+        evict(self.files(work))
+        words = [*map(str, how or self.reads), *map(str, self.files(work))]
+        return self._measure([sys.executable, str(HERE / "reading.py"), *words], {})
+
+    def run(self, tool: Tool, work: Work, cold: bool) -> Sample:
+        """One copy or merge."""
+        files = self.files(work)
+        shutil.rmtree(self.place.output, ignore_errors=True)
+        command = tool.command(work)
+        bring_in([self.bystander])
+        bring_in(files)
+        if cold:
+            evict(files)
+        try:
+            sample = self._measure(command, tool.env)
+        finally:
+            shutil.rmtree(self.place.output, ignore_errors=True)
+        if cold and tool is self.merge:
+            self.left[work.method] = max(self.left[work.method], share(files))
+            self.kept[work.method] = min(self.kept[work.method], share([self.bystander]))
+        return sample
+
+    def _measure(self, command: Sequence[str], env: dict[str, str]) -> Sample:
+        os.sync()  # What an earlier run left unwritten must not slow this one down.
+        return measure([*self.before, *command], log=self.place.log, env=env)
+
+    def rounds(self, work: Work, number: int) -> Row:
+        """Every program, one after the other, so many times."""
+        seconds = defaultdict[str, list[float]](list)
+        for _ in range(number):
+            seconds[READ].append(self.read(work).seconds)
+            seconds[COPY].append(self.run(self.copy, work, cold=True).seconds)
+            seconds[COLD].append(self.run(self.merge, work, cold=True).seconds)
+            seconds[WARM].append(self.run(self.merge, work, cold=False).seconds)
+        middle = {name: median(each) for name, each in seconds.items()}
+        to_read, to_copy = (
+            median(cold / other for cold, other in zip(seconds[COLD], seconds[name], strict=True))
+            for name in (READ, COPY)
+        )
+        figures = middle[READ], middle[COPY], middle[WARM], middle[COLD], to_read, to_copy
+        return Row(work.method, *figures, self.left[work.method], self.kept[work.method])
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    options = _parser().parse_args(words)
+    console = Console(stderr=True, highlight=False)
+    temporary = None if options.workdir else tempfile.mkdtemp(prefix="modelfuse-benchmark-")
+    place = Place(Path(temporary or options.workdir).resolve())
+    place.work.mkdir(parents=True, exist_ok=True)
+    try:
+        _benchmark(options, place, console)
+    except (CommandFailed, OSError) as error:
+        console.print(f"[red]failed:[/] {error}")
+        return 1
+    finally:
+        (place.work / "bystander").unlink(missing_ok=True)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=WORKS, default=list(WORKS), metavar="METHOD", help=", ".join(WORKS))
+    add("--repeat", type=int, default=5, help="rounds (5)")
+    add("--threads", type=int, default=2, help="threads of the copy and of modelfuse (2)")
+    add("--limit", type=float, default=0, metavar="MB", help="read so many MB a second at most (root only)")
+    add("--workdir", help="keeps the inputs for the next run; without it, a temporary folder")
+    add("--size", choices=SHAPES, default="reference", help="small is for trying out this program")
+    add("--json", metavar="FILE", help="write the rows there")
+    add("modelfuse", nargs="*", metavar="-- WORDS", help="more words for modelfuse, such as --memory 200MB")
+    return parser
+
+
+def _benchmark(options: argparse.Namespace, place: Place, console: Console) -> None:
+    shape = SHAPES[options.size]
+    with console.status(f"making the inputs: 4 models of {shape.parameters() / 1e6:.0f} M parameters"):
+        reference.make_reference(place.reference, shape)
+    rows = []
+    with limited(place.work, int(options.limit * 1e6)) as before:
+        bench = Bench(place, options.threads, before, options.modelfuse)
+        largest = max((WORKS[name] for name in options.methods), key=lambda work: len(bench.files(work)))
+        size = sum(path.stat().st_size for path in bench.files(largest))
+        for (threads, block), seconds in bench.choose_read(largest).items():
+            how = f"{threads} threads, {block >> 10:,} KiB a block"
+            console.print(f"plain read, {how}: {size / 1e9 / seconds:.2f} GB/s", style="dim")
+        for name in options.methods:
+            bench.run(bench.merge, WORKS[name], cold=False)  # Compiles what is not compiled yet.
+            rows.append(bench.rounds(WORKS[name], options.repeat))
+            console.print("  ".join(rows[-1].cells()), style="dim")
+    limit = f"{options.limit:.0f} MB/s" if options.limit else "as fast as it is"
+    title = f"{shape.parameters() / 1e6:.0f} M parameters, bfloat16, {options.threads} threads, disk: {limit}"
+    table = Table(title=title, title_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        table.add_row(*row.cells())
+    Console().print(table)
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
