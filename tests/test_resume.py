@@ -16,7 +16,7 @@ from conftest import STEPS, Said, bf16, make_model, snapshot, start
 import modelfuse as package
 from modelfuse import journal
 from modelfuse import run as running
-from modelfuse.checkpoints import keeper, writer
+from modelfuse.checkpoints import keeper, page_cache, writer
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.journal import Journal
 from modelfuse.plan import OutputTensor
@@ -440,7 +440,7 @@ def test_a_failing_sync_in_the_background_ends_the_merge(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "sync_data", broken)
+        patch.setattr(page_cache, "sync_data", broken)
         patch.setattr(keeper, "SYNC_BYTES", 1)
         said = modelfuse("merge", *words)
     assert said.status == 2
@@ -458,7 +458,7 @@ def test_a_failed_sync_is_told_of_although_it_was_the_last(tmp_path: Path, monke
         failed.set()
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writer, "sync_data", broken)
+    monkeypatch.setattr(page_cache, "sync_data", broken)
     monkeypatch.setattr(keeper, "SYNC_BYTES", 1)
     folder = writer.OutputFolder(tmp_path / "C")
 
@@ -492,7 +492,7 @@ class Disk:
             self.images.append((dict(self.files), dict(self.names)))
             fsync(descriptor)
 
-        for module, name in ((os, "fsync"), (writer, "sync_data"), (journal, "sync_data")):
+        for module, name in ((os, "fsync"), (page_cache, "sync_data"), (journal, "sync_data")):
             monkeypatch.setattr(module, name, sync)
 
     def put_back(self, image: int, folder: Path, sizes: dict[str, int]) -> None:
