@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelfuse.errors import (
     CheckpointError,
+    ClusterError,
     HubError,
     MismatchError,
     MissingExtraError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "ClusterError",
     "HubError",
     "MismatchError",
     "MissingExtraError",

@@ -30,7 +30,7 @@ def merge(*, progress: Progress | None = None, **settings: Any) -> Result:
         Where the output is, and what was done.
 
     Raises:
-        ModelfuseError: One of its five kinds; nothing is then left at ``output_path`` that was not there before.
+        ModelfuseError: One of its kinds; nothing is then left at ``output_path`` that was not there before.
             If the disk was full or failed, what is done is kept beside it, and the same call goes on from there.
     """
     from modelfuse.run import run_plan

@@ -75,7 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
     except MemoryError as error:
         show.error(
-            ModelfuseError(f"There is not enough memory: {error}", "Give a smaller --memory, or fewer --n_process.")
+            _as_told(error, f"There is not enough memory: {error}", "Give a smaller --memory, or fewer --n_process.")
         )
         return 1
     except Exception:
@@ -95,7 +95,15 @@ def _tell_failure(error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
             return  # Whoever reads it, such as `head`, has seen enough.
         place = "standard output"
-    show.error(ModelfuseError(f"{os.fsdecode(place)}: {error.strerror or error}"))
+    show.error(_as_told(error, f"{os.fsdecode(place)}: {error.strerror or error}"))
+
+
+def _as_told(error: BaseException, message: str, hint: str | None = None) -> ModelfuseError:
+    """Another message for an error, with what else is known of it."""
+    told = ModelfuseError(message, hint)
+    for note in getattr(error, "__notes__", ()):
+        told.add_note(note)
+    return told
 
 
 def _run(words: list[str]) -> int:

@@ -7,6 +7,7 @@ only copied: integers, booleans, and the quantised floats, whose bits mean nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -42,6 +43,10 @@ class DType:
     def __str__(self) -> str:
         return self.torch or self.name
 
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        # Element types are compared by identity: another process is to have its own.
+        return named, (self.name,)
+
 
 F64 = DType("F64", 64, "float64", "float64", "float64", "float64")
 F32 = DType("F32", 32, "float32", "float32", "float32", "float32")
@@ -75,6 +80,12 @@ _TABLE = (
 
 #: Every element type by its safetensors name.
 BY_NAME = {dtype.name: dtype for dtype in _TABLE}
+
+
+def named(name: str) -> DType:
+    """An element type by its safetensors name."""
+    return BY_NAME[name]
+
 
 #: The types a merge can write, by the names that ``output_dtype`` accepts.
 OUTPUT_DTYPES = {

@@ -8,7 +8,8 @@
     │   └── HubError          a model cannot be fetched from the hub
     ├── MismatchError         each input is sound, but they do not fit together
     ├── OutputError           the output cannot be written where it was asked for
-    └── MissingExtraError     the request needs a library that is not installed
+    ├── MissingExtraError     the request needs a library that is not installed
+    └── ClusterError          a cluster cannot be reached, or does not do its work
 
 All of them mean that the request or an input is at fault: the command line prints the message
 without a traceback and exits with status 2.
@@ -56,3 +57,7 @@ class OutputError(ModelfuseError):
 
 class MissingExtraError(ModelfuseError):
     """Raised when a device or tensor type needs a library that is not installed."""
+
+
+class ClusterError(ModelfuseError):
+    """Raised when a cluster cannot be reached, lacks what a merge needs, or fails at a task again and again."""

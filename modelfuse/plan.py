@@ -16,6 +16,7 @@ from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.extras import need
 from modelfuse.inputs import open_inputs
 from modelfuse.kernels.choice import Device
 from modelfuse.matching import Tied, Twins, find_twins, group_names, match_tensors
@@ -169,11 +170,14 @@ def make_plan(recipe: Recipe) -> Plan:
 
     Raises:
         CheckpointError: If an input is missing or malformed.
+        MissingExtraError: If it takes a library that is not installed.
         MismatchError: If the models do not fit together; all differences are listed.
         OutputError: If the output exists or lies inside an input.
         RecipeError: If ``unmerged_from`` is none of the models.
     """
     check_places(recipe)
+    if recipe.engine == "ray":
+        need("ray", "engine ray", "merge on this machine with --engine local")
     models = open_inputs(recipe)
     lead = models[-1 if recipe.base_model_path is not None else 0]
     names, tied = match_tensors(models, lead)

@@ -22,6 +22,7 @@ from modelfuse.recipe_checks import (
     check_adapter_output,
     check_copied,
     check_device,
+    check_engine,
     check_input_layout,
     check_method,
     check_models,
@@ -112,6 +113,9 @@ class Recipe(BaseModel):
     merge_with_qdq_base_model: bool = Field(
         False, description="Quantize and dequantize the base first, as config.json in the adapter's folder says."
     )
+    engine: Literal["local", "ray"] = Field("local", description="Merge on this machine, or on all of a Ray cluster.")
+    ray_address: str | None = Field(None, description="engine ray: HOST:PORT, or local (default: as ray.init finds).")
+    ray_timeout: Finite = Field(30.0, gt=0, le=1e6, description="engine ray: seconds to wait for the cluster.")
     overwrite: bool = Field(False, description="Replace an existing output.")
     on_nonfinite: Literal["error", "propagate"] = Field("error", description="What NaN and infinities do.")
     unmerged_from: Input | None = Field(
@@ -129,6 +133,7 @@ class Recipe(BaseModel):
         sparsify_type, merge_type = self.steps
         check_models(len(self.model_path_list), self.base_model_path is not None)
         check_device(self.tensor_type, self.device)
+        check_engine(self.engine, self.ray_address, self.tensor_type)
         check_method(self.merge_method, self.merge_type, self.sparsify_type)
         check_weights(len(self.model_path_list), merge_type, self.weight_list, self.normalize)
         if sparsify_type == "magprune":

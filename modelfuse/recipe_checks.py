@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,24 @@ def check_device(tensor_type: str, device: str) -> None:
         raise RecipeError(
             f"tensor_type np computes on the CPU, so device {device} cannot be used",
             "Use --device cpu, or --tensor_type pt or pd for a GPU.",
+        )
+
+
+def check_engine(engine: str, ray_address: str | None, tensor_type: str) -> None:
+    """Refuse a cluster's address without the cluster, one of another kind, and kernels that it does not run."""
+    if engine != "ray":
+        if ray_address is not None:
+            raise RecipeError(f"ray_address is {ray_address}, but engine is {engine}", "Add --engine ray.")
+        return
+    if tensor_type != "np":
+        raise RecipeError(
+            f"engine ray runs numpy kernels on the CPUs of its nodes; tensor_type {tensor_type} cannot be used",
+            "Use --tensor_type np: the same bytes, as fast as the disks.",
+        )
+    if ray_address is not None and ray_address != "local" and not re.fullmatch(r"[^\s/]+:\d{1,5}", ray_address):
+        raise RecipeError(
+            f"ray_address is {ray_address!r}, which is not HOST:PORT",
+            "Give the address that `ray start --head` has shown, on a machine of the cluster. ray:// cannot be used.",
         )
 
 

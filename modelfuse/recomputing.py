@@ -66,7 +66,7 @@ def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | N
     """Plan the merge anew, wherever its output is now, and hold the plan against the report."""
     try:
         # What a GPU merged, a CPU merges to the same bytes.
-        changes = {"output_path": None, "n_process": n_process, "allow_cpu_fallback": True}
+        changes = {"output_path": None, "n_process": n_process, "allow_cpu_fallback": True, "engine": "local"}
         plan = make_plan(recipe.model_copy(update=changes))
     except ModelfuseError as error:
         return None, [Problem("inputs", f"{CONFIG_NAME} cannot be merged again: {error.message}")]
@@ -186,6 +186,9 @@ class Comparison:
 
     def keep(self, name: str, nbytes: int, entry: object) -> None:
         """Nothing: a comparison that is ended begins anew."""
+
+    def share(self) -> None:
+        """Nothing: there are no files."""
 
     def problems(self) -> list[Problem]:
         """What deviates, in the order of the tensors."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.files import SourceFile, read_bytes
@@ -21,13 +22,17 @@ from modelfuse.memory import SPAN
 from modelfuse.methods import Method
 from modelfuse.places import check_room
 from modelfuse.plan import Action, OutputTensor, Plan
-from modelfuse.report import Outcome, write_config, write_index, write_report
+from modelfuse.recipe import Recipe
+from modelfuse.report import Outcome, Walked, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
 from modelfuse.streaming import Sources, Streaming
 from modelfuse.suspicious import Suspicious, find_suspicious
 from modelfuse.unequal import describe_copies, describe_twins
-from modelfuse.walking import Room, Task, Walker
+from modelfuse.walking import Room, Task, Tasks, Walker
+
+if TYPE_CHECKING:
+    from modelfuse.cluster.driver import Cluster
 
 Progress = Callable[[int], None]
 #: What is taken from one input is multiplied by one.
@@ -71,6 +76,9 @@ class Sink(Protocol):
     def keep(self, name: str, nbytes: int, entry: object) -> None:
         """Take note that so many bytes of a file are finished; safe from any thread."""
 
+    def share(self) -> Path | None:
+        """The folder of the files, which other machines may now write to; None if only ``write`` reaches them."""
+
 
 @dataclass
 class Run:
@@ -79,18 +87,21 @@ class Run:
     Args:
         plan: What to do.
         progress: Called with a number of bytes as they are done.
+        cluster: The machines that do it; None: threads of this one.
     """
 
     plan: Plan
     progress: Progress
+    cluster: Cluster | None = None
     differences: list[Difference] = field(default_factory=list)
     untied: list[Difference] = field(default_factory=list)
     strange: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._kernel = choose(self.plan.device)
-        room = Room.of(self.plan)
-        self._walkers = [Walker(self._kernel, room, self._is_stopping) for _ in range(self.plan.workers)]
+        self._tasks, self._room = Tasks.of(self.plan), Room.of(self.plan)
+        workers = self.plan.workers if self.cluster is None else 0
+        self._walkers = [Walker(self._kernel, self._room, self._is_stopping) for _ in range(workers)]
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
         self.finished = Finished(self.plan)
 
@@ -105,6 +116,10 @@ class Run:
         for file in self.plan.files:
             folder.create(file.name, file.frame)
         self._folder = folder
+        with nullcontext() if self.cluster is None else self.cluster.sharing(self.plan, self._tasks, folder.share()):
+            self._walk_all()
+
+    def _walk_all(self) -> None:
         self._schedule(self._preparing_jobs(), ())
         if self.untied:
             what = "config.json ties these tensors, but their values differ"
@@ -117,10 +132,13 @@ class Run:
         if self.differences:
             raise describe_copies(self.differences, self.plan.models)
         with self._kernel.running():
-            order = (tensor.sources for tensor in self._unfinished("merge", "take"))
+            order = (tensor.sources for tensor, _ in self._unfinished("merge", "take"))
             self._schedule(self._merging_jobs(), order)
 
     def _schedule(self, jobs: Iterator[Job[Pass]], order: Iterable[Sources]) -> None:
+        if self.cluster is not None:
+            self.cluster.walk(jobs, SPAN, self)
+            return
         self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
         self._streaming = Streaming(order)
         try:
@@ -130,18 +148,17 @@ class Run:
 
     def _preparing_jobs(self) -> Iterator[Job[Pass]]:
         """What can show that the models do not fit comes first: tied tensors and those to be copied."""
-        for pair in self.plan.twins:
+        for pair, task in zip(self.plan.twins, self._tasks.twins, strict=True):
             if pair.one.size:
-                task = Task((pair.one, pair.other), (pair.path, pair.path))
                 copy = Copy(f"{pair.one.name} and {pair.other.name} of {pair.path}", None, pair.one.dtype.bytes)
                 procedure = compare_procedure(copy, self.untied if pair.tied else self.strange)
                 yield Job(task, procedure, pair.one.size)
-        for tensor in self._unfinished("copy"):
+        for tensor, task in self._unfinished("copy"):
             copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes)
-            yield self._job(tensor, copy_procedure(copy, self.differences))
+            yield self._job(tensor, task, copy_procedure(copy, self.differences))
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
-        for tensor in self._unfinished("merge", "take"):
+        for tensor, task in self._unfinished("merge", "take"):
             merges = tensor.action == "merge"
             has_base, method = merges and self.plan.has_base, self.plan.method if merges else TAKE
             dtypes = tuple(source.dtype for source in tensor.sources)
@@ -152,18 +169,15 @@ class Run:
                 from modelfuse.kernels.distances import measured
 
                 procedure = measured(procedure, work)
-            yield self._job(tensor, procedure)
+            yield self._job(tensor, task, procedure)
 
-    def _unfinished(self, *actions: Action) -> Iterator[OutputTensor]:
+    def _unfinished(self, *actions: Action) -> Iterator[tuple[OutputTensor, Task]]:
         """The tensors to do; nothing is to be done for one without elements."""
-        for tensor in self.plan.tensors:
+        for tensor, task in zip(self.plan.tensors, self._tasks.tensors, strict=True):
             if tensor.action in actions and not self.finished.has_all(tensor):
-                yield tensor
+                yield tensor, task
 
-    def _job(self, tensor: OutputTensor, procedure: Procedure) -> Job[Pass]:
-        strict = tensor.action != "copy" and self.plan.recipe.on_nonfinite == "error"
-        paths = tuple(model.path for model in self.plan.inputs_of(tensor))
-        task = Task(tensor.sources, paths, tensor, strict)
+    def _job(self, tensor: OutputTensor, task: Task, procedure: Procedure) -> Job[Pass]:
         return Job(task, self.outcomes[tensor.name].follow(procedure), tensor.size)
 
     def _is_stopping(self) -> bool:
@@ -171,21 +185,41 @@ class Run:
 
     def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
         """One span; nothing is found in one that an earlier run has written."""
-        tensor = task.tensor if pass_.writes else None
-        if tensor is not None and self.finished.has(tensor.name, first, count):
+        if self.has(task, pass_, first, count):
             return None
         self._streaming.begin(task, first, count)
-        walked = self._walkers[worker].walk(task, pass_, first, count, self._write)
-        if tensor is not None:
+        walked = self._walkers[worker].walk(task, pass_, first, count, self.write)
+        if task.tensor is not None and pass_.writes:
             self._streaming.passed(task, first, count)
-            self.outcomes[tensor.name].take(first, walked)
-            if not walked.found:
-                self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(tensor, first, count, walked))
+        self.take(task, pass_, first, count, walked)
         return walked.found
 
-    def _write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
+    def has(self, task: Task, pass_: Pass, first: int, count: int) -> bool:
+        return task.tensor is not None and pass_.writes and self.finished.has(task.tensor.name, first, count)
+
+    def write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
         self._folder.write(tensor.file, tensor.offset + tensor.dtype.nbytes(start), data.data)
-        self.progress(bytes_of(tensor, data.size // tensor.dtype.bytes))
+        self.advance(tensor, data.size // tensor.dtype.bytes)
+
+    def advance(self, tensor: OutputTensor, count: int) -> None:
+        self.progress(bytes_of(tensor, count))
+
+    def take(self, task: Task, pass_: Pass, first: int, count: int, walked: Walked) -> None:
+        tensor = task.tensor
+        if tensor is None or not pass_.writes:
+            return
+        self.outcomes[tensor.name].take(first, walked)
+        if not walked.found:
+            self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(tensor, first, count, walked))
+
+
+def _cluster(recipe: Recipe) -> AbstractContextManager[Cluster | None]:
+    """The machines that a recipe asks for; None: this one."""
+    if recipe.engine == "local":
+        return nullcontext()
+    from modelfuse.cluster.driver import Cluster
+
+    return Cluster.reached(recipe.ray_address, recipe.ray_timeout)
 
 
 def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:
@@ -200,13 +234,18 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         CheckpointError: If an input cannot be read, changes meanwhile, or holds NaN or infinities.
         MismatchError: If tensors that cannot be merged differ between the models.
         OutputError: If the output cannot be written.
+        ClusterError: If a cluster is to do it that cannot be reached, or fails.
     """
     started = time.perf_counter()
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
     check_room(plan.recipe.output_path, plan.room)
-    run = Run(plan, progress or (lambda _: None))
-    with OutputFolder(plan.recipe.output_path, plan.recipe.overwrite, facts_of(plan)) as folder:
+    facts = facts_of(plan)
+    with (
+        _cluster(plan.recipe) as cluster,
+        OutputFolder(plan.recipe.output_path, plan.recipe.overwrite, facts) as folder,
+    ):
+        run = Run(plan, progress or (lambda _: None), cluster)
         if folder.afresh is not None:
             tell(f"Starting afresh: {folder.afresh}.")
         run.take_up(folder.finished())

@@ -3,20 +3,20 @@
 A procedure (one tensor) yields passes; a pass is cut into spans. Spans of the tensors already begun come before
 new tensors, so few are under way at a time, and the next one starts while the last spans of a pass are still
 being walked. Which worker does what never changes a result: what the spans find is collected in their order, or, by a
-pass with a method ``fold(one, other)`` for which order means nothing, made one as soon as there are two.
+pass with a method ``fold(one, other)`` for which order means nothing, made one as soon as there are two. Workers are
+the threads of a :class:`Scheduler`, or whatever else takes spans from a :class:`Queue` and says what they found.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 P = TypeVar("P")
-#: A span: the job's own value, the pass, the first element and the number of elements.
-Walk = Callable[[Any, P, int, int], Any]
 
 
 @dataclass
@@ -36,21 +36,119 @@ class Job(Generic[P]):
     waiting: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Span(Generic[P]):
+    """A part of a pass that one worker walks.
+
+    Attributes:
+        job: Whose.
+        pass_: The pass.
+        first: The first element.
+        count: The number of elements.
+    """
+
+    job: Job[P]
+    pass_: P
+    first: int
+    count: int
+
+
+class Queue(Generic[P]):
+    """The spans of many jobs, each once it can be walked; safe from any thread.
+
+    Args:
+        jobs: All of them; each is begun when nothing else is ready.
+        span: Elements a span.
+    """
+
+    def __init__(self, jobs: Iterable[Job[P]], span: int) -> None:
+        self._jobs, self._span = iter(jobs), span
+        self._changed = threading.Condition()
+        self._ready: deque[Span[P]] = deque()
+        self._under_way = 0
+        #: Why nothing more is given out.
+        self.failure: BaseException | None = None
+
+    def take(self, wait: bool = True) -> Span[P] | None:
+        """The next span; begins a new job if none is ready.
+
+        Args:
+            wait: Whether to wait for spans that others must walk first.
+
+        Returns:
+            None when all is done or failed or, without ``wait``, when there is nothing now.
+        """
+        with self._changed:
+            while self.failure is None:
+                if self._ready:
+                    return self._ready.popleft()
+                job = next(self._jobs, None)
+                if job is not None:
+                    self._under_way += 1
+                    self._enqueue(job, next(job.procedure))
+                elif self._under_way == 0 or not wait:
+                    return None
+                else:
+                    self._changed.wait()
+            return None
+
+    def done(self, spans: Sequence[Span[P]], found: Sequence[Any]) -> None:
+        """Say what spans of one pass have found, one after another; of a pass that folds, perhaps folded already."""
+        job, pass_ = spans[0].job, spans[0].pass_
+        if fold := fold_of(pass_):
+            own = reduce(fold, found)
+            # Whoever finds what others have found takes it away, so that nobody waits while it is added up.
+            while (other := self._take_or_leave(job, own)) is not None:
+                own = fold(other, own)
+        with self._changed:
+            if not fold:
+                for span, each in zip(spans, found, strict=True):
+                    job.found[span.first // self._span] = each
+            job.waiting -= len(spans)
+            if job.waiting:
+                return
+        following = _advance(job)
+        with self._changed:
+            if following is not None:
+                self._enqueue(job, following)
+            else:
+                self._under_way -= 1
+                self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Give out nothing more; the first error counts."""
+        with self._changed:
+            self.failure = self.failure or error
+            self._changed.notify_all()
+
+    def _enqueue(self, job: Job[P], pass_: P) -> None:
+        spans = [(first, min(self._span, job.size - first)) for first in range(0, job.size, self._span)]
+        job.found, job.waiting = [] if fold_of(pass_) else [None] * len(spans), len(spans)
+        self._ready.extendleft(Span(job, pass_, first, count) for first, count in reversed(spans))
+        self._changed.notify_all()
+
+    def _take_or_leave(self, job: Job[P], found: Any) -> Any:
+        """What other spans have found, now the caller's; None if there was nothing: then ``found`` is left there."""
+        with self._changed:
+            if job.found:
+                return job.found.pop()
+            job.found.append(found)
+            return None
+
+
 class Scheduler(Generic[P]):
     """Runs jobs on worker threads.
 
     Args:
-        walk: Walks one span and returns what it found; runs on the workers.
+        walk: Walks one span and returns what it found; runs on the workers. It is given the worker's number, the
+            job's owner, the pass, the first element and the number of elements.
         workers: How many threads.
         span: Elements a span.
     """
 
     def __init__(self, walk: Callable[[int, Any, P, int, int], Any], workers: int, span: int) -> None:
         self._walk, self._workers, self._span = walk, workers, span
-        self._changed = threading.Condition()
-        self._ready: deque[tuple[Job[P], P, int, int]] = deque()
-        self._under_way = 0
-        self._failure: BaseException | None = None
+        self._queue: Queue[P] = Queue((), span)
 
     def run(self, jobs: Iterable[Job[P]]) -> None:
         """Run all jobs to their end.
@@ -58,7 +156,7 @@ class Scheduler(Generic[P]):
         Raises:
             BaseException: What the first failing worker raised; the others stop after their slice of work.
         """
-        self._jobs = iter(jobs)
+        self._queue = Queue(jobs, self._span)
         threads: list[threading.Thread] = []
         try:
             for number in range(self._workers):
@@ -73,81 +171,27 @@ class Scheduler(Generic[P]):
             if not threads:
                 self._work(0)
         except BaseException as interruption:
-            self._fail(interruption)
-        join(threads, self._fail)
-        if self._failure is not None:
-            raise self._failure
+            self._queue.fail(interruption)
+        join(threads, self._queue.fail)
+        if self._queue.failure is not None:
+            raise self._queue.failure
 
     @property
     def stopping(self) -> bool:
         """Whether a worker has failed, so that the others should not go on."""
-        return self._failure is not None
+        return self._queue.failure is not None
 
     def _work(self, number: int) -> None:
         try:
-            while (task := self._next()) is not None:
-                job, pass_, first, count = task
-                found = self._walk(number, job.owner, pass_, first, count)
-                self._done(job, pass_, first, found)
+            while (span := self._queue.take()) is not None:
+                found = self._walk(number, span.job.owner, span.pass_, span.first, span.count)
+                self._queue.done((span,), (found,))
         except BaseException as error:
-            self._fail(error)
-
-    def _next(self) -> tuple[Job[P], P, int, int] | None:
-        """The next span; begins a new job if none is ready; None when all is done or failed."""
-        with self._changed:
-            while self._failure is None:
-                if self._ready:
-                    return self._ready.popleft()
-                job = next(self._jobs, None)
-                if job is not None:
-                    self._under_way += 1
-                    self._enqueue(job, next(job.procedure))
-                elif self._under_way == 0:
-                    return None
-                else:
-                    self._changed.wait()
-            return None
-
-    def _enqueue(self, job: Job[P], pass_: P) -> None:
-        spans = [(first, min(self._span, job.size - first)) for first in range(0, job.size, self._span)]
-        job.found, job.waiting = [] if _fold_of(pass_) else [None] * len(spans), len(spans)
-        self._ready.extendleft((job, pass_, first, count) for first, count in reversed(spans))
-        self._changed.notify_all()
-
-    def _done(self, job: Job[P], pass_: P, first: int, found: Any) -> None:
-        if fold := _fold_of(pass_):
-            # Whoever finds what others have found takes it away, so that nobody waits while it is added up.
-            while (other := self._take_or_leave(job, found)) is not None:
-                found = fold(other, found)
-        with self._changed:
-            if not fold:
-                job.found[first // self._span] = found
-            job.waiting -= 1
-            if job.waiting:
-                return
-        following = _advance(job)
-        with self._changed:
-            if following is not None:
-                self._enqueue(job, following)
-            else:
-                self._under_way -= 1
-                self._changed.notify_all()
-
-    def _take_or_leave(self, job: Job[P], found: Any) -> Any:
-        """What other spans have found, now the caller's; None if there was nothing: then ``found`` is left there."""
-        with self._changed:
-            if job.found:
-                return job.found.pop()
-            job.found.append(found)
-            return None
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._failure = self._failure or error
-            self._changed.notify_all()
+            self._queue.fail(error)
 
 
-def _fold_of(pass_: object) -> Callable[[Any, Any], Any] | None:
+def fold_of(pass_: object) -> Callable[[Any, Any], Any] | None:
+    """What makes one of what two spans of a pass found, in any order; None if their order means something."""
     return getattr(pass_, "fold", None)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,7 +25,7 @@ ROW_ALIGNMENT = 64
 Write = Callable[[OutputTensor, int, Bytes], None]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Task:
     """What a worker needs to know of a job.
 
@@ -42,6 +42,46 @@ class Task:
     tensor: OutputTensor | None = None
     strict: bool = False
     begun: int = 0
+
+
+class Tasks(NamedTuple):
+    """All tasks of a plan.
+
+    Attributes:
+        twins: A comparison for each of its twins.
+        tensors: One for each of its tensors.
+    """
+
+    twins: tuple[Task, ...]
+    tensors: tuple[Task, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Tasks:
+        """What is to be done for a plan."""
+        strict = plan.recipe.on_nonfinite == "error"
+        twins = tuple(Task((pair.one, pair.other), (pair.path, pair.path)) for pair in plan.twins)
+        tensors, known = [], dict[tuple[Path, ...], tuple[Path, ...]]()
+        for tensor in plan.tensors:
+            models = tuple(model.path for model in plan.inputs_of(tensor))
+            models = known.setdefault(models, models)
+            tensors.append(Task(tensor.sources, models, tensor, strict and tensor.action != "copy"))
+        return cls(twins, tuple(tensors))
+
+
+class Receiver(Protocol):
+    """Whom spans are walked for."""
+
+    def has(self, task: Task, pass_: Pass, first: int, count: int) -> bool:
+        """Whether there is nothing to do, as an earlier run has written the span."""
+
+    def write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
+        """Write a tensor's bytes from an element on; they count as progress."""
+
+    def advance(self, tensor: OutputTensor, count: int) -> None:
+        """So many elements were written otherwise."""
+
+    def take(self, task: Task, pass_: Pass, first: int, count: int, walked: Walked) -> None:
+        """Take what walking a span has come to, once its bytes are written."""
 
 
 class Room(NamedTuple):

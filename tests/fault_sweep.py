@@ -107,7 +107,7 @@ def merge_in_a_fork(words: list[str], kind: str, number: int) -> Ended:
 @contextlib.contextmanager
 def interrupted_after_two_tensors() -> Iterator[None]:
     """Ctrl-C in a worker, as good as in any other place."""
-    write, calls = run.Run._write, []
+    write, calls = run.Run.write, []
 
     def interrupting(*words: Any) -> None:
         calls.append(1)
@@ -115,9 +115,9 @@ def interrupted_after_two_tensors() -> Iterator[None]:
             raise KeyboardInterrupt
         write(*words)
 
-    run.Run._write = interrupting  # type: ignore[method-assign]
+    run.Run.write = interrupting  # type: ignore[method-assign]
     yield
-    run.Run._write = write  # type: ignore[method-assign]
+    run.Run.write = write  # type: ignore[method-assign]
 
 
 def prepare(folder: Path) -> list[str]:

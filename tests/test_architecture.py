@@ -20,6 +20,7 @@ PACKAGE = ROOT / "modelfuse"
 #: ``checkpoints``), modules import each other without cycles.
 LAYERS: list[set[str]] = [
     {"errors", "dtypes", "version"},
+    {"extras"},
     {"methods", "checksums", "scheduler", "journal"},
     {"kernels", "checkpoints"},
     {"dimensions", "recipe_checks", "layouts", "hub_names"},
@@ -35,7 +36,7 @@ LAYERS: list[set[str]] = [
     {"nonfinite", "suspicious", "unequal"},
     {"report"},
     {"reported", "resuming", "walking"},
-    {"streaming"},
+    {"streaming", "cluster"},
     {"run", "contents"},
     {"recomputing"},
     {"verification"},
@@ -62,6 +63,7 @@ THIRD_PARTY = {
         "fp8",
         "recomputing",
         "verification",
+        "cluster",
     },
     "numba": {"kernels"},
     "pydantic": {"recipe", "recipe_values", "reported"},
@@ -69,7 +71,10 @@ THIRD_PARTY = {
     "yaml": {"recipe_file"},
     "rich": {"show", "manual", "cli"},
     "xxhash": {"checksums", "journal"},
+    "ray": {"cluster"},
 }
+#: Those of them that an extra of the same name installs: imported only where a request needs them.
+EXTRAS = {"hub", "ray"}
 DISTRIBUTIONS = {"pyyaml": "yaml"}
 #: One module, as numba's cache notices changes only in a function's own file.
 LONGEST = {"modelfuse.kernels.cpu": 600}
@@ -169,8 +174,8 @@ def test_compiling_has_one_door() -> None:
 
 def test_dependencies_are_those_that_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
-    declared = {re.split(r"[<>=!~\[ ]", each)[0] for each in wanted}
+    extras = [each for name in EXTRAS for each in project["optional-dependencies"][name]]
+    declared = {re.split(r"[<>=!~\[ ]", each)[0] for each in [*project["dependencies"], *extras]}
     assert {DISTRIBUTIONS.get(name, name) for name in declared} == set().union(*map(third_party, FILES))
 
 

@@ -44,7 +44,7 @@ sys.exit(main(sys.argv[1:]))
 MOMENTS = {
     "before the first byte": "writer.OutputFolder.create = stop",
     "after the first file": "writer.OutputFolder.create = stop_after(writer.OutputFolder.create)",
-    "between tensors": "from modelfuse.run import Run; Run._write = stop_after(Run._write)",
+    "between tensors": "from modelfuse.run import Run; Run.write = stop_after(Run.write)",
     "before the report": "from modelfuse import run; run.write_report = stop",
     "before renaming": "writer.OutputFolder._appear = stop",
 }

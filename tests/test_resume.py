@@ -79,7 +79,7 @@ class Written:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.slices: list[tuple[str, int]] = []
         self.end_after = 0
-        write = running.Run._write
+        write = running.Run.write
 
         def noted(run: running.Run, tensor: OutputTensor, start: int, *rest: Any) -> None:
             if self.end_after and len(self.slices) == self.end_after:
@@ -87,7 +87,7 @@ class Written:
             self.slices.append((tensor.name, start))
             write(run, tensor, start, *rest)
 
-        monkeypatch.setattr(running.Run, "_write", noted)
+        monkeypatch.setattr(running.Run, "write", noted)
 
     def begin(self, end_after: int = 0) -> None:
         """Count anew; raise KeyboardInterrupt, as Ctrl-C does, after so many slices."""

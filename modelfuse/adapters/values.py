@@ -82,6 +82,10 @@ class Recent:
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 
+    def __reduce__(self) -> tuple[type[Recent], tuple[int]]:
+        # Another process makes its own values.
+        return Recent, (self.most,)
+
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value of ``key``: one of the last few, or made now while other threads wait for it."""
         with self._lock:

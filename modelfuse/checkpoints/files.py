@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,13 @@ class SourceFile:
         path: Where it is.
         size: Its length in bytes.
         mtime_ns: Its modification time in nanoseconds.
-        inode: Its inode number.
+        inode: Its inode number; None where another machine has recorded it, for which it may be another one.
     """
 
     path: Path
     size: int
     mtime_ns: int
-    inode: int
+    inode: int | None
 
     @classmethod
     def at(cls, path: Path) -> SourceFile:
@@ -46,6 +47,9 @@ class SourceFile:
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} is not a regular file")
         return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def __reduce__(self) -> tuple[type[SourceFile], tuple[Path, int, int, None]]:
+        return SourceFile, (self.path, self.size, self.mtime_ns, None)
 
     @contextmanager
     def open(self) -> Iterator[OpenFile]:
@@ -71,7 +75,8 @@ class SourceFile:
             status = os.fstat(descriptor)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
-        if (status.st_size, status.st_mtime_ns, status.st_ino) != (self.size, self.mtime_ns, self.inode):
+        known = self.size, self.mtime_ns, status.st_ino if self.inode is None else self.inode
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != known:
             raise CheckpointError(
                 f"{self.path} was changed while it was being read",
                 "Wait until nothing writes to it any more, then merge again.",
@@ -107,6 +112,14 @@ class OpenFile:
             if count == 0:
                 raise CheckpointError(f"{self.path} ends at byte {offset + done:,}, in the middle of a tensor")
             done += count
+
+
+def allow_open_files(count: int) -> None:
+    """All files of an output stay open; systems allow a thousand unless asked for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def read_bytes(file: SourceFile, offset: int, count: int) -> bytes:

@@ -52,6 +52,10 @@ class Landmarks:
         self._decoded = [0]
         self._encoded = [0]
 
+    def __reduce__(self) -> tuple[type[Landmarks], tuple[()]]:
+        # Another process finds its own.
+        return Landmarks, ()
+
     def before(self, position: int) -> tuple[int, int]:
         """The last landmark at or before a byte of the tensor: byte of the tensor, byte of the text."""
         with self._lock:

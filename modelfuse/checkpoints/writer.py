@@ -9,11 +9,9 @@ disk full leaves both, and the same request goes on from there.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import os
-import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,11 +19,13 @@ from types import TracebackType
 from typing import Self
 
 from modelfuse.checkpoints.exchange import exchange, remove, restore
+from modelfuse.checkpoints.failures import cannot_write, is_worth_going_on
+from modelfuse.checkpoints.files import allow_open_files
 from modelfuse.checkpoints.keeper import Keeper
 from modelfuse.checkpoints.lock import Lock, is_same_file
 from modelfuse.checkpoints.page_cache import settle
 from modelfuse.checkpoints.tensors import Frame
-from modelfuse.errors import ModelfuseError, OutputError
+from modelfuse.errors import OutputError
 from modelfuse.journal import Journal, sync_folder
 
 #: Open files beside the weight files: a few for every worker.
@@ -82,7 +82,7 @@ class OutputFolder:
             self._lock.release()
             self._remove_new_parents()
             if isinstance(error, OSError):
-                raise self._failure(error, self._temporary) from error
+                raise cannot_write(error, self._temporary) from error
             raise
         return self
 
@@ -93,7 +93,7 @@ class OutputFolder:
         try:
             self._keeper.stop()
             done = self._appeared()
-            keeps = error is not None and not done and _is_worth_going_on(error) and self._kept()
+            keeps = error is not None and not done and is_worth_going_on(error) and self._kept()
             self._close()
             if not keeps:
                 with contextlib.suppress(OSError):  # What stays does no harm: the next run removes it.
@@ -118,14 +118,14 @@ class OutputFolder:
     def create(self, name: str, frame: Frame) -> None:
         """Create a weight file of its final size and write all that is no tensor's, or open what a run has left."""
         path = self._temporary / name
-        _allow_open_files(len(self._descriptors) + SPARE_FILES)
+        allow_open_files(len(self._descriptors) + SPARE_FILES)
         made = os.O_CREAT | os.O_EXCL if name not in self._left else 0
         try:
             self._descriptors[name] = descriptor = os.open(path, os.O_RDWR | made | os.O_CLOEXEC, 0o666)
             if made:
                 os.truncate(descriptor, frame.size)
         except OSError as error:
-            raise self._failure(error, path) from error
+            raise cannot_write(error, path) from error
         for offset, piece in frame.pieces if made else ():
             self.write(name, offset, memoryview(piece))
         self.digests[name] = frame.digest
@@ -144,7 +144,7 @@ class OutputFolder:
         try:
             self._keeper.add(name, nbytes, entry)
         except OSError as error:
-            raise self._failure(error, self.path / name) from error
+            raise cannot_write(error, self.path / name) from error
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write at an offset of a weight file, however many system calls it takes; safe from any thread.
@@ -157,7 +157,20 @@ class OutputFolder:
             try:
                 done += os.pwrite(self._descriptors[name], data[done:], offset + done)
             except OSError as error:
-                raise self._failure(error, self.path / name) from error
+                raise cannot_write(error, self.path / name) from error
+
+    def share(self) -> Path:
+        """The folder of the files, which other machines may now write to.
+
+        What was created is synced: a page of it that this machine wrote later would undo what others write there.
+        """
+        try:
+            for descriptor in self._descriptors.values():
+                os.fsync(descriptor)
+            sync_folder(self._temporary)
+        except OSError as error:
+            raise cannot_write(error, self.path) from error
+        return self._temporary
 
     def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
         """Write and sync a small file, whole or by its parts."""
@@ -171,7 +184,7 @@ class OutputFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise self._failure(error, path) from error
+            raise cannot_write(error, path) from error
         self.digests[name] = digest.hexdigest()
 
     def commit(self) -> None:
@@ -192,7 +205,7 @@ class OutputFolder:
             self._appear()
             sync_folder(self.path.parent)
         except OSError as error:
-            raise self._failure(error, self.path) from error
+            raise cannot_write(error, self.path) from error
 
     def _keep(self, names: set[str], entries: list[object]) -> None:
         """First the data, then the word that it is there. What the first word rests on is all that was created."""
@@ -273,29 +286,9 @@ class OutputFolder:
             for parent in self._new_parents:
                 parent.rmdir()
 
-    def _failure(self, error: OSError, path: Path) -> OutputError:
-        hint = "Free some space and merge again." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-        return OutputError(f"{path} cannot be written: {error.strerror}", hint)
-
-
-def _allow_open_files(count: int) -> None:
-    """All weight files stay open; systems allow a thousand unless asked for more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
 
 def _identity(status: os.stat_result) -> list[int]:
     return [status.st_ino, status.st_size]
-
-
-def _is_worth_going_on(error: BaseException) -> bool:
-    """Whether the same request can succeed later: it was interrupted, or the system has failed it."""
-    cause = error.__cause__ if isinstance(error, ModelfuseError) else error
-    return isinstance(error, OutputError) or (
-        isinstance(cause, KeyboardInterrupt | OSError | MemoryError) and not isinstance(cause, FileNotFoundError)
-    )
 
 
 def temporary_sibling(path: Path) -> Path:
