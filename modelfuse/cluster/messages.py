@@ -99,7 +99,7 @@ class Failed(NamedTuple):
         cause: BaseException | None
         error, cause = unpack(self.error)
         error.__cause__ = cause
-        if self.tensor:
+        if self.tensor and not is_final(error):
             error.add_note(f"{self.node} was at work on {self.tensor!r}.")
         if not isinstance(error, ModelfuseError | OSError | MemoryError):
             error.add_note(self.trace)

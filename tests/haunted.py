@@ -1,0 +1,73 @@
+"""Inputs that are slow or fail on the nodes of a cluster: what a node reads from is sent to it, so this is, too."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from modelfuse import run as running
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.tensors import Reader
+from modelfuse.errors import CheckpointError
+from modelfuse.plan import Plan
+from modelfuse.walking import Tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Haunted(StoredTensor):
+    """A tensor that cannot be opened just so.
+
+    Attributes:
+        how: What happens: ``slow``, ``disk``, ``bug``, ``memory``, ``crash`` or ``once``, which fails the first time.
+        visits: A folder with a file for each attempt to open it.
+    """
+
+    how: str
+    visits: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        first = not os.listdir(self.visits)
+        (self.visits / uuid.uuid4().hex).touch()
+        if self.how == "slow":
+            time.sleep(0.2)
+        elif self.how == "disk":
+            try:
+                raise OSError(5, "Input/output error")
+            except OSError as error:
+                raise CheckpointError(f"{self.file.path}: {error.strerror} at byte 5") from error
+        elif self.how == "bug":
+            raise ZeroDivisionError("nobody had thought of that")
+        elif self.how == "memory":
+            raise MemoryError("a terabyte was asked for")
+        elif self.how == "crash" or (self.how == "once" and first):
+            os.kill(os.getpid(), 9)
+        # Of a class with slots, super() does not know the class.
+        with StoredTensor.open(self) as read:
+            yield read
+
+
+def haunt(monkeypatch: pytest.MonkeyPatch, visits: Path, how: str, which: Callable[[str], bool]) -> Path:
+    """Haunt the first source of the tensors of some names, in the next merge on a cluster; returns ``visits``."""
+    visits.mkdir()
+
+    class HauntedTasks:
+        @staticmethod
+        def of(plan: Plan) -> Tasks:
+            tasks = Tasks.of(plan)
+            for task in tasks.tensors:
+                one, *others = task.sources
+                if which(one.name):
+                    haunted = Haunted(one.name, one.dtype, one.shape, one.file, one.offset, how, visits)
+                    task.sources = (haunted, *others)
+            return tasks
+
+    monkeypatch.setattr(running, "Tasks", HauntedTasks)
+    return visits
