@@ -1,7 +1,6 @@
 """Every setting of a merge: its name, its default, and every check that needs no file.
 
-Flags, recipe files and the Python API all become a :class:`Recipe`; nothing downstream checks a
-setting again.
+Flags, recipe files and the Python API all become a :class:`Recipe`; nothing downstream checks a setting again.
 """
 
 from __future__ import annotations
