@@ -18,6 +18,8 @@ SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules, the library, and kernels that were compiled just now, as in the
 #: first merge on a machine; from the next one on they are read from a cache and take a quarter less.
 INTERPRETER_BYTES = {"np": 230_000_000, "pt": 330_000_000, "pd": 400_000_000}
+#: What Ray adds to it in its worker processes, measured.
+RAY_BYTES = 70_000_000
 #: More of it where kernels tally, and where some compute in float64.
 TALLYING_BYTES, DOUBLE_BYTES = 45_000_000, 55_000_000
 #: A worker's tensors on the CPU, with what the allocator keeps of those that were freed, measured.
@@ -95,6 +97,7 @@ def fit_memory(recipe: Recipe, weight: Weight) -> Budget:
     scratch = 0 if gpu or recipe.tensor_type == "np" else SCRATCH_BYTES
     fixed = INTERPRETER_BYTES[recipe.tensor_type] + tallies * TALLYING_BYTES + weight.double * DOUBLE_BYTES + tables
     fixed += weight.outputs * (OUTPUT_BYTES + weight.sources * SOURCE_BYTES) + gpu * GPU_BYTES
+    fixed += RAY_BYTES * (recipe.engine == "ray")
     fixed += weight.held * KEPT  # What tensors that were read last are computed from is kept too.
 
     def a_worker(elements: int) -> int:
@@ -112,7 +115,7 @@ def fit_memory(recipe: Recipe, weight: Weight) -> Budget:
 
 def _most_workers(recipe: Recipe, gpu: bool) -> int:
     if not gpu:
-        return recipe.n_process
+        return recipe.n_process if recipe.engine == "local" else 1
     workers = max(recipe.n_process, GPU_WORKERS)
     if recipe.device == "low_gpu_mem":
         workers = min(workers, int(recipe.gpu_memory * GPU_SHARE) // LEAST_GPU_ROOM)

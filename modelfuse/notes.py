@@ -29,7 +29,9 @@ def notes_on(
     notes = [_of_dequantized(model) for model in models if model.dequantized]
     if recipe.device != "cpu" and not budget.device.gpu:
         notes.append("There is no GPU to be used, so the CPU does the work, as allow_cpu_fallback says.")
-    if budget.workers < recipe.n_process:
+    if recipe.engine == "ray":
+        notes.append("Each CPU of the Ray cluster has one such worker, whatever n_process is.")
+    elif budget.workers < recipe.n_process:
         notes.append(f"{budget.workers} of {recipe.n_process} workers, so that the memory budget holds.")
     if memory > recipe.memory:
         notes.append(

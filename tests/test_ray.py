@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from adapting import UP, Q, adapter_of, make_base
 from conftest import ROOT, Said, bf16, make_model, snapshot, start
 from haunted import haunt
 from ray.cluster_utils import Cluster as Simulated
@@ -23,7 +24,9 @@ from ray.cluster_utils import Cluster as Simulated
 import modelfuse as package
 from modelfuse import extras
 from modelfuse import run as running
+from modelfuse.adapters.values import Recent
 from modelfuse.checkpoints.files import SourceFile
+from modelfuse.checkpoints.paddle_tensors import Landmarks
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.cluster import driver, groups
 from modelfuse.cluster.groups import Group
@@ -178,6 +181,21 @@ def test_every_output_is_that_of_one_machine(
     assert content(tmp_path / "C") == expected
 
 
+@pytest.mark.parametrize("form", [[], ["--output_format", "lora", "--lora_rank", 2]], ids=["model", "lora"])
+def test_adapters_are_computed_on_the_nodes(
+    merge: Command, simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Words
+) -> None:
+    """Both factors of one merged difference may be made on different nodes, and tell the same error of it."""
+    base, _ = make_base(tmp_path / "base")
+    adapters = [adapter_of(tmp_path / f"L{seed}", seed, Q, UP)[0] for seed in (1, 2)]
+    words = ["--model_path_list", *adapters, "--base_model_path", base, "--merge_method", "ties", *form]
+    words += ["--output_path", tmp_path / "C"]
+    expected = on_one_machine(merge, words, tmp_path)
+    monkeypatch.setattr(groups, "MOST_BYTES", 1)
+    merge(*words, *on(simulated))
+    assert content(tmp_path / "C") == expected
+
+
 def test_what_nodes_do_not_write_is_written_here(
     merge: Command, simulated: Simulated, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +264,10 @@ def test_a_connection_is_made_and_ended(merge: Command, disconnected: Simulated,
     expected = on_one_machine(merge, words, tmp_path)
     said = merge(*words, *on(disconnected))
     assert not ray.is_initialized()
-    assert said.err.splitlines() == [f"merging {len(SIZES) + 1} tensors of 3 checkpoints, 27.3 MB"]
+    assert said.err.splitlines() == [
+        "note: Each CPU of the Ray cluster has one such worker, whatever n_process is.",
+        f"merging {len(SIZES) + 1} tensors of 3 checkpoints, 27.3 MB",
+    ]
     assert content(tmp_path / "C") == expected
 
 
@@ -411,6 +432,52 @@ def test_without_ray_the_extra_is_named(
 # Nodes and drivers that are lost -------------------------------------------------------------------------------------
 
 
+#: Merges in small spans, keeps each one at once, and then does something.
+DRIVER = """
+import os, signal, sys
+from modelfuse import run
+from modelfuse.checkpoints.keeper import Keeper
+from modelfuse.checkpoints.writer import OutputFolder
+from modelfuse.cli import main
+from modelfuse.cluster import groups
+
+run.SPAN, groups.MOST_BYTES = {span}, 1
+kept, keep = [], OutputFolder.keep
+
+def keep_at_once(folder, *words):
+    if len(kept) == 5:
+        {action}
+    kept.append(keep(folder, *words))
+    folder._keeper.stop()
+    folder._keeper.flush()
+    folder._keeper = Keeper(folder._keep)
+
+OutputFolder.keep = keep_at_once
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_driver_that_is_ended_is_gone_on_with(
+    merge: Command, simulated: Simulated, words: Words, tmp_path: Path, sent: list[Group], way: signal.Signals
+) -> None:
+    words += ["--merge_method", "ties"]
+    expected = on_one_machine(merge, words, tmp_path)
+    code = DRIVER.format(span=SPAN, action=f"os.kill(os.getpid(), {int(way)})")
+    with start("merge", *words, *on(simulated), code=code) as process:
+        _, err = process.communicate()
+    if way == signal.SIGKILL:
+        assert process.returncode == -way, err
+    else:
+        assert process.returncode == 130, err
+        assert "the same command goes on from there" in err
+        assert "Traceback" not in err
+    said = merge(*words, *on(simulated))
+    assert "Going on from where the last run was ended" in said.err
+    assert content(tmp_path / "C") == expected
+    assert len({id(span) for group in sent for own in group.spans for span in own if span.pass_.writes}) <= 14 - 5
+
+
 @pytest.fixture(scope="module")
 def losing() -> Iterator[Simulated]:
     """A cluster that loses nodes."""
@@ -463,50 +530,22 @@ def test_the_tasks_of_a_lost_node_run_elsewhere_and_without_any_node_the_merge_e
     assert content(tmp_path / "C") == expected
 
 
-#: Merges in small spans, keeps each one at once, and then does something.
-DRIVER = """
-import os, signal, sys
-from modelfuse import run
-from modelfuse.checkpoints.keeper import Keeper
-from modelfuse.checkpoints.writer import OutputFolder
-from modelfuse.cli import main
-from modelfuse.cluster import groups
-
-run.SPAN, groups.MOST_BYTES = {span}, 1
-kept, keep = [], OutputFolder.keep
-
-def keep_at_once(folder, *words):
-    if len(kept) == 5:
-        {action}
-    kept.append(keep(folder, *words))
-    folder._keeper.stop()
-    folder._keeper.flush()
-    folder._keeper = Keeper(folder._keep)
-
-OutputFolder.keep = keep_at_once
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_driver_that_is_ended_is_gone_on_with(
-    merge: Command, simulated: Simulated, words: Words, tmp_path: Path, sent: list[Group], way: signal.Signals
+def test_a_cluster_whose_head_is_lost_is_given_up(
+    merge: Command, losing: Simulated, words: Words, tmp_path: Path
 ) -> None:
-    words += ["--merge_method", "ties"]
+    """Ray itself would wait for a minute, and end the process then."""
     expected = on_one_machine(merge, words, tmp_path)
-    code = DRIVER.format(span=SPAN, action=f"os.kill(os.getpid(), {int(way)})")
-    with start("merge", *words, *on(simulated), code=code) as process:
+    (head,) = losing.head_node.all_processes["gcs_server"]
+    action = f"os.kill({head.process.pid}, 9); __import__('time').sleep(3)"
+    with start(
+        "merge", *words, *on(losing, "--ray_timeout", 2), code=DRIVER.format(span=SPAN, action=action)
+    ) as process:
         _, err = process.communicate()
-    if way == signal.SIGKILL:
-        assert process.returncode == -way, err
-    else:
-        assert process.returncode == 130, err
-        assert "the same command goes on from there" in err
-        assert "Traceback" not in err
-    said = merge(*words, *on(simulated))
-    assert "Going on from where the last run was ended" in said.err
+    assert process.returncode == 2, err
+    assert "error: The Ray cluster has not answered for 2 s" in err
+    assert "the same command goes on from there" in err
+    assert "Going on from" in merge(*words).err
     assert content(tmp_path / "C") == expected
-    assert len({id(span) for group in sent for own in group.spans for span in own if span.pass_.writes}) <= 14 - 5
 
 
 # What is sent --------------------------------------------------------------------------------------------------------
@@ -514,6 +553,15 @@ def test_a_driver_that_is_ended_is_gone_on_with(
 
 def test_element_types_are_the_same_in_every_process() -> None:
     assert all(pickle.loads(pickle.dumps(dtype)) is dtype for dtype in BY_NAME.values())
+
+
+def test_locks_and_what_they_guard_stay_behind() -> None:
+    recent, landmarks = Recent(most=3), Landmarks()
+    recent.get("key", lambda: "value")
+    landmarks.add(5, 7)
+    sent = pickle.loads(pickle.dumps((recent, landmarks)))
+    assert (sent[0].most, sent[0].get("key", lambda: "made anew")) == (3, "made anew")
+    assert sent[1].before(9) == (0, 0)
 
 
 def test_a_file_has_no_inode_elsewhere(tmp_path: Path) -> None:

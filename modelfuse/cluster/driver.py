@@ -16,9 +16,8 @@ from ray.exceptions import RayError
 from modelfuse.cluster import node
 from modelfuse.cluster.groups import Group, Grouping, room_for
 from modelfuse.cluster.messages import Done, Failed, Shipment, is_final, pack, unpack
-from modelfuse.cluster.nodes import look_at_all, lost, nodes
+from modelfuse.cluster.nodes import LOOK, Watch, look_at_all, lost
 from modelfuse.cluster.reaching import reached
-from modelfuse.errors import ClusterError
 from modelfuse.kernels import Pass
 from modelfuse.plan import Plan
 from modelfuse.scheduler import Job, Queue
@@ -29,8 +28,6 @@ from modelfuse.walking import Receiver, Room, Task, Tasks
 QUEUED = 2
 #: How often a group may fail, and the seconds to wait before each attempt.
 PAUSES = (0.0, 1.0, 3.0)
-#: Seconds between two looks at the nodes.
-LOOK = 1.0
 
 
 class Cluster:
@@ -43,8 +40,7 @@ class Cluster:
     def __init__(self, limit: float) -> None:
         self._limit = limit
         self._walk = ray.remote(num_cpus=1, max_retries=0)(node.walk)
-        self._processors = 0
-        self._looked = self._seen = 0.0
+        self._watch = Watch()
 
     @classmethod
     @contextmanager
@@ -79,7 +75,8 @@ class Cluster:
         try:
             if folder is not None:
                 (folder / token).touch()
-            self._await_processors()
+            while not self._watch.processors(self._limit):
+                time.sleep(LOOK)
             look_at_all(self._common)
             yield
             node.check_inputs(every)  # By their inodes, too, which mean nothing on other machines.
@@ -100,9 +97,9 @@ class Cluster:
         flying: dict[Any, Group] = {}
         try:
             while True:
-                self._look_now_and_then()
-                while len(flying) < QUEUED * max(self._processors, 1):
-                    group = groups.next(room_for(self._plan, self._processors, self._sends))
+                processors = self._watch.processors(self._limit)
+                while len(flying) < QUEUED * max(processors, 1):
+                    group = groups.next(room_for(self._plan, processors, self._sends))
                     if group is None:
                         break
                     flying[self._send(group)] = group
@@ -161,27 +158,6 @@ class Cluster:
                         receiver.advance(task.tensor, span.count)
                     receiver.take(task, pass_, span.first, span.count, each)
             queue.done(spans, [each.found for each in walked])
-
-    def _look_now_and_then(self) -> None:
-        """See how many processors there are: nodes come and go."""
-        now = time.monotonic()
-        if now - self._looked < LOOK:
-            return
-        self._looked, self._processors = now, sum(each.processors for each in nodes())
-        if self._processors:
-            self._seen = now
-        elif now - self._seen > self._limit:
-            raise ClusterError(
-                f"The Ray cluster has had no processor for {self._limit:g} s",
-                "Add nodes to it, then merge again; --ray_timeout waits longer.",
-            )
-
-    def _await_processors(self) -> None:
-        self._looked, self._seen = 0.0, time.monotonic()
-        self._look_now_and_then()
-        while not self._processors:
-            time.sleep(LOOK)
-            self._look_now_and_then()
 
 
 def _landed(flying: list[Any]) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from modelfuse.errors import ClusterError, ModelfuseError
 
 #: Seconds that a node has to say whether it can take part: it may have to start a process and load this package.
 LIMIT = 120.0
+#: Seconds between two looks at the nodes.
+LOOK = 1.0
 #: Problems of nodes that are listed.
 MOST_PROBLEMS = 5
 SHARED = "All inputs and output_path must lie on a filesystem that all nodes share."
@@ -45,6 +49,56 @@ def nodes() -> list[Node]:
         raise ClusterError(f"The Ray cluster does not answer any more: {_first_line(error)}") from error
     found = [Node(each["NodeID"], each["NodeManagerHostname"], int(each["Resources"].get("CPU", 0))) for each in listed]
     return [each for each in found if each.processors]
+
+
+class Watch:
+    """How many processors there are: nodes come and go.
+
+    The nodes are asked for on a thread, as Ray waits for minutes where the head of the cluster does not answer.
+    """
+
+    def __init__(self) -> None:
+        self._found, self._failure = 0, list[Exception]()
+        self._asking: threading.Thread | None = None
+        #: When nodes were last asked for, when they answered, and when there was a processor.
+        self._asked = 0.0
+        self._answered = self._seen = time.monotonic()
+
+    def processors(self, limit: float) -> int:
+        """The number of processors, as it was a second ago.
+
+        Args:
+            limit: Seconds to wait where there are none, or no answer.
+
+        Raises:
+            ClusterError: If time is up.
+        """
+        now = time.monotonic()
+        if self._asking is None or (not self._asking.is_alive() and now - self._asked > LOOK):
+            first, self._asked = self._asking is None, now
+            self._asking = threading.Thread(target=self._ask, name="nodes", daemon=True)
+            self._asking.start()
+            if first:
+                self._asking.join(limit)
+        if self._failure:
+            raise self._failure[0]
+        if self._found:
+            self._seen = max(self._seen, self._answered)
+        if now - self._answered > limit:
+            raise ClusterError(f"The Ray cluster has not answered for {limit:g} s", "Merge again when it is back.")
+        if not self._found and now - self._seen > limit:
+            raise ClusterError(
+                f"The Ray cluster has had no processor for {limit:g} s",
+                "Add nodes to it, then merge again; --ray_timeout waits longer.",
+            )
+        return self._found
+
+    def _ask(self) -> None:
+        try:
+            self._found = sum(each.processors for each in nodes())
+            self._answered = time.monotonic()
+        except Exception as error:
+            self._failure.append(error)
 
 
 def look_at_all(common: Sequence[Any]) -> None:

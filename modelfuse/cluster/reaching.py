@@ -17,12 +17,13 @@ from modelfuse.errors import ClusterError
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 #: Reaches a cluster in a process of its own, and says why that cannot be done.
 PROBE = f"""
-import sys, ray
+import os, sys, ray
 try:
     ray.init(address=sys.argv[1], **{QUIET!r})
 except Exception as error:
     print(error)
     sys.exit(3)
+os._exit(0)
 """
 #: How Ray says that there is no cluster to be found.
 NONE_RUNNING = "Could not find any running Ray instance"
