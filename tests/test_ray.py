@@ -283,7 +283,7 @@ def test_values_that_are_not_finite_are_refused_with_the_same_words(
     tensors["ids"] = np.arange(SPAN + 9)
     make_model(tmp_path / "B", tensors)
     said = [refuse("merge", *words, *more, says=["'a' holds NaN", "2 in", "B"]) for more in ([], on(simulated))]
-    assert said[0] == said[1]
+    assert said[1].splitlines()[1:] == said[0].splitlines()  # The first is a note on the memory of the cluster's CPUs.
     assert all(group.attempts == 1 for group in sent)
 
 
@@ -457,7 +457,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda way: way.name)
 def test_a_driver_that_is_ended_is_gone_on_with(
     merge: Command, simulated: Simulated, words: Words, tmp_path: Path, sent: list[Group], way: signal.Signals
 ) -> None:
@@ -466,7 +466,7 @@ def test_a_driver_that_is_ended_is_gone_on_with(
     code = DRIVER.format(span=SPAN, action=f"os.kill(os.getpid(), {int(way)})")
     with start("merge", *words, *on(simulated), code=code) as process:
         _, err = process.communicate()
-    if way == signal.SIGKILL:
+    if way != signal.SIGINT:
         assert process.returncode == -way, err
     else:
         assert process.returncode == 130, err

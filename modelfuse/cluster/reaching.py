@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +59,8 @@ def reached(address: str | None, limit: float) -> Iterator[None]:
     # What happens to nodes is told by errors here. Ray has no public switch for its own words about them.
     before, ray._private.worker._worker_logs_enabled = ray._private.worker._worker_logs_enabled, False
     try:
-        ray.init(**options)
+        with _own_signals():
+            ray.init(**options)
         yield
     except (ConnectionError, RuntimeError) as error:
         if ray.is_initialized():
@@ -66,6 +69,17 @@ def reached(address: str | None, limit: float) -> Iterator[None]:
     finally:
         ray.shutdown()
         ray._private.worker._worker_logs_enabled = before
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Leave SIGTERM as it was: Ray makes an exception of it, which would undo what the next run could go on from."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _find(address: str | None, limit: float) -> str:
