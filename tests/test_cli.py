@@ -128,6 +128,9 @@ DEFAULTS = {
     "on_nonfinite": "error",
     "unmerged_from": None,
     "hub_endpoint": None,
+    "engine": "local",
+    "ray_address": None,
+    "ray_timeout": 30.0,
 }
 
 

@@ -365,20 +365,25 @@ def test_a_node_with_another_version_is_named(
 
 
 def test_an_input_that_is_replaced_meanwhile_is_noticed(
-    refuse: Callable[..., str], simulated: Simulated, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    modelfuse: Command, simulated: Simulated, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its inode, which means nothing on other machines."""
-    file, walk = tmp_path / "A" / "model.safetensors", driver.Cluster.walk
+    file, was, walk = tmp_path / "A" / "model.safetensors", tmp_path / "was", driver.Cluster.walk
 
     def replacing(*words: Any) -> None:
         walk(*words)
-        other, status = tmp_path / "other", file.stat()
-        other.write_bytes(file.read_bytes())
-        os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
-        other.rename(file)
+        if not was.exists():
+            os.link(file, was)  # So that its inode is not used again.
+            status, other = file.stat(), tmp_path / "other"
+            other.write_bytes(file.read_bytes())
+            os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+            other.rename(file)
 
     monkeypatch.setattr(driver.Cluster, "walk", replacing)
-    refuse("merge", *words, *on(simulated), says=[f"{file} was changed while it was being read"])
+    said = modelfuse("merge", *words, *on(simulated))
+    assert said.status == 2
+    assert f"{file} was changed while it was being read" in said.err
+    assert not (tmp_path / "C").exists()
 
 
 # Reaching a cluster --------------------------------------------------------------------------------------------------
