@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from modelfuse.ahead import Ahead
 from modelfuse.checkpoints import CONFIG_FILE
-from modelfuse.checkpoints.files import SourceFile, read_bytes
+from modelfuse.checkpoints.files import read_whole
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
@@ -17,17 +17,21 @@ from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedur
 from modelfuse.errors import OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.kernels.choice import choose
-from modelfuse.memory import SPAN
+from modelfuse.memory import SPAN, reads_twice
 from modelfuse.methods import Method
 from modelfuse.places import check_room
 from modelfuse.plan import Action, OutputTensor, Plan
 from modelfuse.report import Outcome, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
+from modelfuse.storage import Place, Url, waiting_while
 from modelfuse.streaming import Sources, Streaming
 from modelfuse.suspicious import Suspicious, find_suspicious
 from modelfuse.unequal import describe_copies, describe_twins
 from modelfuse.walking import Room, Task, Walker
+
+if TYPE_CHECKING:
+    from modelfuse.checkpoints.remote_writer import Output
 
 Progress = Callable[[int], None]
 #: What is taken from one input is multiplied by one.
@@ -49,7 +53,7 @@ class Result:
         suspicious: The models with tensors that equal the base's, or are far from it.
     """
 
-    output_path: Path
+    output_path: Place
     merged: int
     copied: int
     bytes_read: int
@@ -88,11 +92,12 @@ class Run:
     strange: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.finished = Finished(self.plan)
+        self._ahead = self._sent_ahead() if self.plan.fetched else None
         self._kernel = choose(self.plan.device)
         room = Room.of(self.plan)
         self._walkers = [Walker(self._kernel, room, self._is_stopping) for _ in range(self.plan.workers)]
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
-        self.finished = Finished(self.plan)
 
     def take_up(self, entries: Iterable[object]) -> None:
         """Go on from what earlier runs have finished: what their sinks were told to keep."""
@@ -124,9 +129,25 @@ class Run:
         self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
         self._streaming = Streaming(order)
         try:
-            self._scheduler.run(jobs)
+            with waiting_while(lambda: not self._scheduler.stopping):
+                self._scheduler.run(jobs)
         finally:
             self._streaming.end()
+
+    def _sent_ahead(self) -> Ahead:
+        """The first bytes come while kernels are loaded."""
+        from modelfuse.storage.ranges import RANGES
+
+        RANGES.room, RANGES.keeps = self.plan.fetched, reads_twice(self.plan.recipe)
+        ahead = Ahead(self._in_order())
+        ahead.send()
+        return ahead
+
+    def _in_order(self) -> Iterator[Sources]:
+        """The sources of all tensors in the order of the jobs."""
+        yield from ((pair.one, pair.other) for pair in self.plan.twins if pair.one.size)
+        yield from (tensor.sources for tensor in self._unfinished("copy"))
+        yield from (tensor.sources for tensor in self._unfinished("merge", "take"))
 
     def _preparing_jobs(self) -> Iterator[Job[Pass]]:
         """What can show that the models do not fit comes first: tied tensors and those to be copied."""
@@ -175,6 +196,8 @@ class Run:
         if tensor is not None and self.finished.has(tensor.name, first, count):
             return None
         self._streaming.begin(task, first, count)
+        if self._ahead is not None:
+            self._ahead.begin(task.sources, first)
         walked = self._walkers[worker].walk(task, pass_, first, count, self._write)
         if tensor is not None:
             self._streaming.passed(task, first, count)
@@ -186,6 +209,14 @@ class Run:
     def _write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
         self._folder.write(tensor.file, tensor.offset + tensor.dtype.nbytes(start), data.data)
         self.progress(bytes_of(tensor, data.size // tensor.dtype.bytes))
+
+
+def _output(plan: Plan, path: Place) -> Output:
+    if isinstance(path, Url):
+        from modelfuse.checkpoints.remote_writer import RemoteFolder
+
+        return RemoteFolder(path, plan.recipe.overwrite)
+    return OutputFolder(path, plan.recipe.overwrite, facts_of(plan))
 
 
 def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:
@@ -206,7 +237,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
     check_room(plan.recipe.output_path, plan.room)
     run = Run(plan, progress or (lambda _: None))
-    with OutputFolder(plan.recipe.output_path, plan.recipe.overwrite, facts_of(plan)) as folder:
+    with _output(plan, plan.recipe.output_path) as folder:
         if folder.afresh is not None:
             tell(f"Starting afresh: {folder.afresh}.")
         run.take_up(folder.finished())
@@ -215,8 +246,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
             tell(f"Going on from where the last run was ended: {share:.0%} is done.")
         run.to_folder(folder)
         for file in plan.side_files:
-            source = SourceFile.at(file.source)
-            content = read_bytes(source, 0, source.size)
+            content = read_whole(file.source)
             if file.name == CONFIG_FILE:
                 content = plan.format.config(content, plan.served_dtype, plan.lead.dequantized)
             folder.write_file(file.name, content)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from modelfuse.memory import SPAN
 from modelfuse.nonfinite import nonfinite
 from modelfuse.plan import OutputTensor, Plan
 from modelfuse.report import Counts, Walked
+from modelfuse.storage import Place
 
 #: Rows of a slice start at multiples of a cache line.
 ROW_ALIGNMENT = 64
@@ -38,7 +38,7 @@ class Task:
     """
 
     sources: tuple[StoredTensor, ...]
-    models: tuple[Path, ...]
+    models: tuple[Place, ...]
     tensor: OutputTensor | None = None
     strict: bool = False
     begun: int = 0
@@ -115,6 +115,8 @@ class Walker:
         """The slices of a span, first element and number of elements, each while its bytes are in the buffers."""
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
+            for source in task.sources if self._held != (task, first) else ():
+                source.expect(first, count)
             for start in range(first, first + count, self._slice_elements):
                 if self._stopping():
                     raise Stopped

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "modelfuse"
 #: ``checkpoints``), modules import each other without cycles.
 LAYERS: list[set[str]] = [
     {"errors", "dtypes", "version"},
-    {"methods", "checksums", "scheduler", "journal"},
+    {"methods", "checksums", "scheduler", "journal", "storage"},
     {"kernels", "checkpoints"},
     {"dimensions", "recipe_checks", "layouts", "hub_names"},
     {"recipe_values"},
@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"hub"},
     {"nonfinite", "suspicious", "unequal"},
     {"report"},
-    {"reported", "resuming", "walking"},
+    {"reported", "resuming", "walking", "ahead"},
     {"streaming"},
     {"run", "contents"},
     {"recomputing"},
@@ -51,6 +51,7 @@ THIRD_PARTY = {
     "numpy": {
         "methods",
         "kernels",
+        "storage",
         "checkpoints",
         "adapters",
         "checksums",
@@ -67,6 +68,8 @@ THIRD_PARTY = {
     "pydantic": {"recipe", "recipe_values", "reported"},
     "huggingface_hub": {"hub"},
     "yaml": {"recipe_file"},
+    "fsspec": {"storage"},
+    "aiohttp": {"storage"},
     "rich": {"show", "manual", "cli"},
     "xxhash": {"checksums", "journal"},
 }
@@ -169,7 +172,8 @@ def test_compiling_has_one_door() -> None:
 
 def test_dependencies_are_those_that_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["hub"], *extras["remote"]]
     declared = {re.split(r"[<>=!~\[ ]", each)[0] for each in wanted}
     assert {DISTRIBUTIONS.get(name, name) for name in declared} == set().union(*map(third_party, FILES))
 

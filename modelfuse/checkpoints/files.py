@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place, Url
+from modelfuse.storage.url import Entry, Version
 
 Buffer = memoryview
 
@@ -27,25 +28,36 @@ class SourceFile:
         inode: Its inode number.
     """
 
-    path: Path
+    path: Place
     size: int
     mtime_ns: int
     inode: int
 
-    @classmethod
-    def at(cls, path: Path) -> SourceFile:
+    @staticmethod
+    def at(path: Place) -> SourceFile:
         """Record the file at ``path``.
 
         Raises:
             CheckpointError: If it cannot be opened or is not a regular file.
         """
+        if isinstance(path, Url):
+            return RemoteFile.of(path)
         try:
             status = os.stat(path)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} is not a regular file")
-        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+        return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    @property
+    def identity(self) -> list[object]:
+        """What tells it from any other file of its name, ready for JSON."""
+        return [self.size, self.mtime_ns, self.inode]
+
+    def expect(self, offset: int, count: int) -> bool:
+        """Say that bytes will be read soon; False if that is too early: there is no room for them yet."""
+        return True
 
     @contextmanager
     def open(self) -> Iterator[OpenFile]:
@@ -56,7 +68,7 @@ class SourceFile:
                 at the opening or at the end of the reading.
         """
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(str(self.path), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
         try:
@@ -88,9 +100,12 @@ class OpenFile:
         descriptor: What the system knows it by.
     """
 
-    path: Path
+    path: Place
     size: int
     descriptor: int
+
+    def expect(self, offset: int, count: int) -> None:
+        """Say that bytes will be read soon."""
 
     def read(self, offset: int, buffer: Buffer) -> None:
         """Fill ``buffer`` with the bytes at ``offset``, however many system calls it takes.
@@ -107,6 +122,90 @@ class OpenFile:
             if count == 0:
                 raise CheckpointError(f"{self.path} ends at byte {offset + done:,}, in the middle of a tensor")
             done += count
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile(SourceFile):
+    """An input file in a store, as it was when the store was first asked.
+
+    Attributes:
+        entry: What the store said of it. Another version is never read.
+    """
+
+    entry: Entry
+
+    @classmethod
+    def of(cls, url: Url) -> RemoteFile:
+        """Record the file at a URL.
+
+        Raises:
+            CheckpointError: If there is none, or the store cannot be asked.
+        """
+        from modelfuse.storage.opening import store_of
+
+        entry = store_of(url).entry(url)
+        if entry is None:
+            raise CheckpointError(f"{url} is missing", "Check the URL.")
+        return cls(url, entry.size, entry.modified_ns, 0, entry)
+
+    @property
+    def identity(self) -> list[object]:
+        """Its size, and what the store calls this version of it."""
+        return [self.size, self.entry.version]
+
+    @property
+    def version(self) -> Version:
+        """What is fetched."""
+        assert isinstance(self.path, Url)
+        return Version(self.path, self.entry)
+
+    def expect(self, offset: int, count: int) -> bool:
+        """Send for bytes that will be read soon; False if there is no room for them yet."""
+        from modelfuse.storage.ranges import RANGES
+
+        return RANGES.expect(self.version, offset, min(count, self.size - offset))
+
+    @contextmanager
+    def open(self) -> Iterator[OpenFile]:
+        """Open for positioned reads."""
+        yield OpenRemoteFile(self.path, self.size, -1, self)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRemoteFile(OpenFile):
+    """A file in a store, from which ranges are fetched.
+
+    Attributes:
+        file: Which.
+    """
+
+    file: RemoteFile
+
+    def expect(self, offset: int, count: int) -> None:
+        """Send for bytes that will be read soon."""
+        self.file.expect(offset, count)
+
+    def read(self, offset: int, buffer: Buffer) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``, from where they were fetched or are on their way.
+
+        Raises:
+            CheckpointError: If the file ends before the buffer is full, was changed, or cannot be fetched.
+        """
+        from modelfuse.storage.ranges import RANGES
+
+        if offset + len(buffer) > self.size:
+            raise CheckpointError(f"{self.path} ends at byte {self.size:,}, in the middle of a tensor")
+        RANGES.read(self.file.version, offset, buffer)
+
+
+def read_whole(path: Place) -> bytes:
+    """Read a small file.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    file = SourceFile.at(path)
+    return read_bytes(file, 0, file.size)
 
 
 def read_bytes(file: SourceFile, offset: int, count: int) -> bytes:
