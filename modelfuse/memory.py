@@ -44,8 +44,9 @@ REMOTE_BYTES, SENT_BYTES = 95_000_000, 140_000_000
 RANGE_BYTES = 1 << 23
 #: While one worker waits, another one works.
 REMOTE_WORKERS = 2
-#: The most to fetch ahead where the budget has room; and to keep, for methods that read a tensor twice.
-MOST_AHEAD, MOST_KEPT = 256_000_000, 2_000_000_000
+#: Where the budget has room, the most to fetch ahead beside that: room that is used again soon is quicker than more of it.
+#: And the most to keep, for methods that read a tensor twice.
+MOST_AHEAD, MOST_KEPT = 32_000_000, 2_000_000_000
 #: Tensors that are computed, whose parts are kept beside those of the tensors under way.
 KEPT = 2
 
@@ -113,8 +114,7 @@ def fit_memory(recipe: Recipe, weight: Weight) -> Budget:
     fixed += REMOTE_BYTES * (sends or weight.remote > 0) + SENT_BYTES * sends
     fixed += weight.held * KEPT  # What tensors that were read last are computed from is kept too.
 
-    # What is being read is held beside what is fetched for later, at most half of the whole.
-    fetched = 2 * (SPAN * weight.remote + weight.sources * RANGE_BYTES) if weight.remote else 0
+    fetched = SPAN * weight.remote + weight.sources * RANGE_BYTES if weight.remote else 0
 
     def a_worker(elements: int) -> int:
         buffers = weight.slice_bytes(elements) * (PINNED_SHARE if gpu else 1)

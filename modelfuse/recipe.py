@@ -52,12 +52,12 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     model_path_list: tuple[Input, ...] = Field(
-        description="The models to merge: folders, weight files or hub names, adapters among them."
+        description="The models to merge: folders, weight files, URLs or hub names, adapters among them."
     )
     base_model_path: Input | None = Field(
         None, description="The model they were fine-tuned from: methods then act on the differences to it."
     )
-    output_path: AbsolutePath | None = Field(None, description="The folder to create.")
+    output_path: AbsolutePath | None = Field(None, description="The folder to create, or its URL.")
     merge_method: Literal[*MERGE_METHODS] | None = Field(  # type: ignore[valid-type]
         None, description="A usual pair of merge_type and sparsify_type; linear if none of the three is given."
     )
