@@ -44,7 +44,7 @@ REMOTE_BYTES, SENT_BYTES = 95_000_000, 140_000_000
 RANGE_BYTES = 1 << 23
 #: While one worker waits, another one works.
 REMOTE_WORKERS = 2
-#: Where the budget has room, the most to fetch ahead beside that: room that is used again soon is quicker than more of it.
+#: Where the budget has room, the most to fetch ahead beside that: less room that is used again soon is quicker.
 #: And the most to keep, for methods that read a tensor twice.
 MOST_AHEAD, MOST_KEPT = 32_000_000, 2_000_000_000
 #: Tensors that are computed, whose parts are kept beside those of the tensors under way.
