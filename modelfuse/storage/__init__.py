@@ -5,6 +5,7 @@ fsspec, and the packages of each kind of store, are imported when the first URL 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import url2pathname
 
+from modelfuse.errors import CheckpointError
 from modelfuse.storage.url import Url
 
 __all__ = [
@@ -62,17 +64,29 @@ def is_file(place: Place) -> bool:
         from modelfuse.storage.opening import store_of
 
         return store_of(place).entry(place) is not None
-    return os.path.isfile(place)
+    return _answer(place, place.is_file)
 
 
 def is_dir(place: Place) -> bool:
     """Whether there is a folder; in a store, objects whose names begin as if there were one."""
-    return bool(children(place)) if isinstance(place, Url) else os.path.isdir(place)
+    return bool(children(place)) if isinstance(place, Url) else _answer(place, place.is_dir)
 
 
 def exists(place: Place) -> bool:
     """Whether there is a file or a folder."""
-    return is_dir(place) or is_file(place) if isinstance(place, Url) else place.exists()
+    return is_dir(place) or is_file(place) if isinstance(place, Url) else _answer(place, place.exists)
+
+
+def _answer(path: Path, ask: Callable[[], bool]) -> bool:
+    """What the system says of a path; a disk that fails is not taken for one that says no."""
+    try:
+        return ask()
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def children(folder: Place) -> list[Place]:
