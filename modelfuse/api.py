@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelfuse.hub import fetch, headers
 from modelfuse.places import check_room
 from modelfuse.plan import Plan, make_plan
 from modelfuse.recipe import Recipe
+from modelfuse.storage import Place, place_of
 
 if TYPE_CHECKING:
     from modelfuse import verification
@@ -58,7 +58,7 @@ def check(**settings: Any) -> Plan:
 
 
 def verify(
-    path: Path | str,
+    path: Place | str,
     full: bool = False,
     *,
     sample: int | None = None,
@@ -88,6 +88,4 @@ def verify(
     """
     from modelfuse.verification import verify_output
 
-    return verify_output(
-        Path(path).absolute(), full=full, sample=sample, n_process=n_process, seed=seed, progress=progress
-    )
+    return verify_output(place_of(path), full=full, sample=sample, n_process=n_process, seed=seed, progress=progress)

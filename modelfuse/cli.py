@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from modelfuse.errors import ModelfuseError, RecipeError
 from modelfuse.recipe import ANOTHER_WAY, Recipe, by_canonical_name, canonical_name, nearest
 from modelfuse.recipe_file import load_recipe
+from modelfuse.storage import Place, place_of
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
@@ -183,18 +184,25 @@ def _verify(words: list[str]) -> int:
     from modelfuse.verification import verify_output
 
     parser = _VerifyParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder")
     for flag in ("--full", "--quiet"):
         parser.add_argument(flag, action="store_true")
     for setting in ("--sample", "--n_process", "--seed"):
         parser.add_argument(setting, type=int)
     plain = (f"--{word[2:].replace('-', '_')}" if word.startswith("--") else word for word in words)
     given = vars(parser.parse_args(list(plain)))
-    quiet, folder = given.pop("quiet"), given.pop("folder").absolute()
+    quiet, folder = given.pop("quiet"), _place(given.pop("folder"))
     with show.verifying(folder, quiet) as progress:
         found = verify_output(folder, **given, progress=progress)
     show.verification(found, quiet)
     return 0 if found.holds else 2
+
+
+def _place(word: str) -> Place:
+    try:
+        return place_of(word)
+    except ValueError as error:
+        raise RecipeError(f"{word}: {error}", VERIFY_USAGE) from None
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, object], bool]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from modelfuse.checkpoints import CONFIG_FILE, StoredTensor, read_config, read_json
 from modelfuse.checkpoints.files import SourceFile, read_bytes
@@ -17,6 +15,7 @@ from modelfuse.dimensions import contradictions
 from modelfuse.errors import CheckpointError
 from modelfuse.matching import group_names
 from modelfuse.reported import Problem, Report, ReportedTensor
+from modelfuse.storage import Place, children, is_file, size_of
 
 #: How the files end that a loader would take for weights, or for the index of some.
 WEIGHTS = (".safetensors", ".pdparams")
@@ -36,7 +35,7 @@ class Contents:
         problems: What is wrong.
     """
 
-    folder: Path
+    folder: Place
     report: Report
     files: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -45,7 +44,7 @@ class Contents:
         for name, size in self.report.files.items():
             self.problems += self._open(name, size)
         known = {*self.report.files}
-        for name in sorted(path.name for path in self.folder.iterdir() if path.name.endswith(WEIGHTS)):
+        for name in sorted(path.name for path in children(self.folder) if path.name.endswith(WEIGHTS)):
             if name not in known:
                 self.problems.append(Problem("file", f"{name} is not one of the merge's files", file=name))
         self.problems += self._check_tensors()
@@ -66,10 +65,10 @@ class Contents:
 
     def _open(self, name: str, size: int) -> Iterator[Problem]:
         path = self.folder / name
-        if not os.path.isfile(path):
+        if not is_file(path):
             yield Problem("file", f"{name} is missing{self._with_tensors(name)}", file=name)
             return
-        actual = path.stat().st_size
+        actual = size_of(path)
         if actual != size:
             yield Problem("file", f"{name} has {actual:,} bytes, {size:,} when it was written", file=name)
         try:
@@ -110,11 +109,7 @@ class Contents:
             if name in self.report.files:
                 continue
             try:
-                with (
-                    SourceFile.at(self.folder / name).open() as opened,
-                    open(opened.descriptor, "rb", closefd=False) as file,
-                ):
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = _digest(SourceFile.at(self.folder / name))
             except (OSError, CheckpointError) as error:
                 reason = error.message if isinstance(error, CheckpointError) else f"{name}: {error.strerror}"
                 yield Problem("file", reason.replace(f"{self.folder}/", "", 1), file=name)
@@ -125,10 +120,10 @@ class Contents:
     def _check_index(self) -> Iterator[Problem]:
         whole = {re.sub(r"(-\d+-of-\d+)?(\.\w+)$", r"\2", name) for name in self.report.files}
         wanted = {f"{name}{INDEX}" for name in whole} if len(self.report.files) > 1 else set[str]()
-        for name in sorted({path.name for path in self.folder.glob(f"*{INDEX}")} - wanted):
+        for name in sorted({path.name for path in children(self.folder) if path.name.endswith(INDEX)} - wanted):
             yield Problem("index", f"{name} is not one of the merge's files; loaders would follow it", file=name)
         for name in sorted(wanted):
-            if not (self.folder / name).is_file():
+            if not is_file(self.folder / name):
                 yield Problem("index", f"{name} is missing", file=name)
                 continue
             try:
@@ -150,7 +145,18 @@ class Contents:
                 yield Problem("config", message, tensor, CONFIG_FILE)
 
 
-def _frame_digest(path: Path, tensors: Iterable[StoredTensor]) -> str:
+def _digest(file: SourceFile) -> str:
+    """The sha256 of a whole file."""
+    digest = hashlib.sha256()
+    with file.open() as opened:
+        for start in range(0, file.size, PIECE):
+            piece = bytearray(min(PIECE, file.size - start))
+            opened.read(start, memoryview(piece))
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _frame_digest(path: Place, tensors: Iterable[StoredTensor]) -> str:
     """The sha256 of all bytes of a weight file that are no tensor's, in their order.
 
     Raises:

@@ -7,6 +7,7 @@ from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.quantized import dequantized
 from modelfuse.recipe import Recipe
 from modelfuse.relayout import bring_together
+from modelfuse.storage.together import each_of
 
 
 def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -17,7 +18,7 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
         MismatchError: If a model's layout cannot be known, or an adapter does not fit the base.
         RecipeError: If there are adapters and no base.
     """
-    models = tuple(dequantized(open_checkpoint(path, recipe.merge_prefix)) for path in full_models(recipe))
+    models = tuple(each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)), full_models(recipe)))
     models = bring_together(models, without_adapters(recipe))
     layout = recipe.output_layout or models[-1].layout
     return with_adapters(recipe, models, None if layout is None else layout == "paddle")

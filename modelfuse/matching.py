@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.errors import MismatchError
+from modelfuse.storage import Place
 
 #: Output heads that share the input embedding's values where config.json ties them.
 HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
@@ -45,7 +45,7 @@ class Twins:
 
     one: StoredTensor
     other: StoredTensor
-    path: Path
+    path: Place
     tied: bool
 
 

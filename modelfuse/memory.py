@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from modelfuse.kernels.choice import CPU_ROOM, GPU_ROOM, Device, find_gpu
 from modelfuse.recipe import Recipe
+from modelfuse.storage import Url
 
 #: Elements of a slice: they stream best through the second-level cache. Whatever else slices could be, they start at
 #: multiples of this, so that sums and checksums never depend on them.
@@ -38,6 +39,16 @@ LEAST_GPU_ROOM = 44_000_000
 OUTPUT_BYTES, SOURCE_BYTES = 700, 300
 #: Tables of a tensor under way and of the worker that makes them, for each model.
 TABLE_BYTES = 2_500_000
+#: What fsspec and the libraries of stores add to the interpreter, measured; what is on its way to a store.
+REMOTE_BYTES, SENT_BYTES = 95_000_000, 140_000_000
+#: The largest range of a file that is fetched by itself. Of what is fetched, a span of each source is worked on while
+#: the next one comes; with the ends of the ranges that it begins and ends in.
+RANGE_BYTES = 1 << 23
+#: While one worker waits, another one works.
+REMOTE_WORKERS = 2
+#: Where the budget has room, the most to fetch ahead beside that: less room that is used again soon is quicker.
+#: And the most to keep, for methods that read a tensor twice.
+MOST_AHEAD, MOST_KEPT = 32_000_000, 2_000_000_000
 #: Tensors that are computed, whose parts are kept beside those of the tensors under way.
 KEPT = 2
 
@@ -52,6 +63,7 @@ class Weight(NamedTuple):
         a_reader: Bytes that reading takes beside that, at most.
         held: Bytes that computing the sources of one tensor keeps resident, at most.
         double: Whether any is computed in float64.
+        remote: The most bytes of an element in all sources that are in stores.
     """
 
     outputs: int
@@ -60,6 +72,7 @@ class Weight(NamedTuple):
     a_reader: int
     held: int
     double: bool
+    remote: int = 0
 
     def slice_bytes(self, elements: int) -> int:
         """What a worker holds of the largest slice of so many elements."""
@@ -74,12 +87,14 @@ class Budget(NamedTuple):
         slice_elements: Elements a worker holds at a time.
         memory: The expected peak of resident memory in bytes.
         device: Where to merge, and how much of its memory each worker may fill.
+        fetched: Bytes of files in stores to hold, beside those that are being read; zero if there are none.
     """
 
     workers: int
     slice_elements: int
     memory: int
     device: Device
+    fetched: int
 
 
 def fit_memory(recipe: Recipe, weight: Weight) -> Budget:
@@ -98,24 +113,39 @@ def fit_memory(recipe: Recipe, weight: Weight) -> Budget:
     fixed = INTERPRETER_BYTES[recipe.tensor_type] + tallies * TALLYING_BYTES + weight.double * DOUBLE_BYTES + tables
     fixed += weight.outputs * (OUTPUT_BYTES + weight.sources * SOURCE_BYTES) + gpu * GPU_BYTES
     fixed += RAY_BYTES * (recipe.engine == "ray")
+    sends = isinstance(recipe.output_path, Url)
+    fixed += REMOTE_BYTES * (sends or weight.remote > 0) + SENT_BYTES * sends
     fixed += weight.held * KEPT  # What tensors that were read last are computed from is kept too.
+
+    fetched = SPAN * weight.remote + weight.sources * RANGE_BYTES if weight.remote else 0
 
     def a_worker(elements: int) -> int:
         buffers = weight.slice_bytes(elements) * (PINNED_SHARE if gpu else 1)
-        return buffers + weight.a_reader + weight.held + tables + scratch
+        return buffers + weight.a_reader + weight.held + tables + scratch + fetched
 
-    most = _most_workers(recipe, gpu)
+    most = _most_workers(recipe, gpu, weight.remote > 0)
     elements = SLICE_LARGE if weight.a_reader or weight.held or gpu else GRAIN
     while elements > GRAIN and fixed + most * a_worker(elements) > recipe.memory:
         elements //= 2
     workers = max(1, min(most, (recipe.memory - fixed) // max(a_worker(elements), 1)))
     device = Device(recipe.tensor_type, gpu, _room(recipe, gpu, workers))
-    return Budget(workers, elements, fixed + workers * a_worker(elements), device)
+    memory = fixed + workers * a_worker(elements)
+    most = MOST_KEPT if reads_twice(recipe) else MOST_AHEAD
+    more = min(max(recipe.memory - memory, 0), most) if fetched else 0
+    return Budget(workers, elements, memory + more, device, workers * fetched + more)
 
 
-def _most_workers(recipe: Recipe, gpu: bool) -> int:
+def reads_twice(recipe: Recipe) -> bool:
+    """Whether tensors are measured before they are merged."""
+    sparsify_type, merge_type = recipe.steps
+    return sparsify_type in ("trim", "magprune") or merge_type == "slerp"
+
+
+def _most_workers(recipe: Recipe, gpu: bool, remote: bool) -> int:
     if not gpu:
-        return recipe.n_process if recipe.engine == "local" else 1
+        if recipe.engine == "ray":  # Each of its processes is one.
+            return 1
+        return max(recipe.n_process, REMOTE_WORKERS if remote else 1)
     workers = max(recipe.n_process, GPU_WORKERS)
     if recipe.device == "low_gpu_mem":
         workers = min(workers, int(recipe.gpu_memory * GPU_SHARE) // LEAST_GPU_ROOM)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modelfuse.errors import CheckpointError
 from modelfuse.plan import OutputTensor
+from modelfuse.storage import Place
 
 
 def nonfinite(
-    tensor: OutputTensor, models: Sequence[Path], bad: np.ndarray[Any, np.dtype[np.int64]]
+    tensor: OutputTensor, models: Sequence[Place], bad: np.ndarray[Any, np.dtype[np.int64]]
 ) -> CheckpointError:
     """Name the tensor, the models that hold such values, and how many; or that only the result is not finite.
 

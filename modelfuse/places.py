@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 from modelfuse.checkpoints.writer import bytes_left
-from modelfuse.errors import OutputError
+from modelfuse.errors import CheckpointError, OutputError
 from modelfuse.hub_names import HubName
 from modelfuse.recipe import Recipe
+from modelfuse.storage import Place, Url, is_dir, is_file
 
 
 def check_places(recipe: Recipe) -> None:
@@ -21,20 +22,42 @@ def check_places(recipe: Recipe) -> None:
     output = recipe.output_path
     if output is None:
         return
-    place = Path(os.path.realpath(output))
     for each in recipe.inputs:
         path = each.folder if isinstance(each, HubName) else each
-        if path is None:
-            continue
-        other = Path(os.path.realpath(path))
-        if place in (other, *other.parents) or other in place.parents:
+        if path is not None and _meet(output, path):
             raise OutputError(
                 f"output_path {output} and the input {path} lie inside each other", "Choose another output_path."
             )
+    if isinstance(output, Url):
+        _check_remote(output, recipe.overwrite)
+        return
     try:
         _check_output(output, recipe.overwrite)
     except OSError as error:
         raise OutputError(f"output_path {output}: {error.strerror}") from error
+
+
+def _meet(one: Place, other: Place) -> bool:
+    """Whether two places are the same, or one is in the other."""
+    if isinstance(one, Url) and isinstance(other, Url):
+        places = [f"{place}/" for place in (one, other)]
+        return places[0].startswith(places[1]) or places[1].startswith(places[0])
+    if isinstance(one, Url) or isinstance(other, Url):
+        return False
+    place, another = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    return place in (another, *another.parents) or another in place.parents
+
+
+def _check_remote(output: Url, overwrite: bool) -> None:
+    try:
+        if is_dir(output) and not overwrite:
+            raise OutputError(
+                f"output_path {output} exists and is not empty", "Use --overwrite to replace it when all is done."
+            )
+        if not is_dir(output) and is_file(output):
+            raise OutputError(f"output_path {output} is a file")
+    except CheckpointError as error:
+        raise OutputError(f"output_path {error.message}", error.hint) from error
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -50,7 +73,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def check_room(output: Path | None, needed: int) -> None:
+def check_room(output: Place | None, needed: int) -> None:
     """Known before any work: the output and what it replaces exist side by side.
 
     Args:
@@ -60,7 +83,7 @@ def check_room(output: Path | None, needed: int) -> None:
     Raises:
         OutputError: If it does not fit on the disk.
     """
-    if output is None:
+    if output is None or isinstance(output, Url):
         return
     parent = next(folder for folder in Path(os.path.realpath(output)).parents if folder.exists())
     free = shutil.disk_usage(parent).free + bytes_left(output)

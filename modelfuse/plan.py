@@ -27,6 +27,7 @@ from modelfuse.output_format import OutputFormat
 from modelfuse.places import check_places
 from modelfuse.recipe import Recipe
 from modelfuse.serving import SideFile, files_to_serve
+from modelfuse.storage import Url, forget
 
 Action = Literal["merge", "copy", "take"]
 
@@ -106,6 +107,7 @@ class Plan:
         slice_elements: Elements a worker holds at a time.
         memory: The expected peak of resident memory in bytes.
         device: Where tensors are merged.
+        fetched: Bytes of files in stores to hold while they are read; zero if there are none.
         notes: What the user should know.
     """
 
@@ -124,6 +126,7 @@ class Plan:
     slice_elements: int
     memory: int
     device: Device
+    fetched: int
     notes: tuple[str, ...]
 
     @property
@@ -175,6 +178,7 @@ def make_plan(recipe: Recipe) -> Plan:
         OutputError: If the output exists or lies inside an input.
         RecipeError: If ``unmerged_from`` is none of the models.
     """
+    forget()
     check_places(recipe)
     if recipe.engine == "ray":
         need("ray", "engine ray", "merge on this machine with --engine local")
@@ -293,6 +297,13 @@ def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
     weight = Weight(
         len(tensors), max(len(each.sources) for each in tensors), frozenset(sizes),
         max(part.reader_bytes for part in sources), max(sum(part.held for part in each.sources) for each in tensors),
-        any(part.dtype.compute == "float64" for part in sources),
+        any(part.dtype.compute == "float64" for part in sources), _remote_bytes(recipe, tensors),
     )  # fmt: skip
     return fit_memory(recipe, weight)
+
+
+def _remote_bytes(recipe: Recipe, tensors: Sequence[OutputTensor]) -> int:
+    """The most bytes that an element takes in all of its sources, if any input is in a store."""
+    if not any(isinstance(path, Url) for path in recipe.input_paths):
+        return 0
+    return max(sum(part.stored.bytes for part in each.sources) for each in tensors)

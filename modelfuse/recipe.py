@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,6 +30,7 @@ from modelfuse.recipe_checks import (
     explain,
 )
 from modelfuse.recipe_values import AbsolutePath, Bytes, Endpoint, Finite, Input, Weight
+from modelfuse.storage import Place
 
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
 INFORMATION = ("modelfuse_version",)
@@ -52,12 +52,12 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     model_path_list: tuple[Input, ...] = Field(
-        description="The models to merge: folders, weight files or hub names, adapters among them."
+        description="The models to merge: folders, weight files, URLs or hub names, adapters among them."
     )
     base_model_path: Input | None = Field(
         None, description="The model they were fine-tuned from: methods then act on the differences to it."
     )
-    output_path: AbsolutePath | None = Field(None, description="The folder to create.")
+    output_path: AbsolutePath | None = Field(None, description="The folder to create, or its URL.")
     merge_method: Literal[*MERGE_METHODS] | None = Field(  # type: ignore[valid-type]
         None, description="A usual pair of merge_type and sparsify_type; linear if none of the three is given."
     )
@@ -156,7 +156,7 @@ class Recipe(BaseModel):
             raise RecipeError(explain(error.errors()), "`modelfuse merge --help` lists every setting.") from None
 
     @property
-    def inputs(self) -> tuple[Path | HubName, ...]:
+    def inputs(self) -> tuple[Place | HubName, ...]:
         """The models in order, then the base if there is one."""
         return self.model_path_list if self.base_model_path is None else (*self.model_path_list, self.base_model_path)
 
@@ -166,7 +166,7 @@ class Recipe(BaseModel):
         return tuple(dict.fromkeys(each for each in self.inputs if isinstance(each, HubName)))
 
     @property
-    def input_paths(self) -> tuple[Path, ...]:
+    def input_paths(self) -> tuple[Place, ...]:
         """Where the inputs are, once all are at hand."""
         paths = tuple(each.folder if isinstance(each, HubName) else each for each in self.inputs)
         if missing := [str(each) for each, path in zip(self.inputs, paths, strict=True) if path is None]:
@@ -174,12 +174,12 @@ class Recipe(BaseModel):
         return tuple(path for path in paths if path is not None)
 
     @property
-    def model_paths(self) -> tuple[Path, ...]:
+    def model_paths(self) -> tuple[Place, ...]:
         """Where the models are, without the base."""
         return self.input_paths[: len(self.model_path_list)]
 
     @property
-    def base_path(self) -> Path | None:
+    def base_path(self) -> Place | None:
         """Where the base is, if there is one."""
         return None if self.base_model_path is None else self.input_paths[-1]
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelfuse.errors import RecipeError
+from modelfuse.checkpoints.files import read_whole
+from modelfuse.errors import CheckpointError, RecipeError
+from modelfuse.storage import Place, Url
 
 if TYPE_CHECKING:
     from yaml import SafeLoader
@@ -23,7 +24,7 @@ MAX_DEPTH = 50
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
-def load_recipe(path: Path) -> dict[str, object]:
+def load_recipe(path: Place) -> dict[str, object]:
     """Read the settings in a .json or .yaml recipe; ``Recipe.parse`` checks them.
 
     Raises:
@@ -41,13 +42,18 @@ def load_recipe(path: Path) -> dict[str, object]:
     return content
 
 
-def _read(path: Path) -> str:
+def _read(path: Place) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        if isinstance(path, Url):
+            content = read_whole(path)
+        else:
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise RecipeError(f"The recipe {path} has more than {MAX_BYTES:,} bytes; it is no recipe")
         return content.decode("utf-8-sig")
+    except CheckpointError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.message}", error.hint) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

@@ -1,4 +1,4 @@
-"""What single settings may be: sizes, numbers, paths, and the inputs of a merge."""
+"""What single settings may be: sizes, numbers, places, and the inputs of a merge."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator
 
 from modelfuse.hub_names import HubName, hub_name
 from modelfuse.recipe_checks import is_path
+from modelfuse.storage import Place, Url, place_of
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
@@ -31,18 +32,18 @@ def parse_bytes(value: object) -> object:
     return int(Decimal(match[1]) * UNITS[match[2]])
 
 
-def _absolute(value: object) -> object:
+def _absolute(value: object) -> Place:
     if isinstance(value, str) and not is_path(value):
         raise ValueError("this is no path")
-    return Path(os.path.abspath(value)) if isinstance(value, str | Path) else value
+    if not isinstance(value, str | Path | Url):
+        raise ValueError("input is not a valid path")
+    return place_of(value)
 
 
-def _input(value: object) -> object:
-    """A path; or a hub name, if it looks like one and nothing of that name is here."""
+def _input(value: object) -> Place | HubName:
+    """A place; or a hub name, if it looks like one and nothing of that name is here."""
     if isinstance(value, str) and not os.path.lexists(value) and (named := hub_name(value)) is not None:
         return named
-    if not isinstance(value, str | os.PathLike | HubName):
-        raise ValueError("input is not a valid path")
     return value if isinstance(value, HubName) else _absolute(value)
 
 
@@ -53,10 +54,11 @@ def _endpoint(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0, lt=2**63)]
-AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+#: A path, made absolute, or a URL; as text it is without what is secret of it.
+AbsolutePath = Annotated[Place, PlainValidator(_absolute), PlainSerializer(str, when_used="json")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 #: Most tensors are merged in float32, so their weights have its range.
 Weight = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
 Endpoint = Annotated[str, BeforeValidator(_endpoint)]
 #: A model to merge: where it is, or what it is called on a hub.
-Input = Annotated[Path | InstanceOf[HubName], BeforeValidator(_input), PlainSerializer(str)]
+Input = Annotated[Place | HubName, PlainValidator(_input), PlainSerializer(str)]

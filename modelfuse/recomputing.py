@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.files import SourceFile
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import ModelfuseError
 from modelfuse.kernels import Bytes
@@ -20,6 +19,7 @@ from modelfuse.plan import OutputTensor, Plan, make_plan
 from modelfuse.recipe import Recipe
 from modelfuse.report import CONFIG_NAME
 from modelfuse.reported import Problem, Report, ReportedInput
+from modelfuse.storage import Place, exists, is_dir, is_file, look_up, place_of, size_of
 
 #: A sample reads and compares about so many bytes, but never fewer tensors than the least.
 SAMPLE_BYTES = 256_000_000
@@ -30,34 +30,35 @@ def absent_inputs(report: Report, recipe: Recipe | None) -> list[str]:
     """What is not at hand of the inputs as they were merged: paths, and why not."""
     absent = []
     for model, path in _places(report, recipe):
-        if not os.path.exists(path):
+        if not exists(path):
             absent.append(f"{model.path} is missing")
             continue
         for file, size, _ in _files(model, path):
-            if not os.path.isfile(file):
+            if not is_file(file):
                 absent.append(f"{file} is missing")
-            elif file.stat().st_size != size:
-                absent.append(f"{file} was changed: it has {file.stat().st_size:,} bytes, {size:,} when it was merged")
+            elif size_of(file) != size:
+                absent.append(f"{file} was changed: it has {size_of(file):,} bytes, {size:,} when it was merged")
     return absent
 
 
 def modified_inputs(report: Report) -> list[str]:
     """Files that were written again since the merge, though their sizes are the same: perhaps other weights."""
     # What comes from a hub has the time when it was fetched.
-    places = ((model, path) for model, path in _places(report, None) if os.path.exists(path))
+    places = ((model, path) for model, path in _places(report, None) if exists(path))
     files = (file for model, path in places for file in _files(model, path))
-    return [str(path) for path, _, modified in files if path.stat().st_mtime_ns != modified]
+    return [str(path) for path, _, modified in files if SourceFile.at(path).mtime_ns != modified]
 
 
-def _places(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, Path]]:
+def _places(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, Place]]:
     """Every input, and where it is now."""
     known = {} if recipe is None else dict(zip(map(str, recipe.inputs), recipe.input_paths, strict=True))
     for model in report.inputs:
-        yield model, known.get(model.path, Path(model.path))
+        yield model, known.get(model.path) or place_of(model.path)
 
 
-def _files(model: ReportedInput, path: Path) -> Iterator[tuple[Path, int, int]]:
-    folder = path if os.path.isdir(path) else path.parent
+def _files(model: ReportedInput, path: Place) -> Iterator[tuple[Place, int, int]]:
+    folder = path if is_dir(path) else path.parent
+    look_up(folder, model.files)
     for name, file in model.files.items():
         yield folder / name, file.size, file.modified_ns
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from modelfuse.adapters import Adapter
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import ALGORITHM, Checksum
 from modelfuse.kernels import Procedure
 from modelfuse.plan import OutputTensor, Plan
@@ -21,6 +20,7 @@ from modelfuse.suspicious import Suspicious
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
+    from modelfuse.checkpoints.remote_writer import Output
     from modelfuse.kernels.distances import Distance, SpanDistances
 
 CONFIG_NAME = "merge_config.json"
@@ -101,7 +101,7 @@ class Outcome:
         return distances(self.distances) if self.distances else unpack(self._measured or array("d"))
 
 
-def write_index(plan: Plan, folder: OutputFolder) -> None:
+def write_index(plan: Plan, folder: Output) -> None:
     """Write the index of the shards, if there are several, as transformers names and reads it."""
     if plan.index is None:
         return
@@ -112,14 +112,12 @@ def write_index(plan: Plan, folder: OutputFolder) -> None:
     folder.write_file(plan.index, encode_parts(index))
 
 
-def write_config(plan: Plan, folder: OutputFolder) -> None:
+def write_config(plan: Plan, folder: Output) -> None:
     """Write merge_config.json: every effective setting; as a recipe it gives the same bytes."""
     folder.write_file(CONFIG_NAME, encode_json({"modelfuse_version": __version__, **plan.recipe.effective()}))
 
 
-def write_report(
-    plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequence[Suspicious], folder: OutputFolder
-) -> None:
+def write_report(plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequence[Suspicious], folder: Output) -> None:
     """Write merge_report.json: what became of every tensor of every input, with checksums.
 
     All other files are written before, so that their checksums are in it: of a weight file, the header's.

@@ -11,12 +11,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from modelfuse.checkpoints import read_json
+from modelfuse.checkpoints.files import read_whole
 from modelfuse.checksums import ALGORITHM
 from modelfuse.dtypes import BY_NAME, DType
 from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.recipe import Recipe
 from modelfuse.recipe_file import load_recipe
 from modelfuse.report import CONFIG_NAME, REPORT_NAME, encode_json
+from modelfuse.storage import Place, is_dir, is_file
 
 Kind = Literal["report", "recipe", "file", "index", "tensor", "checksum", "config", "inputs", "bytes"]
 
@@ -119,7 +121,7 @@ class Report(_Part):
     sha256: dict[FileName, str]
 
 
-def read_report(folder: Path) -> tuple[Report, list[Problem]]:
+def read_report(folder: Place) -> tuple[Report, list[Problem]]:
     """Read merge_report.json.
 
     Returns:
@@ -129,9 +131,9 @@ def read_report(folder: Path) -> tuple[Report, list[Problem]]:
         CheckpointError: If the folder is no output of modelfuse, or the report cannot be understood.
     """
     path = folder / REPORT_NAME
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise CheckpointError(f"There is no folder {folder}", "Name the output_path of a merge.")
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(
             f"{folder} is not what a merge wrote: it has no {REPORT_NAME}", "Name the output_path of a merge."
         )
@@ -154,9 +156,9 @@ def read_report(folder: Path) -> tuple[Report, list[Problem]]:
     return report, problems
 
 
-def _is_as_written(path: Path, content: dict[str, object]) -> bool:
+def _is_as_written(path: Place, content: dict[str, object]) -> bool:
     """Whether the report's own checksum holds, and there is nothing in the file beside what was understood."""
-    if path.read_bytes() != encode_json(content):
+    if read_whole(path) != encode_json(content):
         return False
     rest = {key: value for key, value in content.items() if key != "report_sha256"}
     return content.get("report_sha256") == hashlib.sha256(encode_json(rest)).hexdigest()
@@ -166,14 +168,14 @@ def _edited() -> Problem:
     return Problem("report", f"{REPORT_NAME} was edited or damaged: its own checksum does not hold", file=REPORT_NAME)
 
 
-def read_recipe(folder: Path, report: Report) -> tuple[Recipe | None, list[Problem]]:
+def read_recipe(folder: Place, report: Report) -> tuple[Recipe | None, list[Problem]]:
     """Read merge_config.json and hold it against the report.
 
     Returns:
         The recipe, None if there is none; what is wrong with it.
     """
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    if not is_file(path):
         listed = CONFIG_NAME in report.sha256  # Then it is told among the files that are missing.
         return None, [] if listed else [Problem("recipe", f"{CONFIG_NAME} is missing", file=CONFIG_NAME)]
     try:

@@ -38,7 +38,7 @@ def facts_of(plan: Plan) -> dict[str, object]:
         for source, model in zip(tensor.sources, plan.inputs_of(tensor), strict=True):
             headers.setdefault(str(model.path), hashlib.sha256()).update(_describe(source))
             for file in source.files:
-                facts[str(file.path)] = [file.size, file.mtime_ns, file.inode]
+                facts[str(file.path)] = file.identity
     facts |= {f"what the headers of {path} say": digest.hexdigest() for path, digest in headers.items()}
     layout = [[file.name, file.size, file.frame.digest] for file in plan.files]
     layout += [[tensor.name, tensor.action, tensor.chosen] for tensor in plan.tensors]

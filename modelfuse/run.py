@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from modelfuse.checkpoints import CONFIG_FILE
-from modelfuse.checkpoints.files import SourceFile, read_bytes
+from modelfuse.checkpoints.files import read_whole
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.checkpoints.writer import OutputFolder
 from modelfuse.checksums import Checksum
@@ -26,12 +26,14 @@ from modelfuse.recipe import Recipe
 from modelfuse.report import Outcome, Walked, write_config, write_index, write_report
 from modelfuse.resuming import Finished, bytes_of, entry_of, facts_of
 from modelfuse.scheduler import Job, Scheduler
-from modelfuse.streaming import Sources, Streaming
+from modelfuse.storage import Place, Url, hold, waiting_while
+from modelfuse.streaming import Streaming
 from modelfuse.suspicious import Suspicious, find_suspicious
 from modelfuse.unequal import describe_copies, describe_twins
 from modelfuse.walking import Room, Task, Tasks, Walker
 
 if TYPE_CHECKING:
+    from modelfuse.checkpoints.remote_writer import Output
     from modelfuse.cluster.driver import Cluster
 
 Progress = Callable[[int], None]
@@ -54,7 +56,7 @@ class Result:
         suspicious: The models with tensors that equal the base's, or are far from it.
     """
 
-    output_path: Path
+    output_path: Place
     merged: int
     copied: int
     bytes_read: int
@@ -100,6 +102,7 @@ class Run:
     def __post_init__(self) -> None:
         self._kernel = choose(self.plan.device)
         self._tasks, self._room = Tasks.of(self.plan), Room.of(self.plan)
+        hold(self._room.fetched, self._room.keeps)
         workers = self.plan.workers if self.cluster is None else 0
         self._walkers = [Walker(self._kernel, self._room, self._is_stopping) for _ in range(workers)]
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
@@ -116,11 +119,19 @@ class Run:
         for file in self.plan.files:
             folder.create(file.name, file.frame)
         self._folder = folder
-        with nullcontext() if self.cluster is None else self.cluster.sharing(self.plan, self._tasks, folder.share()):
+        if self.cluster is not None:
+            with self.cluster.sharing(self.plan, self._tasks, folder.share()):
+                self._walk_all()
+            return
+        self._streaming = Streaming(self._in_order())
+        try:
+            self._streaming.start()
             self._walk_all()
+        finally:
+            self._streaming.end()
 
     def _walk_all(self) -> None:
-        self._schedule(self._preparing_jobs(), ())
+        self._schedule(self._preparing_jobs())
         if self.untied:
             what = "config.json ties these tensors, but their values differ"
             raise describe_twins(
@@ -132,19 +143,21 @@ class Run:
         if self.differences:
             raise describe_copies(self.differences, self.plan.models)
         with self._kernel.running():
-            order = (tensor.sources for tensor, _ in self._unfinished("merge", "take"))
-            self._schedule(self._merging_jobs(), order)
+            self._schedule(self._merging_jobs())
 
-    def _schedule(self, jobs: Iterator[Job[Pass]], order: Iterable[Sources]) -> None:
+    def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
         if self.cluster is not None:
             self.cluster.walk(jobs, SPAN, self)
             return
         self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
-        self._streaming = Streaming(order)
-        try:
+        with waiting_while(lambda: not self._scheduler.stopping):
             self._scheduler.run(jobs)
-        finally:
-            self._streaming.end()
+
+    def _in_order(self) -> Iterator[Task]:
+        """All tasks in the order of the jobs."""
+        yield from (task for task in self._tasks.twins if task.sources[0].size)
+        yield from (task for _, task in self._unfinished("copy"))
+        yield from (task for _, task in self._unfinished("merge", "take"))
 
     def _preparing_jobs(self) -> Iterator[Job[Pass]]:
         """What can show that the models do not fit comes first: tied tensors and those to be copied."""
@@ -222,6 +235,14 @@ def _cluster(recipe: Recipe) -> AbstractContextManager[Cluster | None]:
     return Cluster.reached(recipe.ray_address, recipe.ray_timeout)
 
 
+def _output(plan: Plan, path: Place) -> Output:
+    if isinstance(path, Url):
+        from modelfuse.checkpoints.remote_writer import RemoteFolder
+
+        return RemoteFolder(path, plan.recipe.overwrite)
+    return OutputFolder(path, plan.recipe.overwrite, facts_of(plan))
+
+
 def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:
     """Carry out a plan; where an earlier run of it was ended, go on from there.
 
@@ -240,11 +261,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
     check_room(plan.recipe.output_path, plan.room)
-    facts = facts_of(plan)
-    with (
-        _cluster(plan.recipe) as cluster,
-        OutputFolder(plan.recipe.output_path, plan.recipe.overwrite, facts) as folder,
-    ):
+    with _cluster(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder:
         run = Run(plan, progress or (lambda _: None), cluster)
         if folder.afresh is not None:
             tell(f"Starting afresh: {folder.afresh}.")
@@ -254,8 +271,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
             tell(f"Going on from where the last run was ended: {share:.0%} is done.")
         run.to_folder(folder)
         for file in plan.side_files:
-            source = SourceFile.at(file.source)
-            content = read_bytes(source, 0, source.size)
+            content = read_whole(file.source)
             if file.name == CONFIG_FILE:
                 content = plan.format.config(content, plan.served_dtype, plan.lead.dequantized)
             folder.write_file(file.name, content)

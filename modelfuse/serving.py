@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.recipe import Recipe
+from modelfuse.storage import Place, Url, children, is_dir, is_file, look_up, size_of
 
 #: Endings of files that hold weights or training state: everything else beside the weights is small and copied.
 WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pt", ".pth", ".pdopt", ".msgpack", ".h5", ".gguf", ".onnx", ".ckpt",
@@ -33,7 +33,7 @@ LARGEST = 200_000_000
 class SideFile:
     """A file to copy as it is: from where, to which name in the output, its size in bytes."""
 
-    source: Path
+    source: Place
     name: str
     size: int
 
@@ -45,26 +45,29 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
         CheckpointError: If a file in ``copy_file_list`` is not there, or another one is a link out of the folder.
         RecipeError: If it is one that the merge itself makes.
     """
-    folder = lead.path if lead.path.is_dir() else lead.path.parent
-    here = [*sorted(folder.iterdir()), *sorted((folder / TEMPLATES).glob("*.jinja"))]
-    usual = usual_files({str(path.relative_to(folder)): path.stat().st_size for path in here if path.is_file()})
+    folder = lead.path if is_dir(lead.path) else lead.path.parent
+    here = {path.name: path for path in children(folder)}
+    if TEMPLATES in here and is_dir(here[TEMPLATES]):
+        here |= {f"{TEMPLATES}/{path.name}": path for path in children(here[TEMPLATES])}
+    usual = usual_files({name: size_of(path) for name, path in here.items() if is_file(path)})
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
+    look_up(folder, named)
     _refuse_links_outside(folder, set(usual) - set(named))
     for name in named:
-        if not os.path.isfile(folder / name):
+        if not is_file(folder / name):
             raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
         if MADE.fullmatch(name):
             raise RecipeError(
                 f"copy_file_list names {name}, which would take the place of what the merge writes",
                 "Weights are merged, not copied: leave it out.",
             )
-    return tuple(
-        SideFile(folder / name, name, (folder / name).stat().st_size) for name in dict.fromkeys([*usual, *named])
-    )
+    return tuple(SideFile(folder / name, name, size_of(folder / name)) for name in dict.fromkeys([*usual, *named]))
 
 
-def _refuse_links_outside(folder: Path, names: Iterable[str]) -> None:
+def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:
     """A checkpoint may come from anybody, and its output go to everybody: it is not to say which files go with it."""
+    if isinstance(folder, Url):  # A store has no links.
+        return
     home = folder.resolve()
     homes = [home]
     if home.parent.name == "snapshots":  # The hub's cache keeps what is in them beside, or for all models together.

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 from modelfuse.dtypes import DType
 from modelfuse.errors import ModelfuseError
 from modelfuse.matching import pattern
+from modelfuse.storage import Place
 
 if TYPE_CHECKING:
     from modelfuse.hub import Watch
@@ -206,7 +206,7 @@ def result(plan: Plan, result: Result) -> None:
 
 
 @contextmanager
-def verifying(folder: Path, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def verifying(folder: Place, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, a line now and then in a log; how much there is to do is known with the first bytes."""
     if quiet:
         yield lambda _count, _whole: None

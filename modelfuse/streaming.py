@@ -1,4 +1,4 @@
-"""Inputs stream: what workers read next comes from the disk while they compute, and makes room after them."""
+"""Inputs stream: what workers read next comes from disks and stores while they compute, and makes room after them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from modelfuse.walking import Task
 
 #: Bytes on their way from the disk: enough to keep it busy while methods walk a tensor for a second time.
 WINDOW = 256 << 20
-#: The tensors that are read together.
-Sources = Sequence[StoredTensor]
 
 
 class Streaming:
-    """Keeps the disk ahead of the workers.
+    """Keeps disks and stores ahead of the workers.
 
     Args:
-        order: The sources of every tensor, in the order in which their spans are begun.
+        order: All tasks, in the order in which their spans are begun.
     """
 
-    def __init__(self, order: Iterable[Sources]) -> None:
+    def __init__(self, order: Iterable[Task]) -> None:
         self._order = _spans(order)
         self._cache = PageCache()
         self._lock = threading.Lock()
         self._asked = self._begun = 0
+        self._next = next(self._order, None)
+
+    def start(self) -> None:
+        """Workers will soon begin."""
+        with self._lock:
+            advices = list(self._ask())
+        _give(advices)
 
     def begin(self, task: Task, first: int, count: int) -> None:
         """Some elements are going to be read now."""
@@ -54,13 +59,16 @@ class Streaming:
         _give(self._cache.leave())
 
     def _ask(self) -> Iterator[Advice]:
-        """For what is in the window and was not asked for."""
-        while self._asked < self._begun + WINDOW and (span := next(self._order, None)) is not None:
-            sources, first, count = span
-            self._asked += _nbytes(sources, count)
-            for source in sources:
+        """For what is in the window and was not asked for, as long as there is room."""
+        while self._next is not None and self._asked < self._begun + WINDOW:
+            task, first, count = self._next
+            if first >= task.begun and not all(source.expect(first, count) for source in task.sources):
+                return  # What has begun is being read already.
+            self._asked += _nbytes(task.sources, count)
+            for source in task.sources:
                 for place in _places(source, first, count, first == 0):
                     yield from self._cache.expect(*place)
+            self._next = next(self._order, None)
 
 
 def _give(advices: Iterable[Advice]) -> None:
@@ -68,14 +76,14 @@ def _give(advices: Iterable[Advice]) -> None:
         advice.give()
 
 
-def _spans(order: Iterable[Sources]) -> Iterator[tuple[Sources, int, int]]:
-    for sources in order:
-        size = sources[0].size
+def _spans(order: Iterable[Task]) -> Iterator[tuple[Task, int, int]]:
+    for task in order:
+        size = task.sources[0].size
         for first in range(0, size, SPAN):
-            yield sources, first, min(SPAN, size - first)
+            yield task, first, min(SPAN, size - first)
 
 
-def _nbytes(sources: Sources, count: int) -> int:
+def _nbytes(sources: Sequence[StoredTensor], count: int) -> int:
     return sum(source.stored.nbytes(count) for source in sources)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from modelfuse.hub_names import HubName
 from modelfuse.plan import Plan
+from modelfuse.storage import Place
 
 if TYPE_CHECKING:
     from modelfuse.kernels.distances import Distance
@@ -32,7 +32,7 @@ class Suspicious:
         median: The median of the relative distances of the tensors that differ; None if there is none.
     """
 
-    path: Path | HubName
+    path: Place | HubName
     tensors: int
     equal: tuple[str, ...]
     far: Mapping[str, float | None]

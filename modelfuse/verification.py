@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from modelfuse.recipe import Recipe
 from modelfuse.recomputing import absent_inputs, bytes_of, choose, compare, modified_inputs, plan_again
 from modelfuse.reported import Problem, Report, read_recipe, read_report
 from modelfuse.scheduler import Job, Scheduler
+from modelfuse.storage import Place, forget
 
 #: Called with the bytes done since the last call, and with the bytes that there are to do in all.
 Progress = Callable[[int, int], None]
@@ -51,7 +51,7 @@ class Verification:
         seconds: Wall time.
     """
 
-    path: Path
+    path: Place
     files: int
     tensors: int
     recomputed: int
@@ -68,7 +68,7 @@ class Verification:
 
 
 def verify_output(
-    path: Path,
+    path: Place,
     *,
     full: bool = False,
     sample: int | None = None,
@@ -78,6 +78,7 @@ def verify_output(
 ) -> Verification:
     """Check an output; see :func:`modelfuse.verify`."""
     started = time.perf_counter()
+    forget()
     for name, number, least in (("sample", sample, 1), ("n_process", n_process, 1), ("seed", seed, 0)):
         if number is not None and number < least:
             raise RecipeError(f"{name} is {number}: it should be at least {least}")
@@ -190,6 +191,7 @@ class Checksums:
     def _walk(self, worker: int, stored: StoredTensor, checksum: Checksum, first: int, count: int) -> str | None:
         try:
             with stored.file.open() as file:
+                file.expect(stored.offset + first, count)
                 for start in range(first, first + count, READ_BYTES):
                     room = self._rooms[worker][: min(READ_BYTES, first + count - start)]
                     file.read(stored.offset + start, room.data)

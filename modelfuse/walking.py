@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,10 +13,11 @@ from modelfuse.checkpoints import StoredTensor
 from modelfuse.checksums import Checksum
 from modelfuse.kernels import Bytes, Measured, Pass
 from modelfuse.kernels.choice import Kernel
-from modelfuse.memory import SPAN
+from modelfuse.memory import SPAN, reads_twice
 from modelfuse.nonfinite import nonfinite
 from modelfuse.plan import OutputTensor, Plan
 from modelfuse.report import Counts, Walked
+from modelfuse.storage import Place
 
 #: Rows of a slice start at multiples of a cache line.
 ROW_ALIGNMENT = 64
@@ -38,7 +38,7 @@ class Task:
     """
 
     sources: tuple[StoredTensor, ...]
-    models: tuple[Path, ...]
+    models: tuple[Place, ...]
     tensor: OutputTensor | None = None
     strict: bool = False
     begun: int = 0
@@ -60,7 +60,7 @@ class Tasks(NamedTuple):
         """What is to be done for a plan."""
         strict = plan.recipe.on_nonfinite == "error"
         twins = tuple(Task((pair.one, pair.other), (pair.path, pair.path)) for pair in plan.twins)
-        tensors, known = [], dict[tuple[Path, ...], tuple[Path, ...]]()
+        tensors, known = [], dict[tuple[Place, ...], tuple[Place, ...]]()
         for tensor in plan.tensors:
             models = tuple(model.path for model in plan.inputs_of(tensor))
             models = known.setdefault(models, models)
@@ -91,11 +91,15 @@ class Room(NamedTuple):
         slice_elements: Elements to hold at a time.
         rows: Bytes of the largest slice of all sources.
         out: Bytes of the largest slice of the result.
+        fetched: Bytes of files in stores to hold, of all workers together.
+        keeps: Whether those that were read are to be kept, as they will be read again.
     """
 
     slice_elements: int
     rows: int
     out: int
+    fetched: int
+    keeps: bool
 
     @classmethod
     def of(cls, plan: Plan) -> Room:
@@ -104,7 +108,8 @@ class Room(NamedTuple):
         pairs = [(pair.one, pair.other) for pair in plan.twins if pair.one.size]
         everything = [*(tensor.sources for tensor in plan.tensors), *pairs]
         rows = max(_row_bytes(sources, slices) * len(sources) for sources in everything)
-        return cls(slices, rows, max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in plan.tensors))
+        out = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in plan.tensors)
+        return cls(slices, rows, out, plan.fetched, reads_twice(plan.recipe))
 
 
 class Stopped(Exception):
@@ -155,6 +160,8 @@ class Walker:
         """The slices of a span, first element and number of elements, each while its bytes are in the buffers."""
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
+            for source in task.sources if self._held != (task, first) else ():
+                source.expect(first, count)
             for start in range(first, first + count, self._slice_elements):
                 if self._stopping():
                     raise Stopped

@@ -7,7 +7,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,3 +243,45 @@ def call(*words: object, **options: Any) -> Said:
     with start(*words, **options) as process:
         out, err = process.communicate()
     return Said(process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Any]:
+    from stores import BUCKET, S3
+
+    server = S3()
+    with server.speaking() as client:
+        client.create_bucket(Bucket=BUCKET)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A local S3 with one empty bucket, where the libraries look for it."""
+    from stores import ENVIRONMENT
+
+    from modelfuse.storage import opening, stores
+
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL_S3": s3_server.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(stores, "PAUSE", 0.01)
+    opening.forget(connections=True)
+    s3_server.reset()
+    yield s3_server
+    s3_server.reset()
+    opening.forget(connections=True)
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Any]:
+    """A web server of the folder ``web``."""
+    from stores import Web
+
+    from modelfuse.storage import opening
+
+    (tmp_path / "web").mkdir()
+    server = Web(tmp_path / "web")
+    yield server
+    server.stop()
+    opening.forget(connections=True)

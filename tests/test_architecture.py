@@ -21,7 +21,7 @@ PACKAGE = ROOT / "modelfuse"
 LAYERS: list[set[str]] = [
     {"errors", "dtypes", "version"},
     {"extras"},
-    {"methods", "checksums", "scheduler", "journal"},
+    {"methods", "checksums", "scheduler", "journal", "storage"},
     {"kernels", "checkpoints"},
     {"dimensions", "recipe_checks", "layouts", "hub_names"},
     {"recipe_values"},
@@ -52,6 +52,7 @@ THIRD_PARTY = {
     "numpy": {
         "methods",
         "kernels",
+        "storage",
         "checkpoints",
         "adapters",
         "checksums",
@@ -69,12 +70,14 @@ THIRD_PARTY = {
     "pydantic": {"recipe", "recipe_values", "reported"},
     "huggingface_hub": {"hub"},
     "yaml": {"recipe_file"},
+    "fsspec": {"storage"},
+    "aiohttp": {"storage"},
     "rich": {"show", "manual", "cli"},
     "xxhash": {"checksums", "journal"},
     "ray": {"cluster"},
 }
 #: Those of them that an extra of the same name installs: imported only where a request needs them.
-EXTRAS = {"hub", "ray"}
+EXTRAS = {"hub", "ray", "remote"}
 DISTRIBUTIONS = {"pyyaml": "yaml"}
 #: One module, as numba's cache notices changes only in a function's own file.
 LONGEST = {"modelfuse.kernels.cpu": 600}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, Said, bf16, call, make_model
 
-from modelfuse.checkpoints import page_cache, writer
+from modelfuse.checkpoints import StoredTensor, page_cache, writer
 from modelfuse.checkpoints.files import SourceFile
 from modelfuse.checkpoints.page_cache import CHUNK, PageCache
 from modelfuse.checkpoints.safetensors import read_safetensors
@@ -170,10 +170,12 @@ def test_the_window_is_ahead_of_the_readers(models: list[Path], monkeypatch: pyt
     monkeypatch.setattr("modelfuse.streaming.WINDOW", 3 * CHUNK)
     monkeypatch.setattr("modelfuse.streaming.SPAN", 1 << 20)
     monkeypatch.setattr(PageCache, "expect", lambda cache, file, offset, count: asked.append(count) or iter(()))
-    streaming = Streaming([(tensor,) for tensor in tensors])
+    tasks = [Task((tensor,), (models[0],)) for tensor in tensors]
+    streaming = Streaming(tasks)
+    streaming.start()
+    assert 3 * CHUNK <= sum(asked) < 4 * CHUNK + CHUNK
     done = 0
-    for tensor in tensors:
-        task = Task((tensor,), (models[0],))
+    for tensor, task in zip(tensors, tasks, strict=True):
         for _ in ("measured", "written"):
             for first in range(0, tensor.size, 1 << 20):
                 count = min(1 << 20, tensor.size - first)
@@ -182,6 +184,31 @@ def test_the_window_is_ahead_of_the_readers(models: list[Path], monkeypatch: pyt
                 everything = sum(each.nbytes for each in tensors)
                 assert min(done + 3 * CHUNK, everything) <= sum(asked) < done + 4 * CHUNK + CHUNK
     assert sum(asked) == everything
+
+
+def test_what_finds_no_room_is_asked_for_again_unless_it_has_begun(
+    models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store takes no more requests than there is room for; those of spans that are being read come too late."""
+    tensors = list(read_safetensors(models[0] / WEIGHTS)[0].values())[:3]
+    monkeypatch.setattr("modelfuse.streaming.SPAN", max(tensor.size for tensor in tensors))
+    tasks = [Task((tensor,), (models[0],)) for tensor in tensors]
+    sent: list[tuple[str, int]] = []
+    has_room = [True, False, False, True]
+
+    def expect(tensor: StoredTensor, start: int, count: int) -> bool:
+        sent.append((tensor.name, has_room[len(sent)]))
+        return has_room[len(sent) - 1]
+
+    monkeypatch.setattr(StoredTensor, "expect", expect)
+    names = [tensor.name for tensor in tensors]
+    streaming = Streaming(tasks)
+    streaming.start()
+    assert sent == [(names[0], True), (names[1], False)]
+    streaming.begin(tasks[0], 0, tensors[0].size)
+    assert sent[2:] == [(names[1], False)]
+    streaming.begin(tasks[1], 0, tensors[1].size)
+    assert sent[3:] == [(names[2], True)]
 
 
 @pytest.mark.parametrize(("spare", "stays"), [(0.0, True), (2.0, False)])

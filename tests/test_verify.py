@@ -401,7 +401,6 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "a file outside": (lambda report: report["files"].update({"../A/model.safetensors": 1}), "inside the folder"),
     "an absolute file": (lambda report: report["sha256"].update({"/etc/passwd": ""}), "inside the folder"),
     "a dtype": (lambda report: report["tensors"][FIRST].update(dtype="F17"), "no such dtype"),
-    "a long name": (lambda report: report["files"].update({"x" * 5000: 1}), "File name too long"),
     "a shape": (lambda report: report["tensors"][FIRST].update(shape=[-1]), "greater than or equal to 0"),
     "kinds": (lambda report: report.update(files=[1]), "files: "),
     "checksums": (lambda report: report.update(checksum="md5"), "checksums of the kind 'md5'"),
@@ -413,6 +412,11 @@ def test_a_report_that_cannot_be_understood(refuse: Callable[..., str], out: Pat
     edit, says = MALFORMED[name]
     edit_report(out, edit)
     refuse("verify", out, "--quiet", says=[out, says])
+
+
+def test_a_report_that_names_what_no_file_can_be_called(out: Path) -> None:
+    edit_report(out, lambda report: report["files"].update({"x" * 5000: 1}))
+    assert any("x is missing" in problem for problem in problems(out)["file"])
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])

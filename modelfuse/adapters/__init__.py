@@ -6,22 +6,21 @@ base's own, so that a plan sees where nothing is to be done.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from modelfuse.adapters.placing import Adapter, lay_over
 from modelfuse.adapters.settings import PADDLE_CONFIG, config_of, read_settings
 from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place
 
 __all__ = ["Adapter", "is_adapter", "open_adapter"]
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter(path: Place) -> bool:
     """Whether a path is an adapter's folder, or the file with its weights."""
     return config_of(path) is not None
 
 
-def open_adapter(path: Path, base: Checkpoint, *, paddle: bool | None = None, strict: bool = True) -> Adapter:
+def open_adapter(path: Place, base: Checkpoint, *, paddle: bool | None = None, strict: bool = True) -> Adapter:
     """Open an adapter over its base, reading headers only.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from modelfuse.adapters import Adapter, is_adapter, open_adapter
 from modelfuse.adapters.quantized_base import quantize_base
@@ -11,9 +10,10 @@ from modelfuse.checkpoints import Checkpoint
 from modelfuse.errors import RecipeError
 from modelfuse.matching import Twins
 from modelfuse.recipe import Recipe
+from modelfuse.storage import Place
 
 
-def full_models(recipe: Recipe) -> tuple[Path, ...]:
+def full_models(recipe: Recipe) -> tuple[Place, ...]:
     """The inputs that are no adapters, in order, the base last if there is one.
 
     Raises:

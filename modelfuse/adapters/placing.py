@@ -16,6 +16,7 @@ from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile
 from modelfuse.errors import CheckpointError, MismatchError
 from modelfuse.matching import EMBEDDINGS, HEADS, group_names
+from modelfuse.storage import is_file
 
 Shape = tuple[int, ...]
 
@@ -109,7 +110,7 @@ class _Laying:
         """Its settings, and the model's beside it, which may say how the base was quantized."""
         yield SourceFile.at(self.settings.file)
         beside = self.settings.file.with_name(CONFIG_FILE)
-        if beside.is_file():
+        if is_file(beside):
             yield SourceFile.at(beside)
 
     def _find(self, contents: Contents) -> dict[str, Targets]:

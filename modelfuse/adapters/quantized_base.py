@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from modelfuse.checkpoints.files import Buffer
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import BF16, F16
 from modelfuse.errors import CheckpointError, MismatchError
+from modelfuse.storage import Place
 
 #: The greatest code of what can be quantized.
 GREATEST = {"weight_only_int8": 127, "llm.int8": 127, "weight_only_int4": 7}
@@ -130,7 +130,7 @@ def _there_and_back(weights: Array, scales: Array, scheme: Scheme) -> Array:
     return rounded
 
 
-def quantize_base(base: Checkpoint, adapters: Sequence[Path], paddle: bool | None) -> Checkpoint:
+def quantize_base(base: Checkpoint, adapters: Sequence[Place], paddle: bool | None) -> Checkpoint:
     """The base as the adapters' folders say that it was quantized; as it is where they say nothing.
 
     Raises:
@@ -149,7 +149,7 @@ def quantize_base(base: Checkpoint, adapters: Sequence[Path], paddle: bool | Non
 
 
 class _Quantizing:
-    def __init__(self, base: Checkpoint, folder: Path, config: object, paddle: bool | None) -> None:
+    def __init__(self, base: Checkpoint, folder: Place, config: object, paddle: bool | None) -> None:
         self._base, self._paddle = base, paddle
         self._file = folder / CONFIG_FILE
         if not isinstance(config, Mapping):

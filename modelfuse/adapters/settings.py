@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from modelfuse.checkpoints import read_json
 from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place, is_dir, is_file
 
 PEFT_CONFIG, PADDLE_CONFIG = "adapter_config.json", "lora_config.json"
 
@@ -65,7 +64,7 @@ class Settings:
     """
 
     kind: Literal["peft", "paddle"]
-    file: Path
+    file: Place
     rank: int
     alpha: float
     rank_pattern: Mapping[str, float]
@@ -103,16 +102,16 @@ def _is_quick(pattern: str) -> bool:
     return len(repeats) <= MOST_REPEATS and re.search(r"(?<!\\)\)[*+?{]", pattern) is None
 
 
-def config_of(path: Path) -> Path | None:
+def config_of(path: Place) -> Place | None:
     """The settings of the adapter at ``path``, a folder or the file with its weights; None if it is no adapter."""
     stems = ("adapter_model", "peft_model", "lora_model_state")
-    folder = path if os.path.isdir(path) else path.parent if path.name.startswith(stems) else None
+    folder = path if is_dir(path) else path.parent if path.name.startswith(stems) else None
     if folder is None:
         return None
-    return next((folder / name for name in (PEFT_CONFIG, PADDLE_CONFIG) if os.path.isfile(folder / name)), None)
+    return next((folder / name for name in (PEFT_CONFIG, PADDLE_CONFIG) if is_file(folder / name)), None)
 
 
-def read_settings(file: Path) -> Settings:
+def read_settings(file: Place) -> Settings:
     """Read the settings of an adapter.
 
     Raises:
@@ -122,7 +121,7 @@ def read_settings(file: Path) -> Settings:
     return _peft(file, content) if file.name == PEFT_CONFIG else _paddle(file, content)
 
 
-def _peft(file: Path, content: Mapping[str, object]) -> Settings:
+def _peft(file: Place, content: Mapping[str, object]) -> Settings:
     kind = content.get("peft_type", "LORA")
     if kind != "LORA":
         raise _unsupported(file, f"peft_type {kind}")
@@ -144,7 +143,7 @@ def _peft(file: Path, content: Mapping[str, object]) -> Settings:
     )
 
 
-def _paddle(file: Path, content: Mapping[str, object]) -> Settings:
+def _paddle(file: Place, content: Mapping[str, object]) -> Settings:
     _refuse(file, content, PADDLE_KINDS)
     read = _Values(file, content)
     return Settings(
@@ -153,20 +152,20 @@ def _paddle(file: Path, content: Mapping[str, object]) -> Settings:
     )  # fmt: skip
 
 
-def _refuse(file: Path, content: Mapping[str, object], kinds: Mapping[str, str]) -> None:
+def _refuse(file: Place, content: Mapping[str, object], kinds: Mapping[str, str]) -> None:
     for key, words in kinds.items():
         if content.get(key):
             raise _unsupported(file, words)
 
 
-def _unsupported(file: Path, words: str) -> CheckpointError:
+def _unsupported(file: Place, words: str) -> CheckpointError:
     return CheckpointError(f"{file}: this kind of adapter is not supported: {words}", SUPPORTED)
 
 
 class _Values:
     """Reads settings of the right types."""
 
-    def __init__(self, file: Path, content: Mapping[str, object]) -> None:
+    def __init__(self, file: Place, content: Mapping[str, object]) -> None:
         self._file, self._content = file, content
 
     def rank(self) -> int:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -21,6 +20,8 @@ from modelfuse.checkpoints.tensors import Checkpoint, StoredTensor
 from modelfuse.checkpoints.torch_bin import read_torch
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place, Url, children, is_dir, is_file, look_up
+from modelfuse.storage.together import each_of
 
 __all__ = ["CONFIG_FILE", "Checkpoint", "StoredTensor", "find_files", "open_checkpoint"]
 
@@ -43,20 +44,20 @@ class Format(NamedTuple):
 
     kind: str
     file: str
-    read: Callable[[Path], Contents]
+    read: Callable[[Place], Contents]
 
 
-def _from_safetensors(path: Path) -> Contents:
+def _from_safetensors(path: Place) -> Contents:
     tensors, metadata = read_safetensors(path)
     hides = any(stored.dtype.name == "U16" for stored in tensors.values()) and _hides_bfloat16(path, metadata)
     return Contents(_as_bfloat16(tensors) if hides else tensors, {}, metadata)
 
 
-def _from_torch(path: Path) -> Contents:
+def _from_torch(path: Place) -> Contents:
     return Contents(*read_torch(path), {})
 
 
-def _from_paddle(path: Path) -> Contents:
+def _from_paddle(path: Place) -> Contents:
     return Contents(*read_paddle(path), {})
 
 
@@ -79,7 +80,7 @@ def _formats(prefix: str) -> tuple[Format, ...]:
     )
 
 
-def open_checkpoint(path: Path, prefix: str = "model") -> Checkpoint:
+def open_checkpoint(path: Place, prefix: str = "model") -> Checkpoint:
     """Open the checkpoint in a folder, reading its headers only.
 
     Args:
@@ -94,16 +95,16 @@ def open_checkpoint(path: Path, prefix: str = "model") -> Checkpoint:
         CheckpointError: If there is no checkpoint, a shard is missing, or any file is malformed.
     """
     weight_map = None
-    if os.path.isfile(path):
+    if is_dir(path):
+        folder = path
+        here = {each.name for each in children(folder) if is_file(each)}
+        form, names, weight_map = find_files(folder, here, prefix, folder.__truediv__)
+    elif is_file(path):
         _refuse_shard(path)
         folder, names, form = path.parent, [path.name], _format_of(path, prefix)
-    elif os.path.isdir(path):
-        folder = path
-        here = {name for name in os.listdir(folder) if os.path.isfile(folder / name)}
-        form, names, weight_map = find_files(folder, here, prefix, folder.__truediv__)
     else:
         raise CheckpointError(f"There is no folder {path}", "Check the path. A hub name has the form org/model.")
-    contents = _join(path, {name: form.read(folder / name) for name in names})
+    contents = _join(path, dict(zip(names, each_of(form.read, [folder / name for name in names]), strict=True)))
     if weight_map is not None:
         _check_index(path, weight_map, contents)
     if not contents.tensors:
@@ -111,7 +112,7 @@ def open_checkpoint(path: Path, prefix: str = "model") -> Checkpoint:
     return Checkpoint(path, form.kind, *contents, read_config(folder))
 
 
-def _join(path: Path, files: Mapping[str, Contents]) -> Contents:
+def _join(path: Place, files: Mapping[str, Contents]) -> Contents:
     """The contents of all files as one; no name may be in two of them."""
     whole, owners = Contents({}, {}, {}), dict[str, str]()
     for name, part in files.items():
@@ -131,17 +132,17 @@ def _join(path: Path, files: Mapping[str, Contents]) -> Contents:
     return whole
 
 
-def read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Place) -> dict[str, object]:
     """The contents of config.json in a folder, or an empty dict.
 
     Raises:
         CheckpointError: If the file is there but is not a JSON object.
     """
     path = folder / CONFIG_FILE
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if is_file(path) else {}
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Place) -> dict[str, object]:
     """Read a JSON object from a file.
 
     Raises:
@@ -159,13 +160,13 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def _refuse_shard(path: Path) -> None:
+def _refuse_shard(path: Place) -> None:
     number = re.search(r"-(\d+)-of-(\d+)\.\w+$", path.name)
     if number is not None and int(number[2]) > 1:
         raise CheckpointError(f"{path} is one shard of {int(number[2])}", f"Name the folder {path.parent} instead.")
 
 
-def _format_of(path: Path, prefix: str) -> Format:
+def _format_of(path: Place, prefix: str) -> Format:
     for form in _formats(prefix):
         if path.suffix == Path(form.file).suffix:
             return form
@@ -180,7 +181,7 @@ class Files(NamedTuple):
     weight_map: dict[str, str] | None
 
 
-def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], Path]) -> Files:
+def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], Place]) -> Files:
     """Which of a folder's files hold the model: by index, as one file, or as numbered shards.
 
     Args:
@@ -209,17 +210,18 @@ def find_files(place: object, names: Collection[str], prefix: str, get: Callable
     raise _no_checkpoint(place, names, prefix)
 
 
-def _read_weight_map(place: object, names: Collection[str], index: str, path: Path) -> dict[str, str]:
+def _read_weight_map(place: object, names: Collection[str], index: str, path: Place) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{place}/{index} has no weight_map")
+    look_up(path.parent, [file for file in weight_map.values() if isinstance(file, str)])  # Not all servers list all.
     for file in {file if isinstance(file, str) else "" for file in weight_map.values()}:
         if not file or "\0" in file or file in (".", "..") or Path(file).name != file or "\\" in file:
             raise CheckpointError(
                 f"{place}/{index} names the file {file!r}, which is not in its folder",
                 "An index may only name files beside it. Do not trust this checkpoint.",
             )
-        if file not in names:
+        if file not in names and not (isinstance(path, Url) and is_file(path.with_name(file))):
             raise CheckpointError(f"{place}/{file} is missing, but {index} names it", "Fetch the missing shard.")
     return weight_map
 
@@ -248,7 +250,7 @@ def _no_checkpoint(place: object, names: Collection[str], prefix: str) -> Checkp
     return CheckpointError(f"{place} holds no checkpoint: looked for {expected} (and their shards)", hint)
 
 
-def _check_index(path: Path, weight_map: dict[str, str], contents: Contents) -> None:
+def _check_index(path: Place, weight_map: dict[str, str], contents: Contents) -> None:
     tensors, aliases = contents.tensors, contents.aliases
     for name, file in weight_map.items():
         stored = tensors.get(aliases.get(name, name))
@@ -264,7 +266,7 @@ def _check_index(path: Path, weight_map: dict[str, str], contents: Contents) -> 
         )
 
 
-def _hides_bfloat16(path: Path, metadata: Mapping[str, str]) -> bool:
+def _hides_bfloat16(path: Place, metadata: Mapping[str, str]) -> bool:
     """Whether a file's uint16 tensors are bfloat16: numpy has no such type, so Paddle's tools write U16."""
     config = read_config(path.parent)
     declared = config.get("dtype", config.get("torch_dtype"))

@@ -7,9 +7,10 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place, Url
+from modelfuse.storage.url import Entry, Version
 
 Buffer = memoryview
 
@@ -28,27 +29,38 @@ class SourceFile:
         inode: Its inode number; None where another machine has recorded it, for which it may be another one.
     """
 
-    path: Path
+    path: Place
     size: int
     mtime_ns: int
     inode: int | None
 
-    @classmethod
-    def at(cls, path: Path) -> SourceFile:
+    @staticmethod
+    def at(path: Place) -> SourceFile:
         """Record the file at ``path``.
 
         Raises:
             CheckpointError: If it cannot be opened or is not a regular file.
         """
+        if isinstance(path, Url):
+            return RemoteFile.of(path)
         try:
             status = os.stat(path)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} is not a regular file")
-        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+        return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
-    def __reduce__(self) -> tuple[type[SourceFile], tuple[Path, int, int, None]]:
+    @property
+    def identity(self) -> list[object]:
+        """What tells it from any other file of its name, ready for JSON."""
+        return [self.size, self.mtime_ns, self.inode]
+
+    def expect(self, offset: int, count: int) -> bool:
+        """Say that bytes will be read soon; False if that is too early: there is no room for them yet."""
+        return True
+
+    def __reduce__(self) -> tuple[type[SourceFile], tuple[object, ...]]:
         return SourceFile, (self.path, self.size, self.mtime_ns, None)
 
     @contextmanager
@@ -60,7 +72,7 @@ class SourceFile:
                 at the opening or at the end of the reading.
         """
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(str(self.path), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
         try:
@@ -93,9 +105,12 @@ class OpenFile:
         descriptor: What the system knows it by.
     """
 
-    path: Path
+    path: Place
     size: int
     descriptor: int
+
+    def expect(self, offset: int, count: int) -> None:
+        """Say that bytes will be read soon."""
 
     def read(self, offset: int, buffer: Buffer) -> None:
         """Fill ``buffer`` with the bytes at ``offset``, however many system calls it takes.
@@ -120,6 +135,93 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < count:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile(SourceFile):
+    """An input file in a store, as it was when the store was first asked.
+
+    Attributes:
+        entry: What the store said of it. Another version is never read.
+    """
+
+    entry: Entry
+
+    @classmethod
+    def of(cls, url: Url) -> RemoteFile:
+        """Record the file at a URL.
+
+        Raises:
+            CheckpointError: If there is none, or the store cannot be asked.
+        """
+        from modelfuse.storage.opening import store_of
+
+        entry = store_of(url).entry(url)
+        if entry is None:
+            raise CheckpointError(f"{url} is missing", "Check the URL.")
+        return cls(url, entry.size, entry.modified_ns, 0, entry)
+
+    def __reduce__(self) -> tuple[type[SourceFile], tuple[object, ...]]:
+        return RemoteFile, (self.path, self.size, self.mtime_ns, None, self.entry)
+
+    @property
+    def identity(self) -> list[object]:
+        """Its size, and what the store calls this version of it."""
+        return [self.size, self.entry.version]
+
+    @property
+    def version(self) -> Version:
+        """What is fetched."""
+        assert isinstance(self.path, Url)
+        return Version(self.path, self.entry)
+
+    def expect(self, offset: int, count: int) -> bool:
+        """Send for bytes that will be read soon; False if there is no room for them yet."""
+        from modelfuse.storage.ranges import RANGES
+
+        return RANGES.expect(self.version, offset, min(count, self.size - offset))
+
+    @contextmanager
+    def open(self) -> Iterator[OpenFile]:
+        """Open for positioned reads."""
+        yield OpenRemoteFile(self.path, self.size, -1, self)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRemoteFile(OpenFile):
+    """A file in a store, from which ranges are fetched.
+
+    Attributes:
+        file: Which.
+    """
+
+    file: RemoteFile
+
+    def expect(self, offset: int, count: int) -> None:
+        """Send for bytes that will be read soon."""
+        self.file.expect(offset, count)
+
+    def read(self, offset: int, buffer: Buffer) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``, from where they were fetched or are on their way.
+
+        Raises:
+            CheckpointError: If the file ends before the buffer is full, was changed, or cannot be fetched.
+        """
+        from modelfuse.storage.ranges import RANGES
+
+        if offset + len(buffer) > self.size:
+            raise CheckpointError(f"{self.path} ends at byte {self.size:,}, in the middle of a tensor")
+        RANGES.read(self.file.version, offset, buffer)
+
+
+def read_whole(path: Place) -> bytes:
+    """Read a small file.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    file = SourceFile.at(path)
+    return read_bytes(file, 0, file.size)
 
 
 def read_bytes(file: SourceFile, offset: int, count: int) -> bytes:

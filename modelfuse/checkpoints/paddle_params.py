@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from modelfuse.checkpoints.files import SourceFile
 from modelfuse.checkpoints.numpy_values import NUMPY_NAMES, EncodedText, NumpyArray
@@ -24,6 +23,7 @@ from modelfuse.checkpoints.pickle_values import (
 from modelfuse.checkpoints.state_dicts import find_state_dict, split_aliases
 from modelfuse.checkpoints.strided import ReorderedTensor, is_plain, place, reorder, row_major
 from modelfuse.checkpoints.tensors import StoredTensor
+from modelfuse.storage import Place
 
 #: Paddle's table from names in the model to names of variables.
 _NAME_TABLE = "StructuredToParameterName@@"
@@ -31,7 +31,7 @@ _NAME_TABLE = "StructuredToParameterName@@"
 _SLICE_TABLE = "UnpackBigParamInfor@@"
 
 
-def read_paddle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_paddle(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Read the header of one Paddle file: ``model_state.pdparams`` or the like.
 
     16-bit unsigned integers are bfloat16, which numpy and so Paddle's files do not have.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from modelfuse.checkpoints.files import SourceFile
 from modelfuse.journal import sync_data
+from modelfuse.storage import Place, Url
 
 #: What a file comes and leaves by; the system's own pieces are not larger and never straddle two.
 CHUNK = 2 << 20
@@ -51,7 +52,7 @@ class Advice(NamedTuple):
         step: How many bytes it may be told of at a time; what comes in is cut off after so many.
     """
 
-    path: Path
+    path: Place
     runs: list[tuple[int, int]]
     what: int
     step: int = sys.maxsize
@@ -59,7 +60,7 @@ class Advice(NamedTuple):
     def give(self) -> None:
         """Tell it; what is wrong with the file its readers find out."""
         with contextlib.suppress(OSError):
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(str(self.path), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for begin, count in self.runs:
                     for offset in range(begin, begin + count, self.step):
@@ -98,6 +99,8 @@ class PageCache:
         self._files.clear()
 
     def _chunks(self, file: SourceFile) -> _Chunks | None:
+        if isinstance(file.path, Url):  # What is in a store is no file of this system.
+            return None
         if self._advises and file not in self._files:
             self._files[file] = _Chunks(file)
         return self._files.get(file)
@@ -172,7 +175,7 @@ def _look(file: SourceFile) -> tuple[bytearray, int]:
     number = -(-file.size // CHUNK)
     states, read_ahead = bytearray([MIXED]) * number, READ_AHEAD  # What may not be asked: it comes in, and stays.
     with contextlib.suppress(OSError):
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(str(file.path), os.O_RDONLY | os.O_CLOEXEC)
         try:
             read_ahead = _read_ahead(os.fstat(descriptor).st_dev)
             if (whole := _state(descriptor, 0, file.size)) == MIXED:

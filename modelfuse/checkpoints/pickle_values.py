@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place
 
 MAX_DIMENSIONS = 32
 
@@ -82,7 +82,7 @@ class Inert(Stateful):
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Place) -> Iterator[None]:
     """Turn Refused into a CheckpointError that names the file."""
     try:
         yield

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from modelfuse.checkpoints.files import Buffer, SourceFile
 from modelfuse.dtypes import DType
+from modelfuse.storage import Place
 
 
 class Reader(Protocol):
@@ -95,6 +95,18 @@ class StoredTensor:
         """What a report should tell of it beside its values, known once it was read."""
         return {}
 
+    def expect(self, start: int, count: int) -> bool:
+        """Say that elements will be read soon, so that those in a store are sent for, all at once.
+
+        Returns:
+            Whether that is done; False if there is no room for them yet.
+        """
+        if not self.made_of:
+            return self.file.expect(self.offset + self.dtype.nbytes(start), self.dtype.nbytes(count))
+        # About what they are made of; what is read all the same and was not expected is fetched then.
+        shares = [(part, start * part.size // self.size, -(-count * part.size // self.size)) for part in self.made_of]
+        return all(part.expect(first, share) for part, first, share in shares)
+
     @contextmanager
     def open(self) -> Iterator[Reader]:
         """Open for reading; the file is checked to be the one whose header was read."""
@@ -167,7 +179,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
         layout: ``hf`` or ``paddle``: how its Linear weights are stored, once that is known.
     """
 
-    path: Path
+    path: Place
     kind: str
     tensors: Mapping[str, StoredTensor]
     aliases: Mapping[str, str] = field(default_factory=dict)

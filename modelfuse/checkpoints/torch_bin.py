@@ -7,7 +7,6 @@ in a plain stream. What torch writes is defined by its ``torch/serialization.py`
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from modelfuse.checkpoints.files import OpenFile, SourceFile
 from modelfuse.checkpoints.pickle_bytes import Window
@@ -18,6 +17,7 @@ from modelfuse.checkpoints.strided import extent_of, place
 from modelfuse.checkpoints.tensors import StoredTensor
 from modelfuse.checkpoints.torch_values import KNOWN, Storage, TorchTensor, storage_of
 from modelfuse.checkpoints.zip_index import ZipIndex
+from modelfuse.storage import Place
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -27,7 +27,7 @@ _MAX_TENSOR_BYTES = 2**48
 Locate = Callable[[Storage], tuple[int, int]]
 
 
-def read_torch(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_torch(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Read the header of one torch checkpoint: a ``pytorch_model.bin`` or a shard of one.
 
     Returns:

@@ -42,6 +42,8 @@ class ZipIndex:
         self._file = file
         start, size = self._find_directory()
         self._entries = _parse_directory(self._read(start, size))
+        for entry in self._entries.values():  # Each has a header of its own, which may be far away.
+            file.expect(entry.header, min(_LOCAL.size, max(file.size - entry.header, 0)))
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

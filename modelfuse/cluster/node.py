@@ -20,6 +20,7 @@ from modelfuse.kernels.choice import choose
 from modelfuse.plan import OutputTensor
 from modelfuse.report import Walked
 from modelfuse.scheduler import fold_of
+from modelfuse.storage import hold
 from modelfuse.version import __version__
 from modelfuse.walking import Task, Walker
 
@@ -33,6 +34,7 @@ class Worker:
 
     def __init__(self, shipment: Shipment) -> None:
         self._shipment = shipment
+        hold(shipment.room.fetched, shipment.room.keeps)
         self._walker = Walker(choose(shipment.device), shipment.room)
         #: What is being walked.
         self.tensor = ""

@@ -123,7 +123,7 @@ def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch) -
         with header_folders(hub, models) as found:
             room = make_plan(recipe.at_hand(found)).room
         check_room(recipe.output_path, room)
-        if recipe.output_path is not None and _same_disk(recipe.output_path, hub.cache):
+        if isinstance(recipe.output_path, Path) and _same_disk(recipe.output_path, hub.cache):
             _check_disk(hub, size, max(0, room - bytes_left(recipe.output_path)))
     in_turn = [each for each in chain(*zip_longest(*missing)) if each is not None]
     shown = nullcontext(None) if watch.fetching is None else watch.fetching(size)

@@ -1,0 +1,158 @@
+"""As much of S3 as a merge needs, with little work for the processor: files of a folder are sent by the kernel.
+
+The first folders are buckets. Objects are listed, asked for, read by ranges with conditions, and uploaded whole or by
+parts, which are kept as they come. Nobody is asked who they are. For measuring only.
+
+    python benchmarks/object_server.py FOLDER PORT [SECONDS]
+
+SECONDS is how long every answer is held back, as a store that is far away would take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from aiohttp import web
+
+NAMESPACE = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
+MODIFIED = "2026-01-01T00:00:00.000Z"
+#: Where parts lie until their upload is completed.
+PARTS = ".parts"
+CHUNK = 1 << 20
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class ObjectServer:
+    """Answers requests.
+
+    Args:
+        folder: What holds the buckets.
+        delay: Seconds that every answer is held back.
+    """
+
+    def __init__(self, folder: Path, delay: float = 0.0) -> None:
+        self._folder, self._delay = folder, delay
+        self._numbers = itertools.count(1)
+
+    def application(self) -> web.Application:
+        """What aiohttp runs."""
+        application = web.Application(client_max_size=1 << 30)
+        application.router.add_route("*", "/{bucket}", self._answer)
+        application.router.add_route("*", "/{bucket}/{key:.*}", self._answer)
+        return application
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if self._delay:
+            await asyncio.sleep(self._delay)
+        kind = f"{request.method} {','.join(sorted(request.query.keys() & {'uploads', 'uploadId', 'list-type'}))}"
+        handlers: dict[str, Handler] = {
+            "GET list-type": self._list,
+            "GET uploads": self._uploads,
+            "POST uploads": self._begin,
+            "PUT uploadId": self._part,
+            "POST uploadId": self._complete,
+            "DELETE uploadId": self._abort,
+            "PUT ": self._put,
+            "DELETE ": self._delete,
+        }
+        return await handlers.get(kind, self._get)(request)
+
+    def _path(self, request: web.Request) -> Path:
+        path = self._folder / request.match_info["bucket"] / request.match_info.get("key", "")
+        if ".." in path.parts:
+            raise web.HTTPForbidden
+        return path
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        path = self._path(request)
+        if not path.is_file():
+            raise web.HTTPNotFound
+        return web.FileResponse(path, chunk_size=CHUNK)
+
+    async def _list(self, request: web.Request) -> web.StreamResponse:
+        bucket, prefix = self._folder / request.match_info["bucket"], request.query.get("prefix", "")
+        folder = bucket / prefix
+        found = []
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            key = escape(f"{prefix}{path.name}")
+            if path.is_dir():
+                found.append(f"<CommonPrefixes><Prefix>{key}/</Prefix></CommonPrefixes>")
+                continue
+            status = path.stat()
+            found.append(
+                f"<Contents><Key>{key}</Key><LastModified>{MODIFIED}</LastModified><Size>{status.st_size}</Size>"
+                f"<ETag>&quot;{status.st_mtime_ns:x}-{status.st_size:x}&quot;</ETag></Contents>"
+            )
+        return _xml("ListBucketResult", f"<IsTruncated>false</IsTruncated>{''.join(found)}")
+
+    async def _uploads(self, request: web.Request) -> web.StreamResponse:
+        return _xml("ListMultipartUploadsResult", "<IsTruncated>false</IsTruncated>")
+
+    async def _begin(self, request: web.Request) -> web.StreamResponse:
+        name = str(next(self._numbers))
+        (self._folder / PARTS / name).mkdir(parents=True)
+        return _xml("InitiateMultipartUploadResult", f"<UploadId>{name}</UploadId>")
+
+    async def _part(self, request: web.Request) -> web.StreamResponse:
+        path = self._folder / PARTS / request.query["uploadId"] / request.query["partNumber"].zfill(5)
+        await _receive(request, path)
+        return web.Response(headers={"ETag": f'"{path.name}"'})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        parts = self._folder / PARTS / request.query["uploadId"]
+        self._path(request).parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path(request), "wb") as whole:
+            for part in sorted(parts.iterdir()):
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, whole, CHUNK)
+        shutil.rmtree(parts)
+        return _xml("CompleteMultipartUploadResult", "<ETag>&quot;whole&quot;</ETag>")
+
+    async def _abort(self, request: web.Request) -> web.StreamResponse:
+        shutil.rmtree(self._folder / PARTS / request.query["uploadId"])
+        return web.Response(status=204)
+
+    async def _put(self, request: web.Request) -> web.StreamResponse:
+        self._path(request).parent.mkdir(parents=True, exist_ok=True)
+        await _receive(request, self._path(request))
+        return web.Response(headers={"ETag": '"whole"'})
+
+    async def _delete(self, request: web.Request) -> web.StreamResponse:
+        self._path(request).unlink(missing_ok=True)
+        return web.Response(status=204)
+
+
+async def _receive(request: web.Request, path: Path) -> None:
+    """Write what a client sends, whether it counts the bytes in advance or cuts them into signed chunks."""
+    body = await request.read()
+    if "aws-chunked" in request.headers.get("Content-Encoding", ""):
+        body = b"".join(_chunks(body))
+    path.write_bytes(body)
+
+
+def _chunks(body: bytes) -> list[bytes]:
+    chunks: list[bytes] = []
+    at = 0
+    while True:
+        end = body.index(b"\r\n", at)
+        size = int(body[at:end].split(b";")[0], 16)
+        if not size:
+            return chunks
+        chunks.append(body[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
+
+
+def _xml(root: str, content: str) -> web.Response:
+    text = f'<?xml version="1.0" encoding="UTF-8"?><{root} {NAMESPACE}>{content}</{root}>'
+    return web.Response(text=text, content_type="application/xml")
+
+
+if __name__ == "__main__":
+    server = ObjectServer(Path(sys.argv[1]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.0)
+    web.run_app(server.application(), host="127.0.0.1", port=int(sys.argv[2]), print=None, access_log=None)

@@ -1,0 +1,143 @@
+"""A merge over S3 beside reading the same objects with the client library alone, on one machine.
+
+    python benchmarks/storage.py --workdir DIR
+
+The objects are those of the reference work, served by ``object_server.py``. The client (``object_client.py``, s3fs)
+reads every byte once and throws it away, with the best of several sizes and numbers of requests. The merge is linear,
+of three models: its output goes to the disk, or back to the server. All are whole processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from measure import Sample, measure
+from reference import Shape, make_reference
+from rich.console import Console
+
+HERE = Path(__file__).resolve().parent
+#: Requests at a time, and bytes of each.
+CLIENTS = ((8, 8 << 20), (16, 4 << 20), (16, 8 << 20), (32, 8 << 20), (8, 16 << 20), (16, 16 << 20))
+MODELS = ("model_1", "model_2", "model_3")
+#: The bucket of the inputs is the folder of that name.
+BUCKET = "models"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@contextmanager
+def serving(folder: Path, delay: float) -> Iterator[str]:
+    """A server of a folder's folders as buckets; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(HERE / "object_server.py"), str(folder), str(port), str(delay)]
+    process = subprocess.Popen(command)
+    try:
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class Contest:
+    """The commands, and their times.
+
+    Args:
+        workdir: What holds the bucket.
+        endpoint: The server.
+        words: Further settings of the merges.
+    """
+
+    def __init__(self, workdir: Path, endpoint: str, words: Sequence[str]) -> None:
+        self._workdir, self._words = workdir, list(words)
+        self._env = {**CREDENTIALS, "AWS_ENDPOINT_URL_S3": endpoint, "PYTHONPATH": str(HERE.parent)}
+        self.samples: dict[str, list[Sample]] = {}
+
+    def client(self, requests: int, size: int) -> list[str]:
+        """The command that only reads."""
+        urls = [f"s3://{BUCKET}/{name}/model.safetensors" for name in MODELS]
+        return [sys.executable, str(HERE / "object_client.py"), str(requests), str(size), *urls]
+
+    def merge(self, output: str) -> list[str]:
+        """The command that merges."""
+        command = [sys.executable, "-m", "modelfuse", "merge", "--quiet", "--overwrite", "--merge_method", "linear"]
+        command += ["--model_path_list", *(f"s3://{BUCKET}/{name}" for name in MODELS), "--output_path", output]
+        return [*command, *self._words]
+
+    def run(self, name: str, command: Sequence[str]) -> float:
+        """Run a command, and keep its time under a name; the seconds."""
+        os.sync()
+        sample = measure(command, log=self._workdir / "log", env=self._env)
+        self.samples.setdefault(name, []).append(sample)
+        return sample.seconds
+
+    def best_client(self) -> tuple[int, int]:
+        """The quickest way for the client to read."""
+        times = {each: self.run("", self.client(*each)) for each in CLIENTS for _ in range(2)}
+        del self.samples[""]
+        return min(times, key=lambda each: times[each])
+
+
+def main() -> None:
+    """As the module says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, help="keeps the inputs for the next run")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds")
+    parser.add_argument("--layers", type=int, default=Shape().layers, help="of the models")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds that the server holds every answer back")
+    parser.add_argument("words", nargs="*", help="settings of the merges, after --")
+    options = parser.parse_args()
+    console = Console(soft_wrap=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = options.workdir or Path(temporary)
+        make_reference(workdir / BUCKET, Shape(layers=options.layers))
+        whole = sum((workdir / BUCKET / name / "model.safetensors").stat().st_size for name in MODELS)
+        try:
+            with serving(workdir, options.delay) as endpoint:
+                contest = Contest(workdir, endpoint, options.words)
+                requests, size = contest.best_client()
+                console.print(
+                    f"client: {requests} requests of {size >> 20} MiB; server's delay {options.delay * 1e3:g} ms"
+                )
+                kinds = {
+                    "s3fs alone": contest.client(requests, size),
+                    "merge, output on the disk": contest.merge(str(workdir / "output")),
+                    "merge, output to S3": contest.merge(f"s3://{BUCKET}/output"),
+                }
+                for _ in range(options.repeat):
+                    for name, command in kinds.items():
+                        contest.run(name, command)
+        finally:
+            for left in (workdir / "output", workdir / BUCKET / "output", workdir / ".parts"):
+                shutil.rmtree(left, ignore_errors=True)
+        console.print("| | median s | min s | GB/s read | × client | peak memory |\n|---|---|---|---|---|---|")
+        alone = [sample.seconds for sample in contest.samples["s3fs alone"]]
+        for name, samples in contest.samples.items():
+            seconds = [sample.seconds for sample in samples]
+            # Beside each other in a round: what else the machine does falls on both.
+            ratio = statistics.median(one / other for one, other in zip(seconds, alone, strict=True))
+            median, peak = statistics.median(seconds), max(sample.peak_bytes for sample in samples)
+            console.print(
+                f"| {name} | {median:.2f} | {min(seconds):.2f} | {whole / median / 1e9:.2f} | {ratio:.2f} | "
+                f"{peak / 1e6:.0f} MB |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Places that are named by a URL: what they hold, read by ranges and written by parts, through fsspec.
+
+fsspec, and the packages of each kind of store, are imported when the first URL is met.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import url2pathname
+
+from modelfuse.errors import CheckpointError
+from modelfuse.storage.url import Url
+
+__all__ = [
+    "Place",
+    "Url",
+    "children",
+    "exists",
+    "forget",
+    "hold",
+    "is_dir",
+    "is_file",
+    "look_up",
+    "place_of",
+    "size_of",
+    "waiting_while",
+]
+
+#: Where a model is or is to be: a path on this machine, or a URL.
+Place = Path | Url
+
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+
+
+def place_of(word: str | Place) -> Place:
+    """What a word names: with ``scheme://`` a URL, else a path, made absolute.
+
+    >>> place_of("s3://models/llama/").name
+    'llama'
+    >>> place_of("file:///models/llama")
+    PosixPath('/models/llama')
+
+    Raises:
+        ValueError: If it is a URL that names nothing.
+    """
+    if isinstance(word, Url):
+        return word
+    scheme = _SCHEME.match(word) if isinstance(word, str) else None
+    if scheme is None:
+        return Path(os.path.abspath(word))
+    if scheme[1].lower() in ("file", "local"):
+        return Path(os.path.abspath(url2pathname(str(word)[scheme.end() :])))
+    return Url.parse(str(word))
+
+
+def is_file(place: Place) -> bool:
+    """Whether there is a file; false for a name too long for any."""
+    if isinstance(place, Url):
+        from modelfuse.storage.opening import store_of
+
+        return store_of(place).entry(place) is not None
+    return _answer(place, place.is_file)
+
+
+def is_dir(place: Place) -> bool:
+    """Whether there is a folder; in a store, objects whose names begin as if there were one."""
+    return bool(children(place)) if isinstance(place, Url) else _answer(place, place.is_dir)
+
+
+def exists(place: Place) -> bool:
+    """Whether there is a file or a folder."""
+    return is_dir(place) or is_file(place) if isinstance(place, Url) else _answer(place, place.exists)
+
+
+def _answer(path: Path, ask: Callable[[], bool]) -> bool:
+    """What the system says of a path; a disk that fails is not taken for one that says no."""
+    try:
+        return ask()
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
+def children(folder: Place) -> list[Place]:
+    """All files and folders directly in a folder, by their names; none if there is no such folder in a store.
+
+    A store is asked once, and then knows all of them.
+    """
+    if isinstance(folder, Url):
+        from modelfuse.storage.opening import store_of
+
+        return [folder / name for name in store_of(folder).listing(folder)]
+    return sorted(folder.iterdir())
+
+
+def look_up(folder: Place, names: Iterable[str]) -> None:
+    """Ask for many files of a folder at once, before each is asked for."""
+    if isinstance(folder, Url):
+        from modelfuse.storage.opening import store_of
+
+        store_of(folder).look_up(folder, names)
+
+
+def size_of(file: Place) -> int:
+    """The size of a file that is there, in bytes."""
+    if isinstance(file, Url):
+        from modelfuse.storage.opening import store_of
+
+        entry = store_of(file).entry(file)
+        return 0 if entry is None else entry.size
+    return file.stat().st_size
+
+
+def hold(nbytes: int, keeps: bool) -> None:
+    """Hold so many bytes of files in stores; nothing is done if none of them is read.
+
+    Args:
+        nbytes: How many, those that are on their way included.
+        keeps: Whether those that were read are kept as long as there is room.
+    """
+    if nbytes:
+        from modelfuse.storage.ranges import RANGES
+
+        RANGES.room, RANGES.keeps = nbytes, keeps
+
+
+@contextmanager
+def waiting_while(goes_on: Callable[[], bool]) -> Iterator[None]:
+    """Give up what is waited for in stores as soon as this says so."""
+    if "modelfuse.storage.ranges" not in sys.modules:
+        yield
+        return
+    from modelfuse.storage.ranges import RANGES
+
+    with RANGES.waiting_while(goes_on):
+        yield
+
+
+def forget() -> None:
+    """Ask all stores anew from now on: what they hold may have changed since the last merge."""
+    if "modelfuse.storage.ranges" in sys.modules:
+        from modelfuse.storage.opening import forget as forget_answers
+        from modelfuse.storage.ranges import RANGES
+
+        forget_answers()
+        RANGES.forget()

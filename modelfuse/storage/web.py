@@ -1,0 +1,165 @@
+"""Stores that can be asked for a range of one version of an object: S3, and web servers."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from modelfuse.storage.stores import Content, Store
+from modelfuse.storage.troubles import Cut, Replaced, Unranged, answer
+from modelfuse.storage.url import Entry, Url
+
+#: What is looked for on a server that lists nothing: weights, and what serves them.
+KNOWN = (
+    *(f"{stem}{suffix}{index}"
+      for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin"), ("model_state", ".pdparams"),
+                           ("master_weights", ".safetensors"), ("master_weights", ".bin"),
+                           ("master_weights", ".pdparams"), ("adapter_model", ".safetensors"),
+                           ("adapter_model", ".bin"), ("peft_model", ".safetensors"),
+                           ("lora_model_state", ".pdparams"))
+      for index in ("", ".index.json")),
+    "adapter_config.json", "lora_config.json", "config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model",
+    "merge_config.json", "merge_report.json",
+)  # fmt: skip
+#: How long a web server may take to answer at all, and to go on.
+CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
+#: The most bytes of an answer that are looked at together.
+CHUNK = 1 << 20
+#: How the names end of what is a file and no folder.
+FILES = (".safetensors", ".bin", ".pdparams", ".json")
+
+
+class S3Store(Store):
+    """S3, and all that speaks as it does."""
+
+    def __init__(self, fs: Any) -> None:
+        super().__init__(fs)
+        fs.retries = 1
+
+    async def _list(self, folder: Url) -> dict[str, Entry | None]:
+        return self.entries(self.address(folder), await self.fs._lsdir(self.address(folder), refresh=True))
+
+    async def _range(self, url: Url, entry: Entry, start: int, end: int) -> Content:
+        bucket, key, _ = self.fs.split_path(self.address(url))
+        found = await self.fs._call_s3(
+            "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=entry.version
+        )
+        async with found["Body"] as body:
+            if found.get("ETag", entry.version) != entry.version:  # Not every store knows conditions.
+                raise Replaced
+            return await _received(body.iter_chunks(CHUNK), end - start)
+
+    def _is_wrong(self, error: BaseException) -> bool:
+        return answer(error)[1] == "NoSuchBucket"
+
+
+class HttpStore(Store):
+    """A web server, which lists nothing."""
+
+    lists = False
+
+    def __init__(self, fs: Any) -> None:
+        super().__init__(fs)
+        self._others: dict[str, set[str]] = {}
+
+    def forget(self) -> None:
+        super().forget()
+        self._others.clear()
+
+    def address(self, url: Url) -> str:
+        return url.address
+
+    async def _list(self, folder: Url) -> dict[str, Entry | None]:
+        return {} if folder.path.endswith(FILES) else await self._all(folder, KNOWN)
+
+    def entry(self, url: Url) -> Entry | None:
+        if url.name not in KNOWN:
+            self.look_up(url.parent, [url.name])
+        return super().entry(url)
+
+    def look_up(self, folder: Url, names: Iterable[str]) -> None:
+        with self._lock:
+            listing, asked = self._listings.get(str(folder)), self._asked(folder)
+            wanted = [name for name in names if name not in asked]
+        if listing is None or not wanted:
+            return
+        found = self.wait(folder, self._all(folder, wanted))
+        with self._lock:
+            listing.update(found)
+            asked.update(wanted)
+
+    def _asked(self, folder: Url) -> set[str]:
+        return self._others.setdefault(str(folder), set(KNOWN))
+
+    async def _all(self, folder: Url, names: Iterable[str]) -> dict[str, Entry | None]:
+        names = list(names)
+        asked = (self.attempt(functools.partial(self._ask, folder / name)) for name in names)
+        found = await asyncio.gather(*asked)
+        return {name: entry for name, entry in zip(names, found, strict=True) if entry is not None}
+
+    async def _session(self) -> tuple[Any, dict[str, Any]]:
+        """aiohttp's session, and what every request is made with."""
+        import aiohttp
+
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+        options = {"allow_redirects": True, "timeout": patience, **self.fs.kwargs}
+        # What is compressed on its way has another size, and no ranges of the file.
+        options["headers"] = {"Accept-Encoding": "identity", **options.get("headers", {})}
+        return await self.fs.set_session(), options
+
+    async def _ask(self, url: Url) -> Entry | None:
+        session, options = await self._session()
+        address = self.fs.encode_url(url.address)
+        async with session.head(address, **options) as response:
+            if response.status in (404, 410):
+                return None
+            if response.status not in (403, 405, 501):
+                response.raise_for_status()
+                if "Content-Length" in response.headers:
+                    return _entry(response.headers, int(response.headers["Content-Length"]))
+        # Servers that sign addresses allow one method only; a byte tells the size, too.
+        options["headers"]["Range"] = "bytes=0-0"
+        async with session.get(address, **options) as response:
+            if response.status in (404, 410):
+                return None
+            response.raise_for_status()
+            whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if response.status != 206 or not whole.isdigit():
+                raise Unranged
+            return _entry(response.headers, int(whole))
+
+    async def _range(self, url: Url, entry: Entry, start: int, end: int) -> Content:
+        session, options = await self._session()
+        options["headers"]["Range"] = f"bytes={start}-{end - 1}"
+        async with session.get(self.fs.encode_url(url.address), **options) as response:
+            response.raise_for_status()
+            if response.status != 206:
+                raise Unranged
+            whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+            size = int(whole) if whole.isdigit() else entry.size
+            if _entry(response.headers, size) != entry:
+                raise Replaced
+            return await _received(response.content.iter_chunked(CHUNK), end - start)
+
+
+async def _received(chunks: AsyncIterator[bytes], count: int) -> Content:
+    """What comes, put where it is to lie at once: aiohttp would copy it once more to hand it over as one."""
+    content, position = np.empty(count, np.uint8), 0
+    async for chunk in chunks:
+        end = position + len(chunk)
+        if end > count:
+            raise Cut(f"more than {count:,} bytes came")
+        content[position:end] = np.frombuffer(chunk, np.uint8)
+        position = end
+    return content[:position].data
+
+
+def _entry(headers: Mapping[str, str], size: int) -> Entry:
+    return Store.entry_of({"size": size, "ETag": headers.get("ETag"), "Last-Modified": headers.get("Last-Modified")})

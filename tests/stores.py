@@ -1,0 +1,207 @@
+"""Stores on this machine: moto's S3, and a web server with ranges, both with faults that tests ask for."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+BUCKET = "bucket"
+#: What the libraries are told where S3 is, and who asks.
+ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+               "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: its method, the path, the query, and the range if there is one."""
+
+    method: str
+    path: str
+    query: str
+    range: str | None
+
+    @property
+    def is_upload(self) -> bool:
+        return self.method in ("PUT", "POST") and "delete" not in self.query
+
+
+#: What is to become of a request: a status instead of an answer, or None.
+Fault = Callable[[Asked], int | None]
+
+
+class _Quiet(WSGIRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log(self, *_: object) -> None:
+        pass
+
+
+@dataclass
+class S3:
+    """moto's S3, which remembers what it was asked.
+
+    Attributes:
+        asked: All requests, in order.
+        fault: Chooses requests that fail.
+        delay: Seconds that each answer is held back.
+        most: The most requests that were under way at a time.
+    """
+
+    asked: list[Asked] = field(default_factory=list)
+    fault: Fault = lambda _: None
+    delay: float = 0.0
+    most: int = 0
+
+    def __post_init__(self) -> None:
+        self._application = DomainDispatcherApplication(create_backend_app)
+        self._lock, self._now = threading.Lock(), 0
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, environ: dict[str, Any], start: Any) -> Any:
+        asked = Asked(
+            environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"], environ.get("HTTP_RANGE")
+        )
+        with self._lock:
+            self.asked.append(asked)
+            self._now += 1
+            self.most = max(self.most, self._now)
+        try:
+            if self.delay:
+                time.sleep(self.delay)
+            status = self.fault(asked)
+            if status is None:
+                return self._application(environ, start)
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            code = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}[status]
+            body = f"<Error><Code>{code}</Code><Message>as the test asks</Message></Error>".encode()
+            start(f"{status} {code}", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [body]
+        finally:
+            with self._lock:
+                self._now -= 1
+
+    @property
+    def client(self) -> Any:
+        """A client of another library."""
+        import boto3
+
+        keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+        return boto3.client("s3", endpoint_url=self.endpoint, **keys)
+
+    @contextmanager
+    def speaking(self) -> Iterator[Any]:
+        client = self.client
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def put(self, folder: Path, prefix: str) -> str:
+        """Upload a folder; its URL."""
+        with self.speaking() as client:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    client.put_object(Bucket=BUCKET, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
+        return f"s3://{BUCKET}/{prefix}"
+
+    def objects(self, prefix: str = "") -> dict[str, bytes]:
+        """All objects whose names begin so, without that beginning."""
+        with self.speaking() as client:
+            found = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+            keys = [each["Key"] for each in found]
+            return {
+                key.removeprefix(f"{prefix}/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys
+            }
+
+    def uploads(self) -> list[str]:
+        """The names of files whose parts lie there, uncompleted."""
+        with self.speaking() as client:
+            return [each["Key"] for each in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
+
+    def reset(self) -> None:
+        """Empty, and without faults."""
+        self.fault, self.delay = (lambda _: None), 0.0
+        with self.speaking() as client:
+            for upload in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []):
+                client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
+            for each in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+                client.delete_object(Bucket=BUCKET, Key=each["Key"])
+        self.asked.clear()
+        self.most = 0
+
+
+class Web:
+    """A web server of a folder.
+
+    Args:
+        folder: What it shows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ranges, self.asked = folder, True, list[Asked]()
+        self.headers: list[Mapping[str, str]] = []
+        self.fault: Fault = lambda _: None
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                web._answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        path, _, query = handler.path.partition("?")
+        asked = Asked(handler.command, path, query, handler.headers.get("Range"))
+        self.asked.append(asked)
+        self.headers.append(dict(handler.headers))
+        file = self.folder / path.lstrip("/")
+        status = self.fault(asked) or (200 if file.is_file() else 404)
+        content = file.read_bytes() if status == 200 else b""
+        tag = f'"{hash(content)}"'
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked.range or "") if self.ranges else None
+        if found and status == 200:
+            whole, status = len(content), 206
+            content = content[int(found[1]) : int(found[2]) + 1]
+        handler.send_response(status)
+        if found and status == 206:
+            handler.send_header("Content-Range", f"bytes {found[1]}-{found[2]}/{whole}")
+        handler.send_header("ETag", tag)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        if asked.method == "GET":
+            handler.wfile.write(content)
