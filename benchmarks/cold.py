@@ -1,7 +1,8 @@
 """How long merges take whose inputs lie on the disk only, beside a plain parallel read of the same bytes.
 
     python benchmarks/cold.py
-    python benchmarks/cold.py --limit 500        # on a disk that reads 500 MB/s
+    python benchmarks/cold.py --limit 500                # on a disk that reads 500 MB/s
+    python benchmarks/cold.py --limit 400 --delay 5      # from a server that answers after 5 ms
 
 How it is measured: see README.md beside this file.
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -27,7 +29,7 @@ from programs import HERE, Place, Tool, copy_tool, modelfuse_tool
 from rich.console import Console
 from rich.table import Table
 from run import SHAPES
-from slow import limited
+from slow import distant, limited
 from works import WORKS, Work
 
 #: What a plain read tries, the best of which is taken: threads, and bytes a block.
@@ -45,6 +47,15 @@ READS = (
 BYSTANDER_BYTES = 1 << 28
 READ, COPY, COLD, WARM = "plain read", "copy", "cold merge", "warm merge"
 HEADINGS = ("method", "read s", "copy s", "warm s", "cold s", "× read", "× copy", "inputs left", "others kept")
+
+
+class FarPlace(Place):
+    """A place whose inputs are read from a server."""
+
+    @property
+    def reference(self) -> Path:
+        """The input checkpoints, as the server shows them."""
+        return self.work / "far"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=5, help="rounds (5)")
     add("--threads", type=int, default=2, help="threads of the copy and of modelfuse (2)")
     add("--limit", type=float, default=0, metavar="MB", help="read so many MB a second at most (root only)")
+    add("--delay", type=float, default=0, metavar="MS", help="read from a server that answers so late (root only)")
     add("--workdir", help="keeps the inputs for the next run; without it, a temporary folder")
     add("--size", choices=SHAPES, default="reference", help="small is for trying out this program")
     add("--json", metavar="FILE", help="write the rows there")
@@ -190,7 +202,14 @@ def _benchmark(options: argparse.Namespace, place: Place, console: Console) -> N
     with console.status(f"making the inputs: 4 models of {shape.parameters() / 1e6:.0f} M parameters"):
         reference.make_reference(place.reference, shape)
     rows = []
-    with limited(place.work, int(options.limit * 1e6)) as before:
+    with ExitStack() as stack:
+        before: list[str] = []
+        if options.delay:
+            bring_in(place.reference.glob("*/*.safetensors"))  # The server has them in its memory.
+            stack.enter_context(distant(place.reference, place.work / "far", options.delay, options.limit * 1e6))
+            place = FarPlace(place.work)
+        elif options.limit:
+            before = stack.enter_context(limited(place.work, int(options.limit * 1e6)))
         bench = Bench(place, options.threads, before, options.modelfuse)
         largest = max((WORKS[name] for name in options.methods), key=lambda work: len(bench.files(work)))
         size = sum(path.stat().st_size for path in bench.files(largest))
@@ -202,13 +221,14 @@ def _benchmark(options: argparse.Namespace, place: Place, console: Console) -> N
             rows.append(bench.rounds(WORKS[name], options.repeat))
             console.print("  ".join(rows[-1].cells()), style="dim")
     limit = f"{options.limit:.0f} MB/s" if options.limit else "as fast as it is"
-    title = f"{shape.parameters() / 1e6:.0f} M parameters, bfloat16, {options.threads} threads, disk: {limit}"
+    disk = f"a server: {options.delay:g} ms, {limit}" if options.delay else f"disk: {limit}"
+    title = f"{shape.parameters() / 1e6:.0f} M parameters, bfloat16, {options.threads} threads, {disk}"
     table = Table(title=title, title_justify="left")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in rows:
         table.add_row(*row.cells())
-    Console().print(table)
+    Console(width=120).print(table)
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 

@@ -1,14 +1,20 @@
-"""A disk that reads no faster than it is told to: the kernel's own limit on a control group's reading.
+"""Disks that read no faster than they are told to, and servers that answer late. Both need root, and Linux.
 
-It needs root, and a control group folder that can be written (version 1's blkio or version 2's io controller).
+The one is the kernel's own limit on a control group's reading (version 1's blkio or version 2's io controller);
+the other a file system of our own, see ``distant.py``.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from programs import HERE
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -23,9 +29,6 @@ def limited(folder: Path, bytes_per_second: int) -> Iterator[list[str]]:
     Raises:
         OSError: If the limit cannot be set.
     """
-    if not bytes_per_second:
-        yield []
-        return
     device = _device(folder)
     old = ROOT / "blkio"
     group = (old if old.exists() else ROOT) / f"modelfuse-benchmark-{os.getpid()}"
@@ -39,6 +42,29 @@ def limited(folder: Path, bytes_per_second: int) -> Iterator[list[str]]:
         yield entering(group)
     finally:
         group.rmdir()
+
+
+@contextmanager
+def distant(folder: Path, point: Path, milliseconds: float, bytes_per_second: float) -> Iterator[None]:
+    """Show a folder's files at another place, where reading them takes time.
+
+    Raises:
+        OSError: If that cannot be done.
+    """
+    point.mkdir(exist_ok=True)
+    words = [folder, point, milliseconds, bytes_per_second / 1e6]
+    server = subprocess.Popen([sys.executable, str(HERE / "distant.py"), *map(str, words)])
+    try:
+        while not os.path.ismount(point):
+            if server.poll() is not None:
+                raise OSError(f"{point} cannot be mounted")
+            time.sleep(0.05)
+        yield
+    finally:
+        subprocess.run(["umount", str(point)], check=False)
+        server.terminate()
+        server.wait()
+        point.rmdir()
 
 
 def entering(group: Path) -> list[str]:
