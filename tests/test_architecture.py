@@ -60,6 +60,7 @@ THIRD_PARTY = {
         "recomputing",
         "verification",
     },
+    "llvmlite": {"kernels"},
     "numba": {"kernels"},
     "pydantic": {"recipe", "reported"},
     "yaml": {"recipe_file"},
@@ -67,7 +68,7 @@ THIRD_PARTY = {
     "xxhash": {"checksums", "journal"},
 }
 DISTRIBUTIONS = {"pyyaml": "yaml"}
-#: One module, as numba's cache notices changes only in a function's own file.
+#: One module, as its functions call each other.
 LONGEST = {"modelfuse.kernels.cpu": 600}
 MAX_LINES = 310
 #: Names that say nothing of what is inside.

@@ -5,14 +5,11 @@ the compute type, subtract the base, sparsify, then measure or merge and encode.
 and the GIL is released. One compilation serves all storage types, methods and numbers of models: what
 differs is an integer, looked at once a block. Arithmetic follows the definitions in
 :mod:`modelfuse.methods` operation by operation, so the bits are the same.
-
-The functions live in one module because numba's cache notices changes only in a function's own file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,13 +45,6 @@ RANKS = 1 << RANK_BITS
 COUNT_SHIFT = 40
 
 Array = np.ndarray[Any, Any]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _jit(function: F) -> F:
-    compiled: F = compile_kernel(function)
-    return compiled
 
 
 class Slice(NamedTuple):
@@ -127,12 +117,12 @@ _GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
 _SHIFT, _SCALE = np.uint32(SHIFT), np.float32(SCALE)
 
 
-@_jit
+@compile_kernel
 def _from_bfloat16(half: Any) -> Any:
     return np.uint32(np.uint32(half) << 16).view(np.float32)
 
 
-@_jit
+@compile_kernel
 def _from_float16(half: Any) -> Any:
     """Placing the 15 bits as a float32 leaves the exponent 112 too small, subnormals included."""
     shifted = np.uint32((np.uint32(half) & 0x7FFF) << 13)
@@ -142,7 +132,7 @@ def _from_float16(half: Any) -> Any:
     return np.uint32(bits | (np.uint32(half) & 0x8000) << 16).view(np.float32)
 
 
-@_jit
+@compile_kernel
 def _to_odd(value: Any) -> Any:
     """The bits of float32 rounded to odd where inexact: then a second rounding to 16 bits is as good as one."""
     single = np.float32(value)
@@ -152,14 +142,14 @@ def _to_odd(value: Any) -> Any:
     return odd if back != value and value == value else bits
 
 
-@_jit
+@compile_kernel
 def _to_bfloat16(bits: Any) -> Any:
     rounded = np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     quiet = np.uint32(bits >> 16) | 0x40
     return np.uint16(quiet if np.uint32(bits & 0x7FFFFFFF) > 0x7F800000 else rounded)
 
 
-@_jit
+@compile_kernel
 def _to_float16(bits: Any) -> Any:
     """Adding 0.5 aligns a subnormal's last bit with float32's, so the addition rounds it."""
     size = np.uint32(bits & 0x7FFFFFFF)
@@ -172,7 +162,7 @@ def _to_float16(bits: Any) -> Any:
     return np.uint16(half | ((bits >> 16) & 0x8000))
 
 
-@_jit
+@compile_kernel
 def decode(code: int, raw: Array, start: int, count: int, out: Array) -> int:
     """Widen ``count`` stored elements from number ``start`` on; returns how many are not finite."""
     largest, infinite = np.uint16(0), np.uint16(0x7F80 if code == RAW_BF16 else 0x7C00)
@@ -199,7 +189,7 @@ def decode(code: int, raw: Array, start: int, count: int, out: Array) -> int:
     return _count_bad(out, count) if largest >= infinite else 0
 
 
-@_jit
+@compile_kernel
 def _count_bad(values: Array, count: int) -> int:
     bad = 0
     for i in range(count):
@@ -208,7 +198,7 @@ def _count_bad(values: Array, count: int) -> int:
     return bad
 
 
-@_jit
+@compile_kernel
 def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
     """Round ``count`` values into the storage type, to nearest even; returns how many are not finite."""
     bad, largest = 0, np.uint16(0)
@@ -241,7 +231,7 @@ def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
     return bad
 
 
-@_jit
+@compile_kernel
 def _load(data: Slice, start: int, count: int, room: Room) -> None:
     """Decode a block of all models into the rows of ``room.x``; with a base in the last row, subtract it."""
     x = room.x
@@ -256,7 +246,7 @@ def _load(data: Slice, start: int, count: int, room: Room) -> None:
                     delta[i] -= base[i]
 
 
-@_jit
+@compile_kernel
 def uniform(key: Any, first: int, count: int, words: Array, out: Array) -> None:
     """The draws of :func:`modelfuse.methods.random.draws`; ``first`` is even, ``words`` has room for a block."""
     for i in range((count + 1) // 2):
@@ -269,7 +259,7 @@ def uniform(key: Any, first: int, count: int, words: Array, out: Array) -> None:
         out[i] = np.float32(np.int32(halves[i] >> _SHIFT)) * _SCALE
 
 
-@_jit
+@compile_kernel
 def _magnitude_bits(x: Array, count: int, bits: Array) -> None:
     """The bits of |x[i]|, which sort as the magnitudes do."""
     if x.itemsize == 4:
@@ -282,7 +272,7 @@ def _magnitude_bits(x: Array, count: int, bits: Array) -> None:
             bits[i] = doubles[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
 
 
-@_jit
+@compile_kernel
 def _find_bins(x: Array, count: int, shift: int, bits: Array, bins: Array) -> None:
     """The bin of each magnitude; for float64, its bits are left in ``bits``."""
     if x.itemsize == 4:
@@ -299,7 +289,7 @@ def _find_bins(x: Array, count: int, shift: int, bits: Array, bins: Array) -> No
             bins[i] = np.uint16((bits[i] >> np.uint64(shift)) | front)
 
 
-@_jit
+@compile_kernel
 def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
     x, table, bins = room.x[model], how.tables[model], room.bins
@@ -316,7 +306,7 @@ def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out
                 out[i] = how.subtables[np.int64(-out[i]) - 1, digit]
 
 
-@_jit
+@compile_kernel
 def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -> None:
     """Sparsify a block of one model in place."""
     x, draws, keep = room.x[model], room.draws, room.rows[0]
@@ -346,7 +336,7 @@ def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -
                 x[i] = x[i] if draws[i] < np.float32(keep[i]) else zero
 
 
-@_jit
+@compile_kernel
 def _linear(x: Array, models: int, count: int, weights: Array, result: Array) -> None:
     for i in range(count):
         result[i] = x[0, i] * weights[0]
@@ -356,7 +346,7 @@ def _linear(x: Array, models: int, count: int, weights: Array, result: Array) ->
             result[i] += x[model, i] * weight
 
 
-@_jit
+@compile_kernel
 def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, normalize: bool, rows: Array) -> None:
     """Elect and sum; the result is left in ``rows[0]``."""
     result, elected, divisor = rows[0], rows[1], rows[2]
@@ -395,7 +385,7 @@ def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, nor
             result[i] /= divisor[i] if abs(divisor[i]) >= smallest else one
 
 
-@_jit
+@compile_kernel
 def combine(
     data: Slice,
     room: Room,
@@ -424,7 +414,7 @@ def combine(
         room.bad[-1] += encode(out_code, result, size, out, start)
 
 
-@_jit
+@compile_kernel
 def dot_products(data: Slice, room: Room, how: Sparsifier, lanes: Array, sums: Array) -> None:
     """x₁·x₁, x₂·x₂ and x₁·x₂ of two models in float64, a row of ``sums`` for every CHUNK elements.
 
@@ -454,12 +444,12 @@ def dot_products(data: Slice, room: Room, how: Sparsifier, lanes: Array, sums: A
             sums[chunk // CHUNK, product] = total
 
 
-@_jit
+@compile_kernel
 def tally(data: Slice, room: Room, shift: int, sums: bool, tables: Array) -> None:
     """Tally all magnitudes by their leading bits and sticky bit.
 
-    ``tables[model]`` has a row for every bin. For float32 it packs the count and, with ``sums``, the sum of the
-    remaining bits; for float64 it holds the count, and the sums of the low 22 remaining bits and of the others.
+    ``tables[model]`` has a word for every bin, or three. For float32 it packs the count and, with ``sums``, the sum of
+    the remaining bits; for float64 they are the count, and the sums of the low 22 remaining bits and of the others.
     """
     bins = room.bins
     for start in range(0, data.length, BLOCK):
@@ -469,54 +459,54 @@ def tally(data: Slice, room: Room, shift: int, sums: bool, tables: Array) -> Non
             table = tables[model]
             _find_bins(room.x[model], size, shift, room.bits, bins)
             if room.x.itemsize == 4:
-                halves, packed = room.x[model].view(np.uint16), table.reshape(-1)
+                halves = room.x[model].view(np.uint16)
                 if sums:
                     for i in range(size):
-                        packed[bins[i]] += np.uint64(1 << COUNT_SHIFT) + np.uint64(halves[2 * i])
+                        table[bins[i]] += np.uint64(1 << COUNT_SHIFT) + np.uint64(halves[2 * i])
                 else:
                     for i in range(size):
-                        packed[bins[i]] += np.uint64(1 << COUNT_SHIFT)
+                        table[bins[i]] += np.uint64(1 << COUNT_SHIFT)
             else:
                 for i in range(size):
                     _count(room.bits[i], shift, table, bins[i])
 
 
-@_jit
+@compile_kernel
 def collect(table: Array, numbers: Array, rows: Array) -> int:
     """Gather the bins of a model's tally that hold any magnitude, ascending, and clear them; returns how many.
 
     ``numbers`` takes the leading bits followed by the sticky bit; ``rows`` the count, and the sums of the low 22
     remaining bits and of the others.
     """
-    found, columns, flat = 0, table.shape[1], table.reshape(-1)
+    found, columns = 0, table.size // BINS
     for lead in range(LEADS):
-        if flat[lead * columns] | flat[(lead | LEADS) * columns] != 0:
+        if table[lead * columns] | table[(lead | LEADS) * columns] != 0:
             for sticky in range(2):
                 row = (lead | (sticky << LEAD_BITS)) * columns
-                if flat[row] != 0:
+                if table[row] != 0:
                     numbers[found] = 2 * lead + sticky
                     if columns == 1:
-                        rows[found, 0] = flat[row] >> np.uint64(COUNT_SHIFT)
-                        rows[found, 1] = flat[row] & np.uint64((1 << COUNT_SHIFT) - 1)
+                        rows[found, 0] = table[row] >> np.uint64(COUNT_SHIFT)
+                        rows[found, 1] = table[row] & np.uint64((1 << COUNT_SHIFT) - 1)
                         rows[found, 2] = 0
                     else:
                         for column in range(3):
-                            rows[found, column] = flat[row + column]
+                            rows[found, column] = table[row + column]
                     for column in range(columns):
-                        flat[row + column] = 0
+                        table[row + column] = 0
                     found += 1
     return found
 
 
-@_jit
+@compile_kernel
 def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
-    rest = bits & np.uint64((1 << shift) - 1)
-    table[row, 0] += np.uint64(1)
-    table[row, 1] += rest & np.uint64(0x3FFFFF)
-    table[row, 2] += rest >> np.uint64(22)
+    rest, place = bits & np.uint64((1 << shift) - 1), 3 * np.int64(row)
+    table[place] += np.uint64(1)
+    table[place + 1] += rest & np.uint64(0x3FFFFF)
+    table[place + 2] += rest >> np.uint64(22)
 
 
-@_jit
+@compile_kernel
 def tally_within(
     data: Slice,
     room: Room,
@@ -529,11 +519,11 @@ def tally_within(
 
     ``shifts`` are the bits below the leading ones, below a prefix, and below a digit. ``prefixes`` ascend for each
     model; those of ``model`` with the leading bits ``lead`` are the numbers ``begins[model, lead]`` to
-    ``begins[model, lead + 1]``. The row of ``tables`` with a prefix's number holds, for every digit, a count and the
-    sums of the low 22 remaining bits and of the others.
+    ``begins[model, lead + 1]``. The row of ``tables`` with a prefix's number holds three words for every digit: a count
+    and the sums of the low 22 remaining bits and of the others.
     """
     lead_shift, parent_shift, shift = np.uint64(shifts[0]), np.uint64(shifts[1]), np.uint64(shifts[2])
-    mask = np.uint64(tables.shape[1] - 1)
+    mask = np.uint64(tables.shape[1] // 3 - 1)
     bits = room.bits
     for start in range(0, data.length, BLOCK):
         size = min(BLOCK, data.length - start)
@@ -552,7 +542,7 @@ def tally_within(
                         _count(bits[i], shifts[2], tables[row], (bits[i] >> shift) & mask)
 
 
-@_jit
+@compile_kernel
 def _find(prefixes: Array, begin: int, end: int, prefix: Any) -> int:
     """The last place of ``begin`` to ``end`` that holds no more than ``prefix``, or ``begin``."""
     while end - begin > 1:

@@ -12,6 +12,7 @@ import numpy as np
 
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu
+from modelfuse.kernels.machine_code import prepare
 from modelfuse.kernels.magnitudes import LAYOUTS, Layout
 from modelfuse.kernels.measuring import add_up_models, measure_ranks, measure_thresholds
 from modelfuse.methods.arrays import total
@@ -86,9 +87,10 @@ def _sparsifier(
 
 @dataclass
 class State:
-    """A span under way: a worker's room, and what it found so far."""
+    """A span under way: a worker's room, also as laid out for the kernels, and what it found so far."""
 
     room: cpu.Room
+    laid: Any
     codes: Array
     deltas: Array
     found: Any = None
@@ -116,7 +118,7 @@ class _Walk:
             np.zeros(sources + 1, np.int64),
         )
         codes = np.array([RAW_CODES[source.name] for source in work.sources], np.int64)
-        return State(room, codes, np.array(work.deltas or (False,) * work.models))
+        return State(room, prepare(room), codes, np.array(work.deltas or (False,) * work.models))
 
     def _slice(self, state: State, first: int, count: int, raws: Bytes) -> cpu.Slice:
         return cpu.Slice(raws, state.codes, self._work.models, self._work.has_base, state.deltas, first, count)
@@ -129,11 +131,13 @@ class Combine(_Walk):
 
     def __init__(self, work: Work, sparsifier: cpu.Sparsifier, merge: int, weights: tuple[float, ...]) -> None:
         super().__init__(work)
-        self._arguments = sparsifier, merge, np.array(weights, work.compute), work.method.normalize
-        self._out_code = RAW_CODES[work.out.name]
+        self._how: Any = prepare(sparsifier)
+        self._weights: Any = prepare(np.array(weights, work.compute))
+        self._numbers = merge, work.method.normalize, RAW_CODES[work.out.name]
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        cpu.combine(self._slice(state, first, count, raws), state.room, *self._arguments, self._out_code, out)
+        data, (merge, normalize, out_code) = self._slice(state, first, count, raws), self._numbers
+        cpu.combine(data, state.laid, self._how, merge, self._weights, normalize, out_code, out)
 
     def finish(self, state: State) -> None:
         return None
@@ -146,7 +150,7 @@ class DotProducts(_Walk):
 
     def __init__(self, work: Work, sparsifier: cpu.Sparsifier) -> None:
         super().__init__(work)
-        self._sparsifier = sparsifier
+        self._sparsifier: Any = prepare(sparsifier)
 
     def start(self) -> State:
         state = super().start()
@@ -155,7 +159,7 @@ class DotProducts(_Walk):
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         sums, lanes = np.empty((math.ceil(count / cpu.CHUNK), 3)), np.empty((3, cpu.LANES))
-        cpu.dot_products(self._slice(state, first, count, raws), state.room, self._sparsifier, lanes, sums)
+        cpu.dot_products(self._slice(state, first, count, raws), state.laid, self._sparsifier, lanes, sums)
         state.found.append(sums)
 
     def finish(self, state: State) -> Array:
@@ -182,7 +186,7 @@ class TallyAll(_Walk):
     def __init__(self, work: Work, layout: Layout) -> None:
         super().__init__(work)
         self._layout, self._sums = layout, work.method.sparsify_type == "trim"
-        self._shape = work.models, cpu.BINS, 1 if work.compute == "float32" else 3
+        self._shape = work.models, cpu.BINS * (1 if work.compute == "float32" else 3)
 
     def start(self) -> State:
         state = super().start()
@@ -192,7 +196,7 @@ class TallyAll(_Walk):
         return state
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        cpu.tally(self._slice(state, first, count, raws), state.room, self._layout.shift, self._sums, state.found)
+        cpu.tally(self._slice(state, first, count, raws), state.laid, self._layout.shift, self._sums, state.found)
 
     def finish(self, state: State) -> list[tuple[Array, Array]]:
         found = []
@@ -226,15 +230,15 @@ class TallyWithin(_Walk):
 
     def start(self) -> State:
         state = super().start()
-        state.found = np.zeros((self._prefixes.size, self._digits, 3), np.uint64)
+        state.found = np.zeros((self._prefixes.size, self._digits * 3), np.uint64)
         return state
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         data = self._slice(state, first, count, raws)
-        cpu.tally_within(data, state.room, self._shifts, self._prefixes, self._begins, state.found)
+        cpu.tally_within(data, state.laid, self._shifts, self._prefixes, self._begins, state.found)
 
     def finish(self, state: State) -> Array:
-        tables: Array = state.found
+        tables: Array = state.found.reshape(-1, self._digits, 3)
         return tables
 
     def fold(self, one: Array, other: Array) -> Array:
