@@ -69,7 +69,7 @@ THIRD_PARTY = {
 }
 DISTRIBUTIONS = {"pyyaml": "yaml"}
 #: One module, as its functions call each other.
-LONGEST = {"modelfuse.kernels.cpu": 600}
+LONGEST = {"modelfuse.kernels.cpu": 550}
 MAX_LINES = 310
 #: Names that say nothing of what is inside.
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers", "core", "base"}

@@ -8,6 +8,7 @@ called by it, and kept by it; so is every kernel where numba or llvmlite are too
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -20,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: What machine code may need of the process that loads it.
 _LIBRARY = {"memcpy", "memmove", "memset"}
+_COUNTING = re.compile(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", re.MULTILINE)
 #: numba compiles, and llvmlite loads, one kernel at a time.
 _lock = threading.RLock()
 
@@ -110,13 +112,14 @@ def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
         return b""
     module = binding.parse_assembly(str(_entry_module(overload, symbol)))
     module.link_in(binding.parse_bitcode(overload.library.serialize_using_bitcode()[2]))
+    # Counted references are those of numba's own arrays. Here there are none, and counting takes longer than the work.
+    module = binding.parse_assembly(_COUNTING.sub("", str(module)))
     for each in module.functions:
         if not each.is_declaration and each.name != symbol:
             each.linkage = "internal"
     machine = overload.library.codegen._tm
-    passes = binding.create_new_module_pass_manager()
-    passes.add_global_dead_code_eliminate_pass()
-    passes.run(module, binding.create_pass_builder(machine, binding.create_pipeline_tuning_options()))
+    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
     needed = {each.name for each in module.functions if each.is_declaration and not each.name.startswith("llvm.")}
     return result + machine.emit_object(module) if needed <= _LIBRARY else b""
 
@@ -146,11 +149,6 @@ def _entry_module(overload: Any, symbol: str) -> Any:
     if isinstance(value.type, ir.IntType):
         builder.store(value if value.type == word else builder.zext(value, word), entry.args[1])
     builder.ret(builder.zext(how.is_error, status))
-    # Counted references are those of numba's own arrays: here there are none, so that it is never called.
-    unneeded = ir.Function(
-        module, ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()]), "NRT_MemInfo_call_dtor"
-    )
-    ir.IRBuilder(unneeded.append_basic_block()).ret_void()
     return module
 
 
