@@ -87,7 +87,9 @@ def modelfuse_tool(place: Place, threads: int, extra: Iterable[str]) -> Tool:
 
     # modelfuse need not be installed: the source tree that this file lies in will do.
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    return Tool(MODELFUSE, command, {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
+    # Installing it, pip compiles what Python is to run; of a source tree, that is done by the warm-up.
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONDONTWRITEBYTECODE": ""}
+    return Tool(MODELFUSE, command, env)
 
 
 def peer_tool(peer: str, python: str, place: Place, threads: int) -> Tool:

@@ -58,6 +58,8 @@ def main(words: Sequence[str] | None = None) -> int:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     from modelfuse import show
 
+    gc.freeze()
+    gc.enable()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # Any path and formula can be shown anywhere.
@@ -108,9 +110,9 @@ def _as_told(error: BaseException, message: str, hint: str | None = None) -> Mod
 
 
 def _run(words: list[str]) -> int:
-    from modelfuse import manual
-
     if not words or words[0] in ("-h", "--help"):
+        from modelfuse import manual
+
         manual.usage(USAGE, COMMANDS)
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
@@ -120,6 +122,8 @@ def _run(words: list[str]) -> int:
     if command not in COMMANDS:
         raise RecipeError(f"There is no command {command!r}", nearest(command, COMMANDS))
     if "-h" in words or "--help" in words:
+        from modelfuse import manual
+
         if command == "verify":
             manual.verify_help(VERIFY_USAGE, COMMANDS[command])
         else:
@@ -132,6 +136,8 @@ def _run(words: list[str]) -> int:
             raise RecipeError(
                 f"methods takes nothing, but {words[0]!r} is given", "`modelfuse methods` shows them all."
             )
+        from modelfuse import manual
+
         manual.methods()
         return 0
     settings, quiet = parse(words)

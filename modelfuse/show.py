@@ -8,38 +8,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from modelfuse.dtypes import DType
 from modelfuse.errors import ModelfuseError
 from modelfuse.matching import pattern
 from modelfuse.storage import Place
+from modelfuse.voice import Voice
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from modelfuse.hub import Watch
     from modelfuse.plan import Plan
     from modelfuse.run import Result
     from modelfuse.verification import Verification
 
 
-class _Unfailing(Console):
-    """A console that says what it can: no merge ends because the disk of its log is full."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        with suppress(OSError):
-            super().print(*objects, **options)
-
-
 #: A log has no width: names stay whole.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-#: For tables of paths and names, which are never cut: a terminal wraps them itself.
-wide = Console(highlight=False, soft_wrap=True, width=1 << 14)
-err = _Unfailing(highlight=False, soft_wrap=True, stderr=True)
+out = Voice("stdout", 160)
+#: No merge ends because the disk of its log is full.
+err = Voice("stderr", fails=False)
 #: Seconds between two lines of progress in a log.
 LOG_INTERVAL = 10.0
 #: Problems that are listed one by one.
@@ -48,22 +37,22 @@ MOST_PROBLEMS = 50
 
 def error(problem: ModelfuseError) -> None:
     """A short message and what to do, on standard error."""
-    err.print(f"[bold red]error:[/] {escape(problem.message)}")
+    err.say("[bold red]error:[/] {}", problem.message)
     if problem.hint:
-        err.print(f"[bold]hint:[/] {escape(problem.hint)}")
+        err.say("[bold]hint:[/] {}", problem.hint)
     _notes(problem)
 
 
 def interrupted(interruption: KeyboardInterrupt) -> None:
     """After Ctrl-C."""
     kept = getattr(interruption, "__notes__", ())
-    err.print("[bold red]interrupted[/]" if kept else "[bold red]interrupted:[/] nothing was written to output_path")
+    err.say("[bold red]interrupted[/]" if kept else "[bold red]interrupted:[/] nothing was written to output_path")
     _notes(interruption)
 
 
 def note(text: str) -> None:
     """A sentence that the user should read."""
-    err.print(f"note: {escape(text)}")
+    err.say("note: {}", text)
 
 
 def _notes(problem: BaseException) -> None:
@@ -73,8 +62,9 @@ def _notes(problem: BaseException) -> None:
 
 def bug() -> None:
     """An error that is nobody's mistake but ours."""
-    err.print_exception()
-    err.print("[bold red]This is a bug in modelfuse.[/] Please report it with the lines above.")
+    with suppress(OSError):
+        err.console.print_exception()
+    err.say("[bold red]This is a bug in modelfuse.[/] Please report it with the lines above.")
 
 
 def _device(plan: Plan) -> str:
@@ -85,6 +75,12 @@ def _device(plan: Plan) -> str:
 
 def plan(plan: Plan) -> None:
     """What a merge will do."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    # For tables of paths and names, which are never cut: a terminal wraps them itself.
+    wide = Console(highlight=False, soft_wrap=True, width=1 << 14)
     recipe, method = plan.recipe, plan.method
     steps = " → ".join(step for step in (method.sparsify_type, method.merge_type) if step)
     out.print(f"[bold]{recipe.merge_method or steps}[/] ({steps}) of {_count(len(recipe.model_path_list), 'model')}")
@@ -109,7 +105,7 @@ def plan(plan: Plan) -> None:
         f"{_count(plan.workers, 'worker')}, at most about {size(plan.memory)} of memory{_device(plan)}"
     )
     for text in plan.notes:
-        out.print(f"[yellow]note:[/] {escape(text)}")
+        out.say("[yellow]note:[/] {}", text)
 
 
 def no_problems() -> None:
@@ -148,14 +144,23 @@ def _advancing(word: str, what: str, whole: int, quiet: bool) -> Iterator[Callab
             task = bar.add_task(word, total=whole)
             yield lambda count: bar.advance(task, count)
     else:
-        err.print(what)
+        err.say("{}", what)
         yield _Log(whole).advance
 
 
 def _bar() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=err, transient=True)
+    return Progress(*columns, console=err.console, transient=True)
 
 
 class _Log:
@@ -177,32 +182,31 @@ class _Log:
             self._shown = now
         rate = max(self._done - self._first, 1) / max(now - self._started, 1e-9)
         left = (self.whole - self._done) / rate
-        err.print(f"{self._done / self.whole:4.0%}  {size(self._done)}  {size(int(rate))}/s  {left:,.0f} s left")
+        err.say("{}", f"{self._done / self.whole:4.0%}  {size(self._done)}  {size(int(rate))}/s  {left:,.0f} s left")
 
 
 def result(plan: Plan, result: Result) -> None:
     """The closing summary."""
     rate = (result.bytes_read + result.bytes_written - result.bytes_kept) / result.seconds
     copied = f", copied {result.copied}" if result.copied else ""
-    out.print(
-        f"[green]merged[/] {result.merged} tensors{copied} in {result.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "
-        f"into [bold]{escape(str(result.output_path))}[/]"
-    )
+    done = f"{result.merged} tensors{copied} in {result.seconds:.1f} s ({rate / 1e9:.1f} GB/s)"
+    out.say("[green]merged[/] {} into [bold]{}[/]", done, result.output_path)
     if result.suspicious:
         told = "; ".join(f"{each.path}: {each.summary}" for each in result.suspicious)
-        out.print(f"[yellow]note:[/] {escape(told)} (listed in merge_report.json)")
-    folder = escape(_quoted(str(result.output_path)))
+        out.say("[yellow]note:[/] {} (listed in merge_report.json)", told)
+    folder = _quoted(str(result.output_path))
     if plan.recipe.output_format == "lora":
-        base = escape(_quoted(str(plan.lead.path)))
-        out.print(f"next: vllm serve {base} --enable-lora --lora-modules merged={folder}   (or peft's from_pretrained)")
+        base = _quoted(str(plan.lead.path))
+        out.say(
+            "next: vllm serve {} --enable-lora --lora-modules merged={}   (or peft's from_pretrained)", base, folder
+        )
     elif any(file.name == "config.json" for file in plan.side_files):
         if plan.format.layout == "paddle":
             loads = f'from_pretrained({folder!r}, load_checkpoint_format="", convert_from_hf=False)'
-            out.print(f"next: {loads} of PaddleFormers   (modelfuse verify {folder} checks it)")
+            out.say("next: {} of PaddleFormers   (modelfuse verify {} checks it)", loads, folder)
             return
-        out.print(
-            f"next: vllm serve {folder}   (or any server that reads safetensors; modelfuse verify {folder} checks it)"
-        )
+        server = "any server that reads safetensors"
+        out.say("next: vllm serve {}   (or {}; modelfuse verify {} checks it)", folder, server, folder)
 
 
 @contextmanager
@@ -215,7 +219,7 @@ def verifying(folder: Place, quiet: bool) -> Iterator[Callable[[int, int], None]
             task = bar.add_task("verifying", total=None)
             yield lambda count, whole: bar.update(task, advance=count, total=whole)
     else:
-        err.print(f"verifying {escape(str(folder))}")
+        err.say("verifying {}", folder)
         log = _Log(1)
 
         def advance(count: int, whole: int) -> None:
@@ -228,22 +232,19 @@ def verifying(folder: Place, quiet: bool) -> Iterator[Callable[[int, int], None]
 def verification(found: Verification, quiet: bool) -> None:
     """Every problem on standard error, or what holds."""
     for problem in found.problems[:MOST_PROBLEMS]:
-        err.print(f"[bold red]problem:[/] {escape(problem.message)}")
+        err.say("[bold red]problem:[/] {}", problem.message)
     if len(found.problems) > MOST_PROBLEMS:
-        err.print(f"[bold red]problem:[/] and {len(found.problems) - MOST_PROBLEMS} more")
-    path = escape(str(found.path))
+        err.say("[bold red]problem:[/] and {} more", len(found.problems) - MOST_PROBLEMS)
     if not found.holds:
-        err.print(f"[bold red]not verified:[/] {_count(len(found.problems), 'problem')} in [bold]{path}[/]")
+        err.say("[bold red]not verified:[/] {} in [bold]{}[/]", _count(len(found.problems), "problem"), found.path)
     elif not quiet:
         rate = found.nbytes / found.seconds
         number = "all" if found.recomputed == found.tensors else f"{found.recomputed} of them (seed {found.seed})"
         again = f"; {number} merged again, with the same bytes" if not found.absent else ""
-        out.print(
-            f"[green]verified[/] {_count(found.tensors, 'tensor')} in {found.seconds:.1f} s ({rate / 1e9:.1f} GB/s) "
-            f"in [bold]{path}[/]: every checksum holds{again}"
-        )
+        done = f"{_count(found.tensors, 'tensor')} in {found.seconds:.1f} s ({rate / 1e9:.1f} GB/s)"
+        out.say("[green]verified[/] {} in [bold]{}[/]: every checksum holds{}", done, found.path, again)
         for absent in found.absent:
-            out.print(f"[yellow]note:[/] nothing was merged again: {escape(absent)}")
+            out.say("[yellow]note:[/] nothing was merged again: {}", absent)
 
 
 def _quoted(path: str) -> str:

@@ -197,6 +197,38 @@ def test_transformers_gives_paddleformers_logits(merge: Run, tmp_path: Path, kin
     np.testing.assert_allclose(logits, np.load(FIXTURES / kind / "logits.npy"), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("world", ["paddle", "pdparams", "nlp"])
+def test_mistral_says_the_same_whichever_world_it_comes_from(merge: Run, tmp_path: Path, world: str) -> None:
+    """PaddleFormers' layout of it is Llama's, so what Paddle would save is made of what transformers saves."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    config = MistralConfig(**CONFIG | {"head_dim": 4, "hidden_size": 16}, sliding_window=4, initializer_range=0.3)
+    tokens = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        made = MistralForCausalLM(config).eval()
+        logits = made(tokens).logits.numpy()
+    made.save_pretrained(tmp_path / "hf")
+    known = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert known.pop("model_type") == "mistral"
+    model = values(tmp_path / "hf")
+    theirs = nlp_model(model, "mistral") if world == "nlp" else transposed(model)
+    store = save_pdparams if world == "pdparams" else save
+    source = {} if world == "nlp" else {"source": "paddle"}
+    paddle = store(tmp_path / "theirs", theirs, "mistral", **known | source)
+    for number, inputs in enumerate([(paddle, paddle), (tmp_path / "hf", paddle)]):
+        out = tmp_path / f"C{number}"
+        merge("--model_path_list", *inputs, "--output_path", out, "--output_format", "hf")
+        assert same(values(out), model)
+        with torch.no_grad():
+            again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+            np.testing.assert_array_equal(again(tokens).logits.numpy(), logits)
+    hf = tmp_path / "hf"  # Alone: then the names in the other world are those that the table knows.
+    merge("--model_path_list", hf, hf, "--output_path", tmp_path / "back", "--output_format", "paddle")
+    assert same(values(tmp_path / "back"), transposed(model))
+
+
 def paddleformers() -> str | None:
     """A Python that has PaddleFormers: this one, or the one that the environment names."""
     named = os.environ.get("MODELFUSE_PADDLEFORMERS_PYTHON")

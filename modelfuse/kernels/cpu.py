@@ -5,14 +5,11 @@ the compute type, subtract the base, sparsify, then measure or merge and encode.
 and the GIL is released. One compilation serves all storage types, methods and numbers of models: what
 differs is an integer, looked at once a block. Arithmetic follows the definitions in
 :mod:`modelfuse.methods` operation by operation, so the bits are the same.
-
-The functions live in one module because numba's cache notices changes only in a function's own file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,10 +18,14 @@ from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 from modelfuse.methods.ties import MIN_DIVISOR
 
 #: Elements a block: few enough for the nearest caches, enough that calling a function for each costs nothing.
-BLOCK = 2048
+BLOCK = 1024
 #: Elements a partial sum. Fixed, so that sums do not depend on slices.
 CHUNK = 32768
 LANES = 16
+#: Models that ties looks at together.
+TOGETHER = 3
+#: Elements of a lane that are added up at a time.
+GROUP = 8
 
 #: Storage codes.
 RAW_F32, RAW_F64, RAW_BF16, RAW_F16 = 0, 1, 2, 3
@@ -49,52 +50,55 @@ COUNT_SHIFT = 40
 
 Array = np.ndarray[Any, Any]
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def _jit(function: F) -> F:
-    compiled: F = compile_kernel(function)
-    return compiled
-
-
-class Slice(NamedTuple):
-    """The stored bytes of a run of elements.
+class Stored(NamedTuple):
+    """Where a slice's stored bytes are, before and after.
 
     Attributes:
         raws: uint8, shape (sources, bytes): each source's elements from column 0 on, the base's in the last row.
+        halves: uint16, shape (sources, bytes / 2): the same memory. It takes time to tell the compiler that bytes are
+            something else, so whatever is seen as two types is there twice.
         codes: int64, shape (sources,): the storage codes.
         models: The number of models, without the base.
         has_base: Whether there is one.
         deltas: bool, shape (models,): which models are differences to the base already.
-        first: The number of the first element in the tensor.
-        length: The number of elements.
+        out: uint8, shape (bytes,): room for the result.
+        out_halves: uint16, shape (bytes / 2,): the same memory.
     """
 
     raws: Array
+    halves: Array
     codes: Array
     models: int
     has_base: bool
     deltas: Array
-    first: int
-    length: int
+    out: Array
+    out_halves: Array
 
 
 class Room(NamedTuple):
     """A worker's scratch for one block.
 
     Attributes:
-        x: Compute type, shape (sources, BLOCK): the decoded elements.
+        x: Compute type, shape (rows, BLOCK): the decoded elements of the models, zeros up to a multiple of TOGETHER
+            rows, and those of the base.
+        singles: uint32: their bits, if that is float32.
+        doubles: uint64: their bits, if that is float64.
         rows: Compute type, shape (3, BLOCK): results on their way.
         draws: float32, shape (BLOCK,).
         bits: uint64, shape (BLOCK,): magnitudes, or the words that draws are made of.
+        words: uint32, shape (2 · BLOCK,): their halves.
         bins: uint16, shape (BLOCK,).
         bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
     """
 
     x: Array
+    singles: Array
+    doubles: Array
     rows: Array
     draws: Array
     bits: Array
+    words: Array
     bins: Array
     bad: Array
 
@@ -127,12 +131,12 @@ _GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
 _SHIFT, _SCALE = np.uint32(SHIFT), np.float32(SCALE)
 
 
-@_jit
+@compile_kernel
 def _from_bfloat16(half: Any) -> Any:
     return np.uint32(np.uint32(half) << 16).view(np.float32)
 
 
-@_jit
+@compile_kernel
 def _from_float16(half: Any) -> Any:
     """Placing the 15 bits as a float32 leaves the exponent 112 too small, subnormals included."""
     shifted = np.uint32((np.uint32(half) & 0x7FFF) << 13)
@@ -142,7 +146,7 @@ def _from_float16(half: Any) -> Any:
     return np.uint32(bits | (np.uint32(half) & 0x8000) << 16).view(np.float32)
 
 
-@_jit
+@compile_kernel
 def _to_odd(value: Any) -> Any:
     """The bits of float32 rounded to odd where inexact: then a second rounding to 16 bits is as good as one."""
     single = np.float32(value)
@@ -152,14 +156,14 @@ def _to_odd(value: Any) -> Any:
     return odd if back != value and value == value else bits
 
 
-@_jit
+@compile_kernel
 def _to_bfloat16(bits: Any) -> Any:
     rounded = np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     quiet = np.uint32(bits >> 16) | 0x40
     return np.uint16(quiet if np.uint32(bits & 0x7FFFFFFF) > 0x7F800000 else rounded)
 
 
-@_jit
+@compile_kernel
 def _to_float16(bits: Any) -> Any:
     """Adding 0.5 aligns a subnormal's last bit with float32's, so the addition rounds it."""
     size = np.uint32(bits & 0x7FFFFFFF)
@@ -172,7 +176,7 @@ def _to_float16(bits: Any) -> Any:
     return np.uint16(half | ((bits >> 16) & 0x8000))
 
 
-@_jit
+@compile_kernel
 def decode(code: int, raw: Array, start: int, count: int, out: Array) -> int:
     """Widen ``count`` stored elements from number ``start`` on; returns how many are not finite."""
     largest, infinite = np.uint16(0), np.uint16(0x7F80 if code == RAW_BF16 else 0x7C00)
@@ -199,7 +203,7 @@ def decode(code: int, raw: Array, start: int, count: int, out: Array) -> int:
     return _count_bad(out, count) if largest >= infinite else 0
 
 
-@_jit
+@compile_kernel
 def _count_bad(values: Array, count: int) -> int:
     bad = 0
     for i in range(count):
@@ -208,18 +212,12 @@ def _count_bad(values: Array, count: int) -> int:
     return bad
 
 
-@_jit
+@compile_kernel
 def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
     """Round ``count`` values into the storage type, to nearest even; returns how many are not finite."""
     bad, largest = 0, np.uint16(0)
     if code == RAW_BF16:
-        halves = raw.view(np.uint16)[start : start + count]
-        for i in range(count):
-            halves[i] = _to_bfloat16(_to_odd(values[i]))
-            largest = max(largest, np.uint16(halves[i] & 0x7FFF))
-        if largest >= 0x7F80:
-            for i in range(count):
-                bad += (halves[i] & 0x7F80) == 0x7F80
+        bad = _narrow(values, count, raw.view(np.uint16), start)
     elif code == RAW_F16:
         halves = raw.view(np.uint16)[start : start + count]
         for i in range(count):
@@ -241,73 +239,120 @@ def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
     return bad
 
 
-@_jit
-def _load(data: Slice, start: int, count: int, room: Room) -> None:
+@compile_kernel
+def _narrow(values: Array, count: int, halves: Array, start: int) -> int:
+    """Round into bfloat16; returns how many are not finite."""
+    largest, out = np.uint16(0), halves[start : start + count]
+    for i in range(count):
+        half = _to_bfloat16(_to_odd(values[i]))
+        out[i] = half
+        largest = max(largest, np.uint16(half & np.uint16(0x7FFF)))
+    return _count_bad_halves(out, count) if largest >= 0x7F80 else 0
+
+
+@compile_kernel
+def _widen(halves: Array, count: int, out: Array) -> int:
+    """Decode bfloat16; returns how many are not finite."""
+    largest = np.uint16(0)
+    for i in range(count):
+        out[i] = _from_bfloat16(halves[i])
+        largest = max(largest, np.uint16(halves[i] & np.uint16(0x7FFF)))
+    return _count_bad_halves(halves, count) if largest >= 0x7F80 else 0
+
+
+@compile_kernel
+def _widen_less(halves: Array, base: Array, count: int, out: Array) -> int:
+    """The same, less the base."""
+    largest = np.uint16(0)
+    for i in range(count):
+        out[i] = _from_bfloat16(halves[i]) - base[i]
+        largest = max(largest, np.uint16(halves[i] & np.uint16(0x7FFF)))
+    return _count_bad_halves(halves, count) if largest >= 0x7F80 else 0
+
+
+@compile_kernel
+def _count_bad_halves(halves: Array, count: int) -> int:
+    bad = 0
+    for i in range(count):
+        bad += (halves[i] & np.uint16(0x7F80)) == 0x7F80
+    return bad
+
+
+@compile_kernel
+def load(data: Stored, start: int, count: int, room: Room) -> None:
     """Decode a block of all models into the rows of ``room.x``; with a base in the last row, subtract it."""
-    x = room.x
-    for row in range(data.models + data.has_base):
-        room.bad[row] += decode(data.codes[row], data.raws[row], start, count, x[row])
-    if data.has_base:
-        base = x[data.models]
-        for model in range(data.models):
-            if not data.deltas[model]:
-                delta = x[model]
+    x, last = room.x, room.x.shape[0] - 1
+    base = x[last]
+    for row in range(data.models + data.has_base - 1, -1, -1):
+        less = data.has_base and row < data.models and not data.deltas[row]
+        out = x[row] if row < data.models else base
+        if data.codes[row] == RAW_BF16:
+            halves = data.halves[row, start : start + count]
+            bad = _widen_less(halves, base, count, out) if less else _widen(halves, count, out)
+        else:
+            bad = decode(data.codes[row], data.raws[row], start, count, out)
+            if less:
                 for i in range(count):
-                    delta[i] -= base[i]
+                    out[i] -= base[i]
+        room.bad[row] += bad
 
 
-@_jit
-def uniform(key: Any, first: int, count: int, words: Array, out: Array) -> None:
-    """The draws of :func:`modelfuse.methods.random.draws`; ``first`` is even, ``words`` has room for a block."""
+@compile_kernel
+def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: Array) -> None:
+    """The draws of :func:`modelfuse.methods.random.draws`; ``first`` is even, ``words`` has room for half as many.
+
+    ``halves`` is the same memory, uint32.
+    """
     for i in range((count + 1) // 2):
         z = key + np.uint64((first >> 1) + i + 1) * _GAMMA
         z = (z ^ (z >> np.uint64(30))) * _MIX_1
         z = (z ^ (z >> np.uint64(27))) * _MIX_2
         words[i] = z ^ (z >> np.uint64(31))
-    halves = words.view(np.uint32)
     for i in range(count):
         out[i] = np.float32(np.int32(halves[i] >> _SHIFT)) * _SCALE
 
 
-@_jit
-def _magnitude_bits(x: Array, count: int, bits: Array) -> None:
-    """The bits of |x[i]|, which sort as the magnitudes do."""
-    if x.itemsize == 4:
-        singles = x.view(np.uint32)
+@compile_kernel
+def magnitude_bits(room: Room, model: int, count: int) -> None:
+    """Leave the bits of a model's |x[i]|, which sort as the magnitudes do, in ``room.bits``."""
+    bits = room.bits
+    if room.x.itemsize == 4:
+        singles = room.singles[model]
         for i in range(count):
             bits[i] = np.uint64(singles[i] & np.uint32(0x7FFFFFFF))
     else:
-        doubles = x.view(np.uint64)
+        doubles = room.doubles[model]
         for i in range(count):
             bits[i] = doubles[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
 
 
-@_jit
-def _find_bins(x: Array, count: int, shift: int, bits: Array, bins: Array) -> None:
-    """The bin of each magnitude; for float64, its bits are left in ``bits``."""
-    if x.itemsize == 4:
-        singles = x.view(np.uint32)
+@compile_kernel
+def find_bins(room: Room, model: int, count: int, shift: int) -> None:
+    """Leave the bin of each magnitude in ``room.bins``; for float64, its bits are left in ``room.bits``."""
+    bins, bits = room.bins, room.bits
+    if room.x.itemsize == 4:
+        singles = room.singles[model]
         for i in range(count):
             magnitude = np.uint32(singles[i] & np.uint32(0x7FFFFFFF))
             sticky = np.uint32((magnitude & np.uint32(0xFFFF)) != 0)
             bins[i] = np.uint16(np.uint32(magnitude >> np.uint32(16)) | np.uint32(sticky << np.uint32(LEAD_BITS)))
     else:
-        _magnitude_bits(x, count, bits)
+        magnitude_bits(room, model, count)
         rest = np.uint64((1 << shift) - 1)
         for i in range(count):
             front = np.uint64((bits[i] & rest) != 0) << np.uint64(LEAD_BITS)
             bins[i] = np.uint16((bits[i] >> np.uint64(shift)) | front)
 
 
-@_jit
+@compile_kernel
 def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
-    x, table, bins = room.x[model], how.tables[model], room.bins
-    _find_bins(x, count, how.shift, room.bits, bins)
+    table, bins = how.tables[model], room.bins
+    find_bins(room, model, count, how.shift)
     for i in range(count):
         out[i] = table[bins[i]]
     if how.subtables.shape[0] > 0:
-        _magnitude_bits(x, count, room.bits)
+        magnitude_bits(room, model, count)
         for i in range(count):
             level = how.shift
             while out[i] < 0:
@@ -316,7 +361,7 @@ def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out
                 out[i] = how.subtables[np.int64(-out[i]) - 1, digit]
 
 
-@_jit
+@compile_kernel
 def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -> None:
     """Sparsify a block of one model in place."""
     x, draws, keep = room.x[model], room.draws, room.rows[0]
@@ -329,13 +374,13 @@ def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -
     elif how.kind == DARE:
         p = how.numbers[model, 0]
         single = np.float32(p)
-        uniform(how.keys[model], first, count, room.bits, draws)
+        uniform(how.keys[model], first, count, room.bits, room.words, draws)
         divisor = p if how.rescale else x.dtype.type(1)
         for i in range(count):
             kept = x[i] if draws[i] < single else zero
             x[i] = kept / divisor
     elif how.kind == MAGPRUNE and how.numbers[model, 1] != 0:
-        uniform(how.keys[model], first, count, room.bits, draws)
+        uniform(how.keys[model], first, count, room.bits, room.words, draws)
         _keep_probabilities(how, model, count, room, keep)
         if how.rescale:
             for i in range(count):
@@ -346,7 +391,7 @@ def _sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -
                 x[i] = x[i] if draws[i] < np.float32(keep[i]) else zero
 
 
-@_jit
+@compile_kernel
 def _linear(x: Array, models: int, count: int, weights: Array, result: Array) -> None:
     for i in range(count):
         result[i] = x[0, i] * weights[0]
@@ -356,209 +401,149 @@ def _linear(x: Array, models: int, count: int, weights: Array, result: Array) ->
             result[i] += x[model, i] * weight
 
 
-@_jit
+@compile_kernel
 def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, normalize: bool, rows: Array) -> None:
-    """Elect and sum; the result is left in ``rows[0]``."""
+    """Elect and sum; the result is left in ``rows[0]``.
+
+    Three models at a time, so that what is added up stays in registers; behind the last one, rows and weights are zero.
+    """
     result, elected, divisor = rows[0], rows[1], rows[2]
     zero = weights[0] - weights[0]
     one = zero + 1
-    for model in range(models):
-        y, weight = x[model], weights[model]
+    for i in range(count):
+        result[i], elected[i], divisor[i] = zero, zero, zero
+    for model in range(0, models, TOGETHER):
+        a, b, c = x[model], x[model + 1], x[model + 2]
+        u, v, w = weights[model], weights[model + 1], weights[model + 2]
         if by_count:
             for i in range(count):
-                y[i] *= weight
-                vote = one if y[i] > 0 else (-one if y[i] < 0 else zero)
-                elected[i] = vote if model == 0 else elected[i] + vote
-        elif model == 0:
-            for i in range(count):
-                y[i] *= weight
-                elected[i] = y[i]
+                elected[i] += _sign(a[i] * u, one) + _sign(b[i] * v, one) + _sign(c[i] * w, one)
         else:
             for i in range(count):
-                y[i] *= weight
-                elected[i] += y[i]
-    for model in range(models):
-        y, weight = x[model], weights[model]
-        if model == 0:
-            for i in range(count):
-                agrees = y[i] > 0 if elected[i] >= 0 else y[i] < 0
-                result[i] = zero + (y[i] if agrees else zero)
-                divisor[i] = weight if agrees else zero
-        else:
-            for i in range(count):
-                agrees = y[i] > 0 if elected[i] >= 0 else y[i] < 0
-                result[i] += y[i] if agrees else zero
-                divisor[i] += weight if agrees else zero
+                elected[i] = ((elected[i] + a[i] * u) + b[i] * v) + c[i] * w
+    for model in range(0, models, TOGETHER):
+        a, b, c = x[model], x[model + 1], x[model + 2]
+        u, v, w = weights[model], weights[model + 1], weights[model + 2]
+        for i in range(count):
+            sign = one if elected[i] >= 0 else -one
+            p, q, r = a[i] * u, b[i] * v, c[i] * w
+            kept = result[i] + (p if p * sign > 0 else zero)
+            share = divisor[i] + (u if p * sign > 0 else zero)
+            kept += q if q * sign > 0 else zero
+            share += v if q * sign > 0 else zero
+            kept += r if r * sign > 0 else zero
+            share += w if r * sign > 0 else zero
+            result[i], divisor[i] = kept, share
     if normalize:
         smallest = np.float64(np.float32(MIN_DIVISOR)) if x.itemsize == 4 else MIN_DIVISOR
         for i in range(count):
-            result[i] /= divisor[i] if abs(divisor[i]) >= smallest else one
+            share = divisor[i]
+            result[i] /= share if abs(share) >= smallest else one
 
 
-@_jit
+@compile_kernel
+def _sign(value: Any, one: Any) -> Any:
+    return one if value > 0 else (-one if value < 0 else one - one)
+
+
+@compile_kernel
 def combine(
-    data: Slice,
+    data: Stored,
+    first: int,
+    length: int,
     room: Room,
     how: Sparsifier,
     merge: int,
     weights: Array,
     normalize: bool,
     out_code: int,
-    out: Array,
 ) -> None:
-    """Merge one slice into the start of ``out``."""
-    for start in range(0, data.length, BLOCK):
-        size = min(BLOCK, data.length - start)
-        _load(data, start, size, room)
+    """Merge one slice, ``length`` elements from number ``first`` on, into the start of ``data.out``."""
+    for start in range(0, length, BLOCK):
+        size = min(BLOCK, length - start)
+        load(data, start, size, room)
         for model in range(data.models):
-            _sparsify(how, model, data.first + start, size, room)
+            _sparsify(how, model, first + start, size, room)
         if merge == LINEAR:
             _linear(room.x, data.models, size, weights, room.rows[0])
         else:
             _ties(room.x, data.models, size, weights, merge == TIES_COUNT, normalize, room.rows)
         result = room.rows[0]
         if data.has_base:
-            base = room.x[data.models]
+            base = room.x[room.x.shape[0] - 1]
             for i in range(size):
                 result[i] += base[i]
-        room.bad[-1] += encode(out_code, result, size, out, start)
+        if out_code == RAW_BF16:
+            room.bad[-1] += _narrow(result, size, data.out_halves, start)
+        else:
+            room.bad[-1] += encode(out_code, result, size, data.out, start)
 
 
-@_jit
-def dot_products(data: Slice, room: Room, how: Sparsifier, lanes: Array, sums: Array) -> None:
-    """x₁·x₁, x₂·x₂ and x₁·x₂ of two models in float64, a row of ``sums`` for every CHUNK elements.
+@compile_kernel
+def dot_products(data: Stored, first: int, length: int, room: Room, how: Sparsifier, lanes: Array, sums: Array) -> None:
+    """x₁·x₁, x₂·x₂ and x₁·x₂ of two models, and what they lost: six columns, a row for every CHUNK elements.
 
-    Sixteen running sums a product, folded in a fixed order: the same bits on any processor.
+    Sixteen running sums a product, folded in a fixed order: the same bits on any processor. Products of float32 are
+    exact, and what their sums lose is far less than a float32 can tell; for float64 all that is lost is added up, too.
     """
     x = room.x
-    for chunk in range(0, data.length, CHUNK):
+    for chunk in range(0, length, CHUNK):
         lanes[:] = 0.0
-        for start in range(chunk, min(chunk + CHUNK, data.length), BLOCK):
-            size = min(BLOCK, data.length - start)
-            _load(data, start, size, room)
+        for start in range(chunk, min(chunk + CHUNK, length), BLOCK):
+            size = min(BLOCK, length - start)
+            load(data, start, size, room)
             for model in range(data.models):
-                _sparsify(how, model, data.first + start, size, room)
+                _sparsify(how, model, first + start, size, room)
+            whole = -(-size // (GROUP * LANES)) * GROUP * LANES
             for row in range(2):
-                for i in range(size, -(-size // LANES) * LANES):
+                for i in range(size, whole):
                     x[row, i] = 0
-            for i in range(0, size, LANES):
-                for lane in range(LANES):
-                    a, b = np.float64(x[0, i + lane]), np.float64(x[1, i + lane])
-                    lanes[0, lane] += a * a
-                    lanes[1, lane] += b * b
-                    lanes[2, lane] += a * b
-        for product in range(3):
-            total = 0.0
-            for lane in range(LANES):
-                total += lanes[product, lane]
-            sums[chunk // CHUNK, product] = total
-
-
-@_jit
-def tally(data: Slice, room: Room, shift: int, sums: bool, tables: Array) -> None:
-    """Tally all magnitudes by their leading bits and sticky bit.
-
-    ``tables[model]`` has a row for every bin. For float32 it packs the count and, with ``sums``, the sum of the
-    remaining bits; for float64 it holds the count, and the sums of the low 22 remaining bits and of the others.
-    """
-    bins = room.bins
-    for start in range(0, data.length, BLOCK):
-        size = min(BLOCK, data.length - start)
-        _load(data, start, size, room)
-        for model in range(data.models):
-            table = tables[model]
-            _find_bins(room.x[model], size, shift, room.bits, bins)
-            if room.x.itemsize == 4:
-                halves, packed = room.x[model].view(np.uint16), table.reshape(-1)
-                if sums:
-                    for i in range(size):
-                        packed[bins[i]] += np.uint64(1 << COUNT_SHIFT) + np.uint64(halves[2 * i])
+            for product in range(3):
+                one, other = x[1 if product == 1 else 0], x[0 if product == 0 else 1]
+                if x.itemsize == 4:
+                    _add_products(one, other, whole, lanes[product])
                 else:
-                    for i in range(size):
-                        packed[bins[i]] += np.uint64(1 << COUNT_SHIFT)
-            else:
-                for i in range(size):
-                    _count(room.bits[i], shift, table, bins[i])
+                    _add_products_exactly(one, other, whole, lanes[product], lanes[product + 3])
+        for product in range(3):
+            total = lost = 0.0
+            for lane in range(LANES):
+                value = lanes[product, lane]
+                added = total + value
+                lost += _error_of(total, value, added) + lanes[product + 3, lane]
+                total = added
+            sums[chunk // CHUNK, product] = total
+            sums[chunk // CHUNK, product + 3] = 0.0 if x.itemsize == 4 else lost
 
 
-@_jit
-def collect(table: Array, numbers: Array, rows: Array) -> int:
-    """Gather the bins of a model's tally that hold any magnitude, ascending, and clear them; returns how many.
-
-    ``numbers`` takes the leading bits followed by the sticky bit; ``rows`` the count, and the sums of the low 22
-    remaining bits and of the others.
-    """
-    found, columns, flat = 0, table.shape[1], table.reshape(-1)
-    for lead in range(LEADS):
-        if flat[lead * columns] | flat[(lead | LEADS) * columns] != 0:
-            for sticky in range(2):
-                row = (lead | (sticky << LEAD_BITS)) * columns
-                if flat[row] != 0:
-                    numbers[found] = 2 * lead + sticky
-                    if columns == 1:
-                        rows[found, 0] = flat[row] >> np.uint64(COUNT_SHIFT)
-                        rows[found, 1] = flat[row] & np.uint64((1 << COUNT_SHIFT) - 1)
-                        rows[found, 2] = 0
-                    else:
-                        for column in range(3):
-                            rows[found, column] = flat[row + column]
-                    for column in range(columns):
-                        flat[row + column] = 0
-                    found += 1
-    return found
+@compile_kernel
+def _add_products(one: Array, other: Array, size: int, lanes: Array) -> None:
+    """Add a block's products to the lanes, several to each while they are in registers."""
+    for start in range(0, size, GROUP * LANES):
+        a, b = one[start : start + GROUP * LANES], other[start : start + GROUP * LANES]
+        for lane in range(LANES):
+            total = lanes[lane]
+            for i in range(0, GROUP * LANES, LANES):
+                total += np.float64(a[i + lane]) * np.float64(b[i + lane])
+            lanes[lane] = total
 
 
-@_jit
-def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
-    rest = bits & np.uint64((1 << shift) - 1)
-    table[row, 0] += np.uint64(1)
-    table[row, 1] += rest & np.uint64(0x3FFFFF)
-    table[row, 2] += rest >> np.uint64(22)
+@compile_kernel
+def _add_products_exactly(one: Array, other: Array, size: int, lanes: Array, losses: Array) -> None:
+    """The same; what each addition loses is added to ``losses``."""
+    for start in range(0, size, GROUP * LANES):
+        a, b = one[start : start + GROUP * LANES], other[start : start + GROUP * LANES]
+        for lane in range(LANES):
+            total, lost = lanes[lane], losses[lane]
+            for i in range(0, GROUP * LANES, LANES):
+                product = np.float64(a[i + lane]) * np.float64(b[i + lane])
+                added = total + product
+                lost += _error_of(total, product, added)
+                total = added
+            lanes[lane], losses[lane] = total, lost
 
 
-@_jit
-def tally_within(
-    data: Slice,
-    room: Room,
-    shifts: tuple[int, int, int],
-    prefixes: Array,
-    begins: Array,
-    tables: Array,
-) -> None:
-    """Tally the next digits of the magnitudes that lie in chosen bins.
-
-    ``shifts`` are the bits below the leading ones, below a prefix, and below a digit. ``prefixes`` ascend for each
-    model; those of ``model`` with the leading bits ``lead`` are the numbers ``begins[model, lead]`` to
-    ``begins[model, lead + 1]``. The row of ``tables`` with a prefix's number holds, for every digit, a count and the
-    sums of the low 22 remaining bits and of the others.
-    """
-    lead_shift, parent_shift, shift = np.uint64(shifts[0]), np.uint64(shifts[1]), np.uint64(shifts[2])
-    mask = np.uint64(tables.shape[1] - 1)
-    bits = room.bits
-    for start in range(0, data.length, BLOCK):
-        size = min(BLOCK, data.length - start)
-        _load(data, start, size, room)
-        for model in range(data.models):
-            if begins[model, 0] == begins[model, LEADS]:
-                continue
-            _magnitude_bits(room.x[model], size, bits)
-            for i in range(size):
-                lead = bits[i] >> lead_shift
-                begin, end = begins[model, lead], begins[model, lead + np.uint64(1)]
-                if begin < end:
-                    prefix = bits[i] >> parent_shift
-                    row = _find(prefixes, begin, end, prefix)
-                    if prefixes[row] == prefix:
-                        _count(bits[i], shifts[2], tables[row], (bits[i] >> shift) & mask)
-
-
-@_jit
-def _find(prefixes: Array, begin: int, end: int, prefix: Any) -> int:
-    """The last place of ``begin`` to ``end`` that holds no more than ``prefix``, or ``begin``."""
-    while end - begin > 1:
-        middle = (begin + end) // 2
-        if prefixes[middle] <= prefix:
-            begin = middle
-        else:
-            end = middle
-    return begin
+@compile_kernel
+def _error_of(a: float, b: float, added: float) -> float:
+    """What was lost when two numbers were added: Knuth's two-sum (The Art of Computer Programming, 2, 4.2.2)."""
+    of_b = added - a
+    return (a - (added - of_b)) + (b - of_b)

@@ -2,8 +2,6 @@
 
 Whether they are equal is told exactly; where they are not, as for nearly all tensors, the first few bytes show it.
 The distance is an estimate from some blocks, chosen by the numbers of their elements alone.
-
-numba's cache does not notice here that :func:`modelfuse.kernels.cpu.decode` was edited: touch this file, too.
 """
 
 from __future__ import annotations
@@ -109,7 +107,7 @@ class MeasuredPass:
     def start(self) -> MeasuredState:
         """Begin a span."""
         models = self._layout[2].size
-        rows = np.empty((2, BLOCK))
+        rows = np.empty((3, BLOCK))
         return MeasuredState(self._inner.start(), rows, np.zeros(models, np.bool_), np.zeros(models + 1))
 
     def apply(self, state: MeasuredState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
@@ -198,7 +196,7 @@ def measure(
         stride: Every how-manieth block is chosen.
         first: The number of the first element in the tensor, a multiple of BLOCK.
         count: The number of elements.
-        rows: float64, shape (2, BLOCK): scratch.
+        rows: float64, shape (3, BLOCK): scratch.
         differs: bool, shape (models,): updated.
         squares: float64, shape (models + 1,): added to.
     """
@@ -221,13 +219,13 @@ def measure(
     for start in range((-block) % stride * BLOCK, count, stride * BLOCK):
         size = min(BLOCK, count - start)
         cpu.decode(codes[models], raws[models], start, size, rows[1])
-        squares[models] += _sum_of_squares(rows[1], size)
+        squares[models] += _sum_of_squares(rows[1], size, rows[2])
         for model in range(models):
             cpu.decode(codes[model], raws[model], start, size, rows[0])
             if not deltas[model]:
                 for i in range(size):
                     rows[0, i] -= rows[1, i]
-            squares[model] += _sum_of_squares(rows[0], size)
+            squares[model] += _sum_of_squares(rows[0], size, rows[2])
 
 
 @compile_kernel
@@ -258,11 +256,12 @@ def _unequal(code: int, raw: Array, start: int, size: int, row: Array, base: Arr
 
 
 @compile_kernel
-def _sum_of_squares(row: Array, size: int) -> float:
+def _sum_of_squares(row: Array, size: int, lanes: Array) -> float:
     """In lanes folded in a fixed order: the same bits on any processor."""
     for i in range(size, -(-size // LANES) * LANES):
         row[i] = 0.0
-    lanes = np.zeros(LANES)
+    for lane in range(LANES):
+        lanes[lane] = 0.0
     for i in range(0, size, LANES):
         for lane in range(LANES):
             lanes[lane] += row[i + lane] * row[i + lane]

@@ -28,7 +28,6 @@ def low_rank(left: Array, right: Array, scale: float) -> Array:
     return total
 
 
-@compile_kernel
 def add_low_rank(left: Array, right: Array, scale: Any, first: int, out: Array) -> None:
     """Add the product's elements from number ``first`` on to ``out``, in row-major order.
 
@@ -39,28 +38,32 @@ def add_low_rank(left: Array, right: Array, scale: Any, first: int, out: Array) 
         first: The number of the first element.
         out: The same type, shape (elements,).
     """
+    _add_low_rank(left, right, scale, first, np.empty(BLOCK, left.dtype), out)
+
+
+@compile_kernel
+def _add_low_rank(left: Array, right: Array, scale: Any, first: int, sums: Array, out: Array) -> None:
     columns = right.shape[1]
     row, skipped = first // columns, first % columns
     done = 0
     if skipped:
         done = min(columns - skipped, out.size)
-        _add_rows(left, right, scale, row, 1, skipped, done, out[:done])
+        _add_rows(left, right, scale, row, 1, skipped, done, sums, out[:done])
         row += 1
     rows = (out.size - done) // columns
     if rows:
-        _add_rows(left, right, scale, row, rows, 0, columns, out[done : done + rows * columns])
+        _add_rows(left, right, scale, row, rows, 0, columns, sums, out[done : done + rows * columns])
         row, done = row + rows, done + rows * columns
     if done < out.size:
-        _add_rows(left, right, scale, row, 1, 0, out.size - done, out[done:])
+        _add_rows(left, right, scale, row, 1, 0, out.size - done, sums, out[done:])
 
 
 @compile_kernel
 def _add_rows(
-    left: Array, right: Array, scale: Any, row: int, rows: int, column: int, columns: int, out: Array
+    left: Array, right: Array, scale: Any, row: int, rows: int, column: int, columns: int, sums: Array, out: Array
 ) -> None:
-    """The same for a rectangle; ``out`` has shape (rows · columns,)."""
+    """The same for a rectangle; ``out`` has shape (rows · columns,), ``sums`` room for a block."""
     rank = left.shape[1]
-    sums = np.empty(BLOCK, left.dtype)
     for begin in range(0, columns, BLOCK):
         size = min(BLOCK, columns - begin)
         for i in range(rows):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from modelfuse.dtypes import BF16, F16, F32, F64
-from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu
+from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu, tallying
+from modelfuse.kernels.machine_code import prepare
 from modelfuse.kernels.magnitudes import LAYOUTS, Layout
 from modelfuse.kernels.measuring import add_up_models, measure_ranks, measure_thresholds
 from modelfuse.methods.arrays import total
@@ -37,7 +38,7 @@ def merge_procedure(work: Work) -> Procedure:
 
 def _slerp_weights(work: Work, sums: Array) -> tuple[float, float]:
     method = work.method
-    squares_1, squares_2, dots = (total(sums[:, product]) for product in range(3))
+    squares_1, squares_2, dots = (total(sums[:, [product, product + 3]]) for product in range(3))
     return coefficients(
         squares_1, squares_2, dots, method.slerp_alpha, method.slerp_normalize_eps, method.slerp_dot_threshold
     )
@@ -86,11 +87,13 @@ def _sparsifier(
 
 @dataclass
 class State:
-    """A span under way: a worker's room, and what it found so far."""
+    """A span under way: a worker's room, also as laid out for the kernels, and what it found so far."""
 
     room: cpu.Room
+    laid: Any
     codes: Array
     deltas: Array
+    stored: Any = None
     found: Any = None
 
     @property
@@ -107,19 +110,35 @@ class _Walk:
 
     def start(self) -> State:
         work, sources = self._work, len(self._work.sources)
+        x, bits = np.zeros((_up(work.models) + 1, cpu.BLOCK), work.compute), np.empty(cpu.BLOCK, np.uint64)
         room = cpu.Room(
-            np.empty((sources, cpu.BLOCK), work.compute),
+            x,
+            x.view(np.uint32),
+            x.view(np.uint64),
             np.empty((3, cpu.BLOCK), work.compute),
             np.empty(cpu.BLOCK, np.float32),
-            np.empty(cpu.BLOCK, np.uint64),
+            bits,
+            bits.view(np.uint32),
             np.empty(cpu.BLOCK, np.uint16),
             np.zeros(sources + 1, np.int64),
         )
         codes = np.array([RAW_CODES[source.name] for source in work.sources], np.int64)
-        return State(room, codes, np.array(work.deltas or (False,) * work.models))
+        return State(room, prepare(room), codes, np.array(work.deltas or (False,) * work.models))
 
-    def _slice(self, state: State, first: int, count: int, raws: Bytes) -> cpu.Slice:
-        return cpu.Slice(raws, state.codes, self._work.models, self._work.has_base, state.deltas, first, count)
+    def _stored(self, state: State, raws: Bytes, out: Bytes) -> Any:
+        """The buffers as kernels take them: a span's are the same from slice to slice."""
+        if state.stored is None or state.stored.value.raws is not raws or state.stored.value.out is not out:
+            work, out_halves = self._work, out[: out.size & -2].view(np.uint16)
+            stored = cpu.Stored(
+                raws, raws.view(np.uint16), state.codes, work.models, work.has_base, state.deltas, out, out_halves
+            )
+            state.stored = prepare(stored)
+        return state.stored
+
+
+def _up(models: int) -> int:
+    """So many models, and rows of zeros."""
+    return -(-models // cpu.TOGETHER) * cpu.TOGETHER
 
 
 class Combine(_Walk):
@@ -129,24 +148,27 @@ class Combine(_Walk):
 
     def __init__(self, work: Work, sparsifier: cpu.Sparsifier, merge: int, weights: tuple[float, ...]) -> None:
         super().__init__(work)
-        self._arguments = sparsifier, merge, np.array(weights, work.compute), work.method.normalize
-        self._out_code = RAW_CODES[work.out.name]
+        self._how: Any = prepare(sparsifier)
+        padded = [*weights, *[0.0] * (_up(work.models) - work.models)]
+        self._weights: Any = prepare(np.array(padded, work.compute))
+        self._numbers = merge, work.method.normalize, RAW_CODES[work.out.name]
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        cpu.combine(self._slice(state, first, count, raws), state.room, *self._arguments, self._out_code, out)
+        data, (merge, normalize, out_code) = self._stored(state, raws, out), self._numbers
+        cpu.combine(data, first, count, state.laid, self._how, merge, self._weights, normalize, out_code)
 
     def finish(self, state: State) -> None:
         return None
 
 
 class DotProducts(_Walk):
-    """The pass that measures slerp's norms and dot product; finds float64 sums a chunk, shape (chunks, 3)."""
+    """The pass that measures slerp's norms and dot product; finds float64 sums a chunk, shape (chunks, 6)."""
 
     writes = False
 
     def __init__(self, work: Work, sparsifier: cpu.Sparsifier) -> None:
         super().__init__(work)
-        self._sparsifier = sparsifier
+        self._sparsifier: Any = prepare(sparsifier)
 
     def start(self) -> State:
         state = super().start()
@@ -154,8 +176,8 @@ class DotProducts(_Walk):
         return state
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        sums, lanes = np.empty((math.ceil(count / cpu.CHUNK), 3)), np.empty((3, cpu.LANES))
-        cpu.dot_products(self._slice(state, first, count, raws), state.room, self._sparsifier, lanes, sums)
+        sums, lanes = np.empty((math.ceil(count / cpu.CHUNK), 6)), np.empty((6, cpu.LANES))
+        cpu.dot_products(self._stored(state, raws, out), first, count, state.laid, self._sparsifier, lanes, sums)
         state.found.append(sums)
 
     def finish(self, state: State) -> Array:
@@ -182,7 +204,7 @@ class TallyAll(_Walk):
     def __init__(self, work: Work, layout: Layout) -> None:
         super().__init__(work)
         self._layout, self._sums = layout, work.method.sparsify_type == "trim"
-        self._shape = work.models, cpu.BINS, 1 if work.compute == "float32" else 3
+        self._shape = work.models, cpu.BINS * (1 if work.compute == "float32" else 3)
 
     def start(self) -> State:
         state = super().start()
@@ -192,13 +214,13 @@ class TallyAll(_Walk):
         return state
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        cpu.tally(self._slice(state, first, count, raws), state.room, self._layout.shift, self._sums, state.found)
+        tallying.tally(self._stored(state, raws, out), count, state.laid, self._layout.shift, self._sums, state.found)
 
     def finish(self, state: State) -> list[tuple[Array, Array]]:
         found = []
         for table in state.found:
             numbers, rows = np.empty(cpu.BINS, np.uint64), np.empty((cpu.BINS, 3), np.uint64)
-            bins = cpu.collect(table, numbers, rows)
+            bins = tallying.collect(table, numbers, rows)
             found.append((numbers[:bins].copy(), rows[:bins, : 3 if self._sums else 1].copy()))
         _tables.empty = state.found
         return found
@@ -226,15 +248,15 @@ class TallyWithin(_Walk):
 
     def start(self) -> State:
         state = super().start()
-        state.found = np.zeros((self._prefixes.size, self._digits, 3), np.uint64)
+        state.found = np.zeros((self._prefixes.size, self._digits * 3), np.uint64)
         return state
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        data = self._slice(state, first, count, raws)
-        cpu.tally_within(data, state.room, self._shifts, self._prefixes, self._begins, state.found)
+        data = self._stored(state, raws, out)
+        tallying.tally_within(data, count, state.laid, self._shifts, self._prefixes, self._begins, state.found)
 
     def finish(self, state: State) -> Array:
-        tables: Array = state.found
+        tables: Array = state.found.reshape(-1, self._digits, 3)
         return tables
 
     def fold(self, one: Array, other: Array) -> Array:

@@ -1,0 +1,134 @@
+"""Magnitudes counted by their leading bits, and by those that follow: what exact order statistics are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from modelfuse.kernels.cpu import (
+    BINS,
+    BLOCK,
+    COUNT_SHIFT,
+    LEAD_BITS,
+    LEADS,
+    Room,
+    Stored,
+    find_bins,
+    load,
+    magnitude_bits,
+)
+from modelfuse.kernels.loading import compile_kernel
+
+Array = np.ndarray[Any, Any]
+
+
+@compile_kernel
+def tally(data: Stored, length: int, room: Room, shift: int, sums: bool, tables: Array) -> None:
+    """Tally all magnitudes by their leading bits and sticky bit.
+
+    ``tables[model]`` has a word for every bin, or three. For float32 it packs the count and, with ``sums``, the sum of
+    the remaining bits; for float64 they are the count, and the sums of the low 22 remaining bits and of the others.
+    """
+    bins = room.bins
+    for start in range(0, length, BLOCK):
+        size = min(BLOCK, length - start)
+        load(data, start, size, room)
+        for model in range(data.models):
+            table = tables[model]
+            find_bins(room, model, size, shift)
+            if room.x.itemsize == 4:
+                singles = room.singles[model]
+                if sums:
+                    for i in range(size):
+                        table[bins[i]] += np.uint64(1 << COUNT_SHIFT) + np.uint64(singles[i] & np.uint32(0xFFFF))
+                else:
+                    for i in range(size):
+                        table[bins[i]] += np.uint64(1 << COUNT_SHIFT)
+            else:
+                for i in range(size):
+                    _count(room.bits[i], shift, table, bins[i])
+
+
+@compile_kernel
+def collect(table: Array, numbers: Array, rows: Array) -> int:
+    """Gather the bins of a model's tally that hold any magnitude, ascending, and clear them; returns how many.
+
+    ``numbers`` takes the leading bits followed by the sticky bit; ``rows`` the count, and the sums of the low 22
+    remaining bits and of the others.
+    """
+    found, columns = 0, table.size // BINS
+    for lead in range(LEADS):
+        if table[lead * columns] | table[(lead | LEADS) * columns] != 0:
+            for sticky in range(2):
+                row = (lead | (sticky << LEAD_BITS)) * columns
+                if table[row] != 0:
+                    numbers[found] = 2 * lead + sticky
+                    if columns == 1:
+                        rows[found, 0] = table[row] >> np.uint64(COUNT_SHIFT)
+                        rows[found, 1] = table[row] & np.uint64((1 << COUNT_SHIFT) - 1)
+                        rows[found, 2] = 0
+                    else:
+                        for column in range(3):
+                            rows[found, column] = table[row + column]
+                    for column in range(columns):
+                        table[row + column] = 0
+                    found += 1
+    return found
+
+
+@compile_kernel
+def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
+    rest, place = bits & np.uint64((1 << shift) - 1), 3 * np.int64(row)
+    table[place] += np.uint64(1)
+    table[place + 1] += rest & np.uint64(0x3FFFFF)
+    table[place + 2] += rest >> np.uint64(22)
+
+
+@compile_kernel
+def tally_within(
+    data: Stored,
+    length: int,
+    room: Room,
+    shifts: tuple[int, int, int],
+    prefixes: Array,
+    begins: Array,
+    tables: Array,
+) -> None:
+    """Tally the next digits of the magnitudes that lie in chosen bins.
+
+    ``shifts`` are the bits below the leading ones, below a prefix, and below a digit. ``prefixes`` ascend for each
+    model; those of ``model`` with the leading bits ``lead`` are the numbers ``begins[model, lead]`` to
+    ``begins[model, lead + 1]``. The row of ``tables`` with a prefix's number holds three words for every digit: a count
+    and the sums of the low 22 remaining bits and of the others.
+    """
+    lead_shift, parent_shift, shift = np.uint64(shifts[0]), np.uint64(shifts[1]), np.uint64(shifts[2])
+    mask = np.uint64(tables.shape[1] // 3 - 1)
+    bits = room.bits
+    for start in range(0, length, BLOCK):
+        size = min(BLOCK, length - start)
+        load(data, start, size, room)
+        for model in range(data.models):
+            if begins[model, 0] == begins[model, LEADS]:
+                continue
+            magnitude_bits(room, model, size)
+            for i in range(size):
+                lead = bits[i] >> lead_shift
+                begin, end = begins[model, lead], begins[model, lead + np.uint64(1)]
+                if begin < end:
+                    prefix = bits[i] >> parent_shift
+                    row = _find(prefixes, begin, end, prefix)
+                    if prefixes[row] == prefix:
+                        _count(bits[i], shifts[2], tables[row], (bits[i] >> shift) & mask)
+
+
+@compile_kernel
+def _find(prefixes: Array, begin: int, end: int, prefix: Any) -> int:
+    """The last place of ``begin`` to ``end`` that holds no more than ``prefix``, or ``begin``."""
+    while end - begin > 1:
+        middle = (begin + end) // 2
+        if prefixes[middle] <= prefix:
+            begin = middle
+        else:
+            end = middle
+    return begin

@@ -1,0 +1,195 @@
+"""Kernels are compiled once on a machine; from then on their machine code is all that is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from modelfuse.kernels import loading, machine_code
+from modelfuse.kernels.loading import Kernel
+from modelfuse.kernels.machine_code import NotLaidOut, prepare
+
+
+class Pair(NamedTuple):
+    values: np.ndarray
+    factor: float
+
+
+def weigh(pair: Pair, grid: np.ndarray, start: int, key: Any, halve: bool, small: Any, out: np.ndarray) -> int:
+    for i in range(pair.values.size):
+        total = 0.0
+        for j in range(grid.shape[1]):
+            total += grid[i, j]
+        value = (np.float64(pair.values[i]) * pair.factor + total + start) * np.float64(small)
+        out[i] = value / 2 if halve else value
+    return start - np.int64(key & np.uint64(0xFF))
+
+
+def is_large(values: np.ndarray) -> bool:
+    return values.size > 3
+
+
+def allocate(values: np.ndarray) -> None:
+    beside = np.zeros(values.size)
+    for i in range(values.size):
+        beside[values.size - 1 - i] = values[i]
+    for i in range(values.size):
+        values[i] = beside[i]
+
+
+def arguments() -> tuple[Any, ...]:
+    pair = Pair(np.arange(4, dtype=np.float32), 0.1)
+    grid = np.arange(24.0).reshape(4, 6)[:, ::2]  # With gaps.
+    return pair, grid, -7, np.uint64(2**64 - 3), True, np.float32(0.3), np.empty(4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where machine code is kept."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    machine_code._key.cache_clear()
+    yield tmp_path / "modelfuse"
+    machine_code._key.cache_clear()
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are compiled, in order."""
+    symbols: list[str] = []
+    export = loading._export
+
+    def watched(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
+        symbols.append(symbol)
+        return export(dispatcher, symbol, arguments)
+
+    monkeypatch.setattr(loading, "_export", watched)
+    return symbols
+
+
+def run(kernel: Callable[..., int]) -> tuple[int, list[float]]:
+    given = arguments()
+    return int(kernel(*given)), given[-1].tolist()
+
+
+def test_a_kernel_is_compiled_once_and_loaded_from_then_on(folder: Path, compiled: list[str]) -> None:
+    expected = run(weigh)
+    assert run(Kernel(weigh)) == expected
+    assert run(Kernel(weigh)) == expected
+    assert len(compiled) == len(list(folder.iterdir())) == 1
+
+
+def test_arguments_of_another_kind_are_another_kernel(folder: Path, compiled: list[str]) -> None:
+    kernel = Kernel(is_large)
+    assert [kernel(np.zeros(size, dtype)) for size in (3, 4) for dtype in (np.float32, np.int8)] == [
+        False, False, True, True,
+    ]  # fmt: skip
+    assert kernel(np.zeros(8, np.int8)[::2]) is True
+    assert len(compiled) == 3
+
+
+def test_prepared_arguments_are_those_they_stand_for(folder: Path) -> None:
+    given = arguments()
+    kernel = Kernel(weigh)
+    assert kernel(*map(prepare, given)) == run(weigh)[0]
+    assert given[-1].tolist() == run(weigh)[1]
+    with pytest.raises(NotLaidOut):
+        prepare("text")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:99] + b"x" + data[100:], lambda _: b""])
+def test_a_damaged_file_is_compiled_again(folder: Path, compiled: list[str], damage: Callable[[bytes], bytes]) -> None:
+    run(Kernel(weigh))
+    (path,) = folder.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert run(Kernel(weigh)) == run(weigh)
+    assert len(compiled) == 2
+    run(Kernel(weigh))
+    assert len(compiled) == 2
+
+
+def test_what_older_sources_gave_is_replaced(
+    folder: Path, compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(Kernel(weigh))
+    (tmp_path / "package" / "kernels").mkdir(parents=True)
+    (tmp_path / "package" / "kernels" / "cpu.py").write_text("newer")
+    monkeypatch.setattr(machine_code, "PACKAGE", tmp_path / "package")
+    machine_code._key.cache_clear()
+    (before,) = folder.iterdir()
+    run(Kernel(weigh))
+    assert len(compiled) == 2
+    (after,) = folder.iterdir()
+    assert before != after
+
+
+def test_a_kernel_that_allocates_is_called_by_numba(folder: Path, compiled: list[str]) -> None:
+    for _ in range(2):
+        values = np.arange(5.0)
+        Kernel(allocate)(values)
+        assert values.tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
+    assert len(compiled) == 1, "it is known from then on that numba is needed"
+
+
+@pytest.mark.parametrize("what", ["_export", "find", "load", "keep"])
+def test_other_releases_of_the_compiler_still_do_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AttributeError("no longer there")
+
+    monkeypatch.setattr(loading if what == "_export" else machine_code, what, fail)
+    assert run(Kernel(weigh)) == run(weigh)
+
+
+def test_without_a_folder_to_write_to(folder: Path, compiled: list[str]) -> None:
+    folder.write_text("in the way")
+    assert run(Kernel(weigh)) == run(weigh)
+    assert len(compiled) == 1
+
+
+CODE = """
+import json, sys
+import numpy as np
+from modelfuse.dtypes import BF16
+from modelfuse.kernels import Work
+from modelfuse.kernels.distances import measured
+from modelfuse.kernels.passes import merge_procedure
+from modelfuse.methods import MERGE_METHODS, Method
+
+size, results = 5000, {}
+draw = np.random.default_rng(0)
+raws = (draw.standard_normal((3, size)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+for name, (merge, sparsify) in MERGE_METHODS.items():
+    work = Work("w", size, (BF16,) * 3, True, BF16, Method(merge, sparsify, (0.5, 0.5)))
+    out, procedure = np.zeros(2 * size, np.uint8), merge_procedure(work)
+    procedure = measured(procedure, work)
+    pass_ = next(procedure)
+    try:
+        while True:
+            state = pass_.start()
+            pass_.apply(state, 0, size, raws, out)
+            pass_ = procedure.send([pass_.finish(state)])
+    except StopIteration:
+        results[name] = out.tobytes().hex()
+print(json.dumps({"numba": "numba" in sys.modules, "results": results}))
+"""
+
+
+def test_the_second_process_of_any_method_loads_no_compiler(tmp_path: Path) -> None:
+    def process(**env: str) -> Any:
+        command = [sys.executable, "-W", "error", "-c", CODE]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    first, second = (process(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert first["numba"]
+    assert not second["numba"]
+    assert first["results"] == second["results"]
