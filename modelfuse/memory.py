@@ -17,7 +17,7 @@ SLICE_LARGE = 1 << 22
 #: Elements a worker walks between two looks at the queue.
 SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules, the library, and kernels that were compiled just now, as in the
-#: first merge on a machine; from the next one on they are read from a cache and take a quarter less.
+#: first merge on a machine; from the next one on their machine code is all that is loaded, for half of it.
 INTERPRETER_BYTES = {"np": 230_000_000, "pt": 330_000_000, "pd": 400_000_000}
 #: What Ray adds to it in its worker processes, measured.
 RAY_BYTES = 70_000_000
