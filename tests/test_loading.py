@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -102,6 +103,15 @@ def test_prepared_arguments_are_those_they_stand_for(folder: Path) -> None:
     assert given[-1].tolist() == run(weigh)[1]
     with pytest.raises(NotLaidOut):
         prepare("text")
+
+
+def test_what_is_laid_out_has_its_own_addresses_in_another_process() -> None:
+    """A pass travels to the nodes of a cluster with its tables."""
+    laid = prepare((np.arange(5), 2.5))
+    again = pickle.loads(pickle.dumps(laid))
+    assert again.kind == laid.kind
+    assert again.words == prepare(again.value).words != laid.words
+    assert again.value[0].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:99] + b"x" + data[100:], lambda _: b""])

@@ -49,6 +49,9 @@ class Prepared(NamedTuple):
     kind: str
     words: bytes
 
+    def __reduce__(self) -> tuple[Callable[[Any], Prepared], tuple[Any]]:
+        return prepare, (self.value,)  # In another process, addresses are other ones.
+
 
 class NotLaidOut(TypeError):
     """An argument that has no place in words."""
