@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import url2pathname
+from urllib.parse import unquote
 
 from modelfuse.errors import CheckpointError
 from modelfuse.storage.url import Url
@@ -55,7 +55,7 @@ def place_of(word: str | Place) -> Place:
     if scheme is None:
         return Path(os.path.abspath(word))
     if scheme[1].lower() in ("file", "local"):
-        return Path(os.path.abspath(url2pathname(str(word)[scheme.end() :])))
+        return Path(os.path.abspath(unquote(str(word)[scheme.end() :])))
     return Url.parse(str(word))
 
 
