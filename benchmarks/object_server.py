@@ -3,17 +3,20 @@
 The first folders are buckets. Objects are listed, asked for, read by ranges with conditions, and uploaded whole or by
 parts, which are kept as they come. Nobody is asked who they are. For measuring only.
 
-    python benchmarks/object_server.py FOLDER PORT [SECONDS]
+    python benchmarks/object_server.py FOLDER PORT [SECONDS [BYTES]]
 
-SECONDS is how long every answer is held back, as a store that is far away would take.
+SECONDS is how long every answer is held back, as a store that is far away would take; BYTES is what the link to it
+carries a second, one answer after the other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import shutil
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -34,10 +37,13 @@ class ObjectServer:
     Args:
         folder: What holds the buckets.
         delay: Seconds that every answer is held back.
+        bandwidth: Bytes a second that objects are sent with, all together.
     """
 
-    def __init__(self, folder: Path, delay: float = 0.0) -> None:
-        self._folder, self._delay = folder, delay
+    def __init__(self, folder: Path, delay: float = 0.0, bandwidth: float = math.inf) -> None:
+        self._folder, self._delay, self._bandwidth = folder, delay, bandwidth
+        #: When the link has carried all that was asked for.
+        self._free = 0.0
         self._numbers = itertools.count(1)
 
     def application(self) -> web.Application:
@@ -73,6 +79,11 @@ class ObjectServer:
         path = self._path(request)
         if not path.is_file():
             raise web.HTTPNotFound
+        if request.method == "GET":
+            start, stop, _ = request.http_range.indices(path.stat().st_size)
+            now = time.monotonic()
+            self._free = max(self._free, now) + (stop - start) / self._bandwidth
+            await asyncio.sleep(self._free - now)
         return web.FileResponse(path, chunk_size=CHUNK)
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
@@ -154,5 +165,5 @@ def _xml(root: str, content: str) -> web.Response:
 
 
 if __name__ == "__main__":
-    server = ObjectServer(Path(sys.argv[1]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.0)
+    server = ObjectServer(Path(sys.argv[1]), *map(float, sys.argv[3:]))
     web.run_app(server.application(), host="127.0.0.1", port=int(sys.argv[2]), print=None, access_log=None)

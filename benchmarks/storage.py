@@ -10,6 +10,7 @@ of three models: its output goes to the disk, or back to the server. All are who
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import socket
@@ -36,12 +37,12 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "A
 
 
 @contextmanager
-def serving(folder: Path, delay: float) -> Iterator[str]:
+def serving(folder: Path, delay: float, bandwidth: float) -> Iterator[str]:
     """A server of a folder's folders as buckets; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(HERE / "object_server.py"), str(folder), str(port), str(delay)]
+    command = [sys.executable, str(HERE / "object_server.py"), str(folder), str(port), str(delay), str(bandwidth)]
     process = subprocess.Popen(command)
     try:
         while True:
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
     parser.add_argument("--layers", type=int, default=Shape().layers, help="of the models")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that the server holds every answer back")
+    parser.add_argument("--bandwidth", type=float, default=math.inf, help="MB/s of the link to the server")
     parser.add_argument("words", nargs="*", help="settings of the merges, after --")
     options = parser.parse_args()
     console = Console(soft_wrap=True)
@@ -109,11 +111,12 @@ def main() -> None:
         make_reference(workdir / BUCKET, Shape(layers=options.layers))
         whole = sum((workdir / BUCKET / name / "model.safetensors").stat().st_size for name in MODELS)
         try:
-            with serving(workdir, options.delay) as endpoint:
+            with serving(workdir, options.delay, options.bandwidth * 1e6) as endpoint:
                 contest = Contest(workdir, endpoint, options.words)
                 requests, size = contest.best_client()
                 console.print(
-                    f"client: {requests} requests of {size >> 20} MiB; server's delay {options.delay * 1e3:g} ms"
+                    f"client: {requests} requests of {size >> 20} MiB; server's delay {options.delay * 1e3:g} ms, "
+                    f"link of {options.bandwidth:g} MB/s"
                 )
                 kinds = {
                     "s3fs alone": contest.client(requests, size),
