@@ -15,12 +15,14 @@ class Method:
         each: Nanoseconds for each element of each model, the base not counted.
         readings: How often it reads its inputs: one that measures a whole tensor first reads twice.
         has_base: Whether it reads a base.
+        giving: Seconds that each group of spans costs the machine that gives them out to a cluster.
     """
 
     fixed: float
     each: float
     readings: int
     has_base: bool
+    giving: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,6 @@ class Constants:
         plan: Seconds for each tensor of each model.
         handling: Nanoseconds of a core for each byte that is read or written: copied, summed up, looked through.
         group: Bytes that a group of spans reads and writes, which a cluster is given at a time.
-        giving: Seconds that each group costs the machine that gives it out.
     """
 
     methods: Mapping[str, Method]
@@ -43,23 +44,21 @@ class Constants:
     plan: float
     handling: float
     group: float
-    giving: float
 
 
 #: On one core of the machine that docs/scale.md names.
 MEASURED = Constants(
     methods={
-        "linear": Method(0.12, 0.065, 1, False),
-        "dare_ties": Method(0.55, 0.28, 1, True),
-        "ties": Method(0.75, 0.63, 2, True),
-        "della": Method(0.75, 0.88, 2, True),
+        "linear": Method(0.12, 0.065, 1, False, 2e-3),
+        "dare_ties": Method(0.55, 0.28, 1, True, 2e-3),
+        "ties": Method(0.75, 0.63, 2, True, 5e-3),
+        "della": Method(0.75, 0.88, 2, True, 5e-3),
     },
     start=0.4,
     joining=3.0,
     plan=12e-6,
     handling=0.30,
     group=256e6,
-    giving=2e-3,
 )
 
 
@@ -197,5 +196,5 @@ def cost(merge: Merge, machines: Machines, constants: Constants = MEASURED) -> C
         reading=fetched / 1e9 / machines.input,
         writing=merge.outputs / 1e9 / machines.output,
         computing=max(cores, bus),
-        giving=constants.giving * groups * clustered,
+        giving=method.giving * groups * clustered,
     )

@@ -20,13 +20,12 @@ from sizes import PLANNED, write_models
 import modelfuse
 
 ROUND = Constants(
-    methods={"once": Method(0.5, 0.25, 1, False), "twice": Method(1.0, 2.0, 2, True)},
+    methods={"once": Method(0.5, 0.25, 1, False, 0.01), "twice": Method(1.0, 2.0, 2, True, 0.01)},
     start=1.0,
     joining=3.0,
     plan=0.001,
     handling=0.5,
     group=1e9,
-    giving=0.01,
 )
 ONE = Machines(number=1, cores=10, read=2.0, write=4.0, network=5.0)
 
