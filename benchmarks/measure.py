@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import threading
 import time
@@ -27,10 +28,12 @@ class Sample:
     Attributes:
         seconds: Wall time from the start of the process to its end.
         peak_bytes: The most resident memory that the process and its children had together.
+        cpu_seconds: The processor's time that they took, those that were waited for.
     """
 
     seconds: float
     peak_bytes: int
+    cpu_seconds: float
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
@@ -49,6 +52,7 @@ def measure(command: Sequence[str], *, log: Path, env: Mapping[str, str] | None 
         CommandFailed: It ended with a status other than 0.
     """
     with open(log, "wb") as file:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         start = time.perf_counter()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, **(env or {})}
@@ -61,7 +65,9 @@ def measure(command: Sequence[str], *, log: Path, env: Mapping[str, str] | None 
     if status:
         tail = log.read_text(errors="replace")[-2000:]
         raise CommandFailed(f"{' '.join(command)}\nended with status {status}:\n{tail}")
-    return Sample(seconds, watcher.peak)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Sample(seconds, watcher.peak, cpu_seconds)
 
 
 class _Watcher(threading.Thread):

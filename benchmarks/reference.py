@@ -30,28 +30,37 @@ STAMP = "reference.json"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The size of a Llama; the default has 357 352 448 parameters."""
+    """The size of a Llama; the default has 357 352 448 parameters.
+
+    Attributes:
+        narrow: The rows of the keys' and values' projections; None: as many as the queries'.
+        experts: Of each layer's MLP; 0: one MLP and no router.
+    """
 
     hidden: int = 1024
     intermediate: int = 2592
     layers: int = 24
     heads: int = 16
     vocabulary: int = 32000
+    narrow: int | None = None
+    experts: int = 0
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's name and shape, in file order."""
         width = (self.hidden, self.hidden)
         up = (self.intermediate, self.hidden)
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (self.hidden,),
-            "mlp.down_proj": up[::-1],
-            "mlp.gate_proj": up,
-            "mlp.up_proj": up,
+        narrow = (self.narrow or self.hidden, self.hidden)
+        layer: dict[str, tuple[int, ...]] = {"input_layernorm": (self.hidden,)}
+        for mlp in [f"mlp.experts.{number}" for number in range(self.experts)] or ["mlp"]:
+            layer |= {f"{mlp}.down_proj": up[::-1], f"{mlp}.gate_proj": up, f"{mlp}.up_proj": up}
+        if self.experts:
+            layer["mlp.gate"] = (self.experts, self.hidden)
+        layer |= {
             "post_attention_layernorm": (self.hidden,),
-            "self_attn.k_proj": width,
+            "self_attn.k_proj": narrow,
             "self_attn.o_proj": width,
             "self_attn.q_proj": width,
-            "self_attn.v_proj": width,
+            "self_attn.v_proj": narrow,
         }
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
         for number in range(self.layers):
@@ -73,7 +82,7 @@ class Shape:
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
+            "num_key_value_heads": self.heads * (self.narrow or self.hidden) // self.hidden,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-5,
@@ -131,11 +140,11 @@ def _pieces(shape: Shape, draw: np.random.Generator) -> Iterator[list[npt.NDArra
             for _ in range(FINE_TUNES):
                 delta = draw.standard_normal(count, dtype=np.float32) * np.float32(DELTA_DEVIATION)
                 models.append(base + delta)
-            yield [_to_bfloat16(model) for model in models]
+            yield [to_bfloat16(model) for model in models]
             left -= count
 
 
-def _to_bfloat16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+def to_bfloat16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """Round to nearest, ties to even; all values here are finite."""
     bits = x.view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)

@@ -1,0 +1,62 @@
+"""A merge, and how fast the disk moves the same bytes without it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+
+from measure import Sample, measure
+from pages import bring_in, evict
+from programs import HERE, Place, modelfuse_tool
+from works import Work
+
+#: Threads and bytes of a block of the plain read.
+HOW = ("8", str(1 << 20))
+
+
+class Beside:
+    """Runs one merge, and moves as many bytes without it.
+
+    Args:
+        place: Where the files are.
+        work: The merge.
+        threads: Of the merge.
+        warm: Whether the inputs are in the page cache.
+    """
+
+    def __init__(self, place: Place, work: Work, threads: int, warm: bool) -> None:
+        self._place, self._work = place, work
+        self._tool = modelfuse_tool(place, threads, ["--quiet"])
+        self._prepare = bring_in if warm else evict
+        self._files = [path for folder in work.inputs(place.reference) for path in folder.glob("*.safetensors")]
+        self.bytes = sum(path.stat().st_size for path in self._files)
+
+    def merge(self) -> Sample:
+        """The merge."""
+        self._prepare(self._files)
+        os.sync()  # What an earlier run left unwritten must not slow this one down.
+        try:
+            return measure(self._tool.command(self._work), log=self._place.log, env=self._tool.env)
+        finally:
+            shutil.rmtree(self._place.output, ignore_errors=True)
+
+    def read(self) -> float:
+        """GB/s of a plain read of the same inputs."""
+        self._prepare(self._files)
+        command = [sys.executable, str(HERE / "reading.py"), *HOW, *map(str, self._files)]
+        return self.bytes / 1e9 / measure(command, log=self._place.log).seconds
+
+    def write(self, size: int) -> float:
+        """GB/s of a plain write of so many bytes, synced."""
+        block = os.urandom(8 << 20)
+        path = self._place.work / "written"
+        start = time.perf_counter()
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(0, size, len(block)):
+                file.write(block)
+            os.fsync(file.fileno())
+        seconds = time.perf_counter() - start
+        path.unlink()
+        return size / 1e9 / seconds
