@@ -69,13 +69,15 @@ class Outcome:
     _measured: array[float] | None = None
 
     def take(self, first: int, walked: Walked) -> None:
-        """Take what became of the span that begins with an element, in this run or an earlier one."""
+        """Take what became of the span that begins with an element, in this run or an earlier one; one at a time."""
         assert isinstance(self.checksum, Checksum)
         self.checksum.restore(self.tensor.dtype.nbytes(first), walked.digests)
         if walked.bad is not None and walked.bad.any():
-            self.nonfinite = [*(self.nonfinite or []), walked.bad]
+            self.nonfinite = self.nonfinite or []
+            self.nonfinite.append(walked.bad)
         if walked.distances is not None:
-            self.distances = [*(self.distances or []), walked.distances]
+            self.distances = self.distances or []
+            self.distances.append(walked.distances)
         if walked.facts:
             self.facts = {**(self.facts or {}), **walked.facts}
 

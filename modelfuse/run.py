@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -106,6 +107,8 @@ class Run:
         workers = self.plan.workers if self.cluster is None else 0
         self._walkers = [Walker(self._kernel, self._room, self._is_stopping) for _ in range(workers)]
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
+        #: Workers come to the ends of several spans of one tensor at the same time.
+        self._taking = threading.Lock()
         self.finished = Finished(self.plan)
 
     def take_up(self, entries: Iterable[object]) -> None:
@@ -221,7 +224,8 @@ class Run:
         tensor = task.tensor
         if tensor is None or not pass_.writes:
             return
-        self.outcomes[tensor.name].take(first, walked)
+        with self._taking:
+            self.outcomes[tensor.name].take(first, walked)
         if not walked.found:
             self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(tensor, first, count, walked))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from conftest import STEPS, Said, Stored, array, bf16, call, make_model, read_mo
 from driving import bfloat16, drive, work_on
 
 import modelfuse as package
+from modelfuse import run as running
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.kernels import distances as module
 from modelfuse.kernels.distances import BLOCK, Distance, distances, measured, stride_of
 from modelfuse.kernels.passes import merge_procedure
 from modelfuse.methods import Method
+from modelfuse.report import Outcome, Walked
 
 Run = Callable[..., Said]
 LINEAR = Method("linear", None, (0.5, 0.5), True)
@@ -273,3 +277,27 @@ def test_values_that_are_let_through_are_no_distance(tmp_path: Path) -> None:
     assert said.status == 0, said.err
     (found,) = report_of(tmp_path / "O")["suspicious"]
     assert found["far_from_base"] == {"layers.1.w": None}
+
+
+def test_what_spans_say_is_taken_one_at_a_time(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers end spans of one tensor at the same time; what one of them says must not be lost."""
+    monkeypatch.setattr(running, "SPAN", 1 << 18)
+    models = [make_model(tmp_path / name, {"w": values(6 << 18, seed)}) for seed, name in enumerate("ABZ")]
+    inside, most, spans, lock = 0, 0, 0, threading.Lock()
+    take = Outcome.take
+
+    def slow(outcome: Outcome, first: int, walked: Walked) -> None:
+        nonlocal inside, most, spans
+        with lock:
+            inside += 1
+            most, spans = max(most, inside), spans + 1
+        time.sleep(0.02)
+        take(outcome, first, walked)
+        with lock:
+            inside -= 1
+
+    monkeypatch.setattr(Outcome, "take", slow)
+    merge("--model_path_list", *models[:2], "--base_model_path", models[2], "--n_process", 3,
+          "--output_path", tmp_path / "C")  # fmt: skip
+    assert spans == 6
+    assert most == 1
