@@ -16,7 +16,9 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-import threading
+from functools import partial
+
+from threads import run_all
 
 PIECE = 8 << 20
 
@@ -26,32 +28,20 @@ def main(output: str, threads: int, inputs: list[str]) -> None:
     sources = [os.open(path, os.O_RDONLY) for path in inputs]
     sizes = [os.fstat(source).st_size for source in sources]
     target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    errors: list[OSError] = []
-    workers = []
-    for number in range(threads):
-        starts = range(number * PIECE, max(sizes), threads * PIECE)
-        workers.append(threading.Thread(target=_work, args=(starts, sources, target, sizes[-1], errors)))
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if errors:
-        raise errors[0]
+    starts = [range(number * PIECE, max(sizes), threads * PIECE) for number in range(threads)]
+    run_all([partial(_work, each, sources, target, sizes[-1]) for each in starts])
     os.fsync(target)
     for descriptor in [*sources, target]:
         os.close(descriptor)
 
 
-def _work(starts: range, sources: list[int], target: int, size: int, errors: list[OSError]) -> None:
+def _work(starts: range, sources: list[int], target: int, size: int) -> None:
     buffer = mmap.mmap(-1, PIECE)
-    try:
-        for start in starts:
-            for source in sources:
-                os.preadv(source, [buffer], start)
-            if (length := min(PIECE, size - start)) > 0:
-                _write(target, memoryview(buffer)[:length], start)
-    except OSError as error:
-        errors.append(error)
+    for start in starts:
+        for source in sources:
+            os.preadv(source, [buffer], start)
+        if (length := min(PIECE, size - start)) > 0:
+            _write(target, memoryview(buffer)[:length], start)
 
 
 def _write(target: int, data: memoryview, start: int) -> None:

@@ -15,33 +15,25 @@ import os
 import sys
 import threading
 
+from threads import run_all
+
 
 def main(threads: int, block: int, inputs: list[str]) -> None:
     """Read: see the module's docstring."""
     sources = [os.open(path, os.O_RDONLY) for path in inputs]
     blocks = [(source, start) for source in sources for start in range(0, os.fstat(source).st_size, block)]
-    todo, errors = iter(blocks), list[OSError]()
-    lock = threading.Lock()
+    todo, lock = iter(blocks), threading.Lock()
 
     def work() -> None:
         buffer = mmap.mmap(-1, block)
-        try:
-            while True:
-                with lock:
-                    taken = next(todo, None)
-                if taken is None:
-                    return
-                os.preadv(taken[0], [buffer], taken[1])
-        except OSError as error:
-            errors.append(error)
+        while True:
+            with lock:
+                taken = next(todo, None)
+            if taken is None:
+                return
+            os.preadv(taken[0], [buffer], taken[1])
 
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if errors:
-        raise errors[0]
+    run_all([work] * threads)
 
 
 if __name__ == "__main__":
