@@ -123,7 +123,7 @@ class Run:
             folder.create(file.name, file.frame)
         self._folder = folder
         if self.cluster is not None:
-            with self.cluster.sharing(self.plan, self._tasks, folder.share()):
+            with self.cluster.sharing(self.plan, self._tasks, self._room, folder.share()):
                 self._walk_all()
             return
         self._streaming = Streaming(self._in_order())

@@ -54,12 +54,13 @@ class Cluster:
             yield cls(limit)
 
     @contextmanager
-    def sharing(self, plan: Plan, tasks: Tasks, folder: Path | None) -> Iterator[None]:
+    def sharing(self, plan: Plan, tasks: Tasks, room: Room, folder: Path | None) -> Iterator[None]:
         """What all nodes must know of a merge, while they walk its spans.
 
         Args:
             plan: The merge.
             tasks: All that spans may be of.
+            room: What a worker needs room for.
             folder: Where nodes write; None: this machine writes all.
 
         Raises:
@@ -70,7 +71,7 @@ class Cluster:
         every = (*tasks.twins, *tasks.tensors)
         self._numbers = {task: number for number, task in enumerate(every)}
         token = f".{secrets.token_hex(8)}"
-        shipment = ray.put(pack(Shipment(folder, token, plan.device, Room.of(plan), every)))
+        shipment = ray.put(pack(Shipment(folder, token, plan.device, room, every)))
         self._common = __version__, token, shipment
         try:
             if folder is not None:
