@@ -223,6 +223,17 @@ def random_tensors(seed: int, *, dtype: str = "float32") -> dict[str, np.ndarray
     return {name: bf16(each) if dtype == "bfloat16" else each.astype(dtype) for name, each in values.items()}
 
 
+def base_and_two(folder: Path, shapes: Mapping[str, int | tuple[int, ...]], integers: int) -> list[Path]:
+    """A base and two models of these tensors in bfloat16, with one of so many integers, ``ids``, that is copied."""
+    made = []
+    for seed, name in enumerate("ZAB"):
+        random = np.random.default_rng(seed)
+        tensors: dict[str, Any] = {each: bf16(random.standard_normal(shape)) for each, shape in shapes.items()}
+        tensors["ids"] = np.arange(integers)
+        made.append(make_model(folder / name, tensors))
+    return made
+
+
 def start(*words: object, folder: Path | None = None, code: str | None = None, **options: Any) -> subprocess.Popen[str]:
     """``python -m modelfuse`` (or ``code``) in a process of its own."""
     command = [sys.executable, "-W", "error", *(["-c", code] if code else ["-m", "modelfuse"]), *map(str, words)]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import ray
 from adapting import UP, Q, adapter_of, make_base
-from conftest import ROOT, Said, bf16, make_model, snapshot, start
+from conftest import ROOT, Said, base_and_two, bf16, make_model, snapshot, start
 from haunted import haunt
 from ray.cluster_utils import Cluster as Simulated
 
@@ -94,13 +94,7 @@ def _small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
     """A base and two models in bfloat16, with a tensor of integers that is copied."""
-    made = []
-    for seed, name in enumerate("ZAB"):
-        random = np.random.default_rng(seed)
-        tensors: dict[str, Any] = {each: bf16(random.standard_normal(shape)) for each, shape in SIZES.items()}
-        tensors["ids"] = np.arange(SPAN + 9)
-        made.append(make_model(tmp_path / name, tensors))
-    return made
+    return base_and_two(tmp_path, SIZES, SPAN + 9)
 
 
 @pytest.fixture

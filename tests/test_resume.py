@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import STEPS, Said, bf16, make_model, snapshot, start
+from conftest import STEPS, Said, base_and_two, bf16, make_model, snapshot, start
 
 import modelfuse as package
 from modelfuse import journal
@@ -59,13 +59,7 @@ def _small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
     """A base and two models in bfloat16, with a tensor of integers that is copied."""
-    made = []
-    for seed, name in enumerate("ZAB"):
-        random = np.random.default_rng(seed)
-        tensors = {each: bf16(random.standard_normal(size)) for each, size in SIZES.items()}
-        tensors["ids"] = np.arange(SPAN + 9)
-        made.append(make_model(tmp_path / name, tensors))
-    return made
+    return base_and_two(tmp_path, SIZES, SPAN + 9)
 
 
 @pytest.fixture
