@@ -138,38 +138,43 @@ class Walker:
             CheckpointError: If an input cannot be read, or holds values that are not finite.
             Stopped: If it was told to give up.
         """
-        state, tensor = pass_.start(), task.tensor if pass_.writes else None
-        checksum = Checksum(tensor.dtype.nbytes(count)) if tensor is not None else None
-        for start, length in self._slices(task, first, count):
-            pass_.apply(state, start, length, self._rows(task), self._out)
-            if task.strict and task.tensor is not None and state.bad.any():
-                raise nonfinite(task.tensor, task.models, self._count_bad(task, pass_))
-            if tensor is not None and checksum is not None:
-                data = self._out[: tensor.dtype.nbytes(length)]
-                checksum.update(tensor.dtype.nbytes(start - first), data)
+        state, tensor, rows = pass_.start(), task.tensor if pass_.writes else None, self._rows(task)
+        nbytes = (tensor or task.sources[0]).dtype.nbytes
+        checksum = Checksum(nbytes(count) if tensor else 0)
+        for start, length in self._slices(task, rows, first, count):
+            pass_.apply(state, start, length, rows, self._out)
+            if tensor is not None:
+                data = self._out[: nbytes(length)]
+                checksum.update(nbytes(start - first), data)
                 write(tensor, start, data)
+        if task.strict and task.tensor is not None and state.bad.any():
+            raise nonfinite(task.tensor, task.models, self._count_bad(task, pass_))
         found, distances = pass_.finish(state), None
         if isinstance(found, Measured):
             found, distances = found
-        if checksum is None:
+        if tensor is None:
             return Walked(found)
         facts = {key: value for source in task.sources for key, value in source.facts.items()}
         return Walked(found, state.bad, checksum.digests, distances, facts)
 
-    def _slices(self, task: Task, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """The slices of a span, first element and number of elements, each while its bytes are in the buffers."""
+    def _slices(self, task: Task, rows: Bytes, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """The slices of a span, first element and number of elements, each while its bytes are in the rows."""
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
             for source in task.sources if self._held != (task, first) else ():
                 source.expect(first, count)
+            filled = [
+                (reader, source.dtype.nbytes, row)
+                for reader, source, row in zip(readers, task.sources, rows, strict=True)
+            ]
             for start in range(first, first + count, self._slice_elements):
                 if self._stopping():
                     raise Stopped
                 length = min(self._slice_elements, first + count - start)
                 if self._held != (task, start):
                     self._held = None
-                    for reader, source, raw in zip(readers, task.sources, self._rows(task), strict=True):
-                        reader(start, raw[: source.dtype.nbytes(length)].data)
+                    for read, nbytes, row in filled:
+                        read(start, row[: nbytes(length)].data)
                     self._held = task, start
                 yield start, length
 
@@ -182,9 +187,9 @@ class Walker:
         """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
         size, bad = task.sources[0].size, []
         for first in range(0, size, SPAN):
-            state = pass_.start()
-            for start, length in self._slices(task, first, min(SPAN, size - first)):
-                pass_.apply(state, start, length, self._rows(task), self._out)
+            state, rows = pass_.start(), self._rows(task)
+            for start, length in self._slices(task, rows, first, min(SPAN, size - first)):
+                pass_.apply(state, start, length, rows, self._out)
             bad.append(state.bad.copy())
             pass_.finish(state)
         counts: Counts = np.sum(bad, axis=0)
