@@ -10,7 +10,7 @@ from collections.abc import Callable
 from modelfuse.scheduler import join
 
 #: Bytes of output, and seconds, between two syncs: what a merge that is killed loses is not much more.
-SYNC_BYTES = 256_000_000
+SYNC_BYTES = 64_000_000
 SYNC_SECONDS = 5.0
 #: Spans between two syncs: of tiny tensors, what is known of them takes more memory than they do.
 SYNC_ENTRIES = 8192
