@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.checkpoints.paddle_files import frame_paddle
 from modelfuse.checkpoints.safetensors import frame_safetensors
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import DType
@@ -66,7 +65,11 @@ class OutputFormat:
 
     def frame(self, tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
         """Lay out one weight file of these tensors."""
-        return frame_paddle(tensors) if self.suffix == ".pdparams" else frame_safetensors(tensors, self.metadata)
+        if self.suffix != ".pdparams":
+            return frame_safetensors(tensors, self.metadata)
+        from modelfuse.checkpoints.paddle_files import frame_paddle
+
+        return frame_paddle(tensors)
 
     def config(self, content: bytes, dtype: str | None, dequantized: bool) -> bytes:
         """config.json as it is true of this output: where the weights lie, and of which type they are.

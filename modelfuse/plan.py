@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from modelfuse.adapters.listing import copies
-from modelfuse.adapters.output import as_adapter
 from modelfuse.adapters.settings import PEFT_CONFIG
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensors import Frame
@@ -185,23 +184,33 @@ def make_plan(recipe: Recipe) -> Plan:
     models = open_inputs(recipe)
     lead = models[-1 if recipe.base_model_path is not None else 0]
     names, tied = match_tensors(models, lead)
-    adapter = as_adapter(recipe, models) if recipe.output_format == "lora" else None
     twins = (*find_twins(models, tied), *copies(models))
-    chosen = _chosen_source(recipe)
-    if adapter is None:
-        drafts = [_draft(recipe, name, models, chosen) for name in names]
-    else:
-        drafts = [_draft_factor(recipe, tensor, len(models) - 1) for tensor in adapter.tensors]
+    drafts, made_files = _drafts(recipe, models, names)
     _check_kinds(drafts)
     form = OutputFormat.of(recipe, lead)
     tensors, files, index = _lay_out(drafts, recipe, form)
     budget = _fit_memory(recipe, tensors)
-    side_files = files_to_serve(recipe, lead) if adapter is None else ()
-    made_files = {PEFT_CONFIG: adapter.config} if adapter is not None else {}
+    side_files = files_to_serve(recipe, lead) if recipe.output_format != "lora" else ()
     return Plan(
         recipe, recipe.method, models, tensors, tied, twins, files, form, index, side_files, made_files, *budget,
         notes_on(recipe, models, tied, form, budget),
     )  # fmt: skip
+
+
+def _drafts(
+    recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str]
+) -> tuple[list[OutputTensor], Mapping[str, bytes]]:
+    """The output's tensors, before they have a place; and the content of files that come with them."""
+    chosen = _chosen_source(recipe)
+    if recipe.output_format != "lora":
+        return [_draft(recipe, name, models, chosen) for name in names], {}
+    from modelfuse.adapters.output import as_adapter
+
+    adapter, base = as_adapter(recipe, models), len(models) - 1
+    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None
+    tensors = [OutputTensor(each.name, dtype or each.dtype, each.shape, "take", (each,), base, "", 0)
+               for each in adapter.tensors]  # fmt: skip
+    return tensors, {PEFT_CONFIG: adapter.config}
 
 
 def _chosen_source(recipe: Recipe) -> int | None:
@@ -230,11 +239,6 @@ def _draft(recipe: Recipe, name: str, models: Sequence[Checkpoint], chosen: int 
         action = "take" if merges else "copy"
         return OutputTensor(name, dtype, lead.shape, action, (sources[taken],), taken if merges else None, "", 0)
     return OutputTensor(name, dtype, lead.shape, action, sources, None if merges else chosen, "", 0)
-
-
-def _draft_factor(recipe: Recipe, tensor: StoredTensor, base: int) -> OutputTensor:
-    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else tensor.dtype
-    return OutputTensor(tensor.name, dtype, tensor.shape, "take", (tensor,), base, "", 0)
 
 
 def _taken(recipe: Recipe, sources: Sequence[StoredTensor], merges: bool) -> int | None:
@@ -294,16 +298,13 @@ def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
         (each.size, len(each.sources) * max(part.dtype.bytes for part in each.sources) + each.dtype.bytes)
         for each in tensors
     }
+    # Of files in stores, an element's bytes in all of its sources have to be there at a time.
+    fetched = max(sum(part.stored.bytes for part in each.sources) for each in tensors)
+    if not any(isinstance(path, Url) for path in recipe.input_paths):
+        fetched = 0
     weight = Weight(
         len(tensors), max(len(each.sources) for each in tensors), frozenset(sizes),
         max(part.reader_bytes for part in sources), max(sum(part.held for part in each.sources) for each in tensors),
-        any(part.dtype.compute == "float64" for part in sources), _remote_bytes(recipe, tensors),
+        any(part.dtype.compute == "float64" for part in sources), fetched,
     )  # fmt: skip
     return fit_memory(recipe, weight)
-
-
-def _remote_bytes(recipe: Recipe, tensors: Sequence[OutputTensor]) -> int:
-    """The most bytes that an element takes in all of its sources, if any input is in a store."""
-    if not any(isinstance(path, Url) for path in recipe.input_paths):
-        return 0
-    return max(sum(part.stored.bytes for part in each.sources) for each in tensors)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
-from modelfuse.checkpoints.rearranged import WovenTensor, view
 from modelfuse.errors import MismatchError
 from modelfuse.layout_signs import ASK, kinds_of
 from modelfuse.layouts import (
@@ -226,6 +225,8 @@ class Relayout:
                 f"{self.model.path}: {' and '.join(part.name for part in parts)} cannot be fused to {name}: they are "
                 + ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
             )
+        from modelfuse.checkpoints.rearranged import WovenTensor
+
         shape = list(parts[0].shape)
         shape[axis] = sum(part.shape[axis] for part in parts)
         rows = groups * (parts[0].shape[0] if axis else 1)
@@ -240,6 +241,8 @@ def _with_module(name: str, old: str, new: str) -> str:
 
 def _part(tensor: StoredTensor, kind: Kind, turns: bool, groups: int, begin: int, width: int | None) -> StoredTensor:
     """Some outputs of a Linear layer's weight or bias, of each group from ``begin`` on, transposed if it ``turns``."""
+    from modelfuse.checkpoints.rearranged import view
+
     *_, columns = tensor.shape
     if len(tensor.shape) == 1:
         outputs, out_step, inputs, in_step = columns, 1, None, 0

@@ -296,14 +296,11 @@ def test_all_models_are_fetched_at_once(published: Hub, merge: Run) -> None:
 @contextmanager
 def cached_headers(hub: Hub) -> Iterator[None]:
     """Headers are read one request after another: nothing is to wait for them here."""
-    from modelfuse.hub import can_be_read
+    from modelfuse.hub import fetching
 
-    package_hub = sys.modules["modelfuse.hub"]
-    package_hub.can_be_read = lambda _: False  # type: ignore[attr-defined]
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fetching, "can_be_read", lambda _: False)
         yield
-    finally:
-        package_hub.can_be_read = can_be_read  # type: ignore[attr-defined]
 
 
 def test_progress_counts_every_byte_once(published: Hub) -> None:

@@ -6,7 +6,7 @@ base's own, so that a plan sees where nothing is to be done.
 
 from __future__ import annotations
 
-from modelfuse.adapters.placing import Adapter, lay_over
+from modelfuse.adapters.adapter import Adapter
 from modelfuse.adapters.settings import PADDLE_CONFIG, config_of, read_settings
 from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.errors import CheckpointError
@@ -36,6 +36,8 @@ def open_adapter(path: Place, base: Checkpoint, *, paddle: bool | None = None, s
     config = config_of(path)
     if config is None:
         raise CheckpointError(f"{path} is no adapter: it has neither adapter_config.json nor lora_config.json")
+    from modelfuse.adapters.placing import lay_over
+
     settings = read_settings(config)
     prefix = "peft_model" if config.name == PADDLE_CONFIG else "adapter_model"
     return lay_over(open_checkpoint(path, prefix), settings, base, paddle, strict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from modelfuse.adapters import Adapter, is_adapter, open_adapter
-from modelfuse.adapters.quantized_base import quantize_base
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.errors import RecipeError
 from modelfuse.matching import Twins
@@ -50,6 +49,8 @@ def with_adapters(recipe: Recipe, models: Sequence[Checkpoint], paddle: bool | N
     strict = recipe.on_nonfinite == "error"
     adapters = [path for path in recipe.model_paths if is_adapter(path)]
     if recipe.merge_with_qdq_base_model:
+        from modelfuse.adapters.quantized_base import quantize_base
+
         models = (*models[:-1], quantize_base(models[-1], adapters, paddle))
 
     def opened() -> Iterator[Checkpoint]:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from modelfuse.adapters.adapter import Adapter
 from modelfuse.adapters.contents import PEFT_PREFIX
 from modelfuse.adapters.factored import RUN, Factoring, FactorTensor, WholeTensor, difference
-from modelfuse.adapters.placing import Adapter
 from modelfuse.adapters.tensors import LowRankTensor
 from modelfuse.adapters.terms import Shared, difference_type
 from modelfuse.adapters.values import Recent

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from modelfuse.adapters.adapter import Adapter
 from modelfuse.adapters.contents import Contents, Module, sort_out
 from modelfuse.adapters.dora import DoraTensor
 from modelfuse.adapters.names import Names, Share, Targets
@@ -19,32 +20,6 @@ from modelfuse.matching import EMBEDDINGS, HEADS, group_names
 from modelfuse.storage import is_file
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Adapter(Checkpoint):
-    """An adapter as a checkpoint: the base's tensors, those that it changes computed.
-
-    Attributes:
-        own: Its own files.
-        account: What became of each of its tensors: the base's tensors that it went into.
-        copies: Pairs of tensors that must be equal: its copy of one of the base's, and that one.
-        changed: The names of the tensors of the base that it changes.
-        modules: For a changed tensor, the layer's name in the model, where the adapter gives it.
-        transposed: Whether the base stores Linear weights as [in, out].
-    """
-
-    own: tuple[SourceFile, ...] = ()
-    account: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    copies: tuple[tuple[StoredTensor, StoredTensor], ...] = ()
-    changed: frozenset[str] = frozenset()
-    modules: Mapping[str, str] = field(default_factory=dict)
-    transposed: bool = False
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Its own files, not the base's."""
-        return self.own
 
 
 def lay_over(weights: Checkpoint, settings: Settings, base: Checkpoint, paddle: bool | None, strict: bool) -> Adapter:

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modelfuse.checkpoints.files import SourceFile, read_bytes
-from modelfuse.checkpoints.paddle_params import read_paddle
 from modelfuse.checkpoints.safetensors import read_safetensors
 from modelfuse.checkpoints.tensors import Checkpoint, StoredTensor
-from modelfuse.checkpoints.torch_bin import read_torch
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import Place, Url, children, is_dir, is_file, look_up
@@ -54,10 +52,14 @@ def _from_safetensors(path: Place) -> Contents:
 
 
 def _from_torch(path: Place) -> Contents:
+    from modelfuse.checkpoints.torch_bin import read_torch
+
     return Contents(*read_torch(path), {})
 
 
 def _from_paddle(path: Place) -> Contents:
+    from modelfuse.checkpoints.paddle_params import read_paddle
+
     return Contents(*read_paddle(path), {})
 
 

@@ -6,49 +6,12 @@ not fit together, or an output that finds no room, are refused before hours of d
 
 from __future__ import annotations
 
-import os
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import chain, zip_longest
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 
-from modelfuse.checkpoints.writer import bytes_left
-from modelfuse.errors import HubError
-from modelfuse.hub.client import Hub
-from modelfuse.hub.headers import can_be_read, header_folders
-from modelfuse.hub.jobs import Stop, together
-from modelfuse.hub.models import Finder, Model, Silent
-from modelfuse.places import check_places, check_room
-from modelfuse.plan import make_plan
+from modelfuse.hub.watching import QUIET, Watch
 from modelfuse.recipe import Recipe
 
-__all__ = ["Watch", "fetch", "headers"]
-
-Advance = Callable[[int], None]
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What is shown of the fetching.
-
-    Attributes:
-        fetching: Called with the bytes to fetch in all; gives what is called with the bytes done since the last call,
-            from several threads. None: huggingface_hub shows its own bars.
-        tell: Called with a sentence that the user should read.
-    """
-
-    fetching: Callable[[int], AbstractContextManager[Advance]] | None = None
-    tell: Callable[[str], None] = _warn
-
-
-QUIET = Watch(lambda _: nullcontext(lambda _: None), lambda _: None)
+__all__ = ["QUIET", "Watch", "fetch", "headers"]
 
 
 def fetch(recipe: Recipe, watch: Watch | None = None, *, ask: bool = True) -> Recipe:
@@ -68,110 +31,23 @@ def fetch(recipe: Recipe, watch: Watch | None = None, *, ask: bool = True) -> Re
     """
     if not recipe.hub_names:
         return recipe
-    check_places(recipe)
-    watch = watch or Watch()
-    finder = _finder(recipe, watch)
-    models = finder.find(ask=ask)
-    _download(finder.hub, recipe, models, watch)
-    finder.keep(models)
-    return recipe.at_hand({model.name: model.place for model in models})
+    from modelfuse.hub.fetching import fetch_models
+
+    return fetch_models(recipe, watch or Watch(), ask)
 
 
-@contextmanager
-def headers(recipe: Recipe, watch: Watch | None = None) -> Iterator[Recipe]:
+def headers(recipe: Recipe, watch: Watch | None = None) -> AbstractContextManager[Recipe]:
     """Enough to plan a merge: of safetensors that are not in the cache, only the headers are read.
 
-    Yields:
-        The same recipe, with a commit and a folder for each hub name, that lasts as long as the context.
+    Returns:
+        What gives the same recipe, with a commit and a folder for each hub name, that lasts as long as the context.
 
     Raises:
         HubError: If a model cannot be had.
         OutputError: If the output exists already.
     """
     if not recipe.hub_names:
-        yield recipe
-        return
-    check_places(recipe)
-    watch = watch or Watch()
-    finder = _finder(recipe, watch)
-    models = finder.find()
-    _check_disk(finder.hub, sum(model.missing_bytes for model in models))
-    whole = [model for model in models if not can_be_read(model)]
-    if whole:
-        watch.tell(f"Other weights than safetensors are fetched whole: {', '.join(str(each.name) for each in whole)}.")
-        _download(finder.hub, recipe, whole, watch)
-        finder.keep(whole)
-    with header_folders(finder.hub, models) as found:
-        yield recipe.at_hand(found)
+        return nullcontext(recipe)
+    from modelfuse.hub.fetching import fetch_headers
 
-
-def _finder(recipe: Recipe, watch: Watch) -> Finder:
-    hub = Hub(recipe.hub_endpoint, recipe.hub_names[0])
-    if watch.fetching is not None:  # huggingface_hub is not to show anything in this process.
-        hub.settle_in()
-    return Finder(hub, recipe, watch.tell)
-
-
-def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch) -> None:
-    """Fetch all files that the cache lacks, of all models at once."""
-    missing = [[(model, file) for file in model.missing] for model in models]
-    size = sum(model.missing_bytes for model in models)
-    if not any(missing):
-        return
-    _check_disk(hub, size)
-    if all(can_be_read(model) for model in models):
-        with header_folders(hub, models) as found:
-            room = make_plan(recipe.at_hand(found)).room
-        check_room(recipe.output_path, room)
-        if isinstance(recipe.output_path, Path) and _same_disk(recipe.output_path, hub.cache):
-            _check_disk(hub, size, max(0, room - bytes_left(recipe.output_path)))
-    in_turn = [each for each in chain(*zip_longest(*missing)) if each is not None]
-    shown = nullcontext(None) if watch.fetching is None else watch.fetching(size)
-    try:
-        with shown as advance:
-            together(_job(hub, model, file, advance) for model, file in in_turn)
-    except (HubError, KeyboardInterrupt) as error:
-        error.add_note("What was fetched whole is kept: the same command goes on from there.")
-        raise
-
-
-def _job(hub: Hub, model: Model, file: str, advance: Advance | None) -> Callable[[Stop], None]:
-    """Fetch one file; count its bytes, if that is wanted."""
-
-    def fetch(stop: Stop) -> None:
-        if advance is None:
-            hub.fetch(model.place, file, None)
-            return
-        count, done = advance, 0
-
-        class Bar(Silent):
-            def update(self, more: float | None = 1) -> None:
-                nonlocal done
-                stop.check()
-                done += int(more or 0)
-                count(int(more or 0))
-
-        hub.fetch(model.place, file, Bar)
-        count(model.sizes[file] - done)  # Nothing is counted of what another model has brought already.
-
-    return fetch
-
-
-def _existing(path: Path) -> Path:
-    return next(each for each in (path, *path.parents) if each.exists())
-
-
-def _same_disk(one: Path, other: Path) -> bool:
-    return os.stat(_existing(one)).st_dev == os.stat(_existing(other)).st_dev
-
-
-def _check_disk(hub: Hub, size: int, output: int = 0) -> None:
-    """Whether there is room for what is to be fetched, and beside it for an output of so many bytes."""
-    free = shutil.disk_usage(_existing(hub.cache)).free
-    if size + output > free:
-        both = f", and their merge {output / 1e9:.1f} GB on the same disk" if output else ""
-        raise HubError(
-            f"The models need {size / 1e9:.1f} GB in the cache {hub.cache}{both}, "
-            f"but only {free / 1e9:.1f} GB are free there",
-            "Free some space, or name a cache on another disk with HF_HOME.",
-        )
+    return fetch_headers(recipe, watch or Watch())
