@@ -17,7 +17,10 @@ def main() -> int:
     """Run the command line; see :func:`modelfuse.cli.main`."""
     from modelfuse.cli import main as run
 
-    return run()
+    try:
+        return run()
+    finally:
+        gc.freeze()  # All that is left goes with the process.
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from modelfuse.adapters.adapter import PEFT_CONFIG
 from modelfuse.adapters.listing import copies
-from modelfuse.adapters.settings import PEFT_CONFIG
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType

@@ -420,6 +420,33 @@ def test_no_module_loads_torch(pair: Pair, tmp_path: Path) -> None:
     assert (said.status, said.out) == (0, "\n")
 
 
+#: What only some merges need: pickles, other layouts, adapters, hub names, stores, a base, other libraries, a cluster.
+SELDOM_NEEDED = {
+    "checkpoints": ("paddle", "torch", "pickle", "state_dicts", "strided", "rearranged", "remote"),
+    "adapters": ("placing", "settings", "output", "quantized_base"),
+    "hub": ("fetching", "client", "models"),
+    "storage": ("opening", "ranges", "stores", "web"),
+    "kernels": ("distances", "library", "array", "factoring", "low_rank", "fp8"),
+    "cluster": ("",),
+}
+
+
+def test_a_plain_merge_loads_what_it_needs(pair: Pair, tmp_path: Path) -> None:
+    code = (
+        "import sys; from modelfuse.cli import main; status = main(sys.argv[1:]);"
+        "print(*sys.modules); sys.exit(status)"
+    )  # fmt: skip
+    words = ("merge", "--model_path_list", *pair, "--quiet", "--output_path")
+    assert call(*words, tmp_path / "C").status == 0  # Now all kernels are compiled.
+    said = call(*words, tmp_path / "D", code=code)
+    assert said.status == 0, said.err
+    loaded = said.out.split()
+    seldom = tuple(f"modelfuse.{room}.{name}" for room, names in SELDOM_NEEDED.items() for name in names)
+    assert {"modelfuse.run", "modelfuse.adapters", "modelfuse.hub", "modelfuse.kernels.passes"} <= set(loaded)
+    assert [name for name in loaded if name.startswith(seldom)] == []
+    assert not {"numba", "numpy.ma", "numpy.random", "rich", "yaml", "pickletools"} & set(loaded)
+
+
 def test_the_public_names_are_there() -> None:
     for name in package.__all__:
         assert getattr(package, name) is not None

@@ -6,8 +6,7 @@ base's own, so that a plan sees where nothing is to be done.
 
 from __future__ import annotations
 
-from modelfuse.adapters.adapter import Adapter
-from modelfuse.adapters.settings import PADDLE_CONFIG, config_of, read_settings
+from modelfuse.adapters.adapter import PADDLE_CONFIG, Adapter, config_of
 from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import Place
@@ -37,6 +36,7 @@ def open_adapter(path: Place, base: Checkpoint, *, paddle: bool | None = None, s
     if config is None:
         raise CheckpointError(f"{path} is no adapter: it has neither adapter_config.json nor lora_config.json")
     from modelfuse.adapters.placing import lay_over
+    from modelfuse.adapters.settings import read_settings
 
     settings = read_settings(config)
     prefix = "peft_model" if config.name == PADDLE_CONFIG else "adapter_model"

@@ -1,4 +1,4 @@
-"""What an adapter is to those who merge."""
+"""What tells that a folder is an adapter, and what an adapter is to those who merge."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.files import SourceFile
+from modelfuse.storage import Place, is_dir, is_file
+
+PEFT_CONFIG, PADDLE_CONFIG = "adapter_config.json", "lora_config.json"
 
 
 @dataclass(frozen=True)
@@ -33,3 +36,12 @@ class Adapter(Checkpoint):
     def files(self) -> tuple[SourceFile, ...]:
         """Its own files, not the base's."""
         return self.own
+
+
+def config_of(path: Place) -> Place | None:
+    """The settings of the adapter at ``path``, a folder or the file with its weights; None if it is no adapter."""
+    stems = ("adapter_model", "peft_model", "lora_model_state")
+    folder = path if is_dir(path) else path.parent if path.name.startswith(stems) else None
+    if folder is None:
+        return None
+    return next((folder / name for name in (PEFT_CONFIG, PADDLE_CONFIG) if is_file(folder / name)), None)

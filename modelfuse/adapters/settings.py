@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from modelfuse.adapters.adapter import PEFT_CONFIG
 from modelfuse.checkpoints import read_json
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place, is_dir, is_file
-
-PEFT_CONFIG, PADDLE_CONFIG = "adapter_config.json", "lora_config.json"
+from modelfuse.storage import Place
 
 #: Settings of PEFT that make something else of an adapter than base + scale·B·A, and what they are called.
 PEFT_KINDS = {
@@ -100,15 +99,6 @@ def _is_quick(pattern: str) -> bool:
     except (re.error, RecursionError, OverflowError):
         return False
     return len(repeats) <= MOST_REPEATS and re.search(r"(?<!\\)\)[*+?{]", pattern) is None
-
-
-def config_of(path: Place) -> Place | None:
-    """The settings of the adapter at ``path``, a folder or the file with its weights; None if it is no adapter."""
-    stems = ("adapter_model", "peft_model", "lora_model_state")
-    folder = path if is_dir(path) else path.parent if path.name.startswith(stems) else None
-    if folder is None:
-        return None
-    return next((folder / name for name in (PEFT_CONFIG, PADDLE_CONFIG) if is_file(folder / name)), None)
 
 
 def read_settings(file: Place) -> Settings:

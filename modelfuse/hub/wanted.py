@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from modelfuse.adapters.settings import PADDLE_CONFIG, PEFT_CONFIG
+from modelfuse.adapters.adapter import PADDLE_CONFIG, PEFT_CONFIG
 from modelfuse.checkpoints import CONFIG_FILE, find_files
 from modelfuse.errors import CheckpointError
 from modelfuse.hub_names import HubName

@@ -8,13 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from modelfuse.errors import MissingExtraError, ModelfuseError, RecipeError
 from modelfuse.kernels import Bytes, Procedure, Work
-from modelfuse.kernels.library import Library
+
+if TYPE_CHECKING:
+    from modelfuse.kernels.library import Library
 
 #: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
 CPU_ROOM = 32_000_000
