@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from modelfuse.kernels import loading, machine_code
+from modelfuse.kernels import linking, loading, machine_code
+from modelfuse.kernels.linking import is_library
 from modelfuse.kernels.loading import Kernel
 from modelfuse.kernels.machine_code import NotLaidOut, prepare
 
@@ -159,6 +161,62 @@ def test_other_releases_of_the_compiler_still_do_the_work(
     assert run(Kernel(weigh)) == run(weigh)
 
 
+#: Whether machine code becomes shared libraries here.
+LINKS = shutil.which("ld") is not None and hasattr(os, "memfd_create") and os.uname().machine == "x86_64"
+
+
+@pytest.mark.skipif(not LINKS, reason="there is no linker that makes shared libraries of these objects")
+def test_where_there_is_a_linker_the_system_loads_machine_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(Kernel(weigh))
+    (path,) = folder.iterdir()
+    assert is_library(path.read_bytes()[machine_code._DIGEST_BYTES + 1 :])
+    monkeypatch.setattr(machine_code, "engine", None)
+    open_before = len(os.listdir("/proc/self/fd"))
+    assert [run(Kernel(weigh)) for _ in range(3)] == [expected] * 3
+    assert len(os.listdir("/proc/self/fd")) == open_before + 3, "another path for each"
+
+
+@pytest.mark.parametrize("missing", ["linker", "files in memory", "what it links"])
+def test_without_a_linker_llvm_loads_machine_code(folder: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    if missing == "linker":
+        monkeypatch.setattr(linking, "_LINK", (str(folder / "ld"),))
+    elif missing == "what it links":
+        monkeypatch.setattr(linking, "_LINK", ("true",))
+    else:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    expected = run(Kernel(weigh))
+    (path,) = folder.iterdir()
+    assert path.read_bytes()[machine_code._DIGEST_BYTES + 1 :].startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe", b"d\x86"))
+    assert not is_library(path.read_bytes()[machine_code._DIGEST_BYTES + 1 :])
+    monkeypatch.setattr(loading, "_export", None)
+    assert run(Kernel(weigh)) == expected
+
+
+def test_machine_code_is_for_one_kind_of_processor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    monkeypatch.setattr(machine_code, "CPU_INFO", folder / "cpuinfo")
+
+    def key(text: str) -> str:
+        machine_code.CPU_INFO.write_text(text)
+        machine_code._key.cache_clear()
+        return machine_code._key()
+
+    one = "processor\t: 0\nmodel\t\t: 2\nmodel name\t: one\ncpu MHz\t\t: {}\nflags\t\t: fpu avx {}\n\nprocessor\t: 1\n"
+    arm = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd {}\nCPU part\t: 0xd40"
+    texts = [
+        one.format(2000, "avx2"),
+        one.format(2000, ""),
+        arm.format("sve"),
+        arm.format(""),
+        "processor\t: 0\n\n",
+        "",
+    ]
+    keys = [key(text) for text in texts]
+    assert len({*keys}) == len(keys) - 1
+    assert keys[-1] == keys[-2], "LLVM says what it is"
+    assert key(one.format(3000, "avx2")) == keys[0]
+
+
 def test_without_a_folder_to_write_to(folder: Path, compiled: list[str]) -> None:
     folder.write_text("in the way")
     assert run(Kernel(weigh)) == run(weigh)
@@ -189,7 +247,8 @@ for name, (merge, sparsify) in MERGE_METHODS.items():
             pass_ = procedure.send([pass_.finish(state)])
     except StopIteration:
         results[name] = out.tobytes().hex()
-print(json.dumps({"numba": "numba" in sys.modules, "results": results}))
+loaded = {"numba": "numba" in sys.modules, "llvm": "llvmlite.binding" in sys.modules}
+print(json.dumps({**loaded, "results": results}))
 """
 
 
@@ -202,4 +261,5 @@ def test_the_second_process_of_any_method_loads_no_compiler(tmp_path: Path) -> N
     first, second = (process(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
     assert first["numba"]
     assert not second["numba"]
+    assert second["llvm"] != LINKS
     assert first["results"] == second["results"]

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, TypeVar, cast
 
 from modelfuse.kernels import machine_code
+from modelfuse.kernels.linking import link
 from modelfuse.kernels.machine_code import NotLaidOut, Prepared, prepare
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -121,7 +122,7 @@ def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
     builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
     builder.getModulePassManager().run(module, builder)
     needed = {each.name for each in module.functions if each.is_declaration and not each.name.startswith("llvm.")}
-    return result + machine.emit_object(module) if needed <= _LIBRARY else b""
+    return result + link(machine.emit_object(module), symbol) if needed <= _LIBRARY else b""
 
 
 def _entry_module(overload: Any, symbol: str) -> Any:

@@ -2,7 +2,8 @@
 
 numba needs a tenth of a second to be imported, and more to load what it has kept; llvmlite, which it is built on, loads
 a kernel's machine code in a few milliseconds. So a kernel is kept as an object file whose entry takes its arguments as
-a row of 64-bit words: arrays as their addresses, shapes and strides, tuples as what is in them.
+a row of 64-bit words: arrays as their addresses, shapes and strides, tuples as what is in them. Where it can be made a
+shared library (:mod:`modelfuse.kernels.linking`), not even llvmlite is needed.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from modelfuse.kernels.linking import is_library, load_library
 
 PACKAGE = Path(__file__).parent.parent
 #: How a file ends whose name says for which kernel, arguments, processor and sources it is.
@@ -29,6 +33,9 @@ _FLAGS = 0x501
 _WORDS = tuple(struct.Struct(f"{count}Q") for count in range(20))
 _DOUBLE, _SINGLE = struct.Struct("d"), struct.Struct("f4x" if sys.byteorder == "little" else "4xf")
 _DIGEST_BYTES = 16
+#: Where Linux tells of its processors, and which lines tell the machine code of one from another's.
+CPU_INFO = Path("/proc/cpuinfo")
+_TELLING = ("vendor_id", "cpu family", "model\t", "flags", "features", "cpu implementer", "cpu variant", "cpu part")
 #: What a kernel returns, by the first byte of its file.
 _RESULTS: dict[bytes, Callable[[int], Any]] = {b"n": lambda _: None, b"i": lambda word: word, b"b": bool}
 
@@ -103,12 +110,9 @@ def engine() -> Any:
 
 def load(content: bytes, symbol: str) -> Entry:
     """Make a kernel of its file's content callable; not from two threads at a time."""
-    from llvmlite import binding
-
-    engine().add_object_file(binding.ObjectFileRef.from_data(content[1:]))
-    engine().finalize_object()
-    run = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p)(engine().get_function_address(symbol))
-    result_of = _RESULTS[content[:1]]
+    result_of, code = _RESULTS[content[:1]], content[1:]
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p)
+    run = function((symbol, load_library(code))) if is_library(code) else function(_address(code, symbol))
 
     def entry(words: bytes) -> Any:
         result = ctypes.c_int64()
@@ -117,6 +121,16 @@ def load(content: bytes, symbol: str) -> Entry:
         return result_of(result.value)
 
     return entry
+
+
+def _address(code: bytes, symbol: str) -> int:
+    """Where the entry of an object file is, once llvmlite has loaded it."""
+    from llvmlite import binding
+
+    engine().add_object_file(binding.ObjectFileRef.from_data(code))
+    engine().finalize_object()
+    address: int = engine().get_function_address(symbol)
+    return address
 
 
 def symbol_of(function: Callable[..., Any], kind: str) -> str:
@@ -165,15 +179,25 @@ def _folders() -> Iterator[Path]:
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelfuse"
 
 
+def _processor() -> str:
+    """What a compiler must know of the processor; LLVM would tell it, but takes long to be loaded."""
+    with contextlib.suppress(OSError), open(CPU_INFO, encoding="utf-8", errors="replace") as file:
+        lines = [line for line in takewhile(str.strip, file) if line.lower().startswith(_TELLING)]
+        if any(line.lower().startswith(("flags", "features")) for line in lines):
+            return f"{os.uname().machine} {lines}"
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features().flatten()
+    return repr((binding.get_process_triple(), binding.get_host_cpu_name(), features))
+
+
 @cache
 def _key() -> str:
     """What the machine code depends on beside the arguments: the processor, and all that was compiled it from."""
     import llvmlite
-    from llvmlite import binding
 
-    features = binding.get_host_cpu_features().flatten()
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
-    machine = repr((binding.get_process_triple(), binding.get_host_cpu_name(), features, settings))
+    machine = repr((sys.platform, _processor(), settings))
     sources = hashlib.blake2b(f"{sys.version_info} {llvmlite.__version__}".encode(), digest_size=8)
     numba = find_spec("numba")
     version = [Path(numba.origin).with_name("_version.py")] if numba is not None and numba.origin else []
