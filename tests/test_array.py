@@ -34,7 +34,7 @@ from modelfuse.kernels.array import CHUNK, Arithmetic
 from modelfuse.kernels.array_passes import DotProducts
 from modelfuse.kernels.choice import LIBRARIES, ArrayKernel, Device, choose, find_gpu, import_library
 from modelfuse.kernels.library import Library
-from modelfuse.kernels.passes import RAW_CODES
+from modelfuse.kernels.rooms import RAW_CODES
 from modelfuse.memory import GRAIN as PLAN_GRAIN
 from modelfuse.memory import LEAST_GPU_ROOM
 from modelfuse.methods import MERGES, Method, merge_tensor

@@ -14,7 +14,7 @@ import numpy as np
 from modelfuse.kernels import Bytes, Pass, Work
 from modelfuse.kernels.array import Arithmetic, Sparsifier
 from modelfuse.kernels.array_walk import State, Walk
-from modelfuse.kernels.cpu import BINS, LEAD_BITS, RANK_BITS
+from modelfuse.kernels.cpu import BINS, RANK_BITS
 from modelfuse.kernels.library import Array, Library, Tensor
 from modelfuse.kernels.magnitudes import LAYOUTS, LOW_BITS
 from modelfuse.kernels.measuring import add_up, add_up_models, measure_ranks, measure_thresholds
@@ -35,11 +35,12 @@ def measure_sparsifier(work: Work, library: Library) -> Measuring:
         return Sparsifier("trim", work.compute, numbers=numbers)
     if kind == "magprune":
         ranks = yield from measure_ranks(work, _Tallies(library))
-        bins = np.arange(BINS)
-        order = bins >> 1 | (bins & 1) << LEAD_BITS  # The tables have the sticky bit in front.
+        tables = [np.ones(BINS) for _ in ranks.tables]
+        for table, (bins, keeps) in zip(tables, ranks.tables, strict=True):
+            table[bins] = keeps
         return Sparsifier(
             "magprune", work.compute, method.rescale, keys, ranks.numbers, LAYOUTS[work.compute].shift, RANK_BITS,
-            [table[order] for table in ranks.tables], np.array(ranks.subtables or np.ones((0, 1 << RANK_BITS))),
+            tables, np.array(ranks.subtables or np.ones((0, 1 << RANK_BITS))),
             ranks.levels,
         )  # fmt: skip
     return Sparsifier(kind, work.compute, method.rescale, keys, [(method.reserve_p, 1.0)] * work.models)

@@ -51,27 +51,37 @@ COUNT_SHIFT = 40
 Array = np.ndarray[Any, Any]
 
 
-class Stored(NamedTuple):
-    """Where a slice's stored bytes are, before and after.
+class Inputs(NamedTuple):
+    """What the sources of a tensor are.
 
     Attributes:
-        raws: uint8, shape (sources, bytes): each source's elements from column 0 on, the base's in the last row.
-        halves: uint16, shape (sources, bytes / 2): the same memory. It takes time to tell the compiler that bytes are
-            something else, so whatever is seen as two types is there twice.
-        codes: int64, shape (sources,): the storage codes.
+        codes: int64, shape (sources,): the storage codes, the base's last.
         models: The number of models, without the base.
         has_base: Whether there is one.
         deltas: bool, shape (models,): which models are differences to the base already.
-        out: uint8, shape (bytes,): room for the result.
-        out_halves: uint16, shape (bytes / 2,): the same memory.
     """
 
-    raws: Array
-    halves: Array
     codes: Array
     models: int
     has_base: bool
     deltas: Array
+
+
+class Stored(NamedTuple):
+    """Where a slice's stored bytes are, before and after.
+
+    Attributes:
+        inputs: What they are.
+        raws: uint8, shape (sources, bytes): each source's elements from column 0 on, the base's in the last row.
+        halves: uint16, shape (sources, bytes / 2): the same memory. It takes time to tell the compiler that bytes are
+            something else, so whatever is seen as two types is there twice.
+        out: uint8, shape (bytes,): room for the result.
+        out_halves: uint16, shape (bytes / 2,): the same memory.
+    """
+
+    inputs: Inputs
+    raws: Array
+    halves: Array
     out: Array
     out_halves: Array
 
@@ -90,6 +100,8 @@ class Room(NamedTuple):
         words: uint32, shape (2 · BLOCK,): their halves.
         bins: uint16, shape (BLOCK,).
         bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
+        tables: Compute type, shape (models, BINS): magprune's probabilities of being kept, by bin; those of bins that a
+            tensor has no magnitude in are another one's. No rows for other sparsifiers.
     """
 
     x: Array
@@ -101,6 +113,7 @@ class Room(NamedTuple):
     words: Array
     bins: Array
     bad: Array
+    tables: Array
 
 
 class Sparsifier(NamedTuple):
@@ -113,8 +126,9 @@ class Sparsifier(NamedTuple):
         numbers: Compute type, shape (models, 2): threshold and factor of trim; probability, and whether there is
             anything to drop, of dare and magprune.
         shift: The bits of a magnitude below its leading ones.
-        tables: Compute type, shape (models, BINS): magprune's probabilities of being kept; −(slot + 1) where a subtable
-            says more.
+        bins: uint16, shape (bins,): for magprune, the bins that hold any magnitude, model by model.
+        ends: int64, shape (models,): where those of each model end.
+        keeps: Compute type, shape (bins,): their probabilities of being kept; −(slot + 1) where a subtable says more.
         subtables: Compute type, shape (slots, RANKS): the same for bins that needed more bits.
     """
 
@@ -123,12 +137,20 @@ class Sparsifier(NamedTuple):
     keys: Array
     numbers: Array
     shift: int
-    tables: Array
+    bins: Array
+    ends: Array
+    keeps: Array
     subtables: Array
 
 
 _GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
 _SHIFT, _SCALE = np.uint32(SHIFT), np.float32(SCALE)
+
+
+@compile_kernel
+def width_of(code: int) -> int:
+    """The bytes of a stored element."""
+    return 4 if code == RAW_F32 else (8 if code == RAW_F64 else 2)
 
 
 @compile_kernel
@@ -281,16 +303,16 @@ def _count_bad_halves(halves: Array, count: int) -> int:
 @compile_kernel
 def load(data: Stored, start: int, count: int, room: Room) -> None:
     """Decode a block of all models into the rows of ``room.x``; with a base in the last row, subtract it."""
-    x, last = room.x, room.x.shape[0] - 1
+    x, last, inputs = room.x, room.x.shape[0] - 1, data.inputs
     base = x[last]
-    for row in range(data.models + data.has_base - 1, -1, -1):
-        less = data.has_base and row < data.models and not data.deltas[row]
-        out = x[row] if row < data.models else base
-        if data.codes[row] == RAW_BF16:
+    for row in range(inputs.models + inputs.has_base - 1, -1, -1):
+        less = inputs.has_base and row < inputs.models and not inputs.deltas[row]
+        out = x[row] if row < inputs.models else base
+        if inputs.codes[row] == RAW_BF16:
             halves = data.halves[row, start : start + count]
             bad = _widen_less(halves, base, count, out) if less else _widen(halves, count, out)
         else:
-            bad = decode(data.codes[row], data.raws[row], start, count, out)
+            bad = decode(inputs.codes[row], data.raws[row], start, count, out)
             if less:
                 for i in range(count):
                     out[i] -= base[i]
@@ -345,9 +367,19 @@ def find_bins(room: Room, model: int, count: int, shift: int) -> None:
 
 
 @compile_kernel
+def spread(how: Sparsifier, room: Room) -> None:
+    """Place magprune's probabilities where they are looked up."""
+    begin = 0
+    for model in range(how.ends.size):
+        for i in range(begin, how.ends[model]):
+            room.tables[model, how.bins[i]] = how.keeps[i]
+        begin = how.ends[model]
+
+
+@compile_kernel
 def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
-    table, bins = how.tables[model], room.bins
+    table, bins = room.tables[model], room.bins
     find_bins(room, model, count, how.shift)
     for i in range(count):
         out[i] = table[bins[i]]
@@ -462,14 +494,14 @@ def combine(
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         load(data, start, size, room)
-        for model in range(data.models):
+        for model in range(data.inputs.models):
             _sparsify(how, model, first + start, size, room)
         if merge == LINEAR:
-            _linear(room.x, data.models, size, weights, room.rows[0])
+            _linear(room.x, data.inputs.models, size, weights, room.rows[0])
         else:
-            _ties(room.x, data.models, size, weights, merge == TIES_COUNT, normalize, room.rows)
+            _ties(room.x, data.inputs.models, size, weights, merge == TIES_COUNT, normalize, room.rows)
         result = room.rows[0]
-        if data.has_base:
+        if data.inputs.has_base:
             base = room.x[room.x.shape[0] - 1]
             for i in range(size):
                 result[i] += base[i]
@@ -492,7 +524,7 @@ def dot_products(data: Stored, first: int, length: int, room: Room, how: Sparsif
         for start in range(chunk, min(chunk + CHUNK, length), BLOCK):
             size = min(BLOCK, length - start)
             load(data, start, size, room)
-            for model in range(data.models):
+            for model in range(data.inputs.models):
                 _sparsify(how, model, first + start, size, room)
             whole = -(-size // (GROUP * LANES)) * GROUP * LANES
             for row in range(2):

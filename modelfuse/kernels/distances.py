@@ -16,7 +16,8 @@ import numpy as np
 
 from modelfuse.kernels import Bytes, Measured, Pass, Procedure, SpanState, Work, cpu
 from modelfuse.kernels.loading import compile_kernel
-from modelfuse.kernels.passes import RAW_CODES
+from modelfuse.kernels.machine_code import prepare
+from modelfuse.kernels.rooms import inputs_of, lay_out
 
 Array = np.ndarray[Any, Any]
 
@@ -71,14 +72,26 @@ def measured(procedure: Procedure, work: Work) -> Procedure:
             return
 
 
-@dataclass
-class MeasuredState:
-    """A span under way: the state of the pass, and what is known of the distances so far."""
+class Seen(NamedTuple):
+    """What is known of the distances so far.
 
-    inner: SpanState
-    rows: Array
+    Attributes:
+        differs: bool, shape (models,): as in :class:`SpanDistances`.
+        squares: float64, shape (models + 1,): the same.
+        rows: float64, shape (3, BLOCK): scratch.
+    """
+
     differs: Array
     squares: Array
+    rows: Array
+
+
+@dataclass
+class MeasuredState:
+    """A span under way: the state of the pass, and a :class:`Seen`, laid out."""
+
+    inner: SpanState
+    seen: Any
     first: int | None = None
 
     @property
@@ -91,13 +104,8 @@ class MeasuredPass:
     """A pass that also looks at the slices that it is given; those of a span come in order."""
 
     def __init__(self, inner: Pass, work: Work) -> None:
-        self._inner = inner
-        self._layout = (
-            np.array([RAW_CODES[source.name] for source in work.sources], np.int64),
-            np.array([source.bytes for source in work.sources], np.int64),
-            np.array(work.deltas or (False,) * work.models),
-            stride_of(work.size),
-        )
+        self._inner, self._inputs = inner, inputs_of(work)
+        self._models, self._stride = work.models, stride_of(work.size)
 
     @property
     def writes(self) -> bool:
@@ -106,20 +114,19 @@ class MeasuredPass:
 
     def start(self) -> MeasuredState:
         """Begin a span."""
-        models = self._layout[2].size
-        rows = np.empty((3, BLOCK))
-        return MeasuredState(self._inner.start(), rows, np.zeros(models, np.bool_), np.zeros(models + 1))
+        seen = Seen(np.zeros(self._models, np.bool_), np.zeros(self._models + 1), np.empty((3, BLOCK)))
+        return MeasuredState(self._inner.start(), prepare(seen))
 
     def apply(self, state: MeasuredState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         """Look at the slice, and let the pass work on it."""
         state.first = first if state.first is None else state.first
-        measure(raws, *self._layout, first, count, state.rows, state.differs, state.squares)
+        measure(lay_out(self._inputs, raws, out), self._stride, first, count, state.seen)
         self._inner.apply(state.inner, first, count, raws, out)
 
     def finish(self, state: MeasuredState) -> Measured:
         """End a span."""
         assert state.first is not None
-        distances = SpanDistances(state.first, state.differs, state.squares)
+        distances = SpanDistances(state.first, state.seen.value.differs, state.seen.value.squares)
         return Measured(self._inner.finish(state.inner), distances)
 
 
@@ -174,33 +181,18 @@ def distances(spans: Sequence[SpanDistances]) -> list[Distance]:
 
 
 @compile_kernel
-def measure(
-    raws: Array,
-    codes: Array,
-    sizes: Array,
-    deltas: Array,
-    stride: int,
-    first: int,
-    count: int,
-    rows: Array,
-    differs: Array,
-    squares: Array,
-) -> None:
+def measure(data: cpu.Stored, stride: int, first: int, count: int, seen: Seen) -> None:
     """Compare every model with the base until a difference is found, and sum the squares of the chosen blocks.
 
     Args:
-        raws: uint8, shape (sources, bytes); the base in the last row.
-        codes: int64, shape (sources,): the storage codes.
-        sizes: int64, shape (sources,): bytes an element.
-        deltas: bool, shape (models,): which models are differences to the base already.
+        data: The slice; the base is the last source.
         stride: Every how-manieth block is chosen.
         first: The number of the first element in the tensor, a multiple of BLOCK.
         count: The number of elements.
-        rows: float64, shape (3, BLOCK): scratch.
-        differs: bool, shape (models,): updated.
-        squares: float64, shape (models + 1,): added to.
+        seen: Updated, and added to.
     """
-    models = deltas.size
+    codes, raws, deltas, models = data.inputs.codes, data.raws, data.inputs.deltas, data.inputs.models
+    rows, differs, squares = seen.rows, seen.differs, seen.squares
     for model in range(models):
         start = 0
         while start < count and not differs[model]:
@@ -208,7 +200,7 @@ def measure(
             if deltas[model]:
                 differs[model] = _any(codes[model], raws[model], start, size, rows[0])
             elif codes[model] == codes[models]:
-                width = sizes[model]
+                width = cpu.width_of(codes[model])
                 begin, end = start * width, (start + size) * width
                 differs[model] = _differ(raws[model][begin:end], raws[models][begin:end])
             else:

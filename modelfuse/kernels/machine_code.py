@@ -93,7 +93,9 @@ def prepare(value: Any) -> Prepared:
     if isinstance(value, tuple):
         parts = [prepare(each) for each in value]
         inner = "".join([part.kind for part in parts])
-        return Prepared(value, f"{kind.__name__}({inner})", b"".join([part.words for part in parts]))
+        make = getattr(kind, "_make", tuple)  # Some parts may have been laid out before.
+        whole = make([part.value for part in parts])
+        return Prepared(whole, f"{kind.__name__}({inner})", b"".join([part.words for part in parts]))
     raise NotLaidOut(f"{kind.__name__} has no place in words")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels.cpu import BINS, LEAD_BITS, RANK_BITS
+from modelfuse.kernels.cpu import RANK_BITS
 from modelfuse.methods.magprune import keep_probability
 from modelfuse.methods.trim import kept_from, scale
 
@@ -191,11 +191,8 @@ class RankTable:
         self._size = int(tally.counts.sum())
         self._crowded: list[Crowded] = []
         self._subtables: list[np.ndarray[Any, Any]] = []
-        numbers = tally.numbers
-        self.active = bool(numbers[-1])
-        self._table = np.ones(BINS)
-        bins = (numbers >> np.uint64(1)) | (numbers & np.uint64(1)) << np.uint64(LEAD_BITS)
-        self._table[bins] = self._keep(tally, tally.counts, self._size)
+        self.active = bool(tally.numbers[-1])
+        self._numbers, self._keeps = tally.numbers, self._keep(tally, tally.counts, self._size)
 
     def prefixes(self) -> list[int]:
         """The leading bits to tally again, ascending."""
@@ -215,9 +212,9 @@ class RankTable:
             subtables.append(table)
         self._subtables += subtables
 
-    def table(self, slots: int) -> np.ndarray[Any, Any]:
-        """Probabilities by bin, the sticky bit in front; −(slot + 1) for a subtable, after ``slots`` of others."""
-        return np.where(self._table < 0, self._table - slots, self._table) if self._subtables else self._table
+    def table(self, slots: int) -> tuple[Counts, np.ndarray[Any, Any]]:
+        """The bins that hold any, and their probabilities; −(slot + 1) for a subtable, after ``slots`` of others."""
+        return self._numbers, np.where(self._keeps < 0, self._keeps - slots, self._keeps)
 
     def subtables(self, slots: int) -> list[np.ndarray[Any, Any]]:
         """The same by digit, for each bin that was tallied again."""

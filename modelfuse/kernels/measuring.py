@@ -45,13 +45,14 @@ class Ranks(NamedTuple):
 
     Attributes:
         numbers: The mean probability, and whether there is anything to drop, a pair a model.
-        tables: float64, a table a model: probabilities by bin, the sticky bit in front; −(slot + 1) for a subtable.
-        subtables: The same by the next digit, for each bin that was tallied again.
+        tables: A pair a model: the bins that hold any magnitude, as in :class:`Tally`, and their probabilities,
+            float64; −(slot + 1) for a subtable.
+        subtables: The same by the next digit, for each bin that was tallied again, shape (RANKS,).
         levels: How often bins were tallied again.
     """
 
     numbers: list[tuple[float, float]]
-    tables: list[Array]
+    tables: list[tuple[Array, Array]]
     subtables: list[Array]
     levels: int
 
@@ -78,7 +79,7 @@ def measure_ranks(work: Work, passes: Tallies) -> Passes:
         for model, own in zip(models, prefixes, strict=True):
             model.narrow(list(islice(found, len(own))))
         shift, levels = max(shift - RANK_BITS, 0), levels + 1
-    tables: list[Array] = []
+    tables: list[tuple[Array, Array]] = []
     subtables: list[Array] = []
     for model in models:
         tables.append(model.table(len(subtables)))

@@ -34,7 +34,7 @@ def tally(data: Stored, length: int, room: Room, shift: int, sums: bool, tables:
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         load(data, start, size, room)
-        for model in range(data.models):
+        for model in range(data.inputs.models):
             table = tables[model]
             find_bins(room, model, size, shift)
             if room.x.itemsize == 4:
@@ -108,7 +108,7 @@ def tally_within(
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         load(data, start, size, room)
-        for model in range(data.models):
+        for model in range(data.inputs.models):
             if begins[model, 0] == begins[model, LEADS]:
                 continue
             magnitude_bits(room, model, size)
