@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.kernels.cpu import RANK_BITS
+from modelfuse.kernels.loading import compile_kernel
 from modelfuse.methods.magprune import keep_probability
 from modelfuse.methods.trim import kept_from, scale
 
@@ -42,6 +43,11 @@ class Layout:
     least: int
     shift: int
     infinite: int
+
+    @property
+    def words(self) -> int:
+        """So many words of 64 bits hold any sum of magnitudes, in smallest subnormals."""
+        return (self.infinite + self.mantissa >> 6) + 2
 
     def value(self, bits: int) -> float:
         """The float with these bits."""
@@ -108,25 +114,61 @@ class Tally:
 
         None if any is not finite.
         """
-        numbers, rows = self.numbers[start:stop], self.table[start:stop]
-        if not numbers.size:
+        stop = self.numbers.size if stop is None else stop
+        if start == stop:
             return 0
-        leading = numbers >> np.uint64(self.sticky)
-        width = np.uint64(self.layout.mantissa - self.shift)
-        exponents = leading >> width
-        if int(exponents[-1]) == self.layout.infinite:
+        layout, words = self.layout, np.zeros(self.layout.words, np.uint64)
+        if self.leading(stop - 1) >> layout.mantissa - self.shift == layout.infinite:
             return None
-        hidden = np.where(exponents > 0, np.uint64(1) << width, np.uint64(0))
-        mantissas = (leading & ((np.uint64(1) << width) - np.uint64(1))) | hidden
-        # Split in halves, so that 64 bits hold the sums; those of one exponent are added up at a time.
-        low, high = mantissas & np.uint64((1 << HALF_BITS) - 1), mantissas >> np.uint64(HALF_BITS)
-        parts = np.stack([rows[:, 0] * low, rows[:, 0] * high, rows[:, 1], rows[:, 2]], axis=1)
-        starts = np.flatnonzero(np.diff(exponents, prepend=exponents[:1] + np.uint64(1)))
-        total = 0
-        for exponent, sums in zip(exponents[starts].tolist(), np.add.reduceat(parts, starts).tolist(), strict=True):
-            units = (sums[0] + (sums[1] << HALF_BITS) << self.shift) + sums[2] + (sums[3] << LOW_BITS)
-            total += units << max(exponent - 1, 0)
-        return total
+        _add_up(self.numbers, self.table, start, stop, self.sticky, layout.mantissa, self.shift, words)
+        return int.from_bytes(words.astype("<u8").tobytes(), "little")
+
+
+@compile_kernel
+def _add_up(
+    numbers: Counts, table: Counts, start: int, stop: int, sticky: bool, mantissa: int, shift: int, words: Counts
+) -> None:
+    """Add the magnitudes in some bins of a tally to an integer of many words, the lowest first.
+
+    Those of one exponent are added up first: split in halves, so that 64 bits hold the sums.
+    """
+    low = high = rest = more = np.uint64(0)
+    width, half = np.uint64(mantissa - shift), np.uint64((1 << HALF_BITS) - 1)
+    hidden = np.uint64(1) << width
+    for index in range(start, stop):
+        leading = numbers[index] >> np.uint64(sticky)
+        exponent: Any = np.int64(leading >> width)
+        value = leading & (hidden - np.uint64(1))
+        if exponent > 0:
+            value |= hidden
+        low += table[index, 0] * (value & half)
+        high += table[index, 0] * (value >> np.uint64(HALF_BITS))
+        rest += table[index, 1]
+        more += table[index, 2]
+        last = index + 1 == stop
+        if last or np.int64(numbers[index + 1] >> np.uint64(sticky) >> width) != exponent:
+            place = max(exponent - 1, 0)
+            _add(words, low, place + shift)
+            _add(words, high, place + shift + HALF_BITS)
+            _add(words, rest, place)
+            _add(words, more, place + LOW_BITS)
+            low = high = rest = more = np.uint64(0)
+
+
+@compile_kernel
+def _add(words: Counts, value: Any, place: int) -> None:
+    """Add ``value`` · 2^``place``."""
+    word, bit = place >> 6, np.uint64(place & 63)
+    # Shifted in two steps, as 64 bits at once are no shift.
+    upper = value >> np.uint64(1) >> (np.uint64(63) - bit)
+    value <<= bit
+    words[word] += value
+    if words[word] < value:
+        upper += np.uint64(1)
+    while upper != 0:
+        word += 1
+        words[word] += upper
+        upper = np.uint64(words[word] < upper)
 
 
 class TrimSearch:
@@ -139,21 +181,25 @@ class TrimSearch:
 
     def __init__(self, tally: Tally, reserve_p: float) -> None:
         self._layout = tally.layout
-        self._all = tally.units(0)
         self._kept: int | None = 0
         self._rank = kept_from(int(tally.counts.sum()), reserve_p)
         self.threshold: float | None = None
-        self.narrow(tally)
+        dropped = tally.units(0, self.narrow(tally))
+        self._all = None if dropped is None or self._kept is None else dropped + self._kept
 
-    def narrow(self, tally: Tally) -> None:
-        """Go on with the tally of the magnitudes whose leading bits are ``prefix``."""
+    def narrow(self, tally: Tally) -> int:
+        """Go on with the tally of the magnitudes whose leading bits are ``prefix``; returns the first bin that is kept.
+
+        If that is not known yet, it is the first one above the bin to tally next.
+        """
         index, self._rank = tally.find(self._rank)
         self.prefix, self.parent_shift = tally.leading(index), tally.shift
-        single = not tally.mixed[index]
-        units = tally.units(index if single else index + 1)
-        self._kept = None if units is None or self._kept is None else self._kept + units
-        if single:
+        if not tally.mixed[index]:
             self.threshold = self._layout.value(self.prefix << tally.shift)
+        first = index if self.threshold is not None else index + 1
+        units = tally.units(first)
+        self._kept = None if units is None or self._kept is None else self._kept + units
+        return first
 
     def factor(self) -> float:
         """The factor that restores the sum of magnitudes."""
