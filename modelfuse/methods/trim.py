@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
@@ -40,8 +41,13 @@ def kept_from(size: int, reserve_p: float) -> int:
     one, and nothing lies between them: so what is kept starts at the next whole rank. The share is
     taken as the decimal the user wrote, so that 0.7 of 11 elements starts at rank 3, not 4.
     """
-    position = (1 - Fraction(repr(float(reserve_p)))) * (size - 1)
-    return -(-position.numerator // position.denominator)
+    dropped, of = _dropped(float(reserve_p))
+    return -(-dropped * (size - 1) // of)
+
+
+@lru_cache
+def _dropped(reserve_p: float) -> tuple[int, int]:
+    return (1 - Fraction(repr(reserve_p))).as_integer_ratio()
 
 
 def scale(before: float, after: float) -> float:
