@@ -440,8 +440,7 @@ def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, nor
     Three models at a time, so that what is added up stays in registers; behind the last one, rows and weights are zero.
     """
     result, elected, divisor = rows[0], rows[1], rows[2]
-    zero = weights[0] - weights[0]
-    one = zero + 1
+    zero, one = x.dtype.type(0), x.dtype.type(1)
     for i in range(count):
         result[i], elected[i], divisor[i] = zero, zero, zero
     for model in range(0, models, TOGETHER):
@@ -457,17 +456,17 @@ def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, nor
         a, b, c = x[model], x[model + 1], x[model + 2]
         u, v, w = weights[model], weights[model + 1], weights[model + 2]
         for i in range(count):
-            sign = one if elected[i] >= 0 else -one
+            sign = one if elected[i] >= zero else -one
             p, q, r = a[i] * u, b[i] * v, c[i] * w
-            kept = result[i] + (p if p * sign > 0 else zero)
-            share = divisor[i] + (u if p * sign > 0 else zero)
-            kept += q if q * sign > 0 else zero
-            share += v if q * sign > 0 else zero
-            kept += r if r * sign > 0 else zero
-            share += w if r * sign > 0 else zero
+            kept = result[i] + (p if p * sign > zero else zero)
+            share = divisor[i] + (u if p * sign > zero else zero)
+            kept += q if q * sign > zero else zero
+            share += v if q * sign > zero else zero
+            kept += r if r * sign > zero else zero
+            share += w if r * sign > zero else zero
             result[i], divisor[i] = kept, share
     if normalize:
-        smallest = np.float64(np.float32(MIN_DIVISOR)) if x.itemsize == 4 else MIN_DIVISOR
+        smallest = x.dtype.type(MIN_DIVISOR)
         for i in range(count):
             share = divisor[i]
             result[i] /= share if abs(share) >= smallest else one

@@ -38,10 +38,12 @@ def tally(data: Stored, length: int, room: Room, shift: int, sums: bool, tables:
             table = tables[model]
             find_bins(room, model, size, shift)
             if room.x.itemsize == 4:
-                singles = room.singles[model]
                 if sums:
+                    singles, amounts = room.singles[model], room.bits
                     for i in range(size):
-                        table[bins[i]] += np.uint64(1 << COUNT_SHIFT) + np.uint64(singles[i] & np.uint32(0xFFFF))
+                        amounts[i] = np.uint64(1 << COUNT_SHIFT) | np.uint64(singles[i] & np.uint32(0xFFFF))
+                    for i in range(size):
+                        table[bins[i]] += amounts[i]
                 else:
                     for i in range(size):
                         table[bins[i]] += np.uint64(1 << COUNT_SHIFT)
