@@ -40,8 +40,7 @@ def measure_sparsifier(work: Work, library: Library) -> Measuring:
             table[bins] = keeps
         return Sparsifier(
             "magprune", work.compute, method.rescale, keys, ranks.numbers, LAYOUTS[work.compute].shift, RANK_BITS,
-            tables, np.array(ranks.subtables or np.ones((0, 1 << RANK_BITS))),
-            ranks.levels,
+            tables, ranks.subtables, ranks.levels,
         )  # fmt: skip
     return Sparsifier(kind, work.compute, method.rescale, keys, [(method.reserve_p, 1.0)] * work.models)
 
@@ -55,9 +54,7 @@ class _Tallies:
     def all(self, work: Work) -> TallyAll:
         return TallyAll(work, self._library)
 
-    def within(
-        self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int, digit_bits: int
-    ) -> TallyWithin:
+    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyWithin:
         return TallyWithin(work, self._library, prefixes, parent_shift, shift, digit_bits)
 
 
@@ -117,7 +114,7 @@ class TallyWithin(Walk):
     scratch = 80
 
     def __init__(
-        self, work: Work, library: Library, prefixes: list[list[int]], parent_shift: int, shift: int, digit_bits: int
+        self, work: Work, library: Library, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int
     ) -> None:
         super().__init__(work, library)
         self._prefixes, self._shifts, self._digits = prefixes, (parent_shift, shift), 1 << digit_bits
@@ -126,7 +123,7 @@ class TallyWithin(Walk):
     def start(self) -> State:
         found = np.zeros((sum(map(len, self._prefixes)), self._digits, 3), np.uint64)
         with self._library.working():
-            placed = [self._library.place(np.array(own, np.int64)) for own in self._prefixes]
+            placed = [self._library.place(own.astype(np.int64)) for own in self._prefixes]
         return self._state(found, placed)
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
@@ -135,7 +132,7 @@ class TallyWithin(Walk):
         for model, own in enumerate(self._prefixes):
             bits = arithmetic.magnitude_bits(xs[model])
             xs[model] = None
-            if own:
+            if own.size:
                 slots, chosen = self._slots(library.cast(bits, "int64"), state.placed[model])
                 if slots.shape[0]:
                     self._count(state.found[row : row + len(own)], slots, chosen)

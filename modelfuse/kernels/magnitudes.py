@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from modelfuse.methods.magprune import keep_probability
 from modelfuse.methods.trim import kept_from, scale
 
 Counts = np.ndarray[Any, np.dtype[np.uint64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Booleans = np.ndarray[Any, np.dtype[np.bool_]]
+Indices = np.ndarray[Any, np.dtype[np.intp]]
 
 #: A probability may be off by this much at most (half of it, as a bin takes its mean rank).
 PROBABILITY_ERROR = 1e-4
@@ -93,7 +96,7 @@ class Tally:
         return int(self.numbers[index]) >> self.sticky
 
     @property
-    def mixed(self) -> np.ndarray[Any, Any]:
+    def mixed(self) -> Booleans:
         """bool, shape (bins,): which bins may hold different magnitudes, as some of the remaining bits are set."""
         return np.asarray(self.numbers & np.uint64(1) if self.sticky else self.table[:, 1:].any(axis=1), bool)
 
@@ -171,6 +174,12 @@ def _add(words: Counts, value: Any, place: int) -> None:
         upper = np.uint64(words[word] < upper)
 
 
+def first_within(prefixes: Counts, parent_shift: int, digit_bits: int) -> Counts:
+    """The number of the first bin by the next digit below each prefix; the last digits begin with a prefix's end."""
+    below, digit = np.uint64(min(parent_shift, digit_bits)), np.uint64(digit_bits)
+    return prefixes << below >> digit << digit
+
+
 class TrimSearch:
     """The search for one model's trim threshold: which bin to tally next, until it is known.
 
@@ -208,19 +217,18 @@ class TrimSearch:
         return scale(self._layout.amount(self._all), self._layout.amount(self._kept))
 
 
-@dataclass(frozen=True, slots=True)
-class Crowded:
-    """A bin that holds too many ranks.
+class Crowded(NamedTuple):
+    """Bins that hold too many ranks, ascending.
 
     Attributes:
-        prefix: The leading bits of its magnitudes.
-        larger: How many magnitudes are larger.
-        apart: How many share its leading bits but, as no bits remain, have their own bin.
+        prefixes: uint64, shape (bins,): the leading bits of their magnitudes.
+        larger: float64, shape (bins,): how many magnitudes are larger.
+        apart: uint64, shape (bins,): how many share the leading bits but, as no bits remain, have their own bin.
     """
 
-    prefix: int
-    larger: float
-    apart: int
+    prefixes: Counts
+    larger: Floats
+    apart: Counts
 
 
 class RankTable:
@@ -235,47 +243,55 @@ class RankTable:
     def __init__(self, tally: Tally, reserve_p: float, epsilon: float) -> None:
         self._reserve_p, self._epsilon = reserve_p, epsilon
         self._size = int(tally.counts.sum())
-        self._crowded: list[Crowded] = []
-        self._subtables: list[np.ndarray[Any, Any]] = []
+        self._subtables = np.ones((0, 1 << RANK_BITS))
         self.active = bool(tally.numbers[-1])
-        self._numbers, self._keeps = tally.numbers, self._keep(tally, tally.counts, self._size)
+        self._numbers, counts = tally.numbers, tally.counts
+        larger = self._size - np.cumsum(counts).astype(np.float64)
+        self._keeps, index = self._keep(counts, larger, tally.mixed, 0)
+        leading = tally.numbers >> np.uint64(1)
+        twins = (index > 0) & (leading[index] == leading[index - 1])
+        self._crowded = Crowded(leading[index], larger[index], np.where(twins, counts[index - 1], np.uint64(0)))
 
-    def prefixes(self) -> list[int]:
+    @property
+    def prefixes(self) -> Counts:
         """The leading bits to tally again, ascending."""
-        return [crowded.prefix for crowded in self._crowded]
+        return self._crowded.prefixes
 
-    def narrow(self, tallies: list[Tally]) -> None:
-        """Go on with the tallies of the magnitudes with the leading bits ``prefixes``."""
-        parents, self._crowded = self._crowded, []
-        subtables = []
-        for parent, tally in zip(parents, tallies, strict=True):
-            counts = tally.counts.copy()
-            counts[0] -= np.uint64(parent.apart)
-            table = np.ones(1 << RANK_BITS)
-            digits = tally.numbers & np.uint64(table.size - 1)
-            before = len(self._subtables) + len(parents)
-            table[digits] = self._keep(tally, counts, parent.larger + int(counts.sum()), before)
-            subtables.append(table)
-        self._subtables += subtables
+    def narrow(self, tables: Counts, parent_shift: int) -> None:
+        """Go on with the tallies of the magnitudes with the leading bits ``prefixes``.
 
-    def table(self, slots: int) -> tuple[Counts, np.ndarray[Any, Any]]:
+        Args:
+            tables: uint64, shape (bins, digits, 3).
+            parent_shift: The bits that remain below a prefix.
+        """
+        parents, slots = self._crowded, len(self._subtables) + len(tables)
+        row, digit = np.nonzero(tables[:, :, 0])
+        counts, *rests = tables[row, digit].T
+        counts[digit == 0] -= parents.apart[row[digit == 0]]
+        below = np.cumsum(counts)
+        last = below[np.searchsorted(row, np.arange(len(tables)), side="right") - 1]
+        larger = parents.larger[row] + (last[row] - below)
+        keeps, index = self._keep(counts, larger, (rests[0] | rests[1]) > 0, slots)
+        subtables = np.ones((len(tables), 1 << RANK_BITS))
+        subtables[row, digit] = keeps
+        self._subtables = np.concatenate([self._subtables, subtables])
+        prefixes = first_within(parents.prefixes[row], parent_shift, RANK_BITS) + digit.astype(np.uint64)
+        self._crowded = Crowded(prefixes[index], larger[index], np.zeros(index.size, np.uint64))
+
+    def table(self, slots: int) -> tuple[Counts, Floats]:
         """The bins that hold any, and their probabilities; −(slot + 1) for a subtable, after ``slots`` of others."""
         return self._numbers, np.where(self._keeps < 0, self._keeps - slots, self._keeps)
 
-    def subtables(self, slots: int) -> list[np.ndarray[Any, Any]]:
-        """The same by digit, for each bin that was tallied again."""
-        return [np.where(each < 0, each - slots, each) for each in self._subtables]
+    def subtables(self, slots: int) -> Floats:
+        """The same by digit, for each bin that was tallied again, shape (bins, digits)."""
+        return np.where(self._subtables < 0, self._subtables - slots, self._subtables)
 
-    def _keep(self, tally: Tally, counts: Counts, last: float, slots: int = 0) -> np.ndarray[Any, Any]:
-        """Probabilities by bin; the smallest magnitude has the rank ``last`` − 1."""
-        larger = last - np.cumsum(counts).astype(np.float64)
-        keep = keep_probability(
-            larger + (counts.astype(np.float64) - 1) / 2, self._size, self._reserve_p, self._epsilon
-        )
-        crowded = counts.astype(np.float64) * self._epsilon > PROBABILITY_ERROR * self._size
-        for index in np.flatnonzero(crowded & tally.mixed).tolist():
-            keep[index] = -1.0 - slots - len(self._crowded)
-            twin = tally.sticky and index > 0 and tally.leading(index - 1) == tally.leading(index)
-            apart = int(counts[index - 1]) if twin else 0
-            self._crowded.append(Crowded(tally.leading(index), float(larger[index]), apart))
-        return keep
+    def _keep(self, counts: Counts, larger: Floats, mixed: Booleans, slots: int) -> tuple[Floats, Indices]:
+        """Probabilities by bin, and which bins hold too many ranks: each is one more subtable."""
+        ranks = larger + (counts.astype(np.float64) - 1) / 2
+        keeps = np.asarray(keep_probability(ranks, self._size, self._reserve_p, self._epsilon), np.float64)
+        # One magnitude's rank is exact.
+        most = max(PROBABILITY_ERROR * self._size / self._epsilon, 1.0) if self._epsilon else math.inf
+        index = np.flatnonzero((counts > most) & mixed)
+        keeps[index] = -1.0 - slots - np.arange(index.size)
+        return keeps, index

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from functools import reduce
-from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from modelfuse.kernels import Pass, Work
 from modelfuse.kernels.cpu import DIGIT_BITS, RANK_BITS
-from modelfuse.kernels.magnitudes import LAYOUTS, RankTable, Tally, TrimSearch
+from modelfuse.kernels.magnitudes import LAYOUTS, RankTable, Tally, TrimSearch, first_within
 
 Array = np.ndarray[Any, Any]
 Passes = Generator[Pass, list[Any], Any]
@@ -34,10 +33,11 @@ class Tallies(Protocol):
     def all(self, work: Work) -> TallyPass:
         """Tallies all magnitudes; finds, for each model, what :func:`add_up` adds up."""
 
-    def within(
-        self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int, digit_bits: int
-    ) -> TallyPass:
-        """Tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3)."""
+    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyPass:
+        """Tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3).
+
+        ``prefixes`` are the bins' leading bits, uint64, ascending, one array a model.
+        """
 
 
 class Ranks(NamedTuple):
@@ -47,24 +47,28 @@ class Ranks(NamedTuple):
         numbers: The mean probability, and whether there is anything to drop, a pair a model.
         tables: A pair a model: the bins that hold any magnitude, as in :class:`Tally`, and their probabilities,
             float64; −(slot + 1) for a subtable.
-        subtables: The same by the next digit, for each bin that was tallied again, shape (RANKS,).
+        subtables: The same by the next digit, for each bin that was tallied again, shape (bins, RANKS).
         levels: How often bins were tallied again.
     """
 
     numbers: list[tuple[float, float]]
     tables: list[tuple[Array, Array]]
-    subtables: list[Array]
+    subtables: Array
     levels: int
 
 
 def measure_thresholds(work: Work, passes: Tallies) -> Passes:
     """trim's threshold and factor, a pair a model."""
+    layout = LAYOUTS[work.compute]
     searches = [TrimSearch(tally, work.method.reserve_p) for tally in (yield from _tally_all(work, passes))]
     while pending := [search for search in searches if search.threshold is None]:
-        prefixes = [[search.prefix] if search in pending else [] for search in searches]
-        found = yield from _tally_within(work, passes, prefixes, pending[0].parent_shift, DIGIT_BITS)
-        for search, tally in zip(pending, found, strict=True):
-            search.narrow(tally)
+        prefixes = [np.array([each.prefix] if each in pending else [], np.uint64) for each in searches]
+        tables = yield from _tally_within(work, passes, prefixes, pending[0].parent_shift, DIGIT_BITS)
+        for search, table in zip(pending, tables, strict=True):
+            digits = np.flatnonzero(table[:, 0])
+            first = first_within(np.array(search.prefix, np.uint64), search.parent_shift, DIGIT_BITS)
+            numbers = first + digits.astype(np.uint64)
+            search.narrow(Tally(layout, max(search.parent_shift - DIGIT_BITS, 0), numbers, table[digits]))
     factors = [search.factor() if work.method.rescale else 1.0 for search in searches]
     return [(search.threshold or 0.0, factor) for search, factor in zip(searches, factors, strict=True)]
 
@@ -74,17 +78,21 @@ def measure_ranks(work: Work, passes: Tallies) -> Passes:
     method = work.method
     models = [RankTable(tally, method.reserve_p, method.epsilon) for tally in (yield from _tally_all(work, passes))]
     shift, levels = LAYOUTS[work.compute].shift, 0
-    while any(prefixes := [model.prefixes() for model in models]):
-        found = iter((yield from _tally_within(work, passes, prefixes, shift, RANK_BITS)))
-        for model, own in zip(models, prefixes, strict=True):
-            model.narrow(list(islice(found, len(own))))
+    while sum(map(len, prefixes := [model.prefixes for model in models])):
+        tables = yield from _tally_within(work, passes, prefixes, shift, RANK_BITS)
+        parts = np.split(tables, np.cumsum([len(own) for own in prefixes[:-1]]))
+        for model, part in zip(models, parts, strict=True):
+            model.narrow(part, shift)
         shift, levels = max(shift - RANK_BITS, 0), levels + 1
-    tables: list[tuple[Array, Array]] = []
+    found: list[tuple[Array, Array]] = []
     subtables: list[Array] = []
     for model in models:
-        tables.append(model.table(len(subtables)))
-        subtables += model.subtables(len(subtables))
-    return Ranks([(method.reserve_p, float(model.active)) for model in models], tables, subtables, levels)
+        slots = sum(map(len, subtables))
+        found.append(model.table(slots))
+        subtables.append(model.subtables(slots))
+    return Ranks(
+        [(method.reserve_p, float(model.active)) for model in models], found, np.concatenate(subtables), levels
+    )
 
 
 def _tally_all(work: Work, passes: Tallies) -> Passes:
@@ -93,17 +101,9 @@ def _tally_all(work: Work, passes: Tallies) -> Passes:
     return [Tally(layout, layout.shift, numbers, rows, sticky=True) for numbers, rows in reduce(pass_.fold, spans)]
 
 
-def _tally_within(work: Work, passes: Tallies, prefixes: list[list[int]], parent_shift: int, digit_bits: int) -> Passes:
-    shift = max(parent_shift - digit_bits, 0)
-    pass_ = passes.within(work, prefixes, parent_shift, shift, digit_bits)
-    spans = yield pass_
-    tallies = []
-    for prefix, table in zip((each for own in prefixes for each in own), reduce(pass_.fold, spans), strict=True):
-        digits = np.flatnonzero(table[:, 0])
-        # The last digits may begin with the prefix's end.
-        numbers = np.uint64(prefix << (parent_shift - shift) >> digit_bits << digit_bits) + digits.astype(np.uint64)
-        tallies.append(Tally(LAYOUTS[work.compute], shift, numbers, table[digits]))
-    return tallies
+def _tally_within(work: Work, passes: Tallies, prefixes: list[Array], parent_shift: int, digit_bits: int) -> Passes:
+    pass_ = passes.within(work, prefixes, parent_shift, max(parent_shift - digit_bits, 0), digit_bits)
+    return reduce(pass_.fold, (yield pass_))
 
 
 def add_up(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

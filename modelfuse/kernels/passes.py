@@ -47,9 +47,7 @@ class _Tallies:
     def all(self, work: Work) -> TallyAll:
         return TallyAll(work, LAYOUTS[work.compute])
 
-    def within(
-        self, work: Work, prefixes: list[list[int]], parent_shift: int, shift: int, digit_bits: int
-    ) -> TallyWithin:
+    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyWithin:
         return TallyWithin(work, prefixes, (LAYOUTS[work.compute].shift, parent_shift, shift), digit_bits)
 
 
@@ -78,7 +76,7 @@ def _sparsifier(
         ((bins >> np.uint64(1)) | (bins & np.uint64(1)) << np.uint64(cpu.LEAD_BITS)).astype(np.uint16),
         np.cumsum([bins.size for bins, _ in tables]),
         np.concatenate([keeps for _, keeps in tables]).astype(work.compute),
-        np.array(ranks.subtables if ranks else [], work.compute).reshape(-1, cpu.RANKS),
+        (ranks.subtables if ranks else np.ones((0, cpu.RANKS))).astype(work.compute),
     )
 
 
@@ -196,16 +194,14 @@ class TallyWithin(_Walk):
 
     writes = False
 
-    def __init__(self, work: Work, prefixes: list[list[int]], shifts: tuple[int, int, int], digit_bits: int) -> None:
+    def __init__(self, work: Work, prefixes: list[Array], shifts: tuple[int, int, int], digit_bits: int) -> None:
         super().__init__(work)
         self._shifts, self._digits = shifts, 1 << digit_bits
-        self._prefixes = np.array([prefix for own in prefixes for prefix in own], np.uint64)
-        leads = np.arange(cpu.LEADS + 1)
-        ends = np.cumsum([0, *map(len, prefixes)])
-        leading = [np.array(own, np.int64) >> (shifts[0] - shifts[1]) for own in prefixes]
-        self._begins = np.stack(
-            [np.searchsorted(own, leads) + end for own, end in zip(leading, ends[:-1], strict=True)]
-        ).astype(np.int32)
+        self._prefixes = np.concatenate(prefixes)
+        leading = [(own >> np.uint64(shifts[0] - shifts[1])).astype(np.int64) for own in prefixes]
+        smaller = [np.cumsum(np.bincount(own + 1, minlength=cpu.LEADS + 1)) for own in leading]
+        starts = np.cumsum([0, *map(len, prefixes[:-1])])
+        self._begins = (np.stack(smaller) + starts[:, None]).astype(np.int32)
 
     def start(self) -> State:
         state = super().start()
