@@ -65,6 +65,8 @@ class Ranges:
         self._held = 0
         #: Bytes of each file that are needed soon, but are too few for a request of their own.
         self._expected: dict[Version, tuple[int, int]] = {}
+        #: What was expected of each file when there was no room: first bytes, and ends.
+        self._refused: dict[Version, dict[int, int]] = {}
         self._ahead = 0
         self._abandoned: list[Callable[[], bool]] = []
 
@@ -75,15 +77,19 @@ class Ranges:
             Whether they are there or on their way; False if there is no room for them yet.
         """
         with self._lock:
+            if not self._lacks(version, offset, offset + count):
+                return True
             begin, end = self._expected.get(version, (offset, offset))
             if not begin <= offset <= end:  # Tensors mostly follow one another: those that do are fetched together.
                 self._send_expected(version)
                 begin = end = offset
-            more = max(offset + count - end, 0)
-            if not self._has_room(end - begin + more):
+            stop = max(end, offset + count)
+            if not self._has_room(stop - begin):
+                self._refused.setdefault(version, {})[offset] = offset + count
                 return False
-            self._expected[version] = begin, end + more
-            if end + more - begin >= RUN:
+            self._refused.get(version, {}).pop(offset, None)
+            self._expected[version] = begin, stop
+            if stop - begin >= RUN:
                 self._send_expected(version, all_of_it=False)
         return True
 
@@ -99,7 +105,7 @@ class Ranges:
             begin, stop = self._expected.get(version, (0, 0))
             if begin < end and offset < stop:
                 self._send_expected(version)
-            for start, stop in self._missing(version, offset, end):
+            for start, stop in self._wanted(version, offset, end):
                 self._has_room(stop - start, urgent=True)
                 self._send(version, start, stop)
         position, out = offset, np.frombuffer(buffer, np.uint8)
@@ -116,6 +122,7 @@ class Ranges:
         """Keep nothing."""
         with self._lock:
             self._expected.clear()
+            self._refused.clear()
             for run in list(self._runs):
                 self._drop(run)
 
@@ -169,6 +176,20 @@ class Ranges:
                 raise Abandoned from None
             raise told(run.version.url, error) from error
 
+    def _lacks(self, version: Version, start: int, end: int) -> bool:
+        """Whether any bytes are neither there, nor on their way, nor expected."""
+        begin, stop = self._expected.get(version, (end, end))
+        return any(self._missing(version, start, begin if start < begin < end <= stop else end)) and not (
+            begin <= start and end <= stop
+        )
+
+    def _wanted(self, version: Version, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Runs to send for, for bytes that are read now."""
+        if any(self._missing(version, start, end)):  # Who reads some of what was refused will soon read the rest.
+            refused = self._refused.get(version, {})
+            ends = [refused.pop(begin) for begin, stop in list(refused.items()) if begin < end and start < stop]
+            yield from self._missing(version, start, max([end, *ends]))
+
     def _missing(self, version: Version, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Runs of pages that are neither there nor on their way."""
         pages = self._pages.get(version, {})
@@ -204,16 +225,16 @@ class Ranges:
         """Drop what was read longest ago until there is room; what is urgent also takes what was never read."""
         if not urgent and self._ahead + count > self.room // 2:
             return False
-        for run in list(self._runs) if self._held + count > self.room else ():
-            if run.is_read and run.content.done():
-                self._drop(run)
-            if self._held + count <= self.room:
-                return True
-        for run in list(self._runs) if urgent and self._held + count > self.room else ():
-            if run.content.done():
-                self._drop(run)
-            if self._held + count <= self.room:
-                return True
+        # What somebody is in the middle of is needed at once, what nobody has read soon.
+        orders: list[Callable[[_Run], bool]] = [lambda run: run.left <= 0]
+        if urgent:
+            orders += [lambda run: not run.is_read, lambda _: True]
+        for may_go in orders:
+            for run in list(self._runs) if self._held + count > self.room else ():
+                if run.content.done() and may_go(run):
+                    self._drop(run)
+                if self._held + count <= self.room:
+                    return True
         return self._held + count <= self.room
 
     def _drop(self, run: _Run) -> None:

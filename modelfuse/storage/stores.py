@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import functools
+import itertools
 import random
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -148,15 +149,17 @@ class Store:
             What fails with whatever the libraries raise; :func:`told` makes sense of it.
         """
 
+        attempts = itertools.count()
+
         async def once() -> Content:
-            content = await self._range(url, entry, start, end)
+            content = await self._range(url, entry, start, end, next(attempts))
             if len(content) != end - start:
                 raise Cut(f"{len(content):,} bytes came instead of {end - start:,}")
             return content
 
         return self.submit(self.in_turn(once))
 
-    async def _range(self, url: Url, entry: Entry, start: int, end: int) -> Content:
+    async def _range(self, url: Url, entry: Entry, start: int, end: int, attempt: int) -> Content:
         """The same, by a store that cannot be told which version is meant: it is asked for it afterwards."""
         content: bytes = await self.call("cat_file", self.address(url), start=start, end=end)
         if self.entry_of(await self.call("info", self.address(url))) != entry:

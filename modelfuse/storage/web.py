@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import weakref
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from modelfuse.storage.receiving import Lines, Odd, Request, receive
+from modelfuse.storage.signing import Signer
 from modelfuse.storage.stores import Content, Store
 from modelfuse.storage.troubles import Cut, Replaced, Unranged, answer
 from modelfuse.storage.url import Entry, Url
@@ -32,21 +36,77 @@ KNOWN = (
 CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
 #: The most bytes of an answer that are looked at together.
 CHUNK = 1 << 20
+#: The least bytes of a range that is received here; how often that may be odd before it is left to the libraries.
+LEAST, MOST_ODD = 1 << 20, 3
+#: Where S3 says what the bytes of an answer add up to.
+CHECKSUMS = {f"x-amz-checksum-{name}" for name in ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")}
 #: How the names end of what is a file and no folder.
 FILES = (".safetensors", ".bin", ".pdparams", ".json")
 
 
-class S3Store(Store):
+class RangedStore(Store):
+    """What is common to both: large ranges are received here, unless that is odd; all others, and all that failed once,
+    through the library.
+    """
+
+    def __init__(self, fs: Any) -> None:
+        super().__init__(fs)
+        self._lines, self._odd = Lines(), 0
+        weakref.finalize(self, self._lines.close)
+
+    def forget(self) -> None:
+        super().forget()
+        self._odd = 0
+
+    async def _range(self, url: Url, entry: Entry, start: int, end: int, attempt: int) -> Content:
+        is_whole = end - start == entry.size  # Comes with a checksum, which the library compares.
+        if attempt == 0 and end - start >= LEAST and not is_whole and self._odd < MOST_ODD:
+            try:
+                request = await self._request(url, entry)
+                return await receive(self._lines, request, start, end, functools.partial(self._check, entry))
+            except Odd:
+                self._odd += 1
+        return await self._by_library(url, entry, start, end)
+
+    @abstractmethod
+    async def _request(self, url: Url, entry: Entry) -> Request:
+        """How the library would ask for a file; Odd if that is not known."""
+
+    @abstractmethod
+    def _check(self, entry: Entry, headers: Mapping[str, str]) -> None:
+        """Raise Replaced if an answer is of another version, Odd if there is anything about it for the library."""
+
+    @abstractmethod
+    async def _by_library(self, url: Url, entry: Entry, start: int, end: int) -> Content:
+        """A range, through the library."""
+
+
+class S3Store(RangedStore):
     """S3, and all that speaks as it does."""
 
     def __init__(self, fs: Any) -> None:
         super().__init__(fs)
         fs.retries = 1
+        self._signer = Signer(fs)
+
+    def forget(self) -> None:
+        super().forget()
+        self._signer.forget()
+
+    async def _request(self, url: Url, entry: Entry) -> Request:
+        bucket, key, _ = self.fs.split_path(self.address(url))
+        return await self._signer.request(bucket, key, entry)
+
+    def _check(self, entry: Entry, headers: Mapping[str, str]) -> None:
+        if headers.get("ETag", entry.version) != entry.version:
+            raise Replaced
+        if any(name.lower() in CHECKSUMS and "-" not in value for name, value in headers.items()):
+            raise Odd("a checksum")
 
     async def _list(self, folder: Url) -> dict[str, Entry | None]:
         return self.entries(self.address(folder), await self.fs._lsdir(self.address(folder), refresh=True))
 
-    async def _range(self, url: Url, entry: Entry, start: int, end: int) -> Content:
+    async def _by_library(self, url: Url, entry: Entry, start: int, end: int) -> Content:
         bucket, key, _ = self.fs.split_path(self.address(url))
         found = await self.fs._call_s3(
             "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=entry.version
@@ -60,7 +120,7 @@ class S3Store(Store):
         return answer(error)[1] == "NoSuchBucket"
 
 
-class HttpStore(Store):
+class HttpStore(RangedStore):
     """A web server, which lists nothing."""
 
     lists = False
@@ -135,7 +195,18 @@ class HttpStore(Store):
                 raise Unranged
             return _entry(response.headers, int(whole))
 
-    async def _range(self, url: Url, entry: Entry, start: int, end: int) -> Content:
+    async def _request(self, url: Url, entry: Entry) -> Request:
+        if self.fs.kwargs or self.fs.client_kwargs or url.user or url.scheme == "https":
+            raise Odd("settings that are the library's")
+        headers = {"Accept-Encoding": "identity"}
+        return Request(self.fs.encode_url(url.address), headers, None, CONNECT_SECONDS, READ_SECONDS)
+
+    def _check(self, entry: Entry, headers: Mapping[str, str]) -> None:
+        whole = headers["Content-Range"].rpartition("/")[2]
+        if _entry(headers, int(whole) if whole.isdigit() else entry.size) != entry:
+            raise Replaced
+
+    async def _by_library(self, url: Url, entry: Entry, start: int, end: int) -> Content:
         session, options = await self._session()
         options["headers"]["Range"] = f"bytes={start}-{end - 1}"
         async with session.get(self.fs.encode_url(url.address), **options) as response:

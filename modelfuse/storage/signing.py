@@ -1,0 +1,101 @@
+"""What S3's client library would send for an object, without sending it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import ssl
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from modelfuse.storage.receiving import Odd, Request, is_proxied
+from modelfuse.storage.url import Entry
+
+#: Seconds that a signature is used for. Stores take it for some minutes.
+SECONDS = 60.0
+#: The library's event before a request leaves, and the name that our part in it goes by.
+EVENT, OURS = "before-send.s3.GetObject", "modelfuse"
+_IS_ASKING = contextvars.ContextVar("_IS_ASKING", default=False)
+
+
+class _Prepared(Exception):
+    """Raised in the library when a request is ready, to have it."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__("the request is ready")
+        self.request = request
+
+
+def _hand_over(request: Any, **_: object) -> None:
+    if _IS_ASKING.get():
+        raise _Prepared(request)
+
+
+class Signer:
+    """Has requests made and signed by s3fs as it is configured: endpoint, region, style of addresses, credentials.
+
+    Ranges are no part of what is signed, so one request serves for all of an object's.
+
+    Args:
+        fs: s3fs's file system.
+    """
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+        self._lock = asyncio.Lock()
+        self._requests: dict[tuple[str, str, Entry], tuple[float, Request]] = {}
+        self._context: ssl.SSLContext | None = None
+
+    async def request(self, bucket: str, key: str, entry: Entry) -> Request:
+        """How to ask for a version of an object.
+
+        Raises:
+            Odd: If the library is set up to ask in a way that is not known here.
+        """
+        async with self._lock:
+            moment, request = self._requests.get((bucket, key, entry), (0.0, None))
+            if request is None or time.monotonic() > moment + SECONDS:
+                request = await self._sign(bucket, key, entry)
+                self._requests[bucket, key, entry] = time.monotonic(), request
+            return request
+
+    def forget(self) -> None:
+        """Sign anew."""
+        self._requests.clear()
+
+    async def _sign(self, bucket: str, key: str, entry: Entry) -> Request:
+        await self._fs.set_session()
+        client = await self._fs.get_s3(bucket)
+        config = client.meta.config
+        if config.proxies or config.client_cert:
+            raise Odd("a proxy, or a certificate of our own")
+        client.meta.events.register(EVENT, _hand_over, unique_id=OURS)
+        asking = _IS_ASKING.set(True)
+        try:
+            await self._fs._call_s3("get_object", Bucket=bucket, Key=key, IfMatch=entry.version)
+        except _Prepared as prepared:
+            url, headers = str(prepared.request.url), dict(_text(prepared.request.headers))
+        else:
+            raise Odd("the request was sent")
+        finally:
+            _IS_ASKING.reset(asking)
+        if is_proxied(url):
+            raise Odd("a proxy")
+        context = self._proof() if url.startswith("https:") else None
+        return Request(url, headers, context, config.connect_timeout, config.read_timeout)
+
+    def _proof(self) -> ssl.SSLContext:
+        """Trusts whom the library trusts."""
+        if self._context is None:
+            from botocore.httpsession import get_cert_path
+
+            trusted = self._fs.client_kwargs.get("verify", self._fs.session.get_config_variable("ca_bundle"))
+            if trusted is False:
+                raise Odd("servers need not prove who they are")
+            self._context = ssl.create_default_context(cafile=get_cert_path(True if trusted is None else trusted))
+        return self._context
+
+
+def _text(headers: Mapping[str, str | bytes]) -> list[tuple[str, str]]:
+    return [(name, value.decode() if isinstance(value, bytes) else value) for name, value in headers.items()]
