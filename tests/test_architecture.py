@@ -74,13 +74,15 @@ THIRD_PARTY = {
     "yaml": {"recipe_file"},
     "fsspec": {"storage"},
     "aiohttp": {"storage"},
+    "botocore": {"storage"},
     "rich": {"voice", "show", "manual", "cli"},
     "xxhash": {"checksums", "journal"},
     "ray": {"cluster"},
 }
 #: Those of them that an extra of the same name installs: imported only where a request needs them.
-EXTRAS = {"hub", "ray", "remote"}
-DISTRIBUTIONS = {"pyyaml": "yaml"}
+EXTRAS = {"hub", "ray", "remote", "s3"}
+#: What is imported of them, where that is called otherwise: s3fs is used through fsspec, and brings botocore.
+DISTRIBUTIONS = {"pyyaml": "yaml", "s3fs": "botocore"}
 #: One module, as its functions call each other.
 LONGEST = {"modelfuse.kernels.cpu": 550}
 MAX_LINES = 310

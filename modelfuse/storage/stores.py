@@ -148,7 +148,6 @@ class Store:
         Returns:
             What fails with whatever the libraries raise; :func:`told` makes sense of it.
         """
-
         attempts = itertools.count()
 
         async def once() -> Content:

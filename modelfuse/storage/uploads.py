@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future, wait
@@ -130,7 +131,7 @@ class S3Upload:
         self._object = {"Bucket": bucket, "Key": key}
         self._part = max(PART, -(-(size or 0) // MOST_PARTS))
         self._lock = threading.Lock()
-        self._pieces: dict[int, dict[int, bytes]] = {}
+        self._parts: dict[int, bytearray] = {}
         self._filled: dict[int, int] = {}
         self._written = 0
         self._begun = asyncio.Lock()
@@ -142,19 +143,23 @@ class S3Upload:
         begin, end = offset, offset + len(data)
         while begin < end:
             number = begin // self._part
-            stop = min(end, (number + 1) * self._part)
-            piece = bytes(data[begin - offset : stop - offset])
+            first = number * self._part
+            stop = min(end, first + self._part)
             with self._lock:
-                self._pieces.setdefault(number, {})[begin] = piece
-                self._filled[number] = self._filled.get(number, 0) + len(piece)
-                self._written += len(piece)
+                part = self._parts.get(number)
+                if part is None:
+                    part = self._parts[number] = bytearray(self._length(number))
+            memoryview(part)[begin - first : stop - first] = memoryview(data)[begin - offset : stop - offset]
+            with self._lock:
+                self._filled[number] = self._filled.get(number, 0) + stop - begin
+                self._written += stop - begin
                 is_full = self._filled[number] == self._length(number)
             if is_full:
                 self._send(number)
             begin = stop
 
     def close(self) -> None:
-        for number in sorted(self._pieces):
+        for number in sorted(self._parts):
             self._send(number)
         if not self._written:
             self._whole = b""
@@ -187,21 +192,21 @@ class S3Upload:
 
     def _send(self, number: int) -> None:
         with self._lock:
-            pieces = self._pieces.pop(number)
-        content = b"".join(piece for _, piece in sorted(pieces.items()))
+            content = self._parts.pop(number)
+        del content[self._filled[number] :]
         if number == 0 and len(content) < LEAST_PART:  # It is all there is.
-            self._whole = content
+            self._whole = bytes(content)
         else:
             self._gate.start(self._store, self.url, self._send_part(number, content))
 
-    async def _send_part(self, number: int, content: bytes) -> None:
+    async def _send_part(self, number: int, content: bytearray) -> None:
         async with self._begun:
             if self._id is None:
                 begun = await self._store.attempt(lambda: self._call("create_multipart_upload"))
                 self._id = begun["UploadId"]
-        options = {"UploadId": self._id, "PartNumber": number + 1, "Body": content}
-        sent = await self._store.in_turn(lambda: self._call("upload_part", **options))
-        self._sent[number] = sent["ETag"]
+        options = {**self._object, "UploadId": self._id, "PartNumber": number + 1, "Body": content}
+        attempts = itertools.count()
+        self._sent[number] = await self._store.in_turn(lambda: self._store.send_part(next(attempts), **options))
 
     async def _call(self, method: str, **options: Any) -> Any:
         return await self._store.fs._call_s3(method, **self._object, **options)

@@ -6,12 +6,15 @@ import asyncio
 import functools
 import weakref
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
+from email.message import Message
+from http.client import HTTPResponse
 from typing import Any
 
 import numpy as np
 
-from modelfuse.storage.receiving import Lines, Odd, Request, receive
+from modelfuse.storage.lines import Lines, Odd, Request, exchange, look_at, receive
 from modelfuse.storage.signing import Signer
 from modelfuse.storage.stores import Content, Store
 from modelfuse.storage.troubles import Cut, Replaced, Unranged, answer
@@ -45,27 +48,25 @@ FILES = (".safetensors", ".bin", ".pdparams", ".json")
 
 
 class RangedStore(Store):
-    """What is common to both: large ranges are received here, unless that is odd; all others, and all that failed once,
-    through the library.
-    """
+    """Receives large ranges itself, unless they are odd; all others, and all that failed once, through the library."""
 
     def __init__(self, fs: Any) -> None:
         super().__init__(fs)
-        self._lines, self._odd = Lines(), 0
+        self._lines, self._odd = Lines(), Counter[str]()
         weakref.finalize(self, self._lines.close)
 
     def forget(self) -> None:
         super().forget()
-        self._odd = 0
+        self._odd.clear()
 
     async def _range(self, url: Url, entry: Entry, start: int, end: int, attempt: int) -> Content:
         is_whole = end - start == entry.size  # Comes with a checksum, which the library compares.
-        if attempt == 0 and end - start >= LEAST and not is_whole and self._odd < MOST_ODD:
+        if attempt == 0 and end - start >= LEAST and not is_whole and self._odd["reading"] < MOST_ODD:
             try:
                 request = await self._request(url, entry)
                 return await receive(self._lines, request, start, end, functools.partial(self._check, entry))
             except Odd:
-                self._odd += 1
+                self._odd["reading"] += 1
         return await self._by_library(url, entry, start, end)
 
     @abstractmethod
@@ -73,7 +74,7 @@ class RangedStore(Store):
         """How the library would ask for a file; Odd if that is not known."""
 
     @abstractmethod
-    def _check(self, entry: Entry, headers: Mapping[str, str]) -> None:
+    def _check(self, entry: Entry, headers: Message) -> None:
         """Raise Replaced if an answer is of another version, Odd if there is anything about it for the library."""
 
     @abstractmethod
@@ -95,9 +96,9 @@ class S3Store(RangedStore):
 
     async def _request(self, url: Url, entry: Entry) -> Request:
         bucket, key, _ = self.fs.split_path(self.address(url))
-        return await self._signer.request(bucket, key, entry)
+        return await self._signer.reading(bucket, key, entry)
 
-    def _check(self, entry: Entry, headers: Mapping[str, str]) -> None:
+    def _check(self, entry: Entry, headers: Message) -> None:
         if headers.get("ETag", entry.version) != entry.version:
             raise Replaced
         if any(name.lower() in CHECKSUMS and "-" not in value for name, value in headers.items()):
@@ -115,6 +116,16 @@ class S3Store(RangedStore):
             if found.get("ETag", entry.version) != entry.version:  # Not every store knows conditions.
                 raise Replaced
             return await _received(body.iter_chunks(CHUNK), end - start)
+
+    async def send_part(self, attempt: int, **options: Any) -> str:
+        """Send a part of an upload, with the options of the client's method; its tag."""
+        if attempt == 0 and self._odd["sending"] < MOST_ODD:
+            try:
+                return await exchange(self._lines, await self._signer.prepared("upload_part", **options), _tag)
+            except Odd:
+                self._odd["sending"] += 1
+        sent = await self.fs._call_s3("upload_part", **options)
+        return str(sent["ETag"])
 
     def _is_wrong(self, error: BaseException) -> bool:
         return answer(error)[1] == "NoSuchBucket"
@@ -199,9 +210,9 @@ class HttpStore(RangedStore):
         if self.fs.kwargs or self.fs.client_kwargs or url.user or url.scheme == "https":
             raise Odd("settings that are the library's")
         headers = {"Accept-Encoding": "identity"}
-        return Request(self.fs.encode_url(url.address), headers, None, CONNECT_SECONDS, READ_SECONDS)
+        return Request("GET", self.fs.encode_url(url.address), headers, None, CONNECT_SECONDS, READ_SECONDS)
 
-    def _check(self, entry: Entry, headers: Mapping[str, str]) -> None:
+    def _check(self, entry: Entry, headers: Message) -> None:
         whole = headers["Content-Range"].rpartition("/")[2]
         if _entry(headers, int(whole) if whole.isdigit() else entry.size) != entry:
             raise Replaced
@@ -220,6 +231,15 @@ class HttpStore(RangedStore):
             return await _received(response.content.iter_chunked(CHUNK), end - start)
 
 
+def _tag(response: HTTPResponse) -> str:
+    """What S3 calls a part that it has taken."""
+    look_at(response, 200)
+    tag = response.getheader("ETag")
+    if not tag or response.read():
+        raise Odd("no tag")
+    return tag
+
+
 async def _received(chunks: AsyncIterator[bytes], count: int) -> Content:
     """What comes, put where it is to lie at once: aiohttp would copy it once more to hand it over as one."""
     content, position = np.empty(count, np.uint8), 0
@@ -232,5 +252,5 @@ async def _received(chunks: AsyncIterator[bytes], count: int) -> Content:
     return content[:position].data
 
 
-def _entry(headers: Mapping[str, str], size: int) -> Entry:
+def _entry(headers: Mapping[str, str] | Message, size: int) -> Entry:
     return Store.entry_of({"size": size, "ETag": headers.get("ETag"), "Last-Modified": headers.get("Last-Modified")})
