@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +57,25 @@ class S3:
         fault: Chooses requests that fail.
         delay: Seconds that each answer is held back.
         most: The most requests that were under way at a time.
+        proof: The files of a certificate and its key, to be spoken to over TLS.
     """
 
     asked: list[Asked] = field(default_factory=list)
     fault: Fault = lambda _: None
     delay: float = 0.0
     most: int = 0
+    proof: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         self._application = DomainDispatcherApplication(create_backend_app)
         self._lock, self._now = threading.Lock(), 0
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
+        self._server = make_server(
+            "127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet, ssl_context=self.proof
+        )
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.endpoint = f"{'https' if self.proof else 'http'}://127.0.0.1:{self._server.server_port}"
 
     def stop(self) -> None:
         self._server.shutdown()
@@ -105,7 +111,7 @@ class S3:
         import boto3
 
         keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
-        return boto3.client("s3", endpoint_url=self.endpoint, **keys)
+        return boto3.client("s3", endpoint_url=self.endpoint, verify=self.proof and self.proof[0], **keys)
 
     @contextmanager
     def speaking(self) -> Iterator[Any]:
@@ -147,6 +153,27 @@ class S3:
                 client.delete_object(Bucket=BUCKET, Key=each["Key"])
         self.asked.clear()
         self.most = 0
+
+
+def prove(folder: Path) -> tuple[str, str]:
+    """A certificate of this machine, signed by itself, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.now(UTC)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(names, critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "certificate").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return str(folder / "certificate"), str(folder / "key")
 
 
 class Web:

@@ -8,26 +8,16 @@ dealt with: it is :class:`Odd`, and whoever asked asks again through the library
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from email.message import Message
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPSConnection
+from typing import Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import numpy as np
-
-from modelfuse.storage.troubles import PASSING, Cut
-
-T = TypeVar("T")
-#: Raises what is wrong with an answer, by its headers.
-Check = Callable[[Message], None]
 #: Bytes that are sent at a time: each has its own time limit.
 PIECE = 1 << 18
 
@@ -46,6 +36,13 @@ class Refused(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(f"status {status}")
         self.status = status
+
+
+class Body(Protocol):
+    """What is made while it is sent."""
+
+    async def read(self, size: int) -> bytes:
+        """The next bytes; none at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ class Request:
     context: ssl.SSLContext | None
     connecting: float
     reading: float
-    body: bytes | bytearray | None = None
+    body: bytes | bytearray | Body | None = None
 
     @property
     def target(self) -> str:
@@ -76,12 +73,20 @@ class Request:
         parts = urlsplit(self.url)
         return f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
 
-    def pieces(self) -> Iterator[memoryview] | None:
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the body says by itself where it ends."""
+        return any(name.lower() == "transfer-encoding" for name in self.headers)
+
+    def pieces(self) -> Iterator[memoryview | bytes]:
         """The body as it is sent."""
-        if self.body is None:
-            return None
-        whole = memoryview(self.body)
-        return (whole[start : start + PIECE] for start in range(0, len(whole), PIECE))
+        if isinstance(self.body, bytes | bytearray):
+            whole = memoryview(self.body)
+            yield from (whole[start : start + PIECE] for start in range(0, len(whole), PIECE))
+        elif self.body is not None:
+            with asyncio.Runner() as runner:
+                while piece := runner.run(self.body.read(PIECE)):
+                    yield piece
 
 
 class Lines:
@@ -140,162 +145,3 @@ def is_proxied(url: str) -> bool:
     """Whether the environment says to reach a server through another one."""
     parts = urlsplit(url)
     return parts.scheme in getproxies() and not proxy_bypass(parts.netloc)
-
-
-async def exchange(lines: Lines, request: Request, take: Callable[[HTTPResponse], T]) -> T:
-    """Make a request.
-
-    Args:
-        lines: Connections to use.
-        request: What is sent.
-        take: Makes of an answer, in another thread, what is returned.
-
-    Raises:
-        Odd: If the answer is none that can be dealt with here.
-        Refused: If the server asks to come again.
-        Cut: If the connection ends too early.
-        TimeoutError: If nothing comes.
-    """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-    call = _Call(lines, request, take)
-
-    def settle() -> None:
-        if answer.done():
-            return
-        if call.failure is not None:
-            answer.set_exception(call.failure)
-        else:
-            answer.set_result(call.outcome)
-
-    def work() -> None:
-        call.make()
-        with contextlib.suppress(RuntimeError):  # The process is ending.
-            loop.call_soon_threadsafe(settle)
-
-    lines.start(work)
-    try:
-        return await answer
-    finally:
-        call.end()
-
-
-async def receive(lines: Lines, request: Request, start: int, end: int, check: Check) -> memoryview:
-    """Some bytes of a file; raises what :func:`exchange` does.
-
-    Args:
-        lines: Connections to use.
-        request: How all of the file is asked for.
-        start: The first byte.
-        end: The one after the last.
-        check: Looks at the headers before anything is received.
-    """
-    content = np.empty(end - start, np.uint8).data
-
-    def take(response: HTTPResponse) -> memoryview:
-        look_at(response, 206)
-        place = response.getheader("Content-Range", "")
-        if (
-            response.length != len(content)
-            or not place.startswith(f"bytes {start}-{end - 1}/")
-            or response.getheader("Content-Encoding", "identity") != "identity"
-        ):
-            raise Odd(f"another range: {place}")
-        check(response.headers)
-        got = response.readinto(content)
-        if got != len(content):
-            raise Cut(f"{got:,} bytes came instead of {len(content):,}")
-        return content
-
-    headers = {**request.headers, "Range": f"bytes={start}-{end - 1}"}
-    return await exchange(lines, replace(request, headers=headers), take)
-
-
-def look_at(response: HTTPResponse, status: int) -> None:
-    """Make sure that an answer is of one kind.
-
-    Raises:
-        Refused: If the server asks to come again.
-        Odd: If it is any other.
-    """
-    if response.status in PASSING:
-        raise Refused(response.status)
-    if response.status != status:
-        raise Odd(f"status {response.status}")
-
-
-class _Call(Generic[T]):
-    """One request, made in a thread of its own; see :func:`exchange` for the arguments.
-
-    Attributes:
-        outcome: What it came to.
-        failure: Why it came to nothing.
-    """
-
-    outcome: T
-
-    def __init__(self, lines: Lines, request: Request, take: Callable[[HTTPResponse], T]) -> None:
-        self.failure: Exception | None = None
-        self._lines, self._request, self._take = lines, request, take
-        self._lock = threading.Lock()
-        self._line: HTTPConnection | None = None
-        self._is_over = False
-
-    def make(self) -> None:
-        """Make it, and set what came of it."""
-        try:
-            line, response = self._answered()
-            try:
-                with response:
-                    self.outcome = self._take(response)
-            except BaseException:
-                line.close()
-                raise
-            with self._lock:
-                self._line = None
-            if response.will_close:
-                line.close()
-            else:
-                self._lines.keep(self._request, line)
-        except TimeoutError as error:
-            self.failure = error
-        except (OSError, HTTPException) as error:
-            self.failure = Cut(str(error))
-            self.failure.__cause__ = error
-        except Exception as error:
-            self.failure = error
-
-    def end(self) -> None:
-        """Nobody waits any more: what is under way is cut off."""
-        with self._lock:
-            self._is_over = True
-            if self._line is not None and self._line.sock is not None:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(self._line.sock, socket.SHUT_RDWR)
-
-    def _answered(self) -> tuple[HTTPConnection, HTTPResponse]:
-        """A connection, and the answer of which nothing but the headers was received."""
-        request = self._request
-        while True:
-            line = self._lines.take(request)
-            was_used = line.sock is not None
-            try:
-                if not was_used:
-                    line.connect()
-                    line.sock.settimeout(request.reading)
-            except (OSError, HTTPException) as error:
-                line.close()
-                raise Odd(str(error)) from error
-            with self._lock:
-                self._line = line
-                if self._is_over:
-                    line.close()
-                    raise Cut("nobody waits for it")
-            try:
-                line.request(request.method, request.target, request.pieces(), dict(request.headers))
-                return line, line.getresponse()
-            except (OSError, HTTPException) as error:
-                line.close()
-                if isinstance(error, TimeoutError) or not was_used:
-                    raise
-                # Servers close connections that were idle for long: another one will do.

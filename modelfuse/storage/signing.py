@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import io
 import ssl
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from modelfuse.storage.lines import Odd, Request, is_proxied
+from modelfuse.storage.lines import Body, Odd, Request, is_proxied
 from modelfuse.storage.url import Entry
 
 #: Seconds that a signature is used for. Stores take it for some minutes.
@@ -93,7 +94,7 @@ class Signer:
         context = self._proof() if url.startswith("https:") else None
         return Request(
             request.method, url, _text(request.headers), context, config.connect_timeout, config.read_timeout,
-            _bytes(request.body),
+            _body(request.body),
         )  # fmt: skip
 
     def _proof(self) -> ssl.SSLContext:
@@ -116,9 +117,11 @@ def _text(headers: Mapping[str, str | bytes]) -> dict[str, str]:
     }
 
 
-def _bytes(body: object) -> bytes | bytearray | None:
+def _body(body: Any) -> bytes | bytearray | Body | None:
     if body is None or isinstance(body, bytes | bytearray):
         return body or None
     if isinstance(body, io.BytesIO):
         return body.getvalue()
+    if inspect.iscoroutinefunction(body.read):  # Followed by a checksum, which is computed meanwhile.
+        return cast(Body, body)
     raise Odd(f"a body that is a {type(body).__name__}")

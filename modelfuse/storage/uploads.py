@@ -204,9 +204,10 @@ class S3Upload:
             if self._id is None:
                 begun = await self._store.attempt(lambda: self._call("create_multipart_upload"))
                 self._id = begun["UploadId"]
-        options = {**self._object, "UploadId": self._id, "PartNumber": number + 1, "Body": content}
+        options = {**self._object, "UploadId": self._id, "PartNumber": number + 1}
         attempts = itertools.count()
-        self._sent[number] = await self._store.in_turn(lambda: self._store.send_part(next(attempts), **options))
+        send = functools.partial(self._store.send_part, body=content, **options)
+        self._sent[number] = await self._store.in_turn(lambda: send(next(attempts)))
 
     async def _call(self, method: str, **options: Any) -> Any:
         return await self._store.fs._call_s3(method, **self._object, **options)

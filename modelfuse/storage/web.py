@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import weakref
 from abc import abstractmethod
 from collections import Counter
@@ -14,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.storage.lines import Lines, Odd, Request, exchange, look_at, receive
+from modelfuse.storage.exchange import exchange, look_at, receive
+from modelfuse.storage.lines import Lines, Odd, Request
 from modelfuse.storage.signing import Signer
 from modelfuse.storage.stores import Content, Store
 from modelfuse.storage.troubles import Cut, Replaced, Unranged, answer
@@ -117,14 +119,15 @@ class S3Store(RangedStore):
                 raise Replaced
             return await _received(body.iter_chunks(CHUNK), end - start)
 
-    async def send_part(self, attempt: int, **options: Any) -> str:
+    async def send_part(self, attempt: int, body: bytearray, **options: Any) -> str:
         """Send a part of an upload, with the options of the client's method; its tag."""
         if attempt == 0 and self._odd["sending"] < MOST_ODD:
             try:
-                return await exchange(self._lines, await self._signer.prepared("upload_part", **options), _tag)
+                request = await self._signer.prepared("upload_part", Body=body, **options)
+                return await exchange(self._lines, request, _tag)
             except Odd:
                 self._odd["sending"] += 1
-        sent = await self.fs._call_s3("upload_part", **options)
+        sent = await self.fs._call_s3("upload_part", Body=io.BytesIO(body), **options)
         return str(sent["ETag"])
 
     def _is_wrong(self, error: BaseException) -> bool:
@@ -210,7 +213,7 @@ class HttpStore(RangedStore):
         if self.fs.kwargs or self.fs.client_kwargs or url.user or url.scheme == "https":
             raise Odd("settings that are the library's")
         headers = {"Accept-Encoding": "identity"}
-        return Request("GET", self.fs.encode_url(url.address), headers, None, CONNECT_SECONDS, READ_SECONDS)
+        return Request("GET", str(self.fs.encode_url(url.address)), headers, None, CONNECT_SECONDS, READ_SECONDS)
 
     def _check(self, entry: Entry, headers: Message) -> None:
         whole = headers["Content-Range"].rpartition("/")[2]
