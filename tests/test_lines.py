@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from email.message import Message
 from itertools import count
@@ -14,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Said, make_model, snapshot
+from conftest import Said, make_model
 from stores import BUCKET, S3, Asked, Web, prove
 from test_storage import large, same_but_for_names
 
-import modelfuse as package
 from modelfuse.storage import Url, opening, place_of, signing, uploads
 from modelfuse.storage.exchange import receive
 from modelfuse.storage.lines import Lines, Odd, Refused, Request, is_proxied
@@ -212,14 +210,15 @@ def test_a_proxy_is_left_to_the_library(s3: S3, models: list[Path], monkeypatch:
     assert isinstance(store, S3Store)
     entry = store.entry(url)
     assert entry is not None
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert store.submit(store._request(url, entry)).result().url == f"{s3.endpoint}/bucket/A/model.safetensors"
-    opening.forget()
-    monkeypatch.setenv("no_proxy", "")
-    with pytest.raises(Odd, match="proxy"):
-        store.submit(store._request(url, entry)).result()
-    assert not is_proxied("https://127.0.0.1/")
+    with monkeypatch.context() as environment:
+        environment.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+        environment.setenv("no_proxy", "127.0.0.1")
+        assert store.submit(store._request(url, entry)).result().url == f"{s3.endpoint}/bucket/A/model.safetensors"
+        opening.forget()
+        environment.setenv("no_proxy", "")
+        with pytest.raises(Odd, match="proxy"):
+            store.submit(store._request(url, entry)).result()
+        assert not is_proxied("https://127.0.0.1/")
 
 
 def test_what_headers_say(s3: S3) -> None:

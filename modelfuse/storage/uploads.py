@@ -206,8 +206,8 @@ class S3Upload:
                 self._id = begun["UploadId"]
         options = {**self._object, "UploadId": self._id, "PartNumber": number + 1}
         attempts = itertools.count()
-        send = functools.partial(self._store.send_part, body=content, **options)
-        self._sent[number] = await self._store.in_turn(lambda: send(next(attempts)))
+        send = self._store.send_part
+        self._sent[number] = await self._store.in_turn(lambda: send(next(attempts), content, **options))
 
     async def _call(self, method: str, **options: Any) -> Any:
         return await self._store.fs._call_s3(method, **self._object, **options)
