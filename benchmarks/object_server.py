@@ -15,11 +15,12 @@ import asyncio
 import itertools
 import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 from xml.sax.saxutils import escape
 
 from aiohttp import web
@@ -28,8 +29,49 @@ NAMESPACE = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 MODIFIED = "2026-01-01T00:00:00.000Z"
 #: Where parts lie until their upload is completed.
 PARTS = ".parts"
+#: Bytes between parts that came before it was known where they belong: the most that S3 takes of one.
+ELSEWHERE = 5 << 30
 CHUNK = 1 << 20
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Parts:
+    """An upload: a file in which each part lies where it belongs if all of them are as long as the first.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sizes: dict[int, int] = {}
+        self._first = 0
+        self._places: dict[int, int] = {}
+        path.touch()
+
+    @contextmanager
+    def place(self, number: int, size: int) -> Iterator[BinaryIO]:
+        """The file, to write a part to."""
+        if number == 1:
+            self._first = size
+        fits = 0 < size <= self._first
+        self._places[number] = (number - 1) * self._first if fits else number * ELSEWHERE
+        with open(self.path, "r+b", buffering=0) as file:
+            file.seek(self._places[number])
+            yield file
+
+    def become(self, path: Path) -> None:
+        """Make an object of it: of the file as it is, or of the parts in their order."""
+        numbers = sorted(self.sizes)
+        ends = itertools.accumulate(self.sizes[number] for number in numbers)
+        if all(self._places[each] + self.sizes[each] == end for each, end in zip(numbers, ends, strict=True)):
+            os.replace(self.path, path)
+            return
+        with open(self.path, "rb") as file, open(path, "wb") as whole:
+            for number in numbers:
+                file.seek(self._places[number])
+                whole.write(file.read(self.sizes[number]))
+        self.path.unlink()
 
 
 class ObjectServer:
@@ -46,6 +88,7 @@ class ObjectServer:
         #: When the link has carried all that was asked for.
         self._free = 0.0
         self._numbers = itertools.count(1)
+        self._under_way: dict[str, Parts] = {}
 
     def application(self) -> web.Application:
         """What aiohttp runs."""
@@ -108,27 +151,29 @@ class ObjectServer:
 
     async def _begin(self, request: web.Request) -> web.StreamResponse:
         name = str(next(self._numbers))
-        (self._folder / PARTS / name).mkdir(parents=True)
+        (self._folder / PARTS).mkdir(exist_ok=True)
+        self._under_way[name] = Parts(self._folder / PARTS / name)
         return _xml("InitiateMultipartUploadResult", f"<UploadId>{name}</UploadId>")
 
     async def _part(self, request: web.Request) -> web.StreamResponse:
-        path = self._folder / PARTS / request.query["uploadId"] / request.query["partNumber"].zfill(5)
-        await _receive(request, path)
-        return web.Response(headers={"ETag": f'"{path.name}"'})
+        parts, number = self._under_way[request.query["uploadId"]], int(request.query["partNumber"])
+        with parts.place(number, request.content_length or 0) as file:
+            parts.sizes[number] = await _receive(request, file)
+        return web.Response(headers={"ETag": f'"{number}"'})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        parts = self._folder / PARTS / request.query["uploadId"]
         self._path(request).parent.mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(_join, parts, self._path(request))
+        await asyncio.to_thread(self._under_way.pop(request.query["uploadId"]).become, self._path(request))
         return _xml("CompleteMultipartUploadResult", "<ETag>&quot;whole&quot;</ETag>")
 
     async def _abort(self, request: web.Request) -> web.StreamResponse:
-        shutil.rmtree(self._folder / PARTS / request.query["uploadId"])
+        self._under_way.pop(request.query["uploadId"]).path.unlink()
         return web.Response(status=204)
 
     async def _put(self, request: web.Request) -> web.StreamResponse:
         self._path(request).parent.mkdir(parents=True, exist_ok=True)
-        await _receive(request, self._path(request))
+        with open(self._path(request), "wb", buffering=0) as file:
+            await _receive(request, file)
         return web.Response(headers={"ETag": '"whole"'})
 
     async def _delete(self, request: web.Request) -> web.StreamResponse:
@@ -136,24 +181,14 @@ class ObjectServer:
         return web.Response(status=204)
 
 
-async def _receive(request: web.Request, path: Path) -> None:
-    """Write what a client sends, whether it counts the bytes in advance or cuts them into signed chunks."""
+async def _receive(request: web.Request, file: BinaryIO) -> int:
+    """Write what a client sends, whether it counts the bytes in advance or cuts them into signed chunks; how much."""
+    count = 0
     if "aws-chunked" in request.headers.get("Content-Encoding", ""):
-        path.write_bytes(b"".join(_chunks(await request.read())))
-        return
-    with open(path, "wb", buffering=0) as file:
-        async for piece in request.content.iter_any():
-            file.write(piece)
-
-
-def _join(parts: Path, path: Path) -> None:
-    """Make one file of all in a folder, by their names; the system copies."""
-    with open(path, "wb") as whole:
-        for part in sorted(parts.iterdir()):
-            with open(part, "rb") as file:
-                while os.copy_file_range(file.fileno(), whole.fileno(), 1 << 30):
-                    pass
-    shutil.rmtree(parts)
+        return file.write(b"".join(_chunks(await request.read())))
+    async for piece in request.content.iter_any():
+        count += file.write(piece)
+    return count
 
 
 def _chunks(body: bytes) -> list[bytes]:
