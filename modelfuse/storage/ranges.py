@@ -225,10 +225,10 @@ class Ranges:
         """Drop what was read longest ago until there is room; what is urgent also takes what was never read."""
         if not urgent and self._ahead + count > self.room // 2:
             return False
-        # What somebody is in the middle of is needed at once, what nobody has read soon.
-        orders: list[Callable[[_Run], bool]] = [lambda run: run.left <= 0]
+        # What was read to its end goes first; somebody may be in the middle of the rest, and is where it was read last.
+        orders: list[Callable[[_Run], bool]] = [lambda run: run.left <= 0, lambda run: run.is_read]
         if urgent:
-            orders += [lambda run: not run.is_read, lambda _: True]
+            orders.append(lambda _: True)
         for may_go in orders:
             for run in list(self._runs) if self._held + count > self.room else ():
                 if run.content.done() and may_go(run):
