@@ -84,7 +84,7 @@ EXTRAS = {"hub", "ray", "remote", "s3"}
 #: What is imported of them, where that is called otherwise: s3fs is used through fsspec, and brings botocore.
 DISTRIBUTIONS = {"pyyaml": "yaml", "s3fs": "botocore"}
 #: One module, as its functions call each other.
-LONGEST = {"modelfuse.kernels.cpu": 550}
+LONGEST = {"modelfuse.kernels.cpu": 510}
 MAX_LINES = 310
 #: Names that say nothing of what is inside.
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers", "core", "base"}

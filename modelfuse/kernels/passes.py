@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu, tallying
+from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu, products, tallying
 from modelfuse.kernels.machine_code import prepare
 from modelfuse.kernels.magnitudes import LAYOUTS, Layout
 from modelfuse.kernels.measuring import Ranks, add_up_models, measure_ranks, measure_thresholds
@@ -153,8 +153,8 @@ class DotProducts(_Sparsifying):
         return state
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        sums, lanes = np.empty((math.ceil(count / cpu.CHUNK), 6)), np.empty((6, cpu.LANES))
-        cpu.dot_products(self._stored(raws, out), first, count, state.scratch.room, self._how, lanes, sums)
+        sums, lanes = np.empty((math.ceil(count / cpu.CHUNK), 6)), np.empty((6, products.LANES))
+        products.dot_products(self._stored(raws, out), first, count, state.scratch.room, self._how, lanes, sums)
         state.found.append(sums)
 
     def _found(self, state: State) -> Array:
