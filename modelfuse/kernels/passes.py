@@ -199,7 +199,10 @@ class TallyWithin(_Walk):
         self._shifts, self._digits = shifts, 1 << digit_bits
         self._prefixes = np.concatenate(prefixes)
         leading = [(own >> np.uint64(shifts[0] - shifts[1])).astype(np.int64) for own in prefixes]
-        smaller = [np.cumsum(np.bincount(own + 1, minlength=cpu.LEADS + 1)) for own in leading]
+        every = np.concatenate(leading)
+        self._lead = int(every.min())
+        leads = int(every.max()) - self._lead + 1
+        smaller = [np.cumsum(np.bincount(own - self._lead + 1, minlength=leads + 1)) for own in leading]
         starts = np.cumsum([0, *map(len, prefixes[:-1])])
         self._begins = (np.stack(smaller) + starts[:, None]).astype(np.int32)
 
@@ -210,7 +213,7 @@ class TallyWithin(_Walk):
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         data, room = self._stored(raws, out), state.scratch.room
-        tallying.tally_within(data, count, room, self._shifts, self._prefixes, self._begins, state.found)
+        tallying.tally_within(data, count, room, self._shifts, self._prefixes, self._lead, self._begins, state.found)
 
     def _found(self, state: State) -> Array:
         tables: Array = state.found.reshape(-1, self._digits, 3)

@@ -94,28 +94,31 @@ def tally_within(
     room: Room,
     shifts: tuple[int, int, int],
     prefixes: Array,
+    first: int,
     begins: Array,
     tables: Array,
 ) -> None:
     """Tally the next digits of the magnitudes that lie in chosen bins.
 
     ``shifts`` are the bits below the leading ones, below a prefix, and below a digit. ``prefixes`` ascend for each
-    model; those of ``model`` with the leading bits ``lead`` are the numbers ``begins[model, lead]`` to
-    ``begins[model, lead + 1]``. The row of ``tables`` with a prefix's number holds three words for every digit: a count
-    and the sums of the low 22 remaining bits and of the others.
+    model; those of ``model`` with the leading bits ``first + lead`` are the numbers ``begins[model, lead]`` to
+    ``begins[model, lead + 1]``, and there are no others. The row of ``tables`` with a prefix's number holds three
+    words for every digit: a count and the sums of the low 22 remaining bits and of the others.
     """
     lead_shift, parent_shift, shift = np.uint64(shifts[0]), np.uint64(shifts[1]), np.uint64(shifts[2])
     mask = np.uint64(tables.shape[1] // 3 - 1)
-    bits = room.bits
+    bits, leads = room.bits, np.uint64(begins.shape[1] - 1)
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         load(data, start, size, room)
         for model in range(data.inputs.models):
-            if begins[model, 0] == begins[model, LEADS]:
+            if begins[model, 0] == begins[model, -1]:
                 continue
             magnitude_bits(room, model, size)
             for i in range(size):
-                lead = bits[i] >> lead_shift
+                lead = (bits[i] >> lead_shift) - np.uint64(first)  # Far too large if it is below.
+                if lead >= leads:
+                    continue
                 begin, end = begins[model, lead], begins[model, lead + np.uint64(1)]
                 if begin < end:
                     prefix = bits[i] >> parent_shift
