@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Procedure
+from modelfuse.kernels import Bytes, Extent, Procedure
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,10 @@ class CopyPass:
 
     def start(self) -> CopyState:
         return CopyState()
+
+    def read_from(self, state: CopyState, extents: Sequence[Extent]) -> bool:
+        """Bytes are given to it."""
+        return False
 
     def apply(self, state: CopyState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         nbytes = count * self._copy.itemsize

@@ -8,9 +8,11 @@ from modelfuse.kernels.choice import CPU_ROOM, GPU_ROOM, Device, find_gpu
 from modelfuse.recipe import Recipe
 from modelfuse.storage import Url
 
-#: Elements of a slice: they stream best through the second-level cache. Whatever else slices could be, they start at
-#: multiples of this, so that sums and checksums never depend on them.
+#: The least elements of a slice. Whatever else slices could be, they start at multiples of this, so that sums and
+#: checksums never depend on them.
 GRAIN = 1 << 18
+#: Elements of a slice where there is memory: so many that handling it costs little beside the work on it.
+SLICE = 1 << 20
 #: What is read in another order than it is stored in touches the same pages again for every slice, and a GPU is told
 #: what to do for every slice: larger ones.
 SLICE_LARGE = 1 << 22
@@ -124,7 +126,7 @@ def fit_memory(recipe: Recipe, weight: Weight) -> Budget:
         return buffers + weight.a_reader + weight.held + tables + scratch + fetched
 
     most = _most_workers(recipe, gpu, weight.remote > 0)
-    elements = SLICE_LARGE if weight.a_reader or weight.held or gpu else GRAIN
+    elements = SLICE_LARGE if weight.a_reader or weight.held or gpu else SLICE
     while elements > GRAIN and fixed + most * a_worker(elements) > recipe.memory:
         elements //= 2
     workers = max(1, min(most, (recipe.memory - fixed) // max(a_worker(elements), 1)))

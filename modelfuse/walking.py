@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.tensors import PlainReader, Reader
 from modelfuse.checksums import Checksum
-from modelfuse.kernels import Bytes, Measured, Pass
+from modelfuse.errors import CheckpointError
+from modelfuse.kernels import Bytes, Extent, Measured, Pass, Unread
 from modelfuse.kernels.choice import Kernel
 from modelfuse.memory import SPAN, reads_twice
 from modelfuse.nonfinite import nonfinite
@@ -138,11 +140,10 @@ class Walker:
             CheckpointError: If an input cannot be read, or holds values that are not finite.
             Stopped: If it was told to give up.
         """
-        state, tensor, rows = pass_.start(), task.tensor if pass_.writes else None, self._rows(task)
+        state, tensor = pass_.start(), task.tensor if pass_.writes else None
         nbytes = (tensor or task.sources[0]).dtype.nbytes
         checksum = Checksum(nbytes(count) if tensor else 0)
-        for start, length in self._slices(task, rows, first, count):
-            pass_.apply(state, start, length, rows, self._out)
+        for start, length in self._apply(task, pass_, state, first, count):
             if tensor is not None:
                 data = self._out[: nbytes(length)]
                 checksum.update(nbytes(start - first), data)
@@ -157,10 +158,12 @@ class Walker:
         facts = {key: value for source in task.sources for key, value in source.facts.items()}
         return Walked(found, state.bad, checksum.digests, distances, facts)
 
-    def _slices(self, task: Task, rows: Bytes, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """The slices of a span, first element and number of elements, each while its bytes are in the rows."""
+    def _apply(self, task: Task, pass_: Pass, state: Any, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """The slices of a span, first element and number of elements, each once the pass has worked on it."""
+        rows = self._rows(task)
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
+            reads_itself = self._reads_itself(pass_, state, readers)
             for source in task.sources if self._held != (task, first) else ():
                 source.expect(first, count)
             filled = [
@@ -171,12 +174,26 @@ class Walker:
                 if self._stopping():
                     raise Stopped
                 length = min(self._slice_elements, first + count - start)
-                if self._held != (task, start):
+                if reads_itself:
+                    self._held = None
+                elif self._held != (task, start):
                     self._held = None
                     for read, nbytes, row in filled:
                         read(start, row[: nbytes(length)].data)
                     self._held = task, start
+                try:
+                    pass_.apply(state, start, length, rows, self._out)
+                except Unread as unread:
+                    read, nbytes, row = filled[unread.source]
+                    read(start, row[: nbytes(length)].data)  # Whatever is wrong is told.
+                    raise _lost(task.sources[unread.source]) from unread
                 yield start, length
+
+    def _reads_itself(self, pass_: Pass, state: Any, readers: Sequence[Reader]) -> bool:
+        """Have the pass read what lies in files as it is."""
+        plain = [each for each in readers if type(each) is PlainReader and each.file.descriptor >= 0]
+        extents = [Extent(each.file.descriptor, each.offset) for each in plain]
+        return len(plain) == len(readers) and pass_.read_from(state, extents)
 
     def _rows(self, task: Task) -> Bytes:
         """The buffer as the rows of a task's sources."""
@@ -187,13 +204,18 @@ class Walker:
         """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
         size, bad = task.sources[0].size, []
         for first in range(0, size, SPAN):
-            state, rows = pass_.start(), self._rows(task)
-            for start, length in self._slices(task, rows, first, min(SPAN, size - first)):
-                pass_.apply(state, start, length, rows, self._out)
+            state = pass_.start()
+            for _ in self._apply(task, pass_, state, first, min(SPAN, size - first)):
+                pass
             bad.append(state.bad.copy())
             pass_.finish(state)
         counts: Counts = np.sum(bad, axis=0)
         return counts
+
+
+def _lost(source: StoredTensor) -> CheckpointError:
+    message = f"{source.file.path}: reading {source.name} has failed once"
+    return CheckpointError(message, "Merge again; if it fails again, look at the disk.")
 
 
 def _row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:

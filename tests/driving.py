@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
-from modelfuse.kernels import Pass, Procedure, Work, cpu
+from modelfuse.kernels import Extent, Pass, Procedure, Work, cpu
 from modelfuse.kernels.passes import merge_procedure
 from modelfuse.methods import Method
 
@@ -74,19 +74,27 @@ def work_on(
 
 
 def walk(
-    work: Work, stored: Sequence[Array], pass_: Pass, first: int, count: int, step: int, out: Array
+    work: Work,
+    stored: Sequence[Array],
+    pass_: Pass,
+    first: int,
+    count: int,
+    step: int,
+    out: Array,
+    extents: Sequence[Extent] = (),
 ) -> tuple[Any, Array]:
     """One span, in slices of ``step`` elements; returns what the pass found and its counts of non-finite elements."""
     assert first % GRAIN == 0
     assert step % GRAIN == 0
     state = pass_.start()
+    assert not extents or pass_.read_from(state, extents)
     sizes = [source.bytes for source in work.sources]
     # Bytes beyond the slice hold rubbish, as in a buffer that is used again.
     raws = np.full((len(stored), step * max(sizes)), 0xA5, np.uint8)
     room = np.full(step * work.out.bytes, 0x5A, np.uint8)
     for start in range(first, first + count, step):
         length = min(step, first + count - start)
-        for raw, values, size in zip(raws, stored, sizes, strict=True):
+        for raw, values, size in zip(raws, stored, sizes, strict=True) if not extents else ():
             raw[: length * size] = values[start : start + length].view(np.uint8)
         pass_.apply(state, start, length, raws, room)
         if pass_.writes:
@@ -103,6 +111,7 @@ def drive(
     step: int = GRAIN,
     procedure: Procedure | None = None,
     passes: list[tuple[Pass, Any]] | None = None,
+    extents: Sequence[Extent] = (),
 ) -> tuple[Array, Array]:
     """Merge arrays; returns the stored result and the counts of non-finite elements of the pass that writes.
 
@@ -113,13 +122,14 @@ def drive(
         step: Elements a slice.
         procedure: What to drive instead of merging.
         passes: Filled with every pass and what its spans found.
+        extents: Where the passes are to read the stored models by themselves.
     """
     out = np.zeros(work.size * work.out.bytes, np.uint8)
     edges = [0, *(spans or ()), work.size]
     procedure = procedure or merge_procedure(work)
     pass_ = next(procedure)
     while True:
-        walked = [walk(work, stored, pass_, first, stop - first, step, out) for first, stop in pairwise(edges)]
+        walked = [walk(work, stored, pass_, first, stop - first, step, out, extents) for first, stop in pairwise(edges)]
         found = [each for each, _ in walked]
         if fold := getattr(pass_, "fold", None):
             found = [functools.reduce(fold, found)]

@@ -14,7 +14,7 @@ import pytest
 from driving import FLOATS, GRAIN, bfloat16, drive, load, store, work_on
 
 from modelfuse.dtypes import BF16, F16, F32, F64
-from modelfuse.kernels import cpu, passes
+from modelfuse.kernels import cpu, passes, reading
 from modelfuse.kernels.magnitudes import LAYOUTS, Tally
 from modelfuse.memory import GRAIN as PLAN_GRAIN
 from modelfuse.memory import SPAN
@@ -562,7 +562,7 @@ def test_sums_that_are_not_finite_are_none() -> None:
 def test_slices_start_where_sums_and_blocks_do() -> None:
     assert SPAN % PLAN_GRAIN == 0
     assert PLAN_GRAIN % cpu.CHUNK == 0
-    assert cpu.CHUNK % cpu.BLOCK == 0
+    assert cpu.CHUNK % reading.BLOCK == 0
 
 
 def test_a_procedure_writes_once_and_last() -> None:

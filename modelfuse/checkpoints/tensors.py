@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from modelfuse.checkpoints.files import Buffer, SourceFile
+from modelfuse.checkpoints.files import Buffer, OpenFile, SourceFile
 from modelfuse.dtypes import DType
 from modelfuse.storage import Place
 
@@ -25,6 +25,25 @@ class Reader(Protocol):
         Raises:
             CheckpointError: If the file is shorter than it was, or the disk fails.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class PlainReader:
+    """Reads elements that lie in a file as they are, one after another.
+
+    Attributes:
+        file: The file.
+        offset: Where the first one lies.
+        dtype: Their type.
+    """
+
+    file: OpenFile
+    offset: int
+    dtype: DType
+
+    def __call__(self, start: int, buffer: Buffer) -> None:
+        """As a :class:`Reader`."""
+        self.file.read(self.offset + self.dtype.nbytes(start), buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +130,7 @@ class StoredTensor:
     def open(self) -> Iterator[Reader]:
         """Open for reading; the file is checked to be the one whose header was read."""
         with self.file.open() as file:
-
-            def read(start: int, buffer: Buffer) -> None:
-                file.read(self.offset + self.dtype.nbytes(start), buffer)
-
-            yield read
+            yield PlainReader(file, self.offset, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ what is done.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -53,6 +53,30 @@ class Work:
         return "float64" if any(source.compute == "float64" for source in self.sources) else "float32"
 
 
+class Extent(NamedTuple):
+    """Where a tensor's elements lie as they are, one after another.
+
+    Attributes:
+        descriptor: The open file.
+        offset: Where they begin in it.
+    """
+
+    descriptor: int
+    offset: int
+
+
+class Unread(Exception):
+    """Raised by a pass that reads by itself and could not.
+
+    Attributes:
+        source: The number of the source.
+    """
+
+    def __init__(self, source: int) -> None:
+        super().__init__(f"source {source} could not be read")
+        self.source = source
+
+
 class SpanState(Protocol):
     """What a pass carries from slice to slice of a span."""
 
@@ -76,6 +100,17 @@ class Pass(Protocol):
     def start(self) -> SpanState:
         """Begin a span."""
 
+    def read_from(self, state: Any, extents: Sequence[Extent]) -> bool:
+        """Read the sources from there, if the pass can, whose elements would else be given to ``apply``.
+
+        Args:
+            state: What ``start`` gave.
+            extents: Where each source's elements lie.
+
+        Returns:
+            Whether it does.
+        """
+
     def apply(self, state: Any, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         """Work on the elements ``first`` to ``first + count``.
 
@@ -83,8 +118,11 @@ class Pass(Protocol):
             state: What ``start`` gave.
             first: The number of the slice's first element in the tensor.
             count: The number of elements in the slice.
-            raws: uint8, shape (sources, bytes): each source's stored bytes from column 0 on.
+            raws: uint8, shape (sources, bytes): each source's stored bytes from column 0 on, or room for them.
             out: uint8, shape (bytes,): room for the stored result.
+
+        Raises:
+            Unread: If it reads by itself, and something could not be read.
         """
 
     def finish(self, state: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Work
+from modelfuse.kernels import Bytes, Extent, Work
 from modelfuse.kernels.array import CHUNK, Arithmetic
 from modelfuse.kernels.library import Array, Library, Tensor
 
@@ -47,6 +48,10 @@ class Walk:
 
     def _state(self, found: Any = None, placed: Any = None) -> State:
         return State(np.zeros(len(self._work.sources) + 1, np.int64), found, placed)
+
+    def read_from(self, state: State, extents: Sequence[Extent]) -> bool:
+        """Libraries take what lies in the host's memory."""
+        return False
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         work, library = self._work, self._library

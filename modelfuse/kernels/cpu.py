@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelfuse.kernels.loading import compile_kernel
+from modelfuse.kernels.reading import BLOCK, Files, place_of
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 from modelfuse.methods.ties import MIN_DIVISOR
 
-#: Elements a block: few enough for the nearest caches, enough that calling a function for each costs nothing.
-BLOCK = 1024
 #: Elements a partial sum. Fixed, so that sums do not depend on slices.
 CHUNK = 32768
 #: Models that ties looks at together.
@@ -99,6 +98,7 @@ class Room(NamedTuple):
         bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
         tables: Compute type, shape (models, BINS): magprune's probabilities of being kept, by bin; those of bins that a
             tensor has no magnitude in are another one's. No rows for other sparsifiers.
+        files: Where the stored elements are read from.
     """
 
     x: Array
@@ -111,6 +111,7 @@ class Room(NamedTuple):
     bins: Array
     bad: Array
     tables: Array
+    files: Files
 
 
 class Sparsifier(NamedTuple):
@@ -298,10 +299,10 @@ def _count_bad_halves(halves: Array, count: int) -> int:
 
 
 @compile_kernel
-def load(data: Stored, start: int, count: int, room: Room) -> None:
-    """Decode a block of all models into the rows of ``room.x``; with a base in the last row, subtract it."""
+def load(data: Stored, begin: int, count: int, room: Room, length: int) -> None:
+    """Decode a block of a slice of ``length`` elements into the rows of ``room.x``, and subtract the base."""
     x, last, inputs = room.x, room.x.shape[0] - 1, data.inputs
-    base = x[last]
+    base, start = x[last], place_of(room.files, data.raws, begin, length)
     for row in range(inputs.models + inputs.has_base - 1, -1, -1):
         less = inputs.has_base and row < inputs.models and not inputs.deltas[row]
         out = x[row] if row < inputs.models else base
@@ -489,7 +490,7 @@ def combine(
     """Merge one slice, ``length`` elements from number ``first`` on, into the start of ``data.out``."""
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
-        load(data, start, size, room)
+        load(data, start, size, room, length)
         for model in range(data.inputs.models):
             sparsify(how, model, first + start, size, room)
         if merge == LINEAR:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Measured, Pass, Procedure, SpanState, Work, cpu
+from modelfuse.kernels import Bytes, Extent, Measured, Pass, Procedure, SpanState, Work, cpu
 from modelfuse.kernels.loading import compile_kernel
 from modelfuse.kernels.machine_code import prepare
+from modelfuse.kernels.reading import Files, block_of
 from modelfuse.kernels.rooms import inputs_of, lay_out
 
 Array = np.ndarray[Any, Any]
@@ -79,11 +80,13 @@ class Seen(NamedTuple):
         differs: bool, shape (models,): as in :class:`SpanDistances`.
         squares: float64, shape (models + 1,): the same.
         rows: float64, shape (3, BLOCK): scratch.
+        files: Where the elements are read from.
     """
 
     differs: Array
     squares: Array
     rows: Array
+    files: Files
 
 
 @dataclass
@@ -105,7 +108,7 @@ class MeasuredPass:
 
     def __init__(self, inner: Pass, work: Work) -> None:
         self._inner, self._inputs = inner, inputs_of(work)
-        self._models, self._stride = work.models, stride_of(work.size)
+        self._sources, self._models, self._stride = work.sources, work.models, stride_of(work.size)
 
     @property
     def writes(self) -> bool:
@@ -114,13 +117,24 @@ class MeasuredPass:
 
     def start(self) -> MeasuredState:
         """Begin a span."""
-        seen = Seen(np.zeros(self._models, np.bool_), np.zeros(self._models + 1), np.empty((3, BLOCK)))
+        files = Files.of(len(self._sources))
+        seen = Seen(np.zeros(self._models, np.bool_), np.zeros(self._models + 1), np.empty((3, BLOCK)), files)
         return MeasuredState(self._inner.start(), prepare(seen))
+
+    def read_from(self, state: MeasuredState, extents: Sequence[Extent]) -> bool:
+        """Read the same as the pass, if that reads by itself."""
+        if not self._inner.read_from(state.inner, extents):
+            return False
+        state.seen.value.files.read_from(extents, self._sources)
+        return True
 
     def apply(self, state: MeasuredState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         """Look at the slice, and let the pass work on it."""
         state.first = first if state.first is None else state.first
+        files: Files = state.seen.value.files
+        files.slice[0] = first
         measure(lay_out(self._inputs, raws, out), self._stride, first, count, state.seen)
+        files.check()
         self._inner.apply(state.inner, first, count, raws, out)
 
     def finish(self, state: MeasuredState) -> Measured:
@@ -197,23 +211,29 @@ def measure(data: cpu.Stored, stride: int, first: int, count: int, seen: Seen) -
         start = 0
         while start < count and not differs[model]:
             size = min(BLOCK, count - start)
+            place = block_of(seen.files, raws, model, start, size)
             if deltas[model]:
-                differs[model] = _any(codes[model], raws[model], start, size, rows[0])
-            elif codes[model] == codes[models]:
+                differs[model] = _any(codes[model], raws[model], place, size, rows[0])
+                start += size
+                continue
+            block_of(seen.files, raws, models, start, size)
+            if codes[model] == codes[models]:
                 width = cpu.width_of(codes[model])
-                begin, end = start * width, (start + size) * width
+                begin, end = place * width, (place + size) * width
                 differs[model] = _differ(raws[model][begin:end], raws[models][begin:end])
             else:
-                cpu.decode(codes[models], raws[models], start, size, rows[1])
-                differs[model] = _unequal(codes[model], raws[model], start, size, rows[0], rows[1])
+                cpu.decode(codes[models], raws[models], place, size, rows[1])
+                differs[model] = _unequal(codes[model], raws[model], place, size, rows[0], rows[1])
             start += size
     block = first // BLOCK
     for start in range((-block) % stride * BLOCK, count, stride * BLOCK):
         size = min(BLOCK, count - start)
-        cpu.decode(codes[models], raws[models], start, size, rows[1])
+        place = block_of(seen.files, raws, models, start, size)
+        cpu.decode(codes[models], raws[models], place, size, rows[1])
         squares[models] += _sum_of_squares(rows[1], size, rows[2])
         for model in range(models):
-            cpu.decode(codes[model], raws[model], start, size, rows[0])
+            block_of(seen.files, raws, model, start, size)
+            cpu.decode(codes[model], raws[model], place, size, rows[0])
             if not deltas[model]:
                 for i in range(size):
                     rows[0, i] -= rows[1, i]

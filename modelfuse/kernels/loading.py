@@ -21,7 +21,7 @@ from modelfuse.kernels.machine_code import NotLaidOut, Prepared, prepare
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: What machine code may need of the process that loads it.
-_LIBRARY = {"memcpy", "memmove", "memset"}
+_LIBRARY = {"memcpy", "memmove", "memset", "pread"}
 _COUNTING = re.compile(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", re.MULTILINE)
 #: numba compiles, and llvmlite loads, one kernel at a time.
 _lock = threading.RLock()
@@ -97,6 +97,30 @@ class Kernel:
     def _numba_type_(self) -> Any:
         """So numba knows it where another kernel calls it."""
         return self._compiler._numba_type_
+
+
+class Foreign:
+    """A function of the C library, for kernels to call.
+
+    Args:
+        name: Its name.
+        result: What it returns, as numba calls it.
+        arguments: What it takes.
+    """
+
+    def __init__(self, name: str, result: str, *arguments: str) -> None:
+        self._name, self._result, self._arguments = name, result, arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Only compiled code calls it."""
+        raise NotImplementedError(self._name)
+
+    @cached_property
+    def _numba_type_(self) -> Any:
+        from numba import types
+
+        signature = getattr(types, self._result)(*[getattr(types, each) for each in self._arguments])
+        return types.ExternalFunction(self._name, signature)
 
 
 def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Pass, Procedure, Work, cpu, products, tallying
+from modelfuse.kernels import Bytes, Extent, Pass, Procedure, Work, cpu, products, tallying
 from modelfuse.kernels.machine_code import prepare
 from modelfuse.kernels.magnitudes import LAYOUTS, Layout
 from modelfuse.kernels.measuring import Ranks, add_up_models, measure_ranks, measure_thresholds
@@ -108,8 +108,19 @@ class _Walk:
     def _found(self, state: State) -> Any:
         return state.found
 
-    def _stored(self, raws: Bytes, out: Bytes) -> Any:
-        return lay_out(self._inputs, raws, out)
+    def read_from(self, state: State, extents: Sequence[Extent]) -> bool:
+        state.scratch.files.read_from(extents, self._work.sources)
+        return True
+
+    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        files = state.scratch.files
+        files.slice[0] = first
+        self._run(state, first, count, lay_out(self._inputs, raws, out))
+        files.check()
+
+    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+        """Call the kernel on a slice."""
+        raise NotImplementedError
 
 
 class _Sparsifying(_Walk):
@@ -137,8 +148,8 @@ class Combine(_Sparsifying):
         self._weights: Any = prepare(np.array(padded, work.compute))
         self._numbers = merge, work.method.normalize, RAW_CODES[work.out.name]
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        data, room, (merge, normalize, out_code) = self._stored(raws, out), state.scratch.room, self._numbers
+    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+        room, (merge, normalize, out_code) = state.scratch.room, self._numbers
         cpu.combine(data, first, count, room, self._how, merge, self._weights, normalize, out_code)
 
 
@@ -152,9 +163,9 @@ class DotProducts(_Sparsifying):
         state.found = []
         return state
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+    def _run(self, state: State, first: int, count: int, data: Any) -> None:
         sums, lanes = np.empty((math.ceil(count / cpu.CHUNK), 6)), np.empty((6, products.LANES))
-        products.dot_products(self._stored(raws, out), first, count, state.scratch.room, self._how, lanes, sums)
+        products.dot_products(data, first, count, state.scratch.room, self._how, lanes, sums)
         state.found.append(sums)
 
     def _found(self, state: State) -> Array:
@@ -173,9 +184,9 @@ class TallyAll(_Walk):
         super().__init__(work)
         self._layout, self._sums = layout, work.method.sparsify_type == "trim"
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+    def _run(self, state: State, first: int, count: int, data: Any) -> None:
         room, tables = state.scratch.room, state.scratch.tables.all
-        tallying.tally(self._stored(raws, out), count, room, self._layout.shift, self._sums, tables)
+        tallying.tally(data, count, room, self._layout.shift, self._sums, tables)
 
     def _found(self, state: State) -> list[tuple[Array, Array]]:
         found, (_, tables, numbers, rows) = [], state.scratch.tables
@@ -211,8 +222,8 @@ class TallyWithin(_Walk):
         state.found = np.zeros((self._prefixes.size, self._digits * 3), np.uint64)
         return state
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        data, room = self._stored(raws, out), state.scratch.room
+    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+        room = state.scratch.room
         tallying.tally_within(data, count, room, self._shifts, self._prefixes, self._lead, self._begins, state.found)
 
     def _found(self, state: State) -> Array:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels.cpu import BLOCK, CHUNK, Room, Sparsifier, Stored, load, sparsify
+from modelfuse.kernels.cpu import CHUNK, Room, Sparsifier, Stored, load, sparsify
 from modelfuse.kernels.loading import compile_kernel
+from modelfuse.kernels.reading import BLOCK
 
 Array = np.ndarray[Any, Any]
 
@@ -29,7 +30,7 @@ def dot_products(data: Stored, first: int, length: int, room: Room, how: Sparsif
         lanes[:] = 0.0
         for start in range(chunk, min(chunk + CHUNK, length), BLOCK):
             size = min(BLOCK, length - start)
-            load(data, start, size, room)
+            load(data, start, size, room, length)
             for model in range(data.inputs.models):
                 sparsify(how, model, first + start, size, room)
             whole = -(-size // (GROUP * LANES)) * GROUP * LANES

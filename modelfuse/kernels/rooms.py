@@ -15,6 +15,7 @@ import numpy as np
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import Bytes, Work, cpu
 from modelfuse.kernels.machine_code import Prepared, prepare
+from modelfuse.kernels.reading import BLOCK, Files
 
 Array = np.ndarray[Any, Any]
 
@@ -50,24 +51,26 @@ class Scratch:
         kind: All of these.
         room: The :class:`modelfuse.kernels.cpu.Room`, laid out.
         bad: Its counts of elements that are not finite.
+        files: Where it reads from.
     """
 
     def __init__(self, models: int, has_base: bool, compute: str, sparsify_type: str | None) -> None:
         self.kind = models, has_base, compute, sparsify_type
-        x, bits = np.zeros((up(models) + 1, cpu.BLOCK), compute), np.empty(cpu.BLOCK, np.uint64)
-        self.bad = np.zeros(models + has_base + 1, np.int64)
+        x, bits = np.zeros((up(models) + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
+        self.bad, self.files = np.zeros(models + has_base + 1, np.int64), Files.of(models + has_base)
         self.room: Any = prepare(
             cpu.Room(
                 x,
                 x.view(np.uint32),
                 x.view(np.uint64),
-                np.empty((3, cpu.BLOCK), compute),
-                np.empty(cpu.BLOCK, np.float32),
+                np.empty((3, BLOCK), compute),
+                np.empty(BLOCK, np.float32),
                 bits,
                 bits.view(np.uint32),
-                np.empty(cpu.BLOCK, np.uint16),
+                np.empty(BLOCK, np.uint16),
                 self.bad,
                 np.empty((models if sparsify_type == "magprune" else 0, cpu.BINS), compute),
+                self.files,
             )
         )
 
@@ -100,6 +103,7 @@ def take_scratch(work: Work) -> Scratch:
     if scratch is None or scratch.kind != kind:
         return Scratch(*kind)
     scratch.bad[:] = 0
+    scratch.files.slice[:] = 0
     return scratch
 
 

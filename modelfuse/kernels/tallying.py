@@ -8,7 +8,6 @@ import numpy as np
 
 from modelfuse.kernels.cpu import (
     BINS,
-    BLOCK,
     COUNT_SHIFT,
     LEAD_BITS,
     LEADS,
@@ -19,6 +18,7 @@ from modelfuse.kernels.cpu import (
     magnitude_bits,
 )
 from modelfuse.kernels.loading import compile_kernel
+from modelfuse.kernels.reading import BLOCK
 
 Array = np.ndarray[Any, Any]
 
@@ -33,7 +33,7 @@ def tally(data: Stored, length: int, room: Room, shift: int, sums: bool, tables:
     bins = room.bins
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
-        load(data, start, size, room)
+        load(data, start, size, room, length)
         for model in range(data.inputs.models):
             table = tables[model]
             find_bins(room, model, size, shift)
@@ -110,7 +110,7 @@ def tally_within(
     bits, leads = room.bits, np.uint64(begins.shape[1] - 1)
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
-        load(data, start, size, room)
+        load(data, start, size, room, length)
         for model in range(data.inputs.models):
             if begins[model, 0] == begins[model, -1]:
                 continue
