@@ -181,13 +181,19 @@ def test_what_failed_once_goes_through_the_library(
     assert s3.objects("out")["model.safetensors"] == (tmp_path / "local" / "model.safetensors").read_bytes()
 
 
-def test_one_signature_serves_for_all_ranges_of_a_version(s3: S3, models: list[Path]) -> None:
-    url = place_of(s3.put(models[0], "A") + "/model.safetensors")
+def stored(s3: S3, model: Path) -> tuple[Url, S3Store, Entry]:
+    """The weights of a model in a bucket, where they are, and what the store says of them."""
+    url = place_of(s3.put(model, "A") + "/model.safetensors")
     assert isinstance(url, Url)
     store = opening.store_of(url)
     assert isinstance(store, S3Store)
     entry = store.entry(url)
     assert entry is not None
+    return url, store, entry
+
+
+def test_one_signature_serves_for_all_ranges_of_a_version(s3: S3, models: list[Path]) -> None:
+    url, store, entry = stored(s3, models[0])
 
     def request() -> Request:
         return store.submit(store._request(url, entry)).result()
@@ -204,12 +210,7 @@ def test_one_signature_serves_for_all_ranges_of_a_version(s3: S3, models: list[P
 
 
 def test_a_proxy_is_left_to_the_library(s3: S3, models: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    url = place_of(s3.put(models[0], "A") + "/model.safetensors")
-    assert isinstance(url, Url)
-    store = opening.store_of(url)
-    assert isinstance(store, S3Store)
-    entry = store.entry(url)
-    assert entry is not None
+    url, store, entry = stored(s3, models[0])
     with monkeypatch.context() as environment:
         environment.setenv("HTTP_PROXY", "http://127.0.0.1:1")
         environment.setenv("no_proxy", "127.0.0.1")

@@ -215,8 +215,8 @@ class HttpStore(RangedStore):
         headers = {"Accept-Encoding": "identity"}
         return Request("GET", str(self.fs.encode_url(url.address)), headers, None, CONNECT_SECONDS, READ_SECONDS)
 
-    def _check(self, entry: Entry, headers: Message) -> None:
-        whole = headers["Content-Range"].rpartition("/")[2]
+    def _check(self, entry: Entry, headers: Mapping[str, str] | Message) -> None:
+        whole = headers.get("Content-Range", "").rpartition("/")[2]
         if _entry(headers, int(whole) if whole.isdigit() else entry.size) != entry:
             raise Replaced
 
@@ -227,10 +227,7 @@ class HttpStore(RangedStore):
             response.raise_for_status()
             if response.status != 206:
                 raise Unranged
-            whole = response.headers.get("Content-Range", "").rpartition("/")[2]
-            size = int(whole) if whole.isdigit() else entry.size
-            if _entry(response.headers, size) != entry:
-                raise Replaced
+            self._check(entry, response.headers)
             return await _received(response.content.iter_chunked(CHUNK), end - start)
 
 
