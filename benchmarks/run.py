@@ -24,6 +24,7 @@ import reference
 from measure import CommandFailed, Sample, measure
 from programs import (
     COPY,
+    HERE,
     PEERS,
     Place,
     Tool,
@@ -139,6 +140,7 @@ def _peers(options: argparse.Namespace, place: Place, console: Console) -> list[
 def _run(tool: Tool, work: Work, place: Place, console: Console, what: str) -> Sample:
     """Time one tool once, and see that it wrote every tensor."""
     shutil.rmtree(place.output, ignore_errors=True)
+    _level_memory(work, place)
     command = tool.command(work)
     # What an earlier run left unwritten must not slow this one down.
     os.sync()
@@ -151,6 +153,18 @@ def _run(tool: Tool, work: Work, place: Place, console: Console, what: str) -> S
         shutil.rmtree(place.output, ignore_errors=True)
     console.print(f"{what}: {work.method}, {tool.name}: {sample.seconds:.2f} s", style="dim", highlight=False)
     return sample
+
+
+def _level_memory(work: Work, place: Place) -> None:
+    """Write and remove as much as an output, so that the memory which that takes has just been in use for every tool.
+
+    A virtual machine gives memory that has been free for some seconds back to its host, and taking it again costs as
+    much as merging: whoever came after a long run or a pause would pay.
+    """
+    written = place.work / "written"
+    source = work.inputs(place.reference)[-1] / "model.safetensors"
+    measure([sys.executable, str(HERE / "copying.py"), str(written), "2", str(source)], log=place.log)
+    written.unlink()
 
 
 def _summaries(samples: Samples, shape: reference.Shape) -> list[Summary]:

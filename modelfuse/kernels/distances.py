@@ -131,10 +131,8 @@ class MeasuredPass:
     def apply(self, state: MeasuredState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         """Look at the slice, and let the pass work on it."""
         state.first = first if state.first is None else state.first
-        files: Files = state.seen.value.files
-        files.slice[0] = first
-        measure(lay_out(self._inputs, raws, out), self._stride, first, count, state.seen)
-        files.check()
+        with state.seen.value.files.at(first):
+            measure(lay_out(self._inputs, raws, out), self._stride, first, count, state.seen)
         self._inner.apply(state.inner, first, count, raws, out)
 
     def finish(self, state: MeasuredState) -> Measured:

@@ -113,10 +113,8 @@ class _Walk:
         return True
 
     def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        files = state.scratch.files
-        files.slice[0] = first
-        self._run(state, first, count, lay_out(self._inputs, raws, out))
-        files.check()
+        with state.scratch.files.at(first):
+            self._run(state, first, count, lay_out(self._inputs, raws, out))
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
         """Call the kernel on a slice."""

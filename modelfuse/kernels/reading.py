@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +53,15 @@ class Files(NamedTuple):
         self.widths[:] = [dtype.bytes for dtype in dtypes]
         self.slice[1] = max(WINDOW // int(self.widths.sum()) // BLOCK, 1) * BLOCK
 
-    def check(self) -> None:
-        """Raise Unread if anything could not be read."""
+    @contextmanager
+    def at(self, first: int) -> Iterator[None]:
+        """While a kernel takes the slice that begins with this element of the tensor.
+
+        Raises:
+            Unread: If anything could not be read.
+        """
+        self.slice[0] = first
+        yield
         if self.slice[2]:
             raise Unread(int(self.slice[2]) - 1)
 
