@@ -100,9 +100,11 @@ def test_a_file_that_could_not_be_read_once(
 ) -> None:
     models = [make_model(tmp_path / name, random_tensors(seed)) for seed, name in enumerate("AB")]
 
-    def fail(files: reading.Files) -> None:
+    @contextmanager
+    def fail(files: reading.Files, first: int) -> Iterator[None]:
+        yield
         raise Unread(1)
 
-    monkeypatch.setattr(reading.Files, "check", fail)
+    monkeypatch.setattr(reading.Files, "at", fail)
     refuse("merge", "--model_path_list", *models, "--output_path", tmp_path / "C",
            says=[models[1] / "model.safetensors", "has failed once"], hint="look at the disk")  # fmt: skip
