@@ -156,15 +156,17 @@ def _run(tool: Tool, work: Work, place: Place, console: Console, what: str) -> S
 
 
 def _level_memory(work: Work, place: Place) -> None:
-    """Write and remove as much as an output, so that the memory which that takes has just been in use for every tool.
+    """Write and remove twice as much as an output, so that the memory which that takes has just been in use.
 
     A virtual machine gives memory that has been free for some seconds back to its host, and taking it again costs as
-    much as merging: whoever came after a long run or a pause would pay.
+    much as merging: whoever came after a long run or a pause would pay. Writing as much once is not always enough.
     """
-    written = place.work / "written"
     source = work.inputs(place.reference)[-1] / "model.safetensors"
-    measure([sys.executable, str(HERE / "copying.py"), str(written), "2", str(source)], log=place.log)
-    written.unlink()
+    written = [place.work / f"written-{number}" for number in range(2)]
+    for path in written:
+        measure([sys.executable, str(HERE / "copying.py"), str(path), "2", str(source)], log=place.log)
+    for path in written:
+        path.unlink()
 
 
 def _summaries(samples: Samples, shape: reference.Shape) -> list[Summary]:
