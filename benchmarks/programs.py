@@ -70,12 +70,16 @@ def copy_tool(place: Place, threads: int) -> Tool:
     """The plain copy, see ``copying.py``."""
 
     def command(work: Work) -> list[str]:
-        inputs = [str(path / "model.safetensors") for path in work.inputs(place.reference)]
+        inputs = [path / "model.safetensors" for path in work.inputs(place.reference)]
         place.output.mkdir()
-        output = place.output / "model.safetensors"
-        return [sys.executable, str(HERE / "copying.py"), str(output), str(threads), *inputs]
+        return copy_command(place.output / "model.safetensors", threads, inputs)
 
     return Tool(COPY, command)
+
+
+def copy_command(output: Path, threads: int, inputs: Iterable[Path]) -> list[str]:
+    """The command line of ``copying.py``."""
+    return [sys.executable, str(HERE / "copying.py"), str(output), str(threads), *map(str, inputs)]
 
 
 def modelfuse_tool(place: Place, threads: int, extra: Iterable[str]) -> Tool:

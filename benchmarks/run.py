@@ -24,10 +24,10 @@ import reference
 from measure import CommandFailed, Sample, measure
 from programs import (
     COPY,
-    HERE,
     PEERS,
     Place,
     Tool,
+    copy_command,
     copy_tool,
     find_peer,
     install_peer,
@@ -140,11 +140,11 @@ def _peers(options: argparse.Namespace, place: Place, console: Console) -> list[
 def _run(tool: Tool, work: Work, place: Place, console: Console, what: str) -> Sample:
     """Time one tool once, and see that it wrote every tensor."""
     shutil.rmtree(place.output, ignore_errors=True)
-    _level_memory(work, place)
-    command = tool.command(work)
-    # What an earlier run left unwritten must not slow this one down.
-    os.sync()
     try:
+        _level_memory(work, place)
+        command = tool.command(work)
+        # What an earlier run left unwritten must not slow this one down.
+        os.sync()
         with console.status(f"{what}: {work.method}, {tool.name}"):
             sample = measure(command, log=place.log, env=tool.env)
         if tool.name != COPY and tensor_names(place.output) != tensor_names(place.reference / "model_1"):
@@ -162,11 +162,10 @@ def _level_memory(work: Work, place: Place) -> None:
     much as merging: whoever came after a long run or a pause would pay. Writing as much once is not always enough.
     """
     source = work.inputs(place.reference)[-1] / "model.safetensors"
-    written = [place.work / f"written-{number}" for number in range(2)]
-    for path in written:
-        measure([sys.executable, str(HERE / "copying.py"), str(path), "2", str(source)], log=place.log)
-    for path in written:
-        path.unlink()
+    place.output.mkdir()
+    for number in range(2):
+        measure(copy_command(place.output / str(number), 2, [source]), log=place.log)
+    shutil.rmtree(place.output)
 
 
 def _summaries(samples: Samples, shape: reference.Shape) -> list[Summary]:
