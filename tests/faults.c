@@ -78,6 +78,7 @@ int fsync(int fd) { FAIL(fsync); return REAL(fsync)(fd); }
 int fdatasync(int fd) { FAIL(fdatasync); return REAL(fdatasync)(fd); }
 int ftruncate64(int fd, off64_t size) { FAIL(ftruncate64); return REAL(ftruncate64)(fd, size); }
 int ftruncate(int fd, off_t size) { FAIL(ftruncate); return REAL(ftruncate)(fd, size); }
+int fallocate64(int fd, int mode, off64_t at, off64_t size) { FAIL(fallocate64); return REAL(fallocate64)(fd, mode, at, size); }
 int rename(const char *from, const char *to) { FAIL(rename); return REAL(rename)(from, to); }
 int renameat2(int a, const char *from, int b, const char *to, unsigned flags) { FAIL(renameat2); return REAL(renameat2)(a, from, b, to, flags); }
 int mkdir(const char *path, mode_t mode) { FAIL(mkdir); return REAL(mkdir)(path, mode); }

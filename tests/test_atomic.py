@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import signal
 import threading
@@ -14,7 +16,7 @@ import pytest
 from conftest import Said, array, make_model, random_tensors, read_model, snapshot, start
 
 import modelfuse as package
-from modelfuse.checkpoints import exchange, writer
+from modelfuse.checkpoints import allocation, exchange, writer
 from modelfuse.checkpoints.writer import OutputFolder
 
 Run = Callable[..., Said]
@@ -377,3 +379,52 @@ def test_a_model_that_changes_while_it_is_read(pair: Pair, tmp_path: Path, chang
         package.merge(model_path_list=pair, output_path=tmp_path / "C", progress=progress)
     assert str(path) in caught.value.message
     assert sorted(os.listdir(tmp_path)) == ["A", "B"]
+
+
+# The place of a file is taken when it is made
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *failures: int) -> None:
+    """Have the system's call fail in these ways, one after the other."""
+    left = list(failures)
+
+    def take(*_: int) -> int:
+        ctypes.set_errno(left.pop(0))
+        return -1
+
+    monkeypatch.setattr(allocation, "_fallocate", lambda: take)
+
+
+def test_a_disk_that_is_too_small_says_so_at_once(
+    refuse: Refuse, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.OutputFolder, "write", lambda *_: pytest.fail("nothing is to be written"))
+    failing(monkeypatch, errno.ENOSPC)
+    refuse("merge", *words, says=["model.safetensors", "No space left on device", "Free some space"])
+
+
+@pytest.mark.parametrize("failures", [(), (errno.EOPNOTSUPP,), (errno.EINTR, errno.ENOSYS)])
+def test_filesystems_that_cannot_take_it(
+    merge: Run, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: tuple[int, ...]
+) -> None:
+    if failures:
+        failing(monkeypatch, *failures)
+    else:
+        monkeypatch.setattr(allocation, "_fallocate", lambda: None)
+    merge(*words)
+    assert read_model(tmp_path / "out" / "C")
+
+
+def test_its_blocks_are_there_before_anything_is_written(tmp_path: Path) -> None:
+    size, path = 1 << 20, tmp_path / "file"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        if not hasattr(os, "posix_fallocate"):
+            pytest.skip("this system has no fallocate")
+        allocation.allocate(descriptor, size)
+        found = os.fstat(descriptor)
+        assert found.st_size == size
+        assert found.st_blocks * 512 >= size
+        assert path.read_bytes() == bytes(size)
+    finally:
+        os.close(descriptor)

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from modelfuse.checkpoints.allocation import allocate
 from modelfuse.checkpoints.exchange import exchange, remove, restore
 from modelfuse.checkpoints.failures import cannot_write, is_worth_going_on
 from modelfuse.checkpoints.files import allow_open_files
@@ -123,7 +124,7 @@ class OutputFolder:
         try:
             self._descriptors[name] = descriptor = os.open(path, os.O_RDWR | made | os.O_CLOEXEC, 0o666)
             if made:
-                os.truncate(descriptor, frame.size)
+                allocate(descriptor, frame.size)
         except OSError as error:
             raise cannot_write(error, path) from error
         for offset, piece in frame.pieces if made else ():
