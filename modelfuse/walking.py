@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ class Walker:
     def __init__(self, kernel: Kernel, room: Room, stopping: Callable[[], bool] = lambda: False) -> None:
         self._slice_elements, self._stopping = room.slice_elements, stopping
         self._raws, self._out = kernel.buffer((room.rows,)), kernel.buffer((room.out,))
+        self._last_rows = self._raws.reshape(1, -1)
         #: What the buffers hold: a tensor of one slice is read once, however many passes walk it.
         self._held: tuple[Task, int] | None = None
 
@@ -196,9 +198,11 @@ class Walker:
         return len(plain) == len(readers) and pass_.read_from(state, extents)
 
     def _rows(self, task: Task) -> Bytes:
-        """The buffer as the rows of a task's sources."""
-        width = _row_bytes(task.sources, self._slice_elements)
-        return self._raws[: width * len(task.sources)].reshape(-1, width)
+        """The buffer as the rows of a task's sources: often those of the last one, which kernels need not be told of."""
+        shape = len(task.sources), _row_bytes(task.sources, self._slice_elements)
+        if self._last_rows.shape != shape:
+            self._last_rows = self._raws[: math.prod(shape)].reshape(shape)
+        return self._last_rows
 
     def _count_bad(self, task: Task, pass_: Pass) -> Counts:
         """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""

@@ -58,7 +58,7 @@ def test_passes_read_what_they_would_be_given(tmp_path: Path, mixture: str, name
     dtypes = [FLOATS[each] for each in MIXTURES[mixture]]
     stored = some(dtypes)
     weights = () if name == "slerp" else (0.6, 0.3)
-    merge_type, sparsify_type = MERGE_METHODS[name]
+    sparsify_type, merge_type = MERGE_METHODS[name]
     work = work_on(stored, dtypes, Method(merge_type, sparsify_type, weights), True, BF16)
     found = []
     with lying(tmp_path / "file", stored) as extents:
@@ -86,7 +86,7 @@ def test_less_than_all_is_read_at_a_time() -> None:
 def test_what_cannot_be_read_is_told(tmp_path: Path, name: str) -> None:
     dtypes = [BF16] * 3
     stored = some(dtypes)
-    merge_type, sparsify_type = MERGE_METHODS[name]
+    sparsify_type, merge_type = MERGE_METHODS[name]
     work = work_on(stored, dtypes, Method(merge_type, sparsify_type, () if name == "slerp" else (0.5, 0.5)), True, BF16)
     with lying(tmp_path / "file", stored) as extents:
         for lost in (Extent(-1, 0), Extent(extents[1].descriptor, extents[2].offset + 10)):
