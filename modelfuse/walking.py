@@ -198,7 +198,7 @@ class Walker:
         return len(plain) == len(readers) and pass_.read_from(state, extents)
 
     def _rows(self, task: Task) -> Bytes:
-        """The buffer as the rows of a task's sources: often those of the last one, which kernels need not be told of."""
+        """The buffer as the rows of a task's sources. Often they are the last one's, which kernels know already."""
         shape = len(task.sources), _row_bytes(task.sources, self._slice_elements)
         if self._last_rows.shape != shape:
             self._last_rows = self._raws[: math.prod(shape)].reshape(shape)
