@@ -49,15 +49,15 @@ class Constants:
 #: On one core of the machine that docs/scale.md names.
 MEASURED = Constants(
     methods={
-        "linear": Method(0.12, 0.065, 1, False, 2e-3),
-        "dare_ties": Method(0.55, 0.28, 1, True, 2e-3),
-        "ties": Method(0.75, 0.63, 2, True, 5e-3),
-        "della": Method(0.75, 0.88, 2, True, 5e-3),
+        "linear": Method(0.11, 0.085, 1, False, 2e-3),
+        "dare_ties": Method(0.29, 0.28, 1, True, 2e-3),
+        "ties": Method(0.50, 0.58, 2, True, 5e-3),
+        "della": Method(0.32, 0.90, 2, True, 5e-3),
     },
-    start=0.4,
+    start=0.2,
     joining=3.0,
     plan=12e-6,
-    handling=0.30,
+    handling=0.25,
     group=256e6,
 )
 
