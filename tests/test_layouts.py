@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Said, Stored, array, bf16, make_model, read_file, read_model, snapshot
 
 from modelfuse.checkpoints import open_checkpoint
 from modelfuse.checkpoints.paddle_files import frame_paddle
 from modelfuse.dtypes import BY_NAME
 from modelfuse.errors import RecipeError
-from tests.conftest import Said, Stored, array, bf16, make_model, read_file, read_model, snapshot
 
 Run = Callable[..., Said]
 Refuse = Callable[..., str]
