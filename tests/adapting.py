@@ -66,7 +66,8 @@ def lora(module: str, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
 
 def adapter_of(folder: Path, seed: int, *modules: str, **config: Any) -> tuple[Path, Tensors]:
     """A PEFT adapter of some modules, and scale·B·A of each, by the name of the weight."""
-    tensors, deltas = {}, {}
+    tensors: Tensors = {}
+    deltas: Tensors = {}
     for number, module in enumerate(modules):
         a, b = factors(seed + number, *SHAPES[f"{module}.weight"])
         tensors |= lora(module, a, b)

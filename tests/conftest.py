@@ -214,7 +214,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return make_model(tmp_path / "A", random_tensors(1)), make_model(tmp_path / "B", random_tensors(2))
 
 
-def random_tensors(seed: int, *, dtype: str = "float32") -> dict[str, np.ndarray | Stored]:
+def random_tensors(seed: int, *, dtype: str = "float32") -> dict[str, Any]:
     """Tensors of a model in small, the same names and shapes for every seed."""
     random = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (11, 4), "model.layers.0.mlp.weight": (4, 5),

@@ -54,7 +54,7 @@ def keep_at_once() -> None:
             folder._keeper.flush()
             folder._keeper = Keeper(folder._keep)
 
-    OutputFolder.keep = synced  # type: ignore[method-assign]
+    OutputFolder.keep = synced  # type: ignore[assignment, method-assign]
 
 
 class Ended(NamedTuple):
@@ -88,7 +88,7 @@ def merge(words: list[str], kind: str, number: int) -> Ended:
         if from_the_start:
             _shim.fault_arm(what, number, int(lasts))
         else:
-            run.run_plan = armed
+            run.run_plan = armed  # type: ignore[assignment]
         status = main(words)
         _shim.fault_disarm()
         run.run_plan = run_plan
@@ -115,7 +115,7 @@ def interrupted_after_two_tensors() -> Iterator[None]:
             raise KeyboardInterrupt
         write(*words)
 
-    run.Run.write = interrupting  # type: ignore[method-assign]
+    run.Run.write = interrupting  # type: ignore[assignment, method-assign]
     yield
     run.Run.write = write  # type: ignore[method-assign]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,11 +73,11 @@ class Hub:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def add(self, name: str, folder: Path | None = None, **files: bytes) -> Repository:
+    def add(self, name: str, folder: Path | None = None, files: Mapping[str, bytes] | None = None) -> Repository:
         """Publish a folder as a model."""
         repository = self.repositories.setdefault(name, Repository(name))
         found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in _all(folder)} if folder else {}
-        repository.commit({**found, **files})
+        repository.commit({**found, **(files or {})})
         return repository
 
     def fetched(self, name: str) -> set[str]:

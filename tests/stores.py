@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 BUCKET = "bucket"
@@ -72,7 +72,7 @@ class S3:
         self._server = make_server(
             "127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet, ssl_context=self.proof
         )
-        self._server.daemon_threads = True
+        vars(self._server)["daemon_threads"] = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         self.endpoint = f"{'https' if self.proof else 'http'}://127.0.0.1:{self._server.server_port}"
@@ -108,7 +108,7 @@ class S3:
     @property
     def client(self) -> Any:
         """A client of another library."""
-        import boto3
+        import boto3  # type: ignore[import-untyped]
 
         keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
         return boto3.client("s3", endpoint_url=self.endpoint, verify=self.proof and self.proof[0], **keys)
@@ -201,7 +201,7 @@ class Web:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        vars(self._server)["daemon_threads"] = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def product(folder: Path, module: str) -> np.ndarray:
     config = json.loads((folder / "adapter_config.json").read_text())
     rank = config["rank_pattern"].get(module, config["r"])
     assert a.shape[0] == b.shape[1] == rank == config["alpha_pattern"].get(module, config["lora_alpha"])
-    return b.astype(np.float64) @ a
+    multiplied: np.ndarray = b.astype(np.float64) @ a
+    return multiplied
 
 
 @pytest.mark.parametrize("kind", ["noise", "decaying", "of rank three", "zero"])
@@ -81,10 +83,11 @@ def test_other_methods_are_cut_to_a_rank_and_the_error_is_told(tmp_path: Path) -
     first, one = adapter_of(tmp_path / "L1", 1, Q, UP)
     full = {name: each + (noise(5, each.shape, 0.1) if "proj.weight" in name else 0) for name, each in tensors.items()}
     model = make_model(tmp_path / "full", full)
-    settings = {
+    settings: dict[str, Any] = {
         "model_path_list": [first, model], "base_model_path": base, "merge_method": "ties", "output_format": "lora",
     }  # fmt: skip
-    for number, other in enumerate(({}, {"n_process": 3, "memory": 1})):
+    budgets: list[dict[str, Any]] = [{}, {"n_process": 3, "memory": 1}]
+    for number, other in enumerate(budgets):
         modelfuse.merge(**settings, lora_rank=3, output_path=tmp_path / f"A{number}", **other)
     assert read_file(tmp_path / "A0" / "adapter_model.safetensors") == read_file(
         tmp_path / "A1" / "adapter_model.safetensors"

@@ -85,7 +85,7 @@ def same_values(ours: Array, theirs: Array, name: str) -> None:
     bits = f"u{ours.itemsize}"
     wide = [each.astype(np.uint32) << np.uint32(16) if each.dtype == np.uint16 else each for each in (ours, theirs)]
     nan = [np.isnan(each.view(np.float32) if each.dtype == np.uint32 else each) for each in wide]
-    np.testing.assert_array_equal(*nan)
+    np.testing.assert_array_equal(nan[0], nan[1])
     different = np.flatnonzero((ours.view(bits) != theirs.view(bits)) & ~nan[1])
     few = different[:5]
     assert different.size == 0, f"{name}: {different.size} differ, first {few}: {ours[few]} and {theirs[few]}"
@@ -206,7 +206,7 @@ class LiveBytes:
         self.now = self.most = 0
         known: set[int] = set()
 
-        class Watch(TorchDispatchMode):
+        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def __torch_dispatch__(mode, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 result = function(*args, **(kwargs or {}))
                 for each in result if isinstance(result, tuple | list) else [result]:
@@ -214,7 +214,7 @@ class LiveBytes:
                         self.see(each.untyped_storage(), known)
                 return result
 
-        self.watch = Watch()
+        self.watch = Watch()  # type: ignore[no-untyped-call]
 
     def see(self, storage: Any, known: set[int]) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -16,7 +16,7 @@ import pytest
 from conftest import Said, array, make_model, random_tensors, read_model, snapshot, start
 
 import modelfuse as package
-from modelfuse.checkpoints import allocation, exchange, writer
+from modelfuse.checkpoints import allocation, writer
 from modelfuse.checkpoints.writer import OutputFolder
 
 Run = Callable[..., Said]
@@ -178,7 +178,7 @@ def test_replacing_without_the_system_call(
     merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     merge(*words)
-    monkeypatch.setattr(exchange.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
     merge(*words, "--overwrite", "--weight_list", 0, 1)
     assert os.listdir(tmp_path / "out") == ["C"]
     assert (
@@ -203,8 +203,8 @@ def test_replacing_in_steps_that_fails(
         really(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(exchange.ctypes, "CDLL", lambda *_, **__: object())
-        patch.setattr(exchange.os, "rename", rename)
+        patch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+        patch.setattr(os, "rename", rename)
         said = modelfuse("merge", *words, "--overwrite", "--weight_list", 0, 1)
     assert said.status == 2
     assert "Input/output error" in said.err

@@ -258,9 +258,9 @@ def test_transformers_loads_a_merge(transformers: Any, tmp_path: Path, tied: boo
     models = [make_llama(transformers, seed, tied=tied, kind=kind) for seed in range(2)]
     for name, model, size in zip("AB", models, ("5GB", "6KB"), strict=True):
         model.save_pretrained(tmp_path / name, max_shard_size=size)
-    for name, size in (("C", 10**9), ("D", 5000)):
+    for name, most in (("C", 10**9), ("D", 5000)):
         package.merge(
-            model_path_list=[tmp_path / "A", tmp_path / "B"], output_path=tmp_path / name, max_shard_size=size
+            model_path_list=[tmp_path / "A", tmp_path / "B"], output_path=tmp_path / name, max_shard_size=most
         )
         expect_average(transformers, tmp_path / name, models)
     assert (tmp_path / "D" / "model.safetensors.index.json").exists()

@@ -131,7 +131,7 @@ def test_settings_are_not_chosen_on_what_is_judged(tokenizer: Tokenizer) -> None
 
 def test_a_merge_keeps_shares_of_what_experts_gained() -> None:
     def score(*marks: float) -> evaluate.Score:
-        return evaluate.Score(*marks, sums=0.0, preference=0.0)
+        return evaluate.Score(*marks, sums=0.0, preference=0.0)  # type: ignore[misc]  # marks are the other fields
 
     marks = {"base": score(16.0, 4.0, 9.0), "code": score(4.0, 9.0, 9.0), "prose": score(16.0, 2.0, 9.0)}
     marks["arithmetic"] = score(16.0, 4.0, 1.0)

@@ -61,7 +61,8 @@ def test_every_tensor_type_merges_the_same_bytes(
 @pytest.mark.parametrize("tensor_type", TENSOR_TYPES)
 def test_workers_and_budget_change_no_byte(trio: list[Path], tmp_path: Path, tensor_type: str) -> None:
     made = []
-    for number, settings in enumerate(({}, {"n_process": 5}, {"n_process": 2, "memory": 1})):
+    budgets: list[dict[str, Any]] = [{}, {"n_process": 5}, {"n_process": 2, "memory": 1}]
+    for number, settings in enumerate(budgets):
         out = tmp_path / str(number)
         package.merge(model_path_list=trio[1:], base_model_path=trio[0], merge_method="della", output_path=out,
                       tensor_type=tensor_type, **settings)  # fmt: skip

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import Said, array, bf16, call, make_model, random_tensors, read_model, snapshot
+from conftest import Said, Stored, array, bf16, call, make_model, random_tensors, read_model, snapshot
 
 import modelfuse as package
 from modelfuse.errors import OutputError
@@ -404,7 +404,7 @@ def test_kinds_of_integers_that_differ(refuse: Refuse, tmp_path: Path) -> None:
 def test_integers_that_differ(refuse: Refuse, merge: Run, tmp_path: Path) -> None:
     models = []
     for number, name in enumerate("AB"):
-        tensors = {
+        tensors: dict[str, np.ndarray | Stored] = {
             "w": np.full(4, number, np.float32),
             "ids": np.arange(4) + number,
             "same": np.arange(5),

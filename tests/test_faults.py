@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def run(program: str, folder: Path, scenario: str, kinds: list[str], **more: str) -> int:
     """Run a sweep; returns the number of its points."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
-    command = [sys.executable, TESTS / program, folder, scenario, *kinds]
+    command = [sys.executable, str(TESTS / program), str(folder), scenario, *kinds]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

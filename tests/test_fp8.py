@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,10 @@ from modelfuse.checkpoints.safetensors import read_safetensors
 from modelfuse.dtypes import BF16, BY_NAME, BY_TORCH_NAME
 from modelfuse.fp8 import FORMATS, SCALE_DTYPES, Fp8Tensor, fits, scales_of, values_of
 
-torch = pytest.importorskip("torch", reason="compares with torch's float8 types")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch", reason="compares with torch's float8 types")
 Run = Callable[..., Said]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -34,7 +37,7 @@ def stored(tensor: torch.Tensor) -> Stored:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, BY_NAME[name].torch)
+    dtype: torch.dtype = getattr(torch, str(BY_NAME[name].torch))
     return dtype
 
 
@@ -159,7 +162,7 @@ def test_values_are_those_of_transformers(tmp_path: Path, scale_dtype: str) -> N
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     codes, scale = codes_of((256, 384), 5), scale_for((2, 3), 5).to(torch_dtype(scale_dtype))
-    wanted = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
+    wanted = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)  # type: ignore[no-untyped-call]
     tensor = Fp8Tensor.of(*in_file(tmp_path, codes, scale), (128, 128))
     np.testing.assert_array_equal(read(tensor, 0, tensor.size), wanted.numpy().ravel())
 
@@ -385,7 +388,7 @@ def test_memory_and_bytes_are_counted_as_they_are(tmp_path: Path) -> None:
                    config={"quantization_config": STATIC})  # fmt: skip
     plan = package.check(model_path_list=paths)
     assert plan.bytes_read == 2 * 64 * 64
-    done = []
+    done: list[int] = []
     package.merge(model_path_list=paths, output_path=tmp_path / "C", progress=done.append)
     assert sum(done) == 4 * 64 * 64
     assert math.isclose(plan.memory - package.check(model_path_list=paths, output_dtype="float32").memory,

@@ -300,7 +300,8 @@ def test_adapter_configs(hostile: Hostile, tmp_path: Path, content: bytes, file:
     adapter = tmp_path / ("A" if file == "adapter_config" else "P")
     (adapter / f"{file}.json").write_bytes(content)
     hostile("check", "--lora_model_path", adapter, "--base_model_path", base)
-    shutil.rmtree(tmp_path / "base"), shutil.rmtree(tmp_path / "A"), shutil.rmtree(tmp_path / "P")
+    for each in ("base", "A", "P"):
+        shutil.rmtree(tmp_path / each)
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+", ".*.*.*.*x", "(", "(.*)*", "a{1,9}{1,9}b*c*"])

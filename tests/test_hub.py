@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_merged_from_a_hub_verified_and_merged_again_elsewhere(
     assert len(published.asked) == asked
 
     published.status = None
-    published.add("org/a", **{"config.json": b"{}", "model.safetensors": b"something new"})
+    published.add("org/a", files={"config.json": b"{}", "model.safetensors": b"something new"})
     monkeypatch.setenv("HF_HOME", str(tmp_path / "elsewhere"))
     said = call("verify", "C", folder=tmp_path)
     assert said.status == 0
@@ -185,7 +186,7 @@ def test_merged_from_a_hub_verified_and_merged_again_elsewhere(
 
 
 def test_from_python(published: Hub, tmp_path: Path) -> None:
-    settings = {"model_path_list": ["org/a", "org/b"], "hub_endpoint": published.endpoint}
+    settings: dict[str, Any] = {"model_path_list": ["org/a", "org/b"], "hub_endpoint": published.endpoint}
     plan = package.check(**settings)
     assert plan.recipe.inputs == tuple(HubName(name, head(published, name)) for name in ("org/a", "org/b"))
     result = package.merge(**settings, output_path=tmp_path / "C")
@@ -206,7 +207,7 @@ INDEX = {"model.safetensors.index.json"}
 
 def test_only_what_the_merge_needs_is_fetched(published: Hub, merge: Run) -> None:
     torch = {"pytorch_model.bin": b"the same in another format", "pytorch_model.bin.index.json": b"{}"}
-    published.add("org/a", Path("local/a"), **torch)
+    published.add("org/a", Path("local/a"), torch)
     merge(*words(published, "org/a", "org/b"))
     assert published.fetched("org/a") == {*SHARDS, *INDEX, *SETTINGS, *SERVED}
     assert published.fetched("org/b") == {"model.safetensors", *SETTINGS}
@@ -223,7 +224,7 @@ def test_with_a_base_it_is_the_base_whose_other_files_are_needed(published: Hub,
 
 def test_only_the_shards_that_the_index_names(published: Hub, merge: Run) -> None:
     published.add(
-        "org/a", Path("local/a"), **{"consolidated.safetensors": b"x", "model-00004-of-00004.safetensors": b"x"}
+        "org/a", Path("local/a"), {"consolidated.safetensors": b"x", "model-00004-of-00004.safetensors": b"x"}
     )
     merge(*words(published, "org/a", "org/b"))
     assert published.fetched("org/a") & {"consolidated.safetensors", "model-00004-of-00004.safetensors"} == set()
@@ -237,7 +238,7 @@ def test_prefixes_and_other_formats(hub: Hub, merge: Run, tmp_path: Path) -> Non
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "config.json").write_text("{}")
     torch.save({name: torch.from_numpy(each) for name, each in tensors.items()}, tmp_path / "b" / "master_weights.bin")
-    hub.add("org/b", tmp_path / "b", **{"master_weights.pdparams": b"the same once more"})
+    hub.add("org/b", tmp_path / "b", {"master_weights.pdparams": b"the same once more"})
     merge(*words(hub, "org/a", "org/b", out=tmp_path / "C"), "--merge_prefix", "master_weights")
     assert hub.fetched("org/a") == {"master_weights.safetensors", *SETTINGS}
     assert hub.fetched("org/b") == {"master_weights.bin", *SETTINGS}
@@ -263,7 +264,7 @@ def test_adapters_and_their_base(hub: Hub, merge: Run, modelfuse: Run, tmp_path:
         "model.layers.0.mlp.up_proj.lora_B": np.ones((2, 10), np.float32),
     })  # fmt: skip
     hub.add("org/base", base)
-    hub.add("org/peft", peft, **{"README.md": b"about", "optimizer.pt": b"state"})
+    hub.add("org/peft", peft, {"README.md": b"about", "optimizer.pt": b"state"})
     hub.add("org/paddle", paddle)
     more = ["--base_model_path", "org/base", "--hub_endpoint", hub.endpoint, "--output_path"]
     said = modelfuse("check", "--model_path_list", "org/peft", "org/paddle", *more, tmp_path / "C")
@@ -473,7 +474,7 @@ def test_a_merge_goes_on_while_the_commits_are_the_same(
     ended.ends = True
     assert modelfuse("merge", *words(published, "org/a", "org/b", out="E")).status == 130
     ended.ends = False
-    published.add("org/b", Path("local/b"), CHANGES=b"another commit")
+    published.add("org/b", Path("local/b"), {"CHANGES": b"another commit"})
     said = merge(*words(published, "org/a", "org/b", out="E"))
     assert "Starting afresh: the commit of org/b has changed since the last run" in said.err
 
@@ -660,20 +661,20 @@ def test_other_answers(published: Hub, refuse: Run, status: int, says: str) -> N
 
 
 def test_a_model_without_weights(published: Hub, refuse: Run) -> None:
-    published.add("org/c", **{"README.md": b"weights follow", "config.json": b"{}"})
+    published.add("org/c", files={"README.md": b"weights follow", "config.json": b"{}"})
     commit = head(published, "org/c")
     refuse("merge", *words(published, "org/a", "org/c"),
            says=[f"org/c@{commit} holds no checkpoint: looked for model.safetensors, pytorch_model.bin"])  # fmt: skip
-    published.add("org/c", **{"model-00002-of-00002.safetensors": b"the first is not there"})
+    published.add("org/c", files={"model-00002-of-00002.safetensors": b"the first is not there"})
     refuse("merge", *words(published, "org/a", "org/c"), says=["holds 1 of 2 shards"])
-    published.add("org/c", **{"master_weights.safetensors": b"others"})
+    published.add("org/c", files={"master_weights.safetensors": b"others"})
     refuse("merge", *words(published, "org/a", "org/c"), hint="--merge_prefix master_weights")
 
 
 def test_an_index_that_names_what_is_not_there(published: Hub, refuse: Run) -> None:
     for file, says in (("model-9.safetensors", "is missing"), ("../../up.safetensors", "which is not in its folder")):
         index = json.dumps({"weight_map": {"x": file}}).encode()
-        published.add("org/c", **{"model.safetensors.index.json": index})
+        published.add("org/c", files={"model.safetensors.index.json": index})
         refuse("merge", *words(published, "org/a", "org/c"), says=[file, says])
 
 
@@ -784,7 +785,7 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(
     published: Hub, merge: Run, cache: Path, tmp_path: Path
 ) -> None:
     bad = dict.fromkeys(("../up.json", "..", "additional_chat_templates/../../up.jinja", "/up.json", "a/b.json"), b"x")
-    published.add("org/a", Path("local/a"), **bad)
+    published.add("org/a", Path("local/a"), bad)
     merge(*words(published, "org/a", "org/b"))
     assert published.fetched("org/a") == {*SHARDS, *INDEX, *SETTINGS, *SERVED}
 
@@ -861,7 +862,7 @@ def test_the_first_failure_ends_the_others() -> None:
     with pytest.raises(HubError, match="this one"):
         jobs.together([waits, fails, *[waits] * 20])
     assert ended.is_set()
-    assert jobs.together([lambda _, each=each: each for each in range(50)]) == list(range(50))
+    assert jobs.together([partial(lambda each, _: each, each) for each in range(50)]) == list(range(50))
     assert jobs.together([]) == []
 
 

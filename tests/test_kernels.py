@@ -40,7 +40,7 @@ def decode(code: int, stored: Array, compute: str) -> tuple[Array, int]:
 def encode(code: int, values: Array) -> tuple[Array, int]:
     stored: dict[int, type] = {cpu.RAW_BF16: np.uint16, cpu.RAW_F16: np.float16, cpu.RAW_F32: np.float32,
                                cpu.RAW_F64: np.float64}  # fmt: skip
-    room = np.zeros(values.size, stored[code])
+    room: Array = np.zeros(values.size, stored[code])
     return room, cpu.encode(code, values, values.size, room.view(np.uint8), 0)
 
 
@@ -172,7 +172,7 @@ def test_float64_is_rounded_to_float32_once() -> None:
 
 @pytest.mark.parametrize("code", [cpu.RAW_F32, cpu.RAW_F64])
 def test_float32_and_float64_pass_unchanged(code: int) -> None:
-    compute = {cpu.RAW_F32: np.float32, cpu.RAW_F64: np.float64}[code]
+    compute: type[Any] = {cpu.RAW_F32: np.float32, cpu.RAW_F64: np.float64}[code]
     values = np.array([0.0, -0.0, 5e-324, 1e-45, 1.5, -np.inf, np.inf, np.nan, np.finfo(compute).max]).astype(compute)
     ours, bad = decode(code, values, compute.__name__)
     same_values(ours, values)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ def test_transformers_gives_paddleformers_logits(merge: Run, tmp_path: Path, kin
     merge("--model_path_list", paddle, hf, "--output_path", tmp_path / "C", "--output_format", "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "C", dtype=torch.float32)
     with torch.no_grad():
-        logits = model.eval()(torch.arange(3, 15)[None]).logits.numpy()
+        logits = model.eval()(torch.arange(3, 15)[None]).logits.numpy()  # type: ignore[no-untyped-call]
     np.testing.assert_allclose(logits, np.load(FIXTURES / kind / "logits.npy"), atol=2e-5, rtol=1e-5)
 
 
@@ -204,10 +205,11 @@ def test_mistral_says_the_same_whichever_world_it_comes_from(merge: Run, tmp_pat
     from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
     torch.manual_seed(3)
-    config = MistralConfig(**CONFIG | {"head_dim": 4, "hidden_size": 16}, sliding_window=4, initializer_range=0.3)
+    settings: dict[str, Any] = {**CONFIG, "head_dim": 4, "hidden_size": 16}
+    config = MistralConfig(**settings, sliding_window=4, initializer_range=0.3)
     tokens = torch.arange(2, 12)[None]
     with torch.no_grad():
-        made = MistralForCausalLM(config).eval()
+        made = MistralForCausalLM(config).eval()  # type: ignore[no-untyped-call]
         logits = made(tokens).logits.numpy()
     made.save_pretrained(tmp_path / "hf")
     known = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -222,7 +224,7 @@ def test_mistral_says_the_same_whichever_world_it_comes_from(merge: Run, tmp_pat
         merge("--model_path_list", *inputs, "--output_path", out, "--output_format", "hf")
         assert same(values(out), model)
         with torch.no_grad():
-            again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+            again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
             np.testing.assert_array_equal(again(tokens).logits.numpy(), logits)
     hf = tmp_path / "hf"  # Alone: then the names in the other world are those that the table knows.
     merge("--model_path_list", hf, hf, "--output_path", tmp_path / "back", "--output_format", "paddle")
@@ -434,7 +436,7 @@ def test_a_model_without_config_is_told_from_its_embedding(merge: Run, tmp_path:
 def test_tied_heads_of_paddlenlp(merge: Run, tmp_path: Path) -> None:
     """Two names of one array, as paddle.save keeps it; Hugging Face's file has one of them, or both."""
     models = [hf_model(seed) | {"lm_head.weight": hf_model(seed)["model.embed_tokens.weight"]} for seed in range(2)]
-    tied = {"tie_word_embeddings": True}
+    tied: dict[str, Any] = {"tie_word_embeddings": True}
     nlp = nlp_model(models[0])
     nlp["lm_head.weight"] = nlp["llama.embed_tokens.weight"]
     one, two = save_pdparams(tmp_path / "nlp", nlp, **tied), save(tmp_path / "hf", models[1], **tied)

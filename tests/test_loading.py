@@ -33,7 +33,7 @@ def weigh(pair: Pair, grid: np.ndarray, start: int, key: Any, halve: bool, small
             total += grid[i, j]
         value = (np.float64(pair.values[i]) * pair.factor + total + start) * np.float64(small)
         out[i] = value / 2 if halve else value
-    return start - np.int64(key & np.uint64(0xFF))
+    return start - np.int64(key & np.uint64(0xFF))  # type: ignore[return-value]  # numba's integers
 
 
 def is_large(values: np.ndarray) -> bool:

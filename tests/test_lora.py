@@ -21,7 +21,7 @@ from modelfuse.methods import Method, merge_tensor
 
 Refuse = Callable[..., str]
 FIXTURES = Path(__file__).parent / "fixtures" / "lora"
-CLOSE = {"rtol": 0, "atol": 2e-6}
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 2e-6}
 
 
 def merged(tmp_path: Path, **settings: Any) -> dict[str, Stored]:
@@ -426,7 +426,7 @@ def test_tied_embeddings_change_together_as_peft_has_it(tmp_path: Path, refuse: 
 def test_an_adapter_into_the_other_world_s_layout(tmp_path: Path, form: str) -> None:
     """Merged and then turned, fused and all, is turned and then merged."""
     base, adapter = FIXTURES / "base", FIXTURES / "adapter"
-    turned = {"model_path_list": [FIXTURES / "merged"], "base_model_path": FIXTURES / "merged"}
+    turned: dict[str, Any] = {"model_path_list": [FIXTURES / "merged"], "base_model_path": FIXTURES / "merged"}
     modelfuse.merge(**turned, output_path=tmp_path / "A", output_format=form)
     modelfuse.merge(lora_model_path=adapter, base_model_path=base, output_path=tmp_path / "B", output_format=form)
     assert modelfuse.verify(tmp_path / "B", full=True).holds

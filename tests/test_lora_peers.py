@@ -117,7 +117,7 @@ def test_peft_loads_what_output_format_lora_saves(peft: Any, base: Path, tmp_pat
     """And merging it gives what merging into the base gives, but for the error that the report tells."""
     train(peft, base, tmp_path / "L1", 1, target_modules=["q_proj", "down_proj", "embed_tokens"])
     train(peft, base, tmp_path / "L2", 2, target_modules=["q_proj"], modules_to_save=["norm"], use_rslora=True)
-    models = {"model_path_list": [tmp_path / "L1", tmp_path / "L2"], "base_model_path": base}
+    models: dict[str, Any] = {"model_path_list": [tmp_path / "L1", tmp_path / "L2"], "base_model_path": base}
     modelfuse.merge(**models, **words, output_path=tmp_path / "A", output_format="lora")
     whole = {name: each for name, each in words.items() if name != "lora_rank"}
     modelfuse.merge(**models, **whole, output_path=tmp_path / "C")
@@ -127,7 +127,7 @@ def test_peft_loads_what_output_format_lora_saves(peft: Any, base: Path, tmp_pat
     report = json.loads((tmp_path / "A" / "merge_report.json").read_text())["tensors"]
     assert modelfuse.verify(tmp_path / "A", full=True).holds
     for name, want in wanted.items():
-        size, error = np.linalg.norm(want - before[name]), np.linalg.norm(want - got[name])
+        size, error = float(np.linalg.norm(want - before[name])), float(np.linalg.norm(want - got[name]))
         entries = [each for key, each in report.items() if key.startswith(f"base_model.model.{name[:-7]}.lora_")]
         told = entries[0]["relative_error"] if entries else 0.0
         assert abs(error - told * size) <= 1e-5 * max(size, 1), name

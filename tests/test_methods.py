@@ -90,7 +90,8 @@ def test_slerp_of_60_degrees_a_third_of_the_way() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_slerp_ends_are_the_models(dtype: type) -> None:
-    first, second = np.array([1, 2, 3], dtype), np.array([-3, 1, 7], dtype)
+    first: Array = np.array([1, 2, 3], dtype)
+    second: Array = np.array([-3, 1, 7], dtype)
     assert slerp([first, second], slerp_alpha=0).tolist() == first.tolist()
     assert slerp([first, second], slerp_alpha=1).tolist() == second.tolist()
 
@@ -211,8 +212,7 @@ def test_ties_does_not_divide_by_weights_that_cancel() -> None:
 def test_ties_of_equal_weights_and_an_exact_cancellation() -> None:
     """Weights that are absent arrive as ones: thirds in float32 would not cancel."""
     recipe = Recipe.parse({"model_path_list": ["a", "b", "c"], "merge_type": "ties"})
-    assert recipe.method.weights == (1, 1, 1)
-    assert recipe.method.normalize
+    assert (recipe.method.weights, recipe.method.normalize) == ((1.0, 1.0, 1.0), True)
     xs = [f32(0.1), f32(0.2), f32(-0.3)]
     votes = (xs[0] + xs[1]) + xs[2]
     expected = (xs[0] + xs[1]) / np.float32(2) if votes[0] >= 0 else xs[2]
@@ -327,7 +327,7 @@ def test_dare_preserves_the_mean(reserve_p: float) -> None:
 
 def test_magprune_probabilities_by_rank() -> None:
     # p = 0.5, ε = 0.4, n = 4: ranks 0 1 2 3 are kept with 0.7 0.6 0.5 0.4.
-    ranks = np.arange(4)
+    ranks = np.arange(4.0)
     assert keep_probability(ranks, 4, 0.5, 0.4).tolist() == pytest.approx([0.7, 0.6, 0.5, 0.4])
     # The largest is 4, rank 0. All are kept, divided by their probabilities.
     kept = magprune(f64(1, -4, 2, 3), f32(*[KEEP] * 4), reserve_p=0.5, epsilon=0.4)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CONFIG, Said, Stored, array, bf16, make_model, read_model
-from test_fp8 import BLOCKS, E4M3, STATIC, codes_of, scale_for, stored, torch
+from test_fp8 import BLOCKS, E4M3, STATIC, codes_of, scale_for, stored
 
+torch: Any = pytest.importorskip("torch")
 Refuse = Callable[..., str]
 Tensors = Mapping[str, np.ndarray | Stored]
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -78,7 +79,7 @@ def test_declared_methods(refused: Callable[..., str], declared: object, method:
 def test_names_betray_what_config_does_not_say(
     refused: Callable[..., str], names: dict[str, type], method: str, config: dict[str, Any] | None
 ) -> None:
-    tensors = {f"model.layers.0.mlp.{name}": np.zeros((2, 2), kind) for name, kind in names.items()}
+    tensors: Tensors = {f"model.layers.0.mlp.{name}": np.zeros((2, 2), kind) for name, kind in names.items()}
     hint = "Mxfp4Config" if method == "MXFP4" else "unquantized"
     refused({**PLAIN, **tensors}, config, [method, "declares no quantization_config"], hint)
 
@@ -149,7 +150,7 @@ def test_what_declares_nothing_is_kept(merge: Callable[..., Said], tmp_path: Pat
 
 def test_names_that_only_look_quantized(merge: Callable[..., Said], tmp_path: Path) -> None:
     """Weights of an audio codec, a learned scale, an integer table: none of them is quantized."""
-    tensors = {"encoder.codes": np.ones(3, np.float32), "layer_scale": np.ones(3, np.float32),
+    tensors: Tensors = {"encoder.codes": np.ones(3, np.float32), "layer_scale": np.ones(3, np.float32),
                "attn.k_scale": np.ones(1, np.float32), "router.scales": np.ones(3, np.float32),
                "position_blocks": np.arange(3), "gate.W_q": np.ones((2, 2), np.float32)}  # fmt: skip
     models = [make_model(tmp_path / name, tensors) for name in "AB"]
@@ -160,7 +161,7 @@ def test_names_that_only_look_quantized(merge: Callable[..., Said], tmp_path: Pa
 
 
 def test_scales_of_activations_are_left_out_of_fp8_models_only(merge: Callable[..., Said], tmp_path: Path) -> None:
-    tensors = {WEIGHT: stored(torch.ones(4, 6).to(E4M3)), f"{WEIGHT}_scale": stored(torch.ones(1)),
+    tensors: Tensors = {WEIGHT: stored(torch.ones(4, 6).to(E4M3)), f"{WEIGHT}_scale": stored(torch.ones(1)),
                "model.layers.0.mlp.up_proj.input_scale": stored(torch.ones(1)),
                "experts.gate_up_proj_activation_scale": stored(torch.ones(1)),
                "attn.k_scale": np.ones(1, np.float32), "layer_scale": np.ones(3, np.float32),

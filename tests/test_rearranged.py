@@ -111,5 +111,5 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None
     array = np.random.default_rng(0).standard_normal((70, 90)).astype(np.float32)
     tensor = view(stored(tmp_path, array, "plain"), (90, 70), (90, 70), (1, 90))
     with pytest.raises(CheckpointError, match="in the middle of a tensor"), tensor.open() as read:  # noqa: PT012
-        os.truncate(tensor.file.path, tensor.offset + 100)
+        os.truncate(str(tensor.file.path), tensor.offset + 100)
         read(0, memoryview(bytearray(tensor.nbytes)))

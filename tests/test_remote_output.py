@@ -18,7 +18,7 @@ from test_storage import large
 
 import modelfuse as package
 from modelfuse.errors import OutputError
-from modelfuse.storage import place_of, stores, uploads
+from modelfuse.storage import Url, place_of, stores, uploads
 from modelfuse.storage.uploads import Gate, S3Upload
 
 Run = Callable[..., Said]
@@ -142,7 +142,7 @@ def test_what_fails_leaves_nothing(
 def test_an_input_that_fails_leaves_nothing(s3: S3, parts: None, tmp_path: Path) -> None:
     tensors = large(1, 40)
     good = make_model(tmp_path / "good", large(2, 40))
-    tensors["model.norm.weight"] = random_tensors(1)["model.norm.weight"].repeat(250) * float("nan")  # type: ignore[union-attr]
+    tensors["model.norm.weight"] = random_tensors(1)["model.norm.weight"].repeat(250) * float("nan")
     bad = make_model(tmp_path / "bad", tensors)
     with pytest.raises(package.CheckpointError, match=r"model\.norm\.weight"):
         package.merge(model_path_list=[good, bad], output_path=OUT)
@@ -163,7 +163,8 @@ def test_what_passes_is_tried_again(merge: Run, s3: S3, models: list[Path], part
 
 def test_an_answer_that_is_lost(merge: Run, s3: S3, models: list[Path], parts: None, monkeypatch: Any) -> None:
     """The store has completed an upload, but nobody has heard of it."""
-    real, lost = S3Upload._call, []
+    real = S3Upload._call
+    lost: list[Any] = []
 
     async def call(upload: S3Upload, method: str, **options: Any) -> Any:
         answer = await real(upload, method, **options)
@@ -225,6 +226,7 @@ def test_verify_finds_what_was_changed(modelfuse: Run, merge: Run, s3: S3, model
 
 def test_parts_come_together_in_any_order(s3: S3, parts: None) -> None:
     url = place_of("s3://bucket/out/file")
+    assert isinstance(url, Url)
     from modelfuse.storage.opening import store_of
 
     store, content, gate = store_of(url), bytes(range(256)) * (2 * PART // 256) + b"the end", Gate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -400,7 +401,7 @@ def test_a_full_disk_keeps_what_is_done(
         return pwrite(descriptor, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.os, "pwrite", full)
+        patch.setattr(os, "pwrite", full)
         said = modelfuse("merge", *words)
     assert said.status == 2
     assert "No space left on device" in said.err
@@ -414,13 +415,11 @@ def test_a_full_disk_keeps_what_is_done(
 def test_room_that_is_taken_already_is_not_asked_for_again(
     left: Path, merge: Command, words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelfuse import places
-
     taken = sum(file.stat().st_blocks * 512 for file in (left.parent / ".C.modelfuse").iterdir())
     assert taken
     needed = package.check(model_path_list=words[1:3])
-    free = places.shutil._ntuple_diskusage(0, 0, needed.room - taken)
-    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: free)
+    free = shutil.disk_usage(left.parent)._replace(free=needed.room - taken)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     merge(*words)
 
 

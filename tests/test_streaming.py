@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, Said, bf16, call, make_model
 
-from modelfuse.checkpoints import StoredTensor, page_cache, writer
+from modelfuse.checkpoints import StoredTensor, page_cache
 from modelfuse.checkpoints.files import SourceFile
+from modelfuse.checkpoints.keeper import Keeper
 from modelfuse.checkpoints.page_cache import CHUNK, PageCache
 from modelfuse.checkpoints.safetensors import read_safetensors
 from modelfuse.streaming import Streaming
@@ -67,6 +68,11 @@ def cold(tmp_path: Path) -> SourceFile:
     return SourceFile.at(path)
 
 
+def place_of(file: SourceFile) -> Path:
+    assert isinstance(file.path, Path)
+    return file.path
+
+
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_cold_inputs_leave_and_what_others_have_stays(
     models: list[Path], tmp_path: Path, merge: Callable[..., Said], method: str
@@ -107,7 +113,7 @@ def test_what_is_expected_comes_in_without_being_read(cold: SourceFile, monkeypa
     for advice in cache.expect(cold, 3 * CHUNK + 5, 2 * CHUNK):
         advice.give()
     for _ in range(1000):
-        if (there := resident(cold.path)) >= 3 * CHUNK:
+        if (there := resident(place_of(cold))) >= 3 * CHUNK:
             break
         time.sleep(0.01)
     assert there == 3 * CHUNK
@@ -134,14 +140,14 @@ def test_a_chunk_goes_when_the_last_of_its_bytes_was_read(cold: SourceFile) -> N
 def test_what_somebody_else_has_there_never_goes(cold: SourceFile) -> None:
     with cold.open() as file:
         file.read(2 * CHUNK, memoryview(bytearray(CHUNK)))
-    kept = resident(cold.path)
+    kept = resident(place_of(cold))
     assert kept >= CHUNK
     cache = PageCache()
     list(cache.expect(cold, 0, cold.size))
-    bring_in([cold.path])
+    bring_in([place_of(cold)])
     for advice in [*cache.passed(cold, 0, cold.size), *cache.leave()]:
         advice.give()
-    assert kept <= resident(cold.path) < kept + 2 * CHUNK
+    assert kept <= resident(place_of(cold)) < kept + 2 * CHUNK
 
 
 def test_where_the_system_does_not_tell_nothing_goes(cold: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +163,7 @@ def test_where_the_system_takes_no_advice_merges_work(
     for name in ("posix_fadvise", "POSIX_FADV_WILLNEED", "POSIX_FADV_DONTNEED"):
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setattr(page_cache, "SPARE", 2.0)
-    monkeypatch.setattr(writer.Keeper, "_is_due", lambda keeper: bool(keeper._entries))
+    monkeypatch.setattr(Keeper, "_is_due", lambda keeper: bool(keeper._entries))
     merge("--model_path_list", *pair, "--output_path", tmp_path / "out")
 
 
@@ -169,7 +175,7 @@ def test_the_window_is_ahead_of_the_readers(models: list[Path], monkeypatch: pyt
     asked: list[int] = []
     monkeypatch.setattr("modelfuse.streaming.WINDOW", 3 * CHUNK)
     monkeypatch.setattr("modelfuse.streaming.SPAN", 1 << 20)
-    monkeypatch.setattr(PageCache, "expect", lambda cache, file, offset, count: asked.append(count) or iter(()))
+    monkeypatch.setattr(PageCache, "expect", lambda cache, file, offset, count: iter(asked.append(count) or ()))  # type: ignore[func-returns-value]
     tasks = [Task((tensor,), (models[0],)) for tensor in tensors]
     streaming = Streaming(tasks)
     streaming.start()
@@ -216,11 +222,11 @@ def test_an_output_takes_only_memory_that_nobody_uses(
     cold: SourceFile, monkeypatch: pytest.MonkeyPatch, spare: float, stays: bool
 ) -> None:
     monkeypatch.setattr(page_cache, "SPARE", spare)
-    bring_in([cold.path])
-    descriptor = os.open(cold.path, os.O_RDWR)
+    bring_in([place_of(cold)])
+    descriptor = os.open(place_of(cold), os.O_RDWR)
     try:
         os.pwrite(descriptor, bytes(CHUNK), 0)
         page_cache.settle(descriptor)
     finally:
         os.close(descriptor)
-    assert (resident(cold.path) > 0) is stays
+    assert (resident(place_of(cold)) > 0) is stays

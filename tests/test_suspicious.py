@@ -58,14 +58,16 @@ def values(size: int, seed: int, spread: float = 1.0) -> np.ndarray:
 def test_distances_are_those_of_the_definition(size: int, dtype: DType) -> None:
     base = values(size, 1)
     models = [base + values(size, seed, 10.0**-seed) for seed in (2, 3)]
+    stored: list[np.ndarray]
     if dtype is BF16:
         stored = [bfloat16(each) for each in (*models, base)]
         wide = [(each.astype(np.uint32) << np.uint32(16)).view(np.float32) for each in stored]
     else:
-        wide = stored = [each.astype(dtype.numpy) for each in (*models, base)]
+        wide = [each.astype(dtype.numpy) for each in (*models, base)]
+        stored = wide
     found = measure(stored, [dtype] * 3)
     assert [each.equal for each in found] == [False, False]
-    np.testing.assert_allclose([each.relative for each in found], definition(wide[:2], wide[2]), rtol=1e-12)
+    assert [each.relative for each in found] == pytest.approx(definition(wide[:2], wide[2]), rel=1e-12)
 
 
 @pytest.mark.parametrize("steps", [("linear", None), ("slerp", None), ("ties", "trim"), ("linear", "magprune")])
@@ -77,7 +79,7 @@ def test_same_numbers_for_any_spans_slices_and_method(steps: tuple[str, str | No
     for spans, step in (([1 << 18, 1 << 19], 1 << 17), ([1 << 15], 1 << 15), ([], 1 << 16)):
         found = measure(stored, [F32] * 3, Method(steps[0], steps[1], (0.5, 0.5), True), spans=spans, step=step)
         assert [each.equal for each in found] == [False, True]
-        np.testing.assert_allclose([each.relative for each in found], [each.relative for each in whole], rtol=1e-12)
+        assert [each.relative for each in found] == pytest.approx([each.relative for each in whole], rel=1e-12)
         assert found == measure(stored, [F32] * 3, spans=spans, step=1 << 20)  # Slices change not even the last bit.
 
 
@@ -108,7 +110,7 @@ def test_models_that_are_differences_already() -> None:
     base = values(5000, 1)
     delta = values(5000, 2, 0.1)
     found = measure([delta, np.zeros_like(delta), base], [F32] * 3, deltas=(True, True))
-    np.testing.assert_allclose(found[0].relative, np.linalg.norm(delta) / np.linalg.norm(base), rtol=1e-6)
+    assert found[0].relative == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(base), rel=1e-6)
     assert found == [found[0]._replace(equal=False), Distance(True, 0.0)]
 
 

@@ -243,9 +243,9 @@ def test_no_tensor_is_left_out_silently(torch: Any, save: Callable[..., Path]) -
     ):
         with pytest.raises(CheckpointError, match="tensors in several places"):
             read_torch(save(value))
-    for value in ([torch.randn(2)], torch.randn(2), {"list": [torch.randn(2)]}):
+    for other in ([torch.randn(2)], torch.randn(2), {"list": [torch.randn(2)]}):
         with pytest.raises(CheckpointError, match="does not hold a dict of tensors"):
-            read_torch(save(value))
+            read_torch(save(other))
     with pytest.raises(CheckpointError, match="under 5 instead of a name"):
         read_torch(save({5: torch.randn(2)}))
 

@@ -41,15 +41,15 @@ def more_tensors(seed: int, dtype: str = "float32") -> dict[str, np.ndarray | St
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """A merge of two models into one file."""
-    return package.merge(model_path_list=models(tmp_path), output_path=tmp_path / "C").output_path
+    package.merge(model_path_list=models(tmp_path), output_path=tmp_path / "C")
+    return tmp_path / "C"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """The same in shards of one or two tensors."""
-    return package.merge(
-        model_path_list=models(tmp_path), output_path=tmp_path / "D", max_shard_size=100
-    ).output_path  # fmt: skip
+    package.merge(model_path_list=models(tmp_path), output_path=tmp_path / "D", max_shard_size=100)
+    return tmp_path / "D"
 
 
 def shards(folder: Path) -> list[Path]:
@@ -130,7 +130,8 @@ def test_tensors_of_many_blocks_and_spans(tmp_path: Path, monkeypatch: pytest.Mo
     for seed, name in enumerate("AB"):
         random = np.random.default_rng(seed)
         inputs.append(make_model(tmp_path / name, {"big": bf16(random.standard_normal((700, 1001)))}))
-    folder = package.merge(model_path_list=inputs, output_path=tmp_path / "C", merge_method="della").output_path
+    folder = tmp_path / "C"
+    package.merge(model_path_list=inputs, output_path=folder, merge_method="della")
     assert problems(folder, full=True, n_process=3) == {}
     stored = read_safetensors(shards(folder)[0])[0]["big"]
     for element in (650_000, 500_001):
