@@ -72,7 +72,6 @@ class S3:
         self._server = make_server(
             "127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet, ssl_context=self.proof
         )
-        vars(self._server)["daemon_threads"] = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         self.endpoint = f"{'https' if self.proof else 'http'}://127.0.0.1:{self._server.server_port}"
@@ -201,7 +200,6 @@ class Web:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        vars(self._server)["daemon_threads"] = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"

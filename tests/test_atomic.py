@@ -392,7 +392,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, *failures: int) -> None:
         ctypes.set_errno(left.pop(0))
         return -1
 
-    monkeypatch.setattr(allocation, "_fallocate", lambda: take)
+    monkeypatch.setattr(allocation, "find", lambda *_: take)
 
 
 def test_a_disk_that_is_too_small_says_so_at_once(
@@ -410,7 +410,7 @@ def test_filesystems_that_cannot_take_it(
     if failures:
         failing(monkeypatch, *failures)
     else:
-        monkeypatch.setattr(allocation, "_fallocate", lambda: None)
+        monkeypatch.setattr(allocation, "find", lambda *_: None)
     merge(*words)
     assert read_model(tmp_path / "out" / "C")
 

@@ -73,6 +73,9 @@ def strace() -> None:
 
 @pytest.mark.usefixtures("strace")
 def test_calls_that_the_kernel_fails(folder: Path) -> None:
-    kinds = [f"{call}:error=EIO" for call in ("fsync", "fdatasync", "pwrite64", "renameat2", "fallocate", "mkdir")]
+    kinds = [
+        f"{call}:error=EIO"
+        for call in ("fsync", "fdatasync", "pwrite64", "renameat2", "ftruncate", "fallocate", "mkdir")
+    ]
     kinds += ["pwrite64:error=ENOSPC", "fdatasync:signal=SIGKILL", "fsync:signal=SIGKILL", "renameat2:signal=SIGKILL"]
     assert run("strace_sweep.py", folder, "replacing", kinds) > 30

@@ -213,7 +213,7 @@ def test_the_readers_cannot_run_anything() -> None:
         "safetensors.py",
         "writer.py",
         "allocation.py",
-        "exchange.py",
+        "calls.py",
         "keeper.py",
         "lock.py",
         "page_cache.py",

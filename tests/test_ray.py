@@ -28,7 +28,7 @@ from modelfuse.adapters.values import Recent
 from modelfuse.checkpoints.files import SourceFile
 from modelfuse.checkpoints.paddle_tensors import Landmarks
 from modelfuse.checkpoints.writer import OutputFolder
-from modelfuse.cluster import driver, groups
+from modelfuse.cluster import driver, groups, nodes
 from modelfuse.cluster.groups import Group
 from modelfuse.dtypes import BY_NAME
 from modelfuse.report import CONFIG_NAME, REPORT_NAME
@@ -321,7 +321,7 @@ def test_what_fails_once_is_done_again(
 def test_a_node_that_does_not_see_the_output_is_named(
     refuse: Callable[..., str], simulated: Simulated, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look_at_all = vars(driver)["look_at_all"]
+    look_at_all = nodes.look_at_all
 
     def elsewhere(common: Any) -> None:
         (tmp_path / ".C.modelfuse" / common[1]).unlink()
@@ -335,7 +335,7 @@ def test_a_node_that_does_not_see_the_output_is_named(
 def test_a_node_that_sees_other_inputs_is_named(
     refuse: Callable[..., str], simulated: Simulated, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look_at_all = vars(driver)["look_at_all"]
+    look_at_all = nodes.look_at_all
     file, times = tmp_path / "A" / "model.safetensors", (tmp_path / "A" / "model.safetensors").stat()
 
     def elsewhere(common: Any) -> None:

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from conftest import ROOT, Said, bf16, call, make_model
 from modelfuse.checkpoints import StoredTensor, page_cache
 from modelfuse.checkpoints.files import SourceFile
 from modelfuse.checkpoints.keeper import Keeper
-from modelfuse.checkpoints.page_cache import CHUNK, PageCache
+from modelfuse.checkpoints.page_cache import CHUNK, Advice, PageCache
 from modelfuse.checkpoints.safetensors import read_safetensors
 from modelfuse.streaming import Streaming
 from modelfuse.walking import Task
@@ -68,7 +68,7 @@ def cold(tmp_path: Path) -> SourceFile:
     return SourceFile.at(path)
 
 
-def place_of(file: SourceFile) -> Path:
+def path_of(file: SourceFile) -> Path:
     assert isinstance(file.path, Path)
     return file.path
 
@@ -113,7 +113,7 @@ def test_what_is_expected_comes_in_without_being_read(cold: SourceFile, monkeypa
     for advice in cache.expect(cold, 3 * CHUNK + 5, 2 * CHUNK):
         advice.give()
     for _ in range(1000):
-        if (there := resident(place_of(cold))) >= 3 * CHUNK:
+        if (there := resident(path_of(cold))) >= 3 * CHUNK:
             break
         time.sleep(0.01)
     assert there == 3 * CHUNK
@@ -140,14 +140,14 @@ def test_a_chunk_goes_when_the_last_of_its_bytes_was_read(cold: SourceFile) -> N
 def test_what_somebody_else_has_there_never_goes(cold: SourceFile) -> None:
     with cold.open() as file:
         file.read(2 * CHUNK, memoryview(bytearray(CHUNK)))
-    kept = resident(place_of(cold))
+    kept = resident(path_of(cold))
     assert kept >= CHUNK
     cache = PageCache()
     list(cache.expect(cold, 0, cold.size))
-    bring_in([place_of(cold)])
+    bring_in([path_of(cold)])
     for advice in [*cache.passed(cold, 0, cold.size), *cache.leave()]:
         advice.give()
-    assert kept <= resident(place_of(cold)) < kept + 2 * CHUNK
+    assert kept <= resident(path_of(cold)) < kept + 2 * CHUNK
 
 
 def test_where_the_system_does_not_tell_nothing_goes(cold: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,12 @@ def test_the_window_is_ahead_of_the_readers(models: list[Path], monkeypatch: pyt
     asked: list[int] = []
     monkeypatch.setattr("modelfuse.streaming.WINDOW", 3 * CHUNK)
     monkeypatch.setattr("modelfuse.streaming.SPAN", 1 << 20)
-    monkeypatch.setattr(PageCache, "expect", lambda cache, file, offset, count: iter(asked.append(count) or ()))  # type: ignore[func-returns-value]
+
+    def expect(cache: PageCache, file: SourceFile, offset: int, count: int) -> Iterator[Advice]:
+        asked.append(count)
+        return iter(())
+
+    monkeypatch.setattr(PageCache, "expect", expect)
     tasks = [Task((tensor,), (models[0],)) for tensor in tensors]
     streaming = Streaming(tasks)
     streaming.start()
@@ -222,11 +227,11 @@ def test_an_output_takes_only_memory_that_nobody_uses(
     cold: SourceFile, monkeypatch: pytest.MonkeyPatch, spare: float, stays: bool
 ) -> None:
     monkeypatch.setattr(page_cache, "SPARE", spare)
-    bring_in([place_of(cold)])
-    descriptor = os.open(place_of(cold), os.O_RDWR)
+    bring_in([path_of(cold)])
+    descriptor = os.open(path_of(cold), os.O_RDWR)
     try:
         os.pwrite(descriptor, bytes(CHUNK), 0)
         page_cache.settle(descriptor)
     finally:
         os.close(descriptor)
-    assert (resident(place_of(cold)) > 0) is stays
+    assert (resident(path_of(cold)) > 0) is stays

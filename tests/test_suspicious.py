@@ -67,7 +67,7 @@ def test_distances_are_those_of_the_definition(size: int, dtype: DType) -> None:
         stored = wide
     found = measure(stored, [dtype] * 3)
     assert [each.equal for each in found] == [False, False]
-    assert [each.relative for each in found] == pytest.approx(definition(wide[:2], wide[2]), rel=1e-12)
+    assert [each.relative for each in found] == pytest.approx(definition(wide[:2], wide[2]), rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("steps", [("linear", None), ("slerp", None), ("ties", "trim"), ("linear", "magprune")])
@@ -79,7 +79,7 @@ def test_same_numbers_for_any_spans_slices_and_method(steps: tuple[str, str | No
     for spans, step in (([1 << 18, 1 << 19], 1 << 17), ([1 << 15], 1 << 15), ([], 1 << 16)):
         found = measure(stored, [F32] * 3, Method(steps[0], steps[1], (0.5, 0.5), True), spans=spans, step=step)
         assert [each.equal for each in found] == [False, True]
-        assert [each.relative for each in found] == pytest.approx([each.relative for each in whole], rel=1e-12)
+        assert [each.relative for each in found] == pytest.approx([each.relative for each in whole], rel=1e-12, abs=0)
         assert found == measure(stored, [F32] * 3, spans=spans, step=1 << 20)  # Slices change not even the last bit.
 
 
@@ -110,7 +110,7 @@ def test_models_that_are_differences_already() -> None:
     base = values(5000, 1)
     delta = values(5000, 2, 0.1)
     found = measure([delta, np.zeros_like(delta), base], [F32] * 3, deltas=(True, True))
-    assert found[0].relative == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(base), rel=1e-6)
+    assert found[0].relative == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(base), rel=1e-6, abs=0)
     assert found == [found[0]._replace(equal=False), Distance(True, 0.0)]
 
 

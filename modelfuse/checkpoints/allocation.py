@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable
-from functools import cache
+
+from modelfuse.checkpoints.calls import failure_of, find
 
 #: What no filesystem means by "not here".
 _SERIOUS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -22,22 +22,11 @@ def allocate(descriptor: int, size: int) -> None:
     Raises:
         OSError: If there is no room for it.
     """
-    take = _fallocate()
-    failure = errno.ENOSYS if take is None else errno.EINTR
-    # Not posix_fallocate: glibc writes to every block where a filesystem cannot.
-    while take is not None and failure == errno.EINTR:
-        failure = ctypes.get_errno() if take(descriptor, 0, 0, size) else 0
+    # Not posix_fallocate: glibc writes to every block where a filesystem cannot. musl has only the short name.
+    take = find("fallocate64", "fallocate")
+    start, length = ctypes.c_int64(0), ctypes.c_int64(size)
+    failure = errno.ENOSYS if take is None else failure_of(take, descriptor, 0, start, length)
     if failure in _SERIOUS:
         raise OSError(failure, os.strerror(failure))
     if failure:
         os.truncate(descriptor, size)
-
-
-@cache
-def _fallocate() -> Callable[[int, int, int, int], int] | None:
-    """Linux has the call; glibc has it for large files by another name than musl."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    take = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
-    if take is not None:
-        take.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return take

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shutil
 from pathlib import Path
+
+from modelfuse.checkpoints.calls import failure_of, find
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -17,12 +18,9 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
 
     Linux can do it in one system call; elsewhere two renames must do, and ``aside`` holds what was there meanwhile.
     """
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    rename = find("renameat2")
     if rename is not None:
-        failure = errno.EINTR
-        while failure == errno.EINTR:
-            done = rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0
-            failure = 0 if done else ctypes.get_errno()
+        failure = failure_of(rename, _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE)
         if not failure:
             return
         if failure not in (errno.ENOSYS, errno.EINVAL):
