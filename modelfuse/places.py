@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from modelfuse.checkpoints.writer import bytes_left
@@ -63,14 +64,22 @@ def _check_remote(output: Url, overwrite: bool) -> None:
 def _check_output(output: Path, overwrite: bool) -> None:
     if os.path.islink(os.path.realpath(output)):
         raise OutputError(f"output_path {output} is a link that leads in a circle")
-    if not output.parent.is_dir() and output.parent.exists():
+    if _is_something_else(output.parent):
         raise OutputError(f"{output.parent} is not a folder, so output_path {output} cannot be created")
-    if output.exists() and not output.is_dir():
+    if _is_something_else(output):
         raise OutputError(f"output_path {output} is a file")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(
             f"output_path {output} exists and is not empty", "Use --overwrite to replace it whole when all is done."
         )
+
+
+def _is_something_else(path: Path) -> bool:
+    """Whether there is anything but a folder; asked once, as another merge may be making or removing one."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def check_room(output: Place | None, needed: int) -> None:
