@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import reference
+from levelling import level_memory
 from measure import CommandFailed, Sample, measure
 from pages import bring_in, evict, share
 from programs import HERE, Place, Tool, copy_tool, modelfuse_tool
@@ -128,6 +129,7 @@ class Bench:
         """One copy or merge."""
         files = self.files(work)
         shutil.rmtree(self.place.output, ignore_errors=True)
+        level_memory(files[-1].stat().st_size, self.place.work)
         command = tool.command(work)
         bring_in([self.bystander])
         bring_in(files)

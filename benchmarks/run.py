@@ -21,13 +21,13 @@ from pathlib import Path
 
 import psutil
 import reference
+from levelling import level_memory
 from measure import CommandFailed, Sample, measure
 from programs import (
     COPY,
     PEERS,
     Place,
     Tool,
-    copy_command,
     copy_tool,
     find_peer,
     install_peer,
@@ -141,7 +141,7 @@ def _run(tool: Tool, work: Work, place: Place, console: Console, what: str) -> S
     """Time one tool once, and see that it wrote every tensor."""
     shutil.rmtree(place.output, ignore_errors=True)
     try:
-        _level_memory(work, place)
+        level_memory((work.inputs(place.reference)[-1] / "model.safetensors").stat().st_size, place.work)
         command = tool.command(work)
         # What an earlier run left unwritten must not slow this one down.
         os.sync()
@@ -153,19 +153,6 @@ def _run(tool: Tool, work: Work, place: Place, console: Console, what: str) -> S
         shutil.rmtree(place.output, ignore_errors=True)
     console.print(f"{what}: {work.method}, {tool.name}: {sample.seconds:.2f} s", style="dim", highlight=False)
     return sample
-
-
-def _level_memory(work: Work, place: Place) -> None:
-    """Write and remove twice as much as an output, so that the memory which that takes has just been in use.
-
-    A virtual machine gives memory that has been free for some seconds back to its host, and taking it again costs as
-    much as merging: whoever came after a long run or a pause would pay. Writing as much once is not always enough.
-    """
-    source = work.inputs(place.reference)[-1] / "model.safetensors"
-    place.output.mkdir()
-    for number in range(2):
-        measure(copy_command(place.output / str(number), 2, [source]), log=place.log)
-    shutil.rmtree(place.output)
 
 
 def _summaries(samples: Samples, shape: reference.Shape) -> list[Summary]:
