@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import STEPS, bf16, call, make_model, read_model
+from pretended_gpu import PretendedGpu
 
 import modelfuse as package
 from modelfuse.kernels import choice
@@ -239,15 +240,34 @@ def test_little_memory_of_a_gpu_is_shared_among_workers(
 @pytest.mark.parametrize("device", ["gpu", "low_gpu_mem"])
 @pytest.mark.parametrize("steps", STEPS, ids=" ".join)
 def test_a_gpu_merges_the_same_bytes(
-    merge: Run, trio: list[Path], tmp_path: Path, steps: list[str], device: str, tensor_type: str
-) -> None:
+    merge: Run, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[str], device: str,
+    tensor_type: str,
+) -> None:  # fmt: skip
+    """On a pretended one, torch, where there is none."""
     if without_gpu(tensor_type):
-        pytest.skip(f"needs a GPU that {LIBRARIES[tensor_type].module} can use")
+        if tensor_type != "pt":
+            pytest.skip(f"needs a GPU that {LIBRARIES[tensor_type].module} can use")
+        pretended = PretendedGpu().torch()
+        monkeypatch.setattr(choice, "import_module", lambda name: pretended)
     models = trio[1:3] if "slerp" in steps else trio[1:]
     words = ["--model_path_list", *models, "--base_model_path", trio[0], *steps]
     merge(*words, "--output_path", tmp_path / "np")
     merge(*words, "--output_path", tmp_path / "C", "--tensor_type", tensor_type, "--device", device)
     assert read_model(tmp_path / "C") == read_model(tmp_path / "np")
+
+
+def test_copies_are_under_way_while_a_gpu_computes(
+    merge: Run, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From and to pinned memory, and by several workers, each on a stream of its own."""
+    gpu = PretendedGpu()
+    module = gpu.torch()
+    monkeypatch.setattr(choice, "import_module", lambda name: module)
+    merge("--model_path_list", *trio[1:], "--base_model_path", trio[0], "--merge_method", "dare_ties",
+          "--tensor_type", "pt", "--device", "gpu", "--output_path", tmp_path / "C")  # fmt: skip
+    copies = [stream.copies for stream in gpu.streams]
+    assert sum(copies) == 3 * (4 + 1)
+    assert 1 < len(copies) <= GPU_WORKERS
 
 
 def test_a_gpu_s_memory_is_bounded(merge: Run, trio: list[Path], tmp_path: Path) -> None:
