@@ -39,14 +39,16 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, behind: torch.Tensor, stream: Stream) -> OnDevice:
-        made: OnDevice = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, behind.shape, strides=behind.stride(), dtype=behind.dtype, device=NAME
+        made: OnDevice = torch.Tensor._make_wrapper_subclass(
+            cls, behind.shape, strides=behind.stride(), dtype=behind.dtype, device=torch.device(NAME)
         )
         made.behind, made.stream = behind, stream
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{function} with a tensor on the device, but on no stream")
 
 
@@ -100,7 +102,7 @@ class PretendedGpu:
         self._strict = pinned
         self._pinned: list[torch.Tensor] = []
 
-    def torch(self) -> Any:
+    def module(self) -> Any:
         """The module as it would be where there is this GPU."""
         own = {
             "cuda": SimpleNamespace(device_count=lambda: 1, Stream=self._stream, stream=self._on),

@@ -55,7 +55,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
             library = import_library(LIBRARIES[tensor_type].module)
             if tensor_type != "pt":
                 pytest.skip(f"needs a GPU that {library.__name__} {library.__version__} can use")
-            pretended = PretendedGpu(pinned=False).torch()  # The tests' own memory is not.
+            pretended = PretendedGpu(pinned=False).module()  # The tests' own memory is not.
             patch.setattr(choice, "import_module", lambda name: pretended)
         yield Device(tensor_type, gpu)
 

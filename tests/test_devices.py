@@ -247,7 +247,7 @@ def test_a_gpu_merges_the_same_bytes(
     if without_gpu(tensor_type):
         if tensor_type != "pt":
             pytest.skip(f"needs a GPU that {LIBRARIES[tensor_type].module} can use")
-        pretended = PretendedGpu().torch()
+        pretended = PretendedGpu().module()
         monkeypatch.setattr(choice, "import_module", lambda name: pretended)
     models = trio[1:3] if "slerp" in steps else trio[1:]
     words = ["--model_path_list", *models, "--base_model_path", trio[0], *steps]
@@ -261,7 +261,7 @@ def test_copies_are_under_way_while_a_gpu_computes(
 ) -> None:
     """From and to pinned memory, and by several workers, each on a stream of its own."""
     gpu = PretendedGpu()
-    module = gpu.torch()
+    module = gpu.module()
     monkeypatch.setattr(choice, "import_module", lambda name: module)
     merge("--model_path_list", *trio[1:], "--base_model_path", trio[0], "--merge_method", "dare_ties",
           "--tensor_type", "pt", "--device", "gpu", "--output_path", tmp_path / "C")  # fmt: skip
