@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import STEPS, bf16, call, make_model, read_model
 from pretended_gpu import PretendedGpu
+from pretended_paddle_gpu import PretendedPaddleGpu
 
 import modelfuse as package
 from modelfuse.kernels import choice
@@ -243,11 +244,9 @@ def test_a_gpu_merges_the_same_bytes(
     merge: Run, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[str], device: str,
     tensor_type: str,
 ) -> None:  # fmt: skip
-    """On a pretended one, torch, where there is none."""
+    """On a pretended one where there is none."""
     if without_gpu(tensor_type):
-        if tensor_type != "pt":
-            pytest.skip(f"needs a GPU that {LIBRARIES[tensor_type].module} can use")
-        pretended = PretendedGpu().module()
+        pretended = (PretendedGpu() if tensor_type == "pt" else PretendedPaddleGpu()).module()
         monkeypatch.setattr(choice, "import_module", lambda name: pretended)
     models = trio[1:3] if "slerp" in steps else trio[1:]
     words = ["--model_path_list", *models, "--base_model_path", trio[0], *steps]
@@ -268,6 +267,17 @@ def test_copies_are_under_way_while_a_gpu_computes(
     copies = [stream.copies for stream in gpu.streams]
     assert sum(copies) == 3 * (4 + 1)
     assert 1 < len(copies) <= GPU_WORKERS
+
+
+def test_copies_are_under_way_while_paddle_s_gpu_computes(
+    merge: Run, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = PretendedPaddleGpu()
+    module = gpu.module()
+    monkeypatch.setattr(choice, "import_module", lambda name: module)
+    merge("--model_path_list", *trio[1:], "--base_model_path", trio[0], "--merge_method", "dare_ties",
+          "--tensor_type", "pd", "--device", "gpu", "--output_path", tmp_path / "C")  # fmt: skip
+    assert gpu.copies == 3 * 4
 
 
 def test_a_gpu_s_memory_is_bounded(merge: Run, trio: list[Path], tmp_path: Path) -> None:
