@@ -48,15 +48,14 @@ Array = npt.NDArray[Any]
 DEVICES = [(tensor_type, gpu) for gpu in (False, True) for tensor_type in LIBRARIES]
 
 
-@pytest.fixture(params=DEVICES, ids=lambda each: f"{each[0]}-{'gpu' if each[1] else 'cpu'}", scope="module")
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+@pytest.fixture(params=DEVICES, ids=lambda each: f"{each[0]}-{'gpu' if each[1] else 'cpu'}")
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
     tensor_type, gpu = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        if gpu and not find_gpu(tensor_type, "gpu", allow_cpu_fallback=True):
-            # The tests' own memory is not pinned.
-            pretended = (PretendedGpu(pinned=False) if tensor_type == "pt" else PretendedPaddleGpu()).module()
-            patch.setattr(choice, "import_module", lambda name: pretended)
-        yield Device(tensor_type, gpu)
+    if gpu and not find_gpu(tensor_type, "gpu", allow_cpu_fallback=True):
+        # The tests' own memory is not pinned.
+        pretended = (PretendedGpu(pinned=False) if tensor_type == "pt" else PretendedPaddleGpu()).module()
+        monkeypatch.setattr(choice, "import_module", lambda name: pretended)
+    return Device(tensor_type, gpu)
 
 
 @pytest.fixture
