@@ -10,10 +10,16 @@ from modelfuse.matching import Tied
 from modelfuse.memory import Budget
 from modelfuse.output_format import OutputFormat
 from modelfuse.recipe import Recipe
+from modelfuse.serving import SideFile
 
 
 def notes_on(
-    recipe: Recipe, models: Sequence[Checkpoint], tied: Sequence[Tied], form: OutputFormat, budget: Budget
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    tied: Sequence[Tied],
+    form: OutputFormat,
+    budget: Budget,
+    side_files: Sequence[SideFile],
 ) -> tuple[str, ...]:
     """What is out of the ordinary, a sentence each.
 
@@ -23,6 +29,7 @@ def notes_on(
         tied: Names that are left out.
         form: How the output is stored.
         budget: The workers and the memory that they will take.
+        side_files: What is copied beside the weights.
     """
     lead = models[-1 if recipe.base_model_path is not None else 0]
     memory = budget.memory
@@ -40,6 +47,8 @@ def notes_on(
         )
     if not lead.config and not form.whole:
         notes.append(f"{lead.path} has no config.json, so none is copied; a server will need one.")
+    if unmerged := [file.name for file in side_files if file.holds_weights]:
+        notes.append(f"Copied from {lead.path}, not merged: the weights in {', '.join(unmerged)}.")
     return (*notes, *form.notes(models), *_of_ties(models, tied))
 
 

@@ -193,7 +193,7 @@ def make_plan(recipe: Recipe) -> Plan:
     side_files = files_to_serve(recipe, lead) if recipe.output_format != "lora" else ()
     return Plan(
         recipe, recipe.method, models, tensors, tied, twins, files, form, index, side_files, made_files, *budget,
-        notes_on(recipe, models, tied, form, budget),
+        notes_on(recipe, models, tied, form, budget, side_files),
     )  # fmt: skip
 
 

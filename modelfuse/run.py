@@ -19,6 +19,7 @@ from modelfuse.copying import Copy, Difference, compare_procedure, copy_procedur
 from modelfuse.errors import OutputError
 from modelfuse.kernels import Bytes, Pass, Procedure, Work
 from modelfuse.kernels.choice import choose
+from modelfuse.kernels.loading import announcing
 from modelfuse.memory import SPAN
 from modelfuse.methods import Method
 from modelfuse.places import check_room
@@ -253,7 +254,8 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
     Args:
         plan: What to do.
         progress: Called with a number of bytes as they are done; first with those that an earlier run has done.
-        tell: Called with a sentence if an earlier run was ended, on what becomes of its work.
+        tell: Called with a sentence on what the user may wonder about: what becomes of the work of an earlier run that
+            was ended, and why a first merge takes longer.
 
     Raises:
         CheckpointError: If an input cannot be read, changes meanwhile, or holds NaN or infinities.
@@ -265,7 +267,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
     check_room(plan.recipe.output_path, plan.room)
-    with _cluster(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder:
+    with _cluster(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder, announcing(tell):
         run = Run(plan, progress or (lambda _: None), cluster)
         if folder.afresh is not None:
             tell(f"Starting afresh: {folder.afresh}.")

@@ -25,6 +25,10 @@ MADE = re.compile(
     r"|merge_(config|report)\.json"
 )
 TEMPLATES = "additional_chat_templates"
+#: sentence-transformers lists a model's modules in this file; those that follow the transformer have a folder each.
+MODULES_FILE, MODULES = "modules.json", "[0-9]*_*"
+#: A module's weights, the format first that is loaded where there are both.
+MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 #: Larger files are no configuration; tokenizers stay well below.
 LARGEST = 200_000_000
 
@@ -37,6 +41,11 @@ class SideFile:
     name: str
     size: int
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there are tensors in it, which are not merged."""
+        return self.name.endswith(WEIGHTS)
+
 
 def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     """The files to copy from the lead's folder, and those that the recipe names.
@@ -47,8 +56,8 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     """
     folder = lead.path if is_dir(lead.path) else lead.path.parent
     here = {path.name: path for path in children(folder)}
-    if TEMPLATES in here and is_dir(here[TEMPLATES]):
-        here |= {f"{TEMPLATES}/{path.name}": path for path in children(here[TEMPLATES])}
+    for path in [path for name, path in here.items() if _has_more(name) and is_dir(path)]:
+        here |= {f"{path.name}/{file.name}": file for file in children(path)}
     usual = usual_files({name: size_of(path) for name, path in here.items() if is_file(path)})
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
     look_up(folder, named)
@@ -83,10 +92,23 @@ def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:
 
 def usual_files(sizes: Mapping[str, int]) -> list[str]:
     """Of a model's files, by their names and sizes, those that a server needs."""
-    return [name for name, size in sizes.items() if _is_usual(name, size)]
+    return [name for name in sizes if _is_usual(name, sizes)]
 
 
-def _is_usual(name: str, size: int) -> bool:
-    if "/" in name:
-        return fnmatch(name, f"{TEMPLATES}/*.jinja") and name.count("/") == 1
-    return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and size <= LARGEST
+def _has_more(folder: str) -> bool:
+    """Whether a folder of this name may hold something that a server needs."""
+    return folder == TEMPLATES or fnmatch(folder, MODULES)
+
+
+def _is_usual(name: str, sizes: Mapping[str, int]) -> bool:
+    folder, _, file = name.rpartition("/")
+    if folder == TEMPLATES:
+        return file.endswith(".jinja")
+    if not folder:
+        small = sizes[name] <= LARGEST
+        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and small
+    if MODULES_FILE not in sizes or "/" in folder or not fnmatch(folder, MODULES) or file.startswith("."):
+        return False
+    # A module may have weights of its own, in one of two formats or in both.
+    preferred = next((each for each in MODULE_WEIGHTS if f"{folder}/{each}" in sizes), None)
+    return file == preferred or not file.endswith(WEIGHTS)

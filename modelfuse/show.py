@@ -31,6 +31,8 @@ out = Voice("stdout", 160)
 err = Voice("stderr", fails=False)
 #: Seconds between two lines of progress in a log.
 LOG_INTERVAL = 10.0
+#: The share that must be done before it tells how long the rest will take.
+LEAST_TOLD = 0.005
 #: Problems that are listed one by one.
 MOST_PROBLEMS = 50
 
@@ -180,9 +182,11 @@ class _Log:
             if now - self._shown < LOG_INTERVAL:
                 return
             self._shown = now
-        rate = max(self._done - self._first, 1) / max(now - self._started, 1e-9)
-        left = (self.whole - self._done) / rate
-        err.say("{}", f"{self._done / self.whole:4.0%}  {size(self._done)}  {size(int(rate))}/s  {left:,.0f} s left")
+        line, fresh = f"{self._done / self.whole:4.0%}  {size(self._done)}", self._done - self._first
+        if fresh > LEAST_TOLD * self.whole:
+            rate = fresh / max(now - self._started, 1e-9)
+            line += f"  {size(int(rate))}/s  {(self.whole - self._done) / rate:,.0f} s left"
+        err.say("{}", line)
 
 
 def result(plan: Plan, result: Result) -> None:

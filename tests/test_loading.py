@@ -17,7 +17,7 @@ import pytest
 
 from modelfuse.kernels import linking, loading, machine_code
 from modelfuse.kernels.linking import is_library
-from modelfuse.kernels.loading import Kernel
+from modelfuse.kernels.loading import Kernel, announcing
 from modelfuse.kernels.machine_code import NotLaidOut, prepare
 
 
@@ -87,6 +87,22 @@ def test_a_kernel_is_compiled_once_and_loaded_from_then_on(folder: Path, compile
     assert run(Kernel(weigh)) == expected
     assert run(Kernel(weigh)) == expected
     assert len(compiled) == len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.usefixtures("folder")
+def test_that_kernels_are_compiled_is_said_once() -> None:
+    said: list[str] = []
+
+    def use(who: str) -> None:
+        with announcing(lambda sentence: said.append(f"{who}: {sentence}")):
+            run(Kernel(weigh))
+            Kernel(is_large)(np.zeros(3))
+
+    use("one")
+    use("another")
+    assert said == [f"one: {loading.COMPILING}"]
+    Kernel(is_large)(np.zeros(3, np.int8))
+    assert len(said) == 1  # Nobody asks any more.
 
 
 def test_arguments_of_another_kind_are_another_kernel(folder: Path, compiled: list[str]) -> None:

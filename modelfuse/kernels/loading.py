@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -25,11 +25,25 @@ _LIBRARY = {"memcpy", "memmove", "memset", "pread"}
 _COUNTING = re.compile(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", re.MULTILINE)
 #: numba compiles, and llvmlite loads, one kernel at a time.
 _lock = threading.RLock()
+COMPILING = "Kernels are being compiled for this processor, once: that takes some seconds."
+#: Whom to tell.
+_waiting: list[Callable[[str], None]] = []
 
 
 def compile_kernel(function: F) -> F:
     """Have a function compiled when it is first called; the result is kept for later processes."""
     return cast("F", Kernel(function))
+
+
+@contextlib.contextmanager
+def announcing(tell: Callable[[str], None]) -> Iterator[None]:
+    """Have a function called with a sentence when meanwhile, for the first time, a kernel must be compiled."""
+    _waiting.append(tell)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            _waiting.remove(tell)
 
 
 class Kernel:
@@ -70,6 +84,8 @@ class Kernel:
         try:
             content = machine_code.find(symbol)
             if content is None:
+                while _waiting:
+                    _waiting.pop()(COMPILING)
                 content = _export(self._compiler, symbol, arguments)
                 machine_code.keep(symbol, content)
             return machine_code.load(content, symbol) if content else None
