@@ -101,12 +101,12 @@ def _has_more(folder: str) -> bool:
 
 
 def _is_usual(name: str, sizes: Mapping[str, int]) -> bool:
+    if "/" not in name:
+        small = sizes[name] <= LARGEST
+        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and small
     folder, _, file = name.rpartition("/")
     if folder == TEMPLATES:
         return file.endswith(".jinja")
-    if not folder:
-        small = sizes[name] <= LARGEST
-        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and small
     if MODULES_FILE not in sizes or "/" in folder or not fnmatch(folder, MODULES) or file.startswith("."):
         return False
     # A module may have weights of its own, in one of two formats or in both.

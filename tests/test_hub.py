@@ -40,7 +40,8 @@ KEPT = "note: What was fetched whole is kept: the same command goes on from ther
 BESIDE = {"README.md": "about", "model.gguf": "other weights", "onnx/model.onnx": "others", "tf_model.h5": "others",
           "training_args.bin": "pickle", ".gitattributes": "git", "original/params.json": "{}"}  # fmt: skip
 SERVED = {"tokenizer.json": "{}", "tokenizer_config.json": '{"a": 1}', "generation_config.json": '{"b": 2}',
-          "additional_chat_templates/tools.jinja": "{{ tools }}"}  # fmt: skip
+          "additional_chat_templates/tools.jinja": "{{ tools }}", "modules.json": "[]",
+          "1_Pooling/config.json": '{"c": 3}'}  # fmt: skip
 
 
 def large(seed: int, rows: int = 200) -> dict[str, np.ndarray]:
@@ -784,7 +785,8 @@ def test_listings_that_are_none(
 def test_names_that_lead_out_of_the_folder_are_not_followed(
     published: Hub, merge: Run, cache: Path, tmp_path: Path
 ) -> None:
-    bad = dict.fromkeys(("../up.json", "..", "additional_chat_templates/../../up.jinja", "/up.json", "a/b.json"), b"x")
+    bad = dict.fromkeys(("../up.json", "..", "additional_chat_templates/../../up.jinja", "1_Pooling/../../up.json",
+                         "1_Pooling/..", "/up.json", "a/b.json"), b"x")  # fmt: skip
     published.add("org/a", Path("local/a"), bad)
     merge(*words(published, "org/a", "org/b"))
     assert published.fetched("org/a") == {*SHARDS, *INDEX, *SETTINGS, *SERVED}
