@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modelfuse.adapters.listing import full_models, with_adapters, without_adapters
+from modelfuse.buffers import without_strays
 from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.quantized import dequantized
 from modelfuse.recipe import Recipe
@@ -19,6 +20,6 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
         RecipeError: If there are adapters and no base.
     """
     models = tuple(each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)), full_models(recipe)))
-    models = bring_together(models, without_adapters(recipe))
+    models = bring_together(without_strays(models), without_adapters(recipe))
     layout = recipe.output_layout or models[-1].layout
     return with_adapters(recipe, models, None if layout is None else layout == "paddle")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from modelfuse.adapters import Adapter
+from modelfuse.buffers import STRAY
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.matching import Tied
+from modelfuse.matching import Tied, group_names
 from modelfuse.memory import Budget
 from modelfuse.output_format import OutputFormat
 from modelfuse.recipe import Recipe
@@ -34,6 +35,7 @@ def notes_on(
     lead = models[-1 if recipe.base_model_path is not None else 0]
     memory = budget.memory
     notes = [_of_dequantized(model) for model in models if model.dequantized]
+    notes += [text for model in models for text in _of_strays(model)]
     if recipe.device != "cpu" and not budget.device.gpu:
         notes.append("There is no GPU to be used, so the CPU does the work, as allow_cpu_fallback says.")
     if recipe.engine == "ray":
@@ -54,7 +56,13 @@ def notes_on(
 
 def _of_dequantized(model: Checkpoint) -> str:
     number = sum(tensor.natural is not tensor.dtype for tensor in model.values())
-    return f"{model.path}: {number} tensors are dequantized; {len(model.left_out)} tensors of scales are left out."
+    scales = sum(reason != STRAY for reason in model.left_out.values())
+    return f"{model.path}: {number} tensors are dequantized; {scales} tensors of scales are left out."
+
+
+def _of_strays(model: Checkpoint) -> Iterator[str]:
+    if strays := [name for name, reason in model.left_out.items() if reason == STRAY]:
+        yield f"{model.path}: left out, as {STRAY}: {', '.join(group_names(strays))}."
 
 
 def _of_ties(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from modelfuse.adapters.adapter import PEFT_CONFIG
 from modelfuse.adapters.listing import copies
+from modelfuse.buffers import is_buffer
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
@@ -224,14 +225,10 @@ def _chosen_source(recipe: Recipe) -> int | None:
         ) from None
 
 
-#: Tensors that a model computes from its configuration: copied, as merging them means nothing.
-BUFFERS = ("rotary_emb.inv_freq", ".masked_bias")
-
-
 def _draft(recipe: Recipe, name: str, models: Sequence[Checkpoint], chosen: int | None) -> OutputTensor:
     sources = tuple(model[model.aliases.get(name, name)] for model in models)
     lead = sources[-1 if recipe.base_model_path is not None else 0]
-    merges = lead.dtype.compute is not None and not name.endswith(BUFFERS)
+    merges = lead.dtype.compute is not None and not is_buffer(name, lead.shape)
     dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype and merges else lead.natural
     action: Action = "merge" if merges else "copy"
     taken = _taken(recipe, sources, merges)

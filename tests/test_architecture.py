@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"extras"},
     {"methods", "checksums", "scheduler", "journal", "storage"},
     {"kernels", "checkpoints"},
-    {"dimensions", "recipe_checks", "layouts", "hub_names"},
+    {"dimensions", "recipe_checks", "layouts", "hub_names", "buffers"},
     {"recipe_values"},
     {"copying", "recipe", "recipe_file", "matching", "layout_signs"},
     {"fp8", "adapters"},

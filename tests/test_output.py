@@ -213,19 +213,6 @@ def test_config_names_the_type_that_is_stored(merge: Run, tmp_path: Path) -> Non
     assert (tmp_path / "D" / "config.json").read_bytes() == (models[0] / "config.json").read_bytes()
 
 
-def test_computed_buffers_are_copied(merge: Run, tmp_path: Path) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    models = [
-        make_model(tmp_path / each, {name: np.array([0.1, 0.2], np.float32), "w": np.ones(2, np.float32)})
-        for each in "AB"
-    ]
-    merge("--model_path_list", *models, "--weight_list", 2, 3, "--output_path", tmp_path / "C")
-    merged = read_model(tmp_path / "C")
-    assert array(merged[name]).tolist() == np.array([0.1, 0.2], np.float32).tolist()
-    assert array(merged["w"]).tolist() == [5, 5]
-    assert report_of(tmp_path / "C")["tensors"][name]["action"] == "copied"
-
-
 # Files
 
 
