@@ -49,7 +49,7 @@ __all__ = [
     "verify",
 ]
 
-#: Imported when first used: importing modelfuse loads neither numpy nor pydantic nor a compiler.
+#: Imported when first used: importing modelfuse loads neither numpy nor msgspec nor a compiler.
 _LATER = {
     "Plan": "modelfuse.plan",
     "Problem": "modelfuse.reported",

@@ -9,8 +9,6 @@ gc.disable()
 
 # Nothing here multiplies matrices, and starting the threads that would takes longer than planning a merge.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# No plug-in of pydantic has anything to do here; looking for some reads the metadata of every installed package.
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 def main() -> int:

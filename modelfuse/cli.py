@@ -8,15 +8,13 @@ import gc
 import io
 import os
 import sys
-import types
-import typing
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from modelfuse.errors import ModelfuseError, RecipeError
-from modelfuse.recipe import ANOTHER_WAY, Recipe, by_canonical_name, canonical_name, nearest
+from modelfuse.recipe import ANOTHER_WAY, SETTINGS, Recipe, by_canonical_name, canonical_name, nearest
 from modelfuse.recipe_file import load_recipe
 from modelfuse.storage import Place, place_of
 from modelfuse.version import __version__
@@ -225,10 +223,10 @@ def parse(words: Sequence[str]) -> tuple[dict[str, object], bool]:
     parser.add_argument("--quiet", action="store_true")
     for name in ANOTHER_WAY:
         parser.add_argument(f"--{name}")
-    for name, field in Recipe.model_fields.items():
-        if _is(field.annotation, bool):
+    for name, setting in SETTINGS.items():
+        if setting.is_switch:
             parser.add_argument(f"--{name}", nargs="?", const=True)
-        elif _is(field.annotation, tuple):
+        elif setting.takes_several:
             parser.add_argument(f"--{name}", nargs="+")
         else:
             parser.add_argument(f"--{name}")
@@ -248,12 +246,7 @@ def _normal(word: str) -> list[str]:
         name, equals, value = word[2:].partition("=")
         plain = name.replace("-", "_")
         switched = plain.removeprefix("no_")
-        if (
-            plain != switched
-            and switched in Recipe.model_fields
-            and _is(Recipe.model_fields[switched].annotation, bool)
-            and not equals
-        ):
+        if plain != switched and _is_switch(switched) and not equals:
             return [f"--{switched}", "False"]
         known = plain if plain == "quiet" else canonical_name(name)
         return [f"--{known}", value] if equals else [f"--{known}"]
@@ -273,7 +266,7 @@ def _switched(words: Sequence[str]) -> list[str]:
     done: list[str] = []
     for word in words:
         flag = done[-1].removeprefix("--") if done and done[-1].startswith("--") else ""
-        if flag in Recipe.model_fields and _is(Recipe.model_fields[flag].annotation, bool) and _is_recipe(word):
+        if _is_switch(flag) and _is_recipe(word):
             done.append("True")
         done.append(word)
     return done
@@ -283,8 +276,5 @@ def _is_recipe(word: str) -> bool:
     return word.endswith((".json", ".yaml", ".yml")) or os.path.isfile(word)
 
 
-def _is(annotation: object, kind: type) -> bool:
-    """Whether an annotation is ``kind``, or a union that allows it."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(_is(each, kind) for each in typing.get_args(annotation))
-    return annotation is kind or typing.get_origin(annotation) is kind
+def _is_switch(name: str) -> bool:
+    return name in SETTINGS and SETTINGS[name].is_switch

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from modelfuse.methods import MERGE_METHODS, MERGES, SPARSIFIERS, describe, parameters
-from modelfuse.recipe import Recipe
+from modelfuse.recipe import SETTINGS
 from modelfuse.show import out, size
 
 
@@ -26,9 +26,9 @@ def help_page(line: str, summary: str, command: str) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("setting", "default", "what it does"):
         table.add_column(title, no_wrap=title == "setting")
-    for name, field in Recipe.model_fields.items():
-        default = "required" if field.is_required() else _plain(field.default)
-        table.add_row(f"--{name}", escape(default), escape(field.description or ""))
+    for name, setting in SETTINGS.items():
+        default = "required" if setting.is_required else _plain(setting.default)
+        table.add_row(f"--{name}", escape(default), escape(setting.description))
     out.print(table, soft_wrap=False)
     out.print(
         "\nDashes and underscores are equal. Booleans: --rescale, --rescale False, --no_rescale."

@@ -8,9 +8,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Self
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from dataclasses import MISSING, dataclass, replace
+from typing import Any, Literal
 
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
@@ -27,9 +26,10 @@ from modelfuse.recipe_checks import (
     check_output_format,
     check_pruning,
     check_weights,
-    explain,
+    listed,
+    shown,
 )
-from modelfuse.recipe_values import AbsolutePath, Bytes, Endpoint, Finite, Input, Weight
+from modelfuse.recipe_values import AbsolutePath, Bytes, Endpoint, Input, Unfit, Weight, as_json, setting, settings_of
 from modelfuse.storage import Place
 
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
@@ -42,93 +42,103 @@ ANOTHER_WAY = ("model_path_str", "lora_model_path")
 SYNONYMS = {"model_prefix": "merge_prefix"}
 
 
-class Recipe(BaseModel):
-    """What to merge, how, and where to. Frozen; paths are absolute.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to merge, how, and where to: checked settings, as :meth:`parse` makes them. Paths are absolute."""
 
-    Raises:
-        RecipeError: If a setting is unknown, has a wrong type or value, or contradicts another.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    model_path_list: tuple[Input, ...] = Field(
-        description="The models to merge: folders, weight files, URLs or hub names, adapters among them."
+    model_path_list: tuple[Input, ...] = setting(
+        MISSING, "The models to merge: folders, weight files, URLs or hub names, adapters among them."
     )
-    base_model_path: Input | None = Field(
-        None, description="The model they were fine-tuned from: methods then act on the differences to it."
+    base_model_path: Input | None = setting(
+        None, "The model they were fine-tuned from: methods then act on the differences to it."
     )
-    output_path: AbsolutePath | None = Field(None, description="The folder to create, or its URL.")
-    merge_method: Literal[*MERGE_METHODS] | None = Field(  # type: ignore[valid-type]
-        None, description="A usual pair of merge_type and sparsify_type; linear if none of the three is given."
+    output_path: AbsolutePath | None = setting(None, "The folder to create, or its URL.")
+    merge_method: Literal[*MERGE_METHODS] | None = setting(  # type: ignore[valid-type]
+        None, "A usual pair of merge_type and sparsify_type; linear if none of the three is given."
     )
-    merge_type: Literal["linear", "slerp", "ties"] | None = Field(None, description="How models become one.")
-    sparsify_type: Literal["trim", "dare", "magprune"] | None = Field(
-        None, description="What is dropped from each model first."
+    merge_type: Literal["linear", "slerp", "ties"] | None = setting(None, "How models become one.")
+    sparsify_type: Literal["trim", "dare", "magprune"] | None = setting(None, "What is dropped from each model first.")
+    weight_list: tuple[Weight, ...] | None = setting(None, "One weight a model; equal if absent.")
+    normalize: bool | None = setting(None, "Divide the weights by their sum (false by default when weights are given).")
+    slerp_alpha: float = setting(0.5, "slerp: 0 is the first model, 1 the second.", ge=0, le=1)
+    slerp_normalize_eps: float = setting(1e-8, "slerp: smaller norms are not divided by.", ge=0)
+    slerp_dot_threshold: float = setting(0.9995, "slerp: above this cosine, interpolate straight.", ge=0, le=1)
+    ties_elect_type: Literal["sum", "count"] = setting("sum", "ties: elect signs by value or by number.")
+    rescale: bool = setting(True, "Make up for what was dropped.")
+    reserve_p: float = setting(0.7, "The share of elements to keep (density).", gt=0, le=1)
+    epsilon: float = setting(0.14, "magprune: spread of the keeping probability over the ranks.", ge=0)
+    seed: int = setting(0, "dare, magprune: which random draws.", ge=0, le=2**63 - 1)
+    device: Literal["cpu", "gpu", "low_gpu_mem"] = setting("cpu", "Where to compute.")
+    tensor_type: Literal["np", "pd", "pt"] = setting("np", "numpy, Paddle or torch kernels.")
+    gpu_memory: Bytes = setting(256 * 10**6, "device low_gpu_mem: the most memory of the GPU to use.", ge=64 * 10**6)
+    allow_cpu_fallback: bool = setting(False, "Where there is no GPU to be used, compute on the CPU.")
+    n_process: int = setting(1, "Parallel workers; never changes the result.", ge=1, le=1024)
+    memory: Bytes = setting(10**9, "The most resident memory to use.", ge=1)
+    merge_prefix: Literal["model", "master_weights"] = setting("model", "Which weights of a folder.")
+    max_shard_size: Bytes = setting(5 * 10**9, "The largest weight file to write.", ge=1)
+    output_dtype: Literal[*OUTPUT_DTYPES] | None = setting(  # type: ignore[valid-type]
+        None, "The type to store (default: the base's, else the first model's, tensor by tensor)."
     )
-    weight_list: tuple[Weight, ...] | None = Field(None, description="One weight a model; equal if absent.")
-    normalize: bool | None = Field(
-        None, description="Divide the weights by their sum (false by default when weights are given)."
-    )
-    slerp_alpha: Finite = Field(0.5, ge=0, le=1, description="slerp: 0 is the first model, 1 the second.")
-    slerp_normalize_eps: Finite = Field(1e-8, ge=0, description="slerp: smaller norms are not divided by.")
-    slerp_dot_threshold: Finite = Field(
-        0.9995, ge=0, le=1, description="slerp: above this cosine, interpolate straight."
-    )
-    ties_elect_type: Literal["sum", "count"] = Field("sum", description="ties: elect signs by value or by number.")
-    rescale: bool = Field(True, description="Make up for what was dropped.")
-    reserve_p: Finite = Field(0.7, gt=0, le=1, description="The share of elements to keep (density).")
-    epsilon: Finite = Field(0.14, ge=0, description="magprune: spread of the keeping probability over the ranks.")
-    seed: int = Field(0, ge=0, lt=2**63, description="dare, magprune: which random draws.")
-    device: Literal["cpu", "gpu", "low_gpu_mem"] = Field("cpu", description="Where to compute.")
-    tensor_type: Literal["np", "pd", "pt"] = Field("np", description="numpy, Paddle or torch kernels.")
-    gpu_memory: Bytes = Field(
-        256 * 10**6, ge=64 * 10**6, description="device low_gpu_mem: the most memory of the GPU to use."
-    )
-    allow_cpu_fallback: bool = Field(False, description="Where there is no GPU to be used, compute on the CPU.")
-    n_process: int = Field(1, ge=1, le=1024, description="Parallel workers; never changes the result.")
-    memory: Bytes = Field(10**9, description="The most resident memory to use.")
-    merge_prefix: Literal["model", "master_weights"] = Field("model", description="Which weights of a folder.")
-    max_shard_size: Bytes = Field(5 * 10**9, description="The largest weight file to write.")
-    output_dtype: Literal[*OUTPUT_DTYPES] | None = Field(  # type: ignore[valid-type]
-        None, description="The type to store (default: the base's, else the first model's, tensor by tensor)."
-    )
-    input_layout: tuple[Literal["hf", "paddle"], ...] | None = Field(
-        None, description="Linear weights of the inputs are [out, in] (hf) or [in, out] (paddle); one for all, or one "
+    input_layout: tuple[Literal["hf", "paddle"], ...] | None = setting(
+        None, "Linear weights of the inputs are [out, in] (hf) or [in, out] (paddle); one for all, or one "
         "a model with the base last (default: told from shapes and config.json).",
     )  # fmt: skip
-    output_format: Literal["hf", "paddle", "pdparams", "lora"] | None = Field(
-        None, description="The output's layout: hf, paddle, or paddle in .pdparams files (default: the layout of the "
+    output_format: Literal["hf", "paddle", "pdparams", "lora"] | None = setting(
+        None, "The output's layout: hf, paddle, or paddle in .pdparams files (default: the layout of the "
         "base, else of the first model, in safetensors); lora: the difference to the base as one PEFT adapter.",
     )  # fmt: skip
-    convert_from_hf: bool | None = Field(
-        None, description="Paddle's flag: true is --input_layout hf for all but .pdparams files, false is paddle."
+    convert_from_hf: bool | None = setting(
+        None, "Paddle's flag: true is --input_layout hf for all but .pdparams files, false is paddle."
     )
-    save_to_hf: bool | None = Field(
-        None, description="Paddle's flag: true is --output_format hf, false is paddle, whatever the inputs are."
+    save_to_hf: bool | None = setting(
+        None, "Paddle's flag: true is --output_format hf, false is paddle, whatever the inputs are."
     )
-    lora_rank: int | None = Field(
-        None, ge=1, description="With output_format lora: the rank to cut differences to that are no exact products."
+    lora_rank: int | None = setting(
+        None, "With output_format lora: the rank to cut differences to that are no exact products.", ge=1
     )
-    merge_with_qdq_base_model: bool = Field(
-        False, description="Quantize and dequantize the base first, as config.json in the adapter's folder says."
+    merge_with_qdq_base_model: bool = setting(
+        False, "Quantize and dequantize the base first, as config.json in the adapter's folder says."
     )
-    engine: Literal["local", "ray"] = Field("local", description="Merge on this machine, or on all of a Ray cluster.")
-    ray_address: str | None = Field(None, description="engine ray: HOST:PORT, or local (default: as ray.init finds).")
-    ray_timeout: Finite = Field(30.0, gt=0, le=1e6, description="engine ray: seconds to wait for the cluster.")
-    overwrite: bool = Field(False, description="Replace an existing output.")
-    on_nonfinite: Literal["error", "propagate"] = Field("error", description="What NaN and infinities do.")
-    unmerged_from: Input | None = Field(
-        None, description="The model to take tensors from that cannot be merged (integers) where they differ."
+    engine: Literal["local", "ray"] = setting("local", "Merge on this machine, or on all of a Ray cluster.")
+    ray_address: str | None = setting(None, "engine ray: HOST:PORT, or local (default: as ray.init finds).")
+    ray_timeout: float = setting(30.0, "engine ray: seconds to wait for the cluster.", gt=0, le=1e6)
+    overwrite: bool = setting(False, "Replace an existing output.")
+    on_nonfinite: Literal["error", "propagate"] = setting("error", "What NaN and infinities do.")
+    unmerged_from: Input | None = setting(
+        None, "The model to take tensors from that cannot be merged (integers) where they differ."
     )
-    hub_endpoint: Endpoint | None = Field(
-        None, description="Where hub names are looked up, such as a mirror (default: HF_ENDPOINT, else huggingface.co)."
+    hub_endpoint: Endpoint | None = setting(
+        None, "Where hub names are looked up, such as a mirror (default: HF_ENDPOINT, else huggingface.co)."
     )
-    copy_file_list: tuple[str, ...] = Field((), description="More files to copy beside the usual ones.")
-    split_pieces: int = Field(8, ge=1, description="Accepted; slices are always small.")
-    max_tensor_mem: Finite = Field(0.5, gt=0, le=1e9, description="Accepted; slices are always small.")
+    copy_file_list: tuple[str, ...] = setting((), "More files to copy beside the usual ones.")
+    split_pieces: int = setting(8, "Accepted; slices are always small.", ge=1)
+    max_tensor_mem: float = setting(0.5, "Accepted; slices are always small.", gt=0, le=1e9)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    @classmethod
+    def parse(cls, settings: Mapping[str, object]) -> Recipe:
+        """Build a recipe from named settings, as they come from flags, a file or keyword arguments.
+
+        Raises:
+            RecipeError: If a setting is unknown, which is answered with the nearest one, has a wrong type or value, or
+                contradicts another.
+        """
+        given, values, problems = _canonical(settings), dict[str, Any](), list[str]()
+        for name, value in given.items():
+            try:
+                values[name] = SETTINGS[name].read(value)
+            except Unfit as error:
+                problems.append(f"{name} is {shown(error.value)}: {error.reason}")
+        problems += [
+            f"{name} is not given" for name, each in SETTINGS.items() if each.is_required and name not in given
+        ]
+        if problems:
+            raise RecipeError(listed(problems), "`modelfuse merge --help` lists every setting.")
+        recipe = cls(**values)
+        recipe._check()
+        return recipe
+
+    def _check(self) -> None:
+        """Refuse settings that contradict each other."""
         sparsify_type, merge_type = self.steps
         check_models(len(self.model_path_list), self.base_model_path is not None)
         check_device(self.tensor_type, self.device)
@@ -141,19 +151,6 @@ class Recipe(BaseModel):
         check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
         check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
         check_adapter_output(self.output_format, self.lora_rank, self.base_model_path is not None)
-        return self
-
-    @classmethod
-    def parse(cls, settings: Mapping[str, object]) -> Recipe:
-        """Build a recipe from named settings, as they come from flags, a file or keyword arguments.
-
-        Raises:
-            RecipeError: As the class says; an unknown name is answered with the nearest one.
-        """
-        try:
-            return cls.model_validate(_canonical(settings))
-        except ValidationError as error:
-            raise RecipeError(explain(error.errors()), "`modelfuse merge --help` lists every setting.") from None
 
     @property
     def inputs(self) -> tuple[Place | HubName, ...]:
@@ -185,10 +182,10 @@ class Recipe(BaseModel):
 
     def at_hand(self, found: Mapping[object, HubName]) -> Recipe:
         """The same with what hub names have become: a commit, and a folder."""
-        update: dict[str, object] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
+        update: dict[str, Any] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
         for name in ("base_model_path", "unmerged_from"):
             update[name] = found.get(getattr(self, name), getattr(self, name))
-        return self.model_copy(update=update)
+        return replace(self, **update)
 
     @property
     def steps(self) -> tuple[str | None, str]:
@@ -244,12 +241,15 @@ class Recipe(BaseModel):
 
     def effective(self) -> dict[str, object]:
         """Every setting as it took effect, ready for JSON; parsing it gives the same merge."""
-        settings: dict[str, object] = self.model_dump(mode="json")
+        settings: dict[str, object] = {name: as_json(getattr(self, name)) for name in SETTINGS}
         settings["sparsify_type"], settings["merge_type"] = self.steps
         if settings["merge_type"] != "slerp":
             settings["weight_list"] = list(self.weight_list or (1.0,) * len(self.model_path_list))
             settings["normalize"] = self.normalizes
         return settings
+
+
+SETTINGS = settings_of(Recipe)
 
 
 def canonical_name(name: str) -> str:
@@ -260,8 +260,8 @@ def canonical_name(name: str) -> str:
     """
     plain = name.replace("-", "_")
     plain = SYNONYMS.get(plain, plain)
-    if plain not in Recipe.model_fields and plain not in (*INFORMATION, *ANOTHER_WAY):
-        raise RecipeError(f"There is no setting {name!r}", nearest(plain, (*Recipe.model_fields, *ANOTHER_WAY)))
+    if plain not in SETTINGS and plain not in (*INFORMATION, *ANOTHER_WAY):
+        raise RecipeError(f"There is no setting {name!r}", nearest(plain, (*SETTINGS, *ANOTHER_WAY)))
     return plain
 
 

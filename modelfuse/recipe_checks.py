@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from modelfuse.errors import RecipeError
 from modelfuse.methods import MERGE_METHODS
@@ -17,22 +16,14 @@ MOST_CHARACTERS = 500
 MOST_LINES = 20
 
 
-def explain(errors: Iterable[Any]) -> str:
-    """What is wrong with the settings' types and ranges, a line each, from pydantic's errors."""
-    lines = []
-    for error in errors:
-        name = error["loc"][0] if error["loc"] else "the recipe"
-        if error["type"] == "missing":
-            lines.append(f"{name} is not given")
-            continue
-        reason = str(error["msg"]).removeprefix("Value error, ")
-        lines.append(f"{name} is {_shown(error['input'])}: {reason[0].lower() + reason[1:]}")
-    if len(lines) > MOST_LINES:
-        lines = [*lines[:MOST_LINES], f"and {len(lines) - MOST_LINES} more"]
-    return "\n".join(lines)
+def listed(problems: Sequence[str]) -> str:
+    """What is wrong with single settings, a line each."""
+    if len(problems) > MOST_LINES:
+        problems = [*problems[:MOST_LINES], f"and {len(problems) - MOST_LINES} more"]
+    return "\n".join(problems)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as it was given, as far as a line has room."""
     try:
         text = repr(value)
@@ -47,6 +38,11 @@ def is_path(text: str) -> bool:
         return bool(text) and b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name stays within the folder that it is looked for in."""
+    return is_path(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def check_models(models: int, has_base: bool) -> None:
@@ -163,5 +159,5 @@ def check_adapter_output(output_format: str | None, rank: int | None, has_base: 
 def check_copied(names: Iterable[str]) -> None:
     """Refuse files to copy that lie outside the model's folder."""
     for name in names:
-        if not is_path(name) or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not is_inside(name):
             raise RecipeError(f"copy_file_list names {name!r}, which is not inside the model's folder")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator
+from msgspec import Meta, ValidationError, convert
 
 from modelfuse.hub_names import HubName, hub_name
 from modelfuse.recipe_checks import is_path
@@ -16,6 +21,13 @@ from modelfuse.storage import Place, Url, place_of
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+
+#: What Paddle's tool takes for true and false.
+SWITCHES = {**dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True),
+            **dict.fromkeys(("no", "false", "f", "n", "0", "off"), False)}  # fmt: skip
+#: What types are called.
+WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "array": "a list",
+         "object": "a map", "null": "none"}  # fmt: skip
 
 
 def parse_bytes(value: object) -> object:
@@ -53,12 +65,147 @@ def _endpoint(value: object) -> object:
     return value.rstrip("/") if isinstance(value, str) else value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0, lt=2**63)]
-#: A path, made absolute, or a URL; as text it is without what is secret of it.
-AbsolutePath = Annotated[Place, PlainValidator(_absolute), PlainSerializer(str, when_used="json")]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Metadata of a setting's type: what makes of a given value one that is checked.
+
+    Attributes:
+        read: Raises ValueError if the value cannot be understood.
+    """
+
+    read: Callable[[Any], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Instead(Before):
+    """The same where there is nothing left to check."""
+
+
+Bytes = Annotated[int, Before(parse_bytes), Meta(le=2**63 - 1)]
+#: A path, made absolute, or a URL.
+AbsolutePath = Annotated[Place, Instead(_absolute)]
 #: Most tensors are merged in float32, so their weights have its range.
-Weight = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
-Endpoint = Annotated[str, BeforeValidator(_endpoint)]
+Weight = Annotated[float, Meta(ge=-3e38, le=3e38)]
+Endpoint = Annotated[str, Before(_endpoint)]
 #: A model to merge: where it is, or what it is called on a hub.
-Input = Annotated[Place | HubName, PlainValidator(_input), PlainSerializer(str)]
+Input = Annotated[Place | HubName, Instead(_input)]
+
+
+def setting(default: object, description: str, **bounds: Any) -> Any:
+    """A dataclass's field that is a setting.
+
+    Args:
+        default: Its default, ``MISSING`` where it must be given.
+        description: What it does.
+        bounds: Of numbers, as msgspec's ``Meta`` has them.
+    """
+    return field(default=default, metadata={"description": description, "bounds": Meta(**bounds)})
+
+
+class Unfit(ValueError):
+    """A value that a setting cannot have.
+
+    Attributes:
+        value: What was given; of a list, the first that does not fit.
+        reason: What is expected.
+    """
+
+    def __init__(self, value: object, reason: str) -> None:
+        super().__init__(reason)
+        self.value, self.reason = value, reason
+
+
+class Setting:
+    """What a setting may be, and what it is by default.
+
+    Args:
+        kind: The type of the dataclass's field.
+        made: The field.
+
+    Attributes:
+        default: Its default, ``MISSING`` where it must be given.
+        description: What it does.
+        takes_several: Whether it is a list.
+    """
+
+    def __init__(self, kind: Any, made: Field[Any]) -> None:
+        self.default, self.description = made.default, str(made.metadata["description"])
+        # None is what the default stands for, and is read nowhere.
+        some = next(each for each in get_args(kind) if each is not NoneType) if NoneType in get_args(kind) else kind
+        self.takes_several = get_origin(some) is tuple
+        one = get_args(some)[0] if self.takes_several else some
+        self._kind = Annotated[one, made.metadata["bounds"]]
+        plain = get_args(one)[0] if get_origin(one) is Annotated else one
+        self._readers = [each for each in getattr(one, "__metadata__", ()) if isinstance(each, Before)]
+        self._choices = [str(each) for each in get_args(plain)] if get_origin(plain) is Literal else []
+        self.is_switch, self._is_number = plain is bool, plain in (int, float)
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is MISSING
+
+    def read(self, value: object) -> object:
+        """What was given, as it should be.
+
+        Raises:
+            Unfit: If it cannot be.
+        """
+        if value is None and self.default is None:
+            return None
+        value = value.tolist() if hasattr(value, "tolist") else value  # numpy's numbers.
+        if not self.takes_several:
+            return self._read(value)
+        if not isinstance(value, list | tuple):
+            raise Unfit(value, "give a list")
+        return tuple(map(self._read, value))
+
+    def _read(self, given: object) -> object:
+        value = given
+        try:
+            for reader in self._readers:
+                value = reader.read(value)
+                if isinstance(reader, Instead):
+                    return value
+            if self._is_number:
+                value = _number(value)
+            elif self.is_switch and isinstance(value, str):
+                value = SWITCHES.get(value.lower(), value)
+            read: object = convert(value, self._kind, strict=False)
+        except ValidationError as error:
+            choices = ", ".join(map(repr, self._choices))
+            raise Unfit(given, f"give one of {choices}" if choices else _in_words(error)) from None
+        except ValueError as error:
+            raise Unfit(given, str(error)) from None
+        return read
+
+
+def as_json(value: object) -> object:
+    """A setting as JSON has it; a place without what is secret of it."""
+    if type(value) is tuple:
+        return [as_json(each) for each in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def settings_of(kind: type) -> dict[str, Setting]:
+    """The settings that are a dataclass's fields, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {made.name: Setting(hints[made.name], made) for made in fields(kind)}
+
+
+def _number(value: object) -> object:
+    """A number that was given as text, as words of a command line are, or anything else as it is."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                value = kind(value)
+                break
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("give a finite number")
+    return value
+
+
+def _in_words(error: ValidationError) -> str:
+    """What msgspec says, for those who do not program."""
+    text = re.sub(r"`(\w+)`", lambda word: WORDS.get(word[1], word[1]), str(error))
+    return text[0].lower() + text[1:]

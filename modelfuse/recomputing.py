@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -67,8 +68,13 @@ def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | N
     """Plan the merge anew, wherever its output is now, and hold the plan against the report."""
     try:
         # What a GPU merged, a CPU merges to the same bytes.
-        changes = {"output_path": None, "n_process": n_process, "allow_cpu_fallback": True, "engine": "local"}
-        plan = make_plan(recipe.model_copy(update=changes))
+        changes: dict[str, Any] = {
+            "output_path": None,
+            "n_process": n_process,
+            "allow_cpu_fallback": True,
+            "engine": "local",
+        }
+        plan = make_plan(replace(recipe, **changes))
     except ModelfuseError as error:
         return None, [Problem("inputs", f"{CONFIG_NAME} cannot be merged again: {error.message}")]
     planned = {tensor.name: tensor for tensor in plan.tensors}

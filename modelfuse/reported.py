@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from msgspec import Meta, Struct, ValidationError, convert
 
 from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.files import read_whole
@@ -16,6 +16,7 @@ from modelfuse.checksums import ALGORITHM
 from modelfuse.dtypes import BY_NAME, DType
 from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.recipe import Recipe
+from modelfuse.recipe_checks import is_inside
 from modelfuse.recipe_file import load_recipe
 from modelfuse.report import CONFIG_NAME, REPORT_NAME, encode_json
 from modelfuse.storage import Place, is_dir, is_file
@@ -42,33 +43,15 @@ class Problem:
     file: str | None = None
 
 
-def _plain_name(name: str) -> str:
-    """Nothing beside the output is looked at, whatever an edited report says."""
-    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError("this is no file inside the folder")
-    return name
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
-def _known_dtype(name: str) -> str:
-    if name not in BY_NAME:
-        raise ValueError("there is no such dtype")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_plain_name)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
-
-
-class ReportedTensor(_Part):
+class ReportedTensor(Struct, frozen=True, rename={"dtype_name": "dtype", "dimensions": "shape"}):
     """A tensor of the output: its type, its shape, its file and the checksum of its bytes."""
 
-    dtype_name: Annotated[str, AfterValidator(_known_dtype)] = Field(alias="dtype")
-    dimensions: list[Count] = Field(alias="shape", max_length=64)
-    file: FileName
+    dtype_name: Literal[*BY_NAME]  # type: ignore[valid-type]
+    dimensions: Annotated[list[Count], Meta(max_length=64)]
+    file: str
     checksum: str
 
     @property
@@ -87,21 +70,21 @@ class ReportedTensor(_Part):
         return self.dtype.nbytes(math.prod(self.dimensions))
 
 
-class ReportedFile(_Part):
+class ReportedFile(Struct, frozen=True):
     """A weight file of an input, as it was when it was merged."""
 
     size: Count
     modified_ns: int
 
 
-class ReportedInput(_Part):
+class ReportedInput(Struct, frozen=True):
     """An input: its path and its weight files."""
 
     path: str
-    files: dict[FileName, ReportedFile]
+    files: dict[str, ReportedFile]
 
 
-class ReportedMethod(_Part):
+class ReportedMethod(Struct, frozen=True):
     """The mathematics."""
 
     merge_type: str
@@ -110,15 +93,15 @@ class ReportedMethod(_Part):
     seed: int
 
 
-class Report(_Part):
+class Report(Struct, frozen=True):
     """The parts of merge_report.json that can be checked."""
 
     method: ReportedMethod
     inputs: list[ReportedInput]
-    files: dict[FileName, Count]
+    files: dict[str, Count]
     tensors: dict[str, ReportedTensor]
-    copied_files: list[FileName]
-    sha256: dict[FileName, str]
+    copied_files: list[str]
+    sha256: dict[str, str]
 
 
 def read_report(folder: Place) -> tuple[Report, list[Problem]]:
@@ -140,12 +123,10 @@ def read_report(folder: Place) -> tuple[Report, list[Problem]]:
     content = read_json(path)
     problems = [] if _is_as_written(path, content) else [_edited()]
     try:
-        report = Report.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = " → ".join(map(str, first["loc"]))
+        report = _understood(content)
+    except ValueError as error:
         raise CheckpointError(
-            f"{path} is not as modelfuse writes it: {where}: {first['msg']}",
+            f"{path} is not as modelfuse writes it: {error}",
             "It was edited or damaged; merge again." if problems else None,
         ) from None
     if content.get("checksum") != ALGORITHM:
@@ -154,6 +135,30 @@ def read_report(folder: Place) -> tuple[Report, list[Problem]]:
             "It was edited or damaged; merge again." if problems else "Use the version of modelfuse that wrote it.",
         )
     return report, problems
+
+
+def _understood(content: Mapping[str, object]) -> Report:
+    """The parts of a report.
+
+    Raises:
+        ValueError: If they are not there, or not as they should be; says where.
+    """
+    try:
+        report = convert(content, Report)
+    except ValidationError as error:
+        tensors = content.get("tensors")
+        for name, entry in tensors.items() if isinstance(tensors, dict) else ():
+            try:
+                convert(entry, ReportedTensor)
+            except ValidationError as own:
+                raise ValueError(f"tensor {name}: {own}") from None
+        raise ValueError(str(error)) from None
+    named = [*report.files, *report.copied_files, *report.sha256, *(each.file for each in report.tensors.values())]
+    for name in [*named, *(name for each in report.inputs for name in each.files)]:
+        # Nothing beside the output is looked at, whatever an edited report says.
+        if not is_inside(name):
+            raise ValueError(f"{name!r} is no file inside the folder")
+    return report
 
 
 def _is_as_written(path: Place, content: dict[str, object]) -> bool:

@@ -69,7 +69,7 @@ THIRD_PARTY = {
     },
     "llvmlite": {"kernels"},
     "numba": {"kernels"},
-    "pydantic": {"recipe", "recipe_values", "reported"},
+    "msgspec": {"recipe_values", "reported"},
     "huggingface_hub": {"hub"},
     "yaml": {"recipe_file"},
     "fsspec": {"storage"},
@@ -149,7 +149,7 @@ def test_there_are_no_cycles() -> None:
 
 
 def test_importing_the_package_loads_next_to_nothing() -> None:
-    """Neither numpy nor pydantic nor a compiler, and of the package itself only errors and the version."""
+    """Neither numpy nor msgspec nor a compiler, and of the package itself only errors and the version."""
     code = (
         "import sys; before = set(sys.modules); import modelfuse;"
         "print(*sorted({name for name in set(sys.modules) - before}))"

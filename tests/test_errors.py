@@ -86,7 +86,7 @@ def words(pair: Pair, tmp_path: Path) -> list[object]:
         (["--tensor_type", "jax"], ["tensor_type is 'jax'"], "--help"),
         (["--device", "gpu"], ["device gpu"], "--device cpu"),
         (["--device", "low_gpu_mem"], ["device low_gpu_mem"], "--device cpu"),
-        (["--gpu_memory", "63MB"], ["gpu_memory is 63000000", "64000000"], "--help"),
+        (["--gpu_memory", "63MB"], ["gpu_memory is '63MB'", "64000000"], "--help"),
         (["--merge_prefix", "optimizer"], ["merge_prefix is 'optimizer'", "'master_weights'"], "--help"),
         (["--output_dtype", "int8"], ["output_dtype is 'int8'", "'bfloat16'"], "--help"),
         (["--on_nonfinite", "ignore"], ["on_nonfinite is 'ignore'", "'propagate'"], "--help"),

@@ -27,7 +27,7 @@ from modelfuse.methods.random import draws, stream_key
 from modelfuse.methods.slerp import coefficients, slerp
 from modelfuse.methods.ties import ties
 from modelfuse.methods.trim import kept_from, scale, trim
-from modelfuse.recipe import Recipe
+from modelfuse.recipe import SETTINGS, Recipe
 
 Array = npt.NDArray[Any]
 #: A draw that keeps whatever can be kept, and one that drops whatever can be dropped.
@@ -402,10 +402,10 @@ def test_a_signature_is_the_schema_of_its_settings(name: str) -> None:
     assert function.__name__ == name
     fields = Method.__dataclass_fields__
     for setting, default in parameters(function).items():
-        assert setting in Recipe.model_fields
+        assert setting in SETTINGS
         assert setting in fields
         if setting != "normalize":  # The recipe's None stands for: as weights are given or not.
-            assert Recipe.model_fields[setting].default == default
+            assert SETTINGS[setting].default == default
         assert fields[setting].default == default
 
 

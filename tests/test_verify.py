@@ -398,12 +398,18 @@ def test_an_edit_that_changes_nothing_else(out: Path) -> None:
 
 
 MALFORMED: dict[str, tuple[Edit, str]] = {
-    "no tensors": (lambda report: report.pop("tensors"), "tensors: "),
+    "no tensors": (lambda report: report.pop("tensors"), "required field `tensors`"),
     "a file outside": (lambda report: report["files"].update({"../A/model.safetensors": 1}), "inside the folder"),
     "an absolute file": (lambda report: report["sha256"].update({"/etc/passwd": ""}), "inside the folder"),
-    "a dtype": (lambda report: report["tensors"][FIRST].update(dtype="F17"), "no such dtype"),
-    "a shape": (lambda report: report["tensors"][FIRST].update(shape=[-1]), "greater than or equal to 0"),
-    "kinds": (lambda report: report.update(files=[1]), "files: "),
+    "a dtype": (
+        lambda report: report["tensors"][FIRST].update(dtype="F17"),
+        f"tensor {FIRST}: Invalid enum value 'F17' - at `$.dtype`",
+    ),
+    "a shape": (
+        lambda report: report["tensors"][FIRST].update(shape=[-1]),
+        f"tensor {FIRST}: Expected `int` >= 0 - at `$.shape[0]`",
+    ),
+    "kinds": (lambda report: report.update(files=[1]), "at `$.files`"),
     "checksums": (lambda report: report.update(checksum="md5"), "checksums of the kind 'md5'"),
 }
 
