@@ -8,7 +8,7 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -177,14 +177,22 @@ def _merge(recipe: Recipe, quiet: bool) -> int:
     from modelfuse.run import run_plan
 
     with show.progress(plan, quiet) as advance:
-        result = run_plan(plan, advance, (lambda _: None) if quiet else show.note)
+        result = run_plan(plan, advance, _tell(quiet))
     if not quiet:
         show.result(plan, result)
     return 0
 
 
+def _tell(quiet: bool) -> Callable[[str], None]:
+    """Where to say what the user may wonder about."""
+    from modelfuse import show
+
+    return (lambda _: None) if quiet else show.note
+
+
 def _verify(words: list[str]) -> int:
     from modelfuse import show
+    from modelfuse.kernels.loading import announcing
     from modelfuse.verification import verify_output
 
     parser = _VerifyParser(add_help=False, allow_abbrev=False)
@@ -196,7 +204,7 @@ def _verify(words: list[str]) -> int:
     plain = (f"--{word[2:].replace('-', '_')}" if word.startswith("--") else word for word in words)
     given = vars(parser.parse_args(list(plain)))
     quiet, folder = given.pop("quiet"), _place(given.pop("folder"))
-    with show.verifying(folder, quiet) as progress:
+    with show.verifying(folder, quiet) as progress, announcing(_tell(quiet)):
         found = verify_output(folder, **given, progress=progress)
     show.verification(found, quiet)
     return 0 if found.holds else 2
