@@ -8,10 +8,10 @@ from dataclasses import replace
 from modelfuse.checkpoints import Checkpoint
 
 #: How their names end: frequencies and numbers of positions, and the value that masks attention.
-ENDINGS = (".inv_freq", ".position_ids", ".masked_bias")
+ENDINGS = ("inv_freq", "position_ids", "masked_bias")
 #: The same of masks, which are tensors of one matrix; anything else of that name is a bias.
-MASKS, MASK_DIMENSIONS = (".attn.bias", ".attention.bias"), 4
-STRAY = "computed from config.json, and not in every model"
+MASKS, MASK_DIMENSIONS = ("attn.bias", "attention.bias"), 4
+STRAY = "computed from config.json, and not alike in every model"
 
 
 def is_buffer(name: str, shape: Sequence[int]) -> bool:
@@ -20,21 +20,26 @@ def is_buffer(name: str, shape: Sequence[int]) -> bool:
     >>> is_buffer("h.0.attn.bias", (1, 1, 1024, 1024)), is_buffer("encoder.0.attn.bias", (768,))
     (True, False)
     """
-    return f".{name}".endswith(ENDINGS) or (f".{name}".endswith(MASKS) and len(shape) == MASK_DIMENSIONS)
+    whole = f".{name}"
+    is_mask = len(shape) == MASK_DIMENSIONS and whole.endswith(tuple(f".{each}" for each in MASKS))
+    return is_mask or whole.endswith(tuple(f".{each}" for each in ENDINGS))
 
 
 def without_strays(models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
-    """Leave out the buffers that not all models hold: whoever loads those without computes them."""
-    held = [{*model, *model.aliases} for model in models]
-    everywhere = set.intersection(*held)
-    return tuple(_without(model, own - everywhere) for model, own in zip(models, held, strict=True))
+    """Leave out the buffers that not all models hold alike: whoever loads those without computes them."""
+    endings, strays = (*ENDINGS, *MASKS), set[str]()
+    for name in {name for model in models for name in (*model, *model.aliases) if name.endswith(endings)}:
+        found = [model.get(model.aliases.get(name, name)) for model in models]
+        held = [each for each in found if each is not None]
+        alike = len(held) == len(models) and len({(each.dtype, each.shape) for each in held}) == 1
+        if not alike and all(is_buffer(name, each.shape) for each in held):
+            strays.add(name)
+    return tuple(_without(model, strays) for model in models) if strays else tuple(models)
 
 
-def _without(model: Checkpoint, names: set[str]) -> Checkpoint:
-    if not (strays := {name for name in names if is_buffer(name, model[model.aliases.get(name, name)].shape)}):
-        return model
+def _without(model: Checkpoint, strays: set[str]) -> Checkpoint:
     aliases = {name: kept for name, kept in model.aliases.items() if name not in strays}
-    strays -= set(aliases.values())
-    tensors = {name: tensor for name, tensor in model.items() if name not in strays}
-    left_out = {**model.left_out, **{name: STRAY for name in (*model, *model.aliases) if name in strays}}
+    out = strays - set(aliases.values())
+    left_out = {**model.left_out, **{name: STRAY for name in (*model, *model.aliases) if name in out}}
+    tensors = {name: tensor for name, tensor in model.items() if name not in out}
     return replace(model, tensors=tensors, aliases=aliases, left_out=left_out)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from modelfuse.errors import ModelfuseError, RecipeError
-from modelfuse.recipe import ANOTHER_WAY, SETTINGS, Recipe, by_canonical_name, canonical_name, nearest
+from modelfuse.recipe import ANOTHER_WAY, SETTINGS, Recipe, by_canonical_name, canonical_name
+from modelfuse.recipe_checks import nearest
 from modelfuse.recipe_file import load_recipe
 from modelfuse.storage import Place, place_of
 from modelfuse.version import __version__

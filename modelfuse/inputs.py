@@ -20,6 +20,7 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
         RecipeError: If there are adapters and no base.
     """
     models = tuple(each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)), full_models(recipe)))
-    models = bring_together(without_strays(models), without_adapters(recipe))
+    models = bring_together(models, without_adapters(recipe))
+    models = without_strays(models)
     layout = recipe.output_layout or models[-1].layout
     return with_adapters(recipe, models, None if layout is None else layout == "paddle")

@@ -91,6 +91,8 @@ def match_tensors(models: Sequence[Checkpoint], lead: Checkpoint) -> tuple[list[
     problems = [
         *_describe_missing(missing, models), *_describe_shapes(names, models), *_describe_untied(tied, models)
     ]  # fmt: skip
+    if not names and not problems:
+        raise MismatchError("The models have no tensors to merge", "Name the folders that hold the weights.")
     if problems:
         raise MismatchError(
             "The models do not have the same tensors:\n" + "\n".join(f"  {problem}" for problem in problems),

@@ -5,10 +5,10 @@ Flags, recipe files and the Python API all become a :class:`Recipe`; nothing dow
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, replace
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import MISSING, dataclass
 from typing import Any, Literal
 
 from modelfuse.dtypes import OUTPUT_DTYPES
@@ -26,10 +26,9 @@ from modelfuse.recipe_checks import (
     check_output_format,
     check_pruning,
     check_weights,
-    listed,
-    shown,
+    nearest,
 )
-from modelfuse.recipe_values import AbsolutePath, Bytes, Endpoint, Input, Unfit, Weight, as_json, setting, settings_of
+from modelfuse.recipe_values import AbsolutePath, Bytes, Endpoint, Input, Weight, as_json, checked, setting, settings_of
 from modelfuse.storage import Place
 
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
@@ -44,7 +43,11 @@ SYNONYMS = {"model_prefix": "merge_prefix"}
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to merge, how, and where to: checked settings, as :meth:`parse` makes them. Paths are absolute."""
+    """What to merge, how, and where to. Frozen; paths are absolute.
+
+    Raises:
+        RecipeError: If a setting has a wrong type or value, or contradicts another.
+    """
 
     model_path_list: tuple[Input, ...] = setting(
         MISSING, "The models to merge: folders, weight files, URLs or hub names, adapters among them."
@@ -94,7 +97,7 @@ class Recipe:
         None, "Paddle's flag: true is --output_format hf, false is paddle, whatever the inputs are."
     )
     lora_rank: int | None = setting(
-        None, "With output_format lora: the rank to cut differences to that are no exact products.", ge=1
+        None, "With output_format lora: the rank to cut differences to that are no exact products.", ge=1, le=2**31
     )
     merge_with_qdq_base_model: bool = setting(
         False, "Quantize and dequantize the base first, as config.json in the adapter's folder says."
@@ -111,31 +114,28 @@ class Recipe:
         None, "Where hub names are looked up, such as a mirror (default: HF_ENDPOINT, else huggingface.co)."
     )
     copy_file_list: tuple[str, ...] = setting((), "More files to copy beside the usual ones.")
-    split_pieces: int = setting(8, "Accepted; slices are always small.", ge=1)
+    split_pieces: int = setting(8, "Accepted; slices are always small.", ge=1, le=2**63 - 1)
     max_tensor_mem: float = setting(0.5, "Accepted; slices are always small.", gt=0, le=1e9)
+
+    def __post_init__(self) -> None:
+        vars(self).update(checked(SETTINGS, vars(self)))
+        self._check()
 
     @classmethod
     def parse(cls, settings: Mapping[str, object]) -> Recipe:
         """Build a recipe from named settings, as they come from flags, a file or keyword arguments.
 
         Raises:
-            RecipeError: If a setting is unknown, which is answered with the nearest one, has a wrong type or value, or
-                contradicts another.
+            RecipeError: As the class says; an unknown name is answered with the nearest one.
         """
-        given, values, problems = _canonical(settings), dict[str, Any](), list[str]()
-        for name, value in given.items():
-            try:
-                values[name] = SETTINGS[name].read(value)
-            except Unfit as error:
-                problems.append(f"{name} is {shown(error.value)}: {error.reason}")
-        problems += [
-            f"{name} is not given" for name, each in SETTINGS.items() if each.is_required and name not in given
-        ]
-        if problems:
-            raise RecipeError(listed(problems), "`modelfuse merge --help` lists every setting.")
-        recipe = cls(**values)
-        recipe._check()
-        return recipe
+        required: dict[str, Any] = {name: MISSING for name, each in SETTINGS.items() if each.is_required}
+        return cls(**{**required, **_canonical(settings)})
+
+    def changed(self, **changes: object) -> Recipe:
+        """The same with other values, which are not checked again."""
+        other = copy(self)
+        vars(other).update(changes)
+        return other
 
     def _check(self) -> None:
         """Refuse settings that contradict each other."""
@@ -182,10 +182,10 @@ class Recipe:
 
     def at_hand(self, found: Mapping[object, HubName]) -> Recipe:
         """The same with what hub names have become: a commit, and a folder."""
-        update: dict[str, Any] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
+        update: dict[str, object] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
         for name in ("base_model_path", "unmerged_from"):
             update[name] = found.get(getattr(self, name), getattr(self, name))
-        return replace(self, **update)
+        return self.changed(**update)
 
     @property
     def steps(self) -> tuple[str | None, str]:
@@ -263,12 +263,6 @@ def canonical_name(name: str) -> str:
     if plain not in SETTINGS and plain not in (*INFORMATION, *ANOTHER_WAY):
         raise RecipeError(f"There is no setting {name!r}", nearest(plain, (*SETTINGS, *ANOTHER_WAY)))
     return plain
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """A question naming the known word nearest to a misspelt one."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else "`modelfuse merge --help` lists every setting."
 
 
 def by_canonical_name(settings: Mapping[str, object]) -> dict[str, object]:

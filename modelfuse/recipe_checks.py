@@ -14,6 +14,7 @@ from modelfuse.methods import MERGE_METHODS
 #: Of an error: what is shown of a value, and the settings that are listed.
 MOST_CHARACTERS = 500
 MOST_LINES = 20
+HELP = "`modelfuse merge --help` lists every setting."
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -27,9 +28,17 @@ def shown(value: object) -> str:
     """A value as it was given, as far as a line has room."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):
+    except Exception:  # Of somebody's own class.
         return "a number of too many digits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question naming the known word nearest to a misspelt one."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else HELP
 
 
 def is_path(text: str) -> bool:

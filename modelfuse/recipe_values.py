@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from decimal import Decimal
@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from msgspec import Meta, ValidationError, convert
 
+from modelfuse.errors import RecipeError
 from modelfuse.hub_names import HubName, hub_name
-from modelfuse.recipe_checks import is_path
+from modelfuse.recipe_checks import HELP, is_path, listed, shown
 from modelfuse.storage import Place, Url, place_of
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -41,7 +42,10 @@ def parse_bytes(value: object) -> object:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
     if match is None or match[2] not in UNITS:
         raise ValueError("give a size such as 500MB or 5GB")
-    return int(Decimal(match[1]) * UNITS[match[2]])
+    try:
+        return int(Decimal(match[1]) * UNITS[match[2]])
+    except ArithmeticError:
+        raise ValueError("this is no size") from None
 
 
 def _absolute(value: object) -> Place:
@@ -153,12 +157,15 @@ class Setting:
         """
         if value is None and self.default is None:
             return None
-        value = value.tolist() if hasattr(value, "tolist") else value  # numpy's numbers.
         if not self.takes_several:
             return self._read(value)
-        if not isinstance(value, list | tuple):
-            raise Unfit(value, "give a list")
-        return tuple(map(self._read, value))
+        try:
+            if isinstance(value, str | bytes | Mapping | Set):
+                raise TypeError
+            several = [*value]  # type: ignore[misc]
+        except Exception:
+            raise Unfit(value, "give a list") from None
+        return tuple(map(self._read, several))
 
     def _read(self, given: object) -> object:
         value = given
@@ -167,17 +174,43 @@ class Setting:
                 value = reader.read(value)
                 if isinstance(reader, Instead):
                     return value
+            if self._is_number or self.is_switch:
+                value = _plain(value)
             if self._is_number:
                 value = _number(value)
             elif self.is_switch and isinstance(value, str):
                 value = SWITCHES.get(value.lower(), value)
             read: object = convert(value, self._kind, strict=False)
+            if isinstance(read, float) and not math.isfinite(read):
+                raise Unfit(given, "give a finite number")
         except ValidationError as error:
             choices = ", ".join(map(repr, self._choices))
             raise Unfit(given, f"give one of {choices}" if choices else _in_words(error)) from None
+        except Unfit:
+            raise
         except ValueError as error:
             raise Unfit(given, str(error)) from None
         return read
+
+
+def checked(settings: Mapping[str, Setting], values: Mapping[str, object]) -> dict[str, object]:
+    """All settings, as they should be.
+
+    Raises:
+        RecipeError: If any cannot be; lists all of them.
+    """
+    read, problems = dict[str, object](), list[str]()
+    for name, each in settings.items():
+        try:
+            if values[name] is MISSING:
+                problems.append(f"{name} is not given")
+            else:
+                read[name] = each.read(values[name])
+        except Unfit as error:
+            problems.append(f"{name} is {shown(error.value)}: {error.reason}")
+    if problems:
+        raise RecipeError(listed(problems), HELP)
+    return read
 
 
 def as_json(value: object) -> object:
@@ -193,15 +226,29 @@ def settings_of(kind: type) -> dict[str, Setting]:
     return {made.name: Setting(hints[made.name], made) for made in fields(kind)}
 
 
+def _plain(value: Any) -> object:
+    """Python's own number for one of numpy's or torch's; anything else as it is."""
+    if type(value) in (str, bool, int, float, NoneType):
+        return value
+    if isinstance(value, int | float):
+        return float(value) if isinstance(value, float) else int(value)
+    try:
+        return value.item()
+    except Exception:  # Of whatever was given.
+        return value
+
+
 def _number(value: object) -> object:
-    """A number that was given as text, as words of a command line are, or anything else as it is."""
+    """A number that was given as text, as words of a command line are; anything else as it is."""
     if isinstance(value, str):
         for kind in (int, float):
             with suppress(ValueError):
                 value = kind(value)
                 break
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("give a finite number")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("give a finite number")
+        return int(value) if value.is_integer() else value
     return value
 
 

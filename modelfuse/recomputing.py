@@ -7,7 +7,6 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -68,13 +67,13 @@ def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | N
     """Plan the merge anew, wherever its output is now, and hold the plan against the report."""
     try:
         # What a GPU merged, a CPU merges to the same bytes.
-        changes: dict[str, Any] = {
+        changes: dict[str, object] = {
             "output_path": None,
             "n_process": n_process,
             "allow_cpu_fallback": True,
             "engine": "local",
         }
-        plan = make_plan(replace(recipe, **changes))
+        plan = make_plan(recipe.changed(**changes))
     except ModelfuseError as error:
         return None, [Problem("inputs", f"{CONFIG_NAME} cannot be merged again: {error.message}")]
     planned = {tensor.name: tensor for tensor in plan.tensors}

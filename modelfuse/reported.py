@@ -19,7 +19,7 @@ from modelfuse.recipe import Recipe
 from modelfuse.recipe_checks import is_inside
 from modelfuse.recipe_file import load_recipe
 from modelfuse.report import CONFIG_NAME, REPORT_NAME, encode_json
-from modelfuse.storage import Place, is_dir, is_file
+from modelfuse.storage import Place, is_dir, is_file, place_of
 
 Kind = Literal["report", "recipe", "file", "index", "tensor", "checksum", "config", "inputs", "bytes"]
 
@@ -158,6 +158,8 @@ def _understood(content: Mapping[str, object]) -> Report:
         # Nothing beside the output is looked at, whatever an edited report says.
         if not is_inside(name):
             raise ValueError(f"{name!r} is no file inside the folder")
+    for each in report.inputs:
+        place_of(each.path)
     return report
 
 

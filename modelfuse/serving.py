@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from pathlib import Path
 
 from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.files import read_whole
 from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.recipe import Recipe
+from modelfuse.recipe_checks import is_inside
 from modelfuse.storage import Place, Url, children, is_dir, is_file, look_up, size_of
 
 #: Endings of files that hold weights or training state: everything else beside the weights is small and copied.
@@ -25,10 +28,10 @@ MADE = re.compile(
     r"|merge_(config|report)\.json"
 )
 TEMPLATES = "additional_chat_templates"
-#: sentence-transformers lists a model's modules in this file; those that follow the transformer have a folder each.
-MODULES_FILE, MODULES = "modules.json", "[0-9]*_*"
-#: A module's weights, the format first that is loaded where there are both.
-MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+#: sentence-transformers lists a model's modules in this file; those beside the transformer have a folder each.
+MODULES_FILE = "modules.json"
+#: The weights of a module, the format first that is loaded where there are both.
+MODULE_WEIGHTS = (".safetensors", ".bin")
 #: Larger files are no configuration; tokenizers stay well below.
 LARGEST = 200_000_000
 
@@ -56,9 +59,10 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     """
     folder = lead.path if is_dir(lead.path) else lead.path.parent
     here = {path.name: path for path in children(folder)}
-    for path in [path for name, path in here.items() if _has_more(name) and is_dir(path)]:
+    modules = modules_of(read_whole(here[MODULES_FILE])) if MODULES_FILE in here else ()
+    for path in [path for name, path in here.items() if name in (TEMPLATES, *modules) and is_dir(path)]:
         here |= {f"{path.name}/{file.name}": file for file in children(path)}
-    usual = usual_files({name: size_of(path) for name, path in here.items() if is_file(path)})
+    usual = usual_files({name: size_of(path) for name, path in here.items() if is_file(path)}, modules)
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
     look_up(folder, named)
     _refuse_links_outside(folder, set(usual) - set(named))
@@ -90,25 +94,39 @@ def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:
             )
 
 
-def usual_files(sizes: Mapping[str, int]) -> list[str]:
-    """Of a model's files, by their names and sizes, those that a server needs."""
-    return [name for name in sizes if _is_usual(name, sizes)]
+def modules_of(content: bytes) -> tuple[str, ...]:
+    """The folders that sentence-transformers' modules.json names, directly in the model's.
+
+    >>> modules_of(b'[{"path": ""}, {"path": "1_Pooling"}, {"path": "../up"}]')
+    ('1_Pooling',)
+    """
+    try:
+        listed = json.loads(content)
+        paths = [str(each["path"]) for each in listed]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()  # Whoever loads the model will say it.
+    return tuple(Path(path).name for path in paths if is_inside(path) and len(Path(path).parts) == 1)
 
 
-def _has_more(folder: str) -> bool:
-    """Whether a folder of this name may hold something that a server needs."""
-    return folder == TEMPLATES or fnmatch(folder, MODULES)
+def usual_files(sizes: Mapping[str, int], modules: Collection[str] = ()) -> list[str]:
+    """Of a model's files, by their names and sizes, those that a server needs.
+
+    Args:
+        sizes: The files, by their paths in the model's folder.
+        modules: The folders of sentence-transformers' modules.
+    """
+    return [name for name, size in sizes.items() if size <= LARGEST and _is_usual(name, sizes, modules)]
 
 
-def _is_usual(name: str, sizes: Mapping[str, int]) -> bool:
+def _is_usual(name: str, names: Collection[str], modules: Collection[str]) -> bool:
     if "/" not in name:
-        small = sizes[name] <= LARGEST
-        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and small
+        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS
     folder, _, file = name.rpartition("/")
     if folder == TEMPLATES:
         return file.endswith(".jinja")
-    if MODULES_FILE not in sizes or "/" in folder or not fnmatch(folder, MODULES) or file.startswith("."):
+    if folder not in modules or file.startswith("."):
         return False
     # A module may have weights of its own, in one of two formats or in both.
-    preferred = next((each for each in MODULE_WEIGHTS if f"{folder}/{each}" in sizes), None)
-    return file == preferred or not file.endswith(WEIGHTS)
+    own = [each for each in names if each.startswith(f"{folder}/")]
+    form = MODULE_WEIGHTS[not any(each.endswith(MODULE_WEIGHTS[0]) for each in own)]
+    return file.endswith((form, f"{form}.index.json")) or not file.endswith(WEIGHTS)

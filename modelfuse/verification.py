@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ def _from_cache(recipe: Recipe, full: bool) -> tuple[Recipe, list[str]]:
     from modelfuse.hub import QUIET, fetch
 
     try:
-        return fetch(replace(recipe, output_path=None), QUIET, ask=full), []
+        return fetch(recipe.changed(output_path=None), QUIET, ask=full), []
     except ModelfuseError as error:
         return recipe, [error.message]
 

@@ -66,6 +66,10 @@ class Stream:
 
     def load(self, host: torch.Tensor) -> torch.Tensor:
         """Begin a copy from the host."""
+        first, last = host.data_ptr(), host.data_ptr() + host.nbytes
+        for other, _ in self._to_host:
+            apart = other.data_ptr() + other.nbytes <= first or last <= other.data_ptr()
+            assert apart, "host memory is read while a copy to it is under way"
         self._from_host.append((host, host.clone()))
         self.copies += 1
         return self._from_host[-1][1]
@@ -79,7 +83,8 @@ class Stream:
     def synchronize(self) -> None:
         """Wait for all that is under way."""
         for host, behind in self._from_host:
-            assert torch.equal(host, behind), "host memory has changed while a copy from it was under way"
+            same = torch.equal(host.view(torch.uint8), behind.view(torch.uint8))  # NaN and all.
+            assert same, "host memory has changed while a copy from it was under way"
         for host, behind in self._to_host:
             assert bool((host == NOT_YET).all()), "host memory was written to while a copy to it was under way"
             host.copy_(behind)
@@ -158,7 +163,7 @@ class _Operations(TorchDispatchMode):
             assert each.stream is self._stream, f"{function}: a tensor of another stream, which may not be ready yet"
         name, to = function._schema.name, kwargs.get("device")
         if name == "aten::_to_copy" and to is not None:
-            return self._copied(args[0], to, **kwargs)
+            return self._copied(*args, **kwargs)
         if name == "aten::copy_" and tensors[1:] == there:
             return self._store(*args)
         if not there and (to is None or to == CPU):
@@ -172,10 +177,13 @@ class _Operations(TorchDispatchMode):
     def _made(self, each: Any) -> Any:
         return OnDevice(each, self._stream) if isinstance(each, torch.Tensor) else each
 
-    def _copied(self, x: torch.Tensor, to: torch.device, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
+    def _copied(
+        self, x: torch.Tensor, device: torch.device, dtype: Any = None, non_blocking: bool = False, **others: Any
+    ) -> torch.Tensor:
         """From the host to the device, or back: what is waited for has ended, and all before it."""
-        assert kwargs["device"] is to
-        assert isinstance(x, OnDevice) is (to == CPU), "copied to where it is"
+        assert dtype in (None, x.dtype), "copied and cast in one"
+        assert others.keys() <= {"layout", "pin_memory", "memory_format"}
+        assert isinstance(x, OnDevice) is (device == CPU), "copied to where it is"
         if isinstance(x, OnDevice):
             assert not non_blocking, "nobody knows when this copy has ended"
             self._stream.synchronize()
@@ -187,6 +195,7 @@ class _Operations(TorchDispatchMode):
 
     def _store(self, host: torch.Tensor, x: OnDevice, non_blocking: bool = False) -> torch.Tensor:
         assert non_blocking, "waits for each copy"
+        assert (host.shape, host.dtype) == (x.shape, x.dtype), "copied into something else"
         assert self._gpu.copies(host), "a copy to memory that is not pinned"
         self._stream.store(host, x.behind)
         return host

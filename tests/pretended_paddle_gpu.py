@@ -61,7 +61,8 @@ class Placed:
         return Placed(self.behind[places], self.place, self._gpu)
 
     def __getattr__(self, name: str) -> Any:
-        return self._gpu.on_device(getattr(type(self.behind), name), self)
+        value = getattr(self.behind, name)
+        return self._gpu.on_device(getattr(type(self.behind), name), self) if callable(value) else value
 
 
 def _operator(name: str) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ BUFFERS: dict[str, Any] = {
     "h.0.attn.bias": MASK,
     "gpt_neox.layers.0.attention.bias": MASK.astype(bool),
 }
-REASON = "computed from config.json, and not in every model"
+REASON = "computed from config.json, and not alike in every model"
 
 
 def report_of(folder: Path) -> Any:
@@ -89,3 +89,31 @@ def test_other_tensors_must_be_everywhere(refuse: Run, tmp_path: Path) -> None:
     said = refuse("merge", "--model_path_list", *models, "--output_path", tmp_path / "C",
                   says=[f"not in {models[1]}: h.1.attn.bias"])  # fmt: skip
     assert "inv_freq" not in str(said)
+
+
+def test_buffers_of_other_types_and_shapes_are_left_out(merge: Run, tmp_path: Path) -> None:
+    masks: dict[str, Any] = {
+        "float16": MASK.astype(np.float16),
+        "a byte": MASK.astype(np.uint8),
+        "longer": np.ones((1, 1, 7, 7), "f"),
+    }
+    one = make_model(tmp_path / "A", {**random_tensors(1), "h.0.attn.bias": MASK})
+    for name, mask in masks.items():
+        two = make_model(tmp_path / name, {**random_tensors(2), "h.0.attn.bias": mask})
+        merge("--model_path_list", one, two, "--output_path", tmp_path / f"C {name}")
+        assert "h.0.attn.bias" not in read_model(tmp_path / f"C {name}")
+
+
+def test_a_name_that_is_a_mask_and_a_bias_is_neither(refuse: Run, tmp_path: Path) -> None:
+    owns: dict[str, dict[str, Any]] = {
+        "A": {"h.0.attn.bias": MASK}, "B": {"h.0.attn.bias": np.ones(4, np.float32)}, "C": {},
+    }  # fmt: skip
+    models = [make_model(tmp_path / name, {**random_tensors(1), **own}) for name, own in owns.items()]
+    refuse("merge", "--model_path_list", *models, "--output_path", tmp_path / "D",
+           says=[f"not in {models[2]}: h.0.attn.bias"])  # fmt: skip
+
+
+def test_models_of_nothing_but_buffers(refuse: Run, tmp_path: Path) -> None:
+    models = [make_model(tmp_path / "A", {"a.inv_freq": np.ones(2, "f")}),
+              make_model(tmp_path / "B", {"position_ids": np.arange(2)})]  # fmt: skip
+    refuse("check", "--model_path_list", *models, says=["no tensors to merge"])

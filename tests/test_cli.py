@@ -7,7 +7,10 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Set
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +198,53 @@ def test_numbers_of_numpy_and_words_for_numbers() -> None:
     assert (recipe.max_tensor_mem, recipe.memory, recipe.rescale) == (1.0, 1_500_000_000, False)
     values = [*recipe.effective().values()]
     assert json.loads(json.dumps(values)) == values
+
+
+class Evil:
+    """An object that answers nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+    def __repr__(self) -> str:
+        raise KeyError
+
+
+STRANGE: tuple[Any, ...] = (
+    None, True, 0, -1, 2**70, 10**5000, 0.5, float("nan"), float("inf"), "", "x", "1", "nan", "9" * 1_000_001, "-0",
+    b"x", [], [1], ["a"], [[1]], {}, {"a": 1}, {1, 2}, np.float32(0.5), np.int64(3), np.array([0.5, 0.5]), np.array(3),
+    np.int64, np.ndarray, Fraction(1, 2), Decimal("1e99999"), Evil(), [Evil()], object(), range(2), deque("ab"),
+    [np.float64(0.3), np.float64(0.7)], "\ud800", "a\0b", Path("x"), print, "s3://", "http://x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_whatever_is_given_is_understood_or_refused(name: str) -> None:
+    """And what is understood is kept in a form that means the same."""
+    for value in STRANGE:
+        for make in (Recipe.parse, lambda settings: Recipe(**settings)):
+            try:
+                recipe = make({"model_path_list": ["A", "B"], name: value})
+            except package.RecipeError as error:
+                assert str(error)
+                continue
+            kept = json.loads(json.dumps(recipe.effective(), allow_nan=False))
+            assert Recipe.parse(kept).effective() == kept
+
+
+def test_lists_of_any_kind() -> None:
+    names = ("A", "B")
+    for several in (list(names), deque(names), map(Path, names), (each for each in names), dict.fromkeys(names).keys()):
+        if isinstance(several, Set):  # In no order that anybody has chosen.
+            with pytest.raises(package.RecipeError, match="give a list"):
+                Recipe.parse({"model_path_list": several})
+        else:
+            recipe = Recipe.parse({"model_path_list": several})
+            assert recipe.model_path_list == (Path("A").absolute(), Path("B").absolute())
+    recipe = Recipe.parse({"model_path_list": names, "weight_list": [*np.linspace(0.25, 0.75, 2)]})
+    assert recipe.weight_list == (0.25, 0.75)
+    assert recipe.changed(seed=3) == Recipe.parse({"model_path_list": names, "weight_list": [0.25, 0.75], "seed": 3})
+    assert hash(recipe) == hash(recipe.changed())
 
 
 @pytest.mark.parametrize(

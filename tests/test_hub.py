@@ -40,7 +40,7 @@ KEPT = "note: What was fetched whole is kept: the same command goes on from ther
 BESIDE = {"README.md": "about", "model.gguf": "other weights", "onnx/model.onnx": "others", "tf_model.h5": "others",
           "training_args.bin": "pickle", ".gitattributes": "git", "original/params.json": "{}"}  # fmt: skip
 SERVED = {"tokenizer.json": "{}", "tokenizer_config.json": '{"a": 1}', "generation_config.json": '{"b": 2}',
-          "additional_chat_templates/tools.jinja": "{{ tools }}", "modules.json": "[]",
+          "additional_chat_templates/tools.jinja": "{{ tools }}", "modules.json": '[{"path": "1_Pooling"}]',
           "1_Pooling/config.json": '{"c": 3}'}  # fmt: skip
 
 
@@ -350,7 +350,7 @@ def test_check_reads_headers_only(published: Hub, modelfuse: Run, cache: Path, t
     assert f"org/a@{head(published, 'org/a')}" in said.out
     assert not list(cache.rglob("*.safetensors"))
     assert max(published.sent.values()) <= 100_000
-    assert published.fetched("org/b") <= {"model.safetensors", *SETTINGS}
+    assert published.fetched("org/b") <= {"model.safetensors", "modules.json", *SETTINGS}
 
 
 def test_check_reads_long_headers_and_from_servers_without_ranges(hub: Hub, modelfuse: Run, tmp_path: Path) -> None:

@@ -312,18 +312,28 @@ def test_files_to_serve_come_along(merge: Run, tmp_path: Path) -> None:
 
 def test_modules_of_sentence_transformers_come_along(merge: Run, tmp_path: Path) -> None:
     """Those beside the transformer, with weights of their own, which are not merged; of other libraries' files none."""
-    modules = {"modules.json": "[]", "1_Pooling/config.json": "{}", "2_Dense/config.json": "{}",
-               "2_Dense/model.safetensors": "weights", "10_LSTM/pytorch_model.bin": "weights"}  # fmt: skip
-    others = {"onnx/config.json": "{}", "openvino/config.json": "{}", "2_Dense/rust_model.ot": "x",
-              "2_Dense/pytorch_model.bin": "x", "2_Dense/.x": "x", "2_Dense/deep/config.json": "{}",
-              "checkpoint_1/config.json": "{}"}  # fmt: skip
+    paths = ("", "1_Pooling/", "2_Dense", "head", "../A", "2_Dense/deep", "gone")
+    listed = json.dumps([{"path": each} for each in paths])
+    modules = {"modules.json": listed, "1_Pooling/config.json": "{}", "2_Dense/config.json": "{}",
+               "2_Dense/model-00001-of-00002.safetensors": "weights", "2_Dense/model.safetensors.index.json": "{}",
+               "head/pytorch_model.bin": "weights"}  # fmt: skip
+    others = {"onnx/config.json": "{}", "2_Dense/rust_model.ot": "x", "2_Dense/pytorch_model.bin": "x",
+              "2_Dense/.x": "x", "2_Dense/deep/config.json": "{}", "2024_letters/a.txt": "x"}  # fmt: skip
     models = [make_model(tmp_path / name, random_tensors(1), files={**modules, **others}) for name in "AB"]
     said = merge("--model_path_list", *models, "--output_path", tmp_path / "C")
     assert set(report_of(tmp_path / "C")["copied_files"]) == {*modules, "config.json"}
     for name, content in modules.items():
         assert (tmp_path / "C" / name).read_text() == content
     assert f"Copied from {models[0]}, not merged: the weights in" in said.err
-    assert "2_Dense/model.safetensors" in said.err and "10_LSTM/pytorch_model.bin" in said.err
+    assert "2_Dense/model-00001-of-00002.safetensors" in said.err and "head/pytorch_model.bin" in said.err
+
+
+@pytest.mark.parametrize("listed", ["", "{}", "[1]", '[{"name": 1}]', '[{"path": "./1_x/.."}]', "[" * 99999, "5"])
+def test_modules_that_cannot_be_understood_have_no_folders(merge: Run, tmp_path: Path, listed: str) -> None:
+    files = {"modules.json": listed, "1_x/config.json": "{}", "1_y/config.json": "{}"}
+    models = [make_model(tmp_path / name, random_tensors(1), files=files) for name in "AB"]
+    merge("--model_path_list", *models, "--output_path", tmp_path / "C")
+    assert set(report_of(tmp_path / "C")["copied_files"]) == {"config.json", "modules.json"}
 
 
 def test_folders_are_no_modules_where_none_are_listed(merge: Run, tmp_path: Path) -> None:

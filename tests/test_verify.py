@@ -410,6 +410,7 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
         lambda report: report["tensors"][FIRST].update(shape=[-1]),
         f"tensor {FIRST}: Expected `int` >= 0 - at `$.shape[0]`",
     ),
+    "a URL of nothing": (lambda report: report["inputs"][0].update(path="s3://"), "names no bucket"),
     "kinds": (lambda report: report.update(files=[1]), "at `$.files`"),
     "checksums": (lambda report: report.update(checksum="md5"), "checksums of the kind 'md5'"),
 }

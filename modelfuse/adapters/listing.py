@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from modelfuse.adapters import Adapter, is_adapter, open_adapter
 from modelfuse.checkpoints import Checkpoint
@@ -42,7 +41,7 @@ def without_adapters(recipe: Recipe) -> Recipe:
     if layouts is not None and len(layouts) > 1:
         layouts = tuple(each for path, each in zip(recipe.input_paths, layouts, strict=True) if path in paths)
     models = paths if recipe.base_model_path is None else paths[:-1]
-    return replace(recipe, model_path_list=models, input_layout=layouts)
+    return recipe.changed(model_path_list=models, input_layout=layouts)
 
 
 def with_adapters(recipe: Recipe, models: Sequence[Checkpoint], paddle: bool | None) -> tuple[Checkpoint, ...]:

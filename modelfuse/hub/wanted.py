@@ -12,7 +12,7 @@ from modelfuse.checkpoints import CONFIG_FILE, find_files
 from modelfuse.errors import CheckpointError
 from modelfuse.hub_names import HubName
 from modelfuse.recipe import Recipe
-from modelfuse.serving import usual_files
+from modelfuse.serving import MODULES_FILE, modules_of, usual_files
 
 #: The prefix of an adapter's weights, by the file that says that it is one.
 ADAPTERS = {PEFT_CONFIG: "adapter_model", PADDLE_CONFIG: "peft_model"}
@@ -60,7 +60,11 @@ def wanted(
     served = []
     leads = name == recipe.inputs[-1 if recipe.base_model_path is not None else 0]
     if leads and recipe.output_format != "lora":
-        served = usual_files(sizes)
+        modules: tuple[str, ...] = ()
+        if MODULES_FILE in sizes:
+            settings.append(MODULES_FILE)
+            modules = modules_of(get(MODULES_FILE).read_bytes())
+        served = usual_files(sizes, modules)
         for file in map(os.path.normpath, recipe.copy_file_list):
             if file not in sizes:
                 raise CheckpointError(f"copy_file_list names {file}, which is not in {place}")

@@ -46,6 +46,12 @@ def announcing(tell: Callable[[str], None]) -> Iterator[None]:
             _waiting.remove(tell)
 
 
+def _announce() -> None:
+    while _waiting:
+        with contextlib.suppress(Exception):  # Nobody may be there to hear it.
+            _waiting.pop()(COMPILING)
+
+
 class Kernel:
     """A compiled function.
 
@@ -84,8 +90,7 @@ class Kernel:
         try:
             content = machine_code.find(symbol)
             if content is None:
-                while _waiting:
-                    _waiting.pop()(COMPILING)
+                _announce()
                 content = _export(self._compiler, symbol, arguments)
                 machine_code.keep(symbol, content)
             return machine_code.load(content, symbol) if content else None
