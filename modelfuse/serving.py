@@ -33,7 +33,7 @@ MODULES_FILE = "modules.json"
 #: The weights of a module, the format first that is loaded where there are both.
 MODULE_WEIGHTS = (".safetensors", ".bin")
 #: Larger files are no configuration; tokenizers stay well below.
-LARGEST = 200_000_000
+LARGEST, LARGEST_LISTING = 200_000_000, 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,23 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     """
     folder = lead.path if is_dir(lead.path) else lead.path.parent
     here = {path.name: path for path in children(folder)}
-    modules = modules_of(read_whole(here[MODULES_FILE])) if MODULES_FILE in here else ()
+    listing = here.get(MODULES_FILE)
+    known = listing is not None and is_file(listing) and size_of(listing) <= LARGEST_LISTING
+    modules = modules_of(read_whole(here[MODULES_FILE])) if known else ()
     for path in [path for name, path in here.items() if name in (TEMPLATES, *modules) and is_dir(path)]:
         here |= {f"{path.name}/{file.name}": file for file in children(path)}
-    usual = usual_files({name: size_of(path) for name, path in here.items() if is_file(path)}, modules)
+    sizes = {name: size_of(path) for name, path in here.items() if is_file(path)}
+    usual = usual_files(sizes, modules)
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
     look_up(folder, named)
-    _refuse_links_outside(folder, set(usual) - set(named))
+    unasked = sorted(set(usual) - set(named))
+    _refuse_links_outside(folder, unasked)
+    for name in unasked:
+        if sizes[name] > LARGEST:
+            raise CheckpointError(
+                f"{folder / name}, which belongs to a module that is not merged, is too large to be copied unasked",
+                f"If a server needs it: --copy_file_list {name}.",
+            )
     for name in named:
         if not is_file(folder / name):
             raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
@@ -85,7 +95,7 @@ def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:
     homes = [home]
     if home.parent.name == "snapshots":  # The hub's cache keeps what is in them beside, or for all models together.
         homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
-    for name in sorted(names):
+    for name in names:
         target = (folder / name).resolve()
         if not any(each in target.parents for each in homes):
             raise CheckpointError(
@@ -115,12 +125,12 @@ def usual_files(sizes: Mapping[str, int], modules: Collection[str] = ()) -> list
         sizes: The files, by their paths in the model's folder.
         modules: The folders of sentence-transformers' modules.
     """
-    return [name for name, size in sizes.items() if size <= LARGEST and _is_usual(name, sizes, modules)]
+    return [name for name, size in sizes.items() if _is_usual(name, size, sizes, modules)]
 
 
-def _is_usual(name: str, names: Collection[str], modules: Collection[str]) -> bool:
+def _is_usual(name: str, size: int, names: Collection[str], modules: Collection[str]) -> bool:
     if "/" not in name:
-        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS
+        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and size <= LARGEST
     folder, _, file = name.rpartition("/")
     if folder == TEMPLATES:
         return file.endswith(".jinja")

@@ -328,6 +328,19 @@ def test_modules_of_sentence_transformers_come_along(merge: Run, tmp_path: Path)
     assert "2_Dense/model-00001-of-00002.safetensors" in said.err and "head/pytorch_model.bin" in said.err
 
 
+def test_large_weights_of_a_module_are_asked_for(
+    merge: Run, refuse: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelfuse.serving.LARGEST", 1000)
+    name, files = "2_Dense/model.safetensors", {"modules.json": '[{"path": "2_Dense"}]'}
+    files |= {name: "x" * 1001, "2_Dense/pytorch_model.bin": "x" * 2000}
+    models = [make_model(tmp_path / each, random_tensors(1), files=files) for each in "AB"]
+    words = ["--model_path_list", *models, "--output_path", tmp_path / "C"]
+    refuse("merge", *words, says=[models[0] / name, "too large"], hint=f"--copy_file_list {name}")
+    merge(*words, "--copy_file_list", name)
+    assert (tmp_path / "C" / name).read_text() == "x" * 1001
+
+
 @pytest.mark.parametrize("listed", ["", "{}", "[1]", '[{"name": 1}]', '[{"path": "./1_x/.."}]', "[" * 99999, "5"])
 def test_modules_that_cannot_be_understood_have_no_folders(merge: Run, tmp_path: Path, listed: str) -> None:
     files = {"modules.json": listed, "1_x/config.json": "{}", "1_y/config.json": "{}"}
