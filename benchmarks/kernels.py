@@ -43,6 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=WORKS, default=list(WORKS), metavar="METHOD")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--elements", type=int, default=16, help="in units of 2²⁰ (16)")
+    parser.add_argument("--unchanged", type=float, default=0.0, help="the share of elements equal to the base's (0)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args(words)
@@ -53,9 +54,10 @@ def main(words: Sequence[str] | None = None) -> None:
     kernel = choose(Device("np"))
     for name in options.methods:
         work = reference_work(WORKS[name], options.elements << 20, DTYPES[options.dtype])
+        stored = _stored(work, SLICE, options.unchanged)
         for threads in options.threads:
-            time_passes(work, 1, kernel)
-            times = [time_passes(work, threads, kernel) for _ in range(options.repeat)]
+            time_passes(work, 1, kernel, stored)
+            times = [time_passes(work, threads, kernel, stored) for _ in range(options.repeat)]
             # Whole runs are compared, so that the passes add up.
             best = min(times, key=lambda each: sum(each.values()))
             seconds = sum(best.values())
@@ -73,11 +75,10 @@ def reference_work(merge: Merge, size: int, dtype: DType) -> Work:
     return Work("tensor", size, (dtype,) * (merge.models + merge.has_base), merge.has_base, dtype, method)
 
 
-def time_passes(work: Work, threads: int, kernel: Kernel, step: int = SLICE) -> dict[str, float]:
-    """Seconds of each pass, by the names of their classes, in slices of ``step`` elements."""
-    buffers = []
+def time_passes(work: Work, threads: int, kernel: Kernel, stored: Bytes) -> dict[str, float]:
+    """Seconds of each pass, by the names of their classes; every slice is the one that is ``stored``."""
+    buffers, step = [], stored.shape[1] // work.sources[0].bytes
     for _ in range(threads):
-        stored = _stored(work, step)
         raws = kernel.buffer(stored.shape)
         raws[:] = stored
         buffers.append((raws, kernel.buffer((work.out.bytes * step,))))
@@ -109,11 +110,14 @@ def _walk(pass_: Pass, spans: Sequence[tuple[int, int]], step: int, raws: Bytes,
     return found
 
 
-def _stored(work: Work, step: int) -> Bytes:
+def _stored(work: Work, step: int, unchanged: float = 0.0) -> Bytes:
     """A slice of every source: a base and fine-tunes near it, as stored."""
     draw = np.random.default_rng(0)
     base = draw.standard_normal(step) * 0.02
-    rows = [base + draw.standard_normal(step) * 0.001 for _ in work.sources[: work.models]]
+    rows = [
+        base + draw.standard_normal(step) * 0.001 * (draw.random(step) >= unchanged)
+        for _ in work.sources[: work.models]
+    ]
     rows += [base] if work.has_base else []
     return np.stack([_encode(row, source) for row, source in zip(rows, work.sources, strict=True)])
 

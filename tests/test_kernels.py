@@ -501,6 +501,21 @@ def test_trim_is_exact(dtype: str, name: str, reserve_p: float) -> None:
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("sparsify_type", ["trim", "magprune"])
+@pytest.mark.parametrize("models", range(1, 9))
+def test_any_number_of_models_is_tallied(models: int, sparsify_type: str, dtype: str) -> None:
+    """Each has its own scale, so that nobody's tally can stand in for another one's."""
+    size, kind = 3 * cpu.BLOCK + 77, FLOATS[dtype]
+    random = np.random.default_rng(models)
+    values = [random.integers(-12, 13, size) * 2.0 ** (-2 * model) for model in range(models)]
+    stored = [store(each, kind) for each in (*values, np.zeros(size))]
+    method = Method("ties", sparsify_type, tuple(0.5 + model for model in range(models)), reserve_p=0.6, seed=3)
+    work = work_on(stored, [kind] * (models + 1), method, True, kind)
+    ours, _ = drive(work, stored)
+    assert_same_bytes(ours, expected_bytes(work, stored, []))
+
+
 @pytest.mark.parametrize("sparsify_type", ["trim", "magprune"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_model_or_span_of_zeros_alone(dtype: str, sparsify_type: str) -> None:

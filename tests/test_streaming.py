@@ -150,6 +150,24 @@ def test_what_somebody_else_has_there_never_goes(cold: SourceFile) -> None:
     assert kept <= resident(path_of(cold)) < kept + 2 * CHUNK
 
 
+def test_a_file_in_the_cache_is_looked_at_in_few_places(cold: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_cache, "_read_ahead", lambda device: 128 << 10)
+    monkeypatch.setattr(page_cache, "PROBES", 4)
+    looked, state = list[tuple[int, int]](), page_cache._state
+
+    def noted(descriptor: int, offset: int, count: int) -> int:
+        looked.append((offset, count))
+        return state(descriptor, offset, count)
+
+    monkeypatch.setattr(page_cache, "_state", noted)
+    bring_in([path_of(cold)])
+    assert list(PageCache().expect(cold, 0, cold.size)) == []
+    assert looked == [(number * CHUNK, page_cache.PROBE) for number in (0, 3, 6, 9)]
+    with open(path_of(cold), "rb") as file:
+        os.posix_fadvise(file.fileno(), 3 * CHUNK, CHUNK, os.POSIX_FADV_DONTNEED)
+    assert [advice.runs for advice in PageCache().expect(cold, 0, cold.size)] == [[(3 * CHUNK, CHUNK)]]
+
+
 def test_where_the_system_does_not_tell_nothing_goes(cold: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_cache, "CACHESTAT", -1)
     cache = PageCache()

@@ -30,6 +30,9 @@ CACHESTAT = 451
 ABSENT, THEIRS, OURS, GONE = range(4)
 #: Parts of a file are partly in the cache: what is missing is to come, and nothing is to leave.
 MIXED = 4
+#: Where so many probes of a file of so many bytes are in the cache, the file is: looking at all of it takes 5 ms a GB.
+#: Taking it for whole where it is not costs speed alone, as none of it is brought in, and none of it leaves.
+PROBES, PROBE = 64, 64 << 10
 #: A share of the memory that is not filled: below it, the system begins to throw out what was used longest ago.
 SPARE = 1 / 16
 
@@ -178,11 +181,15 @@ def _look(file: SourceFile) -> tuple[bytearray, int]:
         descriptor = os.open(str(file.path), os.O_RDONLY | os.O_CLOEXEC)
         try:
             read_ahead = _read_ahead(os.fstat(descriptor).st_dev)
-            if (whole := _state(descriptor, 0, file.size)) == MIXED:
-                starts = range(0, file.size, CHUNK)
-                states[:] = bytes(_state(descriptor, start, min(CHUNK, file.size - start)) for start in starts)
+
+            def state(start: int, count: int) -> int:
+                return _state(descriptor, start, min(count, file.size - start))
+
+            probed = range(0, file.size, -(-number // PROBES) * CHUNK or CHUNK)
+            if all(state(start, PROBE) == THEIRS for start in probed):
+                states[:] = bytes([THEIRS]) * number
             else:
-                states[:] = bytes([whole]) * number
+                states[:] = bytes(state(start, CHUNK) for start in range(0, file.size, CHUNK))
         finally:
             os.close(descriptor)
     return states, read_ahead

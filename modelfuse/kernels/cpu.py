@@ -20,7 +20,7 @@ from modelfuse.methods.ties import MIN_DIVISOR
 
 #: Elements a partial sum. Fixed, so that sums do not depend on slices.
 CHUNK = 32768
-#: Models that ties looks at together.
+#: Models that ties looks at, and tallies count, together.
 TOGETHER = 3
 
 #: Storage codes.
@@ -94,7 +94,8 @@ class Room(NamedTuple):
         draws: float32, shape (BLOCK,).
         bits: uint64, shape (BLOCK,): magnitudes, or the words that draws are made of.
         words: uint32, shape (2 · BLOCK,): their halves.
-        bins: uint16, shape (BLOCK,).
+        bins: uint16, shape (TOGETHER, BLOCK).
+        amounts: uint64, the same shape: what is added to them.
         bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
         tables: Compute type, shape (models, BINS): magprune's probabilities of being kept, by bin; those of bins that a
             tensor has no magnitude in are another one's. No rows for other sparsifiers.
@@ -109,6 +110,7 @@ class Room(NamedTuple):
     bits: Array
     words: Array
     bins: Array
+    amounts: Array
     bad: Array
     tables: Array
     files: Files
@@ -347,9 +349,9 @@ def magnitude_bits(room: Room, model: int, count: int) -> None:
 
 
 @compile_kernel
-def find_bins(room: Room, model: int, count: int, shift: int) -> None:
-    """Leave the bin of each magnitude in ``room.bins``; for float64, its bits are left in ``room.bits``."""
-    bins, bits = room.bins, room.bits
+def find_bins(room: Room, model: int, count: int, shift: int, row: int) -> None:
+    """Leave the bin of each magnitude in a row of ``room.bins``; for float64, its bits are left in ``room.bits``."""
+    bins, bits = room.bins[row], room.bits
     if room.x.itemsize == 4:
         singles = room.singles[model]
         for i in range(count):
@@ -377,8 +379,8 @@ def spread(how: Sparsifier, room: Room) -> None:
 @compile_kernel
 def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
-    table, bins = room.tables[model], room.bins
-    find_bins(room, model, count, how.shift)
+    table, bins = room.tables[model], room.bins[0]
+    find_bins(room, model, count, how.shift, 0)
     for i in range(count):
         out[i] = table[bins[i]]
     if how.subtables.shape[0] > 0:

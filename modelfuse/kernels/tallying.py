@@ -11,6 +11,7 @@ from modelfuse.kernels.cpu import (
     COUNT_SHIFT,
     LEAD_BITS,
     LEADS,
+    TOGETHER,
     Room,
     Stored,
     find_bins,
@@ -30,26 +31,66 @@ def tally(data: Stored, length: int, room: Room, shift: int, sums: bool, tables:
     ``tables[model]`` has a word for every bin, or three. For float32 it packs the count and, with ``sums``, the sum of
     the remaining bits; for float64 they are the count, and the sums of the low 22 remaining bits and of the others.
     """
-    bins = room.bins
+    models = data.inputs.models
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         load(data, start, size, room, length)
-        for model in range(data.inputs.models):
-            table = tables[model]
-            find_bins(room, model, size, shift)
-            if room.x.itemsize == 4:
-                if sums:
-                    singles, amounts = room.singles[model], room.bits
-                    for i in range(size):
-                        amounts[i] = np.uint64(1 << COUNT_SHIFT) | np.uint64(singles[i] & np.uint32(0xFFFF))
-                    for i in range(size):
-                        table[bins[i]] += amounts[i]
-                else:
-                    for i in range(size):
-                        table[bins[i]] += np.uint64(1 << COUNT_SHIFT)
-            else:
+        model = 0
+        while model < models:
+            together = _together(models - model) if room.x.itemsize == 4 else 1
+            for row in range(together):
+                find_bins(room, model + row, size, shift, row)
+            if room.x.itemsize == 8:
                 for i in range(size):
-                    _count(room.bits[i], shift, table, bins[i])
+                    _count(room.bits[i], shift, tables[model], room.bins[0, i])
+            elif sums:
+                _add_amounts(room, model, together, size, tables)
+            else:
+                _add_counts(room, model, together, size, tables)
+            model += together
+
+
+@compile_kernel
+def _together(models: int) -> int:
+    """So many of the models that are left are counted together, as groups of two and three.
+
+    Magnitudes repeat, zeros above all, and counting into a place that was just counted into waits for that: what
+    comes between are the other models' tables.
+    """
+    return min(models, 2 if models == 4 else TOGETHER)
+
+
+@compile_kernel
+def _add_counts(room: Room, model: int, together: int, size: int, tables: Array) -> None:
+    """Count magnitudes by their bins."""
+    a, b, c = room.bins[0], room.bins[1], room.bins[2]
+    one, two, three = tables[model], tables[model + (together > 1)], tables[model + together - 1]
+    count = np.uint64(1 << COUNT_SHIFT)
+    for i in range(size):
+        one[a[i]] += count
+        if together > 1:
+            two[b[i]] += count
+        if together > 2:
+            three[c[i]] += count
+
+
+@compile_kernel
+def _add_amounts(room: Room, model: int, together: int, size: int, tables: Array) -> None:
+    """The same, and sum the bits that remain."""
+    a, b, c = room.bins[0], room.bins[1], room.bins[2]
+    amounts, count = room.amounts, np.uint64(1 << COUNT_SHIFT)
+    for row in range(together):
+        singles, own = room.singles[model + row], amounts[row]
+        for i in range(size):
+            own[i] = count | np.uint64(singles[i] & np.uint32(0xFFFF))
+    x, y, z = amounts[0], amounts[1], amounts[2]
+    one, two, three = tables[model], tables[model + (together > 1)], tables[model + together - 1]
+    for i in range(size):
+        one[a[i]] += x[i]
+        if together > 1:
+            two[b[i]] += y[i]
+        if together > 2:
+            three[c[i]] += z[i]
 
 
 @compile_kernel
