@@ -21,6 +21,8 @@ from functools import partial
 from threads import run_all
 
 PIECE = 8 << 20
+#: Bytes written at a time, for the reason that modelfuse has (`checkpoints/writer.py`): a copy at its best.
+WRITTEN = 512 << 10
 
 
 def main(output: str, threads: int, inputs: list[str]) -> None:
@@ -46,7 +48,7 @@ def _work(starts: range, sources: list[int], target: int, size: int) -> None:
 
 def _write(target: int, data: memoryview, start: int) -> None:
     while data:
-        written = os.pwrite(target, data, start)
+        written = os.pwrite(target, data[:WRITTEN], start)
         data, start = data[written:], start + written
 
 

@@ -15,6 +15,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--methods", nargs="+", choices=WORKS, default=list(WORKS), metavar="METHOD", help=", ".join(WORKS))
     add("--repeat", type=int, default=5, help="rounds; every round times the copy and modelfuse (5)")
+    add("--rest", type=float, default=0.0, metavar="SECONDS", help="wait so long before each run instead (0)")
     add("--threads", type=int, default=2, help="threads of the copy, threads or processes of each tool (2)")
     add("--workdir", help="keeps the inputs and peers for the next run; without it, a temporary folder")
     add("--size", choices=SHAPES, default="reference", help="small is for trying out this program")
@@ -99,11 +101,11 @@ def _benchmark(options: argparse.Namespace, place: Place, console: Console) -> i
     samples: Samples = defaultdict(list)
     for work in works:
         for tool in tools:
-            _run(tool, work, place, console, "warm-up")
+            _run(tool, work, place, console, "warm-up", options.rest)
     for number in range(options.repeat):
         for work in works:
             for tool in tools + (peers if number < options.peer_repeat else []):
-                sample = _run(tool, work, place, console, f"round {number + 1} of {options.repeat}")
+                sample = _run(tool, work, place, console, f"round {number + 1} of {options.repeat}", options.rest)
                 samples[work.method, tool.name].append(sample)
     summaries = _summaries(samples, shape)
     _report(options, summaries, samples, shape)
@@ -137,14 +139,16 @@ def _peers(options: argparse.Namespace, place: Place, console: Console) -> list[
     return found
 
 
-def _run(tool: Tool, work: Work, place: Place, console: Console, what: str) -> Sample:
+def _run(tool: Tool, work: Work, place: Place, console: Console, what: str, rest: float) -> Sample:
     """Time one tool once, and see that it wrote every tensor."""
     shutil.rmtree(place.output, ignore_errors=True)
     try:
-        level_memory((work.inputs(place.reference)[-1] / "model.safetensors").stat().st_size, place.work)
+        if not rest:
+            level_memory((work.inputs(place.reference)[-1] / "model.safetensors").stat().st_size, place.work)
         command = tool.command(work)
         # What an earlier run left unwritten must not slow this one down.
         os.sync()
+        time.sleep(rest)
         with console.status(f"{what}: {work.method}, {tool.name}"):
             sample = measure(command, log=place.log, env=tool.env)
         if tool.name != COPY and tensor_names(place.output) != tensor_names(place.reference / "model_1"):

@@ -428,3 +428,19 @@ def test_its_blocks_are_there_before_anything_is_written(tmp_path: Path) -> None
         assert path.read_bytes() == bytes(size)
     finally:
         os.close(descriptor)
+
+
+def test_little_is_written_at_a_time(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the system needs no large blocks of memory, which may not be at hand."""
+    write, sizes = os.pwrite, list[int]()
+
+    def noted(descriptor: int, data: memoryview, offset: int) -> int:
+        sizes.append(len(data))
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", noted)
+    values = np.random.default_rng(0).standard_normal((300, 1001)).astype(np.float32)
+    models = [make_model(tmp_path / name, {"w": values}) for name in "AB"]
+    merge("--model_path_list", *models, "--output_path", tmp_path / "C")
+    assert max(sizes) == writer.PIECE < values.nbytes
+    np.testing.assert_array_equal(array(read_model(tmp_path / "C")["w"]), values)
