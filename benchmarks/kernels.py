@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> None:
     kernel = choose(Device("np"))
     for name in options.methods:
         work = reference_work(WORKS[name], options.elements << 20, DTYPES[options.dtype])
-        stored = _stored(work, SLICE, options.unchanged)
+        stored = stored_slice(work, SLICE, options.unchanged)
         for threads in options.threads:
             time_passes(work, 1, kernel, stored)
             times = [time_passes(work, threads, kernel, stored) for _ in range(options.repeat)]
@@ -110,7 +110,7 @@ def _walk(pass_: Pass, spans: Sequence[tuple[int, int]], step: int, raws: Bytes,
     return found
 
 
-def _stored(work: Work, step: int, unchanged: float = 0.0) -> Bytes:
+def stored_slice(work: Work, step: int, unchanged: float = 0.0) -> Bytes:
     """A slice of every source: a base and fine-tunes near it, as stored."""
     draw = np.random.default_rng(0)
     base = draw.standard_normal(step) * 0.02

@@ -506,7 +506,7 @@ def test_trim_is_exact(dtype: str, name: str, reserve_p: float) -> None:
 @pytest.mark.parametrize("models", range(1, 9))
 def test_any_number_of_models_is_tallied(models: int, sparsify_type: str, dtype: str) -> None:
     """Each has its own scale, so that nobody's tally can stand in for another one's."""
-    size, kind = 3 * cpu.BLOCK + 77, FLOATS[dtype]
+    size, kind = 3 * reading.BLOCK + 77, FLOATS[dtype]
     random = np.random.default_rng(models)
     values = [random.integers(-12, 13, size) * 2.0 ** (-2 * model) for model in range(models)]
     stored = [store(each, kind) for each in (*values, np.zeros(size))]
