@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -29,6 +30,10 @@ STEPS = [
     for merge in MERGES
 ]
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell has its background jobs ignore interruptions, and so would the programs that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
