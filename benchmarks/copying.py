@@ -21,7 +21,7 @@ from functools import partial
 from threads import run_all
 
 PIECE = 8 << 20
-#: Bytes written at a time, for the reason that modelfuse has (`checkpoints/writer.py`): a copy at its best.
+#: Bytes written at a time, for the reason that modelfuse has (`journal.py`): a copy at its best.
 WRITTEN = 512 << 10
 
 

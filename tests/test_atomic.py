@@ -16,6 +16,7 @@ import pytest
 from conftest import Said, array, make_model, random_tensors, read_model, snapshot, start
 
 import modelfuse as package
+from modelfuse import journal
 from modelfuse.checkpoints import allocation, writer
 from modelfuse.checkpoints.writer import OutputFolder
 
@@ -442,5 +443,5 @@ def test_little_is_written_at_a_time(merge: Run, tmp_path: Path, monkeypatch: py
     values = np.random.default_rng(0).standard_normal((300, 1001)).astype(np.float32)
     models = [make_model(tmp_path / name, {"w": values}) for name in "AB"]
     merge("--model_path_list", *models, "--output_path", tmp_path / "C")
-    assert max(sizes) == writer.PIECE < values.nbytes
+    assert max(sizes) == journal.PIECE < values.nbytes
     np.testing.assert_array_equal(array(read_model(tmp_path / "C")["w"]), values)

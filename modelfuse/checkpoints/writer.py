@@ -27,13 +27,10 @@ from modelfuse.checkpoints.lock import Lock, is_same_file
 from modelfuse.checkpoints.page_cache import settle
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import OutputError
-from modelfuse.journal import Journal, sync_folder
+from modelfuse.journal import Journal, sync_folder, write_all
 
 #: Open files beside the weight files: a few for every worker.
 SPARE_FILES = 512
-#: Bytes written at a time. Linux keeps what one write brings in blocks of memory as large as the write, up to 2 MiB,
-#: and a virtual machine gives its host the largest free blocks back: to take those again costs up to 2 s a GB.
-PIECE = 512 << 10
 
 
 class OutputFolder:
@@ -151,17 +148,15 @@ class OutputFolder:
             raise cannot_write(error, self.path / name) from error
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write at an offset of a weight file, however many system calls it takes; safe from any thread.
+        """Write at an offset of a weight file; safe from any thread.
 
         Raises:
             OutputError: If the disk is full or fails.
         """
-        done = 0
-        while done < len(data):
-            try:
-                done += os.pwrite(self._descriptors[name], data[done : done + PIECE], offset + done)
-            except OSError as error:
-                raise cannot_write(error, self.path / name) from error
+        try:
+            write_all(self._descriptors[name], data, offset)
+        except OSError as error:
+            raise cannot_write(error, self.path / name) from error
 
     def share(self) -> Path:
         """The folder of the files, which other machines may now write to.

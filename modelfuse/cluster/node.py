@@ -15,6 +15,7 @@ import ray
 from modelfuse.checkpoints.failures import cannot_write
 from modelfuse.cluster.messages import Done, Failed, Part, Piece, Shipment, pack, unpack
 from modelfuse.errors import ClusterError, ModelfuseError
+from modelfuse.journal import write_all
 from modelfuse.kernels import Bytes
 from modelfuse.kernels.choice import choose
 from modelfuse.plan import OutputTensor
@@ -104,13 +105,12 @@ class _Files:
         if self._folder is None:
             self.pieces.append(Piece(self.task, start, data.copy()))
             return
-        path, offset, done = self._folder / tensor.file, tensor.offset + tensor.dtype.nbytes(start), 0
+        path = self._folder / tensor.file
         try:
             if path not in self._descriptors:
                 # Never for reading: NFS would read what shares a page with these bytes, and write it back later.
                 self._descriptors[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            while done < data.size:
-                done += os.pwrite(self._descriptors[path], data[done:].data, offset + done)
+            write_all(self._descriptors[path], data.data, tensor.offset + tensor.dtype.nbytes(start))
         except OSError as error:
             raise cannot_write(error, path) from error
 
