@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--methods", nargs="+", choices=WORKS, default=list(WORKS), metavar="METHOD", help=", ".join(WORKS))
     add("--repeat", type=int, default=5, help="rounds; every round times the copy and modelfuse (5)")
-    add("--rest", type=float, default=0.0, metavar="SECONDS", help="wait so long before each run instead (0)")
+    add("--rest", type=float, default=0.0, metavar="SECONDS", help="rest before each run; memory is not levelled (0)")
     add("--threads", type=int, default=2, help="threads of the copy, threads or processes of each tool (2)")
     add("--workdir", help="keeps the inputs and peers for the next run; without it, a temporary folder")
     add("--size", choices=SHAPES, default="reference", help="small is for trying out this program")

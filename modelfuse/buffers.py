@@ -8,9 +8,9 @@ from dataclasses import replace
 from modelfuse.checkpoints import Checkpoint
 
 #: How their names end: frequencies and numbers of positions, and the value that masks attention.
-ENDINGS = ("inv_freq", "position_ids", "masked_bias")
+ENDINGS = (".inv_freq", ".position_ids", ".masked_bias")
 #: The same of masks, which are tensors of one matrix; anything else of that name is a bias.
-MASKS, MASK_DIMENSIONS = ("attn.bias", "attention.bias"), 4
+MASKS, MASK_DIMENSIONS = (".attn.bias", ".attention.bias"), 4
 STRAY = "computed from config.json, and not alike in every model"
 
 
@@ -20,15 +20,13 @@ def is_buffer(name: str, shape: Sequence[int]) -> bool:
     >>> is_buffer("h.0.attn.bias", (1, 1, 1024, 1024)), is_buffer("encoder.0.attn.bias", (768,))
     (True, False)
     """
-    whole = f".{name}"
-    is_mask = len(shape) == MASK_DIMENSIONS and whole.endswith(tuple(f".{each}" for each in MASKS))
-    return is_mask or whole.endswith(tuple(f".{each}" for each in ENDINGS))
+    return f".{name}".endswith((*ENDINGS, *MASKS) if len(shape) == MASK_DIMENSIONS else ENDINGS)
 
 
 def without_strays(models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
     """Leave out the buffers that not all models hold alike: whoever loads those without computes them."""
     endings, strays = (*ENDINGS, *MASKS), set[str]()
-    for name in {name for model in models for name in (*model, *model.aliases) if name.endswith(endings)}:
+    for name in {name for model in models for name in (*model, *model.aliases) if f".{name}".endswith(endings)}:
         found = [model.get(model.aliases.get(name, name)) for model in models]
         held = [each for each in found if each is not None]
         alike = len(held) == len(models) and len({(each.dtype, each.shape) for each in held}) == 1

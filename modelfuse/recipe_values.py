@@ -182,12 +182,10 @@ class Setting:
                 value = SWITCHES.get(value.lower(), value)
             read: object = convert(value, self._kind, strict=False)
             if isinstance(read, float) and not math.isfinite(read):
-                raise Unfit(given, "give a finite number")
+                raise ValueError("give a finite number")
         except ValidationError as error:
             choices = ", ".join(map(repr, self._choices))
             raise Unfit(given, f"give one of {choices}" if choices else _in_words(error)) from None
-        except Unfit:
-            raise
         except ValueError as error:
             raise Unfit(given, str(error)) from None
         return read

@@ -59,12 +59,11 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     """
     folder = lead.path if is_dir(lead.path) else lead.path.parent
     here = {path.name: path for path in children(folder)}
-    listing = here.get(MODULES_FILE)
-    known = listing is not None and is_file(listing) and size_of(listing) <= LARGEST_LISTING
-    modules = modules_of(read_whole(here[MODULES_FILE])) if known else ()
-    for path in [path for name, path in here.items() if name in (TEMPLATES, *modules) and is_dir(path)]:
-        here |= {f"{path.name}/{file.name}": file for file in children(path)}
-    sizes = {name: size_of(path) for name, path in here.items() if is_file(path)}
+    sizes = _sizes(here)
+    modules = modules_of(read_whole(here[MODULES_FILE])) if lists_modules(sizes) else ()
+    for name, path in here.items():
+        if name in (TEMPLATES, *modules) and is_dir(path):
+            sizes |= _sizes({f"{name}/{file.name}": file for file in children(path)})
     usual = usual_files(sizes, modules)
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
     look_up(folder, named)
@@ -87,6 +86,10 @@ def files_to_serve(recipe: Recipe, lead: Checkpoint) -> tuple[SideFile, ...]:
     return tuple(SideFile(folder / name, name, size_of(folder / name)) for name in dict.fromkeys([*usual, *named]))
 
 
+def _sizes(paths: Mapping[str, Place]) -> dict[str, int]:
+    return {name: size_of(path) for name, path in paths.items() if is_file(path)}
+
+
 def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:
     """A checkpoint may come from anybody, and its output go to everybody: it is not to say which files go with it."""
     if isinstance(folder, Url):  # A store has no links.
@@ -102,6 +105,11 @@ def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:
                 f"{folder / name} is a link to {target}, outside the model's folder: it is not copied unasked",
                 f"If it belongs to the model: --copy_file_list {name}. Otherwise remove the link.",
             )
+
+
+def lists_modules(sizes: Mapping[str, int]) -> bool:
+    """Whether a model has a list of modules, of a size that may be read; ``sizes`` are its files'."""
+    return sizes.get(MODULES_FILE, LARGEST_LISTING + 1) <= LARGEST_LISTING
 
 
 def modules_of(content: bytes) -> tuple[str, ...]:

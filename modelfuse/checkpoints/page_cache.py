@@ -30,7 +30,7 @@ CACHESTAT = 451
 ABSENT, THEIRS, OURS, GONE = range(4)
 #: Parts of a file are partly in the cache: what is missing is to come, and nothing is to leave.
 MIXED = 4
-#: Where so many probes of a file of so many bytes are in the cache, the file is: looking at all of it takes 5 ms a GB.
+#: A file is taken to be in the cache where so many places of it are, of so many bytes each: all of it takes 5 ms a GB.
 #: Taking it for whole where it is not costs speed alone, as none of it is brought in, and none of it leaves.
 PROBES, PROBE = 64, 64 << 10
 #: A share of the memory that is not filled: below it, the system begins to throw out what was used longest ago.

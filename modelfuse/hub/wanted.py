@@ -12,7 +12,7 @@ from modelfuse.checkpoints import CONFIG_FILE, find_files
 from modelfuse.errors import CheckpointError
 from modelfuse.hub_names import HubName
 from modelfuse.recipe import Recipe
-from modelfuse.serving import LARGEST_LISTING, MODULES_FILE, modules_of, usual_files
+from modelfuse.serving import MODULES_FILE, lists_modules, modules_of, usual_files
 
 #: The prefix of an adapter's weights, by the file that says that it is one.
 ADAPTERS = {PEFT_CONFIG: "adapter_model", PADDLE_CONFIG: "peft_model"}
@@ -61,7 +61,7 @@ def wanted(
     leads = name == recipe.inputs[-1 if recipe.base_model_path is not None else 0]
     if leads and recipe.output_format != "lora":
         modules: tuple[str, ...] = ()
-        if sizes.get(MODULES_FILE, LARGEST_LISTING + 1) <= LARGEST_LISTING:
+        if lists_modules(sizes):
             settings.append(MODULES_FILE)
             modules = modules_of(get(MODULES_FILE).read_bytes())
         served = usual_files(sizes, modules)
