@@ -31,66 +31,46 @@ def tally(data: Stored, length: int, room: Room, shift: int, sums: bool, tables:
     ``tables[model]`` has a word for every bin, or three. For float32 it packs the count and, with ``sums``, the sum of
     the remaining bits; for float64 they are the count, and the sums of the low 22 remaining bits and of the others.
     """
-    models = data.inputs.models
+    models, narrow = data.inputs.models, room.x.itemsize == 4
+    for row in range(TOGETHER):  # Counts alone, unless there are sums.
+        for i in range(BLOCK):
+            room.amounts[row, i] = np.uint64(1 << COUNT_SHIFT)
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         load(data, start, size, room, length)
         model = 0
         while model < models:
-            together = _together(models - model) if room.x.itemsize == 4 else 1
+            # Two or three models, four as two pairs.
+            together = min(models - model, 2 if models - model == 4 else TOGETHER) if narrow else 1
             for row in range(together):
                 find_bins(room, model + row, size, shift, row)
-            if room.x.itemsize == 8:
+            if narrow:
+                _add(room, model, together, size, sums, tables)
+            else:
                 for i in range(size):
                     _count(room.bits[i], shift, tables[model], room.bins[0, i])
-            elif sums:
-                _add_amounts(room, model, together, size, tables)
-            else:
-                _add_counts(room, model, together, size, tables)
             model += together
 
 
 @compile_kernel
-def _together(models: int) -> int:
-    """So many of the models that are left are counted together, as groups of two and three.
+def _add(room: Room, model: int, together: int, size: int, sums: bool, tables: Array) -> None:
+    """Count magnitudes of some models in their bins, in turn; with ``sums``, add the bits that remain.
 
-    Magnitudes repeat, zeros above all, and counting into a place that was just counted into waits for that: what
-    comes between are the other models' tables.
+    Magnitudes repeat, zeros above all, and adding to a place that was just added to waits for that: what comes between
+    are the other models' tables.
     """
-    return min(models, 2 if models == 4 else TOGETHER)
-
-
-@compile_kernel
-def _add_counts(room: Room, model: int, together: int, size: int, tables: Array) -> None:
-    """Count magnitudes by their bins."""
-    a, b, c = room.bins[0], room.bins[1], room.bins[2]
-    one, two, three = tables[model], tables[model + (together > 1)], tables[model + together - 1]
-    count = np.uint64(1 << COUNT_SHIFT)
-    for i in range(size):
-        one[a[i]] += count
-        if together > 1:
-            two[b[i]] += count
-        if together > 2:
-            three[c[i]] += count
-
-
-@compile_kernel
-def _add_amounts(room: Room, model: int, together: int, size: int, tables: Array) -> None:
-    """The same, and sum the bits that remain."""
-    a, b, c = room.bins[0], room.bins[1], room.bins[2]
-    amounts, count = room.amounts, np.uint64(1 << COUNT_SHIFT)
-    for row in range(together):
+    bins, amounts = room.bins, room.amounts
+    for row in range(together if sums else 0):
         singles, own = room.singles[model + row], amounts[row]
         for i in range(size):
-            own[i] = count | np.uint64(singles[i] & np.uint32(0xFFFF))
-    x, y, z = amounts[0], amounts[1], amounts[2]
+            own[i] = np.uint64(1 << COUNT_SHIFT) | np.uint64(singles[i] & np.uint32(0xFFFF))
     one, two, three = tables[model], tables[model + (together > 1)], tables[model + together - 1]
     for i in range(size):
-        one[a[i]] += x[i]
+        one[bins[0, i]] += amounts[0, i]
         if together > 1:
-            two[b[i]] += y[i]
+            two[bins[1, i]] += amounts[1, i]
         if together > 2:
-            three[c[i]] += z[i]
+            three[bins[2, i]] += amounts[2, i]
 
 
 @compile_kernel
