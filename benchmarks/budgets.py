@@ -186,9 +186,9 @@ def run(case: Case, size: int, folder: Path, budget: int = BUDGET) -> tuple[int,
 
 def expected(words: Sequence[str]) -> int:
     """The memory that a plan of these words expects."""
-    from modelfuse.cli import parse
-    from modelfuse.plan import make_plan
-    from modelfuse.recipe import Recipe
+    from modelfuse.cli.arguments import parse
+    from modelfuse.planning.plan import make_plan
+    from modelfuse.recipe.recipe import Recipe
 
     return make_plan(Recipe.parse(parse(words)[0])).memory
 

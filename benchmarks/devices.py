@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modelfuse.errors import ModelfuseError
 from modelfuse.kernels import Work
-from modelfuse.kernels.choice import GPU_BLOCK, GPU_ROOM, LIBRARIES, ArrayKernel, Device, choose, find_gpu
+from modelfuse.kernels.backends import GPU_BLOCK, GPU_ROOM, LIBRARIES, ArrayKernel, Device, choose, find_gpu
 
 HEADINGS = ("method", "device", "merge s", "merge GB/s", "kernels GB/s", "arithmetic GB/s")
 console = Console(stderr=True)

@@ -12,8 +12,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def main() -> int:
-    """Run the command line; see :func:`modelfuse.cli.main`."""
-    from modelfuse.cli import main as run
+    """Run the command line; see :func:`modelfuse.cli.main.main`."""
+    from modelfuse.cli.main import main as run
 
     try:
         return run()

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelfuse.checkpoints.safetensors import frame_safetensors
+from modelfuse.checkpoints.formats.safetensors import frame_safetensors
 from modelfuse.dtypes import BY_NAME
-from modelfuse.methods import MERGES, SPARSIFIERS
+from modelfuse.methods.registry import MERGES, SPARSIFIERS
 
 #: The scripts that made the fixtures need the libraries that made them.
 collect_ignore = ["fixtures"]
@@ -167,7 +167,7 @@ class Said:
 @pytest.fixture
 def modelfuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """The command line, in this process."""
-    from modelfuse.cli import main
+    from modelfuse.cli.main import main
 
     def run(*words: object) -> Said:
         capsys.readouterr()
@@ -277,16 +277,16 @@ def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A local S3 with one empty bucket, where the libraries look for it."""
     from stores import ENVIRONMENT
 
-    from modelfuse.storage import opening, stores
+    from modelfuse.storage.remote import open_store, stores
 
     for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL_S3": s3_server.endpoint}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(stores, "PAUSE", 0.01)
-    opening.forget(connections=True)
+    open_store.forget(connections=True)
     s3_server.reset()
     yield s3_server
     s3_server.reset()
-    opening.forget(connections=True)
+    open_store.forget(connections=True)
 
 
 @pytest.fixture
@@ -294,10 +294,10 @@ def web(tmp_path: Path) -> Iterator[Any]:
     """A web server of the folder ``web``."""
     from stores import Web
 
-    from modelfuse.storage import opening
+    from modelfuse.storage.remote import open_store
 
     (tmp_path / "web").mkdir()
     server = Web(tmp_path / "web")
     yield server
     server.stop()
-    opening.forget(connections=True)
+    open_store.forget(connections=True)

@@ -11,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
-from modelfuse.kernels import Extent, Pass, Procedure, Work, cpu
-from modelfuse.kernels.passes import merge_procedure
-from modelfuse.methods import Method
+from modelfuse.kernels import Extent, Pass, Procedure, Work
+from modelfuse.kernels.compiled import merge_loops
+from modelfuse.kernels.compiled.passes import merge_procedure
+from modelfuse.methods.registry import Method
 
 Array = npt.NDArray[Any]
 
 #: Slices start at multiples of this many elements: the sums of slerp are added up in such chunks.
-GRAIN = cpu.CHUNK
+GRAIN = merge_loops.CHUNK
 FLOATS = {"float32": F32, "float16": F16, "bfloat16": BF16, "float64": F64}
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from conftest import bf16, make_model, snapshot
 
-from modelfuse import run
-from modelfuse.checkpoints.keeper import Keeper
-from modelfuse.checkpoints.writer import OutputFolder
-from modelfuse.cli import main
+from modelfuse.checkpoints.output.atomic_folder import OutputFolder
+from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.cli.main import main
+from modelfuse.execution import run
 
 #: What befalls a call: an error number, or what faults.c does besides; whether all later calls of its name fail too;
 #: and whether that begins with planning, or when there is a plan.

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from modelfuse import run as running
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.errors import CheckpointError
-from modelfuse.plan import Plan
-from modelfuse.walking import Tasks
+from modelfuse.execution import run as running
+from modelfuse.execution.worker import Tasks
+from modelfuse.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from modelfuse.kernels.choice import import_library
+from modelfuse.kernels.backends import import_library
 
 GPU, PINNED = "gpu:0", "pinned"
 OPERATORS = (

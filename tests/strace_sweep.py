@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fault_sweep import Ended, sweep_all
 
-from modelfuse.cli import main
+from modelfuse.cli.main import main
 
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)

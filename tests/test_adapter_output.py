@@ -16,13 +16,13 @@ from conftest import Said, array, make_model, read_file, read_model, snapshot, s
 from test_resume import KILLED_AFTER, SPAN
 
 import modelfuse
-from modelfuse.adapters import factored
-from modelfuse.checkpoints.files import SourceFile
+from modelfuse.checkpoints.adapters import factored
 from modelfuse.checkpoints.tensors import StoredTensor
 from modelfuse.dtypes import F32
-from modelfuse.kernels import cpu
-from modelfuse.kernels.factoring import factorize
-from modelfuse.methods import Method, merge_tensor
+from modelfuse.kernels.compiled import merge_loops
+from modelfuse.kernels.compiled.truncated_svd import factorize
+from modelfuse.methods.registry import Method, merge_tensor
+from modelfuse.storage.files import SourceFile
 
 PREFIX = "base_model.model."
 
@@ -146,8 +146,8 @@ def test_differences_of_several_pieces_merge_as_the_definition_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge_type: str, sparsify_type: str | None
 ) -> None:
     """What is measured of a tensor is measured of all of its pieces; here each is larger than the next."""
-    monkeypatch.setattr(factored, "PIECE", cpu.CHUNK)
-    sizes = np.repeat([64.0, 8.0, 1.0], cpu.CHUNK)[: 2 * cpu.CHUNK + 77]
+    monkeypatch.setattr(factored, "PIECE", merge_loops.CHUNK)
+    sizes = np.repeat([64.0, 8.0, 1.0], merge_loops.CHUNK)[: 2 * merge_loops.CHUNK + 77]
     sources, values = [], []
     for seed in range(2):
         draw = np.random.default_rng(seed).integers(-15, 16, sizes.size)  # One magnitude a bin: ranks are exact.

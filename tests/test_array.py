@@ -31,17 +31,18 @@ from test_kernels import (
 from test_properties import SEVERAL_SPANS, Case, cases
 
 from modelfuse.dtypes import BF16, F16, F32, DType
-from modelfuse.kernels import Pass, Work, choice, cpu
-from modelfuse.kernels.array import CHUNK, Arithmetic
-from modelfuse.kernels.array_passes import DotProducts
-from modelfuse.kernels.choice import LIBRARIES, ArrayKernel, Device, choose, find_gpu, import_library
-from modelfuse.kernels.library import Library
-from modelfuse.kernels.rooms import RAW_CODES
-from modelfuse.memory import GRAIN as PLAN_GRAIN
-from modelfuse.memory import LEAST_GPU_ROOM
-from modelfuse.methods import MERGES, Method, merge_tensor
+from modelfuse.execution.scheduler import Job, Scheduler
+from modelfuse.kernels import Pass, Work, backends
+from modelfuse.kernels.arrays.library import Library
+from modelfuse.kernels.arrays.methods import CHUNK, Arithmetic
+from modelfuse.kernels.arrays.passes import DotProducts
+from modelfuse.kernels.backends import LIBRARIES, ArrayKernel, Device, choose, find_gpu, import_library
+from modelfuse.kernels.compiled import merge_loops
+from modelfuse.kernels.compiled.scratch import RAW_CODES
 from modelfuse.methods.random import draws, stream_key
-from modelfuse.scheduler import Job, Scheduler
+from modelfuse.methods.registry import MERGES, Method, merge_tensor
+from modelfuse.planning.memory_budget import GRAIN as PLAN_GRAIN
+from modelfuse.planning.memory_budget import LEAST_GPU_ROOM
 
 Array = npt.NDArray[Any]
 #: Every library on the CPU and on a GPU; on a pretended one where there is none.
@@ -54,7 +55,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     if gpu and not find_gpu(tensor_type, "gpu", allow_cpu_fallback=True):
         # The tests' own memory is not pinned.
         pretended = (PretendedGpu(pinned=False) if tensor_type == "pt" else PretendedPaddleGpu()).module()
-        monkeypatch.setattr(choice, "import_module", lambda name: pretended)
+        monkeypatch.setattr(backends, "import_module", lambda name: pretended)
     return Device(tensor_type, gpu)
 
 
@@ -267,7 +268,7 @@ def test_values_are_rounded_as_the_compiled_kernels_do(kernel: ArrayKernel, comp
         library.store(encoded, ours)
         not_finite = int(library.fetch(arithmetic.count_bad(encoded)))
     theirs = np.empty_like(ours)
-    bad = cpu.encode(RAW_CODES[kind.name], values, values.size, theirs, 0)
+    bad = merge_loops.encode(RAW_CODES[kind.name], values, values.size, theirs, 0)
     stored = {8: np.float64, 4: np.float32, 2: np.uint16 if kind is BF16 else np.float16}[kind.bytes]
     with np.errstate(invalid="ignore"):
         same_values(ours.view(stored), theirs.view(stored), dtype)

@@ -16,9 +16,9 @@ import pytest
 from conftest import Said, array, make_model, random_tensors, read_model, snapshot, start
 
 import modelfuse as package
-from modelfuse import journal
-from modelfuse.checkpoints import allocation, writer
-from modelfuse.checkpoints.writer import OutputFolder
+from modelfuse.checkpoints.output import atomic_folder
+from modelfuse.checkpoints.output.atomic_folder import OutputFolder
+from modelfuse.storage.local import journal, preallocate
 
 Run = Callable[..., Said]
 Refuse = Callable[..., str]
@@ -28,8 +28,8 @@ Pair = tuple[Path, Path]
 STOP_AT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background begins with it ignored.
-from modelfuse.checkpoints import writer
-from modelfuse.cli import main
+from modelfuse.checkpoints.output import atomic_folder
+from modelfuse.cli.main import main
 
 def stop(*_, **__):
     print("there", flush=True)
@@ -45,11 +45,11 @@ def stop_after(function):
 sys.exit(main(sys.argv[1:]))
 """
 MOMENTS = {
-    "before the first byte": "writer.OutputFolder.create = stop",
-    "after the first file": "writer.OutputFolder.create = stop_after(writer.OutputFolder.create)",
-    "between tensors": "from modelfuse.run import Run; Run.write = stop_after(Run.write)",
-    "before the report": "from modelfuse import run; run.write_report = stop",
-    "before renaming": "writer.OutputFolder._appear = stop",
+    "before the first byte": "atomic_folder.OutputFolder.create = stop",
+    "after the first file": "atomic_folder.OutputFolder.create = stop_after(atomic_folder.OutputFolder.create)",
+    "between tensors": "from modelfuse.execution.run import Run; Run.write = stop_after(Run.write)",
+    "before the report": "from modelfuse.execution import run; run.write_report = stop",
+    "before renaming": "atomic_folder.OutputFolder._appear = stop",
 }
 
 
@@ -230,7 +230,7 @@ def test_a_failing_replacement_leaves_the_old(
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writer, "exchange", broken)
+    monkeypatch.setattr(atomic_folder, "exchange", broken)
     said = modelfuse("merge", *words, "--overwrite")
     assert said.status == 2
     assert "Input/output error" in said.err
@@ -292,7 +292,7 @@ def test_leftovers_of_others_are_not_touched(merge: Run, words: list[object], tm
 def test_every_worker_that_fails_ends_the_merge(
     modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from modelfuse.kernels.passes import Combine
+    from modelfuse.kernels.compiled.passes import Combine
 
     before = snapshot(tmp_path)
     apply, calls = Combine.apply, []
@@ -316,7 +316,7 @@ def test_every_worker_that_fails_ends_the_merge(
 def test_a_procedure_that_fails_ends_the_merge(
     modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from modelfuse.kernels import passes
+    from modelfuse.kernels.compiled import passes
 
     def failing(_: object) -> object:
         yield from ()
@@ -334,7 +334,7 @@ def test_a_procedure_that_fails_ends_the_merge(
 def test_a_measuring_worker_that_fails_ends_the_merge(
     modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from modelfuse.kernels.passes import TallyAll
+    from modelfuse.kernels.compiled.passes import TallyAll
 
     def failing(*_: object) -> None:
         raise ZeroDivisionError("injected")
@@ -393,13 +393,13 @@ def failing(monkeypatch: pytest.MonkeyPatch, *failures: int) -> None:
         ctypes.set_errno(left.pop(0))
         return -1
 
-    monkeypatch.setattr(allocation, "find", lambda *_: take)
+    monkeypatch.setattr(preallocate, "find", lambda *_: take)
 
 
 def test_a_disk_that_is_too_small_says_so_at_once(
     refuse: Refuse, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer.OutputFolder, "write", lambda *_: pytest.fail("nothing is to be written"))
+    monkeypatch.setattr(atomic_folder.OutputFolder, "write", lambda *_: pytest.fail("nothing is to be written"))
     failing(monkeypatch, errno.ENOSPC)
     refuse("merge", *words, says=["model.safetensors", "No space left on device", "Free some space"])
 
@@ -411,7 +411,7 @@ def test_filesystems_that_cannot_take_it(
     if failures:
         failing(monkeypatch, *failures)
     else:
-        monkeypatch.setattr(allocation, "find", lambda *_: None)
+        monkeypatch.setattr(preallocate, "find", lambda *_: None)
     merge(*words)
     assert read_model(tmp_path / "out" / "C")
 
@@ -422,7 +422,7 @@ def test_its_blocks_are_there_before_anything_is_written(tmp_path: Path) -> None
     try:
         if not hasattr(os, "posix_fallocate"):
             pytest.skip("this system has no fallocate")
-        allocation.allocate(descriptor, size)
+        preallocate.allocate(descriptor, size)
         found = os.fstat(descriptor)
         assert found.st_size == size
         assert found.st_blocks * 512 >= size

@@ -11,7 +11,7 @@ import pytest
 from conftest import Said, bf16, make_model, random_tensors, snapshot
 
 import modelfuse as package
-from modelfuse.checkpoints.safetensors import frame_safetensors
+from modelfuse.checkpoints.formats.safetensors import frame_safetensors
 from modelfuse.dtypes import BF16
 
 Run = Callable[..., Said]

@@ -20,10 +20,10 @@ import yaml
 from conftest import ROOT, Said, array, call, make_model, random_tensors, read_model, start
 
 import modelfuse as package
-from modelfuse.cli import parse
-from modelfuse.kernels.loading import COMPILING
-from modelfuse.methods import MERGE_METHODS, MERGES, SPARSIFIERS
-from modelfuse.recipe import SETTINGS, Recipe
+from modelfuse.cli.arguments import parse
+from modelfuse.kernels.jit.compile import COMPILING
+from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS
+from modelfuse.recipe.recipe import SETTINGS, Recipe
 
 Run = Callable[..., Said]
 Pair = tuple[Path, Path]
@@ -348,7 +348,7 @@ def test_a_log_is_quiet(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_long_merge_says_where_it_is(monkeypatch: pytest.MonkeyPatch, merge: Run, pair: Pair, tmp_path: Path) -> None:
-    monkeypatch.setattr("modelfuse.show.LOG_INTERVAL", 0.0)
+    monkeypatch.setattr("modelfuse.cli.render.LOG_INTERVAL", 0.0)
     said = merge("--model_path_list", *pair, "--output_path", tmp_path / "C")
     lines = said.err.splitlines()[1:]
     assert len(lines) == 5
@@ -447,7 +447,7 @@ def test_a_bug_is_not_called_a_mistake(modelfuse: Run, pair: Pair, monkeypatch: 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("injected")
 
-    monkeypatch.setattr("modelfuse.inputs.open_checkpoint", broken)
+    monkeypatch.setattr("modelfuse.planning.open_inputs.open_checkpoint", broken)
     said = modelfuse("check", "--model_path_list", *pair)
     assert said.status == 1
     assert "injected" in said.err
@@ -485,7 +485,7 @@ def test_importing_loads_next_to_nothing() -> None:
 
 def test_no_module_loads_torch(pair: Pair, tmp_path: Path) -> None:
     code = (
-        "import sys; from modelfuse.cli import main; status = main(sys.argv[1:]);"
+        "import sys; from modelfuse.cli.main import main; status = main(sys.argv[1:]);"
         "print(*{'torch', 'paddle', 'transformers', 'safetensors'} & {*sys.modules}); sys.exit(status)"
     )
     said = call("merge", "--model_path_list", *pair, "--output_path", tmp_path / "C", "--quiet", code=code)
@@ -494,18 +494,21 @@ def test_no_module_loads_torch(pair: Pair, tmp_path: Path) -> None:
 
 #: What only some merges need: pickles, other layouts, adapters, hub names, stores, a base, other libraries, a cluster.
 SELDOM_NEEDED = {
-    "checkpoints": ("paddle", "torch", "pickle", "state_dicts", "strided", "rearranged", "remote"),
-    "adapters": ("placing", "settings", "output", "quantized_base"),
-    "hub": ("fetching", "client", "models"),
-    "storage": ("opening", "ranges", "stores", "web"),
-    "kernels": ("distances", "library", "array", "factoring", "low_rank", "fp8"),
-    "cluster": ("",),
+    "checkpoints.formats": ("paddle", "torch", "safe_unpickler", "byte_window", "pickle", "numpy", "state_dicts"),
+    "checkpoints.views": ("strided", "rearranged"),
+    "checkpoints.output": ("remote",),
+    "checkpoints.adapters": ("apply", "config", "as_adapter", "quantized_base"),
+    "planning.hub": ("download", "client", "resolve"),
+    "storage.remote": ("open_store", "range_cache", "stores", "s3_and_http"),
+    "kernels.arrays": ("",),
+    "kernels.compiled": ("base_distance", "truncated_svd", "low_rank", "fp8"),
+    "execution.ray": ("",),
 }
 
 
 def test_a_plain_merge_loads_what_it_needs(pair: Pair, tmp_path: Path) -> None:
     code = (
-        "import sys; from modelfuse.cli import main; status = main(sys.argv[1:]);"
+        "import sys; from modelfuse.cli.main import main; status = main(sys.argv[1:]);"
         "print(*sys.modules); sys.exit(status)"
     )  # fmt: skip
     words = ("merge", "--model_path_list", *pair, "--quiet", "--output_path")
@@ -513,8 +516,9 @@ def test_a_plain_merge_loads_what_it_needs(pair: Pair, tmp_path: Path) -> None:
     said = call(*words, tmp_path / "D", code=code)
     assert said.status == 0, said.err
     loaded = said.out.split()
-    seldom = tuple(f"modelfuse.{room}.{name}" for room, names in SELDOM_NEEDED.items() for name in names)
-    assert {"modelfuse.run", "modelfuse.adapters", "modelfuse.hub", "modelfuse.kernels.passes"} <= set(loaded)
+    seldom = tuple(f"modelfuse.{package}.{name}" for package, names in SELDOM_NEEDED.items() for name in names)
+    needed = {"execution.run", "checkpoints.adapters", "planning.hub", "kernels.compiled.passes"}
+    assert {f"modelfuse.{name}" for name in needed} <= set(loaded)
     assert [name for name in loaded if name.startswith(seldom)] == []
     assert not {"numba", "numpy.ma", "numpy.random", "rich", "yaml", "pickletools"} & set(loaded)
 

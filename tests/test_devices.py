@@ -15,10 +15,10 @@ from pretended_gpu import PretendedGpu
 from pretended_paddle_gpu import PretendedPaddleGpu
 
 import modelfuse as package
-from modelfuse.kernels import choice
-from modelfuse.kernels.choice import LIBRARIES, Device, choose
-from modelfuse.memory import GPU_WORKERS, GRAIN, LEAST_GPU_ROOM, Weight, fit_memory
-from modelfuse.recipe import Recipe
+from modelfuse.kernels import backends
+from modelfuse.kernels.backends import LIBRARIES, Device, choose
+from modelfuse.planning.memory_budget import GPU_WORKERS, GRAIN, LEAST_GPU_ROOM, MemoryDemand, fit_memory
+from modelfuse.recipe.recipe import Recipe
 
 Run = Callable[..., Any]
 Pair = tuple[Path, Path]
@@ -26,11 +26,11 @@ TENSOR_TYPES = [*LIBRARIES]
 #: What a machine with a GPU has; imports nothing.
 GPU = ("pt", "gpu"), ("pt", "low_gpu_mem"), ("pd", "gpu"), ("pd", "low_gpu_mem")
 #: Three models of a large tensor, eight bytes an element in all.
-WEIGHT = Weight(outputs=10, sources=3, sizes=frozenset({(1 << 24, 8)}), a_reader=0, held=0, double=False)
+DEMAND = MemoryDemand(outputs=10, sources=3, sizes=frozenset({(1 << 24, 8)}), a_reader=0, held=0, double=False)
 
 
 def without_gpu(tensor_type: str) -> bool:
-    return not choice.find_gpu(tensor_type, "gpu", allow_cpu_fallback=True)
+    return not backends.find_gpu(tensor_type, "gpu", allow_cpu_fallback=True)
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_plan_for_the_cpu_imports_no_library(pair: Pair) -> None:
 def test_a_library_that_is_not_installed(
     refuse: Run, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, tensor_type: str
 ) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     name = LIBRARIES[tensor_type].module
     refuse(command, "--model_path_list", *pair, "--output_path", tmp_path / "C", "--tensor_type", tensor_type,
            says=[f"tensor_type {tensor_type} needs {name}, which is not installed"],
@@ -137,7 +137,7 @@ def test_a_library_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(name: str) -> Any:
         raise OSError("libcudart.so.12: cannot open shared object file")
 
-    monkeypatch.setattr(choice, "import_module", broken)
+    monkeypatch.setattr(backends, "import_module", broken)
     with pytest.raises(package.MissingExtraError, match=r"torch is installed, but cannot be imported: libcudart"):
         choose(Device("pt"))
 
@@ -157,7 +157,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int, built: bool = True) -> N
     cuda = SimpleNamespace(device_count=lambda: gpus)
     version = SimpleNamespace(cuda="12.8" if built else None, hip=None)
     torch = SimpleNamespace(cuda=cuda, version=version, __version__="2.13.0")
-    monkeypatch.setattr(choice, "import_module", lambda name: torch)
+    monkeypatch.setattr(backends, "import_module", lambda name: torch)
 
 
 def test_a_library_for_gpus_that_finds_none(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,17 +212,17 @@ def recipe(**settings: Any) -> Recipe:
 
 
 def test_a_library_s_own_memory_is_planned() -> None:
-    peaks = [fit_memory(recipe(tensor_type=each), WEIGHT).memory for each in ("np", *TENSOR_TYPES)]
+    peaks = [fit_memory(recipe(tensor_type=each), DEMAND).memory for each in ("np", *TENSOR_TYPES)]
     assert peaks == sorted(peaks)
     assert len(set(peaks)) == 3
 
 
 def test_a_gpu_has_workers_to_read_and_write_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 1)
-    budget = fit_memory(recipe(tensor_type="pt", device="gpu"), WEIGHT)
+    budget = fit_memory(recipe(tensor_type="pt", device="gpu"), DEMAND)
     assert budget.device.gpu
     assert budget.workers == GPU_WORKERS
-    assert fit_memory(recipe(tensor_type="pt", device="gpu", n_process=7, memory="4GB"), WEIGHT).workers == 7
+    assert fit_memory(recipe(tensor_type="pt", device="gpu", n_process=7, memory="4GB"), DEMAND).workers == 7
 
 
 @pytest.mark.parametrize("gpu_memory", ["64MB", "256MB", "1GB"])
@@ -232,7 +232,7 @@ def test_little_memory_of_a_gpu_is_shared_among_workers(
 ) -> None:
     pretend(monkeypatch, 1)
     wanted = recipe(tensor_type="pt", device="low_gpu_mem", gpu_memory=gpu_memory, n_process=n_process, memory="9GB")
-    budget = fit_memory(wanted, WEIGHT)
+    budget = fit_memory(wanted, DEMAND)
     assert budget.device.room >= LEAST_GPU_ROOM
     assert budget.device.room * budget.workers <= wanted.gpu_memory
 
@@ -247,7 +247,7 @@ def test_a_gpu_merges_the_same_bytes(
     """On a pretended one where there is none."""
     if without_gpu(tensor_type):
         pretended = (PretendedGpu() if tensor_type == "pt" else PretendedPaddleGpu()).module()
-        monkeypatch.setattr(choice, "import_module", lambda name: pretended)
+        monkeypatch.setattr(backends, "import_module", lambda name: pretended)
     models = trio[1:3] if "slerp" in steps else trio[1:]
     words = ["--model_path_list", *models, "--base_model_path", trio[0], *steps]
     merge(*words, "--output_path", tmp_path / "np")
@@ -261,7 +261,7 @@ def test_copies_are_under_way_while_a_gpu_computes(
     """From and to pinned memory, and by several workers, each on a stream of its own."""
     gpu = PretendedGpu()
     module = gpu.module()
-    monkeypatch.setattr(choice, "import_module", lambda name: module)
+    monkeypatch.setattr(backends, "import_module", lambda name: module)
     merge("--model_path_list", *trio[1:], "--base_model_path", trio[0], "--merge_method", "dare_ties",
           "--tensor_type", "pt", "--device", "gpu", "--output_path", tmp_path / "C")  # fmt: skip
     copies = [stream.copies for stream in gpu.streams]
@@ -274,7 +274,7 @@ def test_copies_are_under_way_while_paddle_s_gpu_computes(
 ) -> None:
     gpu = PretendedPaddleGpu()
     module = gpu.module()
-    monkeypatch.setattr(choice, "import_module", lambda name: module)
+    monkeypatch.setattr(backends, "import_module", lambda name: module)
     merge("--model_path_list", *trio[1:], "--base_model_path", trio[0], "--merge_method", "dare_ties",
           "--tensor_type", "pd", "--device", "gpu", "--output_path", tmp_path / "C")  # fmt: skip
     assert gpu.copies == 3 * 4
@@ -283,7 +283,7 @@ def test_copies_are_under_way_while_paddle_s_gpu_computes(
 def test_a_gpu_s_memory_is_bounded(merge: Run, trio: list[Path], tmp_path: Path) -> None:
     if without_gpu("pt"):
         pytest.skip("needs a GPU that torch can use")
-    torch = choice.import_library("torch")
+    torch = backends.import_library("torch")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     for number, method in enumerate(("ties", "della", "dare_ties")):

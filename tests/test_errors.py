@@ -301,7 +301,7 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
-        "from modelfuse.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from modelfuse.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     said = call("merge", "--model_path_list", *models, "--output_path", tmp_path / "C", code=code)
     assert said.status == 2, said.err

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import modelfuse as package
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.safetensors import read_safetensors
+from modelfuse.checkpoints.formats.safetensors import read_safetensors
+from modelfuse.checkpoints.views.fp8 import FORMATS, SCALE_DTYPES, Fp8Tensor, fits, scales_of, values_of
 from modelfuse.dtypes import BF16, BY_NAME, BY_TORCH_NAME
-from modelfuse.fp8 import FORMATS, SCALE_DTYPES, Fp8Tensor, fits, scales_of, values_of
 
 if TYPE_CHECKING:
     import torch

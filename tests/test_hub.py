@@ -25,12 +25,12 @@ from conftest import Said, call, make_model, random_tensors, start
 from hub_server import Hub, serving
 
 import modelfuse as package
-from modelfuse.checkpoints import writer
-from modelfuse.checkpoints.writer import OutputFolder
+from modelfuse.checkpoints.output import atomic_folder
+from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.errors import HubError, MissingExtraError
-from modelfuse.hub import Watch, client, fetch, jobs
-from modelfuse.hub_names import HubName, hub_name
-from modelfuse.recipe import Recipe
+from modelfuse.planning.hub import Watch, client, fetch, parallel_jobs
+from modelfuse.recipe.hub_names import HubName, hub_name
+from modelfuse.recipe.recipe import Recipe
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -299,10 +299,10 @@ def test_all_models_are_fetched_at_once(published: Hub, merge: Run) -> None:
 @contextmanager
 def cached_headers(hub: Hub) -> Iterator[None]:
     """Headers are read one request after another: nothing is to wait for them here."""
-    from modelfuse.hub import fetching
+    from modelfuse.planning.hub import download
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fetching, "can_be_read", lambda _: False)
+        patched.setattr(download, "can_be_read", lambda _: False)
         yield
 
 
@@ -387,7 +387,7 @@ def test_check_says_that_other_formats_are_fetched_whole(hub: Hub, modelfuse: Ru
 
 
 def test_a_plan_of_headers_cannot_be_run(published: Hub, tmp_path: Path) -> None:
-    from modelfuse.run import run_plan
+    from modelfuse.execution.run import run_plan
 
     plan = package.check(
         model_path_list=["org/a", "org/b"], output_path=tmp_path / "C", hub_endpoint=published.endpoint
@@ -460,7 +460,7 @@ class EndedEarly:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(OutputFolder, "keep", kept)
-        monkeypatch.setattr(writer, "WORTH_KEEPING", 0, raising=False)
+        monkeypatch.setattr(atomic_folder, "WORTH_KEEPING", 0, raising=False)
 
 
 def test_a_merge_goes_on_while_the_commits_are_the_same(
@@ -610,7 +610,7 @@ def test_a_hub_that_goes_down_meanwhile(
     published: Hub, refuse: Run, merge: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)  # Those of huggingface_hub between its attempts.
-    monkeypatch.setattr(jobs, "MOST", 1)
+    monkeypatch.setattr(parallel_jobs, "MOST", 1)
 
     def before(file: str) -> None:
         if file == "org/a/model-00002-of-00003.safetensors":
@@ -849,7 +849,7 @@ def test_interrupted_and_gone_on_with(published: Hub, tmp_path: Path) -> None:
 def test_the_first_failure_ends_the_others() -> None:
     began, ended = threading.Event(), threading.Event()
 
-    def waits(stop: jobs.Stop) -> None:
+    def waits(stop: parallel_jobs.Stop) -> None:
         began.set()
         try:
             while True:
@@ -858,20 +858,20 @@ def test_the_first_failure_ends_the_others() -> None:
         finally:
             ended.set()
 
-    def fails(_: jobs.Stop) -> None:
+    def fails(_: parallel_jobs.Stop) -> None:
         began.wait()
         raise HubError("this one")
 
     with pytest.raises(HubError, match="this one"):
-        jobs.together([waits, fails, *[waits] * 20])
+        parallel_jobs.together([waits, fails, *[waits] * 20])
     assert ended.is_set()
-    assert jobs.together([partial(lambda each, _: each, each) for each in range(50)]) == list(range(50))
-    assert jobs.together([]) == []
+    assert parallel_jobs.together([partial(lambda each, _: each, each) for each in range(50)]) == list(range(50))
+    assert parallel_jobs.together([]) == []
 
 
 def test_nothing_of_it_is_loaded_without_hub_names(pair: tuple[Path, Path], tmp_path: Path) -> None:
     code = (
-        "import sys; from modelfuse.cli import main; main(sys.argv[1:]);"
+        "import sys; from modelfuse.cli.main import main; main(sys.argv[1:]);"
         "print(*sorted(name for name in sys.modules if name.split('.')[0] in ('huggingface_hub', 'httpx2', 'tqdm')))"
     )
     command = [sys.executable, "-c", code, "merge", "--quiet", "--model_path_list", *map(str, pair)]

@@ -14,14 +14,14 @@ import pytest
 from driving import FLOATS, GRAIN, bfloat16, drive, load, store, work_on
 
 from modelfuse.dtypes import BF16, F16, F32, F64
-from modelfuse.kernels import cpu, passes, reading
-from modelfuse.kernels.magnitudes import LAYOUTS, Tally
-from modelfuse.memory import GRAIN as PLAN_GRAIN
-from modelfuse.memory import SPAN
-from modelfuse.methods import MERGE_METHODS, MERGES, SPARSIFIERS, Method, merge_tensor
+from modelfuse.kernels.compiled import direct_reads, merge_loops, passes
+from modelfuse.kernels.order_statistics import LAYOUTS, Tally
 from modelfuse.methods.random import draws, stream_key
+from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS, Method, merge_tensor
 from modelfuse.methods.slerp import coefficients
 from modelfuse.methods.trim import kept_from
+from modelfuse.planning.memory_budget import GRAIN as PLAN_GRAIN
+from modelfuse.planning.memory_budget import SPAN
 
 Array = npt.NDArray[Any]
 ALL_HALVES = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
@@ -34,14 +34,14 @@ SPARSIFY_TYPES = (None, *SPARSIFIERS)
 
 def decode(code: int, stored: Array, compute: str) -> tuple[Array, int]:
     out = np.empty(stored.size, compute)
-    return out, cpu.decode(code, stored.view(np.uint8), 0, stored.size, out)
+    return out, merge_loops.decode(code, stored.view(np.uint8), 0, stored.size, out)
 
 
 def encode(code: int, values: Array) -> tuple[Array, int]:
-    stored: dict[int, type] = {cpu.RAW_BF16: np.uint16, cpu.RAW_F16: np.float16, cpu.RAW_F32: np.float32,
-                               cpu.RAW_F64: np.float64}  # fmt: skip
+    stored: dict[int, type] = {merge_loops.RAW_BF16: np.uint16, merge_loops.RAW_F16: np.float16,
+                               merge_loops.RAW_F32: np.float32, merge_loops.RAW_F64: np.float64}  # fmt: skip
     room: Array = np.zeros(values.size, stored[code])
-    return room, cpu.encode(code, values, values.size, room.view(np.uint8), 0)
+    return room, merge_loops.encode(code, values, values.size, room.view(np.uint8), 0)
 
 
 def same_values(ours: Array, theirs: Array) -> None:
@@ -54,27 +54,27 @@ def same_values(ours: Array, theirs: Array) -> None:
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 def test_every_bfloat16_is_decoded_as_the_high_half_of_a_float32(compute: str) -> None:
-    ours, bad = decode(cpu.RAW_BF16, ALL_HALVES, compute)
+    ours, bad = decode(merge_loops.RAW_BF16, ALL_HALVES, compute)
     same_values(ours, load(ALL_HALVES, BF16, compute))
     assert bad == 2 * 128  # Both signs of all patterns with the highest exponent.
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 def test_every_float16_is_decoded_as_numpy_does(compute: str) -> None:
-    ours, bad = decode(cpu.RAW_F16, ALL_HALVES, compute)
+    ours, bad = decode(merge_loops.RAW_F16, ALL_HALVES, compute)
     same_values(ours, ALL_HALVES.view(np.float16).astype(compute))
     assert bad == 2 * 1024
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-@pytest.mark.parametrize(("code", "stored"), [(cpu.RAW_BF16, "bfloat16"), (cpu.RAW_F16, "float16")])
+@pytest.mark.parametrize(("code", "stored"), [(merge_loops.RAW_BF16, "bfloat16"), (merge_loops.RAW_F16, "float16")])
 def test_every_half_survives_a_round_trip(code: int, stored: str, compute: str) -> None:
     values, _ = decode(code, ALL_HALVES, compute)
     back, bad = encode(code, values)
     nan = np.isnan(values)
     np.testing.assert_array_equal(back.view(np.uint16)[~nan], ALL_HALVES[~nan])
     assert np.isnan(load(back, FLOATS[stored], "float32")[nan]).all()
-    assert bad == (2 * 128 if code == cpu.RAW_BF16 else 2 * 1024)
+    assert bad == (2 * 128 if code == merge_loops.RAW_BF16 else 2 * 1024)
 
 
 def interesting_singles() -> Array:
@@ -98,14 +98,14 @@ SINGLES = interesting_singles()
 def test_float32_is_rounded_to_float16_as_numpy_does() -> None:
     with np.errstate(over="ignore", under="ignore"):
         theirs = SINGLES.astype(np.float16)
-    ours, bad = encode(cpu.RAW_F16, SINGLES)
+    ours, bad = encode(merge_loops.RAW_F16, SINGLES)
     same_values(ours, theirs)
     assert bad == np.count_nonzero(~np.isfinite(theirs))
 
 
 def test_float32_is_rounded_to_bfloat16_to_nearest_even() -> None:
     theirs = bfloat16(SINGLES)
-    ours, bad = encode(cpu.RAW_BF16, SINGLES)
+    ours, bad = encode(merge_loops.RAW_BF16, SINGLES)
     same_values(load(ours, BF16, "float32"), load(theirs, BF16, "float32"))
     assert bad == np.count_nonzero((theirs & 0x7F80) == 0x7F80)
 
@@ -113,7 +113,7 @@ def test_float32_is_rounded_to_bfloat16_to_nearest_even() -> None:
 def test_bfloat16_rounding_agrees_with_torch() -> None:
     torch = pytest.importorskip("torch")
     theirs = torch.from_numpy(SINGLES.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
-    ours, _ = encode(cpu.RAW_BF16, SINGLES)
+    ours, _ = encode(merge_loops.RAW_BF16, SINGLES)
     same_values(load(ours, BF16, "float32"), load(theirs, BF16, "float32"))
     same_values(load(bfloat16(SINGLES), BF16, "float32"), load(theirs, BF16, "float32"))
 
@@ -149,7 +149,7 @@ def double_rounding_traps() -> Array:
 
 @pytest.mark.parametrize(
     ("code", "dtype", "shape"),
-    [(cpu.RAW_BF16, BF16, (7, -126, 127)), (cpu.RAW_F16, F16, (10, -14, 15))],
+    [(merge_loops.RAW_BF16, BF16, (7, -126, 127)), (merge_loops.RAW_F16, F16, (10, -14, 15))],
     ids=["bfloat16", "float16"],
 )
 def test_float64_is_rounded_once(code: int, dtype: Any, shape: tuple[int, int, int]) -> None:
@@ -165,14 +165,14 @@ def test_float64_is_rounded_to_float32_once() -> None:
     beside_the_middle = [1 + 2.0**-24, 1 + 2.0**-24 + 2.0**-50]
     values = np.concatenate([double_rounding_traps(), RANDOM.uniform(-1, 1, 1000), beside_the_middle])
     expected = np.array([nearest_half(float(value), 23, -126, 127) for value in values])
-    ours, bad = encode(cpu.RAW_F32, values)
+    ours, bad = encode(merge_loops.RAW_F32, values)
     same_values(ours.astype(np.float64), expected)
     assert bad == np.count_nonzero(~np.isfinite(expected))
 
 
-@pytest.mark.parametrize("code", [cpu.RAW_F32, cpu.RAW_F64])
+@pytest.mark.parametrize("code", [merge_loops.RAW_F32, merge_loops.RAW_F64])
 def test_float32_and_float64_pass_unchanged(code: int) -> None:
-    compute: type[Any] = {cpu.RAW_F32: np.float32, cpu.RAW_F64: np.float64}[code]
+    compute: type[Any] = {merge_loops.RAW_F32: np.float32, merge_loops.RAW_F64: np.float64}[code]
     values = np.array([0.0, -0.0, 5e-324, 1e-45, 1.5, -np.inf, np.inf, np.nan, np.finfo(compute).max]).astype(compute)
     ours, bad = decode(code, values, compute.__name__)
     same_values(ours, values)
@@ -506,7 +506,7 @@ def test_trim_is_exact(dtype: str, name: str, reserve_p: float) -> None:
 @pytest.mark.parametrize("models", range(1, 9))
 def test_any_number_of_models_is_tallied(models: int, sparsify_type: str, dtype: str) -> None:
     """Each has its own scale, so that nobody's tally can stand in for another one's."""
-    size, kind = 3 * reading.BLOCK + 77, FLOATS[dtype]
+    size, kind = 3 * direct_reads.BLOCK + 77, FLOATS[dtype]
     random = np.random.default_rng(models)
     values = [random.integers(-12, 13, size) * 2.0 ** (-2 * model) for model in range(models)]
     stored = [store(each, kind) for each in (*values, np.zeros(size))]
@@ -576,8 +576,8 @@ def test_sums_that_are_not_finite_are_none() -> None:
 
 def test_slices_start_where_sums_and_blocks_do() -> None:
     assert SPAN % PLAN_GRAIN == 0
-    assert PLAN_GRAIN % cpu.CHUNK == 0
-    assert cpu.CHUNK % reading.BLOCK == 0
+    assert PLAN_GRAIN % merge_loops.CHUNK == 0
+    assert merge_loops.CHUNK % direct_reads.BLOCK == 0
 
 
 def test_a_procedure_writes_once_and_last() -> None:

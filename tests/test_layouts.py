@@ -17,7 +17,7 @@ import pytest
 from conftest import Said, Stored, array, bf16, make_model, read_file, read_model, snapshot
 
 from modelfuse.checkpoints import open_checkpoint
-from modelfuse.checkpoints.paddle_files import frame_paddle
+from modelfuse.checkpoints.formats.paddle_writer import frame_paddle
 from modelfuse.dtypes import BY_NAME
 from modelfuse.errors import RecipeError
 

@@ -17,13 +17,14 @@ from conftest import Said, make_model
 from stores import BUCKET, S3, Asked, Web, prove
 from test_storage import large, same_but_for_names
 
-from modelfuse.storage import Url, opening, place_of, signing, uploads
-from modelfuse.storage.exchange import receive
-from modelfuse.storage.lines import Lines, Odd, Refused, Request, is_proxied
-from modelfuse.storage.ranges import RUN, Ranges
-from modelfuse.storage.troubles import Cut, Replaced
+from modelfuse.storage import Url, place_of
+from modelfuse.storage.remote import open_store, s3_signing, uploads
+from modelfuse.storage.remote.connections import Lines, Odd, Refused, Request, is_proxied
+from modelfuse.storage.remote.errors import Cut, Replaced
+from modelfuse.storage.remote.http_exchange import receive
+from modelfuse.storage.remote.range_cache import RUN, Ranges
+from modelfuse.storage.remote.s3_and_http import LEAST, MOST_ODD, S3Store
 from modelfuse.storage.url import Entry, Version
-from modelfuse.storage.web import LEAST, MOST_ODD, S3Store
 
 Run = Callable[..., Said]
 
@@ -71,7 +72,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def odd(url: str) -> dict[str, int]:
     place = place_of(url)
     assert isinstance(place, Url)
-    store = opening.store_of(place)
+    store = open_store.store_of(place)
     assert isinstance(store, S3Store)
     return dict(store._odd)
 
@@ -96,7 +97,7 @@ def secure(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     server = S3(proof=prove(tmp_path / "proof"))
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
     yield server
-    opening.forget(connections=True)
+    open_store.forget(connections=True)
     server.stop()
 
 
@@ -114,7 +115,7 @@ def test_tls(
     words = ("--model_path_list", *urls, "--output_path")
     refuse("merge", *words, tmp_path / "out", says=[urls[0], "CERTIFICATE_VERIFY_FAILED"])
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "proof" / "certificate"))
-    opening.forget(connections=True)
+    open_store.forget(connections=True)
     merge("--model_path_list", *models, "--output_path", tmp_path / "local")
     merge(*words, "s3://bucket/out")
     assert secure.objects("out")["model.safetensors"] == (tmp_path / "local" / "model.safetensors").read_bytes()
@@ -128,7 +129,7 @@ def test_who_wants_no_proof_reads_through_the_library(
 
     urls = [secure.put(path, path.name) for path in models]
     monkeypatch.setitem(fsspec.config.conf, "s3", {"client_kwargs": {"verify": False}})
-    opening.forget(connections=True)
+    open_store.forget(connections=True)
     merge("--model_path_list", *models, "--output_path", tmp_path / "local")
     merge("--model_path_list", *urls, "--output_path", tmp_path / "remote")
     same_but_for_names(tmp_path / "local", tmp_path / "remote")
@@ -152,7 +153,7 @@ def test_what_is_odd_goes_through_the_library(merge: Run, s3: S3, models: list[P
     merge("--model_path_list", *urls, "--output_path", tmp_path / "remote")
     s3.fault = lambda _: None
     assert odd(urls[0]) == {"reading": MOST_ODD}
-    opening.forget()
+    open_store.forget()
     assert odd(urls[0]) == {}
     merge("--model_path_list", *models, "--output_path", tmp_path / "local")
     same_but_for_names(tmp_path / "local", tmp_path / "remote")
@@ -185,7 +186,7 @@ def stored(s3: S3, model: Path) -> tuple[Url, S3Store, Entry]:
     """The weights of a model in a bucket, where they are, and what the store says of them."""
     url = place_of(s3.put(model, "A") + "/model.safetensors")
     assert isinstance(url, Url)
-    store = opening.store_of(url)
+    store = open_store.store_of(url)
     assert isinstance(store, S3Store)
     entry = store.entry(url)
     assert entry is not None
@@ -205,7 +206,9 @@ def test_one_signature_serves_for_all_ranges_of_a_version(s3: S3, models: list[P
     assert "Credential=key/" in first.headers["Authorization"]
     assert "if-match" in first.headers["Authorization"]
     assert "range" not in first.headers["Authorization"]
-    store._signer._reading = {key: (at - signing.SECONDS - 1, old) for key, (at, old) in store._signer._reading.items()}
+    store._signer._reading = {
+        key: (at - s3_signing.SECONDS - 1, old) for key, (at, old) in store._signer._reading.items()
+    }
     assert first is not request()
 
 
@@ -215,7 +218,7 @@ def test_a_proxy_is_left_to_the_library(s3: S3, models: list[Path], monkeypatch:
         environment.setenv("HTTP_PROXY", "http://127.0.0.1:1")
         environment.setenv("no_proxy", "127.0.0.1")
         assert store.submit(store._request(url, entry)).result().url == f"{s3.endpoint}/bucket/A/model.safetensors"
-        opening.forget()
+        open_store.forget()
         environment.setenv("no_proxy", "")
         with pytest.raises(Odd, match="proxy"):
             store.submit(store._request(url, entry)).result()
@@ -225,7 +228,7 @@ def test_a_proxy_is_left_to_the_library(s3: S3, models: list[Path], monkeypatch:
 def test_what_headers_say(s3: S3) -> None:
     url = place_of("s3://bucket/A")
     assert isinstance(url, Url)
-    store = opening.store_of(url)
+    store = open_store.store_of(url)
     assert isinstance(store, S3Store)
     entry = Entry(5, '"one"', 0)
 
@@ -433,7 +436,7 @@ def file(s3: S3, tmp_path: Path) -> tuple[Version, bytes]:
     (tmp_path / "in" / "file").write_bytes(content)
     url = place_of(s3.put(tmp_path / "in", "in") + "/file")
     assert isinstance(url, Url)
-    entry = opening.store_of(url).entry(url)
+    entry = open_store.store_of(url).entry(url)
     assert entry is not None
     s3.asked.clear()
     return Version(url, entry), content

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from modelfuse.kernels import linking, loading, machine_code
-from modelfuse.kernels.linking import is_library
-from modelfuse.kernels.loading import Kernel, announcing
-from modelfuse.kernels.machine_code import NotLaidOut, prepare
+from modelfuse.kernels.jit import code_cache, linking
+from modelfuse.kernels.jit import compile as compiling
+from modelfuse.kernels.jit.code_cache import NotLaidOut, prepare
+from modelfuse.kernels.jit.compile import Kernel, announcing
+from modelfuse.kernels.jit.linking import is_library
 
 
 class Pair(NamedTuple):
@@ -58,22 +59,22 @@ def arguments() -> tuple[Any, ...]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where machine code is kept."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    machine_code._key.cache_clear()
+    code_cache._key.cache_clear()
     yield tmp_path / "modelfuse"
-    machine_code._key.cache_clear()
+    code_cache._key.cache_clear()
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are compiled, in order."""
     symbols: list[str] = []
-    export = loading._export
+    export = compiling._export
 
     def watched(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
         symbols.append(symbol)
         return export(dispatcher, symbol, arguments)
 
-    monkeypatch.setattr(loading, "_export", watched)
+    monkeypatch.setattr(compiling, "_export", watched)
     return symbols
 
 
@@ -100,7 +101,7 @@ def test_that_kernels_are_compiled_is_said_once() -> None:
 
     use("one")
     use("another")
-    assert said == [f"one: {loading.COMPILING}"]
+    assert said == [f"one: {compiling.COMPILING}"]
     Kernel(is_large)(np.zeros(3, np.int8))
     assert len(said) == 1  # Nobody asks any more.
 
@@ -149,8 +150,8 @@ def test_what_older_sources_gave_is_replaced(
     run(Kernel(weigh))
     (tmp_path / "package" / "kernels").mkdir(parents=True)
     (tmp_path / "package" / "kernels" / "cpu.py").write_text("newer")
-    monkeypatch.setattr(machine_code, "PACKAGE", tmp_path / "package")
-    machine_code._key.cache_clear()
+    monkeypatch.setattr(code_cache, "PACKAGE", tmp_path / "package")
+    code_cache._key.cache_clear()
     (before,) = folder.iterdir()
     run(Kernel(weigh))
     assert len(compiled) == 2
@@ -173,7 +174,7 @@ def test_other_releases_of_the_compiler_still_do_the_work(
     def fail(*_: Any) -> None:
         raise AttributeError("no longer there")
 
-    monkeypatch.setattr(loading if what == "_export" else machine_code, what, fail)
+    monkeypatch.setattr(compiling if what == "_export" else code_cache, what, fail)
     assert run(Kernel(weigh)) == run(weigh)
 
 
@@ -185,8 +186,8 @@ LINKS = shutil.which("ld") is not None and hasattr(os, "memfd_create") and os.un
 def test_where_there_is_a_linker_the_system_loads_machine_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(Kernel(weigh))
     (path,) = folder.iterdir()
-    assert is_library(path.read_bytes()[machine_code._DIGEST_BYTES + 1 :])
-    monkeypatch.setattr(machine_code, "engine", None)
+    assert is_library(path.read_bytes()[code_cache._DIGEST_BYTES + 1 :])
+    monkeypatch.setattr(code_cache, "engine", None)
     open_before = len(os.listdir("/proc/self/fd"))
     assert [run(Kernel(weigh)) for _ in range(3)] == [expected] * 3
     assert len(os.listdir("/proc/self/fd")) == open_before + 3, "another path for each"
@@ -202,20 +203,20 @@ def test_without_a_linker_llvm_loads_machine_code(folder: Path, monkeypatch: pyt
         monkeypatch.delattr(os, "memfd_create", raising=False)
     expected = run(Kernel(weigh))
     (path,) = folder.iterdir()
-    assert path.read_bytes()[machine_code._DIGEST_BYTES + 1 :].startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe", b"d\x86"))
-    assert not is_library(path.read_bytes()[machine_code._DIGEST_BYTES + 1 :])
-    monkeypatch.setattr(loading, "_export", None)
+    assert path.read_bytes()[code_cache._DIGEST_BYTES + 1 :].startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe", b"d\x86"))
+    assert not is_library(path.read_bytes()[code_cache._DIGEST_BYTES + 1 :])
+    monkeypatch.setattr(compiling, "_export", None)
     assert run(Kernel(weigh)) == expected
 
 
 def test_machine_code_is_for_one_kind_of_processor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
-    monkeypatch.setattr(machine_code, "CPU_INFO", folder / "cpuinfo")
+    monkeypatch.setattr(code_cache, "CPU_INFO", folder / "cpuinfo")
 
     def key(text: str) -> str:
-        machine_code.CPU_INFO.write_text(text)
-        machine_code._key.cache_clear()
-        return machine_code._key()
+        code_cache.CPU_INFO.write_text(text)
+        code_cache._key.cache_clear()
+        return code_cache._key()
 
     one = "processor\t: 0\nmodel\t\t: 2\nmodel name\t: one\ncpu MHz\t\t: {}\nflags\t\t: fpu avx {}\n\nprocessor\t: 1\n"
     arm = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd {}\nCPU part\t: 0xd40"
@@ -244,9 +245,9 @@ import json, sys
 import numpy as np
 from modelfuse.dtypes import BF16
 from modelfuse.kernels import Work
-from modelfuse.kernels.distances import measured
-from modelfuse.kernels.passes import merge_procedure
-from modelfuse.methods import MERGE_METHODS, Method
+from modelfuse.kernels.compiled.base_distance import measured
+from modelfuse.kernels.compiled.passes import merge_procedure
+from modelfuse.methods.registry import MERGE_METHODS, Method
 
 size, results = 5000, {}
 draw = np.random.default_rng(0)

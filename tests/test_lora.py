@@ -14,10 +14,10 @@ from adapting import CONFIG, DOWN, SHAPES, UP, Q, adapter_of, factors, lora, mak
 from conftest import Said, Stored, array, make_model, read_model, snapshot
 
 import modelfuse
-from modelfuse.adapters.values import load
 from modelfuse.checkpoints import open_checkpoint
-from modelfuse.kernels.low_rank import add_low_rank, low_rank
-from modelfuse.methods import Method, merge_tensor
+from modelfuse.checkpoints.adapters.arrays import load
+from modelfuse.kernels.compiled.low_rank import add_low_rank, low_rank
+from modelfuse.methods.registry import Method, merge_tensor
 
 Refuse = Callable[..., str]
 FIXTURES = Path(__file__).parent / "fixtures" / "lora"

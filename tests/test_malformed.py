@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelfuse.checkpoints import open_checkpoint
-from modelfuse.checkpoints.safetensors import MAX_HEADER_BYTES, read_safetensors
+from modelfuse.checkpoints.formats.safetensors import MAX_HEADER_BYTES, read_safetensors
 from modelfuse.errors import CheckpointError
 
 Refuse = Callable[..., str]

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from budgets import BUDGET, CASES, TOLERANCE, Case, build, one, run
 
 import modelfuse
-from modelfuse.memory import GRAIN
+from modelfuse.planning.memory_budget import GRAIN
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.small])

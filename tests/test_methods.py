@@ -10,24 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from modelfuse.methods import (
-    MERGE_METHODS,
-    MERGES,
-    SPARSIFIERS,
-    Method,
-    describe,
-    merge_tensor,
-    parameters,
-)
 from modelfuse.methods.arrays import total
 from modelfuse.methods.dare import dare
 from modelfuse.methods.linear import linear
 from modelfuse.methods.magprune import keep_probability, magprune
 from modelfuse.methods.random import draws, stream_key
+from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS, Method, describe, merge_tensor, parameters
 from modelfuse.methods.slerp import coefficients, slerp
 from modelfuse.methods.ties import ties
 from modelfuse.methods.trim import kept_from, scale, trim
-from modelfuse.recipe import SETTINGS, Recipe
+from modelfuse.recipe.recipe import SETTINGS, Recipe
 
 Array = npt.NDArray[Any]
 #: A draw that keeps whatever can be kept, and one that drops whatever can be dropped.

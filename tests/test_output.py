@@ -15,7 +15,7 @@ import xxhash
 from conftest import STEPS, Said, Stored, array, bf16, make_model, random_tensors, read_file, read_model, snapshot
 
 import modelfuse as package
-from modelfuse.methods import MERGE_METHODS
+from modelfuse.methods.registry import MERGE_METHODS
 
 Run = Callable[..., Said]
 Pair = tuple[Path, Path]
@@ -90,7 +90,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_same_bytes_for_any_workers_and_memory(
     large: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, with_base: bool
 ) -> None:
-    monkeypatch.setattr("modelfuse.run.SPAN", 1 << 18)
+    monkeypatch.setattr("modelfuse.execution.run.SPAN", 1 << 18)
     settings: dict[str, Any] = {"model_path_list": large[:2], "merge_method": method}
     settings |= {"base_model_path": large[2]} if with_base else {}
     variants: list[dict[str, Any]] = [
@@ -331,7 +331,7 @@ def test_modules_of_sentence_transformers_come_along(merge: Run, tmp_path: Path)
 def test_large_weights_of_a_module_are_asked_for(
     merge: Run, refuse: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelfuse.serving.LARGEST", 1000)
+    monkeypatch.setattr("modelfuse.checkpoints.side_files.LARGEST", 1000)
     name, files = "2_Dense/model.safetensors", {"modules.json": '[{"path": "2_Dense"}]'}
     files |= {name: "x" * 1001, "2_Dense/pytorch_model.bin": "x" * 2000}
     models = [make_model(tmp_path / each, random_tensors(1), files=files) for each in "AB"]

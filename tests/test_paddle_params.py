@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelfuse.checkpoints import paddle_tensors
-from modelfuse.checkpoints.paddle_params import read_paddle
-from modelfuse.checkpoints.paddle_tensors import JoinedTensor, TextTensor
-from modelfuse.checkpoints.strided import ReorderedTensor, StridedTensor
+from modelfuse.checkpoints.formats import paddle_tensors
+from modelfuse.checkpoints.formats.paddle_reader import read_paddle
+from modelfuse.checkpoints.formats.paddle_tensors import JoinedTensor, TextTensor
 from modelfuse.checkpoints.tensors import StoredTensor
+from modelfuse.checkpoints.views.strided import ReorderedTensor, StridedTensor
 from modelfuse.errors import CheckpointError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "paddle"

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import pytest
 
 import modelfuse
-from modelfuse.methods import MERGE_METHODS, Method, merge_tensor
 from modelfuse.methods.dare import dare
 from modelfuse.methods.linear import linear
 from modelfuse.methods.magprune import keep_probability, magprune
+from modelfuse.methods.registry import MERGE_METHODS, Method, merge_tensor
 from modelfuse.methods.ties import ties
 
 FIXTURES = Path(__file__).parent / "fixtures" / "peers"

@@ -19,17 +19,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelfuse.checkpoints import paddle_params, pickle_machine, torch_values
-from modelfuse.checkpoints.files import SourceFile
-from modelfuse.checkpoints.paddle_params import read_paddle
-from modelfuse.checkpoints.pickle_bytes import Window
-from modelfuse.checkpoints.pickle_machine import PickleMachine
-from modelfuse.checkpoints.pickle_values import Builder, Refused, Span, TextSpan
-from modelfuse.checkpoints.torch_bin import read_torch
+from modelfuse.checkpoints.formats import paddle_reader, safe_unpickler, torch_pickle_types
+from modelfuse.checkpoints.formats.byte_window import Window
+from modelfuse.checkpoints.formats.paddle_reader import read_paddle
+from modelfuse.checkpoints.formats.pickle_types import Builder, Refused, Span, TextSpan
+from modelfuse.checkpoints.formats.safe_unpickler import PickleMachine
+from modelfuse.checkpoints.formats.torch_reader import read_torch
 from modelfuse.errors import CheckpointError
+from modelfuse.storage.files import SourceFile
 
 FIXTURES = Path(__file__).parent / "fixtures"
-READERS = Path(pickle_machine.__file__).parent
+READERS = Path(safe_unpickler.__file__).parent
+CHECKPOINTS = READERS.parent
+#: What all of them read with.
+FILES = CHECKPOINTS.parent / "storage" / "files.py"
 MAGIC = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little") + b"."
 
 
@@ -193,7 +196,7 @@ def test_names_are_looked_up_nowhere(read: Callable[[bytes], Any], happened: lis
     assert happened == []
 
 
-@pytest.mark.parametrize(("way", "known"), [("paddle", paddle_params._KNOWN), ("torch zip", torch_values.KNOWN)])
+@pytest.mark.parametrize(("way", "known"), [("paddle", paddle_reader._KNOWN), ("torch zip", torch_pickle_types.KNOWN)])
 def test_known_names_cannot_be_misused(tmp_path: Path, way: str, known: dict[str, object]) -> None:
     wrap, reader = WAYS[way]
     path = tmp_path / "model.bin"
@@ -208,18 +211,8 @@ def test_known_names_cannot_be_misused(tmp_path: Path, way: str, known: dict[str
 
 def test_the_readers_cannot_run_anything() -> None:
     """They import no unpickler, and do not use what could turn a name into a function."""
-    others = {
-        "__init__.py",
-        "safetensors.py",
-        "writer.py",
-        "allocation.py",
-        "calls.py",
-        "keeper.py",
-        "lock.py",
-        "page_cache.py",
-        "remote_writer.py",
-    }  # They read no checkpoint.
-    for path in {path for path in READERS.glob("*.py") if path.name not in others}:
+    paths = {*READERS.glob("*.py"), *(CHECKPOINTS / "views").glob("*.py"), CHECKPOINTS / "tensors.py", FILES}
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Name):
                 forbidden = {"eval", "exec", "compile", "getattr", "setattr", "globals", "__import__", "vars"}
@@ -273,7 +266,7 @@ def test_claims_take_no_memory(read: Callable[[bytes], Any], content: bytes) -> 
     ],
 )
 def test_limits(read: Callable[[bytes], Any], monkeypatch: pytest.MonkeyPatch, limit: str, content: bytes) -> None:
-    monkeypatch.setattr(pickle_machine, limit, 5_000)
+    monkeypatch.setattr(safe_unpickler, limit, 5_000)
     with pytest.raises(CheckpointError, match="more than 5,000"):
         read(b"\x80\x02" + content + b".")
 
@@ -357,7 +350,7 @@ def test_damaged_files(
 
 with zipfile.ZipFile(FIXTURES / "torch" / "zip.bin") as _archive:
     PICKLE = _archive.read("zip/data.pkl")
-KNOWN = sorted(set(torch_values.KNOWN) | set(paddle_params._KNOWN))
+KNOWN = sorted(set(torch_pickle_types.KNOWN) | set(paddle_reader._KNOWN))
 opcodes = st.one_of(
     st.sampled_from([bytes([code]) for code in b"N\x88\x89)]}(0122tae\x85\x86\x87su\x90\x91RR\x81bQ\x93\x94\x8f"]),
     st.sampled_from(KNOWN).map(lambda name: b"c" + name.replace(" ", "\n").encode() + b"\n"),

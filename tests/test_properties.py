@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelfuse.dtypes import F64, DType
+from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.kernels import Pass, Work
-from modelfuse.kernels.passes import merge_procedure
-from modelfuse.methods import MERGES, SPARSIFIERS, Method, merge_tensor
-from modelfuse.scheduler import Job, Scheduler
+from modelfuse.kernels.compiled.passes import merge_procedure
+from modelfuse.methods.registry import MERGES, SPARSIFIERS, Method, merge_tensor
 
 Array = npt.NDArray[Any]
 

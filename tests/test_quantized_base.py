@@ -13,7 +13,7 @@ from adapting import CONFIG, adapter_of, factors, lora, make_peft, noise
 from conftest import array, bf16, make_model, read_model
 
 import modelfuse
-from modelfuse.adapters.values import narrow, widen
+from modelfuse.checkpoints.adapters.arrays import narrow, widen
 from modelfuse.dtypes import BF16, F16, DType
 
 LAYER = "model.layers.0.mlp.down_proj"

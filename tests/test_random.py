@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from modelfuse.kernels import cpu
+from modelfuse.kernels.compiled import merge_loops
 from modelfuse.methods.random import draws, stream_key
 
 #: The first outputs of splitmix64 seeded with 0, as its authors' C code prints them.
@@ -61,7 +61,7 @@ def test_any_element_can_be_drawn_without_its_predecessors(key: int, start: int)
 def test_the_kernel_draws_the_same(key: int, start: int) -> None:
     """Blocks start at even elements."""
     out, words = np.empty(1031, np.float32), np.empty(516, np.uint64)
-    cpu.uniform(np.uint64(key), start & ~1, out.size, words, words.view(np.uint32), out)
+    merge_loops.uniform(np.uint64(key), start & ~1, out.size, words, words.view(np.uint32), out)
     np.testing.assert_array_equal(out.view(np.uint32), draws(key, start & ~1, out.size).view(np.uint32))
 
 

@@ -22,16 +22,16 @@ from haunted import haunt
 from ray.cluster_utils import Cluster as Simulated
 
 import modelfuse as package
-from modelfuse import extras
-from modelfuse import run as running
-from modelfuse.adapters.values import Recent
-from modelfuse.checkpoints.files import SourceFile
-from modelfuse.checkpoints.paddle_tensors import Landmarks
-from modelfuse.checkpoints.writer import OutputFolder
-from modelfuse.cluster import driver, groups, nodes
-from modelfuse.cluster.groups import Group
+from modelfuse.checkpoints.adapters.arrays import Recent
+from modelfuse.checkpoints.formats.paddle_tensors import Landmarks
+from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.dtypes import BY_NAME
-from modelfuse.report import CONFIG_NAME, REPORT_NAME
+from modelfuse.execution import run as running
+from modelfuse.execution.ray import batches, driver, node_checks
+from modelfuse.execution.ray.batches import Group
+from modelfuse.execution.report_writer import CONFIG_NAME, REPORT_NAME
+from modelfuse.planning import optional_packages
+from modelfuse.storage.files import SourceFile
 
 Command = Callable[..., Said]
 Words = list[object]
@@ -185,7 +185,7 @@ def test_adapters_are_computed_on_the_nodes(
     words = ["--model_path_list", *adapters, "--base_model_path", base, "--merge_method", "ties", *form]
     words += ["--output_path", tmp_path / "C"]
     expected = on_one_machine(merge, words, tmp_path)
-    monkeypatch.setattr(groups, "MOST_BYTES", 1)
+    monkeypatch.setattr(batches, "MOST_BYTES", 1)
     merge(*words, *on(simulated))
     assert content(tmp_path / "C") == expected
 
@@ -228,7 +228,7 @@ def test_there_are_four_tasks_for_each_processor(
     merge(*words)
     assert 4 * 2 <= len(sent) <= 6 * 2
     sent.clear()
-    monkeypatch.setattr(groups, "MOST_BYTES", 2 * 3 * SPAN)
+    monkeypatch.setattr(batches, "MOST_BYTES", 2 * 3 * SPAN)
     merge(*words)
     assert len(sent) == 21
     assert max(group.nbytes for group in sent) == 2 * 3 * SPAN
@@ -295,7 +295,7 @@ def test_what_fails_three_times_ends_the_merge(
     monkeypatch: pytest.MonkeyPatch, how: str, status: int, says: list[str]
 ) -> None:  # fmt: skip
     monkeypatch.setattr(driver, "PAUSES", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(groups, "MOST_BYTES", 1)
+    monkeypatch.setattr(batches, "MOST_BYTES", 1)
     with monkeypatch.context() as patch:
         visits = haunt(patch, tmp_path / "visits", how, lambda name: name == "e")
         said = modelfuse("merge", *words, *on(simulated))
@@ -321,7 +321,7 @@ def test_what_fails_once_is_done_again(
 def test_a_node_that_does_not_see_the_output_is_named(
     refuse: Callable[..., str], simulated: Simulated, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look_at_all = nodes.look_at_all
+    look_at_all = node_checks.look_at_all
 
     def elsewhere(common: Any) -> None:
         (tmp_path / ".C.modelfuse" / common[1]).unlink()
@@ -335,7 +335,7 @@ def test_a_node_that_does_not_see_the_output_is_named(
 def test_a_node_that_sees_other_inputs_is_named(
     refuse: Callable[..., str], simulated: Simulated, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look_at_all = nodes.look_at_all
+    look_at_all = node_checks.look_at_all
     file, times = tmp_path / "A" / "model.safetensors", (tmp_path / "A" / "model.safetensors").stat()
 
     def elsewhere(common: Any) -> None:
@@ -424,7 +424,7 @@ def test_settings_that_do_not_fit_are_refused(
 def test_without_ray_the_extra_is_named(
     refuse: Callable[..., str], words: Words, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda module: None)
+    monkeypatch.setattr(optional_packages, "find_spec", lambda module: None)
     refuse(command, *words, "--engine", "ray", says=["engine ray needs ray"], hint="pip install 'modelfuse[ray]'")
 
 
@@ -434,13 +434,13 @@ def test_without_ray_the_extra_is_named(
 #: Merges in small spans, keeps each one at once, and then does something.
 DRIVER = """
 import os, signal, sys
-from modelfuse import run
-from modelfuse.checkpoints.keeper import Keeper
-from modelfuse.checkpoints.writer import OutputFolder
-from modelfuse.cli import main
-from modelfuse.cluster import groups
+from modelfuse.execution import run
+from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.checkpoints.output.atomic_folder import OutputFolder
+from modelfuse.cli.main import main
+from modelfuse.execution.ray import batches
 
-run.SPAN, groups.MOST_BYTES = {span}, 1
+run.SPAN, batches.MOST_BYTES = {span}, 1
 kept, keep = [], OutputFolder.keep
 
 def keep_at_once(folder, *words):
@@ -505,7 +505,7 @@ def test_the_tasks_of_a_lost_node_run_elsewhere_and_without_any_node_the_merge_e
     monkeypatch: pytest.MonkeyPatch, sent: list[Group]
 ) -> None:  # fmt: skip
     expected = on_one_machine(merge, words, tmp_path)
-    monkeypatch.setattr(groups, "MOST_BYTES", 1)
+    monkeypatch.setattr(batches, "MOST_BYTES", 1)
     first, *others = losing.worker_nodes
     with monkeypatch.context() as patch:
         visits = haunt(patch, tmp_path / "visits", "slow", lambda name: name in "ae")

@@ -14,10 +14,11 @@ from conftest import make_model, random_tensors
 from driving import FLOATS, GRAIN, Array, drive, store, work_on
 
 from modelfuse.dtypes import BF16, DType
-from modelfuse.kernels import Extent, Pass, Unread, reading
-from modelfuse.kernels.distances import measured
-from modelfuse.kernels.passes import merge_procedure
-from modelfuse.methods import MERGE_METHODS, Method
+from modelfuse.kernels import Extent, Pass, Unread
+from modelfuse.kernels.compiled import direct_reads
+from modelfuse.kernels.compiled.base_distance import measured
+from modelfuse.kernels.compiled.passes import merge_procedure
+from modelfuse.methods.registry import MERGE_METHODS, Method
 
 SIZE = 5 * GRAIN + 1234
 MIXTURES = {
@@ -74,11 +75,11 @@ def test_passes_read_what_they_would_be_given(tmp_path: Path, mixture: str, name
 
 
 def test_less_than_all_is_read_at_a_time() -> None:
-    files = reading.Files.of(3)
+    files = direct_reads.Files.of(3)
     files.read_from([Extent(0, 0)] * 3, [FLOATS[each] for each in MIXTURES["float64"]])
     window = int(files.slice[1])
-    assert 0 < window * 14 <= reading.WINDOW
-    assert window % reading.BLOCK == 0
+    assert 0 < window * 14 <= direct_reads.WINDOW
+    assert window % direct_reads.BLOCK == 0
     assert window < SIZE
 
 
@@ -101,10 +102,10 @@ def test_a_file_that_could_not_be_read_once(
     models = [make_model(tmp_path / name, random_tensors(seed)) for seed, name in enumerate("AB")]
 
     @contextmanager
-    def fail(files: reading.Files, first: int) -> Iterator[None]:
+    def fail(files: direct_reads.Files, first: int) -> Iterator[None]:
         yield
         raise Unread(1)
 
-    monkeypatch.setattr(reading.Files, "at", fail)
+    monkeypatch.setattr(direct_reads.Files, "at", fail)
     refuse("merge", "--model_path_list", *models, "--output_path", tmp_path / "C",
            says=[models[1] / "model.safetensors", "has failed once"], hint="look at the disk")  # fmt: skip

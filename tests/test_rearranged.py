@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelfuse.checkpoints import strided
-from modelfuse.checkpoints.paddle_params import read_paddle
-from modelfuse.checkpoints.rearranged import WovenTensor, view
-from modelfuse.checkpoints.strided import ReorderedTensor, StridedTensor
+from modelfuse.checkpoints.formats.paddle_reader import read_paddle
 from modelfuse.checkpoints.tensors import StoredTensor
+from modelfuse.checkpoints.views import strided
+from modelfuse.checkpoints.views.rearranged import WovenTensor, view
+from modelfuse.checkpoints.views.strided import ReorderedTensor, StridedTensor
 from modelfuse.errors import CheckpointError
 
 

@@ -18,8 +18,9 @@ from test_storage import large
 
 import modelfuse as package
 from modelfuse.errors import OutputError
-from modelfuse.storage import Url, place_of, stores, uploads
-from modelfuse.storage.uploads import Gate, S3Upload
+from modelfuse.storage import Url, place_of
+from modelfuse.storage.remote import stores, uploads
+from modelfuse.storage.remote.uploads import Gate, S3Upload
 
 Run = Callable[..., Said]
 OUT = "s3://bucket/out"
@@ -179,7 +180,10 @@ def test_an_answer_that_is_lost(merge: Run, s3: S3, models: list[Path], parts: N
     assert "model.safetensors" in s3.objects("out")
 
 
-SLOW = "from modelfuse.storage import uploads; uploads.PART = 5 << 20; from modelfuse.cli import main; import sys;"
+SLOW = (
+    "from modelfuse.storage.remote import uploads; uploads.PART = 5 << 20;"
+    "from modelfuse.cli.main import main; import sys;"
+)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -227,7 +231,7 @@ def test_verify_finds_what_was_changed(modelfuse: Run, merge: Run, s3: S3, model
 def test_parts_come_together_in_any_order(s3: S3, parts: None) -> None:
     url = place_of("s3://bucket/out/file")
     assert isinstance(url, Url)
-    from modelfuse.storage.opening import store_of
+    from modelfuse.storage.remote.open_store import store_of
 
     store, content, gate = store_of(url), bytes(range(256)) * (2 * PART // 256) + b"the end", Gate()
     upload = uploads.begin(store, url, len(content), gate)

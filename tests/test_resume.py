@@ -15,12 +15,12 @@ import pytest
 from conftest import STEPS, Said, base_and_two, bf16, make_model, snapshot, start
 
 import modelfuse as package
-from modelfuse import journal
-from modelfuse import run as running
-from modelfuse.checkpoints import keeper, page_cache, writer
+from modelfuse.checkpoints.output import atomic_folder, background_sync
 from modelfuse.checkpoints.tensors import Frame
-from modelfuse.journal import Journal
-from modelfuse.plan import OutputTensor
+from modelfuse.execution import run as running
+from modelfuse.planning.plan import OutputTensor
+from modelfuse.storage.local import journal, page_cache
+from modelfuse.storage.local.journal import Journal
 
 Command = Callable[..., Said]
 Words = list[object]
@@ -31,10 +31,10 @@ SIZES = {"a": 3 * SPAN + 17, "b": 5, "c": SPAN, "d": 0, "e": 2 * SPAN}
 #: Merges in spans as small as those, keeps each one at once, and is killed after so many.
 KILLED_AFTER = """
 import os, signal, sys
-from modelfuse import run
-from modelfuse.checkpoints.keeper import Keeper
-from modelfuse.checkpoints.writer import OutputFolder
-from modelfuse.cli import main
+from modelfuse.execution import run
+from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.checkpoints.output.atomic_folder import OutputFolder
+from modelfuse.cli.main import main
 
 run.SPAN = {span}
 kept, keep = [], OutputFolder.keep
@@ -254,9 +254,9 @@ def test_a_changed_setting_starts_afresh_and_says_so(
 def test_another_version_starts_afresh(
     left: Path, merge: Command, words: Words, written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelfuse import resuming
+    from modelfuse.execution import resume
 
-    monkeypatch.setattr(resuming, "__version__", "99")
+    monkeypatch.setattr(resume, "__version__", "99")
     assert "Starting afresh: modelfuse's version has changed" in merge(*words).err
     assert len(written.slices) == slices()
 
@@ -336,9 +336,9 @@ def test_an_old_output_is_not_taken_for_unfinished_work(
     """Killed after the exchange, before the rest is cleared: the folder of the journal holds the old output."""
     merge(*words, "--weight_list", 0, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(keeper, "SYNC_BYTES", 1)
-        patch.setattr(writer.OutputFolder, "_clear", lambda _: None)
-        patch.setattr(writer.OutputFolder, "_takes_up", lambda folder: folder._temporary.mkdir() or True)
+        patch.setattr(background_sync, "SYNC_BYTES", 1)
+        patch.setattr(atomic_folder.OutputFolder, "_clear", lambda _: None)
+        patch.setattr(atomic_folder.OutputFolder, "_takes_up", lambda folder: folder._temporary.mkdir() or True)
         merge(*words, "--weight_list", 1, 0, "--overwrite")
     assert {".C.modelfuse", ".C.modelfuse.journal"} < set(os.listdir(tmp_path / "out"))
     expected = snapshot(tmp_path / "out" / "C")
@@ -434,7 +434,7 @@ def test_a_failing_sync_in_the_background_ends_the_merge(
 
     with monkeypatch.context() as patch:
         patch.setattr(page_cache, "sync_data", broken)
-        patch.setattr(keeper, "SYNC_BYTES", 1)
+        patch.setattr(background_sync, "SYNC_BYTES", 1)
         said = modelfuse("merge", *words)
     assert said.status == 2
     assert "Input/output error" in said.err
@@ -452,8 +452,8 @@ def test_a_failed_sync_is_told_of_although_it_was_the_last(tmp_path: Path, monke
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(page_cache, "sync_data", broken)
-    monkeypatch.setattr(keeper, "SYNC_BYTES", 1)
-    folder = writer.OutputFolder(tmp_path / "C")
+    monkeypatch.setattr(background_sync, "SYNC_BYTES", 1)
+    folder = atomic_folder.OutputFolder(tmp_path / "C")
 
     def make() -> None:
         with folder:
@@ -507,19 +507,19 @@ def test_a_power_cut_at_any_moment(
     merge: Command, words: Words, written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, more: Words
 ) -> None:
     """An entry is never on the disk before what it speaks of."""
-    keep = writer.OutputFolder.keep
+    keep = atomic_folder.OutputFolder.keep
 
-    def keep_at_once(folder: writer.OutputFolder, name: str, nbytes: int, entry: object) -> None:
+    def keep_at_once(folder: atomic_folder.OutputFolder, name: str, nbytes: int, entry: object) -> None:
         keep(folder, name, nbytes, entry)
         folder._keeper.stop()
         folder._keeper.flush()
-        folder._keeper = keeper.Keeper(folder._keep)
+        folder._keeper = background_sync.Keeper(folder._keep)
 
-    monkeypatch.setattr(writer, "_identity", lambda status: [0, status.st_size])
+    monkeypatch.setattr(atomic_folder, "_identity", lambda status: [0, status.st_size])
     words += more
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(writer.OutputFolder, "keep", keep_at_once)
+        patch.setattr(atomic_folder.OutputFolder, "keep", keep_at_once)
         disk = Disk(patch)
         merge(*words)
     expected = snapshot(out / "C")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modelfuse.scheduler import Job, Scheduler
+from modelfuse.execution.scheduler import Job, Scheduler
 
 #: Far longer than any of these takes: a run that is still going on hangs.
 HANGS = 60.0

@@ -18,8 +18,9 @@ from stores import ENVIRONMENT, S3, Asked, Web
 
 import modelfuse as package
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Url, forget, is_file, opening, place_of, stores
-from modelfuse.storage.ranges import PAGE, RANGES, RUN, Ranges
+from modelfuse.storage import Url, forget, is_file, place_of
+from modelfuse.storage.remote import open_store, stores
+from modelfuse.storage.remote.range_cache import PAGE, RANGES, RUN, Ranges
 from modelfuse.storage.url import Entry, Version
 
 Run = Callable[..., Said]
@@ -204,7 +205,7 @@ def test_a_plan_of_local_models_loads_no_store(pair: tuple[Path, Path], tmp_path
         "import sys; import modelfuse;"
         f"modelfuse.merge(model_path_list=[{str(pair[0])!r}, {str(pair[1])!r}], output_path={str(tmp_path / 'C')!r});"
         "print([each for each in sys.modules if each in ('fsspec', 's3fs', 'aiohttp', 'asyncio')"
-        " or each == 'modelfuse.storage.stores'])"
+        " or each == 'modelfuse.storage.remote.stores'])"
     )
     said = call(code=code)
     assert said.out.strip() == "[]", said
@@ -331,7 +332,7 @@ def test_a_server_that_does_not_answer(s3: S3, tmp_path: Path, monkeypatch: pyte
 )
 def test_an_extra_that_is_missing(tmp_path: Path, module: str, url: str, extra: str) -> None:
     code = (
-        f"import sys; sys.modules[{module!r}] = None; from modelfuse.cli import main;"
+        f"import sys; sys.modules[{module!r}] = None; from modelfuse.cli.main import main;"
         f"sys.exit(main(['merge', '--model_path_list', {url!r}, {url!r}, '--output_path', {str(tmp_path / 'out')!r}]))"
     )
     said = call(code=code)
@@ -439,7 +440,7 @@ def test_ranges_hold_no_more_than_their_room(s3: S3, tmp_path: Path) -> None:
     url = place_of(s3.put(tmp_path / "in", "in") + "/file")
     assert isinstance(url, Url)
     assert is_file(url)
-    entry = opening.store_of(url).entry(url)
+    entry = open_store.store_of(url).entry(url)
     assert isinstance(entry, Entry)
     version, ranges = Version(url, entry), Ranges()
     ranges.room = 2 * RUN

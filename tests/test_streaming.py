@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, Said, bf16, call, make_model
 
-from modelfuse.checkpoints import StoredTensor, page_cache
-from modelfuse.checkpoints.files import SourceFile
-from modelfuse.checkpoints.keeper import Keeper
-from modelfuse.checkpoints.page_cache import CHUNK, Advice, PageCache
-from modelfuse.checkpoints.safetensors import read_safetensors
-from modelfuse.streaming import Streaming
-from modelfuse.walking import Task
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.formats.safetensors import read_safetensors
+from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.execution.prefetch import Streaming
+from modelfuse.execution.worker import Task
+from modelfuse.storage.files import SourceFile
+from modelfuse.storage.local import page_cache
+from modelfuse.storage.local.page_cache import CHUNK, Advice, PageCache
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -191,8 +192,8 @@ def test_the_window_is_ahead_of_the_readers(models: list[Path], monkeypatch: pyt
     tensors = list(read_safetensors(file)[0].values())
     evict([file])
     asked: list[int] = []
-    monkeypatch.setattr("modelfuse.streaming.WINDOW", 3 * CHUNK)
-    monkeypatch.setattr("modelfuse.streaming.SPAN", 1 << 20)
+    monkeypatch.setattr("modelfuse.execution.prefetch.WINDOW", 3 * CHUNK)
+    monkeypatch.setattr("modelfuse.execution.prefetch.SPAN", 1 << 20)
 
     def expect(cache: PageCache, file: SourceFile, offset: int, count: int) -> Iterator[Advice]:
         asked.append(count)
@@ -220,7 +221,7 @@ def test_what_finds_no_room_is_asked_for_again_unless_it_has_begun(
 ) -> None:
     """A store takes no more requests than there is room for; those of spans that are being read come too late."""
     tensors = list(read_safetensors(models[0] / WEIGHTS)[0].values())[:3]
-    monkeypatch.setattr("modelfuse.streaming.SPAN", max(tensor.size for tensor in tensors))
+    monkeypatch.setattr("modelfuse.execution.prefetch.SPAN", max(tensor.size for tensor in tensors))
     tasks = [Task((tensor,), (models[0],)) for tensor in tensors]
     sent: list[tuple[str, int]] = []
     has_room = [True, False, False, True]

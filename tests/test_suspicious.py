@@ -15,13 +15,13 @@ from conftest import STEPS, Said, Stored, array, bf16, call, make_model, read_mo
 from driving import bfloat16, drive, work_on
 
 import modelfuse as package
-from modelfuse import run as running
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
-from modelfuse.kernels import distances as module
-from modelfuse.kernels.distances import BLOCK, Distance, distances, measured, stride_of
-from modelfuse.kernels.passes import merge_procedure
-from modelfuse.methods import Method
-from modelfuse.report import Outcome, Walked
+from modelfuse.execution import run as running
+from modelfuse.execution.report_writer import Outcome, SpanResult
+from modelfuse.kernels.compiled import base_distance as module
+from modelfuse.kernels.compiled.base_distance import BLOCK, Distance, distances, measured, stride_of
+from modelfuse.kernels.compiled.passes import merge_procedure
+from modelfuse.methods.registry import Method
 
 Run = Callable[..., Said]
 LINEAR = Method("linear", None, (0.5, 0.5), True)
@@ -288,7 +288,7 @@ def test_what_spans_say_is_taken_one_at_a_time(merge: Run, tmp_path: Path, monke
     inside, most, spans, lock = 0, 0, 0, threading.Lock()
     take = Outcome.take
 
-    def slow(outcome: Outcome, first: int, walked: Walked) -> None:
+    def slow(outcome: Outcome, first: int, walked: SpanResult) -> None:
         nonlocal inside, most, spans
         with lock:
             inside += 1

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelfuse.checkpoints.files import OpenFile
-from modelfuse.checkpoints.strided import StridedTensor
+from modelfuse.checkpoints.formats.torch_reader import read_torch
 from modelfuse.checkpoints.tensors import StoredTensor
-from modelfuse.checkpoints.torch_bin import read_torch
+from modelfuse.checkpoints.views.strided import StridedTensor
 from modelfuse.errors import CheckpointError
+from modelfuse.storage.files import OpenFile
 
 FIXTURES = Path(__file__).parent / "fixtures" / "torch"
 VALUES = runpy.run_path(str(FIXTURES / "make.py"))["values"]

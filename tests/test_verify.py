@@ -16,10 +16,10 @@ import xxhash
 from conftest import STEPS, Said, Stored, bf16, call, make_model, random_tensors, read_file, save_file, snapshot
 
 import modelfuse as package
-from modelfuse.checkpoints.safetensors import read_safetensors
-from modelfuse.dimensions import contradictions
-from modelfuse.kernels.loading import COMPILING
-from modelfuse.matching import pattern
+from modelfuse.checkpoints.config_checks import contradictions
+from modelfuse.checkpoints.formats.safetensors import read_safetensors
+from modelfuse.checkpoints.tensor_names import pattern
+from modelfuse.kernels.jit.compile import COMPILING
 
 Run = Callable[..., Said]
 Edit = Callable[[dict[str, Any]], object]
@@ -125,8 +125,8 @@ def test_a_sharded_output_that_was_moved(sharded: Path) -> None:
 
 
 def test_tensors_of_many_blocks_and_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelfuse.verification.SPAN_BYTES", 1 << 18)
-    monkeypatch.setattr("modelfuse.run.SPAN", 1 << 18)
+    monkeypatch.setattr("modelfuse.inspection.verify.SPAN_BYTES", 1 << 18)
+    monkeypatch.setattr("modelfuse.execution.run.SPAN", 1 << 18)
     inputs = []
     for seed, name in enumerate("AB"):
         random = np.random.default_rng(seed)
@@ -166,7 +166,7 @@ def test_tied_and_odd_names(merge: Run, tmp_path: Path) -> None:
 
 
 def test_a_sample_is_chosen_by_its_seed_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modelfuse.recomputing import choose
+    from modelfuse.inspection.recompute import choose
 
     plan = package.check(model_path_list=models(tmp_path), output_path=None)
     stored = {tensor.name: tensor.sources[0] for tensor in plan.tensors}
@@ -177,7 +177,7 @@ def test_a_sample_is_chosen_by_its_seed_and_bounded(tmp_path: Path, monkeypatch:
     assert names(1) == names(1)
     assert len({tuple(names(seed)) for seed in range(20)}) > 5
     assert len(names(1, None)) == 7
-    monkeypatch.setattr("modelfuse.recomputing.SAMPLE_BYTES", 1)
+    monkeypatch.setattr("modelfuse.inspection.recompute.SAMPLE_BYTES", 1)
     assert len(names(1, None)) in (4, 5)  # One has no bytes.
 
 

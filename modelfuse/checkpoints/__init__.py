@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from modelfuse.checkpoints.files import SourceFile, read_bytes
-from modelfuse.checkpoints.safetensors import read_safetensors
+from modelfuse.checkpoints.formats.safetensors import read_safetensors
 from modelfuse.checkpoints.tensors import Checkpoint, StoredTensor
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import Place, Url, children, is_dir, is_file, look_up
-from modelfuse.storage.together import each_of
+from modelfuse.storage.concurrent import each_of
+from modelfuse.storage.files import SourceFile, read_bytes
 
 __all__ = ["CONFIG_FILE", "Checkpoint", "StoredTensor", "find_files", "open_checkpoint"]
 
@@ -52,13 +52,13 @@ def _from_safetensors(path: Place) -> Contents:
 
 
 def _from_torch(path: Place) -> Contents:
-    from modelfuse.checkpoints.torch_bin import read_torch
+    from modelfuse.checkpoints.formats.torch_reader import read_torch
 
     return Contents(*read_torch(path), {})
 
 
 def _from_paddle(path: Place) -> Contents:
-    from modelfuse.checkpoints.paddle_params import read_paddle
+    from modelfuse.checkpoints.formats.paddle_reader import read_paddle
 
     return Contents(*read_paddle(path), {})
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from modelfuse.checkpoints.files import Buffer, OpenFile, SourceFile
 from modelfuse.dtypes import DType
 from modelfuse.storage import Place
+from modelfuse.storage.files import Buffer, OpenFile, SourceFile
 
 
 class Reader(Protocol):

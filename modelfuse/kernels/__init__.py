@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from modelfuse.dtypes import DType
-from modelfuse.methods import Method
+from modelfuse.methods.registry import Method
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -62,7 +62,7 @@ def place_of(word: str | Place) -> Place:
 def is_file(place: Place) -> bool:
     """Whether there is a file; false for a name too long for any."""
     if isinstance(place, Url):
-        from modelfuse.storage.opening import store_of
+        from modelfuse.storage.remote.open_store import store_of
 
         return store_of(place).entry(place) is not None
     return _answer(place, place.is_file)
@@ -96,7 +96,7 @@ def children(folder: Place) -> list[Place]:
     A store is asked once, and then knows all of them.
     """
     if isinstance(folder, Url):
-        from modelfuse.storage.opening import store_of
+        from modelfuse.storage.remote.open_store import store_of
 
         return [folder / name for name in store_of(folder).listing(folder)]
     return sorted(folder.iterdir())
@@ -105,7 +105,7 @@ def children(folder: Place) -> list[Place]:
 def look_up(folder: Place, names: Iterable[str]) -> None:
     """Ask for many files of a folder at once, before each is asked for."""
     if isinstance(folder, Url):
-        from modelfuse.storage.opening import store_of
+        from modelfuse.storage.remote.open_store import store_of
 
         store_of(folder).look_up(folder, names)
 
@@ -113,7 +113,7 @@ def look_up(folder: Place, names: Iterable[str]) -> None:
 def size_of(file: Place) -> int:
     """The size of a file that is there, in bytes."""
     if isinstance(file, Url):
-        from modelfuse.storage.opening import store_of
+        from modelfuse.storage.remote.open_store import store_of
 
         entry = store_of(file).entry(file)
         return 0 if entry is None else entry.size
@@ -128,7 +128,7 @@ def hold(nbytes: int, keeps: bool) -> None:
         keeps: Whether those that were read are kept as long as there is room.
     """
     if nbytes:
-        from modelfuse.storage.ranges import RANGES
+        from modelfuse.storage.remote.range_cache import RANGES
 
         RANGES.room, RANGES.keeps = nbytes, keeps
 
@@ -136,10 +136,10 @@ def hold(nbytes: int, keeps: bool) -> None:
 @contextmanager
 def waiting_while(goes_on: Callable[[], bool]) -> Iterator[None]:
     """Give up what is waited for in stores as soon as this says so."""
-    if "modelfuse.storage.ranges" not in sys.modules:
+    if "modelfuse.storage.remote.range_cache" not in sys.modules:
         yield
         return
-    from modelfuse.storage.ranges import RANGES
+    from modelfuse.storage.remote.range_cache import RANGES
 
     with RANGES.waiting_while(goes_on):
         yield
@@ -147,9 +147,9 @@ def waiting_while(goes_on: Callable[[], bool]) -> Iterator[None]:
 
 def forget() -> None:
     """Ask all stores anew from now on: what they hold may have changed since the last merge."""
-    if "modelfuse.storage.ranges" in sys.modules:
-        from modelfuse.storage.opening import forget as forget_answers
-        from modelfuse.storage.ranges import RANGES
+    if "modelfuse.storage.remote.range_cache" in sys.modules:
+        from modelfuse.storage.remote.open_store import forget as forget_answers
+        from modelfuse.storage.remote.range_cache import RANGES
 
         forget_answers()
         RANGES.forget()

@@ -1,0 +1,167 @@
+"""A merge whose result is one PEFT adapter: its tensors and its adapter_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from modelfuse.checkpoints import Checkpoint, StoredTensor
+from modelfuse.checkpoints.adapters.adapter import Adapter
+from modelfuse.checkpoints.adapters.arrays import Recent
+from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
+from modelfuse.checkpoints.adapters.factored import RUN, Factoring, FactorTensor, WholeTensor, difference
+from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
+from modelfuse.checkpoints.adapters.tensor_roles import PEFT_PREFIX
+from modelfuse.checkpoints.tensor_names import EMBEDDINGS, group_names
+from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.recipe.hub_names import HubName
+from modelfuse.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class AdapterOutput:
+    """What the output is made of.
+
+    Attributes:
+        tensors: The adapter's tensors.
+        config: The content of its adapter_config.json.
+    """
+
+    tensors: tuple[StoredTensor, ...]
+    config: bytes
+
+
+def as_adapter(recipe: Recipe, models: Sequence[Checkpoint]) -> AdapterOutput:
+    """What no full model is needed for: A and B of every weight that changes, and what else changes as it will be.
+
+    Args:
+        recipe: The settings.
+        models: The models in order, then the base.
+
+    Raises:
+        MismatchError: If an adapter cannot hold a change, or nothing changes.
+        RecipeError: If the result is not a product of factors, and ``lora_rank`` is not given.
+    """
+    return _Output(recipe, models).done()
+
+
+@dataclass
+class _Output:
+    recipe: Recipe
+    models: Sequence[Checkpoint]
+    ranks: dict[str, int] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
+    impossible: list[str] = field(default_factory=list)
+    tensors: list[StoredTensor] = field(default_factory=list)
+
+    def done(self) -> AdapterOutput:
+        self._shared = Shared(self.recipe.on_nonfinite == "error", Recent(most=RUN))
+        self._errors: dict[str, float] = {}
+        self._adapters = [model for model in self.models if isinstance(model, Adapter)]
+        self._transposed = any(adapter.transposed for adapter in self._adapters)
+        base = self.models[-1]
+        for name, tensor in base.tensors.items():
+            sources = tuple(model[name] for model in self.models[:-1])
+            if any(source != tensor for source in sources) and tensor.dtype.compute is not None:
+                self.tensors += self._convert(name, sources, tensor)
+        if self.impossible:
+            raise MismatchError(
+                "A PEFT adapter cannot hold what changes in\n"
+                + "\n".join(f"  {group}" for group in group_names(self.impossible)),
+                "Merge into the base instead: leave output_format out.",
+            )
+        if not self.tensors:
+            raise MismatchError("No model changes any tensor of the base, so that there is no adapter to save")
+        return AdapterOutput(tuple(_in_runs(self.tensors)), self._config(base))
+
+    def _convert(self, name: str, sources: Sequence[StoredTensor], base: StoredTensor) -> Iterator[StoredTensor]:
+        layer, _, parameter = name.rpartition(".")
+        module = next((each.modules[name] for each in self._adapters if name in each.modules), layer)
+        if parameter == "weight" and len(base.shape) == 2 and base.size:
+            yield from self._factors(module, name, tuple(difference(each, base) for each in sources), base)
+        elif parameter == "weight" and len(base.shape) == 1:
+            self.whole.append(module)
+            dtype = difference_type(*sources, base)
+            yield WholeTensor(
+                f"{PEFT_PREFIX}{module}.weight", dtype, base.shape, base.file, 0, name, (*sources, base),
+                self.recipe.method, self._shared,
+            )  # fmt: skip
+        else:
+            self.impossible.append(name)
+
+    def _factors(
+        self, module: str, name: str, sources: tuple[StoredTensor, ...], base: StoredTensor
+    ) -> Iterator[StoredTensor]:
+        embedding = name.endswith(EMBEDDINGS)
+        out_first = not embedding and not self._transposed
+        outputs, inputs = base.shape if out_first else base.shape[::-1]
+        rank = self._exact_rank(sources, base)
+        wanted = self.recipe.lora_rank
+        exact = rank is not None and (wanted is None or rank <= wanted)
+        if not exact:
+            if wanted is None:
+                raise RecipeError(
+                    f"What is merged into {name} is no product of the adapters' factors, and has to be cut to a rank",
+                    "Give --lora_rank; the report then tells the error of each tensor.",
+                )
+            rank = min(wanted, outputs, inputs)
+        assert rank is not None
+        self.ranks[module] = rank
+        factoring = Factoring(
+            name, sources, self.recipe.method, None if exact else rank, out_first, self._shared, self._errors
+        )
+        dtype = difference_type(*sources)
+        form = f"{PEFT_PREFIX}{module}.lora_" + ("embedding_{}" if embedding else "{}.weight")
+        yield FactorTensor(form.format("A"), dtype, (rank, inputs), base.file, 0, factoring, "A")
+        yield FactorTensor(form.format("B"), dtype, (outputs, rank), base.file, 0, factoring, "B")
+
+    def _exact_rank(self, sources: Sequence[StoredTensor], base: StoredTensor) -> int | None:
+        """The rank of all products side by side, None if the merged difference is no sum of products."""
+        if self.recipe.steps != (None, "linear"):
+            return None
+        rank = 0
+        for source in sources:
+            if isinstance(source, LowRankTensor):
+                rank += sum(term.rank for term in source.terms)
+            elif getattr(source, "source", None) != base:
+                return None
+        return rank
+
+    def _config(self, base: Checkpoint) -> bytes:
+        usual = Counter(self.ranks.values()).most_common(1)[0][0] if self.ranks else 1
+        others = {module: rank for module, rank in self.ranks.items() if rank != usual}
+        architectures = base.config.get("architectures")
+        causal = isinstance(architectures, list) and str(next(iter(architectures), "")).endswith("ForCausalLM")
+        place = self.recipe.base_model_path
+        named = {"base_model_name_or_path": str(place)}
+        if isinstance(place, HubName):
+            named = {"base_model_name_or_path": place.name, "revision": place.revision or "main"}
+        config: Mapping[str, object] = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM" if causal else None,
+            **named,
+            "inference_mode": True,
+            "r": usual,
+            "lora_alpha": usual,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "target_modules": list(self.ranks),
+            "modules_to_save": self.whole or None,
+            "fan_in_fan_out": self._transposed and base.config.get("source") != "paddle",
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+            "init_lora_weights": True,
+        }
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def _in_runs(tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
+    parts = [[each for each in tensors if getattr(each, "part", None) == part] for part in ("A", "B", None)]
+    for begin in range(0, len(parts[0]), RUN):
+        yield from parts[0][begin : begin + RUN]
+        yield from parts[1][begin : begin + RUN]
+    yield from parts[2]

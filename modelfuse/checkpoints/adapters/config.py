@@ -1,0 +1,196 @@
+"""What an adapter's adapter_config.json (PEFT) or lora_config.json (Paddle) says, or why it cannot be merged."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from modelfuse.checkpoints import read_json
+from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG
+from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place
+
+#: Settings of PEFT that make something else of an adapter than base + scale·B·A, and what they are called.
+PEFT_KINDS = {
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "an activated LoRA, which acts on some tokens only",
+    "arrow_config": "Arrow routing",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA",
+    "layer_replication": "layer replication",
+    "target_parameters": "LoRA on single parameters (target_parameters)",
+    "trainable_token_indices": "trainable tokens",
+    "megatron_config": "Megatron's parallel layers",
+}
+#: The same of Paddle's.
+PADDLE_KINDS = {
+    "loraga": "LoRA-GA, which changes the base",
+    "pissa": "PiSSA, which changes the base",
+    "do_qat": "quantization-aware training",
+    "enable_lora_list": "LoRA on some parts of a merged layer (enable_lora_list)",
+    "lora_use_mixer": "MoSLoRA (lora_use_mixer)",
+    "use_mora": "MoRA",
+    "nola": "NoLA",
+}
+#: Ways to begin that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) subtract from it.
+HARMLESS_STARTS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
+
+#: A float32 holds no more, nor does a weight.
+MOST_ALPHA = 3e38
+#: Repeats in a pattern: each one multiplies the time that a hostile name can cost.
+MOST_REPEATS = 3
+SUPPORTED = "Supported are LoRA, rsLoRA and DoRA."
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """An adapter's settings.
+
+    Attributes:
+        kind: Which library's adapter it is.
+        file: Where they are written.
+        rank: The rank of most modules.
+        alpha: The alpha of most modules.
+        rank_pattern: Other ranks, by regular expressions that fit the end of a module's name.
+        alpha_pattern: Other alphas.
+        root_scaled: Whether the scale is alpha/√rank (rank-stabilised) instead of alpha/rank.
+        transposed: Whether the base is said to store these weights as [in, out] (``fan_in_fan_out``).
+        trains_biases: Whether biases of the base were trained, so that the adapter's replace them.
+    """
+
+    kind: Literal["peft", "paddle"]
+    file: Place
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+    root_scaled: bool
+    transposed: bool
+    trains_biases: bool
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module."""
+        return int(_of(self.rank_pattern, module, self.rank))
+
+    def scale_of(self, module: str) -> float:
+        """What B·A of one module is multiplied by."""
+        rank = self.rank_of(module)
+        return _of(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.root_scaled else rank)
+
+
+def _of(patterns: Mapping[str, float], module: str, usual: float) -> float:
+    return next((value for key, value in patterns.items() if _fits(key, module)), usual)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """As PEFT's ``get_pattern_key`` has it: the whole name, or its end after a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether a pattern is one, and can be looked for in any name without taking for ever."""
+    repeats = re.findall(r"(?<![\\(])[*+?{]", pattern)
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(repeats) <= MOST_REPEATS and re.search(r"(?<!\\)\)[*+?{]", pattern) is None
+
+
+def read_settings(file: Place) -> Settings:
+    """Read the settings of an adapter.
+
+    Raises:
+        CheckpointError: If they are malformed, or of a kind that is not supported, which is named.
+    """
+    content = read_json(file)
+    return _peft(file, content) if file.name == PEFT_CONFIG else _paddle(file, content)
+
+
+def _peft(file: Place, content: Mapping[str, object]) -> Settings:
+    kind = content.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise _unsupported(file, f"peft_type {kind}")
+    _refuse(file, content, PEFT_KINDS)
+    start = content.get("init_lora_weights")
+    if start not in HARMLESS_STARTS:
+        raise _unsupported(file, f"init_lora_weights {start!r}, whose base is not the model it was trained from")
+    read = _Values(file, content)
+    return Settings(
+        "peft",
+        file,
+        read.rank(),
+        read.number("lora_alpha", 8),
+        read.pattern("rank_pattern", whole=True),
+        read.pattern("alpha_pattern"),
+        read.switch("use_rslora"),
+        read.switch("fan_in_fan_out"),
+        content.get("bias", "none") not in ("none", None),
+    )
+
+
+def _paddle(file: Place, content: Mapping[str, object]) -> Settings:
+    _refuse(file, content, PADDLE_KINDS)
+    read = _Values(file, content)
+    return Settings(
+        "paddle", file, read.rank(), read.number("lora_alpha", 8), {}, {},
+        read.switch("rslora"), False, bool(content.get("trainable_bias")),
+    )  # fmt: skip
+
+
+def _refuse(file: Place, content: Mapping[str, object], kinds: Mapping[str, str]) -> None:
+    for key, words in kinds.items():
+        if content.get(key):
+            raise _unsupported(file, words)
+
+
+def _unsupported(file: Place, words: str) -> CheckpointError:
+    return CheckpointError(f"{file}: this kind of adapter is not supported: {words}", SUPPORTED)
+
+
+class _Values:
+    """Reads settings of the right types."""
+
+    def __init__(self, file: Place, content: Mapping[str, object]) -> None:
+        self._file, self._content = file, content
+
+    def rank(self) -> int:
+        value = self._content.get("r", 8)
+        if type(value) is not int or value < 1:
+            raise self._wrong("r", value)
+        return value
+
+    def number(self, key: str, usual: float) -> float:
+        return self._number(key, self._content.get(key, usual))
+
+    def _number(self, key: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_ALPHA:
+            raise self._wrong(key, value)
+        return float(value)
+
+    def switch(self, key: str) -> bool:
+        value = self._content.get(key, False)
+        if not isinstance(value, bool | None):
+            raise self._wrong(key, value)
+        return bool(value)
+
+    def pattern(self, key: str, whole: bool = False) -> dict[str, float]:
+        found = self._content.get(key) or {}
+        if not isinstance(found, dict):
+            raise self._wrong(key, found)
+        values: dict[str, float] = {}
+        for name, value in found.items():
+            number = self._number(f"{key}.{name}", value)
+            if not _is_quick(name):
+                raise self._wrong(key, name)
+            if whole and (number < 1 or number != int(number)):
+                raise self._wrong(f"{key}.{name}", value)
+            values[name] = number
+        return values
+
+    def _wrong(self, key: str, value: object) -> CheckpointError:
+        return CheckpointError(f"{self._file}: {key} is {value!r}, which is no value that it can have")

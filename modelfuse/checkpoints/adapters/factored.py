@@ -1,0 +1,250 @@
+"""The two factors of a merged difference, as tensors that are computed while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.adapters.arrays import Array, load, read_values
+from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
+from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
+from modelfuse.checkpoints.tensors import Reader
+from modelfuse.errors import CheckpointError
+from modelfuse.methods.random import stream_key
+from modelfuse.methods.registry import Method
+from modelfuse.storage.files import Buffer
+
+#: Differences whose factors are kept: so many A come before their B, so that several workers factorize at the same
+#: time and no B is made again.
+RUN = 16
+#: Elements of a tensor that are merged together.
+PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceTensor(StoredTensor):
+    """What a model has more than the base.
+
+    Attributes:
+        source: The model's tensor.
+        base: The base's.
+    """
+
+    source: StoredTensor
+    base: StoredTensor
+
+    @property
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """Both."""
+        return self.source, self.base
+
+    @property
+    def held(self) -> int:
+        """What both hold."""
+        return self.source.held + self.base.held
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for reading."""
+        with self.source.open() as source, self.base.open() as base:
+
+            def read(start: int, buffer: Buffer) -> None:
+                out = np.frombuffer(buffer, self.dtype.compute)
+                with np.errstate(all="ignore"):
+                    out[:] = read_values(source, self.source.dtype, start, out.size)
+                    out -= read_values(base, self.base.dtype, start, out.size)
+
+            yield read
+
+
+@dataclass(frozen=True, slots=True)
+class Factoring:
+    """One merged difference B·A.
+
+    Attributes:
+        name: The base's tensor.
+        sources: Every model's difference.
+        method: How they are merged.
+        rank: The rank to find, None for that of all products together, which is exact.
+        out_first: Whether the base stores the weight as [out, in].
+        shared: What is shared with the other factorings.
+        errors: Where the relative error goes, by name.
+    """
+
+    name: str
+    sources: tuple[StoredTensor, ...]
+    method: Method
+    rank: int | None
+    out_first: bool
+    shared: Shared = field(compare=False, repr=False)
+    errors: dict[str, float] = field(compare=False, repr=False)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the difference that are held at once."""
+        return 0 if self.rank is None else self.sources[0].size
+
+    def factors(self) -> tuple[Array, Array]:
+        """B of shape (out, rank) and A of shape (rank, in)."""
+        found: tuple[Array, Array] = self.shared.recent.get(self, self._exact if self.rank is None else self._nearest)
+        return found
+
+    def _exact(self) -> tuple[Array, Array]:
+        """All products side by side: Σ wᵢ·sᵢ·Bᵢ·Aᵢ = [w₁s₁B₁ w₂s₂B₂ …]·[A₁; A₂; …]."""
+        pairs = []
+        for source, weight in zip(self.sources, self.method.weights, strict=True):
+            for term in source.terms if isinstance(source, LowRankTensor) else ():
+                b, a = term.factors(self.shared.strict)
+                pairs.append((b * b.dtype.type(weight * term.scale), a))
+        self.errors[self.name] = 0.0
+        return np.concatenate([b for b, _ in pairs], axis=1), np.concatenate([a for _, a in pairs])
+
+    def _nearest(self) -> tuple[Array, Array]:
+        from modelfuse.kernels.compiled.low_rank import add_low_rank
+        from modelfuse.kernels.compiled.truncated_svd import factorize
+
+        whole = merge_whole(self.name, self.sources, self.method, self.shared.strict)
+        matrix = whole.reshape(self.sources[0].shape[0], -1)
+        left, right = (
+            each.astype(whole.dtype) for each in factorize(matrix, self.rank or 1, stream_key(0, 0, self.name))
+        )
+        size = np.linalg.norm(whole.astype(np.float64))
+        add_low_rank(left, right, whole.dtype.type(-1), 0, whole)
+        missing = np.linalg.norm(whole.astype(np.float64))
+        self.errors[self.name] = float(missing / size) if size else 0.0
+        return (left, right) if self.out_first else (np.ascontiguousarray(right.T), np.ascontiguousarray(left.T))
+
+
+@dataclass(frozen=True, slots=True)
+class FactorTensor(StoredTensor):
+    """A or B of a merged difference.
+
+    Attributes:
+        factoring: Both.
+        part: Which one.
+    """
+
+    factoring: Factoring
+    part: Literal["A", "B"]
+
+    @property
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """All differences."""
+        return self.factoring.sources
+
+    @property
+    def held(self) -> int:
+        """The difference in float32 and in float64, what its models hold, and factors: those of a run are kept."""
+        sources = sum(source.held for source in self.factoring.sources)
+        pieces = PIECE * 4 * (len(self.factoring.sources) + 1) if self.factoring.elements else 0
+        return 12 * self.factoring.elements + pieces + sources + (24 + 2 * RUN) * self.size
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """The relative error of the product of both, once it is known."""
+        errors = self.factoring.errors
+        return {"relative_error": errors[self.factoring.name]} if self.factoring.name in errors else {}
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for reading."""
+        b, a = self.factoring.factors()
+        values = np.ascontiguousarray(a if self.part == "A" else b, self.dtype.compute).ravel()
+
+        def read(start: int, buffer: Buffer) -> None:
+            out = np.frombuffer(buffer, self.dtype.compute)
+            out[:] = values[start : start + out.size]
+
+        yield read
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTensor(StoredTensor):
+    """A small tensor of several models merged whole, base and all.
+
+    Attributes:
+        key: The tensor's name in the base, which random draws depend on.
+        sources: Every model's tensor, then the base's.
+        method: How they are merged.
+        shared: What is shared.
+    """
+
+    key: str
+    sources: tuple[StoredTensor, ...]
+    method: Method
+    shared: Shared = field(compare=False, repr=False)
+
+    @property
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """All of them."""
+        return self.sources
+
+    @property
+    def held(self) -> int:
+        """All of it, and what its models hold."""
+        return 12 * self.size + PIECE * 4 * (len(self.sources) + 1) + sum(each.held for each in self.sources)
+
+    def _make(self) -> Array:
+        *models, base = self.sources
+        differences = tuple(each if each.is_delta else difference(each, base) for each in models)
+        whole = merge_whole(self.key, differences, self.method, self.shared.strict)
+        whole += load(base, self.shared.strict).ravel()
+        return whole
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for reading."""
+        values: Array = self.shared.recent.get(self, self._make)
+
+        def read(start: int, buffer: Buffer) -> None:
+            out = np.frombuffer(buffer, self.dtype.compute)
+            out[:] = values[start : start + out.size]
+
+        yield read
+
+
+def difference(source: StoredTensor, base: StoredTensor) -> StoredTensor:
+    """A model's difference to the base."""
+    if source.is_delta:
+        return source
+    return DifferenceTensor(
+        base.name, difference_type(source, base), base.shape, source.file, 0, source, base
+    )  # fmt: skip
+
+
+def merge_whole(name: str, sources: Sequence[StoredTensor], method: Method, strict: bool) -> Array:
+    """Merge one tensor's differences in memory, in one thread; returns float32 or float64, shape (elements,).
+
+    Raises:
+        CheckpointError: If it is ``strict`` and a difference is not finite.
+    """
+    from modelfuse.kernels import Work
+    from modelfuse.kernels.compiled.passes import merge_procedure
+
+    size, dtypes = sources[0].size, tuple(source.dtype for source in sources)
+    kind = difference_type(*sources)
+    merged = np.empty(kind.nbytes(size), np.uint8)
+    raws = np.empty((len(sources), PIECE * max(dtype.bytes for dtype in dtypes)), np.uint8)
+    procedure = merge_procedure(Work(name, size, dtypes, False, kind, method))
+    with ExitStack() as files:
+        readers = [files.enter_context(source.open()) for source in sources]
+        found = None
+        while True:
+            try:
+                pass_ = next(procedure) if found is None else procedure.send(found)
+            except StopIteration:
+                return merged.view(np.dtype(kind.compute))
+            found = []
+            for start in range(0, size, PIECE):
+                state, count = pass_.start(), min(PIECE, size - start)
+                for reader, source, raw in zip(readers, sources, raws, strict=True):
+                    reader(start, raw[: source.dtype.nbytes(count)].data)
+                pass_.apply(state, start, count, raws, merged[kind.nbytes(start) : kind.nbytes(start + count)])
+                if strict and state.bad.any():
+                    raise CheckpointError(f"Tensor {name!r}: a difference holds NaN or infinite values")
+                found.append(pass_.finish(state))

@@ -1,0 +1,107 @@
+"""Where the tensors are among everything that a pickled checkpoint holds, and which are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+from modelfuse.checkpoints.formats.pickle_types import Inert, Refused
+
+T = TypeVar("T")
+
+_MAX_WRAPPERS = 4
+#: Parts of the names under which training programs keep what is not the model.
+_TRAINING_STATE = ("optim", "sched", "scaler", "rng_state")
+_OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", "output_layer", "vocab_projector", "lm_loss")
+_SAVE_ALONE = "Save the model's state dict alone, or convert it to safetensors with the library that wrote it."
+
+
+def find_state_dict(value: object, is_tensor: Callable[[object], bool]) -> dict[str, object]:
+    """Find the one dict whose values are tensors.
+
+    Training programs wrap it, as in ``{"state_dict": {...}, "optimizer": {...}}``. A wrapper is
+    opened as long as just one of its entries holds tensors, not counting the state of optimizers,
+    schedulers and random generators.
+
+    Returns:
+        The dict, with its other entries: values that hold no tensors.
+
+    Raises:
+        Refused: If there is no dict, or if tensors would be left out.
+    """
+    for _ in range(_MAX_WRAPPERS):
+        seen: set[int] = set()
+        if type(value) is not dict:
+            raise Refused("it does not hold a dict of tensors", _SAVE_ALONE)
+        direct = [name for name, item in value.items() if is_tensor(item)]
+        if unnamed := [name for name in direct if type(name) is not str]:
+            raise Refused(f"it holds a tensor under {unnamed[0]!r} instead of a name", _SAVE_ALONE)
+        holders = [
+            name
+            for name, item in value.items()
+            if not is_tensor(item) and not _is_training_state(name) and _holds_tensor(item, is_tensor, seen)
+        ]
+        if not holders:
+            return value
+        if direct or len(holders) > 1:
+            places = ", ".join(repr(name) for name in (direct[:1] + holders)[:4])
+            raise Refused(f"it holds tensors in several places: {places}", _SAVE_ALONE)
+        value = value[holders[0]]
+    raise Refused(f"its tensors lie more than {_MAX_WRAPPERS} dicts deep", _SAVE_ALONE)
+
+
+def split_aliases(
+    tensors: Mapping[str, T], place: Callable[[T], Hashable | None]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Keep one name of every tensor.
+
+    Of several names the one that model libraries keep stays: a shared or input embedding rather than
+    an output head, otherwise the first.
+
+    Args:
+        tensors: All names.
+        place: Two tensors are the same if this gives the same; None stands for a tensor of its own.
+
+    Returns:
+        The tensors in their order, and the other names: alias → name that stayed.
+    """
+    groups: dict[Hashable, list[str]] = {}
+    for name, tensor in tensors.items():
+        where = place(tensor)
+        groups.setdefault(name if where is None else (where,), []).append(name)
+    aliases: dict[str, str] = {}
+    for names in groups.values():
+        if len(names) > 1:
+            kept = min(names, key=_preference)
+            aliases.update((name, kept) for name in names if name != kept)
+    return {name: tensor for name, tensor in tensors.items() if name not in aliases}, aliases
+
+
+def _preference(name: str) -> int:
+    name = name.lower()
+    if any(head in name for head in _OUTPUT_HEADS) or "cls.predictions.decoder" in name:
+        return 3
+    parts = name.split(".")
+    if "shared" in parts:
+        return 0
+    return 1 if "embed" in name or "wte" in parts else 2
+
+
+def _is_training_state(name: object) -> bool:
+    return isinstance(name, str) and any(part in name.lower() for part in _TRAINING_STATE)
+
+
+def _holds_tensor(value: object, is_tensor: Callable[[object], bool], seen: set[int]) -> bool:
+    """Look into containers, into each once: ``seen`` keeps cycles and shared parts from costing time."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if is_tensor(item):
+            return True
+        if isinstance(item, dict | list | tuple | Inert) and id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, dict):
+                pending.extend(item.values())
+            else:
+                pending.extend(item.parts if isinstance(item, Inert) else item)
+    return False

@@ -1,0 +1,1 @@
+"""The output: a folder, here or in a store, that appears whole or not at all."""

@@ -1,0 +1,163 @@
+"""An output in a store, of which a reader that starts from its index sees all or nothing.
+
+Weight files are sent by parts while they are made. At the end all of them are completed, then the small files, and
+last what a reader starts from: the index, or the one weight file. What fails before leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self
+
+from modelfuse.checkpoints.output.atomic_folder import OutputFolder
+from modelfuse.checkpoints.tensors import Frame
+from modelfuse.errors import OutputError
+from modelfuse.storage.files import read_whole
+from modelfuse.storage.remote.errors import told
+from modelfuse.storage.remote.open_store import store_of
+from modelfuse.storage.remote.uploads import Gate, Upload, begin, clear, remove
+from modelfuse.storage.url import Url
+
+INDEX = ".index.json"
+REPORT = "merge_report.json"
+WEIGHTS = (".safetensors", ".bin", ".pdparams", INDEX)
+#: The name of a weight file that is not all of a model.
+SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
+
+
+class RemoteFolder:
+    """The output while it is being made; a context manager, used as an OutputFolder is.
+
+    Nothing of it is kept for another run. Two merges to one place at once disturb each other: the later one removes
+    what the earlier one has under way, which ends with an error.
+
+    Args:
+        path: Where the output is to appear.
+        overwrite: Whether it may replace what is there.
+    """
+
+    def __init__(self, path: Url, overwrite: bool = False) -> None:
+        self.path, self._overwrite = path, overwrite
+        self._store, self._gate = store_of(path), Gate()
+        self._weights: dict[str, Upload] = {}
+        self._small: dict[str, Upload] = {}
+        self._old: set[str] = set()
+        self._completed: list[Url] = []
+        #: As of an OutputFolder.
+        self.afresh: str | None = None
+        self.digests: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        with contextlib.suppress(OutputError):  # Who may not look at what is left may still write.
+            self._store.wait(self.path, clear(self._store, self.path), OutputError)
+        self._old = set(self._store.wait(self.path, self._store.list_now(self.path), OutputError))
+        if self._old and not self._overwrite:
+            raise OutputError(f"output_path {self.path} is not empty", "Use --overwrite to replace what is there.")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        self._gate.stop()
+        with contextlib.suppress(OutputError):  # What could not be removed is removed by the next run.
+            self._store.wait(self.path, self._give_up(), OutputError)
+
+    def finished(self) -> Iterator[object]:
+        """Nothing: no run goes on from what another one has sent."""
+        return iter(())
+
+    def create(self, name: str, frame: Frame) -> None:
+        """Begin a weight file of this size with all that is no tensor's."""
+        self._weights[name] = begin(self._store, self.path / name, frame.size, self._gate)
+        for offset, piece in frame.pieces:
+            self.write(name, offset, memoryview(piece))
+        self.digests[name] = frame.digest
+
+    def keep(self, name: str, nbytes: int, entry: object) -> None:
+        """Nothing; see :meth:`finished`."""
+
+    def share(self) -> None:
+        """Nothing: other machines send their bytes to this one."""
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Take bytes of a weight file; safe from any thread.
+
+        Raises:
+            OutputError: If the store does not take what was sent.
+        """
+        self._gate.check()
+        self._weights[name].write(offset, data)
+
+    def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
+        """Send a small file, whole or by its parts."""
+        upload = self._small[name] = begin(self._store, self.path / name, None, self._gate)
+        digest, position = hashlib.sha256(), 0
+        for part in (content,) if isinstance(content, bytes) else content:
+            if part:
+                upload.write(position, part)
+                digest.update(part)
+                position += len(part)
+        self.digests[name] = digest.hexdigest()
+
+    def commit(self) -> None:
+        """Make everything appear: first all that is found through something else, and that last.
+
+        Raises:
+            OutputError: If that fails; nothing of the output is then there.
+        """
+        files = {**self._weights, **self._small}
+        for upload in files.values():
+            upload.close()
+        self._gate.drain()
+        last = next((name for name in files if name.endswith(INDEX)), [*self._weights][-1])
+        ours = set(files)
+        doors = {name for name in self._old if name.endswith(WEIGHTS) and not SHARD.search(name)}
+        replaced = self._of_an_output() - ours - doors if self._old else set[str]()
+        self._store.wait(self.path, remove(self._store, [self.path / name for name in doors]), OutputError)
+        self._complete([upload for name, upload in self._weights.items() if name != last])
+        self._complete([upload for name, upload in self._small.items() if name != last])
+        self._complete([files[last]])
+        # Whoever starts from the new index finds none of these.
+        with contextlib.suppress(OutputError):
+            self._store.wait(self.path, remove(self._store, [self.path / name for name in replaced]), OutputError)
+        self._store.forget()
+
+    def _complete(self, uploads: list[Upload]) -> None:
+        async def one(upload: Upload) -> None:
+            self._completed.append(upload.url)
+            try:
+                await upload.complete()
+            except Exception as error:
+                raise told(upload.url, error, OutputError) from error
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*map(one, uploads))
+
+        self._store.wait(self.path, all_of_them(), OutputError)
+
+    async def _give_up(self) -> None:
+        uploads = [*self._weights.values(), *self._small.values()]
+        await asyncio.gather(*(upload.abandon() for upload in uploads), return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await clear(self._store, self.path)
+        await remove(self._store, self._completed)
+
+    def _of_an_output(self) -> set[str]:
+        """What is there of an earlier output: weights and their indexes, and what its report names."""
+        known = {name for name in self._old if name.endswith(WEIGHTS)}
+        if REPORT in self._old:
+            with contextlib.suppress(Exception):  # A report that cannot be read names nothing.
+                known |= set(json.loads(read_whole(self.path / REPORT))["sha256"]) & self._old
+        return known
+
+
+#: An output on this machine or in a store.
+Output = OutputFolder | RemoteFolder

@@ -1,0 +1,150 @@
+"""The files beside the weights that a server needs: configuration, tokenizer, templates, code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelfuse.checkpoints import Checkpoint
+from modelfuse.errors import CheckpointError, RecipeError
+from modelfuse.recipe.checks import is_inside
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Place, Url, children, is_dir, is_file, look_up, size_of
+from modelfuse.storage.files import read_whole
+
+#: Endings of files that hold weights or training state: everything else beside the weights is small and copied.
+WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pt", ".pth", ".pdopt", ".msgpack", ".h5", ".gguf", ".onnx", ".ckpt",
+           ".ot", ".index.json", ".pdiparams", ".pdmodel", ".pdstates", ".npz", ".distcp")  # fmt: skip
+#: What a training run or an earlier merge leaves in the folder.
+LEFTOVERS = ("merge_config.json", "merge_report.json", "trainer_state.json", "training_args.json",
+             "all_results.json", "train_results.json", "eval_results.json", "README.md")  # fmt: skip
+#: What the merge itself writes, and what a loader would take for it.
+MADE = re.compile(
+    r"(model|master_weights|pytorch_model|model_state)(-\d+-of-\d+)?\.(safetensors|bin|pdparams)(\.index\.json)?"
+    r"|merge_(config|report)\.json"
+)
+TEMPLATES = "additional_chat_templates"
+#: sentence-transformers lists a model's modules in this file; those beside the transformer have a folder each.
+MODULES_FILE = "modules.json"
+#: The weights of a module, the format first that is loaded where there are both.
+MODULE_WEIGHTS = (".safetensors", ".bin")
+#: Larger files are no configuration; tokenizers stay well below.
+LARGEST, LARGEST_LISTING = 200_000_000, 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file to copy as it is: from where, to which name in the output, its size in bytes."""
+
+    source: Place
+    name: str
+    size: int
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there are tensors in it, which are not merged."""
+        return self.name.endswith(WEIGHTS)
+
+
+def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...]:
+    """The files to copy from the reference's folder, and those that the recipe names.
+
+    Raises:
+        CheckpointError: If a file in ``copy_file_list`` is not there, or another one is a link out of the folder.
+        RecipeError: If it is one that the merge itself makes.
+    """
+    folder = reference.path if is_dir(reference.path) else reference.path.parent
+    here = {path.name: path for path in children(folder)}
+    sizes = _sizes(here)
+    modules = modules_of(read_whole(here[MODULES_FILE])) if lists_modules(sizes) else ()
+    for name, path in here.items():
+        if name in (TEMPLATES, *modules) and is_dir(path):
+            sizes |= _sizes({f"{name}/{file.name}": file for file in children(path)})
+    usual = usual_files(sizes, modules)
+    named = [os.path.normpath(name) for name in recipe.copy_file_list]
+    look_up(folder, named)
+    unasked = sorted(set(usual) - set(named))
+    _refuse_links_outside(folder, unasked)
+    for name in unasked:
+        if sizes[name] > LARGEST:
+            raise CheckpointError(
+                f"{folder / name}, which belongs to a module that is not merged, is too large to be copied unasked",
+                f"If a server needs it: --copy_file_list {name}.",
+            )
+    for name in named:
+        if not is_file(folder / name):
+            raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
+        if MADE.fullmatch(name):
+            raise RecipeError(
+                f"copy_file_list names {name}, which would take the place of what the merge writes",
+                "Weights are merged, not copied: leave it out.",
+            )
+    return tuple(SideFile(folder / name, name, size_of(folder / name)) for name in dict.fromkeys([*usual, *named]))
+
+
+def _sizes(paths: Mapping[str, Place]) -> dict[str, int]:
+    return {name: size_of(path) for name, path in paths.items() if is_file(path)}
+
+
+def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:
+    """A checkpoint may come from anybody, and its output go to everybody: it is not to say which files go with it."""
+    if isinstance(folder, Url):  # A store has no links.
+        return
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":  # The hub's cache keeps what is in them beside, or for all models together.
+        homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(each in target.parents for each in homes):
+            raise CheckpointError(
+                f"{folder / name} is a link to {target}, outside the model's folder: it is not copied unasked",
+                f"If it belongs to the model: --copy_file_list {name}. Otherwise remove the link.",
+            )
+
+
+def lists_modules(sizes: Mapping[str, int]) -> bool:
+    """Whether a model has a list of modules, of a size that may be read; ``sizes`` are its files'."""
+    return sizes.get(MODULES_FILE, LARGEST_LISTING + 1) <= LARGEST_LISTING
+
+
+def modules_of(content: bytes) -> tuple[str, ...]:
+    """The folders that sentence-transformers' modules.json names, directly in the model's.
+
+    >>> modules_of(b'[{"path": ""}, {"path": "1_Pooling"}, {"path": "../up"}]')
+    ('1_Pooling',)
+    """
+    try:
+        listed = json.loads(content)
+        paths = [str(each["path"]) for each in listed]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()  # Whoever loads the model will say it.
+    return tuple(Path(path).name for path in paths if is_inside(path) and len(Path(path).parts) == 1)
+
+
+def usual_files(sizes: Mapping[str, int], modules: Collection[str] = ()) -> list[str]:
+    """Of a model's files, by their names and sizes, those that a server needs.
+
+    Args:
+        sizes: The files, by their paths in the model's folder.
+        modules: The folders of sentence-transformers' modules.
+    """
+    return [name for name, size in sizes.items() if _is_usual(name, size, sizes, modules)]
+
+
+def _is_usual(name: str, size: int, names: Collection[str], modules: Collection[str]) -> bool:
+    if "/" not in name:
+        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and size <= LARGEST
+    folder, _, file = name.rpartition("/")
+    if folder == TEMPLATES:
+        return file.endswith(".jinja")
+    if folder not in modules or file.startswith("."):
+        return False
+    # A module may have weights of its own, in one of two formats or in both.
+    own = [each for each in names if each.startswith(f"{folder}/")]
+    form = MODULE_WEIGHTS[not any(each.endswith(MODULE_WEIGHTS[0]) for each in own)]
+    return file.endswith((form, f"{form}.index.json")) or not file.endswith(WEIGHTS)

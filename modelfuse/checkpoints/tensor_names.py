@@ -1,0 +1,37 @@
+"""Names of tensors: those of embeddings and output heads, and many names told in few lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+#: Output heads that share the input embedding's values where config.json ties them.
+HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
+#: Groups of differing tensors that an error lists.
+MOST_GROUPS = 20
+
+
+def pattern(name: str) -> str:
+    """A tensor's name with a star for every number between dots.
+
+    >>> pattern("model.layers.12.mlp.up_proj.weight")
+    'model.layers.*.mlp.up_proj.weight'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def group_names(names: Iterable[str]) -> list[str]:
+    """Names that differ in numbers only become one line.
+
+    >>> group_names(["layers.0.q", "layers.1.q", "norm"])
+    ['layers.*.q (2 tensors)', 'norm']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(pattern(name), []).append(name)
+    lines = [members[0] if len(members) == 1 else f"{shape} ({len(members)} tensors)"
+             for shape, members in groups.items()]  # fmt: skip
+    if len(lines) > MOST_GROUPS:
+        lines = [*lines[:MOST_GROUPS], f"and {len(lines) - MOST_GROUPS} more"]
+    return lines

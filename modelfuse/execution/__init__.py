@@ -1,0 +1,1 @@
+"""A plan carried out: bytes read, merged, and written."""

@@ -1,0 +1,92 @@
+"""Tensors whose distance to the base tells that something may be wrong: none at all, or far more than the others."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from modelfuse.planning.plan import Plan
+from modelfuse.recipe.hub_names import HubName
+from modelfuse.storage import Place
+
+if TYPE_CHECKING:
+    from modelfuse.kernels.compiled.base_distance import Distance
+
+#: Distances of so many times the median of their model are listed.
+FAR = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicious:
+    """What stands out in one model.
+
+    Attributes:
+        path: The model, as the recipe names it.
+        tensors: How many of its tensors were compared with the base's.
+        equal: Those that are the base's, bit for bit.
+        far: Those whose relative distance ‖x − b‖ / ‖b‖ is more than ten times the median, and that distance; None
+            where there is no such number, as for a base of zeros.
+        median: The median of the relative distances of the tensors that differ; None if there is none.
+    """
+
+    path: Place | HubName
+    tensors: int
+    equal: tuple[str, ...]
+    far: Mapping[str, float | None]
+    median: float | None
+
+    @property
+    def summary(self) -> str:
+        """The same in a few words, without the model."""
+        parts = []
+        if self.equal:
+            whole = len(self.equal) == self.tensors
+            number = "all" if whole else f"{len(self.equal)} of {self.tensors}"
+            parts.append(f"{number} tensors equal the base's")
+        if self.far:
+            parts.append(f"{len(self.far)} of {self.tensors} tensors are far from the base's")
+        return ", ".join(parts)
+
+
+def find_suspicious(plan: Plan, distances: Callable[[str], Sequence[Distance]]) -> tuple[Suspicious, ...]:
+    """Look at the distances of every tensor to the base's.
+
+    Args:
+        plan: What was merged.
+        distances: Of a tensor by name, one a model; empty for one that was not measured.
+
+    Returns:
+        The models in which something stands out.
+    """
+    found = []
+    for number, place in enumerate(plan.recipe.model_path_list if plan.has_base else ()):
+        # A model may have a hundred thousand tensors: what is remembered of one is a number.
+        tensors, equal, known = 0, [], array("d")
+        for name, distance in _of_model(plan, distances, number):
+            tensors += 1
+            if distance.equal:
+                equal.append(name)
+            elif distance.relative is not None:
+                known.append(distance.relative)
+        middle = median(known) if known else None
+        far = {
+            name: distance.relative
+            for name, distance in _of_model(plan, distances, number)
+            if not distance.equal
+            and (distance.relative is None or (middle is not None and distance.relative > FAR * middle > 0))
+        }
+        if equal or far:
+            found.append(Suspicious(place, tensors, tuple(equal), far, middle))
+    return tuple(found)
+
+
+def _of_model(
+    plan: Plan, distances: Callable[[str], Sequence[Distance]], number: int
+) -> Iterator[tuple[str, Distance]]:
+    for tensor in plan.tensors:
+        measured = distances(tensor.name)
+        if measured:
+            yield tensor.name, measured[number]

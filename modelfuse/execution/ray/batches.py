@@ -1,0 +1,107 @@
+"""Spans are given out in groups: so large that giving them out costs little, so small that there are enough of them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from modelfuse.execution.ray.messages import Part
+from modelfuse.execution.scheduler import Queue, Span
+from modelfuse.execution.worker import Task
+from modelfuse.kernels import Pass
+from modelfuse.planning.plan import Plan
+
+#: The most bytes that a group reads and writes: about a second on a network's filesystem, far less on a disk.
+MOST_BYTES = 256_000_000
+#: The most of them where what is written is sent back.
+MOST_SENT = 64_000_000
+#: The most bytes that passes bring with them: tables of small tensors are larger than they are.
+MOST_PASSES = 8_000_000
+#: At least so many groups for each processor.
+LEAST_GROUPS = 4
+
+
+@dataclass
+class Group:
+    """Spans to be walked in one go.
+
+    Attributes:
+        spans: By pass, in the order in which they were taken.
+        nbytes: What they read and write.
+        attempts: How often they were given out.
+    """
+
+    spans: list[list[Span[Pass]]] = field(default_factory=list)
+    nbytes: int = 0
+    attempts: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """What they are spans of."""
+        tasks: list[Task] = [own[0].job.owner for own in self.spans]
+        return list(dict.fromkeys((task.tensor or task.sources[0]).name for task in tasks))
+
+    def parts(self, numbers: Mapping[Task, int]) -> list[Part]:
+        """What a node is to know of them."""
+        return [
+            Part(numbers[own[0].job.owner], own[0].pass_, [(span.first, span.count) for span in own])
+            for own in self.spans
+        ]
+
+
+class Grouping:
+    """Takes groups from a queue.
+
+    Args:
+        queue: All spans.
+        has: Whether there is nothing to do for a span.
+    """
+
+    def __init__(self, queue: Queue[Pass], has: Callable[[Span[Pass]], bool]) -> None:
+        self._queue, self._has = queue, has
+
+    def next(self, room: int) -> Group | None:
+        """The next group, of not many more bytes than there is room for; None if there is nothing now."""
+        group, passes = Group(), 0
+        for span in self._spans():
+            if group.spans and group.spans[-1][0].pass_ is span.pass_:
+                group.spans[-1].append(span)
+            else:
+                group.spans.append([span])
+                passes += _size_of(span.pass_)
+            nbytes = _bytes_of(span)
+            group.nbytes += nbytes
+            # The next one is taken to be as large as this one.
+            if group.nbytes + nbytes > room or passes > MOST_PASSES:
+                break
+        return group if group.spans else None
+
+    def _spans(self) -> Iterator[Span[Pass]]:
+        while (span := self._queue.take(wait=False)) is not None:
+            if self._has(span):
+                self._queue.done((span,), (None,))
+            else:
+                yield span
+
+
+def room_for(plan: Plan, processors: int, sent: bool) -> int:
+    """The bytes of a group.
+
+    Args:
+        plan: What is merged.
+        processors: How many walk groups at the same time.
+        sent: Whether what is written is sent back.
+    """
+    most = MOST_SENT if sent else MOST_BYTES
+    return min(most, (plan.bytes_read + plan.bytes_written) // (LEAST_GROUPS * max(processors, 1)))
+
+
+def _bytes_of(span: Span[Pass]) -> int:
+    task: Task = span.job.owner
+    read = sum(source.stored.nbytes(span.count) for source in task.sources)
+    return read + (task.tensor.dtype.nbytes(span.count) if task.tensor is not None and span.pass_.writes else 0)
+
+
+def _size_of(pass_: Pass) -> int:
+    return len(pickle.dumps(pass_, 5))

@@ -1,0 +1,178 @@
+"""What runs on the nodes of a cluster: groups of spans, each in a worker process of Ray's."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+import ray
+
+from modelfuse.checkpoints.output.failures import cannot_write
+from modelfuse.errors import ClusterError, ModelfuseError
+from modelfuse.execution.ray.messages import Done, Failed, Part, Piece, Shipment, pack, unpack
+from modelfuse.execution.report_writer import SpanResult
+from modelfuse.execution.scheduler import fold_of
+from modelfuse.execution.worker import Task, Worker
+from modelfuse.kernels import Bytes
+from modelfuse.kernels.backends import choose
+from modelfuse.planning.plan import OutputTensor
+from modelfuse.storage import hold
+from modelfuse.storage.local.journal import write_all
+from modelfuse.version import __version__
+
+
+class NodeWorker:
+    """This process's part in a merge.
+
+    Args:
+        shipment: What it must know.
+    """
+
+    def __init__(self, shipment: Shipment) -> None:
+        self._shipment = shipment
+        hold(shipment.room.fetched, shipment.room.keeps)
+        self._worker = Worker(choose(shipment.device), shipment.room)
+        #: What is being walked.
+        self.tensor = ""
+
+    def check(self) -> None:
+        """Make sure that the output is within reach, and the merge still running.
+
+        Raises:
+            ClusterError: If it is not.
+        """
+        folder = self._shipment.folder
+        if folder is None or os.path.exists(folder / self._shipment.token):
+            return
+        # A network's filesystem may remember for a while that something was not there, until it is listed.
+        for parent in (folder.parent, folder):
+            if os.path.isdir(parent):
+                os.listdir(parent)
+        if not os.path.exists(folder / self._shipment.token):
+            raise ClusterError(
+                f"{name()} cannot see {folder}", "output_path must lie on a filesystem that all nodes share."
+            )
+
+    def check_inputs(self) -> None:
+        """As the function."""
+        check_inputs(self._shipment.tasks)
+
+    def walk(self, parts: list[Part]) -> Done:
+        """Walk all spans of a group, and make what they write last."""
+        files = _Files(self._shipment.folder)
+        try:
+            walked = [self._walk_part(part, files) for part in parts]
+            files.sync()
+        finally:
+            files.close()
+        return Done(pack(walked), files.pieces)
+
+    def _walk_part(self, part: Part, files: _Files) -> list[SpanResult]:
+        task = self._shipment.tasks[part.task]
+        self.tensor = (task.tensor or task.sources[0]).name
+        files.task = part.task
+        walked = [self._worker.walk(task, part.pass_, first, count, files.write) for first, count in part.spans]
+        fold = fold_of(part.pass_)
+        return walked if fold is None else [SpanResult(reduce(fold, (each.found for each in walked)))]
+
+
+def check_inputs(tasks: Sequence[Task]) -> None:
+    """Make sure that the inputs of tasks can be read and are what they were.
+
+    Raises:
+        CheckpointError: If one is not.
+    """
+    for file in {file for task in tasks for source in task.sources for file in source.files}:
+        with file.open():
+            pass
+
+
+class _Files:
+    """The output's files, as far as a group of spans writes to them; without a folder, pieces to be sent back."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._descriptors: dict[Path, int] = {}
+        self.task = 0
+        self.pieces: list[Piece] = []
+
+    def write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
+        if self._folder is None:
+            self.pieces.append(Piece(self.task, start, data.copy()))
+            return
+        path = self._folder / tensor.file
+        try:
+            if path not in self._descriptors:
+                # Never for reading: NFS would read what shares a page with these bytes, and write it back later.
+                self._descriptors[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            write_all(self._descriptors[path], data.data, tensor.offset + tensor.dtype.nbytes(start))
+        except OSError as error:
+            raise cannot_write(error, path) from error
+
+    def sync(self) -> None:
+        """What was written outlasts this node: then only may it be said to be done."""
+        for path, descriptor in self._descriptors.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise cannot_write(error, path) from error
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def name() -> str:
+    """What this node is called in errors."""
+    return f"The node {socket.gethostname()} (Ray's {ray.get_runtime_context().get_node_id()[:8]})"
+
+
+#: The merge that this process has last worked for, by its token.
+_last: dict[str, NodeWorker] = {}
+
+
+def _worker(version: str, token: str, shipment: Bytes) -> NodeWorker:
+    if token not in _last:
+        if version != __version__:
+            raise ClusterError(
+                f"{name()} has modelfuse {__version__}, this machine has {version}",
+                "Install the same version on all nodes.",
+            )
+        _last.clear()
+        _last[token] = NodeWorker(unpack(shipment))
+    worker = _last[token]
+    worker.check()
+    return worker
+
+
+def look(version: str, token: str, shipment: Bytes) -> Failed | None:
+    """Tell why this node cannot take part, if it cannot."""
+    try:
+        _worker(version, token, shipment).check_inputs()
+    except ModelfuseError as error:
+        return Failed.of(error, name(), "", "")
+    return None
+
+
+def walk(version: str, token: str, shipment: Bytes, parts: Bytes, pause: float) -> Done | Failed:
+    """Walk a group of spans.
+
+    Args:
+        version: modelfuse's, on the machine that asks for it.
+        token: The merge.
+        shipment: What must be known of it, packed.
+        parts: The group, packed.
+        pause: Seconds to wait before.
+    """
+    time.sleep(pause)
+    worker = None
+    try:
+        worker = _worker(version, token, shipment)
+        return worker.walk(unpack(parts))
+    except Exception as error:
+        return Failed.of(error, name(), worker.tensor if worker is not None else "", traceback.format_exc())

@@ -1,0 +1,239 @@
+"""What goes beside the weights: the index, the recipe that gives the same bytes again, and the account."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.adapters import Adapter
+from modelfuse.execution.anomalies import Suspicious
+from modelfuse.kernels import Procedure
+from modelfuse.planning.plan import OutputTensor, Plan
+from modelfuse.storage.checksums import ALGORITHM, Checksum
+from modelfuse.version import __version__
+
+if TYPE_CHECKING:
+    from modelfuse.checkpoints.output.remote_folder import Output
+    from modelfuse.kernels.compiled.base_distance import Distance, SpanDistances
+
+CONFIG_NAME = "merge_config.json"
+REPORT_NAME = "merge_report.json"
+#: How a JSON object ends.
+END = b"\n}\n"
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class SpanResult(NamedTuple):
+    """What walking a span has come to.
+
+    Attributes:
+        found: What the procedure is to be sent.
+        bad: Of a pass that writes, the counts of non-finite elements: one a source, the last for the output.
+        digests: What its bytes in the output add to the checksum.
+        distances: What it says of the distances to the base, if there is one.
+        facts: What else its sources tell.
+    """
+
+    found: Any
+    bad: Counts | None = None
+    digests: bytes = b""
+    distances: SpanDistances | None = None
+    facts: Mapping[str, object] = {}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one output tensor.
+
+    Attributes:
+        tensor: Which one.
+        checksum: Of its bytes in the output; a string once all of them were added, for a model may have a hundred
+            thousand tensors.
+        nonfinite: For each span that has any, the counts of non-finite elements: one a source, the last for the output.
+        distances: For each span, what it says of the distances to the base, while spans are walked.
+        facts: What else its sources tell of it, if they do.
+    """
+
+    tensor: OutputTensor
+    checksum: Checksum | str
+    nonfinite: list[Counts] | None = None
+    distances: list[SpanDistances] | None = None
+    facts: dict[str, object] | None = None
+    _measured: array[float] | None = None
+
+    def take(self, first: int, walked: SpanResult) -> None:
+        """Take what became of the span that begins with an element, in this run or an earlier one; one at a time."""
+        assert isinstance(self.checksum, Checksum)
+        self.checksum.restore(self.tensor.dtype.nbytes(first), walked.digests)
+        if walked.bad is not None and walked.bad.any():
+            self.nonfinite = self.nonfinite or []
+            self.nonfinite.append(walked.bad)
+        if walked.distances is not None:
+            self.distances = self.distances or []
+            self.distances.append(walked.distances)
+        if walked.facts:
+            self.facts = {**(self.facts or {}), **walked.facts}
+
+    def follow(self, procedure: Procedure) -> Procedure:
+        """The same procedure; at its end all that is known of its spans is summed up."""
+        yield from procedure
+        self.checksum = self.hexdigest()
+        if self.distances:
+            from modelfuse.kernels.compiled.base_distance import pack
+
+            self._measured, self.distances = pack(self.measured()), None
+
+    def hexdigest(self) -> str:
+        """The checksum, once all bytes were added."""
+        return self.checksum if isinstance(self.checksum, str) else self.checksum.hexdigest()
+
+    def measured(self) -> Sequence[Distance]:
+        """How far the models are from the base, one a model, once all spans were walked; empty if there is none."""
+        if self.distances is None and self._measured is None:
+            return ()
+        from modelfuse.kernels.compiled.base_distance import distances, unpack
+
+        return distances(self.distances) if self.distances else unpack(self._measured or array("d"))
+
+
+def write_index(plan: Plan, folder: Output) -> None:
+    """Write the index of the shards, if there are several, as transformers names and reads it."""
+    if plan.index is None:
+        return
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.tensors)},
+        "weight_map": {tensor.name: tensor.file for tensor in plan.tensors},
+    }
+    folder.write_file(plan.index, encode_parts(index))
+
+
+def write_config(plan: Plan, folder: Output) -> None:
+    """Write merge_config.json: every effective setting; as a recipe it gives the same bytes."""
+    folder.write_file(CONFIG_NAME, encode_json({"modelfuse_version": __version__, **plan.recipe.effective()}))
+
+
+def write_report(plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequence[Suspicious], folder: Output) -> None:
+    """Write merge_report.json: what became of every tensor of every input, with checksums.
+
+    All other files are written before, so that their checksums are in it: of a weight file, the header's.
+    """
+    report: dict[str, object] = {
+        "modelfuse_version": __version__,
+        "method": {"merge_type": plan.method.merge_type, "sparsify_type": plan.method.sparsify_type,
+                   "effective_weights": list(plan.recipe.weights), "seed": plan.method.seed},
+        "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
+        "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
+        "suspicious": [_suspicious(each) for each in suspicious],
+        "checksum": ALGORITHM,
+        "files": {file.name: file.size for file in plan.files},
+        "tensors": ((tensor.name, _tensor(outcomes[tensor.name])) for tensor in plan.tensors),
+        "copied_files": [file.name for file in plan.side_files],
+        "sha256": dict(folder.digests),
+    }  # fmt: skip
+    folder.write_file(REPORT_NAME, _sealed(encode_parts(report)))
+
+
+def _sealed(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """A JSON object with its own sha256 as one more entry."""
+    digest, last = hashlib.sha256(), b""
+    for part in parts:
+        digest.update(part)
+        yield last
+        last = part
+    yield last.removesuffix(END) + f',\n  "report_sha256": "{digest.hexdigest()}"'.encode() + END
+
+
+def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
+    files = {file.path.name: file for file in model.files}
+    entry: dict[str, object] = {
+        "path": str(plan.recipe.inputs[number]),
+        "role": "base" if plan.has_base and number == len(plan.models) - 1 else "model",
+        "format": model.kind,
+        "layout": model.layout,
+        "tensors": len(model) + len(model.aliases) + len(model.left_out),
+        "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
+        **_left_out(model),
+    }
+    if isinstance(model, Adapter):
+        entry |= {"role": "adapter", "tensors": len(model.account), "went_into": dict(model.account)}
+    return entry
+
+
+def _left_out(model: Checkpoint) -> dict[str, object]:
+    """Tensors of one input that no output could have, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in model.left_out.items():
+        names.setdefault(reason, []).append(name)
+    return {"left_out": [{"because": reason, "tensors": own} for reason, own in names.items()]} if names else {}
+
+
+def _suspicious(found: Suspicious) -> dict[str, object]:
+    return {
+        "model": str(found.path),
+        "equal_to_base": list(found.equal),
+        "far_from_base": dict(found.far),
+        "median_relative_distance": found.median,
+    }
+
+
+def _tensor(outcome: Outcome) -> dict[str, object]:
+    tensor = outcome.tensor
+    done = {"merge": "merged", "copy": "copied", "take": "taken"}[tensor.action]
+    entry: dict[str, object] = {
+        "action": done,
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+        "file": tensor.file,
+        "checksum": outcome.hexdigest(),
+        "source_dtypes": [source.stored.name for source in tensor.sources],
+    }
+    entry |= outcome.facts or {}
+    if outcome.nonfinite is not None:
+        nonfinite = np.sum(outcome.nonfinite, axis=0)
+        entry["nonfinite"] = {"sources": nonfinite[:-1].tolist(), "output": int(nonfinite[-1])}
+    return entry
+
+
+def encode_json(content: Mapping[str, object]) -> bytes:
+    """A JSON file as a merge writes it."""
+    return b"".join(encode_parts(content))
+
+
+def encode_parts(content: Mapping[str, object]) -> Iterator[bytes]:
+    """The same piece by piece, as the text of a large report takes much more memory than what it tells.
+
+    Args:
+        content: An iterator of pairs may stand for a map.
+    """
+    start = "{"
+    for key, value in content.items():
+        yield _encode(f"{start}\n  {_dump(key)}: ")
+        start = ","
+        if isinstance(value, Mapping):
+            value = iter(value.items())
+        if not isinstance(value, Iterator):
+            yield _encode(_dump(value, 1))
+            continue
+        inner = "{"
+        for name, entry in value:
+            yield _encode(f"{inner}\n    {_dump(name)}: {_dump(entry, 2)}")
+            inner = ","
+        yield b"\n  }" if inner == "," else b"{}"
+    yield END if start == "," else b"{}\n"
+
+
+def _dump(value: object, depth: int = 0) -> str:
+    # A line's end in a string is escaped: those in the text are all json's own.
+    return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n" + "  " * depth)
+
+
+def _encode(text: str) -> bytes:
+    # Bytes of a path that are no UTF-8 become JSON's own escapes, which mean the same path when read back.
+    return text.encode(errors="backslashreplace")

@@ -1,0 +1,308 @@
+"""A plan becomes an output folder: workers, buffers, progress. Nothing else is decided here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from modelfuse.checkpoints import CONFIG_FILE
+from modelfuse.checkpoints.output.atomic_folder import OutputFolder
+from modelfuse.checkpoints.tensors import Frame
+from modelfuse.errors import OutputError
+from modelfuse.execution.anomalies import Suspicious, find_suspicious
+from modelfuse.execution.copying import (
+    Copy,
+    Difference,
+    compare_procedure,
+    copy_procedure,
+    describe_copies,
+    describe_unequal_pairs,
+)
+from modelfuse.execution.prefetch import Streaming
+from modelfuse.execution.report_writer import Outcome, SpanResult, write_config, write_index, write_report
+from modelfuse.execution.resume import Finished, bytes_of, entry_of, facts_of
+from modelfuse.execution.scheduler import Job, Scheduler
+from modelfuse.execution.worker import Room, Task, Tasks, Worker
+from modelfuse.kernels import Bytes, Pass, Procedure, Work
+from modelfuse.kernels.backends import choose
+from modelfuse.kernels.jit.compile import announcing
+from modelfuse.methods.registry import Method
+from modelfuse.planning.memory_budget import SPAN
+from modelfuse.planning.output_location import check_room
+from modelfuse.planning.plan import Action, OutputTensor, Plan
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Place, Url, hold, waiting_while
+from modelfuse.storage.checksums import Checksum
+from modelfuse.storage.files import read_whole
+
+if TYPE_CHECKING:
+    from modelfuse.checkpoints.output.remote_folder import Output
+    from modelfuse.execution.ray.driver import Cluster
+
+Progress = Callable[[int], None]
+#: What is taken from one input is multiplied by one.
+TAKE = Method("linear", None, (1.0,))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a merge did.
+
+    Attributes:
+        output_path: Where the merged model is.
+        merged: Tensors merged.
+        copied: Tensors copied.
+        bytes_read: Bytes of the inputs' tensors.
+        bytes_written: Bytes of the weight files.
+        seconds: Wall time.
+        bytes_kept: Bytes, read and written, that an earlier run of the same request had done.
+        suspicious: The models with tensors that equal the base's, or are far from it.
+    """
+
+    output_path: Place
+    merged: int
+    copied: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    bytes_kept: int = 0
+    suspicious: tuple[Suspicious, ...] = ()
+
+
+class Sink(Protocol):
+    """Where the weight files go: a folder to write, or one to compare with."""
+
+    def create(self, name: str, frame: Frame) -> None:
+        """Begin a file; once for each, before anything is written to it."""
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Take bytes of a file; safe from any thread."""
+
+    def keep(self, name: str, nbytes: int, entry: object) -> None:
+        """Take note that so many bytes of a file are finished; safe from any thread."""
+
+    def share(self) -> Path | None:
+        """The folder of the files, which other machines may now write to; None if only ``write`` reaches them."""
+
+
+@dataclass
+class Run:
+    """One run of a plan.
+
+    Args:
+        plan: What to do.
+        progress: Called with a number of bytes as they are done.
+        cluster: The machines that do it; None: threads of this one.
+    """
+
+    plan: Plan
+    progress: Progress
+    cluster: Cluster | None = None
+    differences: list[Difference] = field(default_factory=list)
+    untied: list[Difference] = field(default_factory=list)
+    strange: list[Difference] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._kernel = choose(self.plan.device)
+        self._tasks, self._room = Tasks.of(self.plan), Room.of(self.plan)
+        hold(self._room.fetched, self._room.keeps)
+        workers = self.plan.workers if self.cluster is None else 0
+        self._worker_states = [Worker(self._kernel, self._room, self._is_stopping) for _ in range(workers)]
+        self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
+        #: Workers come to the ends of several spans of one tensor at the same time.
+        self._taking = threading.Lock()
+        self.finished = Finished(self.plan)
+
+    def take_up(self, entries: Iterable[object]) -> None:
+        """Go on from what earlier runs have finished: what their sinks were told to keep."""
+        self.finished.restore(entries, self.outcomes)
+        if self.finished.nbytes:
+            self.progress(self.finished.nbytes)
+
+    def to_folder(self, folder: Sink) -> None:
+        """Compare, copy and merge every tensor into the files of ``folder``."""
+        for file in self.plan.files:
+            folder.create(file.name, file.frame)
+        self._folder = folder
+        if self.cluster is not None:
+            with self.cluster.sharing(self.plan, self._tasks, self._room, folder.share()):
+                self._walk_all()
+            return
+        self._streaming = Streaming(self._in_order())
+        try:
+            self._streaming.start()
+            self._walk_all()
+        finally:
+            self._streaming.end()
+
+    def _walk_all(self) -> None:
+        self._schedule(self._preparing_jobs())
+        if self.untied:
+            what = "config.json ties these tensors, but their values differ"
+            raise describe_unequal_pairs(
+                self.untied, what, "Set tie_word_embeddings to false there if they are meant to differ."
+            )
+        if self.strange:
+            what = "The adapter has copies of tensors of its base, but they are not equal"
+            raise describe_unequal_pairs(self.strange, what, "Give the base that the adapter was trained on.")
+        if self.differences:
+            raise describe_copies(self.differences, self.plan.models)
+        with self._kernel.running():
+            self._schedule(self._merging_jobs())
+
+    def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
+        if self.cluster is not None:
+            self.cluster.walk(jobs, SPAN, self)
+            return
+        self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
+        with waiting_while(lambda: not self._scheduler.stopping):
+            self._scheduler.run(jobs)
+
+    def _in_order(self) -> Iterator[Task]:
+        """All tasks in the order of the jobs."""
+        yield from (task for task in self._tasks.equal_pairs if task.sources[0].size)
+        yield from (task for _, task in self._unfinished("copy"))
+        yield from (task for _, task in self._unfinished("merge", "take"))
+
+    def _preparing_jobs(self) -> Iterator[Job[Pass]]:
+        """What can show that the models do not fit comes first: tied tensors and those to be copied."""
+        for pair, task in zip(self.plan.equal_pairs, self._tasks.equal_pairs, strict=True):
+            if pair.one.size:
+                copy = Copy(f"{pair.one.name} and {pair.other.name} of {pair.path}", None, pair.one.dtype.bytes)
+                procedure = compare_procedure(copy, self.untied if pair.tied else self.strange)
+                yield Job(task, procedure, pair.one.size)
+        for tensor, task in self._unfinished("copy"):
+            copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes)
+            yield self._job(tensor, task, copy_procedure(copy, self.differences))
+
+    def _merging_jobs(self) -> Iterator[Job[Pass]]:
+        for tensor, task in self._unfinished("merge", "take"):
+            merges = tensor.action == "merge"
+            has_base, method = merges and self.plan.has_base, self.plan.method if merges else TAKE
+            dtypes = tuple(source.dtype for source in tensor.sources)
+            deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - has_base])
+            work = Work(tensor.name, tensor.size, dtypes, has_base, tensor.dtype, method, deltas)
+            procedure = self._kernel.merge(work)
+            if work.has_base:
+                from modelfuse.kernels.compiled.base_distance import measured
+
+                procedure = measured(procedure, work)
+            yield self._job(tensor, task, procedure)
+
+    def _unfinished(self, *actions: Action) -> Iterator[tuple[OutputTensor, Task]]:
+        """The tensors to do; nothing is to be done for one without elements."""
+        for tensor, task in zip(self.plan.tensors, self._tasks.tensors, strict=True):
+            if tensor.action in actions and not self.finished.has_all(tensor):
+                yield tensor, task
+
+    def _job(self, tensor: OutputTensor, task: Task, procedure: Procedure) -> Job[Pass]:
+        return Job(task, self.outcomes[tensor.name].follow(procedure), tensor.size)
+
+    def _is_stopping(self) -> bool:
+        return self._scheduler.stopping
+
+    def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
+        """One span; nothing is found in one that an earlier run has written."""
+        if self.has(task, pass_, first, count):
+            return None
+        self._streaming.begin(task, first, count)
+        walked = self._worker_states[worker].walk(task, pass_, first, count, self.write)
+        if task.tensor is not None and pass_.writes:
+            self._streaming.passed(task, first, count)
+        self.take(task, pass_, first, count, walked)
+        return walked.found
+
+    def has(self, task: Task, pass_: Pass, first: int, count: int) -> bool:
+        return task.tensor is not None and pass_.writes and self.finished.has(task.tensor.name, first, count)
+
+    def write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
+        self._folder.write(tensor.file, tensor.offset + tensor.dtype.nbytes(start), data.data)
+        self.advance(tensor, data.size // tensor.dtype.bytes)
+
+    def advance(self, tensor: OutputTensor, count: int) -> None:
+        self.progress(bytes_of(tensor, count))
+
+    def take(self, task: Task, pass_: Pass, first: int, count: int, walked: SpanResult) -> None:
+        tensor = task.tensor
+        if tensor is None or not pass_.writes:
+            return
+        with self._taking:
+            self.outcomes[tensor.name].take(first, walked)
+        if not walked.found:
+            self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(tensor, first, count, walked))
+
+
+def _cluster(recipe: Recipe) -> AbstractContextManager[Cluster | None]:
+    """The machines that a recipe asks for; None: this one."""
+    if recipe.engine == "local":
+        return nullcontext()
+    from modelfuse.execution.ray.driver import Cluster
+
+    return Cluster.reached(recipe.ray_address, recipe.ray_timeout)
+
+
+def _output(plan: Plan, path: Place) -> Output:
+    if isinstance(path, Url):
+        from modelfuse.checkpoints.output.remote_folder import RemoteFolder
+
+        return RemoteFolder(path, plan.recipe.overwrite)
+    return OutputFolder(path, plan.recipe.overwrite, facts_of(plan))
+
+
+def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:
+    """Carry out a plan; where an earlier run of it was ended, go on from there.
+
+    Args:
+        plan: What to do.
+        progress: Called with a number of bytes as they are done; first with those that an earlier run has done.
+        tell: Called with a sentence on what the user may wonder about: what becomes of the work of an earlier run that
+            was ended, and why a first merge takes longer.
+
+    Raises:
+        CheckpointError: If an input cannot be read, changes meanwhile, or holds NaN or infinities.
+        MismatchError: If tensors that cannot be merged differ between the models.
+        OutputError: If the output cannot be written.
+        ClusterError: If a cluster is to do it that cannot be reached, or fails.
+    """
+    started = time.perf_counter()
+    if plan.recipe.output_path is None:
+        raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
+    check_room(plan.recipe.output_path, plan.room)
+    with _cluster(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder, announcing(tell):
+        run = Run(plan, progress or (lambda _: None), cluster)
+        if folder.afresh is not None:
+            tell(f"Starting afresh: {folder.afresh}.")
+        run.take_up(folder.finished())
+        if run.finished.nbytes:
+            share = run.finished.nbytes / (plan.bytes_read + plan.bytes_written)
+            tell(f"Going on from where the last run was ended: {share:.0%} is done.")
+        run.to_folder(folder)
+        for file in plan.side_files:
+            content = read_whole(file.source)
+            if file.name == CONFIG_FILE:
+                content = plan.format.config(content, plan.served_dtype, plan.reference.dequantized)
+            folder.write_file(file.name, content)
+        for name, made in plan.made_files.items():
+            folder.write_file(name, made)
+        write_index(plan, folder)
+        write_config(plan, folder)
+        suspicious = find_suspicious(plan, lambda name: run.outcomes[name].measured())
+        write_report(plan, run.outcomes, suspicious, folder)
+        folder.commit()
+    adapts = plan.recipe.output_format == "lora"
+    merged = sum(adapts or tensor.action == "merge" for tensor in plan.tensors)
+    return Result(
+        plan.recipe.output_path,
+        merged,
+        len(plan.tensors) - merged,
+        plan.bytes_read,
+        plan.bytes_written,
+        time.perf_counter() - started,
+        run.finished.nbytes,
+        suspicious,
+    )

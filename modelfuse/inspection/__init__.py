@@ -1,0 +1,1 @@
+"""An output looked at: verified, its report read, merged again and compared."""

@@ -1,0 +1,219 @@
+"""Merging again from the inputs, and comparing with what is stored instead of writing."""
+
+from __future__ import annotations
+
+import random
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.tensors import Frame
+from modelfuse.errors import ModelfuseError
+from modelfuse.execution.report_writer import CONFIG_NAME
+from modelfuse.inspection.report_reader import Problem, Report, ReportedInput
+from modelfuse.kernels import Bytes
+from modelfuse.planning.plan import OutputTensor, Plan, make_plan
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Place, exists, is_dir, is_file, look_up, place_of, size_of
+from modelfuse.storage.files import SourceFile
+
+#: A sample reads and compares about so many bytes, but never fewer tensors than the least.
+SAMPLE_BYTES = 256_000_000
+SAMPLE_LEAST = 4
+
+
+def absent_inputs(report: Report, recipe: Recipe | None) -> list[str]:
+    """What is not at hand of the inputs as they were merged: paths, and why not."""
+    absent = []
+    for model, path in _places(report, recipe):
+        if not exists(path):
+            absent.append(f"{model.path} is missing")
+            continue
+        for file, size, _ in _files(model, path):
+            if not is_file(file):
+                absent.append(f"{file} is missing")
+            elif size_of(file) != size:
+                absent.append(f"{file} was changed: it has {size_of(file):,} bytes, {size:,} when it was merged")
+    return absent
+
+
+def modified_inputs(report: Report) -> list[str]:
+    """Files that were written again since the merge, though their sizes are the same: perhaps other weights."""
+    # What comes from a hub has the time when it was fetched.
+    places = ((model, path) for model, path in _places(report, None) if exists(path))
+    files = (file for model, path in places for file in _files(model, path))
+    return [str(path) for path, _, modified in files if SourceFile.at(path).mtime_ns != modified]
+
+
+def _places(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, Place]]:
+    """Every input, and where it is now."""
+    known = {} if recipe is None else dict(zip(map(str, recipe.inputs), recipe.input_paths, strict=True))
+    for model in report.inputs:
+        yield model, known.get(model.path) or place_of(model.path)
+
+
+def _files(model: ReportedInput, path: Place) -> Iterator[tuple[Place, int, int]]:
+    folder = path if is_dir(path) else path.parent
+    look_up(folder, model.files)
+    for name, file in model.files.items():
+        yield folder / name, file.size, file.modified_ns
+
+
+def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | None, list[Problem]]:
+    """Plan the merge anew, wherever its output is now, and hold the plan against the report."""
+    try:
+        # What a GPU merged, a CPU merges to the same bytes.
+        changes: dict[str, object] = {
+            "output_path": None,
+            "n_process": n_process,
+            "allow_cpu_fallback": True,
+            "engine": "local",
+        }
+        plan = make_plan(recipe.changed(**changes))
+    except ModelfuseError as error:
+        return None, [Problem("inputs", f"{CONFIG_NAME} cannot be merged again: {error.message}")]
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    problems = [
+        Problem("recipe", f"{CONFIG_NAME} and its inputs give {_describe(planned.get(name))}", tensor=name)
+        for name in {**planned, **report.tensors}
+        if _facts(planned.get(name)) != _facts(report.tensors.get(name))
+    ]
+    problems = [replace(each, message=f"{each.tensor}: {each.message}") for each in problems]
+    for file in plan.files:
+        said = report.sha256.get(file.name)
+        if said is not None and said != file.frame.digest:
+            problems.append(Problem("recipe", f"{file.name}: the merge would write another header", file=file.name))
+    return plan, problems
+
+
+def _facts(tensor: object) -> tuple[object, ...]:
+    return tuple(getattr(tensor, name, None) for name in ("dtype", "shape", "file"))
+
+
+def _describe(tensor: OutputTensor | None) -> str:
+    return "no such tensor" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} in {tensor.file}"
+
+
+def choose(plan: Plan, stored: Mapping[str, StoredTensor], full: bool, sample: int | None, seed: int) -> Plan:
+    """A plan of the tensors to make again: all, so many, or as many as a sample's bytes allow.
+
+    Tensors whose place, type or shape is wrong cannot be compared and are left out.
+    """
+    fit = [
+        tensor
+        for tensor in plan.tensors
+        if tensor.name in stored
+        and (stored[tensor.name].dtype, stored[tensor.name].shape) == (tensor.dtype, tensor.shape)
+    ]
+    if full:
+        return replace(plan, tensors=tuple(fit), files=())
+    shuffled = random.Random(seed).sample(fit, len(fit))
+    chosen, room = set[str](), SAMPLE_BYTES
+    for tensor in shuffled if sample is None else shuffled[:sample]:
+        if sample is not None or len(chosen) < SAMPLE_LEAST or bytes_of(tensor) <= room:
+            chosen.add(tensor.name)
+            room -= bytes_of(tensor)
+    return replace(plan, tensors=tuple(each for each in fit if each.name in chosen), tied=(), equal_pairs=(), files=())
+
+
+def bytes_of(tensor: OutputTensor) -> int:
+    """The bytes of a tensor and of its sources."""
+    return tensor.nbytes + tensor.bytes_read
+
+
+def compare(plan: Plan, stored: Mapping[str, StoredTensor], progress: Callable[[int], None]) -> list[Problem]:
+    """Merge the tensors of a plan again and compare each slice with the bytes that are stored."""
+    if not plan.tensors:
+        return []
+    from modelfuse.execution.run import Run
+
+    comparison = Comparison(plan.tensors, stored)
+    try:
+        Run(plan, progress).to_folder(comparison)
+    except ModelfuseError as error:
+        return [*comparison.problems(), Problem("inputs", f"Merging again failed: {error.message}")]
+    return comparison.problems()
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """The first element of a tensor that is not as it should be: its number, the bytes stored, the bytes made."""
+
+    element: int
+    stored: bytes
+    made: bytes
+
+
+class Comparison:
+    """Where a run's bytes go to be compared; remembers the first deviation of each tensor.
+
+    Args:
+        tensors: What the run makes, at its planned offsets.
+        stored: The same tensors as they lie in the output.
+    """
+
+    def __init__(self, tensors: Sequence[OutputTensor], stored: Mapping[str, StoredTensor]) -> None:
+        self._tensors, self._stored = tensors, stored
+        self._files: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        for tensor in tensors:
+            if tensor.size:  # Others share their offset with the next one, and nothing is ever written to them.
+                offsets, own = self._files.setdefault(tensor.file, ([], []))
+                offsets.append(tensor.offset)
+                own.append(tensor)
+        self._first: dict[str, Deviation] = {}
+        self._lock = threading.Lock()
+        self._rooms = threading.local()
+
+    def create(self, name: str, frame: Frame) -> None:
+        """Nothing: frames were compared with the plan's."""
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Compare bytes of a file with those that are stored."""
+        offsets, tensors = self._files[name]
+        tensor = tensors[bisect_right(offsets, offset) - 1]
+        stored = self._stored[tensor.name]
+        made, there = np.frombuffer(data, np.uint8), self._room(len(data))
+        with stored.file.open() as file:
+            file.read(stored.offset + offset - tensor.offset, there.data)
+        if np.array_equal(made, there):
+            return
+        itemsize = tensor.dtype.bytes
+        number = int(np.argmax(made != there)) // itemsize
+        place = slice(number * itemsize, (number + 1) * itemsize)
+        element = (offset - tensor.offset) // itemsize + number
+        with self._lock:
+            known = self._first.get(tensor.name)
+            if known is None or element < known.element:
+                self._first[tensor.name] = Deviation(element, there[place].tobytes(), made[place].tobytes())
+
+    def keep(self, name: str, nbytes: int, entry: object) -> None:
+        """Nothing: a comparison that is ended begins anew."""
+
+    def share(self) -> None:
+        """Nothing: there are no files."""
+
+    def problems(self) -> list[Problem]:
+        """What deviates, in the order of the tensors."""
+        return [
+            Problem("bytes", _tell(tensor, self._first[tensor.name]), tensor.name, tensor.file)
+            for tensor in self._tensors
+            if tensor.name in self._first
+        ]
+
+    def _room(self, nbytes: int) -> Bytes:
+        room: Bytes | None = getattr(self._rooms, "bytes", None)
+        if room is None or room.size < nbytes:
+            room = self._rooms.bytes = np.empty(nbytes, np.uint8)
+        return room[:nbytes]
+
+
+def _tell(tensor: OutputTensor, deviation: Deviation) -> str:
+    stored, made = (f"0x{each[::-1].hex()}" for each in (deviation.stored, deviation.made))
+    return (
+        f"{tensor.name} in {tensor.file} is not what the recipe gives, from element {deviation.element:,} on: "
+        f"{stored} is stored, {made} would be right"
+    )

@@ -1,0 +1,212 @@
+"""Whether an output is what its merge wrote, and whether the inputs give it.
+
+What needs no inputs comes first: the report's own checksum, files, headers, index, config.json, and the checksum
+of every tensor. With the inputs at hand, tensors are merged again and compared byte by byte.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.errors import CheckpointError, ModelfuseError, RecipeError
+from modelfuse.execution.scheduler import Job, Scheduler
+from modelfuse.inspection.output_checks import Contents
+from modelfuse.inspection.recompute import absent_inputs, bytes_of, choose, compare, modified_inputs, plan_again
+from modelfuse.inspection.report_reader import Problem, Report, read_recipe, read_report
+from modelfuse.planning.plan import Plan
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Place, forget
+from modelfuse.storage.checksums import BLOCK_BYTES, Checksum
+
+#: Called with the bytes done since the last call, and with the bytes that there are to do in all.
+Progress = Callable[[int, int], None]
+#: More do not read faster.
+MOST_WORKERS = 8
+#: Bytes that a worker reads at a time, and between two looks at the queue: the first stay in its cache.
+READ_BYTES = 4 * BLOCK_BYTES
+SPAN_BYTES = 32 * BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was checked, and what was found.
+
+    Attributes:
+        path: The output.
+        files: Its weight files.
+        tensors: Tensors whose checksums were compared.
+        recomputed: Tensors that were merged again and compared byte by byte.
+        seed: Chooses the sample of those; the same one chooses the same again.
+        absent: What of the inputs is not at hand, so that nothing was merged again.
+        problems: What is wrong; empty if all holds.
+        nbytes: Bytes read.
+        seconds: Wall time.
+    """
+
+    path: Place
+    files: int
+    tensors: int
+    recomputed: int
+    seed: int
+    absent: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    nbytes: int
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems
+
+
+def verify_output(
+    path: Place,
+    *,
+    full: bool = False,
+    sample: int | None = None,
+    n_process: int | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check an output; see :func:`modelfuse.verify`."""
+    started = time.perf_counter()
+    forget()
+    for name, number, least in (("sample", sample, 1), ("n_process", n_process, 1), ("seed", seed, 0)):
+        if number is not None and number < least:
+            raise RecipeError(f"{name} is {number}: it should be at least {least}")
+    workers = min(n_process or _processors(), MOST_WORKERS)
+    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+    try:
+        report, problems = read_report(path)
+        contents = Contents(path, report)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
+    stored = contents.tensors
+    problems += contents.problems
+    plan, absent, found = _plan(contents, full, sample, seed, workers)
+    problems += found
+    again = plan.tensors if plan is not None else ()
+    whole = sum(each.nbytes for each in stored.values()) + sum(bytes_of(each) for each in again)
+    advance = (lambda count: progress(count, whole)) if progress is not None else lambda _: None
+    problems += Checksums(report, stored, workers, advance).compare()
+    if plan is not None:
+        problems += _blame(compare(plan, stored, advance), report)
+    seconds = time.perf_counter() - started
+    return Verification(
+        path, len(contents.files), len(stored), len(again), seed, tuple(absent), tuple(problems), whole, seconds
+    )
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plan(
+    contents: Contents, full: bool, sample: int | None, seed: int, workers: int
+) -> tuple[Plan | None, list[str], list[Problem]]:
+    """What to merge again, what is missing for it, and what is wrong before any of it is done."""
+    report = contents.report
+    recipe, problems = read_recipe(contents.folder, report)
+    absent: list[str] = []
+    if recipe is not None and recipe.hub_names:
+        recipe, absent = _from_cache(recipe, full)
+    absent = absent or absent_inputs(report, recipe)
+    if absent:
+        problems += [Problem("inputs", f"Not all can be merged again: {each}") for each in absent if full]
+        return None, absent, problems
+    if recipe is None:
+        return None, [], problems
+    plan, found = plan_again(recipe, report, workers)
+    problems += found
+    return plan and choose(plan, contents.tensors, full, sample, seed), [], problems
+
+
+def _from_cache(recipe: Recipe, full: bool) -> tuple[Recipe, list[str]]:
+    """The recipe with what the hub's cache holds; only to merge all again is anything fetched."""
+    from modelfuse.planning.hub import QUIET, fetch
+
+    try:
+        return fetch(recipe.changed(output_path=None), QUIET, ask=full), []
+    except ModelfuseError as error:
+        return recipe, [error.message]
+
+
+def _blame(problems: list[Problem], report: Report) -> list[Problem]:
+    """Where the output is not what the inputs give, it may be the inputs that changed."""
+    if problems and (modified := modified_inputs(report)):
+        problems.append(Problem("inputs", f"Written again since the merge: {', '.join(modified)}"))
+    return problems
+
+
+@dataclass
+class Checksums:
+    """Compares the checksum of every tensor with the report's.
+
+    Args:
+        report: What they should be.
+        stored: The tensors.
+        workers: How many threads.
+        progress: Called with a number of bytes as they are done.
+    """
+
+    report: Report
+    stored: Mapping[str, StoredTensor]
+    workers: int
+    progress: Callable[[int], None]
+    found: dict[str, Problem] = field(default_factory=dict)
+
+    def compare(self) -> list[Problem]:
+        """Read every tensor once."""
+        self._owners = {entry.checksum: name for name, entry in self.report.tensors.items()}
+        self._rooms = [np.empty(READ_BYTES, np.uint8) for _ in range(self.workers)]
+        scheduler = Scheduler(self._walk, self.workers, SPAN_BYTES)
+        scheduler.run(self._jobs())
+        return [self.found[name] for name in self.stored if name in self.found]
+
+    def _jobs(self) -> Iterator[Job[Checksum]]:
+        for stored in self.stored.values():
+            if stored.nbytes:
+                yield Job(stored, self._procedure(stored), stored.nbytes)
+            else:
+                self._check(stored, Checksum(0))
+
+    def _procedure(self, stored: StoredTensor) -> Generator[Checksum, list[Any], None]:
+        """One pass, which adds the bytes of its spans to the checksum; finds why a span cannot be read."""
+        checksum = Checksum(stored.nbytes)
+        failures = yield checksum
+        if failure := next(filter(None, failures), None):
+            message = f"{stored.name} cannot be read: {failure}"
+            self.found[stored.name] = Problem("tensor", message, stored.name, stored.file.path.name)
+        else:
+            self._check(stored, checksum)
+
+    def _walk(self, worker: int, stored: StoredTensor, checksum: Checksum, first: int, count: int) -> str | None:
+        try:
+            with stored.file.open() as file:
+                file.expect(stored.offset + first, count)
+                for start in range(first, first + count, READ_BYTES):
+                    room = self._rooms[worker][: min(READ_BYTES, first + count - start)]
+                    file.read(stored.offset + start, room.data)
+                    checksum.update(start, room)
+                    self.progress(room.size)
+        except CheckpointError as error:
+            return error.message
+        return None
+
+    def _check(self, stored: StoredTensor, checksum: Checksum) -> None:
+        digest, file = checksum.hexdigest(), stored.file.path.name
+        wanted = self.report.tensors[stored.name].checksum
+        if digest == wanted:
+            return
+        owner = self._owners.get(digest)
+        what = f"its checksum is {digest}, reported is {wanted}" if owner is None else f"they are those of {owner}"
+        message = f"{stored.name} in {file} does not have the bytes that were merged: {what}"
+        self.found[stored.name] = Problem("checksum", message, stored.name, file)

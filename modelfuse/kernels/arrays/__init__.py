@@ -1,0 +1,1 @@
+"""The methods over tensors of torch or Paddle."""

@@ -1,0 +1,171 @@
+"""What trim and magprune must know of a whole tensor, from tallies made of a library's own operations.
+
+The searches are those of :mod:`modelfuse.kernels.order_statistics`, so thresholds, factors and probabilities are the
+same as the compiled kernels'; only this module and its passes know how a tally looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+
+from modelfuse.kernels import Bytes, Pass, Work
+from modelfuse.kernels.arrays.blocks import State, Walk
+from modelfuse.kernels.arrays.library import Array, Library, Tensor
+from modelfuse.kernels.arrays.methods import Arithmetic, Sparsifier
+from modelfuse.kernels.compiled.merge_loops import BINS, RANK_BITS
+from modelfuse.kernels.measures import add_up, add_up_models, measure_ranks, measure_thresholds
+from modelfuse.kernels.order_statistics import LAYOUTS, LOW_BITS
+from modelfuse.methods.random import stream_key
+
+#: A tally's tables on the device: counts and two sums for each bin, and what it takes to gather those in use.
+TABLE_BYTES = BINS * 32
+
+Measuring = Generator[Pass, list[Any], Sparsifier]
+
+
+def measure_sparsifier(work: Work, library: Library) -> Measuring:
+    """The passes that learn what a sparsifier must know."""
+    method, kind = work.method, work.method.sparsify_type
+    keys = [stream_key(method.seed, model, work.name) for model in range(work.models)]
+    if kind == "trim":
+        numbers = yield from measure_thresholds(work, _Tallies(library))
+        return Sparsifier("trim", work.compute, numbers=numbers)
+    if kind == "magprune":
+        ranks = yield from measure_ranks(work, _Tallies(library))
+        tables = [np.ones(BINS) for _ in ranks.tables]
+        for table, (bins, keeps) in zip(tables, ranks.tables, strict=True):
+            table[bins] = keeps
+        return Sparsifier(
+            "magprune", work.compute, method.rescale, keys, ranks.numbers, LAYOUTS[work.compute].shift, RANK_BITS,
+            tables, ranks.subtables, ranks.levels,
+        )  # fmt: skip
+    return Sparsifier(kind, work.compute, method.rescale, keys, [(method.reserve_p, 1.0)] * work.models)
+
+
+class _Tallies:
+    """The passes of a library that tally."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def all(self, work: Work) -> TallyAll:
+        return TallyAll(work, self._library)
+
+    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyWithin:
+        return TallyWithin(work, self._library, prefixes, parent_shift, shift, digit_bits)
+
+
+def _rest_sums(library: Library, arithmetic: Arithmetic, bins: Tensor, rest: Tensor, wide: bool) -> tuple[Tensor, ...]:
+    """The sums by bin of the remaining bits' low ones and, if ``wide``, of the others.
+
+    Each sum stays far below 2⁵³, so float64 adds it up exactly in any order.
+    """
+    if not wide:
+        return (library.bincount(bins, 0, library.cast(rest, "float64")),)
+    low = rest & arithmetic.integer((1 << LOW_BITS) - 1)
+    high = library.shift_right(rest, LOW_BITS)
+    return tuple(library.bincount(bins, 0, library.cast(part, "float64")) for part in (low, high))
+
+
+class TallyAll(Walk):
+    """The pass that tallies all magnitudes; finds, for each model, the bins that hold any and their rows."""
+
+    fixed = TABLE_BYTES
+    scratch = 40
+
+    def __init__(self, work: Work, library: Library) -> None:
+        super().__init__(work, library)
+        self._shift = LAYOUTS[work.compute].shift
+        self._sums = work.method.sparsify_type == "trim"
+
+    def start(self) -> State:
+        return self._state([[] for _ in range(self._work.models)])
+
+    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+        library, arithmetic = self._library, self._arithmetic
+        for model, parts in enumerate(state.found):
+            bits = arithmetic.magnitude_bits(xs[model])
+            xs[model] = None
+            bins, rest = arithmetic.bins(bits, self._shift), arithmetic.low_bits(bits, self._shift)
+            counts = library.bincount(bins, 0)
+            used = library.places(counts != arithmetic.integer(0))
+            wide = self._work.compute == "float64"
+            sums = _rest_sums(library, arithmetic, bins, rest, wide) if self._sums else ()
+            rows = np.zeros((used.shape[0], 3), np.uint64)
+            for column, values in enumerate((counts, *sums)):
+                rows[:, column] = library.fetch(library.take(values, used))
+            parts.append((library.fetch(used).astype(np.uint64), rows))
+
+    def finish(self, state: State) -> list[tuple[Array, Array]]:
+        return [add_up(parts) for parts in state.found]
+
+    def fold(self, one: list[tuple[Array, Array]], other: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+        """The sums of two spans' tallies."""
+        return add_up_models(one, other)
+
+
+class TallyWithin(Walk):
+    """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3)."""
+
+    once = False
+    scratch = 80
+
+    def __init__(
+        self, work: Work, library: Library, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int
+    ) -> None:
+        super().__init__(work, library)
+        self._prefixes, self._shifts, self._digits = prefixes, (parent_shift, shift), 1 << digit_bits
+        self.fixed = max(map(len, prefixes)) * self._digits * 32
+
+    def start(self) -> State:
+        found = np.zeros((sum(map(len, self._prefixes)), self._digits, 3), np.uint64)
+        with self._library.working():
+            placed = [self._library.place(own.astype(np.int64)) for own in self._prefixes]
+        return self._state(found, placed)
+
+    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+        library, arithmetic = self._library, self._arithmetic
+        row = 0
+        for model, own in enumerate(self._prefixes):
+            bits = arithmetic.magnitude_bits(xs[model])
+            xs[model] = None
+            if own.size:
+                slots, chosen = self._slots(library.cast(bits, "int64"), state.placed[model])
+                if slots.shape[0]:
+                    self._count(state.found[row : row + len(own)], slots, chosen)
+            row += len(own)
+
+    def _slots(self, bits: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor]:
+        """For the magnitudes in the chosen bins: where each is counted, and its bits."""
+        library, arithmetic = self._library, self._arithmetic
+        parent_shift, shift = self._shifts
+        leading = library.shift_right(bits, parent_shift)
+        rows = library.find(prefixes, leading)
+        # Beyond the last prefix there is none to compare with.
+        rows = rows - library.cast(rows >= arithmetic.integer(prefixes.shape[0]), "int64")
+        hits = library.places(library.take(prefixes, rows) == leading)
+        chosen = library.take(bits, hits)
+        digits = library.shift_right(chosen, shift) & arithmetic.integer(self._digits - 1)
+        return library.take(rows, hits) * arithmetic.integer(self._digits) + digits, chosen
+
+    def _count(self, table: Array, slots: Tensor, bits: Tensor) -> None:
+        library, arithmetic = self._library, self._arithmetic
+        rest = arithmetic.low_bits(bits, self._shifts[1], "int64")
+        counted = (library.bincount(slots, 0), *_rest_sums(library, arithmetic, slots, rest, True))
+        for column, values in enumerate(counted):
+            flat = library.fetch(values).astype(np.uint64)
+            rows = np.zeros(table.shape[0] * self._digits, np.uint64)
+            rows[: flat.size] = flat
+            table[:, :, column] += rows.reshape(-1, self._digits)
+
+    def finish(self, state: State) -> Array:
+        tables: Array = state.found
+        return tables
+
+    def fold(self, one: Array, other: Array) -> Array:
+        """The sums of two spans' tables."""
+        one += other
+        return one

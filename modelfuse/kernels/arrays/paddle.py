@@ -1,0 +1,81 @@
+"""Paddle's tensors, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from modelfuse.dtypes import DType
+from modelfuse.kernels import Bytes
+from modelfuse.kernels.arrays.library import Array, Library, Tensor
+
+
+class PaddleLibrary(Library):
+    """Paddle's tensors.
+
+    Args:
+        paddle: The module; it is imported only where it is asked for.
+        gpu: Whether to compute on a GPU: the first that Paddle sees.
+        room: As in the library.
+        most: As in the library.
+
+    Paddle keeps one stream for all threads: on a GPU, copies of one worker overlap with the reading and writing of
+    the others, and with arithmetic as far as the stream allows.
+    """
+
+    def __init__(self, paddle: Any, gpu: bool, room: int, most: int) -> None:
+        super().__init__(paddle, gpu, room, most)
+        self._place = paddle.CUDAPlace(0) if gpu else paddle.CPUPlace()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        with self._module.no_grad():
+            if not self._gpu:
+                yield
+                return
+            self._module.set_device("gpu:0")  # The device is each thread's own.
+            self._own.pinned = []
+            yield
+            self._module.device.synchronize()
+            self._own.pinned = []
+
+    def buffer(self, shape: tuple[int, ...]) -> Bytes:
+        return np.empty(shape, np.uint8)
+
+    def load(self, raw: Bytes, dtype: DType) -> Tensor:
+        if self._gpu:
+            pinned = self._module.to_tensor(raw, place=self._module.CUDAPinnedPlace())
+            self._own.pinned.append(pinned)  # It must live until the copy is done.
+            return self.view(pinned._copy_to(self._place, False), str(dtype.paddle))
+        return self.view(self._module.utils.dlpack.from_dlpack(raw), str(dtype.paddle))
+
+    def store(self, x: Tensor, out: Bytes) -> None:
+        out[:] = self.view(x, "uint8").numpy()
+
+    def place(self, values: Array) -> Tensor:
+        return self._module.to_tensor(values, place=self._place)
+
+    def fetch(self, x: Tensor) -> Array:
+        values: Array = x.numpy()
+        return values
+
+    def cast(self, x: Tensor, dtype: str) -> Tensor:
+        return x.astype(dtype)
+
+    def view(self, x: Tensor, dtype: str) -> Tensor:
+        return x.view(dtype)
+
+    def arange(self, first: int, count: int) -> Tensor:
+        return self._module.arange(first, first + count, dtype="int64")
+
+    def shift_right(self, x: Tensor, bits: int) -> Tensor:
+        return self._module.bitwise_right_shift(x, self._module.full([], bits, x.dtype), False) if bits else x
+
+    def take(self, x: Tensor, places: Tensor) -> Tensor:
+        return self._module.gather(x, places)
+
+    def join(self, *parts: Tensor) -> Tensor:
+        return self._module.concat(list(parts))

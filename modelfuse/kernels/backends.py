@@ -1,0 +1,185 @@
+"""Which kernels do the work: compiled loops over numpy's bytes, or torch's or Paddle's tensors, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from modelfuse.errors import MissingExtraError, ModelfuseError, RecipeError
+from modelfuse.kernels import Bytes, Procedure, Work
+
+if TYPE_CHECKING:
+    from modelfuse.kernels.arrays.library import Library
+
+#: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
+CPU_ROOM = 32_000_000
+CPU_BLOCK = 1 << 17
+#: The same of a GPU's: whole slices.
+GPU_ROOM = 2_000_000_000
+GPU_BLOCK = 1 << 22
+INSTEAD = "Use --device cpu, or --allow_cpu_fallback for whatever the machine has."
+
+
+class Kernel(ABC):
+    """What merges tensors: one seam between the run and every kind of kernel."""
+
+    def buffer(self, shape: tuple[int, ...]) -> Bytes:
+        """Memory for stored bytes, which a worker's reads fill and its writes take, uint8."""
+        return np.empty(shape, np.uint8)
+
+    def running(self) -> AbstractContextManager[None]:
+        """What must be set in the main thread while workers use the kernel."""
+        return nullcontext()
+
+    @abstractmethod
+    def merge(self, work: Work) -> Procedure:
+        """The passes that merge one tensor."""
+
+
+class CompiledKernel(Kernel):
+    """Compiled loops over the bytes as they are stored."""
+
+    def merge(self, work: Work) -> Procedure:
+        from modelfuse.kernels.compiled.passes import merge_procedure
+
+        return merge_procedure(work)
+
+
+class ArrayKernel(Kernel):
+    """Tensors of a library on one device."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def buffer(self, shape: tuple[int, ...]) -> Bytes:
+        return self.library.buffer(shape)
+
+    def running(self) -> AbstractContextManager[None]:
+        return self.library.running()
+
+    def merge(self, work: Work) -> Procedure:
+        from modelfuse.kernels.arrays.passes import merge_procedure
+
+        return merge_procedure(work, self.library)
+
+
+class Needed(NamedTuple):
+    """What a tensor_type needs.
+
+    Attributes:
+        module: The library's name in Python; also that of modelfuse's extra.
+        gpu: How to get it for a GPU.
+    """
+
+    module: str
+    gpu: str
+
+
+LIBRARIES = {
+    "pt": Needed("torch", "Install torch with CUDA, as pytorch.org says, beside `pip install 'modelfuse[torch]'`."),
+    "pd": Needed("paddle", "Install paddlepaddle-gpu, as paddlepaddle.org.cn says, instead of `modelfuse[paddle]`."),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where tensors are merged.
+
+    Attributes:
+        tensor_type: ``np``, ``pt`` or ``pd``.
+        gpu: Whether on a GPU.
+        room: Bytes of the device's memory that each worker may fill.
+    """
+
+    tensor_type: str
+    gpu: bool = False
+    room: int = CPU_ROOM
+
+    @property
+    def library(self) -> str:
+        """The name of the module whose tensors are merged, numpy if none is asked for."""
+        return LIBRARIES[self.tensor_type].module if self.tensor_type in LIBRARIES else "numpy"
+
+
+def find_gpu(tensor_type: str, device: str, allow_cpu_fallback: bool) -> bool:
+    """Whether to compute on a GPU. The library is imported only if one is asked for.
+
+    Raises:
+        MissingExtraError: If the library is not installed, or not the one for GPUs.
+        RecipeError: If there is no GPU that it can use.
+    """
+    if tensor_type == "np":
+        return False
+    module, hint = LIBRARIES[tensor_type]
+    if find_spec(module) is None:
+        raise MissingExtraError(
+            f"tensor_type {tensor_type} needs {module}, which is not installed",
+            f"pip install 'modelfuse[{module}]', or use --tensor_type np: the same results on the CPU.",
+        )
+    if device == "cpu":
+        return False
+    problem = _gpu_problem(module, device, hint)
+    if problem is not None and not allow_cpu_fallback:
+        raise problem
+    return problem is None
+
+
+def _gpu_problem(module: str, device: str, hint: str) -> ModelfuseError | None:
+    library = import_library(module)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if module == "torch":
+            built, number = library.version.cuda or library.version.hip, library.cuda.device_count()
+        else:
+            built = library.device.is_compiled_with_cuda() or library.device.is_compiled_with_rocm()
+            number = library.device.cuda.device_count() if built else 0
+    if not built:
+        message = f"device {device}: {module} {library.__version__} is built without support for GPUs"
+        return MissingExtraError(message, f"{hint} {INSTEAD}")
+    if not number:
+        reason = f" ({said[0].message})" if said else ""
+        return RecipeError(f"device {device}: {module} {library.__version__} finds no GPU{reason}", INSTEAD)
+    return None
+
+
+def import_library(module: str) -> Any:
+    """Import torch or Paddle.
+
+    Raises:
+        MissingExtraError: If it is installed, but cannot be imported.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of tools for building extensions, among others.
+            return import_module(module)
+    except Exception as error:  # A broken library may raise anything.
+        raise MissingExtraError(
+            f"{module} is installed, but cannot be imported: {error}",
+            f"Install it again: pip install --force-reinstall 'modelfuse[{module}]'.",
+        ) from error
+
+
+def choose(device: Device) -> Kernel:
+    """The kernel for a device; loads the library, if it takes one.
+
+    Raises:
+        MissingExtraError: If the library cannot be imported.
+    """
+    if device.tensor_type == "np":
+        return CompiledKernel()
+    library = import_library(device.library)
+    most = GPU_BLOCK if device.gpu else CPU_BLOCK
+    if device.tensor_type == "pt":
+        from modelfuse.kernels.arrays.torch import TorchLibrary
+
+        return ArrayKernel(TorchLibrary(library, device.gpu, device.room, most))
+    from modelfuse.kernels.arrays.paddle import PaddleLibrary
+
+    return ArrayKernel(PaddleLibrary(library, device.gpu, device.room, most))

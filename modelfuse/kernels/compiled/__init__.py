@@ -1,0 +1,1 @@
+"""The methods as compiled loops over raw bytes."""

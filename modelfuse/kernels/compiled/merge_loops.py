@@ -1,0 +1,510 @@
+"""The methods as compiled loops over raw bytes.
+
+Every kernel walks a slice in blocks that stay in the first-level cache: decode the models' bytes to
+the compute type, subtract the base, sparsify, then measure or merge and encode. Nothing is allocated
+and the GIL is released. One compilation serves all storage types, methods and numbers of models: what
+differs is an integer, looked at once a block. Arithmetic follows the definitions in
+:mod:`modelfuse.methods` operation by operation, so the bits are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from modelfuse.kernels.compiled.direct_reads import BLOCK, Files, place_of
+from modelfuse.kernels.jit.compile import compile_kernel
+from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
+from modelfuse.methods.ties import MIN_DIVISOR
+
+#: Elements a partial sum. Fixed, so that sums do not depend on slices.
+CHUNK = 32768
+#: Models that ties looks at, and tallies count, together.
+TOGETHER = 3
+
+#: Storage codes.
+RAW_F32, RAW_F64, RAW_BF16, RAW_F16 = 0, 1, 2, 3
+#: Sparsifier codes.
+NO_SPARSIFIER, TRIM, DARE, MAGPRUNE = 0, 1, 2, 3
+#: Merge codes.
+LINEAR, TIES_SUM, TIES_COUNT = 0, 1, 2
+
+#: Magnitudes are tallied by 15 leading bits (sign dropped, exponent and first mantissa bits) and, in front of them, a
+#: sticky bit: whether any of the bits that remain is set. Differences of bfloat16 models rarely have any, so nearly all
+#: of their bins hold one value; and the bins they use lie side by side, so that they stay in the first-level cache.
+LEAD_BITS = 15
+LEADS = 1 << LEAD_BITS
+BINS = 2 * LEADS
+#: A threshold's bin is tallied again by so many bits at a time.
+DIGIT_BITS = 16
+#: Bins that hold too many ranks are tallied again by so many bits at a time: there may be thousands of them.
+RANK_BITS = 6
+RANKS = 1 << RANK_BITS
+#: A float32 tally packs the count above the sum of the remaining 16 bits; a span stays below 2²³ elements.
+COUNT_SHIFT = 40
+
+Array = np.ndarray[Any, Any]
+
+
+class Inputs(NamedTuple):
+    """What the sources of a tensor are.
+
+    Attributes:
+        codes: int64, shape (sources,): the storage codes, the base's last.
+        models: The number of models, without the base.
+        has_base: Whether there is one.
+        deltas: bool, shape (models,): which models are differences to the base already.
+    """
+
+    codes: Array
+    models: int
+    has_base: bool
+    deltas: Array
+
+
+class Stored(NamedTuple):
+    """Where a slice's stored bytes are, before and after.
+
+    Attributes:
+        inputs: What they are.
+        raws: uint8, shape (sources, bytes): each source's elements from column 0 on, the base's in the last row.
+        halves: uint16, shape (sources, bytes / 2): the same memory. It takes time to tell the compiler that bytes are
+            something else, so whatever is seen as two types is there twice.
+        out: uint8, shape (bytes,): room for the result.
+        out_halves: uint16, shape (bytes / 2,): the same memory.
+    """
+
+    inputs: Inputs
+    raws: Array
+    halves: Array
+    out: Array
+    out_halves: Array
+
+
+class Room(NamedTuple):
+    """A worker's scratch for one block.
+
+    Attributes:
+        x: Compute type, shape (rows, BLOCK): the decoded elements of the models, zeros up to a multiple of TOGETHER
+            rows, and those of the base.
+        singles: uint32: their bits, if that is float32.
+        doubles: uint64: their bits, if that is float64.
+        rows: Compute type, shape (3, BLOCK): results on their way.
+        draws: float32, shape (BLOCK,).
+        bits: uint64, shape (BLOCK,): magnitudes, or the words that draws are made of.
+        words: uint32, shape (2 · BLOCK,): their halves.
+        bins: uint16, shape (TOGETHER, BLOCK).
+        amounts: uint64, the same shape: what is added to them.
+        bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
+        tables: Compute type, shape (models, BINS): magprune's probabilities of being kept, by bin; those of bins that a
+            tensor has no magnitude in are another one's. No rows for other sparsifiers.
+        files: Where the stored elements are read from.
+    """
+
+    x: Array
+    singles: Array
+    doubles: Array
+    rows: Array
+    draws: Array
+    bits: Array
+    words: Array
+    bins: Array
+    amounts: Array
+    bad: Array
+    tables: Array
+    files: Files
+
+
+class Sparsifier(NamedTuple):
+    """What it takes to sparsify any element of a tensor.
+
+    Attributes:
+        kind: The sparsifier's code.
+        rescale: Whether to divide what is kept by its probability.
+        keys: uint64, shape (models,): the random streams.
+        numbers: Compute type, shape (models, 2): threshold and factor of trim; probability, and whether there is
+            anything to drop, of dare and magprune.
+        shift: The bits of a magnitude below its leading ones.
+        bins: uint16, shape (bins,): for magprune, the bins that hold any magnitude, model by model.
+        ends: int64, shape (models,): where those of each model end.
+        keeps: Compute type, shape (bins,): their probabilities of being kept; −(slot + 1) where a subtable says more.
+        subtables: Compute type, shape (slots, RANKS): the same for bins that needed more bits.
+    """
+
+    kind: int
+    rescale: bool
+    keys: Array
+    numbers: Array
+    shift: int
+    bins: Array
+    ends: Array
+    keeps: Array
+    subtables: Array
+
+
+_GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
+_SHIFT, _SCALE = np.uint32(SHIFT), np.float32(SCALE)
+
+
+@compile_kernel
+def width_of(code: int) -> int:
+    """The bytes of a stored element."""
+    return 4 if code == RAW_F32 else (8 if code == RAW_F64 else 2)
+
+
+@compile_kernel
+def _from_bfloat16(half: Any) -> Any:
+    return np.uint32(np.uint32(half) << 16).view(np.float32)
+
+
+@compile_kernel
+def _from_float16(half: Any) -> Any:
+    """Placing the 15 bits as a float32 leaves the exponent 112 too small, subnormals included."""
+    shifted = np.uint32((np.uint32(half) & 0x7FFF) << 13)
+    value = np.float32(shifted.view(np.float32) * np.float32(2.0**112))
+    finite = np.uint32(value.view(np.uint32))
+    bits = np.uint32(shifted | 0x7F800000) if (half & 0x7C00) == 0x7C00 else finite
+    return np.uint32(bits | (np.uint32(half) & 0x8000) << 16).view(np.float32)
+
+
+@compile_kernel
+def _to_odd(value: Any) -> Any:
+    """The bits of float32 rounded to odd where inexact: then a second rounding to 16 bits is as good as one."""
+    single = np.float32(value)
+    back = np.float64(single)
+    bits = np.uint32(single.view(np.uint32))
+    odd = np.uint32((bits - np.uint32(abs(back) > abs(value))) | 1)
+    return odd if back != value and value == value else bits
+
+
+@compile_kernel
+def _to_bfloat16(bits: Any) -> Any:
+    rounded = np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = np.uint32(bits >> 16) | 0x40
+    return np.uint16(quiet if np.uint32(bits & 0x7FFFFFFF) > 0x7F800000 else rounded)
+
+
+@compile_kernel
+def _to_float16(bits: Any) -> Any:
+    """Adding 0.5 aligns a subnormal's last bit with float32's, so the addition rounds it."""
+    size = np.uint32(bits & 0x7FFFFFFF)
+    tiny = np.float32(size.view(np.float32) + np.float32(0.5))
+    subnormal = np.uint32(np.uint32(tiny.view(np.uint32)) - 0x3F000000)
+    normal = np.uint32(np.uint32(size - 0x38000000 + 0xFFF + ((size >> 13) & 1)) >> 13)
+    half = subnormal if size < 0x38800000 else normal
+    special = np.uint32(0x7E00) if size > 0x7F800000 else np.uint32(0x7C00)
+    half = special if size >= 0x47800000 else half
+    return np.uint16(half | ((bits >> 16) & 0x8000))
+
+
+@compile_kernel
+def decode(code: int, raw: Array, start: int, count: int, out: Array) -> int:
+    """Widen ``count`` stored elements from number ``start`` on; returns how many are not finite."""
+    largest, infinite = np.uint16(0), np.uint16(0x7F80 if code == RAW_BF16 else 0x7C00)
+    if code == RAW_BF16:
+        halves = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            out[i] = _from_bfloat16(halves[i])
+            largest = max(largest, np.uint16(halves[i] & 0x7FFF))
+    elif code == RAW_F16:
+        halves = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            out[i] = _from_float16(halves[i])
+            largest = max(largest, np.uint16(halves[i] & 0x7FFF))
+    elif code == RAW_F32:
+        singles = raw.view(np.float32)[start : start + count]
+        for i in range(count):
+            out[i] = singles[i]
+        return _count_bad(out, count)
+    else:
+        doubles = raw.view(np.float64)[start : start + count]
+        for i in range(count):
+            out[i] = doubles[i]
+        return _count_bad(out, count)
+    return _count_bad(out, count) if largest >= infinite else 0
+
+
+@compile_kernel
+def _count_bad(values: Array, count: int) -> int:
+    bad = 0
+    for i in range(count):
+        zero = values[i] - values[i]
+        bad += zero != zero
+    return bad
+
+
+@compile_kernel
+def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
+    """Round ``count`` values into the storage type, to nearest even; returns how many are not finite."""
+    bad, largest = 0, np.uint16(0)
+    if code == RAW_BF16:
+        bad = _narrow(values, count, raw.view(np.uint16), start)
+    elif code == RAW_F16:
+        halves = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            halves[i] = _to_float16(_to_odd(values[i]))
+            largest = max(largest, np.uint16(halves[i] & 0x7FFF))
+        if largest >= 0x7C00:
+            for i in range(count):
+                bad += (halves[i] & 0x7C00) == 0x7C00
+    elif code == RAW_F32:
+        singles = raw.view(np.float32)[start : start + count]
+        for i in range(count):
+            singles[i] = np.float32(values[i])
+        bad = _count_bad(singles, count)
+    else:
+        doubles = raw.view(np.float64)[start : start + count]
+        for i in range(count):
+            doubles[i] = values[i]
+        bad = _count_bad(values, count)
+    return bad
+
+
+@compile_kernel
+def _narrow(values: Array, count: int, halves: Array, start: int) -> int:
+    """Round into bfloat16; returns how many are not finite."""
+    largest, out = np.uint16(0), halves[start : start + count]
+    for i in range(count):
+        half = _to_bfloat16(_to_odd(values[i]))
+        out[i] = half
+        largest = max(largest, np.uint16(half & np.uint16(0x7FFF)))
+    return _count_bad_halves(out, count) if largest >= 0x7F80 else 0
+
+
+@compile_kernel
+def _widen(halves: Array, count: int, out: Array) -> int:
+    """Decode bfloat16; returns how many are not finite."""
+    largest = np.uint16(0)
+    for i in range(count):
+        out[i] = _from_bfloat16(halves[i])
+        largest = max(largest, np.uint16(halves[i] & np.uint16(0x7FFF)))
+    return _count_bad_halves(halves, count) if largest >= 0x7F80 else 0
+
+
+@compile_kernel
+def _widen_less(halves: Array, base: Array, count: int, out: Array) -> int:
+    """The same, less the base."""
+    largest = np.uint16(0)
+    for i in range(count):
+        out[i] = _from_bfloat16(halves[i]) - base[i]
+        largest = max(largest, np.uint16(halves[i] & np.uint16(0x7FFF)))
+    return _count_bad_halves(halves, count) if largest >= 0x7F80 else 0
+
+
+@compile_kernel
+def _count_bad_halves(halves: Array, count: int) -> int:
+    bad = 0
+    for i in range(count):
+        bad += (halves[i] & np.uint16(0x7F80)) == 0x7F80
+    return bad
+
+
+@compile_kernel
+def load(data: Stored, begin: int, count: int, room: Room, length: int) -> None:
+    """Decode a block of a slice of ``length`` elements into the rows of ``room.x``, and subtract the base."""
+    x, last, inputs = room.x, room.x.shape[0] - 1, data.inputs
+    base, start = x[last], place_of(room.files, data.raws, begin, length)
+    for row in range(inputs.models + inputs.has_base - 1, -1, -1):
+        less = inputs.has_base and row < inputs.models and not inputs.deltas[row]
+        out = x[row] if row < inputs.models else base
+        if inputs.codes[row] == RAW_BF16:
+            halves = data.halves[row, start : start + count]
+            bad = _widen_less(halves, base, count, out) if less else _widen(halves, count, out)
+        else:
+            bad = decode(inputs.codes[row], data.raws[row], start, count, out)
+            if less:
+                for i in range(count):
+                    out[i] -= base[i]
+        room.bad[row] += bad
+
+
+@compile_kernel
+def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: Array) -> None:
+    """The draws of :func:`modelfuse.methods.random.draws`; ``first`` is even, ``words`` has room for half as many.
+
+    ``halves`` is the same memory, uint32.
+    """
+    for i in range((count + 1) // 2):
+        z = key + np.uint64((first >> 1) + i + 1) * _GAMMA
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        words[i] = z ^ (z >> np.uint64(31))
+    for i in range(count):
+        out[i] = np.float32(np.int32(halves[i] >> _SHIFT)) * _SCALE
+
+
+@compile_kernel
+def magnitude_bits(room: Room, model: int, count: int) -> None:
+    """Leave the bits of a model's |x[i]|, which sort as the magnitudes do, in ``room.bits``."""
+    bits = room.bits
+    if room.x.itemsize == 4:
+        singles = room.singles[model]
+        for i in range(count):
+            bits[i] = np.uint64(singles[i] & np.uint32(0x7FFFFFFF))
+    else:
+        doubles = room.doubles[model]
+        for i in range(count):
+            bits[i] = doubles[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
+
+
+@compile_kernel
+def find_bins(room: Room, model: int, count: int, shift: int, row: int) -> None:
+    """Leave the bin of each magnitude in a row of ``room.bins``; for float64, its bits are left in ``room.bits``."""
+    bins, bits = room.bins[row], room.bits
+    if room.x.itemsize == 4:
+        singles = room.singles[model]
+        for i in range(count):
+            magnitude = np.uint32(singles[i] & np.uint32(0x7FFFFFFF))
+            sticky = np.uint32((magnitude & np.uint32(0xFFFF)) != 0)
+            bins[i] = np.uint16(np.uint32(magnitude >> np.uint32(16)) | np.uint32(sticky << np.uint32(LEAD_BITS)))
+    else:
+        magnitude_bits(room, model, count)
+        rest = np.uint64((1 << shift) - 1)
+        for i in range(count):
+            front = np.uint64((bits[i] & rest) != 0) << np.uint64(LEAD_BITS)
+            bins[i] = np.uint16((bits[i] >> np.uint64(shift)) | front)
+
+
+@compile_kernel
+def spread(how: Sparsifier, room: Room) -> None:
+    """Place magprune's probabilities where they are looked up."""
+    begin = 0
+    for model in range(how.ends.size):
+        for i in range(begin, how.ends[model]):
+            room.tables[model, how.bins[i]] = how.keeps[i]
+        begin = how.ends[model]
+
+
+@compile_kernel
+def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out: Array) -> None:
+    """Look up each element's probability of being kept by its magnitude's bits."""
+    table, bins = room.tables[model], room.bins[0]
+    find_bins(room, model, count, how.shift, 0)
+    for i in range(count):
+        out[i] = table[bins[i]]
+    if how.subtables.shape[0] > 0:
+        magnitude_bits(room, model, count)
+        for i in range(count):
+            level = how.shift
+            while out[i] < 0:
+                level = max(level - RANK_BITS, 0)
+                digit = (room.bits[i] >> np.uint64(level)) & np.uint64(RANKS - 1)
+                out[i] = how.subtables[np.int64(-out[i]) - 1, digit]
+
+
+@compile_kernel
+def sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -> None:
+    """Sparsify a block of one model in place."""
+    x, draws, keep = room.x[model], room.draws, room.rows[0]
+    zero = x.dtype.type(0)
+    if how.kind == TRIM:
+        threshold, factor = how.numbers[model, 0], how.numbers[model, 1]
+        for i in range(count):
+            kept = x[i] if abs(x[i]) >= threshold else zero
+            x[i] = kept * factor
+    elif how.kind == DARE:
+        p = how.numbers[model, 0]
+        single = np.float32(p)
+        uniform(how.keys[model], first, count, room.bits, room.words, draws)
+        divisor = p if how.rescale else x.dtype.type(1)
+        for i in range(count):
+            kept = x[i] if draws[i] < single else zero
+            x[i] = kept / divisor
+    elif how.kind == MAGPRUNE and how.numbers[model, 1] != 0:
+        uniform(how.keys[model], first, count, room.bits, room.words, draws)
+        _keep_probabilities(how, model, count, room, keep)
+        if how.rescale:
+            for i in range(count):
+                kept = x[i] if draws[i] < np.float32(keep[i]) else zero
+                x[i] = kept / keep[i]
+        else:
+            for i in range(count):
+                x[i] = x[i] if draws[i] < np.float32(keep[i]) else zero
+
+
+@compile_kernel
+def _linear(x: Array, models: int, count: int, weights: Array, result: Array) -> None:
+    for i in range(count):
+        result[i] = x[0, i] * weights[0]
+    for model in range(1, models):
+        weight = weights[model]
+        for i in range(count):
+            result[i] += x[model, i] * weight
+
+
+@compile_kernel
+def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, normalize: bool, rows: Array) -> None:
+    """Elect and sum; the result is left in ``rows[0]``.
+
+    Three models at a time, so that what is added up stays in registers; behind the last one, rows and weights are zero.
+    """
+    result, elected, divisor = rows[0], rows[1], rows[2]
+    zero, one = x.dtype.type(0), x.dtype.type(1)
+    for i in range(count):
+        result[i], elected[i], divisor[i] = zero, zero, zero
+    for model in range(0, models, TOGETHER):
+        a, b, c = x[model], x[model + 1], x[model + 2]
+        u, v, w = weights[model], weights[model + 1], weights[model + 2]
+        if by_count:
+            for i in range(count):
+                elected[i] += _sign(a[i] * u, one) + _sign(b[i] * v, one) + _sign(c[i] * w, one)
+        else:
+            for i in range(count):
+                elected[i] = ((elected[i] + a[i] * u) + b[i] * v) + c[i] * w
+    for model in range(0, models, TOGETHER):
+        a, b, c = x[model], x[model + 1], x[model + 2]
+        u, v, w = weights[model], weights[model + 1], weights[model + 2]
+        for i in range(count):
+            sign = one if elected[i] >= zero else -one
+            p, q, r = a[i] * u, b[i] * v, c[i] * w
+            kept = result[i] + (p if p * sign > zero else zero)
+            share = divisor[i] + (u if p * sign > zero else zero)
+            kept += q if q * sign > zero else zero
+            share += v if q * sign > zero else zero
+            kept += r if r * sign > zero else zero
+            share += w if r * sign > zero else zero
+            result[i], divisor[i] = kept, share
+    if normalize:
+        smallest = x.dtype.type(MIN_DIVISOR)
+        for i in range(count):
+            share = divisor[i]
+            result[i] /= share if abs(share) >= smallest else one
+
+
+@compile_kernel
+def _sign(value: Any, one: Any) -> Any:
+    return one if value > 0 else (-one if value < 0 else one - one)
+
+
+@compile_kernel
+def combine(
+    data: Stored,
+    first: int,
+    length: int,
+    room: Room,
+    how: Sparsifier,
+    merge: int,
+    weights: Array,
+    normalize: bool,
+    out_code: int,
+) -> None:
+    """Merge one slice, ``length`` elements from number ``first`` on, into the start of ``data.out``."""
+    for start in range(0, length, BLOCK):
+        size = min(BLOCK, length - start)
+        load(data, start, size, room, length)
+        for model in range(data.inputs.models):
+            sparsify(how, model, first + start, size, room)
+        if merge == LINEAR:
+            _linear(room.x, data.inputs.models, size, weights, room.rows[0])
+        else:
+            _ties(room.x, data.inputs.models, size, weights, merge == TIES_COUNT, normalize, room.rows)
+        result = room.rows[0]
+        if data.inputs.has_base:
+            base = room.x[room.x.shape[0] - 1]
+            for i in range(size):
+                result[i] += base[i]
+        if out_code == RAW_BF16:
+            room.bad[-1] += _narrow(result, size, data.out_halves, start)
+        else:
+            room.bad[-1] += encode(out_code, result, size, data.out, start)

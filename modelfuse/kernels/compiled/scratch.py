@@ -1,0 +1,140 @@
+"""What a worker keeps from span to span, laid out for the kernels once: its scratch, and the buffers it works on.
+
+Passes of many tensors want the same: laying arguments out for machine code, and memory that the system gives and takes
+back, would take longer than the work on a small one.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from modelfuse.dtypes import BF16, F16, F32, F64
+from modelfuse.kernels import Bytes, Work
+from modelfuse.kernels.compiled import merge_loops
+from modelfuse.kernels.compiled.direct_reads import BLOCK, Files
+from modelfuse.kernels.jit.code_cache import Prepared, prepare
+
+Array = np.ndarray[Any, Any]
+
+RAW_CODES = {
+    F32.name: merge_loops.RAW_F32,
+    F64.name: merge_loops.RAW_F64,
+    BF16.name: merge_loops.RAW_BF16,
+    F16.name: merge_loops.RAW_F16,
+}
+
+
+class Tables(NamedTuple):
+    """What a worker tallies in, laid out.
+
+    Attributes:
+        all: uint64, shape (models, words): all zero between two spans.
+        models: Its rows.
+        numbers: uint64, shape (BINS,): room for what is gathered of one.
+        rows: uint64, shape (BINS, 3): the same.
+    """
+
+    all: Any
+    models: list[Any]
+    numbers: Any
+    rows: Any
+
+
+class Scratch:
+    """A worker's scratch for tensors of one kind.
+
+    Args:
+        models: The number of models.
+        has_base: Whether there is a base beside them.
+        compute: float32 or float64.
+        sparsify_type: The method's.
+
+    Attributes:
+        kind: All of these.
+        room: The :class:`modelfuse.kernels.compiled.merge_loops.Room`, laid out.
+        bad: Its counts of elements that are not finite.
+        files: Where it reads from.
+    """
+
+    def __init__(self, models: int, has_base: bool, compute: str, sparsify_type: str | None) -> None:
+        self.kind = models, has_base, compute, sparsify_type
+        x, bits = np.zeros((up(models) + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
+        self.bad, self.files = np.zeros(models + has_base + 1, np.int64), Files.of(models + has_base)
+        self.room: Any = prepare(
+            merge_loops.Room(
+                x,
+                x.view(np.uint32),
+                x.view(np.uint64),
+                np.empty((3, BLOCK), compute),
+                np.empty(BLOCK, np.float32),
+                bits,
+                bits.view(np.uint32),
+                np.empty((merge_loops.TOGETHER, BLOCK), np.uint16),
+                np.empty((merge_loops.TOGETHER, BLOCK), np.uint64),
+                self.bad,
+                np.empty((models if sparsify_type == "magprune" else 0, merge_loops.BINS), compute),
+                self.files,
+            )
+        )
+
+    @cached_property
+    def tables(self) -> Tables:
+        """What to tally in; made when a pass first does."""
+        models, _, compute, _ = self.kind
+        tables = np.zeros((models, merge_loops.BINS * (1 if compute == "float32" else 3)), np.uint64)
+        numbers, rows = np.empty(merge_loops.BINS, np.uint64), np.empty((merge_loops.BINS, 3), np.uint64)
+        return Tables(prepare(tables), [prepare(table) for table in tables], prepare(numbers), prepare(rows))
+
+
+class _Own(threading.local):
+    scratch: Scratch | None = None
+    stored: Any = None
+
+
+_own = _Own()
+
+
+def up(models: int) -> int:
+    """So many models, and rows of zeros."""
+    return -(-models // merge_loops.TOGETHER) * merge_loops.TOGETHER
+
+
+def take_scratch(work: Work) -> Scratch:
+    """The worker's scratch. While a span is under way nobody else has it, and what a failure leaves is never used."""
+    kind = work.models, work.has_base, work.compute, work.method.sparsify_type
+    scratch, _own.scratch = _own.scratch, None
+    if scratch is None or scratch.kind != kind:
+        return Scratch(*kind)
+    scratch.bad[:] = 0
+    scratch.files.slice[:] = 0
+    return scratch
+
+
+def give_back(scratch: Scratch) -> None:
+    """End a span: the worker's next one may use it."""
+    _own.scratch = scratch
+
+
+def inputs_of(work: Work) -> Any:
+    """The :class:`~modelfuse.kernels.compiled.merge_loops.Inputs` of a tensor, laid out; many tensors have the same."""
+    return _inputs(tuple([source.name for source in work.sources]), work.models, work.has_base, work.deltas)
+
+
+@cache
+def _inputs(names: tuple[str, ...], models: int, has_base: bool, deltas: tuple[bool, ...]) -> Prepared:
+    codes = np.array([RAW_CODES[name] for name in names], np.int64)
+    return prepare(merge_loops.Inputs(codes, models, has_base, np.array(deltas or (False,) * models, np.bool_)))
+
+
+def lay_out(inputs: Any, raws: Bytes, out: Bytes) -> Any:
+    """The worker's buffers as :class:`~modelfuse.kernels.compiled.merge_loops.Stored`: often the last slice's."""
+    last = _own.stored
+    same = last is not None and last.value.raws is raws and last.value.out is out
+    if not same or last.value.inputs is not inputs.value:
+        halves, out_halves = raws.view(np.uint16), out[: out.size & -2].view(np.uint16)
+        _own.stored = last = prepare(merge_loops.Stored(inputs, raws, halves, out, out_halves))
+    return last

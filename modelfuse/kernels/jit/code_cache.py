@@ -1,0 +1,211 @@
+"""Compiled kernels kept as files, and called without the compiler.
+
+numba needs a tenth of a second to be imported, and more to load what it has kept; llvmlite, which it is built on, loads
+a kernel's machine code in a few milliseconds. So a kernel is kept as an object file whose entry takes its arguments as
+a row of 64-bit words: arrays as their addresses, shapes and strides, tuples as what is in them. Where it can be made a
+shared library (:mod:`modelfuse.kernels.jit.linking`), not even llvmlite is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from modelfuse.kernels.jit.linking import is_library, load_library
+
+PACKAGE = Path(__file__).parent.parent.parent
+#: How a file ends whose name says for which kernel, arguments, processor and sources it is.
+SUFFIX = ".kernel"
+#: Flags of an array that numba compiles differently for: contiguous (else in Fortran's order), aligned, writeable.
+_FLAGS = 0x501
+_WORDS = tuple(struct.Struct(f"{count}Q") for count in range(20))
+_DOUBLE, _SINGLE = struct.Struct("d"), struct.Struct("f4x" if sys.byteorder == "little" else "4xf")
+_DIGEST_BYTES = 16
+#: Where Linux tells of its processors, and which lines tell the machine code of one from another's.
+CPU_INFO = Path("/proc/cpuinfo")
+_TELLING = ("vendor_id", "cpu family", "model\t", "flags", "features", "cpu implementer", "cpu variant", "cpu part")
+#: What a kernel returns, by the first byte of its file.
+_RESULTS: dict[bytes, Callable[[int], Any]] = {b"n": lambda _: None, b"i": lambda word: word, b"b": bool}
+
+#: A kernel's machine code: takes the words of its arguments.
+Entry = Callable[[bytes], Any]
+
+
+class Prepared(NamedTuple):
+    """An argument laid out once, for many calls; the arrays in it are kept, and must not be resized.
+
+    Attributes:
+        value: What it stands for.
+        kind: What a compiler must know of it.
+        words: What a compiled kernel must know of it.
+    """
+
+    value: Any
+    kind: str
+    words: bytes
+
+    def __reduce__(self) -> tuple[Callable[[Any], Prepared], tuple[Any]]:
+        return prepare, (self.value,)  # In another process, addresses are other ones.
+
+
+class NotLaidOut(TypeError):
+    """An argument that has no place in words."""
+
+
+def prepare(value: Any) -> Prepared:
+    """Lay out an argument: a number, an array, or a tuple of such.
+
+    Raises:
+        NotLaidOut: If it is anything else.
+    """
+    kind = type(value)
+    if kind is Prepared:
+        prepared: Prepared = value
+        return prepared
+    if kind is np.ndarray:
+        shape = value.shape
+        flags = value.flags.num
+        where = f"{value.dtype.str}{len(shape)}.{flags & (_FLAGS if flags & 1 else _FLAGS | 2)};"
+        numbers = (0, 0, value.size, value.itemsize, value.__array_interface__["data"][0], *shape, *value.strides)
+        return Prepared(value, where, _WORDS[len(numbers)].pack(*numbers))
+    if kind is bool or kind is np.bool_:
+        return Prepared(value, "b;", _WORDS[1].pack(bool(value)))
+    if kind is int or kind is np.int64:
+        return Prepared(value, "i;", _WORDS[1].pack(int(value) & 0xFFFFFFFFFFFFFFFF))
+    if kind is np.uint64:
+        return Prepared(value, "u;", _WORDS[1].pack(int(value)))
+    if kind is float or kind is np.float64:
+        return Prepared(value, "d;", _DOUBLE.pack(value))
+    if kind is np.float32:
+        return Prepared(value, "f;", _SINGLE.pack(value))
+    if isinstance(value, tuple):
+        parts = [prepare(each) for each in value]
+        inner = "".join([part.kind for part in parts])
+        make = getattr(kind, "_make", tuple)  # Some parts may have been laid out before.
+        whole = make([part.value for part in parts])
+        return Prepared(whole, f"{kind.__name__}({inner})", b"".join([part.words for part in parts]))
+    raise NotLaidOut(f"{kind.__name__} has no place in words")
+
+
+@cache
+def engine() -> Any:
+    """What holds the machine code of all kernels; on first use llvmlite makes itself ready, without a compiler."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(jit=True)
+    return binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+
+
+def load(content: bytes, symbol: str) -> Entry:
+    """Make a kernel of its file's content callable; not from two threads at a time."""
+    result_of, code = _RESULTS[content[:1]], content[1:]
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p)
+    run = function((symbol, load_library(code))) if is_library(code) else function(_address(code, symbol))
+
+    def entry(words: bytes) -> Any:
+        result = ctypes.c_int64()
+        if run(words, ctypes.byref(result)):
+            raise RuntimeError(f"{symbol} has failed")
+        return result_of(result.value)
+
+    return entry
+
+
+def _address(code: bytes, symbol: str) -> int:
+    """Where the entry of an object file is, once llvmlite has loaded it."""
+    from llvmlite import binding
+
+    engine().add_object_file(binding.ObjectFileRef.from_data(code))
+    engine().finalize_object()
+    address: int = engine().get_function_address(symbol)
+    return address
+
+
+def symbol_of(function: Callable[..., Any], kind: str) -> str:
+    """The name of a kernel's entry for arguments of some kind."""
+    digest = hashlib.blake2b(kind.encode(), digest_size=8).hexdigest()
+    return f"{function.__module__}.{function.__qualname__}-{digest}"
+
+
+def find(symbol: str) -> bytes | None:
+    """The content of the file that holds an entry, if there is one and it is whole."""
+    for folder in _folders():
+        with contextlib.suppress(OSError, ValueError):
+            content = (folder / (symbol + _key() + SUFFIX)).read_bytes()
+            if content[:_DIGEST_BYTES] == _digest(content[_DIGEST_BYTES:]):
+                return content[_DIGEST_BYTES:]
+    return None
+
+
+def keep(symbol: str, content: bytes) -> None:
+    """Write the file that holds an entry, where that can be done, in place of those made from older sources."""
+    machine, _ = _key().rsplit("-", 1)
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            old = list(folder.glob(f"{symbol}{machine}-*{SUFFIX}"))
+            path = folder / f"{symbol}.{os.getpid()}.tmp"
+            path.write_bytes(_digest(content) + content)
+            os.replace(path, folder / (symbol + _key() + SUFFIX))
+            for each in old:
+                if each.name != symbol + _key() + SUFFIX:
+                    each.unlink(missing_ok=True)
+            return
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+
+
+def _folders() -> Iterator[Path]:
+    """Where files may be: as numba's are, beside the sources, or else with the user's."""
+    if given := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(given) / "modelfuse"
+        return
+    yield PACKAGE / "kernels" / "__pycache__"
+    with contextlib.suppress(RuntimeError):  # There is no home.
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelfuse"
+
+
+def _processor() -> str:
+    """What a compiler must know of the processor; LLVM would tell it, but takes long to be loaded."""
+    with contextlib.suppress(OSError), open(CPU_INFO, encoding="utf-8", errors="replace") as file:
+        lines = [line for line in takewhile(str.strip, file) if line.lower().startswith(_TELLING)]
+        if any(line.lower().startswith(("flags", "features")) for line in lines):
+            return f"{os.uname().machine} {lines}"
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features().flatten()
+    return repr((binding.get_process_triple(), binding.get_host_cpu_name(), features))
+
+
+@cache
+def _key() -> str:
+    """What the machine code depends on beside the arguments: the processor, and all that was compiled it from."""
+    import llvmlite
+
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    machine = repr((sys.platform, _processor(), settings))
+    sources = hashlib.blake2b(f"{sys.version_info} {llvmlite.__version__}".encode(), digest_size=8)
+    numba = find_spec("numba")
+    version = [Path(numba.origin).with_name("_version.py")] if numba is not None and numba.origin else []
+    for path in (
+        *version,
+        *(path for room in ("kernels", "methods") for path in sorted((PACKAGE / room).rglob("*.py"))),
+    ):
+        sources.update(path.read_bytes())
+    return f"-{hashlib.blake2b(machine.encode(), digest_size=6).hexdigest()}-{sources.hexdigest()}"

@@ -1,0 +1,211 @@
+"""The door to the compiler: kernels are compiled when they are first called on a machine, and never again.
+
+What numba has made of a kernel is kept as plain machine code (:mod:`modelfuse.kernels.jit.code_cache`), and numba is
+not even imported where that is found. A kernel that cannot live without numba, as one that allocates memory, is
+called by it, and kept by it; so is every kernel where numba or llvmlite are too different from those known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, TypeVar, cast
+
+from modelfuse.kernels.jit import code_cache
+from modelfuse.kernels.jit.code_cache import NotLaidOut, Prepared, prepare
+from modelfuse.kernels.jit.linking import link
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: What machine code may need of the process that loads it.
+_LIBRARY = {"memcpy", "memmove", "memset", "pread"}
+_COUNTING = re.compile(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", re.MULTILINE)
+#: numba compiles, and llvmlite loads, one kernel at a time.
+_lock = threading.RLock()
+COMPILING = "Kernels are being compiled for this processor, once: that takes some seconds."
+#: Whom to tell.
+_waiting: list[Callable[[str], None]] = []
+
+
+def compile_kernel(function: F) -> F:
+    """Have a function compiled when it is first called; the result is kept for later processes."""
+    return cast("F", Kernel(function))
+
+
+@contextlib.contextmanager
+def announcing(tell: Callable[[str], None]) -> Iterator[None]:
+    """Have a function called with a sentence when meanwhile, for the first time, a kernel must be compiled."""
+    _waiting.append(tell)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            _waiting.remove(tell)
+
+
+def _announce() -> None:
+    while _waiting:
+        with contextlib.suppress(Exception):  # Nobody may be there to hear it.
+            _waiting.pop()(COMPILING)
+
+
+class Kernel:
+    """A compiled function.
+
+    Args:
+        function: Plain Python that numba can compile. Arguments are numbers, arrays, and tuples of them, or what
+            :func:`modelfuse.kernels.jit.code_cache.prepare` makes of such.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.__wrapped__ = function
+        self.__doc__ = function.__doc__
+        self._entries: dict[str, code_cache.Entry | None] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run on the arguments."""
+        try:
+            laid = [prepare(each) for each in arguments]
+        except NotLaidOut:
+            return self._by_numba(arguments)
+        kind = "".join([each.kind for each in laid])
+        if kind not in self._entries:
+            with _lock:
+                if kind not in self._entries:
+                    self._entries[kind] = self._find(kind, arguments)
+        entry = self._entries[kind]
+        if entry is None:
+            return self._by_numba(arguments)
+        return entry(b"".join([each.words for each in laid]))
+
+    def _by_numba(self, arguments: tuple[Any, ...]) -> Any:
+        return self._fallback(*(each.value if type(each) is Prepared else each for each in arguments))
+
+    def _find(self, kind: str, arguments: tuple[Any, ...]) -> code_cache.Entry | None:
+        """Machine code for arguments of this kind: kept, or compiled now; None if only numba can call it."""
+        symbol = code_cache.symbol_of(self.__wrapped__, kind)
+        try:
+            content = code_cache.find(symbol)
+            if content is None:
+                _announce()
+                content = _export(self._compiler, symbol, arguments)
+                code_cache.keep(symbol, content)
+            return code_cache.load(content, symbol) if content else None
+        except Exception:
+            # numba and llvmlite change: what was built for others of theirs must not stand in the way of these.
+            return None
+
+    @cached_property
+    def _compiler(self) -> Any:
+        """numba's own function, which compiles when it is called."""
+        from numba import njit
+
+        return njit(nogil=True, error_model="numpy")(self.__wrapped__)
+
+    @cached_property
+    def _fallback(self) -> Any:
+        """The same; it keeps what it has made. It does so for a function alone: those that it calls may be newer."""
+        from numba import njit
+
+        with contextlib.suppress(RuntimeError):  # There is no folder that the compiled code could be kept in.
+            return njit(cache=True, nogil=True, error_model="numpy")(self.__wrapped__)
+        return self._compiler
+
+    @property
+    def _numba_type_(self) -> Any:
+        """So numba knows it where another kernel calls it."""
+        return self._compiler._numba_type_
+
+
+class Foreign:
+    """A function of the C library, for kernels to call.
+
+    Args:
+        name: Its name.
+        result: What it returns, as numba calls it.
+        arguments: What it takes.
+    """
+
+    def __init__(self, name: str, result: str, *arguments: str) -> None:
+        self._name, self._result, self._arguments = name, result, arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Only compiled code calls it."""
+        raise NotImplementedError(self._name)
+
+    @cached_property
+    def _numba_type_(self) -> Any:
+        from numba import types
+
+        signature = getattr(types, self._result)(*[getattr(types, each) for each in self._arguments])
+        return types.ExternalFunction(self._name, signature)
+
+
+def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
+    """Compile a kernel for arguments like these into the content of a file; nothing if it needs numba when it runs."""
+    import numba
+    from llvmlite import binding
+
+    typeof, types = vars(numba)["typeof"], numba.types
+    signature = tuple(typeof(each.value if type(each) is Prepared else each) for each in arguments)
+    dispatcher.compile(signature)
+    overload = dispatcher.overloads[signature]
+    result = {types.none: b"n", types.int64: b"i", types.boolean: b"b"}.get(overload.signature.return_type)
+    if result is None:
+        return b""
+    module = binding.parse_assembly(str(_entry_module(overload, symbol)))
+    module.link_in(binding.parse_bitcode(overload.library.serialize_using_bitcode()[2]))
+    # Counted references are those of numba's own arrays. Here there are none, and counting takes longer than the work.
+    module = binding.parse_assembly(_COUNTING.sub("", str(module)))
+    for each in module.functions:
+        if not each.is_declaration and each.name != symbol:
+            each.linkage = "internal"
+    machine = overload.library.codegen._tm
+    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    needed = {each.name for each in module.functions if each.is_declaration and not each.name.startswith("llvm.")}
+    return result + link(machine.emit_object(module), symbol) if needed <= _LIBRARY else b""
+
+
+def _entry_module(overload: Any, symbol: str) -> Any:
+    """A function that takes the words of a kernel's arguments, calls it, and leaves what it returns in a word."""
+    from llvmlite import ir
+
+    context, returned, word, status = (
+        overload.target_context,
+        overload.signature.return_type,
+        ir.IntType(64),
+        ir.IntType(32),
+    )
+    module = ir.Module(symbol)
+    entry = ir.Function(module, ir.FunctionType(status, [word.as_pointer(), word.as_pointer()]), symbol)
+    builder = ir.IRBuilder(entry.append_basic_block())
+    packer = context.get_arg_packer(overload.signature.args)
+    flat = []
+    for number, wanted in enumerate(packer.argument_types):
+        value = builder.load(builder.gep(entry.args[0], [word(number)]))
+        flat.append(_narrow(builder, value, wanted))
+    how, value = context.call_conv.call_function(
+        builder, context.declare_function(module, overload.fndesc), returned, overload.signature.args,
+        packer.from_arguments(builder, flat),
+    )  # fmt: skip
+    if isinstance(value.type, ir.IntType):
+        builder.store(value if value.type == word else builder.zext(value, word), entry.args[1])
+    builder.ret(builder.zext(how.is_error, status))
+    return module
+
+
+def _narrow(builder: Any, value: Any, wanted: Any) -> Any:
+    """A word as what it was made of."""
+    from llvmlite import ir
+
+    if isinstance(wanted, ir.PointerType):
+        return builder.inttoptr(value, wanted)
+    if isinstance(wanted, ir.DoubleType):
+        return builder.bitcast(value, wanted)
+    if isinstance(wanted, ir.FloatType):
+        return builder.bitcast(builder.trunc(value, ir.IntType(32)), wanted)
+    return value if value.type == wanted else builder.trunc(value, wanted)

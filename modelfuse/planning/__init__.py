@@ -1,0 +1,1 @@
+"""A recipe and the headers of its inputs become a plan."""

@@ -1,0 +1,161 @@
+"""How many workers and which slices keep a merge within its memory budget."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from modelfuse.kernels.backends import CPU_ROOM, GPU_ROOM, Device, find_gpu
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Url
+
+#: The least elements of a slice. Whatever else slices could be, they start at multiples of this, so that sums and
+#: checksums never depend on them.
+GRAIN = 1 << 18
+#: Elements of a slice where there is memory: so many that handling it costs little beside the work on it.
+SLICE = 1 << 20
+#: What is read in another order than it is stored in touches the same pages again for every slice, and a GPU is told
+#: what to do for every slice: larger ones.
+SLICE_LARGE = 1 << 22
+#: Elements a worker walks between two looks at the queue.
+SPAN = 1 << 22
+#: Resident memory of the interpreter with all modules, the library, and kernels that were compiled just now, as in the
+#: first merge on a machine; from the next one on their machine code is all that is loaded, for half of it.
+INTERPRETER_BYTES = {"np": 230_000_000, "pt": 330_000_000, "pd": 400_000_000}
+#: What Ray adds to it in its worker processes, measured.
+RAY_BYTES = 70_000_000
+#: More of it where kernels tally, and where some compute in float64.
+TALLYING_BYTES, DOUBLE_BYTES = 45_000_000, 55_000_000
+#: A worker's tensors on the CPU, with what the allocator keeps of those that were freed, measured.
+SCRATCH_BYTES = 75_000_000
+#: What a GPU's libraries and driver add to it: an estimate.
+GPU_BYTES = 400_000_000
+#: torch rounds memory that a GPU copies from up to a power of two.
+PINNED_SHARE = 2
+#: On a GPU, one worker reads, one waits for the device and one writes.
+GPU_WORKERS = 3
+#: A GPU's allocator rounds up and keeps what was freed: so much of the memory is for tensors.
+GPU_SHARE = 0.7
+#: The least of a GPU's memory that a worker can do with, its tallies' tables included.
+LEAST_GPU_ROOM = 44_000_000
+#: What the plan and the report remember of an output tensor, and of each of its sources.
+OUTPUT_BYTES, SOURCE_BYTES = 700, 300
+#: Tables of a tensor under way and of the worker that makes them, for each model.
+TABLE_BYTES = 2_500_000
+#: What fsspec and the libraries of stores add to the interpreter, measured; what is on its way to a store.
+REMOTE_BYTES, SENT_BYTES = 95_000_000, 140_000_000
+#: The largest range of a file that is fetched by itself. Of what is fetched, a span of each source is worked on while
+#: the next one comes; with the ends of the ranges that it begins and ends in.
+RANGE_BYTES = 1 << 23
+#: While one worker waits, another one works.
+REMOTE_WORKERS = 2
+#: Where the budget has room, the most to fetch ahead beside that: less room that is used again soon is quicker.
+#: And the most to keep, for methods that read a tensor twice.
+MOST_AHEAD, MOST_KEPT = 32_000_000, 2_000_000_000
+#: Tensors that are computed, whose parts are kept beside those of the tensors under way.
+KEPT = 2
+
+
+class MemoryDemand(NamedTuple):
+    """What the tensors of a merge weigh.
+
+    Attributes:
+        outputs: The number of output tensors.
+        sources: The number of models, the base included.
+        sizes: For each kind of tensor, the number of its elements, and the bytes of one in all sources and the output.
+        a_reader: Bytes that reading takes beside that, at most.
+        held: Bytes that computing the sources of one tensor keeps resident, at most.
+        double: Whether any is computed in float64.
+        remote: The most bytes of an element in all sources that are in stores.
+    """
+
+    outputs: int
+    sources: int
+    sizes: frozenset[tuple[int, int]]
+    a_reader: int
+    held: int
+    double: bool
+    remote: int = 0
+
+    def slice_bytes(self, elements: int) -> int:
+        """What a worker holds of the largest slice of so many elements."""
+        return max(min(elements, size) * an_element for size, an_element in self.sizes)
+
+
+class Budget(NamedTuple):
+    """What a merge may use.
+
+    Attributes:
+        workers: Parallel workers; fewer than asked for where the budget wants it.
+        slice_elements: Elements a worker holds at a time.
+        memory: The expected peak of resident memory in bytes.
+        device: Where to merge, and how much of its memory each worker may fill.
+        fetched: Bytes of files in stores to hold, beside those that are being read; zero if there are none.
+    """
+
+    workers: int
+    slice_elements: int
+    memory: int
+    device: Device
+    fetched: int
+
+
+def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
+    """Choose slices, and as many workers as the budget and the recipe allow, at least one.
+
+    The memory is what the first merge on a machine may take, when the kernels are not compiled yet.
+
+    Raises:
+        MissingExtraError: If the library that ``tensor_type`` needs is not installed, or not the one for GPUs.
+        RecipeError: If there is no GPU that it can use.
+    """
+    gpu = find_gpu(recipe.tensor_type, recipe.device, recipe.allow_cpu_fallback)
+    tallies = recipe.steps[0] in ("trim", "magprune")
+    tables = TABLE_BYTES * demand.sources if tallies else 0
+    scratch = 0 if gpu or recipe.tensor_type == "np" else SCRATCH_BYTES
+    fixed = INTERPRETER_BYTES[recipe.tensor_type] + tallies * TALLYING_BYTES + demand.double * DOUBLE_BYTES + tables
+    fixed += demand.outputs * (OUTPUT_BYTES + demand.sources * SOURCE_BYTES) + gpu * GPU_BYTES
+    fixed += RAY_BYTES * (recipe.engine == "ray")
+    sends = isinstance(recipe.output_path, Url)
+    fixed += REMOTE_BYTES * (sends or demand.remote > 0) + SENT_BYTES * sends
+    fixed += demand.held * KEPT  # What tensors that were read last are computed from is kept too.
+
+    fetched = SPAN * demand.remote + demand.sources * RANGE_BYTES if demand.remote else 0
+
+    def a_worker(elements: int) -> int:
+        buffers = demand.slice_bytes(elements) * (PINNED_SHARE if gpu else 1)
+        return buffers + demand.a_reader + demand.held + tables + scratch + fetched
+
+    most = _most_workers(recipe, gpu, demand.remote > 0)
+    elements = SLICE_LARGE if demand.a_reader or demand.held or gpu else SLICE
+    while elements > GRAIN and fixed + most * a_worker(elements) > recipe.memory:
+        elements //= 2
+    workers = max(1, min(most, (recipe.memory - fixed) // max(a_worker(elements), 1)))
+    device = Device(recipe.tensor_type, gpu, _room(recipe, gpu, workers))
+    memory = fixed + workers * a_worker(elements)
+    most = MOST_KEPT if reads_twice(recipe) else MOST_AHEAD
+    more = min(max(recipe.memory - memory, 0), most) if fetched else 0
+    return Budget(workers, elements, memory + more, device, workers * fetched + more)
+
+
+def reads_twice(recipe: Recipe) -> bool:
+    """Whether tensors are measured before they are merged."""
+    sparsify_type, merge_type = recipe.steps
+    return sparsify_type in ("trim", "magprune") or merge_type == "slerp"
+
+
+def _most_workers(recipe: Recipe, gpu: bool, remote: bool) -> int:
+    if not gpu:
+        if recipe.engine == "ray":  # Each of its processes is one.
+            return 1
+        return max(recipe.n_process, REMOTE_WORKERS if remote else 1)
+    workers = max(recipe.n_process, GPU_WORKERS)
+    if recipe.device == "low_gpu_mem":
+        workers = min(workers, int(recipe.gpu_memory * GPU_SHARE) // LEAST_GPU_ROOM)
+    return workers
+
+
+def _room(recipe: Recipe, gpu: bool, workers: int) -> int:
+    """Bytes of the device's memory for each worker."""
+    if not gpu:
+        return CPU_ROOM
+    return int(recipe.gpu_memory * GPU_SHARE) // workers if recipe.device == "low_gpu_mem" else GPU_ROOM

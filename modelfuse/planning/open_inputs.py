@@ -1,0 +1,26 @@
+"""What a recipe names becomes checkpoints that can be merged tensor by tensor, or an error that says why not."""
+
+from __future__ import annotations
+
+from modelfuse.checkpoints import Checkpoint, open_checkpoint
+from modelfuse.checkpoints.buffers import without_strays
+from modelfuse.checkpoints.layouts.convert import bring_together
+from modelfuse.checkpoints.quantization import dequantized
+from modelfuse.planning.adapter_inputs import full_models, with_adapters, without_adapters
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage.concurrent import each_of
+
+
+def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
+    """Open the models in order, then the base if there is one; headers only.
+
+    Raises:
+        CheckpointError: If an input is missing, malformed, or quantized in a way that is not understood.
+        MismatchError: If a model's layout cannot be known, or an adapter does not fit the base.
+        RecipeError: If there are adapters and no base.
+    """
+    models = tuple(each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)), full_models(recipe)))
+    models = bring_together(models, without_adapters(recipe))
+    models = without_strays(models)
+    layout = recipe.output_layout or models[-1].layout
+    return with_adapters(recipe, models, None if layout is None else layout == "paddle")

@@ -1,0 +1,108 @@
+"""What comes out: the weight files' names and frames, and what config.json says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.formats.safetensors import frame_safetensors
+from modelfuse.checkpoints.layouts.tables import WORDS
+from modelfuse.checkpoints.quantization import DECLARATIONS
+from modelfuse.checkpoints.tensors import Frame
+from modelfuse.dtypes import DType
+from modelfuse.recipe.recipe import Recipe
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+#: What PEFT looks for; it reads no shards.
+ADAPTER_STEM = "adapter_model"
+#: The names of a weight file in Paddle's own format.
+PADDLE_STEMS = {"model": "model_state", "master_weights": "master_weights"}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """How the output is stored.
+
+    Attributes:
+        layout: ``hf`` or ``paddle``; None where nothing tells, and nothing is changed.
+        stem: What the weight files' names begin with.
+        suffix: ``.safetensors`` or ``.pdparams``.
+        metadata: The ``__metadata__`` of safetensors files.
+        changes: Whether the layout is not the reference's.
+        whole: Whether one file holds all, however large.
+    """
+
+    layout: str | None
+    stem: str
+    suffix: str
+    metadata: Mapping[str, str]
+    changes: bool
+    whole: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe, reference: Checkpoint) -> OutputFormat:
+        """The format that the recipe gives; what it leaves open is as in the reference."""
+        layout = recipe.output_layout or reference.layout
+        changes = layout != reference.layout
+        if recipe.output_format == "lora":
+            return cls(layout, ADAPTER_STEM, ".safetensors", {"format": "pt"}, changes, whole=True)
+        if recipe.output_format == "pdparams":
+            return cls(layout, PADDLE_STEMS[recipe.merge_prefix], ".pdparams", {}, changes)
+        # Loaders of each world look for its word, though it proves nothing.
+        known = {"format": {"hf": "pt", "paddle": "np"}[layout]} if layout is not None else {}
+        return cls(
+            layout, recipe.merge_prefix, ".safetensors", {"format": "pt", **reference.metadata, **known}, changes
+        )
+
+    def notes(self, models: Sequence[Checkpoint]) -> tuple[str, ...]:
+        """What the user should know of the inputs' layouts."""
+        return tuple(
+            f"{model.path} is in {WORDS[model.layout]}: its weights are transposed."
+            for model in models
+            if model.layout is not None and model.layout != self.layout
+        )
+
+    def frame(self, tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
+        """Lay out one weight file of these tensors."""
+        if self.suffix != ".pdparams":
+            return frame_safetensors(tensors, self.metadata)
+        from modelfuse.checkpoints.formats.paddle_writer import frame_paddle
+
+        return frame_paddle(tensors)
+
+    def config(self, content: bytes, dtype: str | None, dequantized: bool) -> bytes:
+        """config.json as it is true of this output: where the weights lie, and of which type they are.
+
+        Args:
+            content: config.json of the reference.
+            dtype: Another type than it names, if it is another.
+            dequantized: Whether the weights are no longer quantized as it declares.
+        """
+        config: dict[str, Any] = json.loads(content)
+        before = json.dumps(config)
+        if self.layout == "paddle":
+            config["source"] = "paddle"
+        elif self.layout == "hf" and config.get("source") == "paddle":
+            del config["source"]
+        for part in _parts(config):
+            said = [key for key in DTYPE_KEYS if isinstance(part.get(key), str)]
+            # Loaders convert the weights to what it says; each world has its own key, and newer ones know both.
+            keys = DTYPE_KEYS if self.changes else said
+            part.update((key, dtype or part[said[0]]) for key in keys if said)
+            for key in DECLARATIONS if dequantized else ():
+                part.pop(key, None)
+        if json.dumps(config) == before:
+            return content
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and all that are nested in it."""
+    pending = [config]
+    while pending:
+        part = pending.pop()
+        yield part
+        pending.extend(value for value in part.values() if isinstance(value, dict))

@@ -1,0 +1,76 @@
+"""What the user should know of a merge before it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.adapters import Adapter
+from modelfuse.checkpoints.buffers import STRAY
+from modelfuse.checkpoints.side_files import SideFile
+from modelfuse.checkpoints.tensor_names import group_names
+from modelfuse.planning.matching import Tied
+from modelfuse.planning.memory_budget import Budget
+from modelfuse.planning.output_format import OutputFormat
+from modelfuse.recipe.recipe import Recipe
+
+
+def notes_on(
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    tied: Sequence[Tied],
+    form: OutputFormat,
+    budget: Budget,
+    side_files: Sequence[SideFile],
+) -> tuple[str, ...]:
+    """What is out of the ordinary, a sentence each.
+
+    Args:
+        recipe: The settings.
+        models: The models in order, then the base if there is one.
+        tied: Names that are left out.
+        form: How the output is stored.
+        budget: The workers and the memory that they will take.
+        side_files: What is copied beside the weights.
+    """
+    reference = models[-1 if recipe.base_model_path is not None else 0]
+    memory = budget.memory
+    notes = [_of_dequantized(model) for model in models if model.dequantized]
+    notes += [text for model in models for text in _of_strays(model)]
+    if recipe.device != "cpu" and not budget.device.gpu:
+        notes.append("There is no GPU to be used, so the CPU does the work, as allow_cpu_fallback says.")
+    if recipe.engine == "ray":
+        notes.append("Each CPU of the Ray cluster has one such worker, whatever n_process is.")
+    elif budget.workers < recipe.n_process:
+        notes.append(f"{budget.workers} of {recipe.n_process} workers, so that the memory budget holds.")
+    if memory > recipe.memory:
+        notes.append(
+            f"The peak will be about {memory / 1e6:,.0f} MB: one worker needs that, but the memory budget is "
+            f"{recipe.memory / 1e6:,.0f} MB."
+        )
+    if not reference.config and not form.whole:
+        notes.append(f"{reference.path} has no config.json, so none is copied; a server will need one.")
+    if unmerged := [file.name for file in side_files if file.holds_weights]:
+        notes.append(f"Copied from {reference.path}, not merged: the weights in {', '.join(unmerged)}.")
+    return (*notes, *form.notes(models), *_of_ties(models, tied))
+
+
+def _of_dequantized(model: Checkpoint) -> str:
+    number = sum(tensor.natural is not tensor.dtype for tensor in model.values())
+    scales = sum(reason != STRAY for reason in model.left_out.values())
+    return f"{model.path}: {number} tensors are dequantized; {scales} tensors of scales are left out."
+
+
+def _of_strays(model: Checkpoint) -> Iterator[str]:
+    if strays := [name for name, reason in model.left_out.items() if reason == STRAY]:
+        yield f"{model.path}: left out, as {STRAY}: {', '.join(group_names(strays))}."
+
+
+def _of_ties(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> Iterator[str]:
+    """What an adapter of tied weights does: it saw only one of them change, but they stay tied."""
+    pairs = [pair for each in tied for pair in ((each.name, each.other), (each.other, each.name))]
+    for model in models:
+        if isinstance(model, Adapter):
+            for one, other in pairs:
+                if one in model.changed:
+                    yield f"{model.path} changes {one}, to which {other} is tied: both change, as with PEFT."

@@ -1,0 +1,172 @@
+"""The checks of settings that concern each other, and how errors about settings read."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from modelfuse.errors import RecipeError
+from modelfuse.methods.registry import MERGE_METHODS
+
+#: Of an error: what is shown of a value, and the settings that are listed.
+MOST_CHARACTERS = 500
+MOST_LINES = 20
+HELP = "`modelfuse merge --help` lists every setting."
+
+
+def listed(problems: Sequence[str]) -> str:
+    """What is wrong with single settings, a line each."""
+    if len(problems) > MOST_LINES:
+        problems = [*problems[:MOST_LINES], f"and {len(problems) - MOST_LINES} more"]
+    return "\n".join(problems)
+
+
+def shown(value: object) -> str:
+    """A value as it was given, as far as a line has room."""
+    try:
+        text = repr(value)
+    except Exception:  # Of somebody's own class.
+        return "a number of too many digits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question naming the known word nearest to a misspelt one."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else HELP
+
+
+def is_path(text: str) -> bool:
+    """Whether a system can look for a file of this name; half a character, which JSON can spell, is none."""
+    try:
+        return bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name stays within the folder that it is looked for in."""
+    return is_path(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def check_models(models: int, has_base: bool) -> None:
+    """Refuse too few models to merge."""
+    if models < 2 - has_base:
+        raise RecipeError(
+            f"model_path_list names {models} model; a merge needs at least two, or one and a base",
+            "Give two or more paths after --model_path_list, or a --base_model_path.",
+        )
+
+
+def check_device(tensor_type: str, device: str) -> None:
+    """Refuse kernels that cannot run on the device."""
+    if tensor_type == "np" and device != "cpu":
+        raise RecipeError(
+            f"tensor_type np computes on the CPU, so device {device} cannot be used",
+            "Use --device cpu, or --tensor_type pt or pd for a GPU.",
+        )
+
+
+def check_engine(engine: str, ray_address: str | None, tensor_type: str) -> None:
+    """Refuse a cluster's address without the cluster, one of another kind, and kernels that it does not run."""
+    if engine != "ray":
+        if ray_address is not None:
+            raise RecipeError(f"ray_address is {ray_address}, but engine is {engine}", "Add --engine ray.")
+        return
+    if tensor_type != "np":
+        raise RecipeError(
+            f"engine ray runs numpy kernels on the CPUs of its nodes; tensor_type {tensor_type} cannot be used",
+            "Use --tensor_type np: the same bytes, as fast as the disks.",
+        )
+    if ray_address is not None and ray_address != "local" and not re.fullmatch(r"[^\s/]+:\d{1,5}", ray_address):
+        raise RecipeError(
+            f"ray_address is {ray_address!r}, which is not HOST:PORT",
+            "Give the address that `ray start --head` has shown, on a machine of the cluster. ray:// cannot be used.",
+        )
+
+
+def check_method(merge_method: str | None, merge_type: str | None, sparsify_type: str | None) -> None:
+    """Refuse a merge_method whose steps are given otherwise."""
+    if merge_method is None:
+        return
+    steps = MERGE_METHODS[merge_method]
+    for name, given, implied in zip(("sparsify_type", "merge_type"), (sparsify_type, merge_type), steps, strict=True):
+        if given is not None and given != implied:
+            raise RecipeError(
+                f"merge_method {merge_method} means {name} {implied or 'none'}, but {given} is given",
+                "Leave merge_method out to combine merge_type and sparsify_type freely.",
+            )
+
+
+def check_weights(models: int, merge_type: str, weights: Sequence[float] | None, normalize: bool | None) -> None:
+    """Refuse weights that the models or the merge_type do not fit."""
+    if merge_type == "slerp":
+        if models != 2:
+            raise RecipeError(f"slerp merges exactly two models, {models} are given", "Use linear or ties for more.")
+        if weights is not None:
+            raise RecipeError("slerp takes no weight_list", "Use --slerp_alpha: 0 is the first model, 1 the second.")
+        return
+    if weights is None:
+        return
+    if len(weights) != models:
+        raise RecipeError(f"weight_list has {len(weights)} weights for {models} models", "Give one weight a model.")
+    if normalize and abs(math.fsum(weights)) < 1e-8:
+        raise RecipeError("weight_list sums to zero, so it cannot be normalized", "Use --no_normalize.")
+
+
+def check_pruning(reserve_p: float, epsilon: float) -> None:
+    """Refuse what would make magprune's probabilities leave the range of 0 to 1."""
+    low, high = reserve_p - epsilon / 2, reserve_p + epsilon / 2
+    if low <= 0 or high >= 1:
+        raise RecipeError(
+            f"magprune keeps elements with probabilities from reserve_p − epsilon/2 = {low:g} to "
+            f"reserve_p + epsilon/2 = {high:g}; both must lie between 0 and 1",
+            "Choose a reserve_p nearer to 0.5 or a smaller epsilon.",
+        )
+
+
+def check_input_layout(inputs: int, layouts: Sequence[str] | None, convert_from_hf: bool | None) -> None:
+    """Refuse layouts that are not one for all or one an input, or that Paddle's flag contradicts."""
+    if layouts is None:
+        return
+    if len(layouts) not in (1, inputs):
+        raise RecipeError(
+            f"input_layout has {len(layouts)} values for {inputs} inputs",
+            "Give one for all, or one per model with the base last.",
+        )
+    if convert_from_hf is not None and ("paddle" if convert_from_hf else "hf") in layouts:
+        raise RecipeError(
+            f"convert_from_hf is {str(convert_from_hf).lower()}, but input_layout is {' '.join(layouts)}",
+            "Leave convert_from_hf out.",
+        )
+
+
+def check_output_format(output_format: str | None, layout: str | None, save_to_hf: bool | None) -> None:
+    """Refuse a format whose layout is not the one that Paddle's flag means."""
+    if layout is not None and save_to_hf is not None and save_to_hf != (layout == "hf"):
+        raise RecipeError(
+            f"save_to_hf is {str(save_to_hf).lower()}, but output_format is {output_format}", "Leave save_to_hf out."
+        )
+
+
+def check_adapter_output(output_format: str | None, rank: int | None, has_base: bool) -> None:
+    """Refuse an adapter without a base, and its rank without it."""
+    if output_format == "lora" and not has_base:
+        raise RecipeError(
+            "output_format lora saves differences to a base, but base_model_path is not given",
+            "Name the model that the adapter is to be used with.",
+        )
+    if rank is not None and output_format != "lora":
+        raise RecipeError("lora_rank is given, but output_format is not lora", "Add --output_format lora.")
+
+
+def check_copied(names: Iterable[str]) -> None:
+    """Refuse files to copy that lie outside the model's folder."""
+    for name in names:
+        if not is_inside(name):
+            raise RecipeError(f"copy_file_list names {name!r}, which is not inside the model's folder")

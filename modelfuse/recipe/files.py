@@ -1,0 +1,118 @@
+"""Recipes kept in files: JSON, and of YAML what settings need.
+
+No aliases, so a short text cannot stand for a long one; no tags, so every value is text, a number, true, false, null,
+a list or a map; no key twice. Dates stay text, as they may be names of folders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from modelfuse.errors import CheckpointError, RecipeError
+from modelfuse.storage import Place, Url
+from modelfuse.storage.files import read_whole
+
+if TYPE_CHECKING:
+    from yaml import SafeLoader
+
+#: A recipe is a page of text: more than this takes yaml seconds.
+MAX_BYTES = 200_000
+#: Settings are numbers, words, and lists of those.
+MAX_DEPTH = 50
+PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
+
+
+def load_recipe(path: Place) -> dict[str, object]:
+    """Read the settings in a .json or .yaml recipe; ``Recipe.parse`` checks them.
+
+    Raises:
+        RecipeError: If the file cannot be read or is not a map of settings.
+    """
+    text = _read(path)
+    try:
+        content = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else _load_yaml(text)
+    except RecursionError as error:
+        raise RecipeError(f"The recipe {path} is malformed: it is nested too deeply") from error
+    except ValueError as error:
+        raise RecipeError(f"The recipe {path} is malformed: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RecipeError(f"The recipe {path} is not a map of settings to values")
+    return content
+
+
+def _read(path: Place) -> str:
+    try:
+        if isinstance(path, Url):
+            content = read_whole(path)
+        else:
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise RecipeError(f"The recipe {path} has more than {MAX_BYTES:,} bytes; it is no recipe")
+        return content.decode("utf-8-sig")
+    except CheckpointError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.message}", error.hint) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        raise ValueError(f"{_twice(name for name, _ in pairs)} is given twice")
+    return keys
+
+
+def _twice(names: Iterable[str]) -> str:
+    """The first name that was there before; there is one."""
+    seen = set[str]()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+
+
+def _load_yaml(text: str) -> object:
+    import yaml
+
+    try:
+        loader = _loader()(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _loader() -> type[SafeLoader]:
+    """yaml's own loader of plain values, with less."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def fetch_flow_collection_start(self, token_class: Any) -> None:
+            if self.flow_level >= MAX_DEPTH:  # The time that yaml takes grows with the square of it.
+                raise RecursionError
+            super().fetch_flow_collection_start(token_class)
+
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+                raise yaml.constructor.ConstructorError(
+                    None, None, "aliases are not taken; write the value again", event.start_mark
+                )
+            node = super().compose_node(parent, index)
+            if node is not None and node.tag not in PLAIN_TAGS:
+                raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} is not taken", node.start_mark)
+            return node
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            found = super().construct_mapping(node, deep)
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(names) > len(set(names)):
+                raise yaml.constructor.ConstructorError(None, None, f"{_twice(names)} is given twice", node.start_mark)
+            return found
+
+    plain = {first: [each for each in kinds if each[0] in PLAIN_TAGS]
+             for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()}  # fmt: skip
+    Loader.yaml_implicit_resolvers = plain
+    return Loader

@@ -1,0 +1,304 @@
+"""Every setting of a merge: its name, its default, and every check that needs no file.
+
+Flags, recipe files and the Python API all become a :class:`Recipe`; nothing downstream checks a setting again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
+
+from modelfuse.dtypes import OUTPUT_DTYPES
+from modelfuse.errors import RecipeError
+from modelfuse.methods.registry import MERGE_METHODS, Method
+from modelfuse.recipe.checks import (
+    check_adapter_output,
+    check_copied,
+    check_device,
+    check_engine,
+    check_input_layout,
+    check_method,
+    check_models,
+    check_output_format,
+    check_pruning,
+    check_weights,
+    nearest,
+)
+from modelfuse.recipe.hub_names import HubName
+from modelfuse.recipe.schema import AbsolutePath, Bytes, Endpoint, Input, Weight, as_json, checked, setting, settings_of
+from modelfuse.storage import Place
+
+#: Keys that merge_config.json holds beside the settings; a recipe may carry them.
+INFORMATION = ("modelfuse_version",)
+#: The layout of the formats that an output can have.
+LAYOUTS: Mapping[str, Literal["hf", "paddle"]] = {"hf": "hf", "paddle": "paddle", "pdparams": "paddle"}
+#: Other ways to give model_path_list: as one string, and as the one adapter to merge.
+ANOTHER_WAY = ("model_path_str", "lora_model_path")
+#: Other names of a setting.
+SYNONYMS = {"model_prefix": "merge_prefix"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to merge, how, and where to. Frozen; paths are absolute.
+
+    Raises:
+        RecipeError: If a setting has a wrong type or value, or contradicts another.
+    """
+
+    model_path_list: tuple[Input, ...] = setting(
+        MISSING, "The models to merge: folders, weight files, URLs or hub names, adapters among them."
+    )
+    base_model_path: Input | None = setting(
+        None, "The model they were fine-tuned from: methods then act on the differences to it."
+    )
+    output_path: AbsolutePath | None = setting(None, "The folder to create, or its URL.")
+    merge_method: Literal[*MERGE_METHODS] | None = setting(  # type: ignore[valid-type]
+        None, "A usual pair of merge_type and sparsify_type; linear if none of the three is given."
+    )
+    merge_type: Literal["linear", "slerp", "ties"] | None = setting(None, "How models become one.")
+    sparsify_type: Literal["trim", "dare", "magprune"] | None = setting(None, "What is dropped from each model first.")
+    weight_list: tuple[Weight, ...] | None = setting(None, "One weight a model; equal if absent.")
+    normalize: bool | None = setting(None, "Divide the weights by their sum (false by default when weights are given).")
+    slerp_alpha: float = setting(0.5, "slerp: 0 is the first model, 1 the second.", ge=0, le=1)
+    slerp_normalize_eps: float = setting(1e-8, "slerp: smaller norms are not divided by.", ge=0)
+    slerp_dot_threshold: float = setting(0.9995, "slerp: above this cosine, interpolate straight.", ge=0, le=1)
+    ties_elect_type: Literal["sum", "count"] = setting("sum", "ties: elect signs by value or by number.")
+    rescale: bool = setting(True, "Make up for what was dropped.")
+    reserve_p: float = setting(0.7, "The share of elements to keep (density).", gt=0, le=1)
+    epsilon: float = setting(0.14, "magprune: spread of the keeping probability over the ranks.", ge=0)
+    seed: int = setting(0, "dare, magprune: which random draws.", ge=0, le=2**63 - 1)
+    device: Literal["cpu", "gpu", "low_gpu_mem"] = setting("cpu", "Where to compute.")
+    tensor_type: Literal["np", "pd", "pt"] = setting("np", "numpy, Paddle or torch kernels.")
+    gpu_memory: Bytes = setting(256 * 10**6, "device low_gpu_mem: the most memory of the GPU to use.", ge=64 * 10**6)
+    allow_cpu_fallback: bool = setting(False, "Where there is no GPU to be used, compute on the CPU.")
+    n_process: int = setting(1, "Parallel workers; never changes the result.", ge=1, le=1024)
+    memory: Bytes = setting(10**9, "The most resident memory to use.", ge=1)
+    merge_prefix: Literal["model", "master_weights"] = setting("model", "Which weights of a folder.")
+    max_shard_size: Bytes = setting(5 * 10**9, "The largest weight file to write.", ge=1)
+    output_dtype: Literal[*OUTPUT_DTYPES] | None = setting(  # type: ignore[valid-type]
+        None, "The type to store (default: the base's, else the first model's, tensor by tensor)."
+    )
+    input_layout: tuple[Literal["hf", "paddle"], ...] | None = setting(
+        None, "Linear weights of the inputs are [out, in] (hf) or [in, out] (paddle); one for all, or one "
+        "a model with the base last (default: told from shapes and config.json).",
+    )  # fmt: skip
+    output_format: Literal["hf", "paddle", "pdparams", "lora"] | None = setting(
+        None, "The output's layout: hf, paddle, or paddle in .pdparams files (default: the layout of the "
+        "base, else of the first model, in safetensors); lora: the difference to the base as one PEFT adapter.",
+    )  # fmt: skip
+    convert_from_hf: bool | None = setting(
+        None, "Paddle's flag: true is --input_layout hf for all but .pdparams files, false is paddle."
+    )
+    save_to_hf: bool | None = setting(
+        None, "Paddle's flag: true is --output_format hf, false is paddle, whatever the inputs are."
+    )
+    lora_rank: int | None = setting(
+        None, "With output_format lora: the rank to cut differences to that are no exact products.", ge=1, le=2**31
+    )
+    merge_with_qdq_base_model: bool = setting(
+        False, "Quantize and dequantize the base first, as config.json in the adapter's folder says."
+    )
+    engine: Literal["local", "ray"] = setting("local", "Merge on this machine, or on all of a Ray cluster.")
+    ray_address: str | None = setting(None, "engine ray: HOST:PORT, or local (default: as ray.init finds).")
+    ray_timeout: float = setting(30.0, "engine ray: seconds to wait for the cluster.", gt=0, le=1e6)
+    overwrite: bool = setting(False, "Replace an existing output.")
+    on_nonfinite: Literal["error", "propagate"] = setting("error", "What NaN and infinities do.")
+    unmerged_from: Input | None = setting(
+        None, "The model to take tensors from that cannot be merged (integers) where they differ."
+    )
+    hub_endpoint: Endpoint | None = setting(
+        None, "Where hub names are looked up, such as a mirror (default: HF_ENDPOINT, else huggingface.co)."
+    )
+    copy_file_list: tuple[str, ...] = setting((), "More files to copy beside the usual ones.")
+    split_pieces: int = setting(8, "Accepted; slices are always small.", ge=1, le=2**63 - 1)
+    max_tensor_mem: float = setting(0.5, "Accepted; slices are always small.", gt=0, le=1e9)
+
+    def __post_init__(self) -> None:
+        vars(self).update(checked(SETTINGS, vars(self)))
+        self._check()
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, object]) -> Recipe:
+        """Build a recipe from named settings, as they come from flags, a file or keyword arguments.
+
+        Raises:
+            RecipeError: As the class says; an unknown name is answered with the nearest one.
+        """
+        required: dict[str, Any] = {name: MISSING for name, each in SETTINGS.items() if each.is_required}
+        return cls(**{**required, **_canonical(settings)})
+
+    def changed(self, **changes: object) -> Recipe:
+        """The same with other values, which are not checked again."""
+        other = copy(self)
+        vars(other).update(changes)
+        return other
+
+    def _check(self) -> None:
+        """Refuse settings that contradict each other."""
+        sparsify_type, merge_type = self.steps
+        check_models(len(self.model_path_list), self.base_model_path is not None)
+        check_device(self.tensor_type, self.device)
+        check_engine(self.engine, self.ray_address, self.tensor_type)
+        check_method(self.merge_method, self.merge_type, self.sparsify_type)
+        check_weights(len(self.model_path_list), merge_type, self.weight_list, self.normalize)
+        if sparsify_type == "magprune":
+            check_pruning(self.reserve_p, self.epsilon)
+        check_copied(self.copy_file_list)
+        check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
+        check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
+        check_adapter_output(self.output_format, self.lora_rank, self.base_model_path is not None)
+
+    @property
+    def inputs(self) -> tuple[Place | HubName, ...]:
+        """The models in order, then the base if there is one."""
+        return self.model_path_list if self.base_model_path is None else (*self.model_path_list, self.base_model_path)
+
+    @property
+    def hub_names(self) -> tuple[HubName, ...]:
+        """Those that are hub names, each once."""
+        return tuple(dict.fromkeys(each for each in self.inputs if isinstance(each, HubName)))
+
+    @property
+    def input_paths(self) -> tuple[Place, ...]:
+        """Where the inputs are, once all are at hand."""
+        paths = tuple(each.folder if isinstance(each, HubName) else each for each in self.inputs)
+        if missing := [str(each) for each, path in zip(self.inputs, paths, strict=True) if path is None]:
+            raise ValueError(f"{', '.join(missing)}: not fetched yet")
+        return tuple(path for path in paths if path is not None)
+
+    @property
+    def model_paths(self) -> tuple[Place, ...]:
+        """Where the models are, without the base."""
+        return self.input_paths[: len(self.model_path_list)]
+
+    @property
+    def base_path(self) -> Place | None:
+        """Where the base is, if there is one."""
+        return None if self.base_model_path is None else self.input_paths[-1]
+
+    def at_hand(self, found: Mapping[object, HubName]) -> Recipe:
+        """The same with what hub names have become: a commit, and a folder."""
+        update: dict[str, object] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
+        for name in ("base_model_path", "unmerged_from"):
+            update[name] = found.get(getattr(self, name), getattr(self, name))
+        return self.changed(**update)
+
+    @property
+    def steps(self) -> tuple[str | None, str]:
+        """The effective (sparsify_type, merge_type)."""
+        if self.merge_method is not None:
+            return MERGE_METHODS[self.merge_method]
+        return self.sparsify_type, self.merge_type or "linear"
+
+    def declared_layouts(self, formats: Sequence[str]) -> tuple[Literal["hf", "paddle"] | None, ...]:
+        """The layout that the settings give each input, None where they say nothing.
+
+        Args:
+            formats: The format of every input: ``safetensors``, ``torch`` or ``paddle``.
+        """
+        if self.input_layout is not None:
+            return self.input_layout if len(self.input_layout) > 1 else self.input_layout * len(formats)
+        if self.convert_from_hf is None:
+            return (None,) * len(formats)
+        # Paddle's own files hold Paddle's layout, and its tool loads them as they are.
+        return tuple("paddle" if not self.convert_from_hf else None if kind == "paddle" else "hf" for kind in formats)
+
+    @property
+    def output_layout(self) -> Literal["hf", "paddle"] | None:
+        """The layout that the settings give the output; None: that of the base, else of the first model."""
+        if self.output_format is not None and self.output_format in LAYOUTS:
+            return LAYOUTS[self.output_format]
+        return None if self.save_to_hf is None else "hf" if self.save_to_hf else "paddle"
+
+    @property
+    def normalizes(self) -> bool:
+        """The effective ``normalize``: absent weights are equal and normalised."""
+        return self.weight_list is None or bool(self.normalize)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The effective weights, one a model."""
+        weights = self.weight_list or (1.0,) * len(self.model_path_list)
+        total = math.fsum(weights)
+        return tuple(weight / total for weight in weights) if self.normalizes else weights
+
+    @property
+    def method(self) -> Method:
+        """All that the mathematics depends on."""
+        sparsify_type, merge_type = self.steps
+        weights = self.weights
+        if merge_type == "ties" and self.normalizes:
+            # The division cancels their scale, and a third in float32 would tip votes that cancel exactly.
+            weights = self.weight_list or (1.0,) * len(self.model_path_list)
+        same = {name: getattr(self, name) for name in (
+            "slerp_alpha", "slerp_normalize_eps", "slerp_dot_threshold", "ties_elect_type", "rescale",
+            "reserve_p", "epsilon", "seed")}  # fmt: skip
+        return Method(merge_type, sparsify_type, weights, self.normalizes, **same)
+
+    def effective(self) -> dict[str, object]:
+        """Every setting as it took effect, ready for JSON; parsing it gives the same merge."""
+        settings: dict[str, object] = {name: as_json(getattr(self, name)) for name in SETTINGS}
+        settings["sparsify_type"], settings["merge_type"] = self.steps
+        if settings["merge_type"] != "slerp":
+            settings["weight_list"] = list(self.weight_list or (1.0,) * len(self.model_path_list))
+            settings["normalize"] = self.normalizes
+        return settings
+
+
+SETTINGS = settings_of(Recipe)
+
+
+def canonical_name(name: str) -> str:
+    """A setting's name with dashes made underscores and synonyms resolved.
+
+    Raises:
+        RecipeError: If there is no such setting; names the nearest.
+    """
+    plain = name.replace("-", "_")
+    plain = SYNONYMS.get(plain, plain)
+    if plain not in SETTINGS and plain not in (*INFORMATION, *ANOTHER_WAY):
+        raise RecipeError(f"There is no setting {name!r}", nearest(plain, (*SETTINGS, *ANOTHER_WAY)))
+    return plain
+
+
+def by_canonical_name(settings: Mapping[str, object]) -> dict[str, object]:
+    """The same settings by their :func:`canonical_name`.
+
+    Raises:
+        RecipeError: If there is no such setting, or one is given under two names.
+    """
+    named: dict[str, object] = {}
+    for name, value in settings.items():
+        plain = canonical_name(name)
+        if plain in named:
+            raise RecipeError(f"The setting {plain} is given twice")
+        named[plain] = value
+    return named
+
+
+def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
+    named = {name: value for name, value in by_canonical_name(settings).items() if name not in INFORMATION}
+    joined = named.pop("model_path_str", None)
+    if joined is not None:
+        if named.get("model_path_list"):
+            raise RecipeError("model_path_str and model_path_list are both given", "Give one of them.")
+        if not isinstance(joined, str):
+            raise RecipeError("model_path_str is not a comma-separated string")
+        named["model_path_list"] = [part for part in (part.strip() for part in joined.split(",")) if part]
+    adapter = named.pop("lora_model_path", None)
+    if adapter is not None:
+        if named.get("model_path_list"):
+            raise RecipeError(
+                "lora_model_path and models are both given", "Name adapters in model_path_list, beside other models."
+            )
+        if named.get("base_model_path") is None:
+            raise RecipeError("lora_model_path needs base_model_path", "Name the model that it was trained on.")
+        named["model_path_list"] = [adapter]
+    for name in ("model_path_list", "weight_list", "copy_file_list"):
+        if named.get(name) is None:
+            named.pop(name, None)
+    return named

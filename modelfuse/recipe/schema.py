@@ -1,0 +1,256 @@
+"""What single settings may be: sizes, numbers, places, and the inputs of a merge."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, field, fields
+from decimal import Decimal
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from msgspec import Meta, ValidationError, convert
+
+from modelfuse.errors import RecipeError
+from modelfuse.recipe.checks import HELP, is_path, listed, shown
+from modelfuse.recipe.hub_names import HubName, hub_name
+from modelfuse.storage import Place, Url, place_of
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+
+#: What Paddle's tool takes for true and false.
+SWITCHES = {**dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True),
+            **dict.fromkeys(("no", "false", "f", "n", "0", "off"), False)}  # fmt: skip
+#: What types are called.
+WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "array": "a list",
+         "object": "a map", "null": "none"}  # fmt: skip
+
+
+def parse_bytes(value: object) -> object:
+    """A size such as ``5GB``, ``300 MB`` or ``1.5GiB`` in bytes; 1 MB is 10⁶ bytes.
+
+    >>> parse_bytes("1.5GB")
+    1500000000
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
+    if match is None or match[2] not in UNITS:
+        raise ValueError("give a size such as 500MB or 5GB")
+    try:
+        return int(Decimal(match[1]) * UNITS[match[2]])
+    except ArithmeticError:
+        raise ValueError("this is no size") from None
+
+
+def _absolute(value: object) -> Place:
+    if isinstance(value, str) and not is_path(value):
+        raise ValueError("this is no path")
+    if not isinstance(value, str | Path | Url):
+        raise ValueError("input is not a valid path")
+    return place_of(value)
+
+
+def _input(value: object) -> Place | HubName:
+    """A place; or a hub name, if it looks like one and nothing of that name is here."""
+    if isinstance(value, str) and not os.path.lexists(value) and (named := hub_name(value)) is not None:
+        return named
+    return value if isinstance(value, HubName) else _absolute(value)
+
+
+def _endpoint(value: object) -> object:
+    if isinstance(value, str) and re.match(r"https?://[^/\s]+", value) is None:
+        raise ValueError("this is no address such as https://hub.example.org")
+    return value.rstrip("/") if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Metadata of a setting's type: what makes of a given value one that is checked.
+
+    Attributes:
+        read: Raises ValueError if the value cannot be understood.
+    """
+
+    read: Callable[[Any], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Instead(Before):
+    """The same where there is nothing left to check."""
+
+
+Bytes = Annotated[int, Before(parse_bytes), Meta(le=2**63 - 1)]
+#: A path, made absolute, or a URL.
+AbsolutePath = Annotated[Place, Instead(_absolute)]
+#: Most tensors are merged in float32, so their weights have its range.
+Weight = Annotated[float, Meta(ge=-3e38, le=3e38)]
+Endpoint = Annotated[str, Before(_endpoint)]
+#: A model to merge: where it is, or what it is called on a hub.
+Input = Annotated[Place | HubName, Instead(_input)]
+
+
+def setting(default: object, description: str, **bounds: Any) -> Any:
+    """A dataclass's field that is a setting.
+
+    Args:
+        default: Its default, ``MISSING`` where it must be given.
+        description: What it does.
+        bounds: Of numbers, as msgspec's ``Meta`` has them.
+    """
+    return field(default=default, metadata={"description": description, "bounds": Meta(**bounds)})
+
+
+class Unfit(ValueError):
+    """A value that a setting cannot have.
+
+    Attributes:
+        value: What was given; of a list, the first that does not fit.
+        reason: What is expected.
+    """
+
+    def __init__(self, value: object, reason: str) -> None:
+        super().__init__(reason)
+        self.value, self.reason = value, reason
+
+
+class Setting:
+    """What a setting may be, and what it is by default.
+
+    Args:
+        kind: The type of the dataclass's field.
+        made: The field.
+
+    Attributes:
+        default: Its default, ``MISSING`` where it must be given.
+        description: What it does.
+        takes_several: Whether it is a list.
+    """
+
+    def __init__(self, kind: Any, made: Field[Any]) -> None:
+        self.default, self.description = made.default, str(made.metadata["description"])
+        # None is what the default stands for, and is read nowhere.
+        some = next(each for each in get_args(kind) if each is not NoneType) if NoneType in get_args(kind) else kind
+        self.takes_several = get_origin(some) is tuple
+        one = get_args(some)[0] if self.takes_several else some
+        self._kind = Annotated[one, made.metadata["bounds"]]
+        plain = get_args(one)[0] if get_origin(one) is Annotated else one
+        self._readers = [each for each in getattr(one, "__metadata__", ()) if isinstance(each, Before)]
+        self._choices = [str(each) for each in get_args(plain)] if get_origin(plain) is Literal else []
+        self.is_switch, self._is_number = plain is bool, plain in (int, float)
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is MISSING
+
+    def read(self, value: object) -> object:
+        """What was given, as it should be.
+
+        Raises:
+            Unfit: If it cannot be.
+        """
+        if value is None and self.default is None:
+            return None
+        if not self.takes_several:
+            return self._read(value)
+        try:
+            if isinstance(value, str | bytes | Mapping | Set):
+                raise TypeError
+            several = [*value]  # type: ignore[misc]
+        except Exception:
+            raise Unfit(value, "give a list") from None
+        return tuple(map(self._read, several))
+
+    def _read(self, given: object) -> object:
+        value = given
+        try:
+            for reader in self._readers:
+                value = reader.read(value)
+                if isinstance(reader, Instead):
+                    return value
+            if self._is_number or self.is_switch:
+                value = _plain(value)
+            if self._is_number:
+                value = _number(value)
+            elif self.is_switch and isinstance(value, str):
+                value = SWITCHES.get(value.lower(), value)
+            read: object = convert(value, self._kind, strict=False)
+            if isinstance(read, float) and not math.isfinite(read):
+                raise ValueError("give a finite number")
+        except ValidationError as error:
+            choices = ", ".join(map(repr, self._choices))
+            raise Unfit(given, f"give one of {choices}" if choices else _in_words(error)) from None
+        except ValueError as error:
+            raise Unfit(given, str(error)) from None
+        return read
+
+
+def checked(settings: Mapping[str, Setting], values: Mapping[str, object]) -> dict[str, object]:
+    """All settings, as they should be.
+
+    Raises:
+        RecipeError: If any cannot be; lists all of them.
+    """
+    read, problems = dict[str, object](), list[str]()
+    for name, each in settings.items():
+        try:
+            if values[name] is MISSING:
+                problems.append(f"{name} is not given")
+            else:
+                read[name] = each.read(values[name])
+        except Unfit as error:
+            problems.append(f"{name} is {shown(error.value)}: {error.reason}")
+    if problems:
+        raise RecipeError(listed(problems), HELP)
+    return read
+
+
+def as_json(value: object) -> object:
+    """A setting as JSON has it; a place without what is secret of it."""
+    if type(value) is tuple:
+        return [as_json(each) for each in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def settings_of(kind: type) -> dict[str, Setting]:
+    """The settings that are a dataclass's fields, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {made.name: Setting(hints[made.name], made) for made in fields(kind)}
+
+
+def _plain(value: Any) -> object:
+    """Python's own number for one of numpy's or torch's; anything else as it is."""
+    if type(value) in (str, bool, int, float, NoneType):
+        return value
+    if isinstance(value, int | float):
+        return float(value) if isinstance(value, float) else int(value)
+    try:
+        return value.item()
+    except Exception:  # Of whatever was given.
+        return value
+
+
+def _number(value: object) -> object:
+    """A number that was given as text, as words of a command line are; anything else as it is."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                value = kind(value)
+                break
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("give a finite number")
+        return int(value) if value.is_integer() else value
+    return value
+
+
+def _in_words(error: ValidationError) -> str:
+    """What msgspec says, for those who do not program."""
+    text = re.sub(r"`(\w+)`", lambda word: WORDS.get(word[1], word[1]), str(error))
+    return text[0].lower() + text[1:]

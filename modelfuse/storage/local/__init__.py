@@ -1,0 +1,1 @@
+"""Files of this machine: the journal, locks, the page cache, and calls that Python lacks."""
