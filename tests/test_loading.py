@@ -148,8 +148,8 @@ def test_what_older_sources_gave_is_replaced(
     folder: Path, compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(Kernel(weigh))
-    (tmp_path / "package" / "kernels").mkdir(parents=True)
-    (tmp_path / "package" / "kernels" / "cpu.py").write_text("newer")
+    (tmp_path / "package" / "kernels" / "compiled").mkdir(parents=True)
+    (tmp_path / "package" / "kernels" / "compiled" / "merge_loops.py").write_text("newer")
     monkeypatch.setattr(code_cache, "PACKAGE", tmp_path / "package")
     code_cache._key.cache_clear()
     (before,) = folder.iterdir()

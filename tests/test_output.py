@@ -28,7 +28,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 def checksum(data: bytes) -> str:
-    """As modelfuse/checksums.py defines it."""
+    """As modelfuse/storage/checksums.py defines it."""
     blocks = (data[start : start + 262144] for start in range(0, len(data), 262144))
     return xxhash.xxh3_128(b"".join(xxhash.xxh3_128(block).digest() for block in blocks)).hexdigest()
 
