@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage.local": {"errors", "storage"},
     "storage.remote": {"errors", "storage"},
     "recipe": {"errors", "dtypes", "storage", "methods"},
+    "recipe.arcee": {"errors", "dtypes", "storage", "recipe"},
     "kernels": {"errors", "dtypes", "methods", "kernels.arrays", "kernels.compiled", "kernels.jit"},
     "kernels.arrays": {"dtypes", "methods", "kernels", "kernels.compiled"},
     "kernels.compiled": {"dtypes", "methods", "kernels", "kernels.jit"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from modelfuse.errors import CheckpointError, RecipeError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: A recipe is a page of text: more than this takes yaml seconds.
 MAX_BYTES = 200_000
+#: What aliases may make of it.
+MAX_VALUES = 100_000
 #: Settings are numbers, words, and lists of those.
 MAX_DEPTH = 50
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
@@ -71,20 +74,59 @@ def _twice(names: Iterable[str]) -> str:
     return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
+def load_documents(text: str) -> list[object]:
+    """Read the documents of a YAML text. They may have aliases, as long as what they stand for is no long text.
+
+    Raises:
+        RecipeError: If it is malformed.
+    """
+    try:
+        documents = _documents(text, aliases=True)
+        _count_values(documents)
+    except RecursionError as error:
+        raise RecipeError("The configuration is malformed: it is nested too deeply") from error
+    except ValueError as error:
+        raise RecipeError(f"The configuration is malformed: {error}") from error
+    return documents
+
+
+def _count_values(value: object, count: int = 0, depth: int = 0) -> int:
+    """The number of values in one, those that aliases repeat each time."""
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    count += 1
+    if count > MAX_VALUES:
+        raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
+    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        count = _count_values(part, count, depth + 1)
+    return count
+
+
 def _load_yaml(text: str) -> object:
+    documents = _documents(text, aliases=False)
+    if len(documents) > 1:
+        raise ValueError("it has several documents")
+    return documents[0] if documents else None
+
+
+def _documents(text: str, aliases: bool) -> list[object]:
     import yaml
 
     try:
-        loader = _loader()(text)
+        loader, documents = _loader(aliases)(text), list[object]()
         try:
-            return loader.get_single_data()
+            while loader.check_data():  # type: ignore[no-untyped-call]
+                documents.append(loader.get_data())
+            return documents
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _loader() -> type[SafeLoader]:
+@cache
+def _loader(aliases: bool) -> type[SafeLoader]:
     """yaml's own loader of plain values, with less."""
     import yaml
 
@@ -95,7 +137,7 @@ def _loader() -> type[SafeLoader]:
             super().fetch_flow_collection_start(token_class)
 
         def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-            if self.check_event(yaml.AliasEvent):
+            if not aliases and self.check_event(yaml.AliasEvent):
                 event: Any = self.peek_event()  # type: ignore[no-untyped-call]
                 raise yaml.constructor.ConstructorError(
                     None, None, "aliases are not taken; write the value again", event.start_mark
@@ -108,6 +150,8 @@ def _loader() -> type[SafeLoader]:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             found = super().construct_mapping(node, deep)
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if aliases and "<<" in names:
+                raise yaml.constructor.ConstructorError(None, None, "<< is not taken; write the keys", node.start_mark)
             if len(names) > len(set(names)):
                 raise yaml.constructor.ConstructorError(None, None, f"{_twice(names)} is given twice", node.start_mark)
             return found

@@ -1,0 +1,78 @@
+"""Configuration files: one document, or several whose results are each other's models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+
+from modelfuse.errors import RecipeError
+from modelfuse.recipe.arcee.configuration import Configuration
+from modelfuse.recipe.arcee.grammar import is_configuration, read_configuration
+from modelfuse.recipe.arcee.references import Stage
+from modelfuse.recipe.files import load_documents
+
+#: A name is one of a folder, too.
+FORBIDDEN = ("/", "\\", "\0")
+
+
+def read_configurations(text: str) -> tuple[Configuration, ...]:
+    """Read a configuration file.
+
+    Args:
+        text: Its content.
+
+    Returns:
+        The documents in an order in which each comes after those that it uses; the last is the result.
+
+    Raises:
+        RecipeError: If anything in it is not as it should be.
+    """
+    contents = [each for each in load_documents(text) if each is not None]
+    names = [_name(each) for each in contents]
+    stages = [name for name in names if name is not None]
+    if twice := [name for number, name in enumerate(stages) if name in stages[:number]]:
+        raise RecipeError(f"Two documents have the name {twice[0]!r}", "Give each its own.")
+    if len(contents) > 1 and len(stages) < len(contents) - 1:
+        raise RecipeError(
+            f"{len(contents) - len(stages)} documents of the configuration have no name",
+            "Give each but the last a name:, by which others use its result.",
+        )
+    known = stages if len(contents) > 1 else []
+    read = [read_configuration(each, known) for each in contents]
+    if not read:
+        raise RecipeError("The configuration is empty")
+    return _in_order(read, names)
+
+
+def _name(content: object) -> str | None:
+    name = content.get("name") if isinstance(content, Mapping) else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name or name in (".", "..") or any(each in name for each in FORBIDDEN):
+        raise RecipeError(f"name is {name!r}, which cannot be the name of a result")
+    return name
+
+
+def _in_order(read: Sequence[Configuration], names: Sequence[str | None]) -> tuple[Configuration, ...]:
+    """Each after those that it uses; the one without a name, else the last that nothing uses, at the end."""
+    places = {name: number for number, name in enumerate(names)}
+    uses = {number: {places[stage] for stage in stages_of(each)} for number, each in enumerate(read)}
+    try:
+        order = list(TopologicalSorter(uses).static_order())
+    except CycleError as error:
+        cycle = " → ".join(str(names[number]) for number in error.args[1])
+        raise RecipeError(f"Documents of the configuration use each other's results: {cycle}") from None
+    used = set[int]().union(*uses.values())
+    last = places.get(None)
+    if last is None:
+        last = max(number for number in range(len(read)) if number not in used)
+    return tuple(read[number] for number in [*(each for each in order if each != last), last])
+
+
+def stages_of(configuration: Configuration) -> tuple[str, ...]:
+    """The names of the documents whose results a configuration uses."""
+    parts = [part for each in configuration.references for part in each.parts]
+    return tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Stage)))
+
+
+__all__ = ["is_configuration", "read_configurations", "stages_of"]
