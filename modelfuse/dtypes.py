@@ -87,6 +87,11 @@ def named(name: str) -> DType:
     return BY_NAME[name]
 
 
+def computed_in(*dtypes: DType) -> DType:
+    """The type that tensors of these types are merged in: float64 if any of them computes in it, else float32."""
+    return F64 if any(dtype.compute == "float64" for dtype in dtypes) else F32
+
+
 #: The types a merge can write, by the names that ``output_dtype`` accepts.
 OUTPUT_DTYPES = {
     "float64": F64,

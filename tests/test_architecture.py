@@ -76,7 +76,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "version",
         "storage",
         "storage.local",
-        "methods",
         "recipe",
         "kernels",
         "kernels.compiled",

@@ -18,7 +18,7 @@ import modelfuse as package
 from modelfuse.checkpoints.output import atomic_folder, background_sync
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.execution import run as running
-from modelfuse.planning.plan import OutputTensor
+from modelfuse.planning.operations import Operation
 from modelfuse.storage.local import journal, page_cache
 from modelfuse.storage.local.journal import Journal
 
@@ -76,7 +76,7 @@ class Written:
         self.end_after = 0
         write = running.Run.write
 
-        def noted(run: running.Run, tensor: OutputTensor, start: int, *rest: Any) -> None:
+        def noted(run: running.Run, tensor: Operation, start: int, *rest: Any) -> None:
             if self.end_after and len(self.slices) == self.end_after:
                 raise KeyboardInterrupt
             self.slices.append((tensor.name, start))

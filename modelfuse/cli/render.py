@@ -83,7 +83,7 @@ def plan(plan: Plan) -> None:
 
     # For tables of paths and names, which are never cut: a terminal wraps them itself.
     wide = Console(highlight=False, soft_wrap=True, width=1 << 14)
-    recipe, method = plan.recipe, plan.method
+    recipe, method = plan.recipe, plan.recipe.method
     steps = " → ".join(step for step in (method.sparsify_type, method.merge_type) if step)
     out.print(f"[bold]{recipe.merge_method or steps}[/] ({steps}) of {_count(len(recipe.model_path_list), 'model')}")
     models = Table("model", "format", "tensors", "weight", box=None, pad_edge=False)

@@ -62,7 +62,7 @@ def find_suspicious(plan: Plan, distances: Callable[[str], Sequence[Distance]]) 
         The models in which something stands out.
     """
     found = []
-    for number, place in enumerate(plan.recipe.model_path_list if plan.has_base else ()):
+    for number, place in enumerate(plan.recipe.model_path_list):
         # A model may have a hundred thousand tensors: what is remembered of one is a number.
         tensors, equal, known = 0, [], array("d")
         for name, distance in _of_model(plan, distances, number):
@@ -87,6 +87,6 @@ def _of_model(
     plan: Plan, distances: Callable[[str], Sequence[Distance]], number: int
 ) -> Iterator[tuple[str, Distance]]:
     for tensor in plan.tensors:
-        measured = distances(tensor.name)
-        if measured:
-            yield tensor.name, measured[number]
+        for source, distance in zip(tensor.inputs, distances(tensor.name), strict=False):
+            if source == number:  # The base's own number comes last, and has no distance.
+                yield tensor.name, distance

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.checkpoints import Checkpoint
 from modelfuse.errors import MismatchError
 from modelfuse.kernels import Bytes, Extent, Procedure
+from modelfuse.storage import Place
 
 #: Differing tensors that an error lists.
 MOST_LINES = 20
@@ -18,10 +18,11 @@ MOST_LINES = 20
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tensor whose sources are not equal: its name, and the positions of the sources that differ from the first."""
+    """A tensor whose sources are not equal: its name, the first source's input, and those of the ones that differ."""
 
     name: str
-    sources: tuple[int, ...]
+    first: Place
+    others: tuple[Place, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,13 @@ class Copy:
         name: Its name.
         chosen: The source to take where they differ; None: they must not differ.
         itemsize: Bytes an element.
+        models: The inputs that the sources are of.
     """
 
     name: str
     chosen: int | None
     itemsize: int
+    models: tuple[Place, ...]
 
 
 def copy_procedure(copy: Copy, differences: list[Difference]) -> Procedure:
@@ -53,7 +56,7 @@ def _procedure(copy: Copy, differences: list[Difference], writes: bool) -> Proce
     found = yield CopyPass(copy, writes)
     differing = sorted({source for span in found if span for source in span})
     if differing and copy.chosen is None:
-        differences.append(Difference(copy.name, tuple(differing)))
+        differences.append(Difference(copy.name, copy.models[0], tuple(copy.models[at] for at in differing)))
 
 
 @dataclass
@@ -98,11 +101,10 @@ def describe_unequal_pairs(differences: Sequence[Difference], what: str, hint: s
     return MismatchError(f"{what}:\n" + _listed(each.name for each in differences), hint)
 
 
-def describe_copies(differences: Sequence[Difference], models: Sequence[Checkpoint]) -> MismatchError:
+def describe_copies(differences: Sequence[Difference]) -> MismatchError:
     """Which of the models have another tensor than the first."""
     lines = (
-        f"{each.name} of {models[0].path} is not that of {' and '.join(str(models[at].path) for at in each.sources)}"
-        for each in differences
+        f"{each.name} of {each.first} is not that of {' and '.join(map(str, each.others))}" for each in differences
     )
     return MismatchError(
         "These tensors cannot be merged, only copied, but they differ:\n" + _listed(lines),

@@ -15,7 +15,8 @@ from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.execution.anomalies import Suspicious
 from modelfuse.kernels import Procedure
-from modelfuse.planning.plan import OutputTensor, Plan
+from modelfuse.planning.operations import Operation
+from modelfuse.planning.plan import Plan
 from modelfuse.storage.checksums import ALGORITHM, Checksum
 from modelfuse.version import __version__
 
@@ -61,7 +62,7 @@ class Outcome:
         facts: What else its sources tell of it, if they do.
     """
 
-    tensor: OutputTensor
+    tensor: Operation
     checksum: Checksum | str
     nonfinite: list[Counts] | None = None
     distances: list[SpanDistances] | None = None
@@ -124,10 +125,11 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequen
 
     All other files are written before, so that their checksums are in it: of a weight file, the header's.
     """
+    method = plan.recipe.method
     report: dict[str, object] = {
         "modelfuse_version": __version__,
-        "method": {"merge_type": plan.method.merge_type, "sparsify_type": plan.method.sparsify_type,
-                   "effective_weights": list(plan.recipe.weights), "seed": plan.method.seed},
+        "method": {"merge_type": method.merge_type, "sparsify_type": method.sparsify_type,
+                   "effective_weights": list(plan.recipe.weights), "seed": method.seed},
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
         "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
         "suspicious": [_suspicious(each) for each in suspicious],

@@ -11,7 +11,8 @@ import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.execution.report_writer import Outcome, SpanResult
-from modelfuse.planning.plan import OutputTensor, Plan
+from modelfuse.planning.operations import Operation
+from modelfuse.planning.plan import Plan
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.version import __version__
 
@@ -41,7 +42,7 @@ def facts_of(plan: Plan) -> dict[str, object]:
                 facts[str(file.path)] = file.identity
     facts |= {f"what the headers of {path} say": digest.hexdigest() for path, digest in headers.items()}
     layout = [[file.name, file.size, file.frame.digest] for file in plan.files]
-    layout += [[tensor.name, tensor.action, tensor.chosen] for tensor in plan.tensors]
+    layout += [[tensor.name, tensor.action, tensor.inputs, tensor.chosen, tensor.rule] for tensor in plan.tensors]
     facts["the plan"] = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
     known: dict[str, object] = json.loads(json.dumps(facts))  # As it will be read: without tuples.
     return known
@@ -85,12 +86,12 @@ class Finished:
         """Whether these elements of a tensor are written already."""
         return self._spans.get(name, {}).get(first) == count
 
-    def has_all(self, tensor: OutputTensor) -> bool:
+    def has_all(self, tensor: Operation) -> bool:
         """Whether nothing is left to do for a tensor."""
         return sum(self._spans.get(tensor.name, {}).values()) == tensor.size
 
 
-def entry_of(tensor: OutputTensor, first: int, count: int, walked: SpanResult) -> dict[str, object]:
+def entry_of(tensor: Operation, first: int, count: int, walked: SpanResult) -> dict[str, object]:
     """What the journal is to say of a finished span."""
     distances = walked.distances
     return {
@@ -115,6 +116,6 @@ def _walked(first: int, entry: Mapping[str, Any]) -> SpanResult:
     return SpanResult(None, bad, bytes.fromhex(entry["digests"]), distances, entry["facts"])
 
 
-def bytes_of(tensor: OutputTensor, count: int) -> int:
+def bytes_of(tensor: Operation, count: int) -> int:
     """The bytes that progress counts for so many elements: those read, each once, and those written."""
     return tensor.dtype.nbytes(count) + sum(source.stored.nbytes(count) for source in tensor.sources)

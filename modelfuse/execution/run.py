@@ -28,13 +28,13 @@ from modelfuse.execution.report_writer import Outcome, SpanResult, write_config,
 from modelfuse.execution.resume import Finished, bytes_of, entry_of, facts_of
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.execution.worker import Room, Task, Tasks, Worker
-from modelfuse.kernels import Bytes, Pass, Procedure, Work
+from modelfuse.kernels import Bytes, Pass, Procedure
 from modelfuse.kernels.backends import choose
 from modelfuse.kernels.jit.compile import announcing
-from modelfuse.methods.registry import Method
 from modelfuse.planning.memory_budget import SPAN
+from modelfuse.planning.operations import Action, Operation
 from modelfuse.planning.output_location import check_room
-from modelfuse.planning.plan import Action, OutputTensor, Plan
+from modelfuse.planning.plan import Plan
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, Url, hold, waiting_while
 from modelfuse.storage.checksums import Checksum
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from modelfuse.execution.ray.driver import Cluster
 
 Progress = Callable[[int], None]
-#: What is taken from one input is multiplied by one.
-TAKE = Method("linear", None, (1.0,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +149,7 @@ class Run:
             what = "The adapter has copies of tensors of its base, but they are not equal"
             raise describe_unequal_pairs(self.strange, what, "Give the base that the adapter was trained on.")
         if self.differences:
-            raise describe_copies(self.differences, self.plan.models)
+            raise describe_copies(self.differences)
         with self._kernel.running():
             self._schedule(self._merging_jobs())
 
@@ -173,20 +171,17 @@ class Run:
         """What can show that the models do not fit comes first: tied tensors and those to be copied."""
         for pair, task in zip(self.plan.equal_pairs, self._tasks.equal_pairs, strict=True):
             if pair.one.size:
-                copy = Copy(f"{pair.one.name} and {pair.other.name} of {pair.path}", None, pair.one.dtype.bytes)
+                what = f"{pair.one.name} and {pair.other.name} of {pair.path}"
+                copy = Copy(what, None, pair.one.dtype.bytes, task.models)
                 procedure = compare_procedure(copy, self.untied if pair.tied else self.strange)
                 yield Job(task, procedure, pair.one.size)
         for tensor, task in self._unfinished("copy"):
-            copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes)
+            copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes, task.models)
             yield self._job(tensor, task, copy_procedure(copy, self.differences))
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
         for tensor, task in self._unfinished("merge", "take"):
-            merges = tensor.action == "merge"
-            has_base, method = merges and self.plan.has_base, self.plan.method if merges else TAKE
-            dtypes = tuple(source.dtype for source in tensor.sources)
-            deltas = tuple(source.is_delta for source in tensor.sources[: len(dtypes) - has_base])
-            work = Work(tensor.name, tensor.size, dtypes, has_base, tensor.dtype, method, deltas)
+            work = tensor.work
             procedure = self._kernel.merge(work)
             if work.has_base:
                 from modelfuse.kernels.compiled.base_distance import measured
@@ -194,13 +189,13 @@ class Run:
                 procedure = measured(procedure, work)
             yield self._job(tensor, task, procedure)
 
-    def _unfinished(self, *actions: Action) -> Iterator[tuple[OutputTensor, Task]]:
+    def _unfinished(self, *actions: Action) -> Iterator[tuple[Operation, Task]]:
         """The tensors to do; nothing is to be done for one without elements."""
         for tensor, task in zip(self.plan.tensors, self._tasks.tensors, strict=True):
             if tensor.action in actions and not self.finished.has_all(tensor):
                 yield tensor, task
 
-    def _job(self, tensor: OutputTensor, task: Task, procedure: Procedure) -> Job[Pass]:
+    def _job(self, tensor: Operation, task: Task, procedure: Procedure) -> Job[Pass]:
         return Job(task, self.outcomes[tensor.name].follow(procedure), tensor.size)
 
     def _is_stopping(self) -> bool:
@@ -220,11 +215,11 @@ class Run:
     def has(self, task: Task, pass_: Pass, first: int, count: int) -> bool:
         return task.tensor is not None and pass_.writes and self.finished.has(task.tensor.name, first, count)
 
-    def write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
+    def write(self, tensor: Operation, start: int, data: Bytes) -> None:
         self._folder.write(tensor.file, tensor.offset + tensor.dtype.nbytes(start), data.data)
         self.advance(tensor, data.size // tensor.dtype.bytes)
 
-    def advance(self, tensor: OutputTensor, count: int) -> None:
+    def advance(self, tensor: Operation, count: int) -> None:
         self.progress(bytes_of(tensor, count))
 
     def take(self, task: Task, pass_: Pass, first: int, count: int, walked: SpanResult) -> None:

@@ -16,15 +16,16 @@ from modelfuse.errors import CheckpointError
 from modelfuse.execution.report_writer import Counts, SpanResult
 from modelfuse.kernels import Bytes, Extent, Measured, Pass, Unread
 from modelfuse.kernels.backends import Kernel
-from modelfuse.planning.memory_budget import SPAN, reads_twice
-from modelfuse.planning.plan import OutputTensor, Plan
+from modelfuse.planning.memory_budget import SPAN
+from modelfuse.planning.operations import Operation
+from modelfuse.planning.plan import Plan
 from modelfuse.storage import Place
 from modelfuse.storage.checksums import Checksum
 
 #: Rows of a slice start at multiples of a cache line.
 ROW_ALIGNMENT = 64
 #: Takes a tensor's bytes from an element on.
-Write = Callable[[OutputTensor, int, Bytes], None]
+Write = Callable[[Operation, int, Bytes], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +42,7 @@ class Task:
 
     sources: tuple[StoredTensor, ...]
     models: tuple[Place, ...]
-    tensor: OutputTensor | None = None
+    tensor: Operation | None = None
     strict: bool = False
     begun: int = 0
 
@@ -76,10 +77,10 @@ class ResultSink(Protocol):
     def has(self, task: Task, pass_: Pass, first: int, count: int) -> bool:
         """Whether there is nothing to do, as an earlier run has written the span."""
 
-    def write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
+    def write(self, tensor: Operation, start: int, data: Bytes) -> None:
         """Write a tensor's bytes from an element on; they count as progress."""
 
-    def advance(self, tensor: OutputTensor, count: int) -> None:
+    def advance(self, tensor: Operation, count: int) -> None:
         """So many elements were written otherwise."""
 
     def take(self, task: Task, pass_: Pass, first: int, count: int, walked: SpanResult) -> None:
@@ -111,7 +112,7 @@ class Room(NamedTuple):
         everything = [*(tensor.sources for tensor in plan.tensors), *pairs]
         rows = max(_row_bytes(sources, slices) * len(sources) for sources in everything)
         out = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in plan.tensors)
-        return cls(slices, rows, out, plan.fetched, reads_twice(plan.recipe))
+        return cls(slices, rows, out, plan.fetched, plan.reads_twice)
 
 
 class Stopped(Exception):
@@ -227,9 +228,7 @@ def _row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
     return -(-elements * max(source.dtype.bytes for source in sources) // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def nonfinite(
-    tensor: OutputTensor, models: Sequence[Place], bad: np.ndarray[Any, np.dtype[np.int64]]
-) -> CheckpointError:
+def nonfinite(tensor: Operation, models: Sequence[Place], bad: np.ndarray[Any, np.dtype[np.int64]]) -> CheckpointError:
     """Name the tensor, the models that hold such values, and how many; or that only the result is not finite.
 
     Args:

@@ -16,7 +16,8 @@ from modelfuse.errors import ModelfuseError
 from modelfuse.execution.report_writer import CONFIG_NAME
 from modelfuse.inspection.report_reader import Problem, Report, ReportedInput
 from modelfuse.kernels import Bytes
-from modelfuse.planning.plan import OutputTensor, Plan, make_plan
+from modelfuse.planning.operations import Operation
+from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, exists, is_dir, is_file, look_up, place_of, size_of
 from modelfuse.storage.files import SourceFile
@@ -94,7 +95,7 @@ def _facts(tensor: object) -> tuple[object, ...]:
     return tuple(getattr(tensor, name, None) for name in ("dtype", "shape", "file"))
 
 
-def _describe(tensor: OutputTensor | None) -> str:
+def _describe(tensor: Operation | None) -> str:
     return "no such tensor" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} in {tensor.file}"
 
 
@@ -120,7 +121,7 @@ def choose(plan: Plan, stored: Mapping[str, StoredTensor], full: bool, sample: i
     return replace(plan, tensors=tuple(each for each in fit if each.name in chosen), tied=(), equal_pairs=(), files=())
 
 
-def bytes_of(tensor: OutputTensor) -> int:
+def bytes_of(tensor: Operation) -> int:
     """The bytes of a tensor and of its sources."""
     return tensor.nbytes + tensor.bytes_read
 
@@ -156,9 +157,9 @@ class Comparison:
         stored: The same tensors as they lie in the output.
     """
 
-    def __init__(self, tensors: Sequence[OutputTensor], stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, tensors: Sequence[Operation], stored: Mapping[str, StoredTensor]) -> None:
         self._tensors, self._stored = tensors, stored
-        self._files: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        self._files: dict[str, tuple[list[int], list[Operation]]] = {}
         for tensor in tensors:
             if tensor.size:  # Others share their offset with the next one, and nothing is ever written to them.
                 offsets, own = self._files.setdefault(tensor.file, ([], []))
@@ -211,7 +212,7 @@ class Comparison:
         return room[:nbytes]
 
 
-def _tell(tensor: OutputTensor, deviation: Deviation) -> str:
+def _tell(tensor: Operation, deviation: Deviation) -> str:
     stored, made = (f"0x{each[::-1].hex()}" for each in (deviation.stored, deviation.made))
     return (
         f"{tensor.name} in {tensor.file} is not what the recipe gives, from element {deviation.element:,} on: "

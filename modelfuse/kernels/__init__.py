@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from modelfuse.dtypes import DType
+from modelfuse.dtypes import DType, computed_in
 from modelfuse.methods.registry import Method
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -49,8 +49,8 @@ class Work:
 
     @property
     def compute(self) -> str:
-        """float64 if any source is, else float32."""
-        return "float64" if any(source.compute == "float64" for source in self.sources) else "float32"
+        """numpy's name of the type that arithmetic runs in."""
+        return str(computed_in(*self.sources))
 
 
 class Extent(NamedTuple):

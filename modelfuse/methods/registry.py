@@ -19,7 +19,7 @@ from modelfuse.methods.slerp import slerp
 from modelfuse.methods.ties import ties
 from modelfuse.methods.trim import trim
 
-__all__ = ["MERGES", "MERGE_METHODS", "SPARSIFIERS", "Method", "describe", "merge_tensor"]
+__all__ = ["MERGES", "MERGE_METHODS", "SPARSIFIERS", "TAKE", "Method", "describe", "merge_tensor"]
 
 MERGES: dict[str, Callable[..., Array]] = {"linear": linear, "slerp": slerp, "ties": ties}
 SPARSIFIERS: dict[str, Callable[..., Array]] = {"trim": trim, "dare": dare, "magprune": magprune}
@@ -63,9 +63,28 @@ class Method:
     epsilon: float = 0.14
     seed: int = 0
 
+    @property
+    def counts_magnitudes(self) -> bool:
+        """Whether magnitudes are counted before anything is merged."""
+        return self.sparsify_type in ("trim", "magprune")
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether tensors are measured before they are merged."""
+        return self.counts_magnitudes or self.merge_type == "slerp"
+
+    @property
+    def coefficients(self) -> tuple[float, ...] | None:
+        """The models' factors where the result is a weighted sum of them, whatever they hold; None if it is not."""
+        return self.weights if (self.sparsify_type, self.merge_type) == (None, "linear") else None
+
     def options(self, function: Callable[..., Array]) -> dict[str, object]:
         """The settings that a definition takes as keyword-only arguments."""
         return {name: getattr(self, name) for name in parameters(function)}
+
+
+#: What makes one tensor of itself.
+TAKE = Method("linear", None, (1.0,))
 
 
 def parameters(function: Callable[..., Array]) -> dict[str, object]:

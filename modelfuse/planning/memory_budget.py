@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from modelfuse.dtypes import F64, computed_in
 from modelfuse.kernels.backends import CPU_ROOM, GPU_ROOM, Device, find_gpu
+from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Url
 
@@ -66,6 +69,8 @@ class MemoryDemand(NamedTuple):
         held: Bytes that computing the sources of one tensor keeps resident, at most.
         double: Whether any is computed in float64.
         remote: The most bytes of an element in all sources that are in stores.
+        counted: The most sources of a tensor whose magnitudes are counted; zero if there is none.
+        twice: Whether any tensor is read twice.
     """
 
     outputs: int
@@ -75,6 +80,8 @@ class MemoryDemand(NamedTuple):
     held: int
     double: bool
     remote: int = 0
+    counted: int = 0
+    twice: bool = False
 
     def slice_bytes(self, elements: int) -> int:
         """What a worker holds of the largest slice of so many elements."""
@@ -109,10 +116,14 @@ def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
         RecipeError: If there is no GPU that it can use.
     """
     gpu = find_gpu(recipe.tensor_type, recipe.device, recipe.allow_cpu_fallback)
-    tallies = recipe.steps[0] in ("trim", "magprune")
-    tables = TABLE_BYTES * demand.sources if tallies else 0
+    tables = TABLE_BYTES * demand.counted
     scratch = 0 if gpu or recipe.tensor_type == "np" else SCRATCH_BYTES
-    fixed = INTERPRETER_BYTES[recipe.tensor_type] + tallies * TALLYING_BYTES + demand.double * DOUBLE_BYTES + tables
+    fixed = (
+        INTERPRETER_BYTES[recipe.tensor_type]
+        + (demand.counted > 0) * TALLYING_BYTES
+        + demand.double * DOUBLE_BYTES
+        + tables
+    )
     fixed += demand.outputs * (OUTPUT_BYTES + demand.sources * SOURCE_BYTES) + gpu * GPU_BYTES
     fixed += RAY_BYTES * (recipe.engine == "ray")
     sends = isinstance(recipe.output_path, Url)
@@ -132,15 +143,39 @@ def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
     workers = max(1, min(most, (recipe.memory - fixed) // max(a_worker(elements), 1)))
     device = Device(recipe.tensor_type, gpu, _room(recipe, gpu, workers))
     memory = fixed + workers * a_worker(elements)
-    most = MOST_KEPT if reads_twice(recipe) else MOST_AHEAD
+    most = MOST_KEPT if demand.twice else MOST_AHEAD
     more = min(max(recipe.memory - memory, 0), most) if fetched else 0
     return Budget(workers, elements, memory + more, device, workers * fetched + more)
 
 
-def reads_twice(recipe: Recipe) -> bool:
-    """Whether tensors are measured before they are merged."""
-    sparsify_type, merge_type = recipe.steps
-    return sparsify_type in ("trim", "magprune") or merge_type == "slerp"
+def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
+    """What operations need, whatever the budget is."""
+    sources = [part for each in operations for part in each.sources]
+    # A slice's rows are as wide as the widest of its sources.
+    sizes = {
+        (each.size, len(each.sources) * max(part.dtype.bytes for part in each.sources) + each.dtype.bytes)
+        for each in operations
+    }
+    # Of files in stores, an element's bytes in all of its sources have to be there at a time.
+    fetched = max(sum(part.stored.bytes for part in each.sources) for each in operations)
+    if not any(isinstance(path, Url) for path in recipe.input_paths):
+        fetched = 0
+    return MemoryDemand(
+        outputs=len(operations),
+        sources=max(len(each.sources) for each in operations),
+        sizes=frozenset(sizes),
+        a_reader=max(part.reader_bytes for part in sources),
+        held=max(sum(part.held for part in each.sources) for each in operations),
+        double=computed_in(*{part.dtype for part in sources}) is F64,
+        remote=fetched,
+        counted=max(_counted(each) for each in operations),
+        twice=any(method.reads_twice for method in methods_of(operations)),
+    )
+
+
+def _counted(operation: Operation) -> int:
+    method = operation.method
+    return len(operation.sources) if method is not None and method.counts_magnitudes else 0
 
 
 def _most_workers(recipe: Recipe, gpu: bool, remote: bool) -> int:

@@ -6,73 +6,29 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
-from modelfuse.checkpoints import Checkpoint, StoredTensor
+from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG
-from modelfuse.checkpoints.buffers import is_buffer
 from modelfuse.checkpoints.side_files import SideFile, files_to_serve
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.checkpoints.tensors import Frame
-from modelfuse.dtypes import BF16, OUTPUT_DTYPES, DType
-from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.dtypes import BF16, OUTPUT_DTYPES
+from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
-from modelfuse.methods.registry import Method
+from modelfuse.methods.registry import TAKE
 from modelfuse.planning.adapter_inputs import copies
 from modelfuse.planning.matching import EqualPair, Tied, find_equal_pairs, match_tensors
-from modelfuse.planning.memory_budget import Budget, MemoryDemand, fit_memory
+from modelfuse.planning.memory_budget import demand_of, fit_memory
 from modelfuse.planning.open_inputs import open_inputs
+from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.planning.optional_packages import need
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.planning.output_location import check_places
+from modelfuse.planning.rules import operations_of
 from modelfuse.planning.warnings import notes_on
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Url, forget
-
-Action = Literal["merge", "copy", "take"]
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """One tensor of the output.
-
-    Attributes:
-        name: Its name.
-        dtype: The type it is stored in.
-        shape: Its shape.
-        action: ``merge``, ``copy`` for what cannot be merged and must be equal in all models, or ``take`` for what is
-            one input's as it is: the base's that no model changes, or the model's where there is only one.
-        sources: Where it lies in each model in order, then in the base if there is one; of what is taken, only there.
-        chosen: For a copy, the source to take where they differ; None: they must not differ. Of what is taken, the
-            number of the input.
-        file: The output file it goes to.
-        offset: Its first byte in that file.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    action: Action
-    sources: tuple[StoredTensor, ...]
-    chosen: int | None
-    file: str
-    offset: int
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return self.sources[0].size
-
-    @property
-    def nbytes(self) -> int:
-        """The number of bytes in the output."""
-        return self.dtype.nbytes(self.size)
-
-    @property
-    def bytes_read(self) -> int:
-        """The number of bytes in all sources together."""
-        return sum(source.stored.nbytes(source.size) for source in self.sources)
+from modelfuse.storage import forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +50,8 @@ class Plan:
 
     Attributes:
         recipe: The settings.
-        method: The mathematics.
         models: The models in order, then the base if there is one.
-        tensors: Every tensor of the output, in the order of the files.
+        tensors: How every tensor of the output is made, in the order of the files.
         tied: Tensors of the inputs that are left out because they are another one's second name.
         equal_pairs: Tensors of the inputs that must be equal.
         files: The weight files.
@@ -113,9 +68,8 @@ class Plan:
     """
 
     recipe: Recipe
-    method: Method
     models: tuple[Checkpoint, ...]
-    tensors: tuple[OutputTensor, ...]
+    tensors: tuple[Operation, ...]
     tied: tuple[Tied, ...]
     equal_pairs: tuple[EqualPair, ...]
     files: tuple[OutputFile, ...]
@@ -140,11 +94,14 @@ class Plan:
         """The checkpoint that the output takes its names, types and files from: the base, else the first."""
         return self.models[-1 if self.has_base else 0]
 
-    def inputs_of(self, tensor: OutputTensor) -> tuple[Checkpoint, ...]:
-        """The inputs that a tensor's sources are in: all, or the one that it is taken from."""
-        if len(tensor.sources) == len(self.models):
-            return self.models
-        return (self.models[-1 if tensor.chosen is None else tensor.chosen],)
+    def inputs_of(self, tensor: Operation) -> tuple[Checkpoint, ...]:
+        """The inputs that a tensor's sources are of, source by source."""
+        return tuple(self.models[number] for number in tensor.inputs)
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether any tensor is measured before it is merged."""
+        return any(method.reads_twice for method in methods_of(self.tensors))
 
     @property
     def bytes_read(self) -> int:
@@ -191,66 +148,42 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_kinds(drafts)
     form = OutputFormat.of(recipe, reference)
     tensors, files, index = _lay_out(drafts, recipe, form)
-    budget = _fit_memory(recipe, tensors)
+    budget = fit_memory(recipe, demand_of(recipe, tensors))
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
     return Plan(
-        recipe, recipe.method, models, tensors, tied, equal_pairs, files, form, index, side_files, made_files, *budget,
+        recipe, models, tensors, tied, equal_pairs, files, form, index, side_files, made_files, *budget,
         notes_on(recipe, models, tied, form, budget, side_files),
     )  # fmt: skip
 
 
 def _drafts(
     recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str]
-) -> tuple[list[OutputTensor], Mapping[str, bytes]]:
+) -> tuple[list[Operation], Mapping[str, bytes]]:
     """The output's tensors, before they have a place; and the content of files that come with them."""
-    chosen = _chosen_source(recipe)
     if recipe.output_format != "lora":
-        return [_draft(recipe, name, models, chosen) for name in names], {}
-    from modelfuse.checkpoints.adapters.as_adapter import as_adapter
+        return operations_of(recipe, models, names), {}
+    from modelfuse.checkpoints.adapters.as_adapter import Change, as_adapter
 
-    adapter, base = as_adapter(recipe, models), len(models) - 1
-    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None
-    tensors = [OutputTensor(each.name, dtype or each.dtype, each.shape, "take", (each,), base, "", 0)
-               for each in adapter.tensors]  # fmt: skip
+    base = models[-1]
+    whole = {each.name: each for each in operations_of(recipe, models, list(base.tensors))}
+    changes = [
+        Change(name, each.models, base[name], each.method or TAKE)
+        for name, each in whole.items()
+        if base[name].dtype.compute is not None and any(source != base[name] for source in each.models)
+    ]
+    adapter = as_adapter(recipe, models, changes)
+    dtype, inputs = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None, (len(models) - 1,)
+    tensors = [
+        Operation(
+            each.name, dtype or each.dtype, each.shape, "take", (each,), inputs,
+            method=change.method, rule=whole[change.name].rule,
+        )
+        for change, each in adapter.tensors
+    ]  # fmt: skip
     return tensors, {PEFT_CONFIG: adapter.config}
 
 
-def _chosen_source(recipe: Recipe) -> int | None:
-    if recipe.unmerged_from is None:
-        return None
-    try:
-        return recipe.inputs.index(recipe.unmerged_from)
-    except ValueError:
-        raise RecipeError(
-            f"unmerged_from is {recipe.unmerged_from}, which is none of the models", "Name one of the models' paths."
-        ) from None
-
-
-def _draft(recipe: Recipe, name: str, models: Sequence[Checkpoint], chosen: int | None) -> OutputTensor:
-    sources = tuple(model[model.aliases.get(name, name)] for model in models)
-    reference = sources[-1 if recipe.base_model_path is not None else 0]
-    merges = reference.dtype.compute is not None and not is_buffer(name, reference.shape)
-    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype and merges else reference.natural
-    action: Action = "merge" if merges else "copy"
-    taken = _taken(recipe, sources, merges)
-    if taken is not None:
-        action = "take" if merges else "copy"
-        return OutputTensor(name, dtype, reference.shape, action, (sources[taken],), taken if merges else None, "", 0)
-    return OutputTensor(name, dtype, reference.shape, action, sources, None if merges else chosen, "", 0)
-
-
-def _taken(recipe: Recipe, sources: Sequence[StoredTensor], merges: bool) -> int | None:
-    """The number of the input that a tensor is taken from as it is, if that is all there is to do."""
-    if recipe.base_model_path is None:
-        return None
-    *models, base = sources
-    if all(source == base for source in models):
-        return len(models)
-    alone = merges and recipe.steps == (None, "linear") and recipe.weights == (1.0,)
-    return 0 if alone and not models[0].is_delta else None
-
-
-def _check_kinds(drafts: Sequence[OutputTensor]) -> None:
+def _check_kinds(drafts: Sequence[Operation]) -> None:
     mixed: dict[str, list[str]] = {}
     for draft in drafts:
         kinds = {source.dtype for source in draft.sources}
@@ -266,10 +199,10 @@ def _check_kinds(drafts: Sequence[OutputTensor]) -> None:
 
 
 def _lay_out(
-    drafts: Sequence[OutputTensor], recipe: Recipe, form: OutputFormat
-) -> tuple[tuple[OutputTensor, ...], tuple[OutputFile, ...], str | None]:
+    drafts: Sequence[Operation], recipe: Recipe, form: OutputFormat
+) -> tuple[tuple[Operation, ...], tuple[OutputFile, ...], str | None]:
     """Assign the tensors to shards in order, and each its offset."""
-    shards: list[list[OutputTensor]] = [[]]
+    shards: list[list[Operation]] = [[]]
     filled = 0
     for draft in drafts:
         if shards[-1] and filled + draft.nbytes > recipe.max_shard_size and not form.whole:
@@ -277,32 +210,13 @@ def _lay_out(
             filled = 0
         shards[-1].append(draft)
         filled += draft.nbytes
-    placed: list[OutputTensor] = []
+    placed: list[Operation] = []
     files = []
     for number, shard in enumerate(shards, 1):
         several = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{form.stem}{several}{form.suffix}"
         frame = form.frame([(draft.name, draft.dtype, draft.shape) for draft in shard])
-        placed += (replace(draft, file=name, offset=offset) for draft, offset in zip(shard, frame.offsets, strict=True))
+        placed += (draft.at(name, offset) for draft, offset in zip(shard, frame.offsets, strict=True))
         files.append(OutputFile(name, frame))
     index = f"{form.stem}{form.suffix}.index.json" if len(shards) > 1 else None
     return tuple(placed), tuple(files), index
-
-
-def _fit_memory(recipe: Recipe, tensors: Sequence[OutputTensor]) -> Budget:
-    sources = [part for each in tensors for part in each.sources]
-    # A slice's rows are as wide as the widest of its sources.
-    sizes = {
-        (each.size, len(each.sources) * max(part.dtype.bytes for part in each.sources) + each.dtype.bytes)
-        for each in tensors
-    }
-    # Of files in stores, an element's bytes in all of its sources have to be there at a time.
-    fetched = max(sum(part.stored.bytes for part in each.sources) for each in tensors)
-    if not any(isinstance(path, Url) for path in recipe.input_paths):
-        fetched = 0
-    demand = MemoryDemand(
-        len(tensors), max(len(each.sources) for each in tensors), frozenset(sizes),
-        max(part.reader_bytes for part in sources), max(sum(part.held for part in each.sources) for each in tensors),
-        any(part.dtype.compute == "float64" for part in sources), fetched,
-    )  # fmt: skip
-    return fit_memory(recipe, demand)

@@ -12,15 +12,10 @@ import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensors import Reader
-from modelfuse.dtypes import BF16, F32, F64, DType
+from modelfuse.dtypes import BF16, DType
 from modelfuse.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def computed_in(*dtypes: DType) -> DType:
-    """float64 if any of the types computes in it, else float32."""
-    return F64 if any(dtype.compute == "float64" for dtype in dtypes) else F32
 
 
 def widen(dtype: DType, raw: Array) -> Array:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.adapter import Adapter
@@ -16,8 +17,25 @@ from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_typ
 from modelfuse.checkpoints.adapters.tensor_roles import PEFT_PREFIX
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, group_names
 from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.methods.registry import Method
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
+
+
+class Change(NamedTuple):
+    """A tensor of the base that changes.
+
+    Attributes:
+        name: Its name.
+        sources: The models' tensors.
+        base: The base's.
+        method: What merges their differences.
+    """
+
+    name: str
+    sources: tuple[StoredTensor, ...]
+    base: StoredTensor
+    method: Method
 
 
 @dataclass(frozen=True)
@@ -25,26 +43,27 @@ class AdapterOutput:
     """What the output is made of.
 
     Attributes:
-        tensors: The adapter's tensors.
+        tensors: The adapter's tensors, each with the change that it is part of.
         config: The content of its adapter_config.json.
     """
 
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[tuple[Change, StoredTensor], ...]
     config: bytes
 
 
-def as_adapter(recipe: Recipe, models: Sequence[Checkpoint]) -> AdapterOutput:
+def as_adapter(recipe: Recipe, models: Sequence[Checkpoint], changes: Sequence[Change]) -> AdapterOutput:
     """What no full model is needed for: A and B of every weight that changes, and what else changes as it will be.
 
     Args:
         recipe: The settings.
         models: The models in order, then the base.
+        changes: What changes, in the base's order.
 
     Raises:
         MismatchError: If an adapter cannot hold a change, or nothing changes.
         RecipeError: If the result is not a product of factors, and ``lora_rank`` is not given.
     """
-    return _Output(recipe, models).done()
+    return _Output(recipe, models).made_of(changes)
 
 
 @dataclass
@@ -54,18 +73,15 @@ class _Output:
     ranks: dict[str, int] = field(default_factory=dict)
     whole: list[str] = field(default_factory=list)
     impossible: list[str] = field(default_factory=list)
-    tensors: list[StoredTensor] = field(default_factory=list)
+    tensors: list[tuple[Change, StoredTensor]] = field(default_factory=list)
 
-    def done(self) -> AdapterOutput:
+    def made_of(self, changes: Sequence[Change]) -> AdapterOutput:
         self._shared = Shared(self.recipe.on_nonfinite == "error", Recent(most=RUN))
         self._errors: dict[str, float] = {}
         self._adapters = [model for model in self.models if isinstance(model, Adapter)]
         self._transposed = any(adapter.transposed for adapter in self._adapters)
-        base = self.models[-1]
-        for name, tensor in base.tensors.items():
-            sources = tuple(model[name] for model in self.models[:-1])
-            if any(source != tensor for source in sources) and tensor.dtype.compute is not None:
-                self.tensors += self._convert(name, sources, tensor)
+        for change in changes:
+            self.tensors += ((change, tensor) for tensor in self._convert(change))
         if self.impossible:
             raise MismatchError(
                 "A PEFT adapter cannot hold what changes in\n"
@@ -74,30 +90,31 @@ class _Output:
             )
         if not self.tensors:
             raise MismatchError("No model changes any tensor of the base, so that there is no adapter to save")
-        return AdapterOutput(tuple(_in_runs(self.tensors)), self._config(base))
+        return AdapterOutput(tuple(_in_runs(self.tensors)), self._config(self.models[-1]))
 
-    def _convert(self, name: str, sources: Sequence[StoredTensor], base: StoredTensor) -> Iterator[StoredTensor]:
+    def _convert(self, change: Change) -> Iterator[StoredTensor]:
+        name, sources, base, method = change
         layer, _, parameter = name.rpartition(".")
         module = next((each.modules[name] for each in self._adapters if name in each.modules), layer)
         if parameter == "weight" and len(base.shape) == 2 and base.size:
-            yield from self._factors(module, name, tuple(difference(each, base) for each in sources), base)
+            yield from self._factors(module, change)
         elif parameter == "weight" and len(base.shape) == 1:
             self.whole.append(module)
             dtype = difference_type(*sources, base)
             yield WholeTensor(
                 f"{PEFT_PREFIX}{module}.weight", dtype, base.shape, base.file, 0, name, (*sources, base),
-                self.recipe.method, self._shared,
+                method, self._shared,
             )  # fmt: skip
         else:
             self.impossible.append(name)
 
-    def _factors(
-        self, module: str, name: str, sources: tuple[StoredTensor, ...], base: StoredTensor
-    ) -> Iterator[StoredTensor]:
+    def _factors(self, module: str, change: Change) -> Iterator[StoredTensor]:
+        name, sources, base, method = change
+        sources = tuple(difference(each, base) for each in sources)
         embedding = name.endswith(EMBEDDINGS)
         out_first = not embedding and not self._transposed
         outputs, inputs = base.shape if out_first else base.shape[::-1]
-        rank = self._exact_rank(sources, base)
+        rank = _exact_rank(sources, base, method)
         wanted = self.recipe.lora_rank
         exact = rank is not None and (wanted is None or rank <= wanted)
         if not exact:
@@ -109,25 +126,11 @@ class _Output:
             rank = min(wanted, outputs, inputs)
         assert rank is not None
         self.ranks[module] = rank
-        factoring = Factoring(
-            name, sources, self.recipe.method, None if exact else rank, out_first, self._shared, self._errors
-        )
+        factoring = Factoring(name, sources, method, None if exact else rank, out_first, self._shared, self._errors)
         dtype = difference_type(*sources)
         form = f"{PEFT_PREFIX}{module}.lora_" + ("embedding_{}" if embedding else "{}.weight")
         yield FactorTensor(form.format("A"), dtype, (rank, inputs), base.file, 0, factoring, "A")
         yield FactorTensor(form.format("B"), dtype, (outputs, rank), base.file, 0, factoring, "B")
-
-    def _exact_rank(self, sources: Sequence[StoredTensor], base: StoredTensor) -> int | None:
-        """The rank of all products side by side, None if the merged difference is no sum of products."""
-        if self.recipe.steps != (None, "linear"):
-            return None
-        rank = 0
-        for source in sources:
-            if isinstance(source, LowRankTensor):
-                rank += sum(term.rank for term in source.terms)
-            elif getattr(source, "source", None) != base:
-                return None
-        return rank
 
     def _config(self, base: Checkpoint) -> bytes:
         usual = Counter(self.ranks.values()).most_common(1)[0][0] if self.ranks else 1
@@ -159,8 +162,21 @@ class _Output:
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-def _in_runs(tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
-    parts = [[each for each in tensors if getattr(each, "part", None) == part] for part in ("A", "B", None)]
+def _exact_rank(sources: Sequence[StoredTensor], base: StoredTensor, method: Method) -> int | None:
+    """The rank of all products side by side, None if the merged difference is no sum of products."""
+    if method.coefficients is None:
+        return None
+    rank = 0
+    for source in sources:
+        if isinstance(source, LowRankTensor):
+            rank += sum(term.rank for term in source.terms)
+        elif getattr(source, "source", None) != base:
+            return None
+    return rank
+
+
+def _in_runs(tensors: Sequence[tuple[Change, StoredTensor]]) -> Iterator[tuple[Change, StoredTensor]]:
+    parts = [[each for each in tensors if getattr(each[1], "part", None) == part] for part in ("A", "B", None)]
     for begin in range(0, len(parts[0]), RUN):
         yield from parts[0][begin : begin + RUN]
         yield from parts[1][begin : begin + RUN]

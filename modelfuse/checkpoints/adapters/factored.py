@@ -97,7 +97,7 @@ class Factoring:
     def _exact(self) -> tuple[Array, Array]:
         """All products side by side: Σ wᵢ·sᵢ·Bᵢ·Aᵢ = [w₁s₁B₁ w₂s₂B₂ …]·[A₁; A₂; …]."""
         pairs = []
-        for source, weight in zip(self.sources, self.method.weights, strict=True):
+        for source, weight in zip(self.sources, self.method.coefficients or (), strict=True):
             for term in source.terms if isinstance(source, LowRankTensor) else ():
                 b, a = term.factors(self.shared.strict)
                 pairs.append((b * b.dtype.type(weight * term.scale), a))

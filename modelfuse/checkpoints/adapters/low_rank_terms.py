@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.adapters.arrays import Array, Recent, computed_in, load
-from modelfuse.dtypes import DType
+from modelfuse.checkpoints.adapters.arrays import Array, Recent, load
+from modelfuse.dtypes import DType, computed_in
 
 
 class Cut(NamedTuple):

@@ -20,7 +20,7 @@ from modelfuse.execution.scheduler import fold_of
 from modelfuse.execution.worker import Task, Worker
 from modelfuse.kernels import Bytes
 from modelfuse.kernels.backends import choose
-from modelfuse.planning.plan import OutputTensor
+from modelfuse.planning.operations import Operation
 from modelfuse.storage import hold
 from modelfuse.storage.local.journal import write_all
 from modelfuse.version import __version__
@@ -101,7 +101,7 @@ class _Files:
         self.task = 0
         self.pieces: list[Piece] = []
 
-    def write(self, tensor: OutputTensor, start: int, data: Bytes) -> None:
+    def write(self, tensor: Operation, start: int, data: Bytes) -> None:
         if self._folder is None:
             self.pieces.append(Piece(self.task, start, data.copy()))
             return
