@@ -319,6 +319,23 @@ def test_damaged_archives(
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("at", "changed"),
+    [(6, b"\x01\x00"), (8, b"\x08\x00"), (14, b"\1\2\3\4"), (18, b"\1\0\0\0"), (22, b"\1\0\0\0"), (30, b"Z")],
+    ids=["encrypted", "compressed", "checksum", "packed size", "size", "name"],
+)
+def test_headers_that_contradict_the_directory(tmp_path: Path, at: int, changed: bytes) -> None:
+    """Readers that go by one or the other would see two different models."""
+    path = rewrite(tmp_path / "x.bin", lambda name, data: data)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("zip/data/1").header_offset
+    damaged = bytearray(path.read_bytes())
+    damaged[start + at : start + at + len(changed)] = changed
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="'zip/data/1' is something else by its own header"):
+        read_torch(path)
+
+
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     with zipfile.ZipFile(path, "w") as archive:

@@ -20,12 +20,25 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _UNKNOWN = 0xFFFFFFFF
 
 
+#: Flags of an entry: it is encrypted; its checksum and sizes follow its bytes, and its own header may lack them.
+_ENCRYPTED, _STREAMED = 0x1, 0x8
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
+    """What the directory says of an entry."""
+
+    name: bytes
     size: int
+    checksum: int
     header: int
     flags: int
     method: int
+
+    @property
+    def numbers(self) -> list[int]:
+        """What its own header says of its bytes: their checksum, and how many there are, packed and not."""
+        return [self.checksum, self.size, self.size]
 
 
 class ZipIndex:
@@ -43,7 +56,7 @@ class ZipIndex:
         start, size = self._find_directory()
         self._entries = _parse_directory(self._read(start, size))
         for entry in self._entries.values():  # Each has a header of its own, which may be far away.
-            file.expect(entry.header, min(_LOCAL.size, max(file.size - entry.header, 0)))
+            file.expect(entry.header, min(_LOCAL.size + len(entry.name), max(file.size - entry.header, 0)))
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -60,18 +73,39 @@ class ZipIndex:
         entry = self._entries.get(name)
         if entry is None:
             raise Refused(f"the archive has no entry {name!r}")
-        if entry.method or entry.flags & 1:
+        if entry.method or entry.flags & _ENCRYPTED:
             raise Refused(
-                f"its entry {name!r} is {'encrypted' if entry.flags & 1 else 'compressed'}",
+                f"its entry {name!r} is {'encrypted' if entry.flags & _ENCRYPTED else 'compressed'}",
                 "torch stores tensors as they are; load the file with torch and save it again.",
             )
-        local = _LOCAL.unpack(self._read(entry.header, _LOCAL.size))
-        if local[0] != b"PK\3\4":
-            raise Refused(f"its entry {name!r} is not where the directory says")
-        start = entry.header + _LOCAL.size + local[9] + local[10]
+        start = self._start(name, entry)
         if start + entry.size > self._file.size:
             raise Refused(f"its entry {name!r} reaches beyond the end of the file (truncated?)")
         return start, entry.size
+
+    def _start(self, name: str, entry: _Entry) -> int:
+        """Where an entry's bytes begin, by its own header.
+
+        Other readers go by that header alone, so where it contradicts the directory they would see another file.
+        """
+        header = self._read(entry.header, _LOCAL.size + len(entry.name))
+        local = _LOCAL.unpack_from(header)
+        if local[0] != b"PK\3\4":
+            raise Refused(f"its entry {name!r} is not where the directory says")
+        after_name = entry.header + _LOCAL.size + local[9]
+        sizes = [local[8], local[7]]
+        if _UNKNOWN in sizes:
+            sizes = _full_sizes(sizes, self._read(after_name, local[10]))
+        found = [local[6], *sizes]
+        if local[2] & _STREAMED:  # Zero where it was not known yet when the header was written.
+            found = [own or told for own, told in zip(found, entry.numbers, strict=True)]
+        own_name = header[_LOCAL.size : _LOCAL.size + local[9]]
+        if (own_name, local[2] & _ENCRYPTED, local[3], found) != (entry.name, 0, entry.method, entry.numbers):
+            raise Refused(
+                f"its entry {name!r} is something else by its own header than by the directory",
+                "Do not trust this checkpoint: programs would disagree on what it holds.",
+            )
+        return int(after_name + local[10])
 
     def read(self, name: str, limit: int) -> bytes:
         """The bytes of a small entry.
@@ -125,16 +159,16 @@ def _parse_directory(directory: bytes) -> dict[str, _Entry]:
         name = directory[name_at:extra_at].decode("utf-8", "backslashreplace")
         if name in entries or len(entries) >= _MAX_ENTRIES:
             raise Refused(f"its zip directory names {name[:200]!r} twice, or too many entries")
-        size, packed, header = _full_sizes(field, directory[extra_at : extra_at + field[11]])
+        extra = directory[extra_at : extra_at + field[11]]
+        size, packed, header = _full_sizes([field[9], field[8], field[16]], extra)
         if not field[4] and size != packed:
             raise Refused(f"its entry {name[:200]!r} has two sizes")
-        entries[name] = _Entry(size, header, field[3], field[4])
+        entries[name] = _Entry(directory[name_at:extra_at], size, field[7], header, field[3], field[4])
     return entries
 
 
-def _full_sizes(field: tuple[int, ...], extra: bytes) -> tuple[int, int, int]:
+def _full_sizes(sizes: list[int], extra: bytes) -> list[int]:
     """Size, packed size and header offset; those over 4 GiB stand in a zip64 extra field, in this order."""
-    sizes = [field[9], field[8], field[16]]
     at = 0
     while at + 4 <= len(extra) and _UNKNOWN in sizes:
         tag, length = struct.unpack_from("<2H", extra, at)
@@ -146,4 +180,4 @@ def _full_sizes(field: tuple[int, ...], extra: bytes) -> tuple[int, int, int]:
                     block = block[8:]
             break
         at += 4 + length
-    return sizes[0], sizes[1], sizes[2]
+    return sizes
