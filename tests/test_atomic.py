@@ -359,13 +359,19 @@ def test_progress_that_fails_ends_the_merge(pair: Pair, tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", ["touched", "replaced", "cut", "longer", "removed"])
+@pytest.mark.parametrize("change", ["touched", "rewritten", "replaced", "cut", "longer", "removed"])
 def test_a_model_that_changes_while_it_is_read(pair: Pair, tmp_path: Path, change: str) -> None:
     path = pair[1] / "model.safetensors"
 
     def progress(_: int) -> None:
         if change == "touched":
             os.utime(path, ns=(1, 1))
+        elif change == "rewritten":  # As rsync --inplace --times does it.
+            status = path.stat()
+            with open(path, "r+b") as file:
+                file.seek(-4, os.SEEK_END)
+                file.write(b"\0\0\0\0")
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         elif change == "replaced":
             (tmp_path / "new").write_bytes(path.read_bytes())
             (tmp_path / "new").replace(path)

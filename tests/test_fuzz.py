@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -246,6 +247,69 @@ def test_links_that_lead_nowhere(refuse: Callable[..., str], models: Path) -> No
     (models / "A" / "gone").symlink_to("nothing")
     words = ["--model_path_list", models / "A", models / "B", "--output_path", models / "C"]
     refuse("merge", *words, "--copy_file_list", "loop", says=["copy_file_list names loop"])
+
+
+def _a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+def _a_link_to_nothing(path: Path) -> None:
+    path.symlink_to("gone")
+
+
+def _a_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [_a_pipe, _a_socket, _a_link_to_nothing, _a_device, Path.mkdir])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "config.json", "tokenizer.model", "modules.json", "additional_chat_templates/x.jinja"]
+)
+def test_what_is_there_and_is_no_file_is_never_left_out(
+    refuse: Callable[..., str], models: Path, name: str, make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
+    path = models / "A" / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    make(path.relative_to(models))
+    words = ["--model_path_list", "A", "B", "--output_path", "C"]
+    refuse("check", *words, says=[path, "is not a regular file but a"])
+    refuse("merge", *words, says=[path, "is not a regular file but a"])
+
+
+@pytest.mark.parametrize("make", [_a_pipe, _a_link_to_nothing, Path.mkdir])
+def test_weights_that_are_no_file_do_not_make_others_the_model(
+    refuse: Callable[..., str], models: Path, make: Callable[[Path], None]
+) -> None:
+    """Beside older weights in another format, which nobody has asked for."""
+    torch = pytest.importorskip("torch")
+    torch.save({"x": torch.ones(2)}, models / "A" / "pytorch_model.bin")
+    path = models / "A" / "model.safetensors"
+    path.unlink()
+    make(path)
+    refuse("check", "--model_path_list", models / "A", models / "B", says=[path])
+
+
+@pytest.mark.parametrize("file", ["adapter_config", "lora_config"])
+def test_settings_of_an_adapter_that_are_no_file(refuse: Callable[..., str], models: Path, file: str) -> None:
+    """Without them, an adapter would be a model."""
+    path = models / "A" / f"{file}.json"
+    path.symlink_to("gone")
+    refuse("check", "--model_path_list", models / "A", models / "B", says=[path, "which is not there"])
+
+
+def test_folders_of_training_are_no_files(merge: Run, models: Path) -> None:
+    for name in ("checkpoint-500", "onnx", "runs", ".cache"):
+        (models / "A" / name).mkdir()
+    (models / "A" / "logs").symlink_to("runs")
+    (models / "A" / ".hidden").symlink_to("gone")
+    merge("--model_path_list", models / "A", models / "B", "--output_path", models / "C")
 
 
 # What lies in an output

@@ -217,7 +217,16 @@ def rename_a_tensor(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-@pytest.mark.parametrize("change", [retouch, replace_by_its_copy, rename_a_tensor])
+def rewrite_a_value(path: Path) -> None:
+    """Another value at the same time, in the same inode, under the same header: only the change time tells."""
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\0")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [retouch, replace_by_its_copy, rename_a_tensor, rewrite_a_value])
 def test_a_changed_input_starts_afresh_and_says_so(
     left: Path, merge: Command, models: list[Path], words: Words, written: Written, change: Callable[[Path], None]
 ) -> None:

@@ -17,7 +17,7 @@ from modelfuse.checkpoints.formats.safetensors import read_safetensors
 from modelfuse.checkpoints.tensors import Checkpoint, StoredTensor
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place, Url, children, is_dir, is_file, look_up
+from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file, look_up
 from modelfuse.storage.concurrent import each_of
 from modelfuse.storage.files import SourceFile, read_bytes
 
@@ -99,8 +99,10 @@ def open_checkpoint(path: Place, prefix: str = "model") -> Checkpoint:
     weight_map = None
     if is_dir(path):
         folder = path
-        here = {each.name for each in children(folder) if is_file(each)}
+        # On a disk all names count: a link that leads nowhere must not make another format the model.
+        here = {each.name for each in children(folder) if not isinstance(each, Url) or is_file(each)}
         form, names, weight_map = find_files(folder, here, prefix, folder.__truediv__)
+        _check_all_are_files(folder, names)
     elif is_file(path):
         _refuse_shard(path)
         folder, names, form = path.parent, [path.name], _format_of(path, prefix)
@@ -112,6 +114,16 @@ def open_checkpoint(path: Place, prefix: str = "model") -> Checkpoint:
     if not contents.tensors:
         raise CheckpointError(f"{folder / names[0]} holds no tensors")
     return Checkpoint(path, form.kind, *contents, read_config(folder))
+
+
+def _check_all_are_files(folder: Place, names: list[str]) -> None:
+    """Refuse links that lead nowhere, pipes and the like among the weight files on a disk."""
+    for path in (folder / name for name in names if not isinstance(folder, Url)):
+        try:
+            has_file(path)
+        except CheckpointError as error:
+            message = f"{folder} holds no checkpoint that can be read: {error.message}"
+            raise CheckpointError(message, error.hint) from error
 
 
 def _join(path: Place, files: Mapping[str, Contents]) -> Contents:
@@ -138,10 +150,10 @@ def read_config(folder: Place) -> dict[str, object]:
     """The contents of config.json in a folder, or an empty dict.
 
     Raises:
-        CheckpointError: If the file is there but is not a JSON object.
+        CheckpointError: If the file is there but cannot be read, or is not a JSON object.
     """
     path = folder / CONFIG_FILE
-    return read_json(path) if is_file(path) else {}
+    return read_json(path) if has_file(path) else {}
 
 
 def read_json(path: Place) -> dict[str, object]:

@@ -13,7 +13,7 @@ from modelfuse.checkpoints import Checkpoint
 from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, Url, children, is_dir, is_file, look_up, size_of
+from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file, look_up, size_of
 from modelfuse.storage.files import read_whole
 
 #: Endings of files that hold weights or training state: everything else beside the weights is small and copied.
@@ -32,6 +32,8 @@ TEMPLATES = "additional_chat_templates"
 MODULES_FILE = "modules.json"
 #: The weights of a module, the format first that is loaded where there are both.
 MODULE_WEIGHTS = (".safetensors", ".bin")
+#: A folder of such a name is no folder that training or a tool has left, but takes the place of a file.
+FILES = (".json", ".jinja", ".model", ".py", ".txt", ".tiktoken", ".vocab", ".yaml", ".yml")
 #: Larger files are no configuration; tokenizers stay well below.
 LARGEST, LARGEST_LISTING = 200_000_000, 1_000_000
 
@@ -59,14 +61,16 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
     """
     folder = reference.path if is_dir(reference.path) else reference.path.parent
     here = {path.name: path for path in children(folder)}
+    named = [os.path.normpath(name) for name in recipe.copy_file_list]
+    look_up(folder, named)
+    for name in named:
+        _check_named(folder, name)
     sizes = _sizes(here)
     modules = modules_of(read_whole(here[MODULES_FILE])) if lists_modules(sizes) else ()
     for name, path in here.items():
         if name in (TEMPLATES, *modules) and is_dir(path):
             sizes |= _sizes({f"{name}/{file.name}": file for file in children(path)})
     usual = usual_files(sizes, modules)
-    named = [os.path.normpath(name) for name in recipe.copy_file_list]
-    look_up(folder, named)
     unasked = sorted(set(usual) - set(named))
     _refuse_links_outside(folder, unasked)
     for name in unasked:
@@ -75,19 +79,34 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
                 f"{folder / name}, which belongs to a module that is not merged, is too large to be copied unasked",
                 f"If a server needs it: --copy_file_list {name}.",
             )
-    for name in named:
-        if not is_file(folder / name):
-            raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
-        if MADE.fullmatch(name):
-            raise RecipeError(
-                f"copy_file_list names {name}, which would take the place of what the merge writes",
-                "Weights are merged, not copied: leave it out.",
-            )
     return tuple(SideFile(folder / name, name, size_of(folder / name)) for name in dict.fromkeys([*usual, *named]))
 
 
+def _check_named(folder: Place, name: str) -> None:
+    """Refuse what the recipe wants to have copied and cannot be."""
+    if not is_file(folder / name):
+        raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
+    if MADE.fullmatch(name):
+        raise RecipeError(
+            f"copy_file_list names {name}, which would take the place of what the merge writes",
+            "Weights are merged, not copied: leave it out.",
+        )
+
+
 def _sizes(paths: Mapping[str, Place]) -> dict[str, int]:
-    return {name: size_of(path) for name, path in paths.items() if is_file(path)}
+    """The sizes of the files among what is in a folder.
+
+    Raises:
+        CheckpointError: If something that would be copied is there but cannot be read: a server would lack it.
+    """
+    return {name: size_of(path) for name, path in paths.items() if _is_here(name, path)}
+
+
+def _is_here(name: str, path: Place) -> bool:
+    own = name.rpartition("/")[2]
+    if not own.startswith(".") and not own.endswith(WEIGHTS) and own not in LEFTOVERS:
+        return (own.endswith(FILES) or not is_dir(path)) and has_file(path)
+    return is_file(path)
 
 
 def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ IMMATERIAL = ("output_path", "overwrite", "n_process", "memory", "split_pieces",
 def facts_of(plan: Plan) -> dict[str, object]:
     """What the bytes of the weights depend on, each under the name that a user would know it by.
 
-    Inputs count by their headers and by size, time of modification and inode of every file: a model that is trained
+    Inputs count by their headers and by size, times and inode of every file: a model that is trained
     again has the same shapes, but not these.
     """
     facts: dict[str, object] = {"modelfuse's version": __version__}

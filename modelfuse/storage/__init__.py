@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ __all__ = [
     "children",
     "exists",
     "forget",
+    "has_file",
     "hold",
     "is_dir",
     "is_file",
@@ -66,6 +68,32 @@ def is_file(place: Place) -> bool:
 
         return store_of(place).entry(place) is not None
     return _answer(place, place.is_file)
+
+
+#: What may have a file's name without being one.
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+          stat.S_IFBLK: "a device"}  # fmt: skip
+
+
+def has_file(place: Place) -> bool:
+    """Whether there is a file; what has its name and cannot be read as one is not taken for nothing.
+
+    Raises:
+        CheckpointError: If it is a link that leads nowhere, a folder, a pipe or a device, or may not be read.
+    """
+    if isinstance(place, Url):
+        return is_file(place)
+    if _answer(place, place.is_file):
+        if not os.access(place, os.R_OK):
+            raise CheckpointError(f"{place}: {os.strerror(errno.EACCES)}")
+        return True
+    if not _answer(place, lambda: os.path.lexists(place)):
+        return False
+    try:
+        what = _KINDS.get(stat.S_IFMT(place.stat().st_mode), "something else")
+    except OSError:
+        what = f"a link to {os.readlink(place)}, which is not there"
+    raise CheckpointError(f"{place} is not a regular file but {what}", "Fetch the file again, or remove it.")
 
 
 def is_dir(place: Place) -> bool:

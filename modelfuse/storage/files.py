@@ -27,12 +27,15 @@ class SourceFile:
         size: Its length in bytes.
         mtime_ns: Its modification time in nanoseconds.
         inode: Its inode number; None where another machine has recorded it, for which it may be another one.
+        ctime_ns: When anything of it was changed last, which no program can set back as it can the modification
+            time; None where the inode is.
     """
 
     path: Place
     size: int
     mtime_ns: int
     inode: int | None
+    ctime_ns: int | None
 
     @staticmethod
     def at(path: Place) -> SourceFile:
@@ -49,19 +52,19 @@ class SourceFile:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} is not a regular file")
-        return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino)
+        return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
     @property
     def identity(self) -> list[object]:
         """What tells it from any other file of its name, ready for JSON."""
-        return [self.size, self.mtime_ns, self.inode]
+        return [self.size, self.mtime_ns, self.inode, self.ctime_ns]
 
     def expect(self, offset: int, count: int) -> bool:
         """Say that bytes will be read soon; False if that is too early: there is no room for them yet."""
         return True
 
     def __reduce__(self) -> tuple[type[SourceFile], tuple[object, ...]]:
-        return SourceFile, (self.path, self.size, self.mtime_ns, None)
+        return SourceFile, (self.path, self.size, self.mtime_ns, None, None)
 
     @contextmanager
     def open(self) -> Iterator[OpenFile]:
@@ -87,8 +90,9 @@ class SourceFile:
             status = os.fstat(descriptor)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
-        known = self.size, self.mtime_ns, status.st_ino if self.inode is None else self.inode
-        if (status.st_size, status.st_mtime_ns, status.st_ino) != known:
+        found = status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
+        known = self.size, self.mtime_ns, self.inode, self.ctime_ns
+        if any(one is not None and one != other for one, other in zip(known, found, strict=True)):
             raise CheckpointError(
                 f"{self.path} was changed while it was being read",
                 "Wait until nothing writes to it any more, then merge again.",
@@ -159,10 +163,10 @@ class RemoteFile(SourceFile):
         entry = store_of(url).entry(url)
         if entry is None:
             raise CheckpointError(f"{url} is missing", "Check the URL.")
-        return cls(url, entry.size, entry.modified_ns, 0, entry)
+        return cls(url, entry.size, entry.modified_ns, 0, None, entry)
 
     def __reduce__(self) -> tuple[type[SourceFile], tuple[object, ...]]:
-        return RemoteFile, (self.path, self.size, self.mtime_ns, None, self.entry)
+        return RemoteFile, (self.path, self.size, self.mtime_ns, None, None, self.entry)
 
     @property
     def identity(self) -> list[object]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
-from modelfuse.storage import Place, is_dir, is_file
+from modelfuse.storage import Place, has_file, is_dir
 from modelfuse.storage.files import SourceFile
 
 PEFT_CONFIG, PADDLE_CONFIG = "adapter_config.json", "lora_config.json"
@@ -44,4 +44,4 @@ def config_of(path: Place) -> Place | None:
     folder = path if is_dir(path) else path.parent if path.name.startswith(stems) else None
     if folder is None:
         return None
-    return next((folder / name for name in (PEFT_CONFIG, PADDLE_CONFIG) if is_file(folder / name)), None)
+    return next((folder / name for name in (PEFT_CONFIG, PADDLE_CONFIG) if has_file(folder / name)), None)

@@ -16,7 +16,7 @@ from modelfuse.checkpoints.adapters.low_rank_terms import Cut, Shared, Term, dif
 from modelfuse.checkpoints.adapters.tensor_roles import Contents, Module, sort_out
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
 from modelfuse.errors import CheckpointError, MismatchError
-from modelfuse.storage import is_file
+from modelfuse.storage import has_file
 from modelfuse.storage.files import SourceFile
 
 Shape = tuple[int, ...]
@@ -85,7 +85,7 @@ class _Laying:
         """Its settings, and the model's beside it, which may say how the base was quantized."""
         yield SourceFile.at(self.settings.file)
         beside = self.settings.file.with_name(CONFIG_FILE)
-        if is_file(beside):
+        if has_file(beside):
             yield SourceFile.at(beside)
 
     def _find(self, contents: Contents) -> dict[str, Targets]:
