@@ -168,7 +168,7 @@ def test_many_at_once_one_after_the_other_or_refused(tmp_path: Path, pair: Pair)
 def test_replacing_leaves_nothing_of_the_old(merge: Run, words: list[object], tmp_path: Path) -> None:
     out = tmp_path / "out" / "C"
     merge(*words, "--max_shard_size", 200)
-    (out / "note.txt").write_text("of the user")
+    (out / "vocab.txt").write_text("of another merge")
     assert len(list(out.glob("*.safetensors"))) > 1
     merge(*words, "--overwrite")
     assert sorted(os.listdir(out)) == ["config.json", "merge_config.json", "merge_report.json", "model.safetensors"]
@@ -272,12 +272,12 @@ def test_a_link_stays_a_link(merge: Run, words: list[object], tmp_path: Path, ex
     real = tmp_path / "disk" / "real"
     if exists:
         real.mkdir()
-        (real / "old").write_text("x")
+        (real / "vocab.txt").write_text("x")
     (tmp_path / "out" / "C").symlink_to(real)
     merge(*words, "--overwrite")
     assert (tmp_path / "out" / "C").is_symlink()
     assert (real / "model.safetensors").exists()
-    assert not (real / "old").exists()
+    assert not (real / "vocab.txt").exists()
     assert os.listdir(tmp_path / "out") == ["C"]
     assert os.listdir(tmp_path / "disk") == ["real"]
 

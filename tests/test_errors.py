@@ -255,6 +255,58 @@ def test_output_that_exists(refuse: Refuse, words: list[object], tmp_path: Path)
     refuse("check", *words[1:], says=[f"output_path {tmp_path / 'C'} exists"], hint="--overwrite")
 
 
+def test_what_no_merge_has_written_is_never_replaced(
+    refuse: Refuse,
+    merge: Callable[..., Said],
+    words: list[object],
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "C"
+    for name in ("thesis.tex", "photos/1.jpg", ".git/HEAD", "data.csv", "a.txt", "link"):
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(pair[0]) if name == "link" else path.write_text("mine")
+    for each in ("merge", "check"):
+        text = refuse(
+            each, *words[1:], "--overwrite", says=[f"output_path {out} holds files", "and more"], hint="move them"
+        )
+        assert (
+            sum(name in text for name in ("thesis.tex", "photos/1.jpg", ".git/HEAD", "data.csv", "a.txt", "link")) == 4
+        )
+    monkeypatch.chdir(out)
+    refuse("merge", "--model_path_list", *pair, "--output_path", ".", "--overwrite", says=["holds files"])
+
+
+def test_what_came_into_an_output_is_never_replaced(
+    refuse: Refuse, merge: Callable[..., Said], words: list[object], tmp_path: Path
+) -> None:
+    """Neither before a merge nor while it is under way; what it wrote itself is, with all that it copied."""
+    (tmp_path / "A" / "README.md").write_text("x")  # Not copied unasked.
+    merge(*words[1:], "--copy_file_list", "README.md")
+    assert (tmp_path / "C" / "README.md").exists()
+    merge(*words[1:], "--overwrite")
+    assert not (tmp_path / "C" / "README.md").exists()
+    (tmp_path / "C" / "results.csv").write_text("mine")
+    refuse("merge", *words[1:], "--overwrite", says=["results.csv"])
+    (tmp_path / "C" / "results.csv").unlink()
+
+    def progress(_: int) -> None:
+        (tmp_path / "C" / "late.csv").write_text("mine")
+
+    with pytest.raises(OutputError, match=r"late\.csv"):
+        package.merge(model_path_list=words[2:4], output_path=tmp_path / "C", overwrite=True, progress=progress)
+    assert (tmp_path / "C" / "late.csv").read_text() == "mine"
+
+
+def test_a_model_that_somebody_else_has_written_may_be_replaced(
+    merge: Callable[..., Said], words: list[object], tmp_path: Path
+) -> None:
+    make_model(tmp_path / "C", random_tensors(3), shards=2, files={"tokenizer_config.json": "{}", "vocab.txt": ""})
+    merge(*words[1:], "--overwrite")
+
+
 def test_output_that_is_or_lies_in_a_file(refuse: Refuse, pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     merge = ["merge", "--overwrite", "--model_path_list", *pair, "--output_path"]

@@ -470,9 +470,19 @@ def test_merge_config_gives_the_same_bytes(
     configs[1]["output_path"] = configs[0]["output_path"]
     assert configs[0] == configs[1]
     before = snapshot(tmp_path / "C")
-    merge(tmp_path / "C" / "merge_config.json", "--overwrite")
+    merge(tmp_path / "C" / "merge_config.json", "--output_path", tmp_path / "C", "--overwrite")
     after = snapshot(tmp_path / "C")
     assert {name for name in before if before[name] != after[name]} == {"merge_config.json", "merge_report.json"}
+
+
+def test_merge_config_brings_no_output_along(merge: Run, refuse: Run, pair: Pair, tmp_path: Path) -> None:
+    """Handed back as a recipe, it must not replace what it was found beside."""
+    words = ["--model_path_list", *pair, "--output_path", tmp_path / "C"]
+    merge(*words)
+    merge(*words, "--overwrite")
+    assert json.loads((tmp_path / "C" / "merge_config.json").read_text())["overwrite"] is True
+    refuse("merge", tmp_path / "C" / "merge_config.json", says=["output_path is not given"])
+    refuse("merge", tmp_path / "C" / "merge_config.json", "--output_path", tmp_path / "C", hint="--overwrite")
 
 
 def test_merge_config_holds_every_effective_setting(merge: Run, pair: Pair, tmp_path: Path) -> None:

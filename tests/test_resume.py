@@ -139,7 +139,7 @@ def test_nothing_is_done_twice(
 ) -> None:
     words += more
     expected = whole(merge, [*words, "--n_process", workers[1]], tmp_path)
-    old = {"kept": b"by the user"} if "--overwrite" in more else {}
+    old = {"config.json": b"of an old output"} if "--overwrite" in more else {}
     for name, content in old.items():
         (tmp_path / "out" / "C").mkdir(parents=True)
         (tmp_path / "out" / "C" / name).write_bytes(content)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.made_files import CONFIG_NAME, MADE, REPORT_NAME
 from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.recipe import Recipe
@@ -20,13 +20,8 @@ from modelfuse.storage.files import read_whole
 WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pt", ".pth", ".pdopt", ".msgpack", ".h5", ".gguf", ".onnx", ".ckpt",
            ".ot", ".index.json", ".pdiparams", ".pdmodel", ".pdstates", ".npz", ".distcp")  # fmt: skip
 #: What a training run or an earlier merge leaves in the folder.
-LEFTOVERS = ("merge_config.json", "merge_report.json", "trainer_state.json", "training_args.json",
+LEFTOVERS = (CONFIG_NAME, REPORT_NAME, "trainer_state.json", "training_args.json",
              "all_results.json", "train_results.json", "eval_results.json", "README.md")  # fmt: skip
-#: What the merge itself writes, and what a loader would take for it.
-MADE = re.compile(
-    r"(model|master_weights|pytorch_model|model_state)(-\d+-of-\d+)?\.(safetensors|bin|pdparams)(\.index\.json)?"
-    r"|merge_(config|report)\.json"
-)
 TEMPLATES = "additional_chat_templates"
 #: sentence-transformers lists a model's modules in this file; those beside the transformer have a folder each.
 MODULES_FILE = "modules.json"

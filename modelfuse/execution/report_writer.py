@@ -13,6 +13,7 @@ import numpy as np
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters import Adapter
+from modelfuse.checkpoints.made_files import CONFIG_NAME, REPORT_NAME
 from modelfuse.execution.anomalies import Suspicious
 from modelfuse.kernels import Procedure
 from modelfuse.planning.operations import Operation
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from modelfuse.checkpoints.output.remote_folder import Output
     from modelfuse.kernels.compiled.base_distance import Distance, SpanDistances
 
-CONFIG_NAME = "merge_config.json"
-REPORT_NAME = "merge_report.json"
 #: How a JSON object ends.
 END = b"\n}\n"
 Counts = np.ndarray[Any, np.dtype[np.int64]]

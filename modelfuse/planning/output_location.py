@@ -7,6 +7,7 @@ import shutil
 import stat
 from pathlib import Path
 
+from modelfuse.checkpoints.made_files import check_replaceable
 from modelfuse.checkpoints.output.atomic_folder import bytes_left
 from modelfuse.errors import CheckpointError, OutputError
 from modelfuse.recipe.hub_names import HubName
@@ -68,10 +69,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output.parent} is not a folder, so output_path {output} cannot be created")
     if _is_something_else(output):
         raise OutputError(f"output_path {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(
-            f"output_path {output} exists and is not empty", "Use --overwrite to replace it whole when all is done."
-        )
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            hint = "Use --overwrite to replace it whole when all is done."
+            raise OutputError(f"output_path {output} exists and is not empty", hint)
+        check_replaceable(output)
 
 
 def _is_something_else(path: Path) -> bool:

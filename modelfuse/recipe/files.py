@@ -24,11 +24,15 @@ MAX_BYTES = 200_000
 MAX_VALUES = 100_000
 #: Settings are numbers, words, and lists of those.
 MAX_DEPTH = 50
+#: What tells that a recipe is a merge_config.json, and what it records of that merge that is no wish of the next one.
+RECORD, RECORDED = "modelfuse_version", ("output_path", "overwrite")
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
 def load_recipe(path: Place) -> dict[str, object]:
     """Read the settings in a .json or .yaml recipe; ``Recipe.parse`` checks them.
+
+    A merge_config.json says where its merge was written and what it replaced; that is left out.
 
     Raises:
         RecipeError: If the file cannot be read or is not a map of settings.
@@ -42,6 +46,8 @@ def load_recipe(path: Place) -> dict[str, object]:
         raise RecipeError(f"The recipe {path} is malformed: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise RecipeError(f"The recipe {path} is not a map of settings to values")
+    if RECORD in content:
+        return {name: value for name, value in content.items() if name not in RECORDED}
     return content
 
 

@@ -27,12 +27,13 @@ from modelfuse.recipe.checks import (
     check_weights,
     nearest,
 )
+from modelfuse.recipe.files import RECORD
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.schema import AbsolutePath, Bytes, Endpoint, Input, Weight, as_json, checked, setting, settings_of
 from modelfuse.storage import Place
 
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
-INFORMATION = ("modelfuse_version",)
+INFORMATION = (RECORD,)
 #: The layout of the formats that an output can have.
 LAYOUTS: Mapping[str, Literal["hf", "paddle"]] = {"hf": "hf", "paddle": "paddle", "pdparams": "paddle"}
 #: Other ways to give model_path_list: as one string, and as the one adapter to merge.

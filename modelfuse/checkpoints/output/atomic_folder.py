@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from modelfuse.checkpoints.made_files import check_replaceable
 from modelfuse.checkpoints.output.background_sync import Keeper
 from modelfuse.checkpoints.output.failures import cannot_write, is_worth_going_on
 from modelfuse.checkpoints.tensors import Frame
@@ -274,6 +275,7 @@ class OutputFolder:
         if not self.path.exists():
             os.rename(self._temporary, self.path)
         elif self._overwrite:
+            check_replaceable(self.path)  # Again: a merge may take hours, and something may have come into it.
             exchange(self._temporary, self.path, self._aside)
         else:
             # Replaces an empty folder; fails if anything has come into it meanwhile.

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
+from modelfuse.checkpoints.made_files import REPORT_NAME
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import OutputError
@@ -25,7 +26,6 @@ from modelfuse.storage.remote.uploads import Gate, Upload, begin, clear, remove
 from modelfuse.storage.url import Url
 
 INDEX = ".index.json"
-REPORT = "merge_report.json"
 WEIGHTS = (".safetensors", ".bin", ".pdparams", INDEX)
 #: The name of a weight file that is not all of a model.
 SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
@@ -153,9 +153,9 @@ class RemoteFolder:
     def _of_an_output(self) -> set[str]:
         """What is there of an earlier output: weights and their indexes, and what its report names."""
         known = {name for name in self._old if name.endswith(WEIGHTS)}
-        if REPORT in self._old:
+        if REPORT_NAME in self._old:
             with contextlib.suppress(Exception):  # A report that cannot be read names nothing.
-                known |= set(json.loads(read_whole(self.path / REPORT))["sha256"]) & self._old
+                known |= set(json.loads(read_whole(self.path / REPORT_NAME))["sha256"]) & self._old
         return known
 
 

@@ -1,0 +1,80 @@
+"""What a merge writes, by name: only that may be replaced by another output."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from modelfuse.errors import OutputError
+
+CONFIG_NAME = "merge_config.json"
+REPORT_NAME = "merge_report.json"
+#: What the merge itself writes, and what a loader would take for it.
+MADE = re.compile(
+    r"(model|master_weights|pytorch_model|model_state)(-\d+-of-\d+)?\.(safetensors|bin|pdparams)(\.index\.json)?"
+    r"|merge_(config|report)\.json"
+)
+#: The other files of an output as they are usually called: of adapters, configuration, tokenizers, processors, code.
+USUAL = re.compile(
+    r"adapter_(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json)"
+    r"|(config|generation_config|special_tokens_map|added_tokens|vocab|modules|params|tekken)\.json"
+    r"|tokenizer\w*\.(json|model)|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|(vocab|merges)\.txt"
+    r"|[\w.-]+\.tiktoken|chat_template\.(json|jinja)|additional_chat_templates/[^/]+\.jinja"
+    r"|(pre|video_pre|audio_pre)?processor_config\.json|(sentence_bert_config|config_sentence_transformers)\.json"
+    r"|(configuration|modeling|tokenization|processing|image_processing|generation)_\w+\.py"
+)
+#: A larger report is none.
+LARGEST_REPORT = 256_000_000
+#: Files that are named in an error.
+MOST_NAMED = 4
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder that holds anything no merge has written.
+
+    Raises:
+        OutputError: Naming some of what would be lost.
+    """
+    known = _reported(folder)
+    found: list[str] = []
+    for name in _files_in(folder):
+        if name not in known and not MADE.fullmatch(name) and not USUAL.fullmatch(name):
+            found.append(name)
+            if len(found) > MOST_NAMED:
+                break
+    if found:
+        more = " and more" if len(found) > MOST_NAMED else ""
+        raise OutputError(
+            f"output_path {folder} holds files that no merge has written, and --overwrite would delete them: "
+            f"{', '.join(sorted(found[:MOST_NAMED]))}{more}",
+            "Choose another output_path, or move them away.",
+        )
+
+
+def _reported(folder: Path) -> set[str]:
+    """The files that the report in a folder says were written there; none if there is no such report."""
+    path = folder / REPORT_NAME
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST_REPORT:
+            return set()
+        report = json.loads(path.read_bytes())
+        return {*map(str, report["sha256"]), *map(str, report["files"])}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    """All that is no folder, in a folder and those in it, by its path from there; links are not followed."""
+    for place, folders, files in os.walk(folder, onerror=_cannot_look):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in (*files, *links):
+            yield os.path.relpath(os.path.join(place, name), folder)
+
+
+def _cannot_look(error: OSError) -> None:
+    raise OutputError(
+        f"{error.filename}: {error.strerror}, so what --overwrite would delete cannot be known"
+    ) from error
