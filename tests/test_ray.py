@@ -24,12 +24,12 @@ from ray.cluster_utils import Cluster as Simulated
 import modelfuse as package
 from modelfuse.checkpoints.adapters.arrays import Recent
 from modelfuse.checkpoints.formats.paddle_tensors import Landmarks
+from modelfuse.checkpoints.made_files import CONFIG_NAME, REPORT_NAME
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.dtypes import BY_NAME
 from modelfuse.execution import run as running
 from modelfuse.execution.ray import batches, driver, node_checks
 from modelfuse.execution.ray.batches import Group
-from modelfuse.execution.report_writer import CONFIG_NAME, REPORT_NAME
 from modelfuse.planning import optional_packages
 from modelfuse.storage.files import SourceFile
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.made_files import CONFIG_NAME
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import ModelfuseError
-from modelfuse.execution.report_writer import CONFIG_NAME
 from modelfuse.inspection.report_reader import Problem, Report, ReportedInput
 from modelfuse.kernels import Bytes
 from modelfuse.planning.operations import Operation

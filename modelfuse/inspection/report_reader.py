@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct, ValidationError, convert
 
 from modelfuse.checkpoints import read_json
+from modelfuse.checkpoints.made_files import CONFIG_NAME, REPORT_NAME
 from modelfuse.dtypes import BY_NAME, DType
 from modelfuse.errors import CheckpointError, RecipeError
-from modelfuse.execution.report_writer import CONFIG_NAME, REPORT_NAME, encode_json
+from modelfuse.execution.report_writer import encode_json
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.files import load_recipe
 from modelfuse.recipe.recipe import Recipe
