@@ -52,6 +52,7 @@ def notes_on(
         notes.append(f"{reference.path} has no config.json, so none is copied; a server will need one.")
     if unmerged := [file.name for file in side_files if file.holds_weights]:
         notes.append(f"Copied from {reference.path}, not merged: the weights in {', '.join(unmerged)}.")
+    notes += [f"{model.path}: {text}." for model in models if isinstance(model, Adapter) for text in model.renamed]
     return (*notes, *form.notes(models), *_of_ties(models, tied))
 
 

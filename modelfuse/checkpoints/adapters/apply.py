@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.adapter import Adapter
-from modelfuse.checkpoints.adapters.base_names import Names, Share, Targets
+from modelfuse.checkpoints.adapters.base_names import Names, Share, Target, Targets, renamed_by
+from modelfuse.checkpoints.adapters.changed_base import scaled, with_rows
 from modelfuse.checkpoints.adapters.computed_tensors import ComputedTensor, LowRankTensor, Widened
 from modelfuse.checkpoints.adapters.config import Settings
 from modelfuse.checkpoints.adapters.dora import DoraTensor
+from modelfuse.checkpoints.adapters.fitting import Fitting
 from modelfuse.checkpoints.adapters.low_rank_terms import Cut, Shared, Term, difference_type
+from modelfuse.checkpoints.adapters.products import product
 from modelfuse.checkpoints.adapters.tensor_roles import Contents, Module, sort_out
+from modelfuse.checkpoints.name_rules import told
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
-from modelfuse.errors import CheckpointError, MismatchError
+from modelfuse.errors import MismatchError
 from modelfuse.storage import has_file
 from modelfuse.storage.files import SourceFile
 
 Shape = tuple[int, ...]
+#: Models whose experts are [experts, in, out] in one tensor; all others that PEFT knows have [experts, out, in].
+TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 
 
 def lay_over(weights: Checkpoint, settings: Settings, base: Checkpoint, paddle: bool | None, strict: bool) -> Adapter:
@@ -52,9 +57,10 @@ class _Laying:
     problems: list[str] = field(default_factory=list)
 
     def done(self) -> Adapter:
-        contents = sort_out(self.weights, self.settings)
+        self.names = Names(self.base)
+        contents = sort_out(self.weights, self.settings, self.names.has)
         places = self._find(contents)
-        self._out_first = self._orientation(contents, places)
+        self._fitting = Fitting(self.weights, self.settings, self.base, self.paddle, contents, places)
         for module in contents.modules.values():
             self._adapt(module, places)
         for name, tensor in contents.whole.items():
@@ -78,7 +84,8 @@ class _Laying:
             copies=copies,
             changed=frozenset(self.tensors),
             modules=self.modules,
-            transposed=not self._out_first,
+            renamed=tuple(told(dict(renamed_by(places)))),
+            transposed=not self._fitting.out_first,
         )
 
     def _configs(self) -> Iterator[SourceFile]:
@@ -90,91 +97,52 @@ class _Laying:
 
     def _find(self, contents: Contents) -> dict[str, Targets]:
         """The base's tensors for every name: of weights, of trained biases, of whole tensors, of copies."""
-        wanted = [f"{name}.weight" for name in contents.modules]
+        wanted = [module.weight for module in contents.modules.values()]
         wanted += [f"{name}.bias" for name, module in contents.modules.items() if "bias" in module.factors]
         wanted += [*contents.whole, *contents.copies]
-        return Names(self.base).find(self.weights.path, list(dict.fromkeys(wanted)))
-
-    # --- which way round ---------------------------------------------------------------------------------------
-
-    def _orientation(self, contents: Contents, places: Mapping[str, Targets]) -> bool:
-        """Whether the base stores Linear weights as [out, in]: what most shapes say counts for those that are square.
-
-        Raises:
-            MismatchError: If nothing tells.
-        """
-        votes = {True: 0, False: 0}
-        squares = False
-        for module in contents.modules.values():
-            for place in places[f"{module.name}.weight"] if not module.embedding else ():
-                term = self._term(module, place.share)
-                ways = [out_first for out_first in (True, False) if self._fits(term, place.name, out_first)]
-                if len(ways) == 1:
-                    votes[ways[0]] += 1
-                squares |= len(ways) > 1
-        if votes[True] != votes[False]:
-            return votes[True] > votes[False]
-        if self.paddle is not None:
-            return not self.paddle
-        if self.base.config.get("source") == "paddle":
-            return False
-        if self.settings.kind == "peft" or not squares:
-            return not self.settings.transposed
-        raise MismatchError(
-            f"Whether the base {self.base.path} stores Linear weights as [out, in] or [in, out] cannot be known: all "
-            f"that the adapter {self.weights.path} changes are square",
-            "Say it with --input_layout.",
-        )
-
-    def _fits(self, term: Term | None, name: str, out_first: bool) -> bool:
-        if term is None:
-            return False
-        shape = self.base[name].shape
-        if len(shape) < 2:
-            return False
-        rows, columns = (term.outputs, term.inputs) if out_first else (term.inputs, term.outputs)
-        return shape[0] == rows and math.prod(shape[1:]) == columns
+        return self.names.find(self.weights.path, list(dict.fromkeys(wanted)))
 
     # --- what becomes of it ------------------------------------------------------------------------------------
 
     def _adapt(self, module: Module, places: Mapping[str, Targets]) -> None:
-        self._check_rank(module)
-        for place in places[f"{module.name}.weight"]:
-            term, base = self._term(module, place.share), self.base[place.name]
-            ways = [way for way in ((False,) if module.embedding else (self._out_first, not self._out_first))
-                    if self._fits(term, place.name, way)]  # fmt: skip
-            if term is None or not ways:
-                self._misfit(module.factors["B"], module.factors["A"], base)
+        if module.kind in ("lora", "hada", "lokr"):
+            self._fitting.check_rank(module)
+        for place in places[module.weight]:
+            made = self._made(module, place)
+            if made is None:
+                self._misfit([*module.factors.values()], self.base[place.name])
                 continue
-            self._put(place.name, self._low_rank(module, term, base, ways[0]), module)
+            self._put(place.name, made, module)
             self.modules.setdefault(place.name, module.name)
         for place in places.get(f"{module.name}.bias", ()) if "bias" in module.factors else ():
             bias, scale = module.factors["bias"], self.settings.scale_of(module.name)
             self._put(place.name, self._computed(bias, place.name, place.share, scale), module, "bias")
 
-    def _term(self, module: Module, share: Share | None) -> Term | None:
-        a, b = module.factors["A"], module.factors["B"]
-        transposed = self.settings.kind == "paddle"
-        if len(a.shape) < 2 or len(b.shape) < 2 or not a.size or not b.size or (transposed and len(a.shape) > 2):
-            return None
-        term = Term(a, b, transposed, self.settings.scale_of(module.name))
-        if b.size != term.rank * b.shape[1 if transposed else 0]:
-            return None
-        if share is None:
-            return term
-        cut = share.cut(term.outputs)
-        return replace(term, cut=cut) if cut is not None else None
+    def _made(self, module: Module, place: Target) -> StoredTensor | None:
+        """What becomes of a tensor of the base; None if the adapter's do not fit it."""
+        base, ways = self.base[place.name], self._fitting.ways(place, module.embedding)
+        if module.kind == "lora":
+            term = self._fitting.term(module, place)
+            fits = [way for way in ways if self._fitting.fits(term, place, way)]
+            return self._low_rank(module, term, base, fits[0]) if term is not None and fits else None
+        if place[1:] != (None, None, None):
+            self.problems.append(f"{base.name} is fused, which is supported for LoRA only")
+            return base
+        if module.kind == "tokens":
+            return with_rows(base, module.factors["tokens"], self.settings.tokens_of(module.name), self.shared)
+        if module.kind == "ia3":
+            return self._scaled(module, base)
+        return product(module.factors, module.kind, base, self.settings.scale_of(module.name), ways, self.shared)
 
-    def _check_rank(self, module: Module) -> None:
-        a, b = module.factors["A"], module.factors["B"]
-        last = self.settings.kind == "paddle"
-        ranks = {a.shape[-1 if last else 0] if a.shape else 0, (b.shape[0 if last else 1]) if len(b.shape) > 1 else 0}
-        wanted = self.settings.rank_of(module.name)
-        if ranks != {wanted}:
-            raise CheckpointError(
-                f"{self.weights.path}: the rank of {module.name} is {wanted} by {self.settings.file.name}, but "
-                f"{a.name} is {list(a.shape)} and {b.name} {list(b.shape)}"
-            )
+    def _scaled(self, module: Module, base: StoredTensor) -> StoredTensor | None:
+        """A weight times IA³'s numbers; where they are the outputs', the bias too."""
+        made = scaled(base, module.factors["ia3_l"], self._fitting.out_first, self.shared)
+        bias = self.names.known(f"{module.name}.bias")
+        if made is not None and bias is not None and (made.axis == 0) == self._fitting.out_first:
+            numbers = scaled(self.base[bias], module.factors["ia3_l"], True, self.shared)
+            if numbers is not None:
+                self._put(bias, numbers, module, "ia3_l")
+        return made
 
     def _low_rank(self, module: Module, term: Term, base: StoredTensor, out_first: bool) -> StoredTensor:
         dtype = difference_type(term.a, term.b)
@@ -186,15 +154,15 @@ class _Laying:
             return difference
         if magnitude.size != term.outputs:
             self.problems.append(f"{magnitude.name} is {list(magnitude.shape)}, but there are {term.outputs} outputs")
-        if len(base.shape) > 2 or term.cut is not None:
+        if len(base.shape) > 2 or term.cut is not None or term.expert is not None:
             self.problems.append(f"{magnitude.name}: DoRA is supported on whole Linear and Embedding layers only")
         dtype = difference_type(base, magnitude, difference)
         return DoraTensor(base.name, dtype, base.shape, term.a.file, 0, base, difference, magnitude)
 
     def _put(self, name: str, tensor: StoredTensor, module: Module, *parts: str) -> None:
         """Note what a tensor of the base becomes; differences of several parts of a fused layer are added up."""
-        for part in parts or ("A", "B", "magnitude"):
-            if part in module.factors:
+        for part in parts or module.factors:
+            if part != "bias" or parts:
                 self.account.setdefault(module.factors[part].name, []).append(name)
         there = self.tensors.get(name)
         if isinstance(there, LowRankTensor) and isinstance(tensor, LowRankTensor):
@@ -218,7 +186,7 @@ class _Laying:
         shape = _cut_shape(tensor.shape, cut, outputs_last)
         turns = self._turns(name, shape, base.shape)
         if (shape[::-1] if turns else shape) != base.shape or (share is not None and (cut is None or share.widens)):
-            self._misfit(tensor, None, base)
+            self._misfit([tensor], base)
         if scale is None and cut is None and not turns:
             return replace(tensor, name=name)
         return ComputedTensor(
@@ -242,10 +210,10 @@ class _Laying:
         if shape[0] != shape[1]:
             return shape != wanted
         outputs_first = self.settings.kind == "peft" and not self.settings.transposed
-        return outputs_first != self._out_first and not name.endswith((*EMBEDDINGS, *HEADS))
+        return outputs_first != self._fitting.out_first and not name.endswith((*EMBEDDINGS, *HEADS))
 
-    def _misfit(self, one: StoredTensor, other: StoredTensor | None, base: StoredTensor) -> None:
-        shapes = " and ".join(f"{each.name} {list(each.shape)}" for each in (one, other) if each is not None)
+    def _misfit(self, tensors: Sequence[StoredTensor], base: StoredTensor) -> None:
+        shapes = " and ".join(f"{each.name} {list(each.shape)}" for each in tensors)
         self.problems.append(f"{shapes} cannot go into {base.name} {list(base.shape)}")
 
     def _copies(self, contents: Contents, places: Mapping[str, Targets]) -> Iterator[tuple[StoredTensor, StoredTensor]]:
@@ -254,7 +222,7 @@ class _Laying:
                 base = self.base[place.name]
                 self.account[tensor.name] = [f"a copy of {place.name}"]
                 if tensor.shape != base.shape or place.share is not None:
-                    self._misfit(tensor, None, base)
+                    self._misfit([tensor], base)
                 yield (tensor, base) if tensor.dtype == base.dtype else (Widened.of(tensor), Widened.of(base))
 
 

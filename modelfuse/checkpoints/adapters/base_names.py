@@ -1,18 +1,26 @@
-"""Which tensors of the base an adapter's layers are: the same names, other prefixes, fused layers."""
+"""Which tensors of the base an adapter's layers are: the same names, other names by rules, fused layers, experts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.low_rank_terms import Cut
 from modelfuse.checkpoints.layouts.tables import FUSED, PARTS, Fusion, geometry_of
+from modelfuse.checkpoints.name_rules import by_key, key_of, part_of
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.errors import MismatchError
 
 #: Parts of a name that a prefix may have.
 DEEPEST = 3
+#: All experts' weights in one tensor, and each expert's own: what they are called, and how the first is made of them.
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_ALL = re.compile(r"(?P<experts>.*\bexperts)\.(?P<fused>gate_up_proj|down_proj)")
+_ONE = re.compile(r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
+#: More experts than any model has.
+MOST_EXPERTS = 1 << 14
 
 
 class Share(NamedTuple):
@@ -40,10 +48,19 @@ class Share(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A tensor of the base that is changed: its name, and its share if it is fused here and not there."""
+    """A tensor of the base that is changed.
+
+    Attributes:
+        name: Its name.
+        share: Its share, if it is fused here and not there.
+        expert: Whose factors change it, if the adapter has those of all experts together.
+        block: Which expert's part of it is changed, if the base has all experts in one tensor.
+    """
 
     name: str
     share: Share | None = None
+    expert: int | None = None
+    block: int | None = None
 
 
 Targets = tuple[Target, ...]
@@ -58,49 +75,96 @@ class Names:
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
+        self._keys = by_key(base)
+
+    def has(self, name: str) -> bool:
+        """Whether the base has a tensor of this name, or of one that means the same."""
+        return self.known(name) is not None
+
+    def known(self, name: str) -> str | None:
+        """The base's tensor of this name, or the one that means the same; None if there is none."""
+        return name if name in self._base.tensors else self._keys.get(key_of(name))
 
     def find(self, path: object, wanted: Sequence[str]) -> dict[str, Targets]:
-        """Find each of the names, all by one change of prefix if they are not the base's own.
+        """Find each of the names: as it is, by the rules of names, or those of a part of the model by another prefix.
 
         Raises:
-            MismatchError: If the base has none or only some of them, or several changes would do.
+            MismatchError: If the base has none or only some of them, or several prefixes would do.
         """
+        found = {name: targets for name in wanted if (targets := self._targets(name))}
+        groups: dict[frozenset[str], list[str]] = {}
+        for name in wanted:
+            groups.setdefault(part_of(name), []).append(name)
+        for part, names in groups.items():
+            if not all(name in found for name in names):
+                found |= self._by_prefix(path, part, names)
+        if missing := [name for name in wanted if name not in found]:
+            raise self._unmatched(path, missing, len(wanted))
+        return found
+
+    def _by_prefix(self, path: object, part: frozenset[str], wanted: Sequence[str]) -> dict[str, Targets]:
+        """All names of one part of the model by one change of prefix: as many as can be found."""
         best: dict[str, Targets] = {}
         whole: list[dict[str, Targets]] = []
-        for old, new in self._prefixes(wanted):
-            found = {name: targets for name in wanted if (targets := self._targets(_renamed(name, old, new)))}
-            if len(found) == len(wanted) and found not in whole:
-                whole.append(found)
-                if old == new == "":
-                    break
-            best = max(best, found, key=len)
-        if len(whole) == 1:
-            return whole[0]
-        if whole:
+        news = dict.fromkeys(prefix for name in self._base if part_of(name) == part for prefix in _prefixes_of(name))
+        for old in _prefixes_of(wanted[0]):
+            for new in news:
+                found = {name: targets for name in wanted if (targets := self._targets(_renamed(name, old, new)))}
+                if len(found) == len(wanted) and found not in whole:
+                    whole.append(found)
+                best = max(best, found, key=len)
+        if len(whole) > 1:
             first = wanted[0]
             places = " and ".join(each[first][0].name for each in whole)
             raise MismatchError(f"The adapter {path} fits several parts of the base: its {first} may be {places}")
-        raise self._unmatched(path, [name for name in wanted if name not in best], len(wanted))
-
-    def _prefixes(self, wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
-        yield "", ""
-        news = dict.fromkeys(prefix for name in self._base for prefix in _prefixes_of(name))
-        for old in _prefixes_of(wanted[0] if wanted else ""):
-            yield from ((old, new) for new in news)
+        return best
 
     def _targets(self, name: str) -> Targets:
-        if name in self._base.tensors:
-            return (Target(name),)
+        known = self.known(name)
+        if known is not None:
+            experts = self._experts_of(known) if _ALL.fullmatch(key_of(name)) else 0
+            return tuple(Target(known, None, each, each) for each in range(experts)) if experts else (Target(known),)
+        return self._of_experts(key_of(name)) or self._of_fused(name)
+
+    def _experts_of(self, name: str) -> int:
+        """How many experts one tensor holds."""
+        shape = self._base[name].shape
+        return shape[0] if len(shape) == 3 and shape[0] <= MOST_EXPERTS else 0
+
+    def _of_experts(self, key: str) -> Targets:
+        """The experts' own weights of a name that is for all together, or the part of all that one expert has."""
+        if match := _ALL.fullmatch(key):
+            parts = EXPERTS[match["fused"]]
+            found: list[Target] = []
+            for expert in range(MOST_EXPERTS):
+                names = [self.known(f"{match['experts']}.{expert}.{part}.weight") for part in parts]
+                if None in names:
+                    break
+                found += (
+                    Target(name, Share(1, (1,) * len(parts), at, False) if len(parts) > 1 else None, expert)
+                    for at, name in enumerate(names) if name is not None
+                )  # fmt: skip
+            return tuple(found)
+        if match := _ONE.fullmatch(key):
+            fused, parts = next((fused, parts) for fused, parts in EXPERTS.items() if match["part"] in parts)
+            whole, number = self.known(f"{match['experts']}.{fused}"), int(match["number"])
+            if whole is not None and number < self._experts_of(whole):
+                share = Share(1, (1,) * len(parts), parts.index(match["part"]), True) if len(parts) > 1 else None
+                return (Target(whole, share, None, number),)
+        return ()
+
+    def _of_fused(self, name: str) -> Targets:
         head, _, parameter = name.rpartition(".")
         stem, dot, module = head.rpartition(".")
         if module in FUSED:
-            names = [f"{stem}{dot}{part}.{parameter}" for part in FUSED[module].parts]
-            if all(each in self._base.tensors for each in names):
-                return tuple(Target(each, self._share(FUSED[module], at, False)) for at, each in enumerate(names))
+            names = [self.known(f"{stem}{dot}{part}.{parameter}") for part in FUSED[module].parts]
+            known = [each for each in names if each is not None]
+            if len(known) == len(names):
+                return tuple(Target(each, self._share(FUSED[module], at, False)) for at, each in enumerate(known))
         fusion = PARTS.get(module)
         for fused in fusion.names if fusion is not None else ():
-            whole = f"{stem}{dot}{fused}.{parameter}"
-            if fusion is not None and whole in self._base.tensors:
+            whole = self.known(f"{stem}{dot}{fused}.{parameter}")
+            if fusion is not None and whole is not None:
                 return (Target(whole, self._share(fusion, fusion.parts.index(module), True)),)
         return ()
 
@@ -146,3 +210,10 @@ def _prefixes_of(name: str) -> Iterable[str]:
         if parts[count - 1].isdigit():
             return
         yield ".".join(parts[:count]) + "."
+
+
+def renamed_by(places: dict[str, Targets]) -> Iterator[tuple[str, str]]:
+    """The names that are the base's by another name, and which."""
+    for name, targets in places.items():
+        if len(targets) == 1 and targets[0][1:] == (None, None, None) and targets[0].name != name:
+            yield name, targets[0].name

@@ -42,27 +42,27 @@ class LowRankTensor(StoredTensor):
     @property
     def made_of(self) -> tuple[StoredTensor, ...]:
         """All factors."""
-        return tuple(each for term in self.terms for each in (term.a, term.b))
+        return tuple(dict.fromkeys(each for term in self.terms for each in (term.a, term.b)))
 
     @property
     def held(self) -> int:
         """All factors, twice: as they are read, and as they are kept."""
-        elements = sum(term.rank * (term.inputs + term.outputs) for term in self.terms)
-        return 2 * self.dtype.nbytes(elements)
+        return 2 * self.dtype.nbytes(sum(term.held for term in self.terms))
 
-    def factors(self) -> list[tuple[Array, Array, float]]:
-        """For every term the left and the right matrix, without gaps, and the scale."""
-        found: list[tuple[Array, Array, float]] = self.shared.recent.get(self, self._load)
+    def factors(self) -> list[tuple[Array, Array, float, int]]:
+        """For every term the left and the right matrix, without gaps, the scale, and where the product begins."""
+        found: list[tuple[Array, Array, float, int]] = self.shared.recent.get(self, self._load)
         return found
 
-    def _load(self) -> list[tuple[Array, Array, float]]:
+    def _load(self) -> list[tuple[Array, Array, float, int]]:
         kind = self.dtype.compute
-        pairs = []
+        loaded = []
         for term in self.terms:
-            b, a = term.factors(self.shared.strict)
+            b, a = term.factors(self.shared)
             left, right = (b, a) if self.out_first else (a.T, b.T)
-            pairs.append((np.ascontiguousarray(left, kind), np.ascontiguousarray(right, kind), term.scale))
-        return pairs
+            matrices = np.ascontiguousarray(left, kind), np.ascontiguousarray(right, kind)
+            loaded.append((*matrices, term.scale, term.first))
+        return loaded
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
@@ -74,8 +74,11 @@ class LowRankTensor(StoredTensor):
         def read(start: int, buffer: Buffer) -> None:
             out = np.frombuffer(buffer, self.dtype.compute)
             out[:] = 0
-            for left, right, scale in factors:
-                add_low_rank(left, right, left.dtype.type(scale), start, out)
+            for left, right, scale, first in factors:
+                begin, end = max(first, start), min(first + len(left) * right.shape[1], start + out.size)
+                if begin < end:
+                    part = out[begin - start : end - start]
+                    add_low_rank(left, right, left.dtype.type(scale), begin - first, part)
 
         yield read
 

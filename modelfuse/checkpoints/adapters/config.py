@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG
@@ -22,8 +22,6 @@ PEFT_KINDS = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
     "layer_replication": "layer replication",
-    "target_parameters": "LoRA on single parameters (target_parameters)",
-    "trainable_token_indices": "trainable tokens",
     "megatron_config": "Megatron's parallel layers",
 }
 #: The same of Paddle's.
@@ -43,7 +41,34 @@ HARMLESS_STARTS = (True, False, None, "true", "false", "gaussian", "eva", "ortho
 MOST_ALPHA = 3e38
 #: Repeats in a pattern: each one multiplies the time that a hostile name can cost.
 MOST_REPEATS = 3
-SUPPORTED = "Supported are LoRA, rsLoRA and DoRA."
+SUPPORTED = "Supported are LoRA, rsLoRA and DoRA, LoHa, LoKr, IA³ and trainable tokens."
+
+
+class Kind(NamedTuple):
+    """A kind of adapter that PEFT writes.
+
+    Attributes:
+        name: Its name.
+        alpha: What its alpha is called, if it has one.
+        modules: What its layers may be, as the names of their tensors tell.
+    """
+
+    name: str
+    alpha: str | None
+    modules: tuple[str, ...]
+
+
+LORA = Kind("LORA", "lora_alpha", ("lora", "tokens"))
+KINDS = {
+    each.name: each
+    for each in (
+        LORA,
+        Kind("LOHA", "alpha", ("hada",)),
+        Kind("LOKR", "alpha", ("lokr",)),
+        Kind("IA3", None, ("ia3",)),
+        Kind("TRAINABLE_TOKENS", None, ("tokens",)),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +85,9 @@ class Settings:
         root_scaled: Whether the scale is alpha/√rank (rank-stabilised) instead of alpha/rank.
         transposed: Whether the base is said to store these weights as [in, out] (``fan_in_fan_out``).
         trains_biases: Whether biases of the base were trained, so that the adapter's replace them.
+        parameters: How the names of parameters end that have factors of their own, as fused experts have.
+        adapts: Which of PEFT's kinds it is.
+        tokens: The rows of embeddings that were trained, by how the layer's name ends; "" is any layer.
     """
 
     kind: Literal["peft", "paddle"]
@@ -71,6 +99,9 @@ class Settings:
     root_scaled: bool
     transposed: bool
     trains_biases: bool
+    parameters: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    adapts: Kind = LORA
 
     def rank_of(self, module: str) -> int:
         """The rank of one module."""
@@ -80,6 +111,10 @@ class Settings:
         """What B·A of one module is multiplied by."""
         rank = self.rank_of(module)
         return _of(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.root_scaled else rank)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows of an embedding that were trained."""
+        return next((rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}" if key else "")), ())
 
 
 def _of(patterns: Mapping[str, float], module: str, usual: float) -> float:
@@ -113,23 +148,30 @@ def read_settings(file: Place) -> Settings:
 
 def _peft(file: Place, content: Mapping[str, object]) -> Settings:
     kind = content.get("peft_type", "LORA")
-    if kind != "LORA":
+    if kind not in KINDS:
         raise _unsupported(file, f"peft_type {kind}")
     _refuse(file, content, PEFT_KINDS)
     start = content.get("init_lora_weights")
     if start not in HARMLESS_STARTS:
-        raise _unsupported(file, f"init_lora_weights {start!r}, whose base is not the model it was trained from")
-    read = _Values(file, content)
+        raise CheckpointError(
+            f"{file}: this kind of adapter is not supported: init_lora_weights {start!r}, whose base is not the model "
+            "it was trained from",
+            "PEFT makes a LoRA of that model of it: save_pretrained with path_initial_model_for_weight_conversion.",
+        )
+    read, own = _Values(file, content), KINDS[str(kind)]
     return Settings(
         "peft",
         file,
         read.rank(),
-        read.number("lora_alpha", 8),
+        read.number(own.alpha, 8) if own.alpha else 1.0,
         read.pattern("rank_pattern", whole=True),
         read.pattern("alpha_pattern"),
         read.switch("use_rslora"),
         read.switch("fan_in_fan_out"),
         content.get("bias", "none") not in ("none", None),
+        read.words("target_parameters"),
+        read.rows("token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"),
+        own,
     )
 
 
@@ -177,6 +219,24 @@ class _Values:
         if not isinstance(value, bool | None):
             raise self._wrong(key, value)
         return bool(value)
+
+    def words(self, key: str) -> tuple[str, ...]:
+        found = self._content.get(key) or ()
+        if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
+            raise self._wrong(key, found)
+        return tuple(found)
+
+    def rows(self, key: str) -> dict[str, tuple[int, ...]]:
+        found = self._content.get(key) or {}
+        parts = found if isinstance(found, dict) else {"": found}
+        rows: dict[str, tuple[int, ...]] = {}
+        for name, listed in parts.items():
+            if not isinstance(listed, list) or not all(type(row) is int and row >= 0 for row in listed):
+                raise self._wrong(key, found)
+            if len(set(listed)) < len(listed):
+                raise self._wrong(key, found)
+            rows[str(name)] = tuple(listed)
+        return rows
 
     def pattern(self, key: str, whole: bool = False) -> dict[str, float]:
         found = self._content.get(key) or {}

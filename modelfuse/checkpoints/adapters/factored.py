@@ -99,7 +99,7 @@ class Factoring:
         pairs = []
         for source, weight in zip(self.sources, self.method.coefficients or (), strict=True):
             for term in source.terms if isinstance(source, LowRankTensor) else ():
-                b, a = term.factors(self.shared.strict)
+                b, a = term.factors(self.shared)
                 pairs.append((b * b.dtype.type(weight * term.scale), a))
         self.errors[self.name] = 0.0
         return np.concatenate([b for b, _ in pairs], axis=1), np.concatenate([a for _, a in pairs])

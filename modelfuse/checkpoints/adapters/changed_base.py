@@ -1,0 +1,143 @@
+"""A tensor of the base that an adapter scales, or of which it replaces some rows, computed while it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.adapters.arrays import Array, load, read_values
+from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
+from modelfuse.checkpoints.tensors import Reader
+from modelfuse.dtypes import DType
+from modelfuse.storage.files import Buffer
+
+#: Elements that are computed together.
+PIECE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledTensor(StoredTensor):
+    """A tensor of the base, each of its outputs or inputs times a learnt number.
+
+    That is IA³ (Liu et al. 2022, arXiv 2205.05638).
+
+    Attributes:
+        base: The base's tensor.
+        numbers: The numbers.
+        axis: The axis of the base's tensor that they are along.
+        shared: What is shared with the adapter's other tensors.
+    """
+
+    base: StoredTensor
+    numbers: StoredTensor
+    axis: int
+    shared: Shared = field(compare=False, repr=False)
+
+    @property
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """Both."""
+        return self.numbers, self.base
+
+    @property
+    def held(self) -> int:
+        """The numbers, and pieces."""
+        return self.dtype.nbytes(2 * self.numbers.size + 4 * min(PIECE, self.size)) + self.base.held
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for reading."""
+        numbers: Array = self.shared.recent.get(self, lambda: load(self.numbers, self.shared.strict).ravel())
+        inner = int(np.prod(self.shape[self.axis + 1 :], dtype=np.int64))
+        with self.base.open() as base:
+
+            def read(start: int, buffer: Buffer) -> None:
+                whole = np.frombuffer(buffer, self.dtype.compute)
+                for begin in range(0, whole.size, PIECE):
+                    out = whole[begin : begin + PIECE]
+                    at = np.arange(start + begin, start + begin + out.size) // inner % self.shape[self.axis]
+                    out[:] = read_values(base, self.base.dtype, start + begin, out.size)
+                    with np.errstate(all="ignore"):  # What is not finite is counted where it is used.
+                        out *= numbers[at]
+
+            yield read
+
+
+def scaled(base: StoredTensor, numbers: StoredTensor, out_first: bool, shared: Shared) -> ScaledTensor | None:
+    """A weight of the base with IA³'s numbers, which PEFT keeps as [out, 1, …] or [1, in, …]; None if they do not fit.
+
+    Args:
+        base: The weight, or a bias, which only has outputs.
+        numbers: The numbers.
+        out_first: Whether the base stores the weight as [out, in].
+        shared: What is shared with the adapter's other tensors.
+    """
+    along = [axis for axis, length in enumerate(numbers.shape) if length == numbers.size][:1] or [0]
+    axis = 0 if len(base.shape) == 1 else along[0] if out_first else 1 - along[0]
+    if axis >= len(base.shape) or axis < 0 or base.shape[axis] != numbers.size:
+        return None
+    dtype = difference_type(base, numbers)
+    return ScaledTensor(base.name, dtype, base.shape, numbers.file, 0, base, numbers, axis, shared)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsTensor(StoredTensor):
+    """A matrix of the base some of whose rows were trained, such as those of new tokens.
+
+    Attributes:
+        base: The base's tensor.
+        trained: The rows that were trained, one below the other.
+        rows: Which rows they are.
+        shared: What is shared with the adapter's other tensors.
+    """
+
+    base: StoredTensor
+    trained: StoredTensor
+    rows: tuple[int, ...]
+    shared: Shared = field(compare=False, repr=False)
+
+    @property
+    def natural(self) -> DType:
+        """The base's."""
+        return self.base.natural
+
+    @property
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """Both."""
+        return self.trained, self.base
+
+    @property
+    def held(self) -> int:
+        """The trained rows, and pieces."""
+        return self.dtype.nbytes(2 * self.trained.size + 2 * min(PIECE, self.size)) + self.base.held
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for reading."""
+        trained: Array = self.shared.recent.get(self, lambda: load(self.trained, self.shared.strict))
+        width = self.shape[1]
+        with self.base.open() as base:
+
+            def read(start: int, buffer: Buffer) -> None:
+                out = np.frombuffer(buffer, self.dtype.compute)
+                for begin in range(0, out.size, PIECE):
+                    part = out[begin : begin + PIECE]
+                    part[:] = read_values(base, self.base.dtype, start + begin, part.size)
+                for number, row in enumerate(self.rows):
+                    first, last = max(row * width, start), min((row + 1) * width, start + out.size)
+                    if first < last:
+                        out[first - start : last - start] = trained[number, first - row * width : last - row * width]
+
+            yield read
+
+
+def with_rows(base: StoredTensor, trained: StoredTensor, rows: tuple[int, ...], shared: Shared) -> RowsTensor | None:
+    """An embedding of the base with rows that were trained; None if they do not fit."""
+    fits = len(base.shape) == 2 and trained.shape == (len(rows), base.shape[1]) and max(rows, default=0) < base.shape[0]
+    if not fits:
+        return None
+    dtype = difference_type(base, trained)
+    return RowsTensor(base.name, dtype, base.shape, trained.file, 0, base, trained, rows, shared)

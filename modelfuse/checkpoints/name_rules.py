@@ -1,0 +1,108 @@
+"""Names that mean the same tensor: what programs and loaders put before a name, and what they call its parts.
+
+A *key* is a name by all rules. Two names with one key are the same tensor to whoever loads the model, as long as
+a model has no two tensors of one key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """One thing that names may differ in.
+
+    Attributes:
+        what: What it is, in a few words.
+        pattern: What is looked for in a name.
+        key: What stands for it in the key.
+    """
+
+    what: str
+    pattern: re.Pattern[str]
+    key: str
+
+
+def _rule(what: str, pattern: str, key: str) -> Rule:
+    return Rule(what, re.compile(pattern), key)
+
+
+#: In the order in which they are applied.
+RULES = (
+    _rule("PEFT's wrapper", r"^base_model\.model\.", ""),
+    _rule(
+        "wrappers of DDP, FSDP, torch.compile and checkpointing",
+        r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.",
+        "",
+    ),
+    _rule("Qwen-Omni's thinker", r"^thinker\.", ""),
+    _rule("the model and its language model", r"^(?:model\.|language_model\.)+", ""),
+    _rule(
+        "a vision tower's own name",
+        r"^(vision_tower|image_tower|video_tower|vision_model|visual)\.vision_model\.",
+        r"\1.",
+    ),
+    _rule("LayerNorm's gamma", r"(?i)(norm\d*)\.gamma$", r"\1.weight"),
+    _rule("LayerNorm's beta", r"(?i)(norm\d*)\.beta$", r"\1.bias"),
+    _rule("weight normalisation", r"\.weight_g$", ".parametrizations.weight.original0"),
+    _rule("weight normalisation", r"\.weight_v$", ".parametrizations.weight.original1"),
+    _rule("Mixtral's experts", r"\.block_sparse_moe\.(experts|gate)\.", r".mlp.\1."),
+    _rule("Mixtral's gate_proj", r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
+    _rule("Mixtral's down_proj", r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
+    _rule("Mixtral's up_proj", r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
+)
+#: Parts of a model that are not its language model: nothing of one is ever looked for in another.
+PARTS = re.compile(
+    r"(?<![^.])(?:\w*(?:vision|visual|image|video|audio|speech|sound|projector|aligner|connector)\w*|vae|unet|"
+    r"text_encoder\w*)(?![^.])"
+)
+
+
+def key_of(name: str) -> str:
+    """A name by all rules.
+
+    >>> key_of("model.language_model.layers.0.norm.weight"), key_of("language_model.model.layers.0.norm.weight")
+    ('layers.0.norm.weight', 'layers.0.norm.weight')
+    >>> key_of("module.bert.encoder.LayerNorm.gamma")
+    'bert.encoder.LayerNorm.weight'
+    """
+    for rule in RULES:
+        name = rule.pattern.sub(rule.key, name)
+    return name
+
+
+def by_key(names: Iterable[str]) -> dict[str, str]:
+    """A model's names by their keys; a key that two of them have stands for neither."""
+    names = tuple(names)
+    counts = Counter(map(key_of, names))
+    return {key: name for name in names if counts[key := key_of(name)] == 1}
+
+
+def part_of(name: str) -> frozenset[str]:
+    """The words of a name that say which part of a model it is in; none for the language model."""
+    return frozenset(PARTS.findall(name))
+
+
+def told(renamed: Mapping[str, str]) -> list[str]:
+    """What is called otherwise, as few lines: the names without what both have at their end.
+
+    >>> told({"model.layers.0.q": "layers.0.q", "model.layers.1.q": "layers.1.q"})
+    ['model.… is … in the base (2 tensors)']
+    """
+    groups = Counter(_heads(one.split("."), other.split(".")) for one, other in renamed.items() if one != other)
+    return [
+        f"{one} is {other} in the base ({count} tensor{'s' * (count > 1)})" for (one, other), count in groups.items()
+    ]
+
+
+def _heads(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
+    """Both without their common end, numbers as stars."""
+    end = 0
+    while end < min(len(one), len(other)) and one[-1 - end] == other[-1 - end]:
+        end += 1
+    heads = (".".join("*" if part.isdigit() else part for part in each[: len(each) - end]) for each in (one, other))
+    tail = "…" if end else ""
+    return tuple(f"{head}.{tail}" if head and tail else head or tail for head in heads)  # type: ignore[return-value]
