@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints.formats": {"errors", "dtypes", "storage", "checkpoints", "checkpoints.views"},
     "checkpoints.layouts": {"errors", "recipe", "checkpoints", "checkpoints.views"},
     "checkpoints.output": {"errors", "storage", "storage.local", "storage.remote", "checkpoints"},
+    "checkpoints.vocabulary": {"errors", "storage", "checkpoints", "checkpoints.adapters", "checkpoints.views"},
     "checkpoints.views": {"errors", "dtypes", "storage", "kernels.compiled", "checkpoints"},
     "planning": {
         "errors",
@@ -138,6 +139,7 @@ THIRD_PARTY = {
         "storage.remote",
         "checkpoints.adapters",
         "checkpoints.views",
+        "checkpoints.vocabulary",
         "execution",
         "execution.ray",
         "inspection",

@@ -1,0 +1,119 @@
+"""tokenizer.json, read by itself: which token has which number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelfuse.checkpoints import read_json
+from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place, is_file
+
+TOKENIZER_FILE = "tokenizer.json"
+#: Files of tokenizers that this module does not understand.
+OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+#: More tokens than any model has rows.
+MOST_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The vocabulary of a model.
+
+    Attributes:
+        folder: Where its files are.
+        kind: The type of its model: ``BPE``, ``WordPiece``, ``WordLevel`` or ``Unigram``.
+        tokens: The number of every token.
+        added: The settings of added tokens, special ones among them, by token.
+        content: The file's.
+    """
+
+    folder: Place
+    kind: str
+    tokens: Mapping[str, int]
+    added: Mapping[str, Mapping[str, Any]]
+    content: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def rows(self) -> int:
+        """How many rows an embedding needs for it."""
+        return max(self.tokens.values(), default=-1) + 1
+
+
+def read_tokenizer(folder: Place) -> Tokenizer:
+    """Read a model's tokenizer.json.
+
+    Args:
+        folder: The model's.
+
+    Raises:
+        CheckpointError: If there is none, or it is malformed.
+    """
+    path = folder / TOKENIZER_FILE
+    if not is_file(path):
+        others = [name for name in OTHER_FILES if is_file(folder / name)]
+        hint = "Name a model with a tokenizer.json as the tokenizer's source, or leave the tokenizer out."
+        if others:
+            hint = (
+                f"It has {others[0]}: convert it once with transformers, "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})."
+            )
+        raise CheckpointError(f"{folder} has no {TOKENIZER_FILE}, so its vocabulary is not known", hint)
+    return tokenizer_of(read_json(path), path)
+
+
+def tokenizer_of(content: Mapping[str, Any], path: Place) -> Tokenizer:
+    """The vocabulary that a tokenizer.json describes.
+
+    Args:
+        content: What is in it.
+        path: Where it is.
+
+    Raises:
+        CheckpointError: If it is malformed.
+    """
+    model = content.get("model")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{path} has no model")
+    added = _added(content.get("added_tokens"), path)
+    tokens = _vocabulary(model.get("vocab"), path)
+    for token, settings in added.items():
+        number = settings["id"]
+        if tokens.setdefault(token, number) != number:
+            raise CheckpointError(f"{path}: the token {token!r} has the numbers {tokens[token]} and {number}")
+    seen = dict[int, str]()
+    for token, number in tokens.items():
+        if type(number) is not int or not 0 <= number < MOST_TOKENS:
+            raise CheckpointError(f"{path}: the token {token!r} has the number {number!r}")
+        if seen.setdefault(number, token) != token:
+            raise CheckpointError(f"{path}: the tokens {seen[number]!r} and {token!r} both have the number {number}")
+    return Tokenizer(path.parent, _kind(model), tokens, added, content)
+
+
+def _kind(model: Mapping[str, Any]) -> str:
+    kind = model.get("type")
+    if isinstance(kind, str):
+        return kind
+    return "BPE" if "merges" in model else "Unigram" if isinstance(model.get("vocab"), list) else "WordPiece"
+
+
+def _added(listed: object, path: Place) -> dict[str, Mapping[str, Any]]:
+    added = dict[str, Mapping[str, Any]]()
+    for each in listed if isinstance(listed, list) else []:
+        if not isinstance(each, dict) or not isinstance(each.get("content"), str) or type(each.get("id")) is not int:
+            raise CheckpointError(f"{path}: an added token has no content or no id")
+        added[each["content"]] = each
+    return added
+
+
+def _vocabulary(vocab: object, path: Place) -> dict[str, Any]:
+    """The numbers of the model's own tokens: a map, or a list of tokens with their scores."""
+    if isinstance(vocab, dict):
+        return dict(vocab)
+    if isinstance(vocab, list) and all(isinstance(each, list) and each and isinstance(each[0], str) for each in vocab):
+        tokens = dict[str, Any]()
+        for number, (token, *_) in enumerate(vocab):
+            tokens.setdefault(token, number)  # A token that is there twice is found at its first place.
+        return tokens
+    raise CheckpointError(f"{path} has a vocabulary that is not understood")
