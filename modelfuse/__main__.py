@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from collections.abc import Sequence
 
 # What is imported stays: looking for garbage in it, again and again, is a twentieth of the time until work begins.
 gc.disable()
@@ -11,12 +12,12 @@ gc.disable()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None, **defaults: object) -> int:
     """Run the command line; see :func:`modelfuse.cli.main.main`."""
     from modelfuse.cli.main import main as run
 
     try:
-        return run()
+        return run(words, **defaults)
     finally:
         gc.freeze()  # All that is left goes with the process.
 

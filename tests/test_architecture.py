@@ -155,6 +155,7 @@ THIRD_PARTY = {
     "rich": {"cli"},
     "xxhash": {"storage", "storage.local"},
     "ray": {"execution.ray"},
+    "shtab": {"cli"},
 }
 #: Those of them that an extra of the same name installs: imported only where a request needs them.
 EXTRAS = {"hub", "ray", "remote", "s3"}

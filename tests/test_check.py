@@ -54,6 +54,8 @@ def test_the_plan(check: Run, pair: Pair, tmp_path: Path) -> None:
         "--normalize",
         "--output_path",
         tmp_path / "C",
+        "--n_process",
+        1,
     )
     assert said.out.splitlines()[0] == "della (magprune → ties) of 2 models"
     assert line_with(said.out, f"{pair[0]} ") == [str(pair[0]), "safetensors", "5", "0.25"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
+import shutil
 import subprocess
 import sys
 from collections import deque
@@ -20,9 +22,12 @@ import yaml
 from conftest import ROOT, Said, array, call, make_model, random_tensors, read_model, start
 
 import modelfuse as package
-from modelfuse.cli.arguments import parse
+from modelfuse.cli import help as help_pages
+from modelfuse.cli.arguments import Options, parse
+from modelfuse.cli.main import COMMANDS
 from modelfuse.kernels.jit.compile import COMPILING
 from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS
+from modelfuse.planning import memory_budget
 from modelfuse.recipe.recipe import SETTINGS, Recipe
 
 Run = Callable[..., Said]
@@ -99,7 +104,7 @@ DEFAULTS = {
     "tensor_type": "np",
     "gpu_memory": 256 * 10**6,
     "allow_cpu_fallback": False,
-    "n_process": 1,
+    "n_process": None,
     "merge_prefix": "model",
     "merge_method": None,
     "merge_type": None,
@@ -152,9 +157,9 @@ def test_every_setting_is_a_flag_with_either_dash(name: str) -> None:
     several["input_layout"] = ["hf", "paddle"]
     value = several.get(name, ["False"])
     for flag in (f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('_', '-', 1)}"):
-        settings, quiet = parse([flag, *value])
+        settings, options = parse([flag, *value])
         assert settings == {name: value if len(value) > 1 else value[0]}
-        assert not quiet
+        assert options == Options()
         if len(value) == 1:
             assert parse([f"{flag}=False"])[0] == {name: "False"}
     assert SETTINGS[name].description
@@ -340,15 +345,16 @@ def test_a_log_is_quiet(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     what = "merging 5 tensors of 2 checkpoints, 2.02 kB"
     assert first.err.splitlines()[:2] == [what, f"note: {COMPILING}"]
     assert said.err.splitlines() == [what]
-    summary, next_line = said.out.splitlines()
+    summary, *following = said.out.splitlines()
     assert summary.startswith("merged 5 tensors in ")
-    assert summary.endswith(f"GB/s) into {tmp_path / 'C'}")
-    assert next_line.startswith(f"next: vllm serve {tmp_path / 'C'}")
+    assert summary.endswith(f"B/s) into {tmp_path / 'C'}")
+    assert "0.0" not in summary
+    assert following == ["next:", f"  vllm serve {tmp_path / 'C'}", f"  modelfuse verify {tmp_path / 'C'}"]
     assert "\x1b" not in said.out + said.err
 
 
 def test_a_long_merge_says_where_it_is(monkeypatch: pytest.MonkeyPatch, merge: Run, pair: Pair, tmp_path: Path) -> None:
-    monkeypatch.setattr("modelfuse.cli.render.LOG_INTERVAL", 0.0)
+    monkeypatch.setattr("modelfuse.cli.progress.LOG_INTERVAL", 0.0)
     said = merge("--model_path_list", *pair, "--output_path", tmp_path / "C")
     lines = said.err.splitlines()[1:]
     assert len(lines) == 5
@@ -362,7 +368,7 @@ def test_the_summary_counts_copies(merge: Run, tmp_path: Path) -> None:
         for name in "AB"
     ]
     said = merge("--model_path_list", *models, "--output_path", tmp_path / "C")
-    assert said.out.startswith("merged 1 tensors, copied 2 in ")
+    assert said.out.startswith("merged 1 tensor, copied 2 in ")
 
 
 def test_quiet(merge: Run, pair: Pair, tmp_path: Path) -> None:
@@ -370,22 +376,11 @@ def test_quiet(merge: Run, pair: Pair, tmp_path: Path) -> None:
     assert (said.out, said.err) == ("", "")
 
 
-def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
-    models = [
-        make_model(tmp_path / name, {str(each): np.ones(300_000, np.float32) for each in range(40)}) for name in "AB"
-    ]
+def on_a_terminal(*words: object, columns: int = 120) -> tuple[int, str]:
+    """The exit status, and everything shown."""
     leader, follower = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "modelfuse",
-        "merge",
-        "--model_path_list",
-        *map(str, models),
-        "--output_path",
-        str(tmp_path / "C"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "modelfuse", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": str(columns)}
     shown = b""
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=follower, stdout=follower, stderr=follower
@@ -397,14 +392,182 @@ def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
         except OSError:
             pass  # How Linux says that the other end is closed.
     os.close(leader)
-    text = shown.decode()
-    assert process.returncode == 0, text
+    return process.returncode, shown.decode()
+
+
+def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
+    models = [
+        make_model(tmp_path / name, {str(each): np.ones(300_000, np.float32) for each in range(40)}) for name in "AB"
+    ]
+    status, text = on_a_terminal("merge", "--model_path_list", *models, "--output_path", tmp_path / "C")
+    assert status == 0, text
     assert "merging" in text
     assert "━" in text
     assert "MB" in text
     assert "/s" in text
     assert "\x1b[" in text
     assert "40 tensors" in text
+
+
+CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def test_a_terminal_shows_notes_before_the_bar(pair: Pair, tmp_path: Path) -> None:
+    words = ("--model_path_list", *pair, "--output_path", tmp_path / "C", "--memory", "1MB", "--n_process", 4)
+    status, text = on_a_terminal("merge", *words)
+    assert status == 0, text
+    assert "note:" in text
+    assert text.index("1 of 4 workers") < text.index("merging")
+    assert "note:" not in on_a_terminal("merge", *words, "--overwrite", "--quiet")[1]
+
+
+def test_eighty_columns(pair: Pair, tmp_path: Path) -> None:
+    """No word is torn, no line is too long but for a path or a command, which a terminal wraps by itself."""
+    words: list[object] = ["--model_path_list", *pair, "--output_path", tmp_path / "C", "--memory", "1MB"]
+    own: dict[str, list[object]] = {"verify": [tmp_path / "C"], "methods": [], "help": ["merge"]}
+    for command in ("check", "merge", "verify", "methods", "help"):
+        given = own.get(command, words)
+        status, text = on_a_terminal(command, *given, columns=80)
+        plain = call(command, *given, *(["--overwrite"] if command == "merge" else []))
+        assert (status, plain.status) == (0, 0), text
+        lines = CONTROLS.sub("", text).replace("\r", "\n").splitlines()
+        for line in lines:
+            assert len(line) <= 80 or " " not in line.strip() or line.startswith("  vllm") or "modelfuse ver" in line
+            assert line == line.rstrip() or "━" in line or not line.strip()
+        if command in ("methods", "help"):
+            assert CONTROLS.sub("", text).split() == plain.out.split()
+        assert all(str(path) in text for path in (pair if command == "check" else ()))
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        (["1,2"], ["1", "2"]),
+        (["[1,", "2]"], ["1", "2"]),
+        (["[1,2]"], ["1", "2"]),
+        (["-1,.5"], ["-1", ".5"]),
+        (["[-1,", "2.5]"], ["-1", "2.5"]),
+        (["1", "2,"], ["1", "2"]),
+    ],
+)
+def test_lists_with_commas_and_brackets(words: list[str], weights: list[str]) -> None:
+    assert parse(["--weight_list", *words])[0]["weight_list"] == weights
+
+
+def test_lists_of_paths_with_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--model_path_list", "A,B"])[0] == {"model_path_list": ["A", "B"]}
+    assert parse(["--model_path_list", "[A,", "B]"])[0] == {"model_path_list": ["A", "B"]}
+    assert parse(["--model_path_list", "s3://b/a,b"])[0] == {"model_path_list": ["s3://b/a,b"]}
+    (tmp_path / "A,B").mkdir()
+    (tmp_path / "[x]").mkdir()
+    assert parse(["--model_path_list", "A,B", "C"])[0] == {"model_path_list": ["A,B", "C"]}
+    assert parse(["--model_path_list", "[x]", "[x]"])[0] == {"model_path_list": ["[x]", "[x]"]}
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--density", "reserve_p"),
+        ("--dry-run", "`modelfuse check`"),
+        ("--weights", "weight_list"),
+        ("--verbos", "'verbose'"),
+        ("--merge-metod", "'merge_method'"),
+        ("--frobnicate", "--help"),
+    ],
+)
+def test_suggestions_are_near_or_none(modelfuse: Run, flag: str, hint: str) -> None:
+    said = modelfuse("merge", flag)
+    assert said.status == 2
+    assert hint in said.err.partition("hint: ")[2]
+    assert ("Did you mean" in said.err) == hint.startswith("'")
+
+
+def test_workers_are_one_a_processor(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelfuse.planning.memory_budget.processors", lambda: 3)
+    assert package.check(model_path_list=pair).workers == 3
+    assert package.check(model_path_list=pair, n_process=2).workers == 2
+    package.merge(model_path_list=pair, output_path=tmp_path / "C")
+    package.merge(model_path_list=pair, output_path=tmp_path / "D", n_process=1)
+    assert merged(tmp_path / "C") == merged(tmp_path / "D")
+    assert settings_of(tmp_path / "C")["n_process"] is None
+
+
+@pytest.mark.parametrize(("share", "count"), [("150000 100000", 2), ("max 100000", 4), ("x", 4), ("900000 100000", 4)])
+def test_processors_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: str, count: int) -> None:
+    (tmp_path / "cpu.max").write_text(share)
+    monkeypatch.setattr(memory_budget, "CONTAINER_SHARE", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    assert memory_budget.processors() == count
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert memory_budget.processors() == count
+
+
+def test_the_launcher_of_paddle_keeps_one_worker(pair: Pair, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.json"
+    recipe.write_text(json.dumps({"n_process": 2}))
+    for number, words in ((1, []), (2, [recipe]), (3, [recipe, "--n_process", "3"])):
+        command = [sys.executable, ROOT / "tools" / "mergekit.py", *words, "--model_path_list", *pair]
+        subprocess.run([*map(str, command), "--output_path", str(tmp_path / str(number))], check=True)
+        assert settings_of(tmp_path / str(number))["n_process"] == number
+
+
+def test_every_command_has_its_help(modelfuse: Run) -> None:
+    assert {*help_pages.PAGES} == {*COMMANDS, "help"}
+    for command, page in help_pages.PAGES.items():
+        said = modelfuse("help", command)
+        assert said.status == 0
+        assert page.summary in said.out
+        assert command == "help" or modelfuse(command, "--help").out == said.out
+    assert modelfuse("help").out == modelfuse("--help").out
+    refused = modelfuse("help", "xyzzy")
+    assert refused.status == 2
+    assert "The commands are merge, check, verify" in refused.err
+
+
+def test_help_has_choices_and_defaults() -> None:
+    grouped = [name for names in help_pages.groups().values() for name in names]
+    assert sorted(grouped) == sorted(SETTINGS)
+    for setting in SETTINGS.values():
+        assert setting.is_required or help_pages.default_of(setting) not in ("None", "()", "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(modelfuse: Run, shell: str) -> None:
+    said = modelfuse("completion", shell)
+    assert said.status == 0
+    assert all(word in said.out for word in ("merge_method", "dare_ties", "verify", "sample", "log_file"))
+    assert modelfuse("completion", "fish").status == 2
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_methods(modelfuse: Run, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(modelfuse("completion", "bash").out)
+    code = (
+        f"source {tmp_path / 'script'}; COMP_WORDS=(modelfuse merge --merge_method da); COMP_CWORD=3;"
+        "_shtab_modelfuse; echo ${COMPREPLY[@]}"
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["dare_linear", "dare_ties"], done.stderr
+
+
+def test_logs_have_times_and_levels(modelfuse: Run, pair: Pair, tmp_path: Path) -> None:
+    words = ("--model_path_list", *pair, "--output_path", tmp_path / "C", "--memory", "1MB", "--n_process", 4)
+    said = modelfuse("merge", *words, "-v", "--log_file", tmp_path / "log")
+    assert said.status == 0, said.err
+    stamped = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[-+]\d{4} (DEBUG|INFO|WARNING|ERROR) +\S")
+    shown, kept = said.err.splitlines(), (tmp_path / "log").read_text().splitlines()
+    assert all(stamped.match(line) for line in shown + kept)
+    assert [line[24:] for line in kept if " DEBUG " in line and " memory = " in line] == [" DEBUG   memory = 1000000"]
+    assert any(" WARNING " in line and "1 of 4 workers" in line for line in shown)
+    assert [line for line in kept if "merged 5 tensors" in line]
+    assert said.out.startswith("merged 5 tensors")
+    modelfuse("merge", *words, "--log_file", tmp_path / "log")
+    assert any(" ERROR " in line and "exists" in line for line in (tmp_path / "log").read_text().splitlines())
+    refused = modelfuse("merge", *words, "--log_file", tmp_path / "absent" / "log")
+    assert refused.status == 2
+    assert "log_file" in refused.err
 
 
 def test_all_settings_are_in_the_help(modelfuse: Run) -> None:

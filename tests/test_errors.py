@@ -48,7 +48,7 @@ def words(pair: Pair, tmp_path: Path) -> list[object]:
         (["--weight_list", "1", "inf"], ["weight_list is 'inf'"], "--help"),
         (["--weight_list", "1", "-inf"], ["-inf is not a number"], None),
         (["--weight_list", "1", "-1e999999999"], ["-1e999999999 is not a number"], None),
-        (["--weight_list", "1,2"], ["weight_list is '1,2'"], "--help"),
+        (["--weight_list", "1,2x"], ["weight_list is '2x'"], "--help"),
         (["--weight_list"], ["weight_list"], "--help"),
         (["--slerp_alpha", "1.5"], ["slerp_alpha is '1.5'"], "--help"),
         (["--slerp_alpha", "-0.1"], ["slerp_alpha is '-0.1'"], "--help"),

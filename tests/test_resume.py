@@ -65,7 +65,7 @@ def models(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def words(models: list[Path], tmp_path: Path) -> Words:
-    return ["--model_path_list", *models[1:], "--output_path", tmp_path / "out" / "C"]
+    return ["--model_path_list", *models[1:], "--output_path", tmp_path / "out" / "C", "--n_process", 1]
 
 
 class Written:

@@ -8,5 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modelfuse.__main__ import main
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "merge")
-    sys.exit(main())
+    sys.exit(main(["merge", *sys.argv[1:]], n_process=1))

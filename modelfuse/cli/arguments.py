@@ -1,66 +1,136 @@
-"""The words of the command line as settings."""
+"""The words of the command line as settings and options."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from modelfuse.errors import RecipeError
+from modelfuse.recipe.checks import closest
 from modelfuse.recipe.files import load_recipe
 from modelfuse.recipe.recipe import ANOTHER_WAY, SETTINGS, by_canonical_name, canonical_name
 
 #: More than any float has before or behind its point.
 MOST_DIGITS = 400
+#: What every command takes beside its settings: the field of ``Options``, its flags, and what it does.
+OPTIONS = {
+    "quiet": (("--quiet", "-q"), "Say only what is wrong."),
+    "verbose": (("--verbose", "-v"), "Say more, with times and levels."),
+    "log_file": (("--log_file",), "Append everything that is said, and more, to this file."),
+}
+SHORT = {flags[-1]: flags[0] for flags, _ in OPTIONS.values() if len(flags) > 1}
+#: Settings whose values may be given in one word, with commas; numbers have none, and a path may have some.
+NUMBER = r"[-+]?(\d|\.\d)"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a command is to speak.
+
+    Attributes:
+        quiet: Only of what is wrong.
+        verbose: Of more, with times and levels.
+        log_file: Where to write it, too.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    log_file: Path | None = None
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses words as a recipe is refused."""
+    """A parser of one command, with its options.
 
-    command = "merge"
+    Args:
+        command: The command.
+        takes: The settings that it takes beside them.
+    """
+
+    def __init__(self, command: str) -> None:
+        super().__init__(f"modelfuse {command}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for name, (flags, about) in OPTIONS.items():
+            if name == "log_file":
+                self.add_argument(*flags, type=Path, help=about)
+            else:
+                self.add_argument(*flags, action="store_true", help=about)
 
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(message[0].upper() + message[1:], f"`modelfuse {self.command} --help` lists every setting.")
+        raise RecipeError(message[0].upper() + message[1:], f"`{self.prog} --help` lists every setting.")
+
+    def options_of(self, given: dict[str, object]) -> Options:
+        """Take the options out of what was given."""
+        return Options(**{name: given.pop(name) for name in OPTIONS if name in given})  # type: ignore[arg-type]
 
 
-class VerifyParser(Parser):
-    """The same for ``modelfuse verify``."""
-
-    command = "verify"
-
-
-def parse(words: Sequence[str]) -> tuple[dict[str, object], bool]:
-    """Turn words into named settings: those of a recipe file, overridden by flags.
-
-    Returns:
-        The settings, and whether to be quiet.
-
-    Raises:
-        RecipeError: If a flag is unknown or lacks its value, or the recipe cannot be read.
-    """
-    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def merge_parser(command: str) -> Parser:
+    """The parser of ``merge`` and ``check``: a recipe, and every setting as a flag."""
+    parser = Parser(command)
     parser.add_argument("recipe", nargs="?", type=Path, default=None)
-    parser.add_argument("--quiet", action="store_true")
     for name in ANOTHER_WAY:
         parser.add_argument(f"--{name}")
     for name, setting in SETTINGS.items():
         if setting.is_switch:
             parser.add_argument(f"--{name}", nargs="?", const=True)
-        elif setting.takes_several:
-            parser.add_argument(f"--{name}", nargs="+")
         else:
-            parser.add_argument(f"--{name}")
+            parser.add_argument(f"--{name}", nargs="+" if setting.takes_several else None)
+    return parser
+
+
+def parse(
+    words: Sequence[str],
+    command: str = "merge",
+    defaults: Mapping[str, object] = {},
+) -> tuple[dict[str, object], Options]:
+    """Turn words into named settings: those of a recipe file, overridden by flags.
+
+    Args:
+        words: The words behind the command.
+        command: ``merge`` or ``check``.
+        defaults: What settings are where neither says anything.
+
+    Raises:
+        RecipeError: If a flag is unknown or lacks its value, or the recipe cannot be read.
+    """
+    parser = merge_parser(command)
     given = vars(parser.parse_args(_switched([part for word in words for part in _normal(word)])))
-    quiet = bool(given.pop("quiet", False))
+    options = parser.options_of(given)
+    for name in given.keys() & SETTINGS.keys():
+        if SETTINGS[name].takes_several:
+            given[name] = _listed(given[name], SETTINGS[name].is_number or bool(SETTINGS[name].choices))
     path = given.pop("recipe", None)
     settings = by_canonical_name(load_recipe(path)) if path else {}
     ways = ("model_path_list", *ANOTHER_WAY)
     if any(name in given for name in ways):
         settings = {name: value for name, value in settings.items() if name not in ways}
-    return {**settings, **given}, quiet
+    return {**defaults, **settings, **given}, options
+
+
+def parse_verify(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
+    """Turn the words behind ``verify`` into its arguments.
+
+    Raises:
+        RecipeError: If a flag is unknown or lacks its value.
+    """
+    parser = verify_parser()
+    plain = (f"--{word[2:].replace('-', '_')}" if word.startswith("--") else SHORT.get(word, word) for word in words)
+    given = vars(parser.parse_args(list(plain)))
+    return given, parser.options_of(given)
+
+
+def verify_parser() -> Parser:
+    """The parser of ``verify``."""
+    parser = Parser("verify")
+    parser.add_argument("folder")
+    parser.add_argument("--full", action="store_true")
+    for setting in ("--sample", "--n_process", "--seed"):
+        parser.add_argument(setting, type=int)
+    return parser
 
 
 def _normal(word: str) -> list[str]:
@@ -71,17 +141,30 @@ def _normal(word: str) -> list[str]:
         switched = plain.removeprefix("no_")
         if plain != switched and _is_switch(switched) and not equals:
             return [f"--{switched}", "False"]
-        known = plain if plain == "quiet" else canonical_name(name)
+        known = plain if plain in OPTIONS else _known(name, plain)
         return [f"--{known}", value] if equals else [f"--{known}"]
+    if word in SHORT:
+        return [SHORT[word]]
+    if re.match(rf"{NUMBER}.*,", word):
+        return [number for part in word.split(",") if part for number in _normal(part)]
     if word.startswith("-") and len(word) > 1:
         try:
             number = Decimal(word)
         except InvalidOperation:
-            raise RecipeError(f"There is no flag {word}", "Flags begin with two dashes.") from None
+            raise RecipeError(
+                f"There is no flag {word}", f"Flags begin with two dashes, but for {' and '.join(SHORT)}."
+            ) from None
         if not number.is_finite() or abs(number.adjusted()) > MOST_DIGITS:
             raise RecipeError(f"{word} is not a number that any setting takes")
         return [format(number, "f")]
     return [word]
+
+
+def _known(name: str, plain: str) -> str:
+    try:
+        return canonical_name(name)
+    except RecipeError as error:
+        raise RecipeError(error.message, closest(plain, OPTIONS).strip() or error.hint) from None
 
 
 def _switched(words: Sequence[str]) -> list[str]:
@@ -93,6 +176,35 @@ def _switched(words: Sequence[str]) -> list[str]:
             done.append("True")
         done.append(word)
     return done
+
+
+def _listed(words: Sequence[str], always: bool) -> list[str]:
+    """The values of a list, also where they were given as ``1,2`` or ``[1, 2]``.
+
+    >>> _listed(["[1,", "2]"], always=True), _listed(["A,B"], always=False)
+    (['1', '2'], ['A', 'B'])
+
+    Args:
+        words: As they were given.
+        always: Whether no value has a comma or a bracket; else a word that is a path or a URL stays whole.
+    """
+    return [part for word in _bare(words, always) for part in _parts(word, always)]
+
+
+def _bare(words: Sequence[str], always: bool) -> Sequence[str]:
+    bracketed = words[0].startswith("[") and words[-1].endswith("]")
+    if not bracketed or (not always and os.path.lexists(words[0])):
+        return words
+    *most, last = (words[0][1:], *words[1:])
+    return [*most, last[:-1]]
+
+
+def _parts(word: str, always: bool) -> Iterator[str]:
+    if not always and ("," not in word or "://" in word or os.path.lexists(word)):
+        if word:
+            yield word
+        return
+    yield from (part.strip("\"' ") for part in word.split(",") if part.strip())
 
 
 def _is_recipe(word: str) -> bool:

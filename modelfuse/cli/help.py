@@ -2,76 +2,194 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from rich.markup import escape
-from rich.table import Table
-
-from modelfuse.cli.render import out, size
+from modelfuse.cli.arguments import OPTIONS
+from modelfuse.cli.console import out
 from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS, describe, parameters
 from modelfuse.recipe.recipe import SETTINGS
+from modelfuse.recipe.schema import Setting
+from modelfuse.recipe.sizes import size
+
+#: The settings by what they are about; all others say how to merge.
+GROUPS: Mapping[str, Sequence[str]] = {
+    "What to merge": (
+        "model_path_list", "base_model_path", "merge_prefix", "input_layout", "convert_from_hf",
+        "merge_with_qdq_base_model", "unmerged_from", "on_nonfinite", "hub_endpoint",
+    ),
+    "How": (),
+    "Where to": (
+        "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "max_shard_size",
+        "copy_file_list",
+    ),
+    "Machine": (
+        "n_process", "memory", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "engine", "ray_address",
+        "ray_timeout",
+    ),
+    "Accepted for Paddle's tool; slices are always small": ("split_pieces", "max_tensor_mem"),
+}  # fmt: skip
+#: The widest that text is set.
+WIDTH = 80
+INDENT = " " * 6
 
 
-def usage(line: str, commands: Mapping[str, str]) -> None:
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a command's help says.
+
+    Attributes:
+        usage: How it is called.
+        summary: What it does.
+        examples: Commands that work.
+        own: Its own flags, and what they do.
+        takes_settings: Whether it takes a recipe's settings.
+        ending: What else there is to know.
+    """
+
+    usage: str
+    summary: str
+    examples: Sequence[str] = ()
+    own: Sequence[tuple[str, str]] = ()
+    takes_settings: bool = False
+    ending: str = ""
+
+
+PLAIN = (
+    "Dashes and underscores are equal. Lists take spaces, commas or brackets: --weight_list 1 2, 1,2 or [1,2]. "
+    "Booleans take --rescale, --rescale false and --no_rescale. --model_path_str A,B is --model_path_list A B; "
+    "--lora_model_path L is the same with one adapter. A recipe file has the same names; flags override it."
+)
+STATUS = "Exit status: 0 done, 2 the request or an input is wrong, 130 interrupted, 1 anything else."
+PAGES = {
+    "merge": Page(
+        "modelfuse merge [recipe.yaml|recipe.json] [--setting value ...]",
+        "Merge models into a new folder.",
+        (
+            "modelfuse merge --model_path_list A B --output_path merged",
+            "modelfuse merge --merge_method ties --base_model_path base \\\n"
+            "    --model_path_list A B --weight_list 1,0.8 --output_path merged",
+            "modelfuse merge recipe.yaml --seed 7",
+        ),
+        takes_settings=True,
+        ending=f"{PLAIN} {STATUS}",
+    ),
+    "check": Page(
+        "modelfuse check [recipe.yaml|recipe.json] [--setting value ...]",
+        "Show the plan of a merge, from the headers alone; nothing is written.",
+        ("modelfuse check --merge_method slerp --model_path_list A B",),
+        takes_settings=True,
+        ending=f"{PLAIN} {STATUS}",
+    ),
+    "verify": Page(
+        "modelfuse verify FOLDER [--full] [--sample N] [--n_process N] [--seed N]",
+        "Check a merged model: every checksum, and a sample merged again from the inputs.",
+        ("modelfuse verify merged", "modelfuse verify merged --full"),
+        (
+            ("--full", "Merge every tensor again and compare; fails where an input is missing."),
+            ("--sample N", "Merge N tensors again. Default: as many as read and compare about 256 MB."),
+            ("--n_process N", "Parallel workers. Default: one a processor, up to eight."),
+            ("--seed N", "Choose the same sample again. Default: another one each time."),
+        ),
+        ending="Exit status: 0 if all holds, 2 if anything is wrong.",
+    ),
+    "methods": Page("modelfuse methods", "Show the methods, their settings, formulas and papers."),
+    "completion": Page(
+        "modelfuse completion {bash,zsh,tcsh}",
+        "Write what makes a shell complete commands, settings and their values.",
+        ('eval "$(modelfuse completion bash)"',),
+    ),
+    "help": Page("modelfuse help [COMMAND]", "Show this, or how to use a command.", ("modelfuse help merge",)),
+}
+
+
+def usage() -> None:
     """What there is to say first."""
-    out.print(f"usage: {escape(line)}\n")
-    for name, summary in commands.items():
-        out.print(f"  [bold]{name:8}[/] {summary}")
-    out.print("\n`modelfuse merge --help` lists every setting.")
+    out.say("usage: modelfuse {} [...]\n", "{" + ",".join(PAGES) + "}")
+    for name, page in PAGES.items():
+        out.say("  [bold]{}[/]", name)
+        out.say("      {}", page.summary)
+    out.say("\nHow to use each of them:")
+    out.command("modelfuse help merge")
 
 
-def help_page(line: str, summary: str, command: str) -> None:
-    """Every setting with its default, from the recipe itself."""
-    out.print(f"usage: {escape(line.replace('{merge,check,verify,methods}', command))}\n\n{summary}\n")
-    table = Table(box=None, pad_edge=False)
-    for title in ("setting", "default", "what it does"):
-        table.add_column(title, no_wrap=title == "setting")
-    for name, setting in SETTINGS.items():
-        default = "required" if setting.is_required else _plain(setting.default)
-        table.add_row(f"--{name}", escape(default), escape(setting.description))
-    out.print(table, soft_wrap=False)
-    out.print(
-        "\nDashes and underscores are equal. Booleans: --rescale, --rescale False, --no_rescale."
-        "\n--model_path_str A,B is --model_path_list A B; --lora_model_path L is the same with one adapter."
-        "\nA recipe file has the same names; flags override it."
-    )
+def help_page(command: str) -> None:
+    """All that a command takes."""
+    page = PAGES[command]
+    out.say("usage: {}\n\n{}", page.usage, page.summary)
+    if page.examples:
+        out.say("\n[bold]Examples[/]\n")
+        for example in page.examples:
+            out.command(example)
+    if page.own:
+        _section("Flags", ((flag, [about]) for flag, about in page.own))
+    if page.takes_settings:
+        for title, names in groups().items():
+            _section(title, ((f"--{name} {value_of(SETTINGS[name])}", _about(SETTINGS[name])) for name in names))
+    flags_of = {
+        name: ", ".join(flags) + (" FILE" if name == "log_file" else "") for name, (flags, _) in OPTIONS.items()
+    }
+    if command not in ("help", "completion"):
+        _section("What it says", ((flags_of[name], [about]) for name, (_, about) in OPTIONS.items()))
+    if page.ending:
+        out.say("\n{}", textwrap.fill(page.ending, WIDTH, break_on_hyphens=False))
 
 
-def verify_help(line: str, summary: str) -> None:
-    """What ``verify`` takes."""
-    out.print(f"usage: {escape(line)}\n\n{summary}\n")
-    for name, what in (
-        ("--full", "Merge every tensor again and compare; fails where an input is missing."),
-        ("--sample N", "Merge N tensors again; by default as many as read and compare about 256 MB."),
-        ("--n_process N", "Parallel workers (default: one a processor, up to eight)."),
-        ("--seed N", "Choose the same sample again (default: another one each time)."),
-        ("--quiet", "Say only what is wrong."),
-    ):
-        out.print(f"  {name:14} {what}")
-    out.print("\nExit status: 0 if all holds, 2 if anything is wrong.")
+def groups() -> dict[str, list[str]]:
+    """Every setting, in its group."""
+    grouped = {name for names in GROUPS.values() for name in names}
+    return {title: [*names] or [name for name in SETTINGS if name not in grouped] for title, names in GROUPS.items()}
+
+
+def value_of(setting: Setting) -> str:
+    """What stands behind a setting's flag."""
+    if setting.is_switch:
+        return "[true|false]"
+    value = "SIZE" if setting.is_size else "N" if setting.is_number else "VALUE" if setting.choices else setting.noun
+    return f"{value} ..." if setting.takes_several else value
+
+
+def default_of(setting: Setting) -> str:
+    """What happens where a setting is not given."""
+    if setting.is_required:
+        return "required"
+    if setting.otherwise:
+        return setting.otherwise
+    if isinstance(setting.default, bool):
+        return str(setting.default).lower()
+    if setting.is_size and isinstance(setting.default, int):
+        return size(setting.default)
+    return f"{setting.default:g}" if isinstance(setting.default, float) else str(setting.default)
+
+
+def _about(setting: Setting) -> list[str]:
+    lines = [setting.description]
+    if setting.choices:
+        lines.append(f"One of: {', '.join(setting.choices)}.")
+    return [*lines, "Required." if setting.is_required else f"Default: {default_of(setting)}."]
+
+
+def _section(title: str, entries: Iterable[tuple[str, Sequence[str]]]) -> None:
+    out.say("\n[bold]{}[/]\n", title)
+    for flag, about in entries:
+        out.say("  [bold]{}[/]", flag)
+        out.say("{}", textwrap.fill(" ".join(about), WIDTH, initial_indent=INDENT, subsequent_indent=INDENT))
 
 
 def methods() -> None:
     """What exists, with settings, formula and paper."""
-    names = Table("merge_method", "sparsify_type", "merge_type", title="Names of the usual pairs", title_justify="left")
-    for name, (sparsify_type, merge_type) in MERGE_METHODS.items():
-        names.add_row(name, sparsify_type or "–", merge_type)
-    out.print(names)
+    pairs = [(name, sparsify_type or "–", merge_type) for name, (sparsify_type, merge_type) in MERGE_METHODS.items()]
+    out.table(("merge_method", "sparsify_type", "merge_type"), pairs)
     for title, steps in (("sparsify_type", SPARSIFIERS), ("merge_type", MERGES)):
         for name, function in steps.items():
             about = describe(function)
-            out.print(f"\n[bold]{name}[/] ({title}): {escape(about.summary)}")
-            settings = ", ".join(f"{key} = {_plain(value)}" for key, value in parameters(function).items())
-            out.print(f"  formula   {escape(about.formula)}")
-            out.print(f"  settings  {escape(settings or 'weight_list, normalize')}")
-            out.print(f"  paper     {escape(about.paper)}")
+            out.say("\n[bold]{}[/] ({}): {}", name, title, about.summary)
+            out.say("  formula: {}", about.formula)
+            out.say("  settings: {}", ", ".join(_effective(parameters(function))) or "weight_list, normalize")
+            out.say("  paper: {}", about.paper)
 
 
-def _plain(value: object) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, int) and value >= 10**6:
-        return size(value)
-    return "–" if value == () else str(value)
+def _effective(names: Iterable[str]) -> list[str]:
+    """Settings with the values that take effect where nothing is given, which are not always a definition's own."""
+    return [f"{name} = {default_of(SETTINGS[name])}" for name in names]

@@ -7,12 +7,13 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from modelfuse.cli.arguments import VerifyParser, parse
+from modelfuse.cli.arguments import Options, parse, parse_verify
+from modelfuse.cli.console import begin_logs
 from modelfuse.errors import ModelfuseError, RecipeError
-from modelfuse.recipe.checks import nearest
+from modelfuse.recipe.checks import closest
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, place_of
 from modelfuse.version import __version__
@@ -20,18 +21,13 @@ from modelfuse.version import __version__
 if TYPE_CHECKING:
     from modelfuse.planning.plan import Plan
 
-COMMANDS = {
-    "merge": "Merge models into a new folder.",
-    "check": "Show the plan of a merge, from the headers alone.",
-    "verify": "Check a merged model: every checksum, and a sample merged again from the inputs.",
-    "methods": "Show the methods, their settings, formulas and papers.",
-}
-USAGE = "modelfuse {merge,check,verify,methods} [recipe.json|recipe.yaml] [--setting value ...]"
-VERIFY_USAGE = "modelfuse verify folder [--full] [--sample N] [--n_process N] [--seed N] [--quiet]"
 
-
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None, **defaults: object) -> int:
     """Run the command line.
+
+    Args:
+        words: Of the command; those of this process if None.
+        defaults: What settings are where neither a flag nor a recipe says anything.
 
     Returns:
         The exit status: 0 done, 2 the request or an input is wrong, 1 anything else, 130 interrupted.
@@ -41,13 +37,14 @@ def main(words: Sequence[str] | None = None) -> int:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     from modelfuse.cli import render
 
+    begin_logs(False, None)
     gc.freeze()
     gc.enable()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # Any path and formula can be shown anywhere.
     try:
-        status = _run(list(sys.argv[1:] if words is None else words))
+        status = _run(list(sys.argv[1:] if words is None else words), defaults)
         sys.stdout.flush()
         return status
     except ModelfuseError as error:
@@ -92,53 +89,113 @@ def _as_told(error: BaseException, message: str, hint: str | None = None) -> Mod
     return told
 
 
-def _run(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        from modelfuse.cli import help as help_pages
-
-        help_pages.usage(USAGE, COMMANDS)
-        return 0 if words else 2
-    if words[0] in ("-V", "--version"):
+def _run(words: list[str], defaults: Mapping[str, object]) -> int:
+    command = words.pop(0) if words else ""
+    if command in ("-V", "--version"):
         print(f"modelfuse {__version__}")
         return 0
-    command = words.pop(0)
+    if command in ("", "-h", "--help", "help"):
+        return _help(words) if command else _help([]) or 2
     if command not in COMMANDS:
-        raise RecipeError(f"There is no command {command!r}", nearest(command, COMMANDS))
+        raise RecipeError(f"There is no command {command!r}", f"{closest(command, COMMANDS)}{LISTED}".lstrip())
     if "-h" in words or "--help" in words:
-        from modelfuse.cli import help as help_pages
-
-        if command == "verify":
-            help_pages.verify_help(VERIFY_USAGE, COMMANDS[command])
-        else:
-            help_pages.help_page(USAGE, COMMANDS[command], command)
-        return 0
-    if command == "verify":
-        return _verify(words)
-    if command == "methods":
-        if words:
-            raise RecipeError(
-                f"methods takes nothing, but {words[0]!r} is given", "`modelfuse methods` shows them all."
-            )
-        from modelfuse.cli import help as help_pages
-
-        help_pages.methods()
-        return 0
-    settings, quiet = parse(words)
-    recipe = Recipe.parse(settings)
-    return _check(recipe, quiet) if command == "check" else _merge(recipe, quiet)
+        return _help([command])
+    return COMMANDS[command](words, defaults)
 
 
-def _check(recipe: Recipe, quiet: bool) -> int:
-    from modelfuse.cli import render
+def _help(words: list[str]) -> int:
+    from modelfuse.cli import help as help_pages
+
+    if not words:
+        help_pages.usage()
+    elif words[0] in help_pages.PAGES:
+        help_pages.help_page(words[0])
+    else:
+        raise RecipeError(f"There is no command {words[0]!r}", LISTED)
+    return 0
+
+
+def _check(words: list[str], defaults: Mapping[str, object]) -> int:
+    from modelfuse.cli import progress, render
     from modelfuse.planning.hub import headers
     from modelfuse.planning.output_location import check_room
 
-    with headers(recipe, render.watch(quiet)) as at_hand:
+    settings, options = parse(words, "check", defaults)
+    recipe = _begin(settings, options)
+    with headers(recipe, progress.watch(options.quiet)) as at_hand:
         plan = _plan(at_hand)
     render.plan(plan)
     check_room(plan.recipe.output_path, plan.room)
     render.no_problems()
     return 0
+
+
+def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
+    from modelfuse.cli import progress, render
+
+    settings, options = parse(words, "merge", defaults)
+    recipe, quiet = _begin(settings, options), options.quiet
+    if recipe.output_path is None:
+        raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
+    from modelfuse.planning.hub import fetch
+
+    plan = _plan(fetch(recipe, progress.watch(quiet)))
+    from modelfuse.execution.run import run_plan
+
+    with progress.merging(plan, quiet) as advance:
+        result = run_plan(plan, advance, _tell(quiet))
+    if not quiet:
+        render.result(plan, result)
+    return 0
+
+
+def _begin(settings: Mapping[str, object], options: Options) -> Recipe:
+    """Speak as was asked for, first of all that was asked for."""
+    from modelfuse.cli import render
+
+    begin_logs(options.verbose, options.log_file)
+    recipe = Recipe.parse(settings)
+    render.details(recipe)
+    return recipe
+
+
+def _verify(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli import progress, render
+    from modelfuse.inspection.verify import verify_output
+    from modelfuse.kernels.jit.compile import announcing
+
+    given, options = parse_verify(words)
+    begin_logs(options.verbose, options.log_file)
+    folder = _place(given.pop("folder"))
+    with progress.verifying(folder, options.quiet) as advance, announcing(_tell(options.quiet)):
+        found = verify_output(folder, **given, progress=advance)
+    render.verification(found, options.quiet)
+    return 0 if found.holds else 2
+
+
+def _methods(words: list[str], _: Mapping[str, object]) -> int:
+    if words:
+        raise RecipeError(f"methods takes nothing, but {words[0]!r} is given", "`modelfuse methods` shows them all.")
+    from modelfuse.cli import help as help_pages
+
+    help_pages.methods()
+    return 0
+
+
+def _completion(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.completion import SHELLS, script
+
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise RecipeError("completion takes the name of a shell", f"Give one of {', '.join(SHELLS)}.")
+    print(script(words[0]))
+    return 0
+
+
+#: What each command does with the words behind it, and settings to take where those say nothing.
+COMMANDS: dict[str, Callable[[list[str], Mapping[str, object]], int]] = {
+    "merge": _merge, "check": _check, "verify": _verify, "methods": _methods, "completion": _completion,
+}  # fmt: skip
+LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."
 
 
 def _plan(recipe: Recipe) -> Plan:
@@ -151,23 +208,6 @@ def _plan(recipe: Recipe) -> Plan:
         gc.enable()
 
 
-def _merge(recipe: Recipe, quiet: bool) -> int:
-    from modelfuse.cli import render
-
-    if recipe.output_path is None:
-        raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
-    from modelfuse.planning.hub import fetch
-
-    plan = _plan(fetch(recipe, render.watch(quiet)))
-    from modelfuse.execution.run import run_plan
-
-    with render.progress(plan, quiet) as advance:
-        result = run_plan(plan, advance, _tell(quiet))
-    if not quiet:
-        render.result(plan, result)
-    return 0
-
-
 def _tell(quiet: bool) -> Callable[[str], None]:
     """Where to say what the user may wonder about."""
     from modelfuse.cli import render
@@ -175,28 +215,8 @@ def _tell(quiet: bool) -> Callable[[str], None]:
     return (lambda _: None) if quiet else render.note
 
 
-def _verify(words: list[str]) -> int:
-    from modelfuse.cli import render
-    from modelfuse.inspection.verify import verify_output
-    from modelfuse.kernels.jit.compile import announcing
-
-    parser = VerifyParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("folder")
-    for flag in ("--full", "--quiet"):
-        parser.add_argument(flag, action="store_true")
-    for setting in ("--sample", "--n_process", "--seed"):
-        parser.add_argument(setting, type=int)
-    plain = (f"--{word[2:].replace('-', '_')}" if word.startswith("--") else word for word in words)
-    given = vars(parser.parse_args(list(plain)))
-    quiet, folder = given.pop("quiet"), _place(given.pop("folder"))
-    with render.verifying(folder, quiet) as progress, announcing(_tell(quiet)):
-        found = verify_output(folder, **given, progress=progress)
-    render.verification(found, quiet)
-    return 0 if found.holds else 2
-
-
 def _place(word: str) -> Place:
     try:
         return place_of(word)
     except ValueError as error:
-        raise RecipeError(f"{word}: {error}", VERIFY_USAGE) from None
+        raise RecipeError(f"{word}: {error}", "`modelfuse help verify` tells more.") from None

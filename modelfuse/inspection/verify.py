@@ -6,7 +6,6 @@ of every tensor. With the inputs at hand, tensors are merged again and compared 
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -21,6 +20,7 @@ from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.inspection.output_checks import Contents
 from modelfuse.inspection.recompute import absent_inputs, bytes_of, choose, compare, modified_inputs, plan_again
 from modelfuse.inspection.report_reader import Problem, Report, read_recipe, read_report
+from modelfuse.planning.memory_budget import processors
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, forget
@@ -82,7 +82,7 @@ def verify_output(
     for name, number, least in (("sample", sample, 1), ("n_process", n_process, 1), ("seed", seed, 0)):
         if number is not None and number < least:
             raise RecipeError(f"{name} is {number}: it should be at least {least}")
-    workers = min(n_process or _processors(), MOST_WORKERS)
+    workers = min(n_process or processors(), MOST_WORKERS)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     try:
         report, problems = read_report(path)
@@ -103,10 +103,6 @@ def verify_output(
     return Verification(
         path, len(contents.files), len(stored), len(again), seed, tuple(absent), tuple(problems), whole, seconds
     )
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan(

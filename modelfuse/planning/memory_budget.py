@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from modelfuse.dtypes import F64, computed_in
@@ -11,6 +14,8 @@ from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Url
 
+#: What Linux lets the processes of a container use, as microseconds of processors and of the clock, or "max".
+CONTAINER_SHARE = Path("/sys/fs/cgroup/cpu.max")
 #: The least elements of a slice. Whatever else slices could be, they start at multiples of this, so that sums and
 #: checksums never depend on them.
 GRAIN = 1 << 18
@@ -178,12 +183,25 @@ def _counted(operation: Operation) -> int:
     return len(operation.sources) if method is not None and method.counts_magnitudes else 0
 
 
+def processors() -> int:
+    """Processors that this process may use: where the system tells, those that it is bound to, and a container's share.
+
+    >>> processors() >= 1
+    True
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = CONTAINER_SHARE.read_text().split()
+        return max(1, min(count, -(-int(quota) // int(period))))
+    return count
+
+
 def _most_workers(recipe: Recipe, gpu: bool, remote: bool) -> int:
     if not gpu:
         if recipe.engine == "ray":  # Each of its processes is one.
             return 1
-        return max(recipe.n_process, REMOTE_WORKERS if remote else 1)
-    workers = max(recipe.n_process, GPU_WORKERS)
+        return max(recipe.n_process or processors(), REMOTE_WORKERS if remote else 1)
+    workers = max(recipe.n_process or 1, GPU_WORKERS)
     if recipe.device == "low_gpu_mem":
         workers = min(workers, int(recipe.gpu_memory * GPU_SHARE) // LEAST_GPU_ROOM)
     return workers

@@ -12,6 +12,7 @@ from modelfuse.checkpoints.output.atomic_folder import bytes_left
 from modelfuse.errors import CheckpointError, OutputError
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
+from modelfuse.recipe.sizes import size
 from modelfuse.storage import Place, Url, is_dir, is_file
 
 
@@ -100,6 +101,6 @@ def check_room(output: Place | None, needed: int) -> None:
     free = shutil.disk_usage(parent).free + bytes_left(output)
     if needed > free:
         raise OutputError(
-            f"output_path {output} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there",
+            f"output_path {output} needs {size(needed)}, but only {size(free)} are free there",
             "Free some space or choose an output_path on another disk.",
         )

@@ -13,6 +13,7 @@ from modelfuse.planning.matching import Tied
 from modelfuse.planning.memory_budget import Budget
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.recipe.recipe import Recipe
+from modelfuse.recipe.sizes import size
 
 
 def notes_on(
@@ -41,12 +42,12 @@ def notes_on(
         notes.append("There is no GPU to be used, so the CPU does the work, as allow_cpu_fallback says.")
     if recipe.engine == "ray":
         notes.append("Each CPU of the Ray cluster has one such worker, whatever n_process is.")
-    elif budget.workers < recipe.n_process:
+    elif recipe.n_process is not None and budget.workers < recipe.n_process:
         notes.append(f"{budget.workers} of {recipe.n_process} workers, so that the memory budget holds.")
     if memory > recipe.memory:
         notes.append(
-            f"The peak will be about {memory / 1e6:,.0f} MB: one worker needs that, but the memory budget is "
-            f"{recipe.memory / 1e6:,.0f} MB."
+            f"The peak will be about {size(memory)}: one worker needs that, but the memory budget is "
+            f"{size(recipe.memory)}."
         )
     if not reference.config and not form.whole:
         notes.append(f"{reference.path} has no config.json, so none is copied; a server will need one.")

@@ -15,6 +15,22 @@ from modelfuse.methods.registry import MERGE_METHODS
 MOST_CHARACTERS = 500
 MOST_LINES = 20
 HELP = "`modelfuse merge --help` lists every setting."
+#: What other tools call otherwise, and what to give here.
+ELSEWHERE = {
+    **dict.fromkeys(("density", "p", "keep"), "The share of elements to keep is reserve_p."),
+    **dict.fromkeys(("lambda", "weight", "weights", "scale"), "Weights are a list, one a model: weight_list."),
+    **dict.fromkeys(("models", "model", "model_paths"), "The models are model_path_list."),
+    **dict.fromkeys(("base", "base_model"), "The base is base_model_path."),
+    **dict.fromkeys(("out", "output", "out_path", "output_dir"), "The folder to create is output_path."),
+    **dict.fromkeys(("method", "type"), "The method is merge_method."),
+    **dict.fromkeys(("dtype", "out_dtype", "torch_dtype"), "The type to store is output_dtype."),
+    **dict.fromkeys(("t", "alpha", "ratio"), "slerp goes from the first model to the second by slerp_alpha."),
+    **dict.fromkeys(("dry_run", "plan", "no_write"), "`modelfuse check` shows the plan and writes nothing."),
+    **dict.fromkeys(("cuda", "gpu"), "Give --device gpu with --tensor_type pt or pd."),
+    **dict.fromkeys(("workers", "num_workers", "threads", "jobs"), "Parallel workers are n_process."),
+    **dict.fromkeys(("force", "exist_ok"), "An output is replaced with overwrite."),
+    **dict.fromkeys(("shard_size", "out_shard_size"), "The largest weight file is max_shard_size."),
+}
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -33,12 +49,19 @@ def shown(value: object) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A question naming the known word nearest to a misspelt one."""
+def closest(word: str, known: Iterable[str]) -> str:
+    """A question naming the known word that a misspelt one is near to; empty where none is."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else HELP
+    close = get_close_matches(word, list(known), n=1, cutoff=0.75)
+    return f"Did you mean {close[0]!r}? " if close else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What to do about a setting that does not exist."""
+    if word in ELSEWHERE:
+        return ELSEWHERE[word]
+    return closest(word, known).strip() or HELP
 
 
 def is_path(text: str) -> bool:

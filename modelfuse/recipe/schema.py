@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
-from decimal import Decimal
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -18,10 +17,8 @@ from msgspec import Meta, ValidationError, convert
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import HELP, is_path, listed, shown
 from modelfuse.recipe.hub_names import HubName, hub_name
+from modelfuse.recipe.sizes import parse_bytes
 from modelfuse.storage import Place, Url, place_of
-
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
 #: What Paddle's tool takes for true and false.
 SWITCHES = {**dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True),
@@ -29,23 +26,6 @@ SWITCHES = {**dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True),
 #: What types are called.
 WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "array": "a list",
          "object": "a map", "null": "none"}  # fmt: skip
-
-
-def parse_bytes(value: object) -> object:
-    """A size such as ``5GB``, ``300 MB`` or ``1.5GiB`` in bytes; 1 MB is 10⁶ bytes.
-
-    >>> parse_bytes("1.5GB")
-    1500000000
-    """
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
-    if match is None or match[2] not in UNITS:
-        raise ValueError("give a size such as 500MB or 5GB")
-    try:
-        return int(Decimal(match[1]) * UNITS[match[2]])
-    except ArithmeticError:
-        raise ValueError("this is no size") from None
 
 
 def _absolute(value: object) -> Place:
@@ -95,15 +75,21 @@ Endpoint = Annotated[str, Before(_endpoint)]
 Input = Annotated[Place | HubName, Instead(_input)]
 
 
-def setting(default: object, description: str, **bounds: Any) -> Any:
+NOUNS: Mapping[object, str] = {_absolute: "PATH", _input: "MODEL", _endpoint: "URL"}
+
+
+def setting(default: object, description: str, otherwise: str = "", **bounds: Any) -> Any:
     """A dataclass's field that is a setting.
 
     Args:
         default: Its default, ``MISSING`` where it must be given.
         description: What it does.
+        otherwise: The default in words, where the value does not say what happens.
         bounds: Of numbers, as msgspec's ``Meta`` has them.
     """
-    return field(default=default, metadata={"description": description, "bounds": Meta(**bounds)})
+    return field(
+        default=default, metadata={"description": description, "otherwise": otherwise, "bounds": Meta(**bounds)}
+    )
 
 
 class Unfit(ValueError):
@@ -129,11 +115,18 @@ class Setting:
     Attributes:
         default: Its default, ``MISSING`` where it must be given.
         description: What it does.
+        otherwise: The default in words, where the value does not say what happens; else empty.
         takes_several: Whether it is a list.
+        choices: The values that it may have, if they can be listed.
+        is_switch: Whether it is true or false.
+        is_number: Whether it is a number.
+        is_size: Whether it is a number of bytes.
+        noun: What its value is called in capitals, if it is neither.
     """
 
     def __init__(self, kind: Any, made: Field[Any]) -> None:
         self.default, self.description = made.default, str(made.metadata["description"])
+        self.otherwise = str(made.metadata["otherwise"])
         # None is what the default stands for, and is read nowhere.
         some = next(each for each in get_args(kind) if each is not NoneType) if NoneType in get_args(kind) else kind
         self.takes_several = get_origin(some) is tuple
@@ -141,8 +134,10 @@ class Setting:
         self._kind = Annotated[one, made.metadata["bounds"]]
         plain = get_args(one)[0] if get_origin(one) is Annotated else one
         self._readers = [each for each in getattr(one, "__metadata__", ()) if isinstance(each, Before)]
-        self._choices = [str(each) for each in get_args(plain)] if get_origin(plain) is Literal else []
-        self.is_switch, self._is_number = plain is bool, plain in (int, float)
+        self.choices = [str(each) for each in get_args(plain)] if get_origin(plain) is Literal else []
+        self.is_switch, self.is_number = plain is bool, plain in (int, float)
+        self.is_size = any(each.read is parse_bytes for each in self._readers)
+        self.noun = next((NOUNS[each.read] for each in self._readers if each.read in NOUNS), "TEXT")
 
     @property
     def is_required(self) -> bool:
@@ -174,9 +169,9 @@ class Setting:
                 value = reader.read(value)
                 if isinstance(reader, Instead):
                     return value
-            if self._is_number or self.is_switch:
+            if self.is_number or self.is_switch:
                 value = _plain(value)
-            if self._is_number:
+            if self.is_number:
                 value = _number(value)
             elif self.is_switch and isinstance(value, str):
                 value = SWITCHES.get(value.lower(), value)
@@ -184,7 +179,7 @@ class Setting:
             if isinstance(read, float) and not math.isfinite(read):
                 raise ValueError("give a finite number")
         except ValidationError as error:
-            choices = ", ".join(map(repr, self._choices))
+            choices = ", ".join(map(repr, self.choices))
             raise Unfit(given, f"give one of {choices}" if choices else _in_words(error)) from None
         except ValueError as error:
             raise Unfit(given, str(error)) from None

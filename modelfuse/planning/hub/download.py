@@ -19,6 +19,7 @@ from modelfuse.planning.hub.resolve import Finder, Model, Silent
 from modelfuse.planning.output_location import check_places, check_room
 from modelfuse.planning.plan import make_plan
 from modelfuse.recipe.recipe import Recipe
+from modelfuse.recipe.sizes import size
 
 
 def fetch_models(recipe: Recipe, watch: Watch, ask: bool) -> Recipe:
@@ -107,13 +108,12 @@ def _same_disk(one: Path, other: Path) -> bool:
     return os.stat(_existing(one)).st_dev == os.stat(_existing(other)).st_dev
 
 
-def _check_disk(hub: Hub, size: int, output: int = 0) -> None:
+def _check_disk(hub: Hub, needed: int, output: int = 0) -> None:
     """Whether there is room for what is to be fetched, and beside it for an output of so many bytes."""
     free = shutil.disk_usage(_existing(hub.cache)).free
-    if size + output > free:
-        both = f", and their merge {output / 1e9:.1f} GB on the same disk" if output else ""
+    if needed + output > free:
+        both = f", and their merge {size(output)} on the same disk" if output else ""
         raise HubError(
-            f"The models need {size / 1e9:.1f} GB in the cache {hub.cache}{both}, "
-            f"but only {free / 1e9:.1f} GB are free there",
+            f"The models need {size(needed)} in the cache {hub.cache}{both}, but only {size(free)} are free there",
             "Free some space, or name a cache on another disk with HF_HOME.",
         )

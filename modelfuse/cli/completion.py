@@ -1,0 +1,34 @@
+"""What makes a shell complete commands, settings and their values, written by shtab."""
+
+from __future__ import annotations
+
+import argparse
+
+from modelfuse.cli.arguments import Parser, merge_parser, verify_parser
+from modelfuse.cli.help import PAGES
+from modelfuse.recipe.recipe import SETTINGS
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def script(shell: str) -> str:
+    """The script for one of ``SHELLS``."""
+    import shtab
+
+    parser = argparse.ArgumentParser("modelfuse", add_help=False)
+    commands = parser.add_subparsers()
+    for name, page in PAGES.items():
+        described = {"merge": merge_parser, "check": merge_parser}.get(name, Parser)(name)
+        if name == "verify":
+            described = verify_parser()
+        for action in described._actions:
+            setting = SETTINGS.get(action.dest)
+            if setting is not None and setting.choices:
+                action.choices = setting.choices
+            action.help = setting.description.replace("%", "%%") if setting is not None else action.help
+            if action.dest.endswith(("path", "path_list", "folder", "recipe", "log_file")):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        if name in ("completion", "help"):
+            described.add_argument("what", choices=SHELLS if name == "completion" else [*PAGES])
+        commands.add_parser(name, help=page.summary, parents=[described], add_help=False)
+    return str(shtab.complete(parser, shell))
