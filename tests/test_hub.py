@@ -416,7 +416,7 @@ def test_an_output_that_exists_is_refused_before_the_hub_is_asked(published: Hub
     ("free", "says"),
     [
         (1000, ["in the cache", "only 1 kB are free there"]),
-        (2_500_000, ["in the cache", "and their merge ", "MB on the same disk"]),
+        (2_500_000, ["in the cache", "and their merge ", "kB on the same disk"]),
     ],
 )
 def test_room_for_what_is_fetched_and_for_the_output(

@@ -494,7 +494,7 @@ def test_merge_config_holds_every_effective_setting(merge: Run, pair: Pair, tmp_
         "merge_method": "ties", "merge_type": "ties", "sparsify_type": "trim", "weight_list": [1.0, 1.0],
         "normalize": True, "slerp_alpha": 0.5, "slerp_normalize_eps": 1e-8, "slerp_dot_threshold": 0.9995,
         "ties_elect_type": "sum", "rescale": True, "reserve_p": 0.7, "epsilon": 0.14, "seed": 0, "device": "cpu",
-        "tensor_type": "np", "gpu_memory": 256 * 10**6, "allow_cpu_fallback": False, "n_process": 1,
+        "tensor_type": "np", "gpu_memory": 256 * 10**6, "allow_cpu_fallback": False, "n_process": None,
         "memory": 10**9, "merge_prefix": "model", "max_shard_size": 5 * 10**9,
         "output_dtype": None, "overwrite": False, "on_nonfinite": "error", "unmerged_from": None,
         "engine": "local", "ray_address": None, "ray_timeout": 30.0,
