@@ -129,7 +129,7 @@ def test_a_killed_merge_is_gone_on_with(tmp_path: Path, merge: Callable[..., Sai
     first, _ = adapter_of(tmp_path / "L1", 1, Q, DOWN)
     second, _ = adapter_of(tmp_path / "L2", 11, Q)
     words = ["--model_path_list", first, second, "--base_model_path", base, "--merge_method", "ties", *form]
-    words += ["--output_path", tmp_path / "out" / "C"]
+    words += ["--output_path", tmp_path / "out" / "C", "--n_process", 1]
     merge(*words)
     expected = snapshot(tmp_path / "out" / "C")
     shutil.rmtree(tmp_path / "out")

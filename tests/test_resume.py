@@ -65,7 +65,7 @@ def models(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def words(models: list[Path], tmp_path: Path) -> Words:
-    return ["--model_path_list", *models[1:], "--output_path", tmp_path / "out" / "C", "--n_process", 1]
+    return ["--n_process", 1, "--model_path_list", *models[1:], "--output_path", tmp_path / "out" / "C"]
 
 
 class Written:
@@ -361,10 +361,10 @@ def test_an_old_output_is_not_taken_for_unfinished_work(
 
 def test_progress_starts_where_the_last_run_stopped(left: Path, words: Words, written: Written) -> None:
     seen: list[int] = []
-    result = package.merge(model_path_list=words[1:3], output_path=words[-1], progress=seen.append)
+    result = package.merge(model_path_list=words[3:5], output_path=words[-1], progress=seen.append)
     assert seen[0] == result.bytes_kept
     assert result.bytes_kept > 0
-    plan = package.check(model_path_list=words[1:3])
+    plan = package.check(model_path_list=words[3:5])
     headers = sum(len(piece) for file in plan.files for _, piece in file.frame.pieces)
     assert sum(seen) == result.bytes_read + result.bytes_written - headers
 
@@ -426,7 +426,7 @@ def test_room_that_is_taken_already_is_not_asked_for_again(
 ) -> None:
     taken = sum(file.stat().st_blocks * 512 for file in (left.parent / ".C.modelfuse").iterdir())
     assert taken
-    needed = package.check(model_path_list=words[1:3])
+    needed = package.check(model_path_list=words[3:5])
     free = shutil.disk_usage(left.parent)._replace(free=needed.room - taken)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     merge(*words)
