@@ -47,7 +47,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints.formats": {"errors", "dtypes", "storage", "checkpoints", "checkpoints.views"},
     "checkpoints.layouts": {"errors", "recipe", "checkpoints", "checkpoints.views"},
     "checkpoints.output": {"errors", "storage", "storage.local", "storage.remote", "checkpoints"},
-    "checkpoints.vocabulary": {"errors", "storage", "checkpoints", "checkpoints.adapters", "checkpoints.views"},
+    "checkpoints.vocabulary": {
+        "errors",
+        "dtypes",
+        "storage",
+        "checkpoints",
+        "checkpoints.adapters",
+        "checkpoints.views",
+    },
     "checkpoints.views": {"errors", "dtypes", "storage", "kernels.compiled", "checkpoints"},
     "planning": {
         "errors",

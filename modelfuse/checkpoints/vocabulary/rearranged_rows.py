@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.adapters.arrays import Array, Recent, computed_in, read_values
+from modelfuse.checkpoints.adapters.arrays import Array, Recent, read_values
 from modelfuse.checkpoints.tensors import MovedTensor, Reader
 from modelfuse.checkpoints.views.rearranged import view
 from modelfuse.checkpoints.vocabulary.row_maps import MEAN, ZEROS, RowMap
+from modelfuse.dtypes import computed_in
 from modelfuse.storage.files import Buffer
 
 #: Elements that are read of one input at a time where they are computed with.

@@ -1,0 +1,111 @@
+"""config.json of a model whose layers are other ones than before: their number, and what it says of each."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from modelfuse.checkpoints.layer_stacks import NEXT_TOKENS, ConfigKey, Stack
+
+#: Lists that have as many entries as there are layers, by chance.
+_OTHER_LISTS = re.compile(r"architectures|.*token_ids?|.*section|.*_shape|.*_size_list|id2label")
+#: Lists of one entry a layer, if they are as long as that.
+_PER_LAYER = re.compile(r".*(?:layer|block|pattern|types|heads|multipliers).*")
+#: A list so long is one of layers, whatever it is called.
+_LONG = 5
+#: Lists of the numbers of some layers.
+_SOME_LAYERS = re.compile(r".*(?:_layers|layers?_i\w+|block_indexes|_visual_indexes|attn_idxs)")
+#: A number that says of which kind the layers are from there on, and counts all of them where all are of the first.
+_UP_TO = ("max_window_layers",)
+#: Numbers that say which layers are of which kind; lists would, these cannot, for layers in another order.
+_RHYTHMS = ("first_k_dense_replace", "decoder_sparse_step", "sliding_window_pattern", "full_attention_interval",
+            "attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset",
+            "global_attn_every_n_layers", "interleave_moe_layer_step", "no_rope_layer_interval", "moe_layer_freq",
+            "num_kv_shared_layers")  # fmt: skip
+
+#: A layer: the config.json of the model that it is of, and its number there.
+Origin = tuple[Mapping[str, object], int]
+
+
+def with_layers(
+    config: Mapping[str, object], stack: Stack, origins: Sequence[Origin]
+) -> tuple[dict[str, Any], list[str]]:
+    """The content of config.json for other layers.
+
+    >>> stack = Stack("default", "h.", "", 3, (("n_layer",),))
+    >>> config = {"n_layer": 3, "layer_types": ["full", "linear", "linear"]}
+    >>> with_layers(config, stack, [(config, 0), (config, 2), (config, 0), (config, 2)])[0]
+    {'n_layer': 4, 'layer_types': ['full', 'linear', 'full', 'linear']}
+
+    Args:
+        config: The content that it had.
+        stack: The layers that it is about.
+        origins: Every layer of the output, in order.
+
+    Returns:
+        The content, and sentences on what it cannot say.
+    """
+    changed, notes = copy.deepcopy(dict(config)), list[str]()
+    if not stack.keys:
+        if len(origins) != stack.count:
+            notes.append(f"config.json has no number of layers that is {stack.count}: none was changed")
+        return changed, notes
+    same = [layer for _, layer in origins] == list(range(len(origins)))
+    for place in dict.fromkeys(key[:-1] for key in stack.keys):
+        part = _at(changed, place)
+        for key, value in list(part.items()):
+            part[key] = _value(key, value, place, stack.count, origins)
+            if key in _RHYTHMS and value not in (None, 0, 1) and not same:
+                notes.append(f"config.json says by {key}: {value} of which kind layers are, which was left as it is")
+    for *places, last in stack.keys:
+        _at(changed, tuple(places))[last] = len(origins)
+    return changed, notes
+
+
+def _value(key: str, value: object, place: ConfigKey, count: int, origins: Sequence[Origin]) -> object:
+    if key in _UP_TO and type(value) is int and value >= count:
+        return len(origins)
+    if key in NEXT_TOKENS:
+        return 0
+    if isinstance(value, str) and key.endswith("pattern") and len(value) == count:
+        return "".join(str(each) for each in _entries(key, value, place, origins))
+    if not isinstance(value, list) or _OTHER_LISTS.fullmatch(key):
+        return value
+    if _SOME_LAYERS.fullmatch(key) and _are_layers(value, count):
+        own = [_lookup(config, place).get(key, value) for config, _ in origins]
+        return [
+            number
+            for number, (_, layer) in enumerate(origins)
+            if isinstance(own[number], list) and layer in own[number]
+        ]
+    if len(value) == count and (_PER_LAYER.fullmatch(key) or count >= _LONG):
+        return list(_entries(key, value, place, origins))
+    return value
+
+
+def _entries(key: str, value: Sequence[object], place: ConfigKey, origins: Sequence[Origin]) -> Iterator[object]:
+    """What each layer's own model says of it, else what the output's says of the layer of that number."""
+    for config, layer in origins:
+        own = _lookup(config, place).get(key)
+        found = own if isinstance(own, type(value)) and len(own) > layer else value
+        yield found[min(layer, len(found) - 1)]
+
+
+def _are_layers(value: Sequence[object], count: int) -> bool:
+    """Whether these are numbers of some layers, rather than one entry a layer."""
+    numbers = [each for each in value if type(each) is int and 0 <= each < count]
+    return len(numbers) == len(value) == len(set(numbers)) and (len(value) < count or numbers == sorted(numbers))
+
+
+def _at(config: MutableMapping[str, Any], place: ConfigKey) -> MutableMapping[str, Any]:
+    for key in place:
+        config = config[key]
+    return config
+
+
+def _lookup(config: Mapping[str, Any], place: ConfigKey) -> Mapping[str, Any]:
+    for key in place:
+        config = config.get(key, {}) if isinstance(config, Mapping) else {}
+    return config if isinstance(config, Mapping) else {}
