@@ -289,6 +289,64 @@ def test_leftovers_of_others_are_not_touched(merge: Run, words: list[object], tm
     assert sorted(os.listdir(tmp_path / "out")) == [".C.backup", ".D.modelfuse", "C"]
 
 
+def _a_link(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("plant", [_a_link, Path.hardlink_to])
+@pytest.mark.parametrize("name", ["lock", "journal"])
+def test_planted_links_are_not_followed(
+    modelfuse: Run, words: list[object], tmp_path: Path, name: str, plant: Callable[[Path, Path], None]
+) -> None:
+    """Where others may write too, a link of a name that a merge uses must not have it empty what it leads to."""
+    precious = tmp_path / "precious"
+    precious.write_text("of the user")
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / f".C.modelfuse.{name}"
+    plant(path, precious)
+    said = modelfuse("merge", *words)
+    assert precious.read_text() == "of the user"
+    assert (said.status == 2) == (name == "lock")  # Whatever has the journal's name is only removed.
+    if name == "lock":
+        assert f"{path} cannot be written: there is a" in said.err
+        assert "remove it" in said.err
+        path.unlink()
+        assert modelfuse("merge", *words).status == 0
+    assert os.listdir(tmp_path / "out") == ["C"]
+
+
+@pytest.mark.parametrize("name", ["lock", "journal"])
+def test_pipes_in_the_place_of_our_files_are_not_waited_for(
+    modelfuse: Run, words: list[object], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / f".C.modelfuse.{name}")
+    said = modelfuse("merge", *words)
+    assert said.status == (2 if name == "lock" else 0), said.err
+
+
+def test_a_journal_of_another_user_is_not_trusted(
+    modelfuse: Run, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".C.modelfuse.lock").touch()
+    said = modelfuse("merge", *words)
+    assert said.status == 2
+    assert "there is a file of another user" in said.err
+
+
+def test_links_in_the_place_of_unfinished_work(merge: Run, words: list[object], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "model.safetensors").write_text("of the user")
+    (tmp_path / "out" / ".C.modelfuse").symlink_to(tmp_path / "precious")
+    (tmp_path / "out" / ".C.modelfuse.old").symlink_to(tmp_path / "precious")
+    merge(*words)
+    assert (tmp_path / "precious" / "model.safetensors").read_text() == "of the user"
+    assert not (tmp_path / "out" / "C").is_symlink()
+
+
 def test_every_worker_that_fails_ends_the_merge(
     modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -241,6 +241,21 @@ def test_a_changed_input_starts_afresh_and_says_so(
     assert os.listdir(left.parent) == ["C"]
 
 
+@pytest.mark.parametrize("which", ["journal", "weights", "folder"])
+def test_unfinished_work_behind_a_link_is_not_taken_up(
+    left: Path, merge: Command, words: Words, written: Written, tmp_path: Path, which: str
+) -> None:
+    """Nor written to, though what it leads to is what the last run has left."""
+    folder = left.parent / ".C.modelfuse"
+    path = {"journal": left, "weights": folder / "model.safetensors", "folder": folder}[which]
+    moved = tmp_path / "moved"
+    path.rename(moved)
+    path.symlink_to(moved)
+    before = snapshot(tmp_path)["moved"], snapshot(moved) if moved.is_dir() else {}
+    assert "Starting afresh" in merge(*words).err
+    assert (snapshot(tmp_path)["moved"], snapshot(moved) if moved.is_dir() else {}) == before
+
+
 @pytest.mark.parametrize(
     ("more", "name"),
     [

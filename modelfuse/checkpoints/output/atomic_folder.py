@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,7 @@ from modelfuse.storage.files import allow_open_files
 from modelfuse.storage.local.folder_swap import exchange, remove, restore
 from modelfuse.storage.local.journal import Journal, sync_folder, write_all
 from modelfuse.storage.local.lock import Lock, is_same_file
+from modelfuse.storage.local.own_files import is_own_folder, open_new, open_own
 from modelfuse.storage.local.page_cache import settle
 from modelfuse.storage.local.preallocate import allocate
 
@@ -84,7 +84,7 @@ class OutputFolder:
             self._lock.release()
             self._remove_new_parents()
             if isinstance(error, OSError):
-                raise cannot_write(error, self._temporary) from error
+                raise cannot_write(error, Path(error.filename or self._temporary)) from error
             raise
         return self
 
@@ -121,9 +121,9 @@ class OutputFolder:
         """Create a weight file of its final size and write all that is no tensor's, or open what a run has left."""
         path = self._temporary / name
         allow_open_files(len(self._descriptors) + SPARE_FILES)
-        made = os.O_CREAT | os.O_EXCL if name not in self._left else 0
+        made = name not in self._left
         try:
-            self._descriptors[name] = descriptor = os.open(path, os.O_RDWR | made | os.O_CLOEXEC, 0o666)
+            self._descriptors[name] = descriptor = (open_new if made else open_own)(path, os.O_RDWR)
             if made:
                 allocate(descriptor, frame.size)
         except OSError as error:
@@ -177,7 +177,7 @@ class OutputFolder:
         digest, path = hashlib.sha256(), self._temporary / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
+            with open(open_new(path, os.O_WRONLY), "wb") as file:
                 for part in (content,) if isinstance(content, bytes) else content:
                     file.write(part)
                     digest.update(part)
@@ -238,10 +238,10 @@ class OutputFolder:
             self.afresh = f"{changed[0]} has changed since the last run" + " (and more)" * (len(changed) > 1)
             return False
         try:
-            there = {entry.name: _identity(entry.stat()) for entry in os.scandir(self._temporary)}
+            there = {each.name: _identity(each.stat(follow_symlinks=False)) for each in os.scandir(self._temporary)}
         except OSError:
             there = {}
-        if any(there.get(name) != identity for name, identity in files.items()):
+        if not is_own_folder(self._temporary) or any(there.get(name) != known for name, known in files.items()):
             # Also after a replacement that was killed: what is there now is the old output.
             self.afresh = f"{self._temporary} is not as the last run has left it"
             return False
@@ -252,7 +252,7 @@ class OutputFolder:
 
     def _clear(self) -> None:
         self._journal.remove()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        remove(self._temporary)
 
     def _appeared(self) -> bool:
         """Whether the folder at the output's place is the one made here."""

@@ -109,7 +109,7 @@ class _Files:
         try:
             if path not in self._descriptors:
                 # Never for reading: NFS would read what shares a page with these bytes, and write it back later.
-                self._descriptors[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                self._descriptors[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             write_all(self._descriptors[path], data.data, tensor.offset + tensor.dtype.nbytes(start))
         except OSError as error:
             raise cannot_write(error, path) from error

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from modelfuse.storage.local.own_files import is_own_folder
 from modelfuse.storage.local.system_calls import failure_of, find
 
 _AT_FDCWD = -100
@@ -36,7 +37,7 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
 
 def restore(aside: Path, old: Path) -> bool:
     """Put back what an exchange in two steps had put aside, if it was killed between them; whether it was."""
-    if not aside.exists():
+    if not is_own_folder(aside):
         return False
     if old.exists():
         remove(aside)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import xxhash
 
+from modelfuse.storage.local.own_files import open_new, open_own
+
 #: No entry is longer; a file without ends of lines is not read into memory.
 LONGEST_LINE = 1 << 26
 
@@ -40,7 +42,7 @@ class Journal:
     def read(self) -> Iterator[object]:
         """The entries that can be trusted, in order; what is appended later follows the last one taken."""
         try:
-            with open(self.path, "rb") as file:
+            with open(open_own(self.path, os.O_RDONLY), "rb") as file:
                 while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
                     digits, _, text = line[:-1].partition(b" ")
                     checksum = xxhash.xxh3_64_intdigest(text, self._sum)
@@ -66,7 +68,7 @@ class Journal:
             lines += b"%016x %s\n" % (checksum, text)
         is_new = self._descriptor < 0
         if is_new:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = (open_own if self._end else open_new)(self.path, os.O_WRONLY)
             os.truncate(self._descriptor, self._end)
         write_all(self._descriptor, memoryview(lines), self._end)
         sync_data(self._descriptor)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from modelfuse.errors import OutputError
+from modelfuse.storage.local.own_files import open_or_create
 
 
 class Lock:
@@ -28,10 +29,10 @@ class Lock:
 
         Raises:
             OutputError: If another process, or another thread of this one, holds it.
-            OSError: If the file cannot be made or locked.
+            OSError: If the file cannot be made or locked, or is not ours.
         """
         while self._descriptor < 0:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_or_create(self._path, os.O_RDWR)
             try:
                 self._lock(descriptor)
                 if is_same_file(descriptor, self._path):
@@ -69,6 +70,6 @@ class Lock:
 def is_same_file(descriptor: int, path: Path) -> bool:
     """Whether an open file is the one at a path."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
