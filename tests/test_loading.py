@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pwd
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -238,6 +241,93 @@ def test_without_a_folder_to_write_to(folder: Path, compiled: list[str]) -> None
     folder.write_text("in the way")
     assert run(Kernel(weigh)) == run(weigh)
     assert len(compiled) == 1
+
+
+# Nobody else's code
+
+
+def kept(folder: Path) -> Path:
+    """The one file of machine code."""
+    run(Kernel(weigh))
+    (path,) = folder.iterdir()
+    return path
+
+
+def of_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if somebody else owned it: only root could give it away."""
+    own, look, look_at = path.stat(), os.fstat, os.lstat
+
+    def changed(status: os.stat_result) -> os.stat_result:
+        if not os.path.samestat(status, own):
+            return status
+        return os.stat_result([*status[:4], 4711, *status[5:10]])
+
+    monkeypatch.setattr(os, "fstat", lambda descriptor: changed(look(descriptor)))
+    monkeypatch.setattr(os, "lstat", lambda path, **more: changed(look_at(path, **more)))
+
+
+def test_folders_and_files_are_for_one_user_whatever_the_umask(folder: Path, compiled: list[str]) -> None:
+    before = os.umask(0)
+    try:
+        path = kept(folder)
+        Kernel(allocate)(np.arange(5.0))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((folder / "numba").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("which", ["file", "folder", "parent"])
+@pytest.mark.parametrize("by", ["group", "everybody", "owner"])
+def test_what_others_could_have_written_is_not_loaded(
+    folder: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch, which: str, by: str
+) -> None:
+    path = kept(folder)
+    changed = {"file": path, "folder": folder, "parent": folder.parent}[which]
+    if by == "owner":
+        of_another_user(changed, monkeypatch)
+    else:
+        changed.chmod(changed.stat().st_mode | {"group": 0o020, "everybody": 0o002}[by])
+    assert code_cache.find(compiled[0]) is None
+    assert run(Kernel(weigh)) == run(weigh)
+    assert len(compiled) == 2
+
+
+def test_links_to_machine_code_are_not_followed(folder: Path, compiled: list[str], tmp_path: Path) -> None:
+    path = kept(folder)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert code_cache.find(compiled[0]) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert code_cache.find(compiled[0]) is None
+
+
+def test_numba_keeps_nothing_where_others_may_write(folder: Path, tmp_path: Path) -> None:
+    """It runs whatever it finds in its cache."""
+    tmp_path.chmod(0o777)
+    values = np.arange(5.0)
+    Kernel(allocate)(values)
+    assert values.tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
+    assert os.listdir(tmp_path) == []
+
+
+def test_root_uses_no_other_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``sudo -E``."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(code_cache, "PACKAGE", tmp_path / "none")
+    home, own = tmp_path / "home", tmp_path / "root"
+    for each in (home, own, tmp_path / "none"):
+        each.mkdir()
+    (tmp_path / "none").chmod(0o777)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_dir=str(own)))
+    of_another_user(home, monkeypatch)
+    code_cache.keep("symbol", b"n")
+    assert not list(home.iterdir())
+    assert len(list((own / ".cache" / "modelfuse").iterdir())) == 1
+    assert code_cache.find("symbol") == b"n"
 
 
 CODE = """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG
+from modelfuse.checkpoints.adapters.module_numbers import ByPattern
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import Place
 
@@ -39,8 +39,6 @@ HARMLESS_STARTS = (True, False, None, "true", "false", "gaussian", "eva", "ortho
 
 #: A float32 holds no more, nor does a weight.
 MOST_ALPHA = 3e38
-#: Repeats in a pattern: each one multiplies the time that a hostile name can cost.
-MOST_REPEATS = 3
 SUPPORTED = "Supported are LoRA, rsLoRA and DoRA, LoHa, LoKr, IA³ and trainable tokens."
 
 
@@ -80,7 +78,7 @@ class Settings:
         file: Where they are written.
         rank: The rank of most modules.
         alpha: The alpha of most modules.
-        rank_pattern: Other ranks, by regular expressions that fit the end of a module's name.
+        rank_pattern: Other ranks.
         alpha_pattern: Other alphas.
         root_scaled: Whether the scale is alpha/√rank (rank-stabilised) instead of alpha/rank.
         transposed: Whether the base is said to store these weights as [in, out] (``fan_in_fan_out``).
@@ -94,8 +92,8 @@ class Settings:
     file: Place
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: ByPattern
+    alpha_pattern: ByPattern
     root_scaled: bool
     transposed: bool
     trains_biases: bool
@@ -105,35 +103,16 @@ class Settings:
 
     def rank_of(self, module: str) -> int:
         """The rank of one module."""
-        return int(_of(self.rank_pattern, module, self.rank))
+        return int(self.rank_pattern.of(module, self.rank))
 
     def scale_of(self, module: str) -> float:
         """What B·A of one module is multiplied by."""
         rank = self.rank_of(module)
-        return _of(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.root_scaled else rank)
+        return self.alpha_pattern.of(module, self.alpha) / (math.sqrt(rank) if self.root_scaled else rank)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The rows of an embedding that were trained."""
         return next((rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}" if key else "")), ())
-
-
-def _of(patterns: Mapping[str, float], module: str, usual: float) -> float:
-    return next((value for key, value in patterns.items() if _fits(key, module)), usual)
-
-
-def _fits(pattern: str, module: str) -> bool:
-    """As PEFT's ``get_pattern_key`` has it: the whole name, or its end after a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _is_quick(pattern: str) -> bool:
-    """Whether a pattern is one, and can be looked for in any name without taking for ever."""
-    repeats = re.findall(r"(?<![\\(])[*+?{]", pattern)
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return len(repeats) <= MOST_REPEATS and re.search(r"(?<!\\)\)[*+?{]", pattern) is None
 
 
 def read_settings(file: Place) -> Settings:
@@ -179,9 +158,16 @@ def _paddle(file: Place, content: Mapping[str, object]) -> Settings:
     _refuse(file, content, PADDLE_KINDS)
     read = _Values(file, content)
     return Settings(
-        "paddle", file, read.rank(), read.number("lora_alpha", 8), {}, {},
-        read.switch("rslora"), False, bool(content.get("trainable_bias")),
-    )  # fmt: skip
+        "paddle",
+        file,
+        read.rank(),
+        read.number("lora_alpha", 8),
+        ByPattern(file, "rank_pattern", {}),
+        ByPattern(file, "alpha_pattern", {}),
+        read.switch("rslora"),
+        False,
+        bool(content.get("trainable_bias")),
+    )
 
 
 def _refuse(file: Place, content: Mapping[str, object], kinds: Mapping[str, str]) -> None:
@@ -238,19 +224,17 @@ class _Values:
             rows[str(name)] = tuple(listed)
         return rows
 
-    def pattern(self, key: str, whole: bool = False) -> dict[str, float]:
+    def pattern(self, key: str, whole: bool = False) -> ByPattern:
         found = self._content.get(key) or {}
         if not isinstance(found, dict):
             raise self._wrong(key, found)
         values: dict[str, float] = {}
         for name, value in found.items():
             number = self._number(f"{key}.{name}", value)
-            if not _is_quick(name):
-                raise self._wrong(key, name)
             if whole and (number < 1 or number != int(number)):
                 raise self._wrong(f"{key}.{name}", value)
             values[name] = number
-        return values
+        return ByPattern(self._file, key, values)
 
     def _wrong(self, key: str, value: object) -> CheckpointError:
         return CheckpointError(f"{self._file}: {key} is {value!r}, which is no value that it can have")

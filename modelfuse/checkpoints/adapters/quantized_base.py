@@ -9,7 +9,6 @@ and clipped; the weight becomes code·scale, rounded to its type. As Paddle's ``
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import numpy as np
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor, read_config
 from modelfuse.checkpoints.adapters.arrays import Array, Recent, narrow, read_values, widen
 from modelfuse.checkpoints.adapters.base_names import Names
+from modelfuse.checkpoints.name_patterns import Patterns, Unfit
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import BF16, F16
 from modelfuse.errors import CheckpointError, MismatchError
@@ -155,6 +155,12 @@ class _Quantizing:
         if not isinstance(config, Mapping):
             raise CheckpointError(f"{self._file}: quantization_config is not an object")
         self._config = config
+        algorithm = config.get("weight_quantize_algo")
+        with _told(self._file):
+            self._algorithms = {
+                key: Patterns(_texts(value)) for key, value in algorithm.items()
+            } if isinstance(algorithm, Mapping) else {}  # fmt: skip
+            self._ignored = Patterns(_texts(config.get("ignore_modules") or ()))
 
     def done(self) -> Checkpoint:
         layers = self._config.get("quantization_linear_list") or []
@@ -169,11 +175,12 @@ class _Quantizing:
 
     def _scheme(self, layer: str) -> Scheme | None:
         algorithm = self._config.get("weight_quantize_algo")
-        if isinstance(algorithm, Mapping):
-            fits = [key for key, patterns in algorithm.items() if _any_fits(patterns, layer)]
-            algorithm = fits[-1] if fits else None
-        if algorithm is None or _any_fits(self._config.get("ignore_modules") or (), layer):
-            return None
+        with _told(self._file):
+            if isinstance(algorithm, Mapping):
+                fits = [key for key, patterns in self._algorithms.items() if patterns.fitting(layer)]
+                algorithm = fits[-1] if fits else None
+            if algorithm is None or self._ignored.fitting(layer):
+                return None
         group = self._config.get("group_size", -1)
         if algorithm not in GREATEST or group not in GROUPS:
             raise CheckpointError(
@@ -199,6 +206,15 @@ class _Quantizing:
         )
 
 
-def _any_fits(patterns: object, layer: str) -> bool:
+def _texts(patterns: object) -> list[str]:
     listed = patterns if isinstance(patterns, list | tuple) else [patterns]
-    return any(isinstance(each, str) and re.fullmatch(each, layer) for each in listed)
+    return [each for each in listed if isinstance(each, str)]
+
+
+@contextmanager
+def _told(file: Place) -> Iterator[None]:
+    """A pattern that cannot be looked for as an error that names the file."""
+    try:
+        yield
+    except Unfit as error:
+        raise CheckpointError(f"{file}: a pattern of quantization_config is {error}") from None

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import pwd
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelfuse.kernels.jit.linking import is_library, load_library
+from modelfuse.kernels.jit.private_files import FOLDER_MODE, private_folder, read_private, write_private
 
 PACKAGE = Path(__file__).parent.parent.parent
 #: How a file ends whose name says for which kernel, arguments, processor and sources it is.
@@ -142,10 +144,10 @@ def symbol_of(function: Callable[..., Any], kind: str) -> str:
 
 
 def find(symbol: str) -> bytes | None:
-    """The content of the file that holds an entry, if there is one and it is whole."""
-    for folder in _folders():
-        with contextlib.suppress(OSError, ValueError):
-            content = (folder / (symbol + _key() + SUFFIX)).read_bytes()
+    """The content of the file that holds an entry, if it is whole and nobody else can have written it."""
+    for path in _folders():
+        with contextlib.suppress(OSError, ValueError), private_folder(path) as folder:
+            content = read_private(folder, symbol + _key() + SUFFIX)
             if content[:_DIGEST_BYTES] == _digest(content[_DIGEST_BYTES:]):
                 return content[_DIGEST_BYTES:]
     return None
@@ -154,17 +156,24 @@ def find(symbol: str) -> bytes | None:
 def keep(symbol: str, content: bytes) -> None:
     """Write the file that holds an entry, where that can be done, in place of those made from older sources."""
     machine, _ = _key().rsplit("-", 1)
-    for folder in _folders():
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            old = list(folder.glob(f"{symbol}{machine}-*{SUFFIX}"))
-            path = folder / f"{symbol}.{os.getpid()}.tmp"
-            path.write_bytes(_digest(content) + content)
-            os.replace(path, folder / (symbol + _key() + SUFFIX))
-            for each in old:
-                if each.name != symbol + _key() + SUFFIX:
-                    each.unlink(missing_ok=True)
+    name = symbol + _key() + SUFFIX
+    for path in _folders():
+        with contextlib.suppress(OSError), private_folder(path, make=True) as folder:
+            write_private(folder, name, _digest(content) + content)
+            for old in os.listdir(folder):
+                if old.startswith(f"{symbol}{machine}-") and old.endswith(SUFFIX) and old != name:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(old, dir_fd=folder)
             return
+
+
+def folder_for_numba() -> Path | None:
+    """Where numba may keep what it has made: it runs whatever it finds there, so only this user may look into it."""
+    for path in (each / "numba" for each in _folders()):
+        with contextlib.suppress(OSError), private_folder(path, make=True) as folder:
+            os.fchmod(folder, FOLDER_MODE)
+            return path
+    return None
 
 
 def _digest(content: bytes) -> bytes:
@@ -172,13 +181,18 @@ def _digest(content: bytes) -> bytes:
 
 
 def _folders() -> Iterator[Path]:
-    """Where files may be: as numba's are, beside the sources, or else with the user's."""
+    """Where files may be: beside the sources, or else with the user's.
+
+    With ``sudo -E``, HOME is another user's, whose files are not trusted; then they are in root's own home.
+    """
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(given) / "modelfuse"
         return
-    yield PACKAGE / "kernels" / "__pycache__"
+    yield PACKAGE / "kernels" / "__pycache__" / "modelfuse"
     with contextlib.suppress(RuntimeError):  # There is no home.
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelfuse"
+    with contextlib.suppress(KeyError):  # There is no such user.
+        yield Path(pwd.getpwuid(os.geteuid()).pw_dir, ".cache", "modelfuse")
 
 
 def _processor() -> str:

@@ -108,10 +108,18 @@ class Kernel:
     @cached_property
     def _fallback(self) -> Any:
         """The same; it keeps what it has made. It does so for a function alone: those that it calls may be newer."""
-        from numba import njit
+        import numba
 
-        with contextlib.suppress(RuntimeError):  # There is no folder that the compiled code could be kept in.
-            return njit(cache=True, nogil=True, error_model="numpy")(self.__wrapped__)
+        njit, config = numba.njit, cast("Any", numba.config)
+        folder = code_cache.folder_for_numba()
+        if folder is None:
+            return self._compiler
+        with _lock, contextlib.suppress(RuntimeError):  # It cannot write there.
+            before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+            try:
+                return njit(cache=True, nogil=True, error_model="numpy")(self.__wrapped__)
+            finally:
+                config.CACHE_DIR = before
         return self._compiler
 
     @property

@@ -1,0 +1,45 @@
+"""Ranks and alphas of single modules, which an adapter's configuration gives by patterns of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from modelfuse.checkpoints.name_patterns import Patterns, Unfit
+from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place
+
+
+class ByPattern:
+    """Numbers of modules, by regular expressions that fit a module's name or its end behind a dot, as in PEFT.
+
+    Args:
+        file: Where they are written.
+        key: The name of the setting.
+        values: The numbers by their expressions; the first that fits counts.
+
+    Raises:
+        CheckpointError: If an expression is none, or cannot be looked for in a bounded time.
+    """
+
+    def __init__(self, file: Place, key: str, values: Mapping[str, float]) -> None:
+        self._file, self._key, self._values = file, key, list(values.values())
+        with self._told():
+            self._patterns = Patterns(list(values), suffixes=True)
+        self._known: dict[str, float | None] = {}
+
+    def of(self, module: str, usual: float) -> float:
+        """The number of one module, ``usual`` where none is given."""
+        if module not in self._known:
+            with self._told():
+                fitting = self._patterns.fitting(module)
+            self._known[module] = self._values[min(fitting)] if fitting else None
+        found = self._known[module]
+        return usual if found is None else found
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Unfit as error:
+            raise CheckpointError(f"{self._file}: {self._key} is {error}") from None
