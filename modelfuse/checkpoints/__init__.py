@@ -6,24 +6,21 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from modelfuse.checkpoints.formats.safetensors import read_safetensors
+from modelfuse.checkpoints.json_files import read_json
 from modelfuse.checkpoints.tensors import Checkpoint, StoredTensor
+from modelfuse.checkpoints.weight_files import find_files, format_of
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file, look_up
+from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file
 from modelfuse.storage.concurrent import each_of
-from modelfuse.storage.files import SourceFile, read_bytes
 
-__all__ = ["CONFIG_FILE", "Checkpoint", "StoredTensor", "find_files", "open_checkpoint"]
+__all__ = ["CONFIG_FILE", "Checkpoint", "StoredTensor", "open_checkpoint", "read_config", "read_json"]
 
-MAX_JSON_BYTES = 256_000_000
 CONFIG_FILE = "config.json"
 
 Tensors = dict[str, StoredTensor]
@@ -35,14 +32,6 @@ class Contents(NamedTuple):
     tensors: Tensors
     aliases: dict[str, str]
     metadata: dict[str, str]
-
-
-class Format(NamedTuple):
-    """A way to store a model: its kind, its file's name, and how to read one file."""
-
-    kind: str
-    file: str
-    read: Callable[[Place], Contents]
 
 
 def _from_safetensors(path: Place) -> Contents:
@@ -63,23 +52,9 @@ def _from_paddle(path: Place) -> Contents:
     return Contents(*read_paddle(path), {})
 
 
-#: What is known by one prefix: the names of its safetensors, torch and Paddle files; None where there are none.
-_STEMS: Mapping[str, tuple[str, str | None, str | None]] = {
-    "model": ("model", "pytorch_model", "model_state"),
-    "master_weights": ("master_weights", "master_weights", "master_weights"),
-    "adapter_model": ("adapter_model", "adapter_model", None),
-    "peft_model": ("peft_model", None, "lora_model_state"),
-}
-
-
-def _formats(prefix: str) -> tuple[Format, ...]:
-    """The formats of one prefix, best first: where a folder holds several, the first is read."""
-    safe, torch, paddle = _STEMS[prefix]
-    return (
-        Format("safetensors", f"{safe}.safetensors", _from_safetensors),
-        *([Format("torch", f"{torch}.bin", _from_torch)] if torch else []),
-        *([Format("paddle", f"{paddle}.pdparams", _from_paddle)] if paddle else []),
-    )
+_READERS: Mapping[str, Callable[[Place], Contents]] = {
+    "safetensors": _from_safetensors, "torch": _from_torch, "paddle": _from_paddle,
+}  # fmt: skip
 
 
 def open_checkpoint(path: Place, prefix: str = "model") -> Checkpoint:
@@ -104,16 +79,17 @@ def open_checkpoint(path: Place, prefix: str = "model") -> Checkpoint:
         form, names, weight_map = find_files(folder, here, prefix, folder.__truediv__)
         _check_all_are_files(folder, names)
     elif is_file(path):
-        _refuse_shard(path)
-        folder, names, form = path.parent, [path.name], _format_of(path, prefix)
+        folder, names, form = path.parent, [path.name], format_of(path, prefix)
     else:
         raise CheckpointError(f"There is no folder {path}", "Check the path. A hub name has the form org/model.")
-    contents = _join(path, dict(zip(names, each_of(form.read, [folder / name for name in names]), strict=True)))
+    contents = _join(
+        path, dict(zip(names, each_of(_READERS[form.kind], [folder / name for name in names]), strict=True))
+    )
     if weight_map is not None:
         _check_index(path, weight_map, contents)
     if not contents.tensors:
         raise CheckpointError(f"{folder / names[0]} holds no tensors")
-    return Checkpoint(path, form.kind, *contents, read_config(folder))
+    return Checkpoint(path, form.kind, *contents, read_config(folder), stem=form.output_stem)
 
 
 def _check_all_are_files(folder: Place, names: list[str]) -> None:
@@ -154,114 +130,6 @@ def read_config(folder: Place) -> dict[str, object]:
     """
     path = folder / CONFIG_FILE
     return read_json(path) if has_file(path) else {}
-
-
-def read_json(path: Place) -> dict[str, object]:
-    """Read a JSON object from a file.
-
-    Raises:
-        CheckpointError: If it is too large, not JSON, or not an object.
-    """
-    file = SourceFile.at(path)
-    if file.size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {file.size:,} bytes, too many for a file of its kind")
-    try:
-        content = json.loads(read_bytes(file, 0, file.size))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return content
-
-
-def _refuse_shard(path: Place) -> None:
-    number = re.search(r"-(\d+)-of-(\d+)\.\w+$", path.name)
-    if number is not None and int(number[2]) > 1:
-        raise CheckpointError(f"{path} is one shard of {int(number[2])}", f"Name the folder {path.parent} instead.")
-
-
-def _format_of(path: Place, prefix: str) -> Format:
-    for form in _formats(prefix):
-        if path.suffix == Path(form.file).suffix:
-            return form
-    raise CheckpointError(f"{path} is no .safetensors, .bin or .pdparams file")
-
-
-class Files(NamedTuple):
-    """Which files hold a model: how they are stored, their names, and what the index says if there is one."""
-
-    format: Format
-    names: list[str]
-    weight_map: dict[str, str] | None
-
-
-def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], Place]) -> Files:
-    """Which of a folder's files hold the model: by index, as one file, or as numbered shards.
-
-    Args:
-        place: The folder, for errors.
-        names: All its files.
-        prefix: As for :func:`open_checkpoint`.
-        get: Where to read a small one of them.
-
-    Raises:
-        CheckpointError: If there is no checkpoint, a shard is missing, or an index is malformed.
-    """
-    for form in _formats(prefix):
-        index = f"{form.file}.index.json"
-        if index in names:
-            weight_map = _read_weight_map(place, names, index, get(index))
-            if form.file not in weight_map.values() and form.file in names:
-                raise CheckpointError(
-                    f"{place} holds two models: {form.file}, and the shards that {index} names",
-                    "Remove the one that is out of date.",
-                )
-            return Files(form, sorted(set(weight_map.values())), weight_map)
-        if form.file in names:
-            return Files(form, [form.file], None)
-        if shards := _numbered_shards(place, names, form):
-            return Files(form, shards, None)
-    raise _no_checkpoint(place, names, prefix)
-
-
-def _read_weight_map(place: object, names: Collection[str], index: str, path: Place) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{place}/{index} has no weight_map")
-    look_up(path.parent, [file for file in weight_map.values() if isinstance(file, str)])  # Not all servers list all.
-    for file in {file if isinstance(file, str) else "" for file in weight_map.values()}:
-        if not file or "\0" in file or file in (".", "..") or Path(file).name != file or "\\" in file:
-            raise CheckpointError(
-                f"{place}/{index} names the file {file!r}, which is not in its folder",
-                "An index may only name files beside it. Do not trust this checkpoint.",
-            )
-        if file not in names and not (isinstance(path, Url) and is_file(path.with_name(file))):
-            raise CheckpointError(f"{place}/{file} is missing, but {index} names it", "Fetch the missing shard.")
-    return weight_map
-
-
-def _numbered_shards(place: object, names: Collection[str], form: Format) -> list[str]:
-    stem, suffix = Path(form.file).stem, Path(form.file).suffix
-    pattern = re.compile(rf"{re.escape(stem)}-(\d+)-of-(\d+){re.escape(suffix)}")
-    found = {match[0]: match for name in names if (match := pattern.fullmatch(name))}
-    totals = {int(match[2]) for match in found.values()}
-    if not found:
-        return []
-    numbers = sorted(int(match[1]) for match in found.values())
-    if len(totals) > 1 or numbers != list(range(1, max(totals) + 1)):
-        raise CheckpointError(
-            f"{place} holds {len(found)} of {max(totals)} shards of {stem}{suffix} and no index",
-            f"Fetch the missing shards, or {form.file}.index.json.",
-        )
-    return sorted(found)
-
-
-def _no_checkpoint(place: object, names: Collection[str], prefix: str) -> CheckpointError:
-    expected = ", ".join(form.file for form in _formats(prefix))
-    other = {"model": "master_weights", "master_weights": "model"}.get(prefix)
-    found = [form.file for form in _formats(other) if form.file in names] if other else []
-    hint = f"It has {found[0]}: use --merge_prefix {other}." if found else None
-    return CheckpointError(f"{place} holds no checkpoint: looked for {expected} (and their shards)", hint)
 
 
 def _check_index(path: Place, weight_map: dict[str, str], contents: Contents) -> None:

@@ -14,7 +14,8 @@ CONFIG_NAME = "merge_config.json"
 REPORT_NAME = "merge_report.json"
 #: What the merge itself writes, and what a loader would take for it.
 MADE = re.compile(
-    r"(model|master_weights|pytorch_model|model_state)(-\d+-of-\d+)?\.(safetensors|bin|pdparams)(\.index\.json)?"
+    r"(model|master_weights|pytorch_model|model_state|diffusion_pytorch_model)(\.[\w-]+)?(-\d+-of-\d+)?"
+    r"\.(safetensors|bin|pdparams)(\.index(\.[\w-]+)?\.json)?"
     r"|merge_(config|report)\.json"
 )
 #: The other files of an output as they are usually called: of adapters, configuration, tokenizers, processors, code.

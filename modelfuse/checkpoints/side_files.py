@@ -6,22 +6,23 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.made_files import CONFIG_NAME, MADE, REPORT_NAME
+from modelfuse.checkpoints.weight_files import is_weights
 from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file, look_up, size_of
 from modelfuse.storage.files import read_whole
 
-#: Endings of files that hold weights or training state: everything else beside the weights is small and copied.
-WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pt", ".pth", ".pdopt", ".msgpack", ".h5", ".gguf", ".onnx", ".ckpt",
-           ".ot", ".index.json", ".pdiparams", ".pdmodel", ".pdstates", ".npz", ".distcp")  # fmt: skip
-#: What a training run or an earlier merge leaves in the folder.
-LEFTOVERS = (CONFIG_NAME, REPORT_NAME, "trainer_state.json", "training_args.json",
-             "all_results.json", "train_results.json", "eval_results.json", "README.md")  # fmt: skip
+#: What a training run or an earlier merge leaves in the folder, as patterns.
+LEFTOVERS = (CONFIG_NAME, REPORT_NAME, "trainer_state.json", "trainer_log.jsonl", "training_args.*", "*_results.json",
+             "README.md", "latest", "latest_checkpointed_iteration.txt", "zero_to_fp32.py", "saved_signal_*",
+             "running_log.txt", "training_*.png", "llamaboard_config.yaml", "events.out.tfevents.*",
+             "rng_state*", "*.log", "predict_results*", "generated_predictions*")  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 #: sentence-transformers lists a model's modules in this file; those beside the transformer have a folder each.
 MODULES_FILE = "modules.json"
@@ -44,7 +45,7 @@ class SideFile:
     @property
     def holds_weights(self) -> bool:
         """Whether there are tensors in it, which are not merged."""
-        return self.name.endswith(WEIGHTS)
+        return is_weights(self.name)
 
 
 def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...]:
@@ -99,7 +100,7 @@ def _sizes(paths: Mapping[str, Place]) -> dict[str, int]:
 
 def _is_here(name: str, path: Place) -> bool:
     own = name.rpartition("/")[2]
-    if not own.startswith(".") and not own.endswith(WEIGHTS) and own not in LEFTOVERS:
+    if not own.startswith(".") and not is_weights(own) and not _is_left_over(own):
         return (own.endswith(FILES) or not is_dir(path)) and has_file(path)
     return is_file(path)
 
@@ -150,9 +151,13 @@ def usual_files(sizes: Mapping[str, int], modules: Collection[str] = ()) -> list
     return [name for name, size in sizes.items() if _is_usual(name, size, sizes, modules)]
 
 
+def _is_left_over(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in LEFTOVERS)
+
+
 def _is_usual(name: str, size: int, names: Collection[str], modules: Collection[str]) -> bool:
     if "/" not in name:
-        return not name.startswith(".") and not name.endswith(WEIGHTS) and name not in LEFTOVERS and size <= LARGEST
+        return not name.startswith(".") and not is_weights(name) and not _is_left_over(name) and size <= LARGEST
     folder, _, file = name.rpartition("/")
     if folder == TEMPLATES:
         return file.endswith(".jinja")
@@ -161,4 +166,4 @@ def _is_usual(name: str, size: int, names: Collection[str], modules: Collection[
     # A module may have weights of its own, in one of two formats or in both.
     own = [each for each in names if each.startswith(f"{folder}/")]
     form = MODULE_WEIGHTS[not any(each.endswith(MODULE_WEIGHTS[0]) for each in own)]
-    return file.endswith((form, f"{form}.index.json")) or not file.endswith(WEIGHTS)
+    return file.endswith((form, f"{form}.index.json")) or not is_weights(file)

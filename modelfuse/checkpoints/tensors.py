@@ -192,6 +192,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
         left_out: Tensors of the files that are not among these, and why: name → reason.
         dequantized: Whether config.json declares a quantization that is undone here.
         layout: ``hf`` or ``paddle``: how its Linear weights are stored, once that is known.
+        stem: What its weight files are called, where that is not as usual.
     """
 
     path: Place
@@ -203,6 +204,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
     left_out: Mapping[str, str] = field(default_factory=dict)
     dequantized: bool = False
     layout: Literal["hf", "paddle"] | None = None
+    stem: str | None = None
 
     @property
     def files(self) -> tuple[SourceFile, ...]:

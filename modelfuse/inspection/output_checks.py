@@ -12,14 +12,14 @@ from modelfuse.checkpoints.config_checks import contradictions
 from modelfuse.checkpoints.formats.paddle_reader import read_paddle
 from modelfuse.checkpoints.formats.safetensors import read_safetensors
 from modelfuse.checkpoints.tensor_names import group_names
+from modelfuse.checkpoints.weight_files import index_of, is_index
 from modelfuse.errors import CheckpointError
 from modelfuse.inspection.report_reader import Problem, Report, ReportedTensor
 from modelfuse.storage import Place, children, is_file, size_of
 from modelfuse.storage.files import SourceFile, read_bytes
 
-#: How the files end that a loader would take for weights, or for the index of some.
+#: How the files end that a loader would take for weights.
 WEIGHTS = (".safetensors", ".pdparams")
-INDEX = ".index.json"
 #: Bytes of a frame that are read at a time.
 PIECE = 1 << 20
 
@@ -119,8 +119,8 @@ class Contents:
 
     def _check_index(self) -> Iterator[Problem]:
         whole = {re.sub(r"(-\d+-of-\d+)?(\.\w+)$", r"\2", name) for name in self.report.files}
-        wanted = {f"{name}{INDEX}" for name in whole} if len(self.report.files) > 1 else set[str]()
-        for name in sorted({path.name for path in children(self.folder) if path.name.endswith(INDEX)} - wanted):
+        wanted = {index_of(name) for name in whole} if len(self.report.files) > 1 else set[str]()
+        for name in sorted({path.name for path in children(self.folder) if is_index(path.name)} - wanted):
             yield Problem("index", f"{name} is not one of the merge's files; loaders would follow it", file=name)
         for name in sorted(wanted):
             if not is_file(self.folder / name):

@@ -12,6 +12,7 @@ from modelfuse.checkpoints.formats.safetensors import frame_safetensors
 from modelfuse.checkpoints.layouts.tables import WORDS
 from modelfuse.checkpoints.quantization import DECLARATIONS
 from modelfuse.checkpoints.tensors import Frame
+from modelfuse.checkpoints.weight_files import index_of
 from modelfuse.dtypes import DType
 from modelfuse.recipe.recipe import Recipe
 
@@ -53,9 +54,13 @@ class OutputFormat:
             return cls(layout, PADDLE_STEMS[recipe.merge_prefix], ".pdparams", {}, changes)
         # Loaders of each world look for its word, though it proves nothing.
         known = {"format": {"hf": "pt", "paddle": "np"}[layout]} if layout is not None else {}
-        return cls(
-            layout, recipe.merge_prefix, ".safetensors", {"format": "pt", **reference.metadata, **known}, changes
-        )
+        stem = reference.stem or recipe.merge_prefix
+        return cls(layout, stem, ".safetensors", {"format": "pt", **reference.metadata, **known}, changes)
+
+    @property
+    def index(self) -> str:
+        """The name of the index, where there are several weight files."""
+        return index_of(f"{self.stem}{self.suffix}")
 
     def notes(self, models: Sequence[Checkpoint]) -> tuple[str, ...]:
         """What the user should know of the inputs' layouts."""

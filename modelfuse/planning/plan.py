@@ -218,5 +218,5 @@ def _lay_out(
         frame = form.frame([(draft.name, draft.dtype, draft.shape) for draft in shard])
         placed += (draft.at(name, offset) for draft, offset in zip(shard, frame.offsets, strict=True))
         files.append(OutputFile(name, frame))
-    index = f"{form.stem}{form.suffix}.index.json" if len(shards) > 1 else None
+    index = form.index if len(shards) > 1 else None
     return tuple(placed), tuple(files), index

@@ -180,6 +180,12 @@ KNOWN: Mapping[str, object] = {
     "torch.nn.parameter Parameter": "torch.nn.Parameter",
     "torch.nn.parameter Buffer": "torch.nn.Buffer",
     "torch Size": Builder(_size),
+    # Lightning keeps its callbacks' state by their classes.
+    **{
+        f"{package}.callbacks.{module} {name}": name
+        for package in ("pytorch_lightning", "lightning.pytorch")
+        for module, name in (("model_checkpoint", "ModelCheckpoint"), ("early_stopping", "EarlyStopping"))
+    },
     "torch device": _BUILD_INERT,
     "argparse Namespace": _BUILD_INERT,
     "numpy dtype": _BUILD_INERT,

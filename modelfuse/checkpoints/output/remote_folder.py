@@ -18,6 +18,7 @@ from typing import Self
 from modelfuse.checkpoints.made_files import REPORT_NAME
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.checkpoints.tensors import Frame
+from modelfuse.checkpoints.weight_files import is_index, is_weights
 from modelfuse.errors import OutputError
 from modelfuse.storage.files import read_whole
 from modelfuse.storage.remote.errors import told
@@ -25,8 +26,6 @@ from modelfuse.storage.remote.open_store import store_of
 from modelfuse.storage.remote.uploads import Gate, Upload, begin, clear, remove
 from modelfuse.storage.url import Url
 
-INDEX = ".index.json"
-WEIGHTS = (".safetensors", ".bin", ".pdparams", INDEX)
 #: The name of a weight file that is not all of a model.
 SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 
@@ -117,9 +116,9 @@ class RemoteFolder:
         for upload in files.values():
             upload.close()
         self._gate.drain()
-        last = next((name for name in files if name.endswith(INDEX)), [*self._weights][-1])
+        last = next((name for name in files if is_index(name)), [*self._weights][-1])
         ours = set(files)
-        doors = {name for name in self._old if name.endswith(WEIGHTS) and not SHARD.search(name)}
+        doors = {name for name in self._old if is_weights(name) and not SHARD.search(name)}
         replaced = self._of_an_output() - ours - doors if self._old else set[str]()
         self._store.wait(self.path, remove(self._store, [self.path / name for name in doors]), OutputError)
         self._complete([upload for name, upload in self._weights.items() if name != last])
@@ -152,7 +151,7 @@ class RemoteFolder:
 
     def _of_an_output(self) -> set[str]:
         """What is there of an earlier output: weights and their indexes, and what its report names."""
-        known = {name for name in self._old if name.endswith(WEIGHTS)}
+        known = {name for name in self._old if is_weights(name)}
         if REPORT_NAME in self._old:
             with contextlib.suppress(Exception):  # A report that cannot be read names nothing.
                 known |= set(json.loads(read_whole(self.path / REPORT_NAME))["sha256"]) & self._old

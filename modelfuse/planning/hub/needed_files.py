@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from modelfuse.checkpoints import CONFIG_FILE, find_files
+from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.adapters.adapter import PADDLE_CONFIG, PEFT_CONFIG
 from modelfuse.checkpoints.side_files import MODULES_FILE, lists_modules, modules_of, usual_files
+from modelfuse.checkpoints.weight_files import find_files
 from modelfuse.errors import CheckpointError
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
@@ -56,7 +57,7 @@ def wanted(
     form, weights, weight_map = find_files(place, {file for file in sizes if "/" not in file}, prefix, get)
     settings = [file for file in (CONFIG_FILE, *ADAPTERS) if file in sizes]
     if weight_map is not None:
-        settings.append(f"{form.file}.index.json")
+        settings.append(form.index_file)
     served = []
     leads = name == recipe.inputs[-1 if recipe.base_model_path is not None else 0]
     if leads and recipe.output_format != "lora":

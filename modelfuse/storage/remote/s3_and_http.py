@@ -29,7 +29,8 @@ KNOWN = (
                            ("master_weights", ".safetensors"), ("master_weights", ".bin"),
                            ("master_weights", ".pdparams"), ("adapter_model", ".safetensors"),
                            ("adapter_model", ".bin"), ("peft_model", ".safetensors"),
-                           ("lora_model_state", ".pdparams"))
+                           ("lora_model_state", ".pdparams"), ("diffusion_pytorch_model", ".safetensors"),
+                           ("diffusion_pytorch_model", ".bin"))
       for index in ("", ".index.json")),
     "adapter_config.json", "lora_config.json", "config.json", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",

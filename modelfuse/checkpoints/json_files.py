@@ -1,0 +1,29 @@
+"""JSON objects in files of limited size."""
+
+from __future__ import annotations
+
+import json
+
+from modelfuse.errors import CheckpointError
+from modelfuse.storage import Place
+from modelfuse.storage.files import SourceFile, read_bytes
+
+MAX_JSON_BYTES = 256_000_000
+
+
+def read_json(path: Place) -> dict[str, object]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: If it is too large, not JSON, or not an object.
+    """
+    file = SourceFile.at(path)
+    if file.size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {file.size:,} bytes, too many for a file of its kind")
+    try:
+        content = json.loads(read_bytes(file, 0, file.size))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return content
