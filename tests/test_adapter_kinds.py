@@ -292,3 +292,13 @@ def test_parts_that_are_missing_or_do_not_fit(
     refuse("merge", *words, says=["cannot go into model.embed_tokens.weight"])
     config.write_text(json.dumps({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, "2"]}))
     refuse("merge", *words, says=["token_indices is"])
+
+
+@pytest.mark.parametrize("case", ["DoRA", "IA3"])
+def test_what_an_adapter_changed_counts_as_merged(tmp_path: Path, merge: Callable[..., Said], case: str) -> None:
+    dora = {"target_modules": ["q_proj"], "use_dora": True}
+    train(llama, CASES["IA3"][1]() if case == "IA3" else peft.LoraConfig(r=2, **dora), tmp_path)
+    words = ["--lora_model_path", tmp_path / "adapter", "--base_model_path", tmp_path / "base"]
+    said = merge(*words, "--output_path", tmp_path / "out")
+    changed = {"IA3": 6, "DoRA": 2}[case]
+    assert f"merged {changed} tensors, copied {21 - changed} in" in said.out

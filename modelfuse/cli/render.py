@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -121,6 +120,8 @@ def no_problems() -> None:
 
 def result(plan: Plan, result: Result) -> None:
     """The closing summary."""
+    from modelfuse.cli.next_step import next_steps
+
     speed = rate(result.bytes_read + result.bytes_written - result.bytes_kept, result.seconds)
     copied = f", copied {result.copied}" if result.copied else ""
     done = f"{counted(result.merged, 'tensor')}{copied} in {duration(result.seconds)} ({speed})"
@@ -128,20 +129,8 @@ def result(plan: Plan, result: Result) -> None:
     for each in result.suspicious:
         out.tell("note", "{}: {} (listed in merge_report.json)", each.path, each.summary)
     out.say("next:")
-    for command in _next_commands(plan, shlex.quote(str(result.output_path))):
+    for command in next_steps(plan):
         out.command(command)
-
-
-def _next_commands(plan: Plan, folder: str) -> Iterator[str]:
-    """What to do with the output."""
-    if plan.recipe.output_format == "lora":
-        yield f"vllm serve {shlex.quote(str(plan.reference.path))} --enable-lora --lora-modules merged={folder}"
-    elif any(file.name == "config.json" for file in plan.side_files):
-        if plan.format.layout == "paddle":
-            yield f'from_pretrained({folder!r}, load_checkpoint_format="", convert_from_hf=False)  # of PaddleFormers'
-        else:
-            yield f"vllm serve {folder}"
-    yield f"modelfuse verify {folder}"
 
 
 def verification(found: Verification, quiet: bool) -> None:

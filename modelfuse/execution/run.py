@@ -289,12 +289,10 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         suspicious = find_suspicious(plan, lambda name: run.outcomes[name].measured())
         write_report(plan, run.outcomes, suspicious, folder)
         folder.commit()
-    adapts = plan.recipe.output_format == "lora"
-    merged = sum(adapts or tensor.action == "merge" for tensor in plan.tensors)
     return Result(
         plan.recipe.output_path,
-        merged,
-        len(plan.tensors) - merged,
+        plan.merged,
+        len(plan.tensors) - plan.merged,
         plan.bytes_read,
         plan.bytes_written,
         time.perf_counter() - started,

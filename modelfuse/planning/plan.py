@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG
+from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG, Adapter
 from modelfuse.checkpoints.side_files import SideFile, files_to_serve
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.checkpoints.tensors import Frame
@@ -97,6 +97,16 @@ class Plan:
     def inputs_of(self, tensor: Operation) -> tuple[Checkpoint, ...]:
         """The inputs that a tensor's sources are of, source by source."""
         return tuple(self.models[number] for number in tensor.inputs)
+
+    @property
+    def merged(self) -> int:
+        """How many tensors are none of an input's as they were: merged, or computed by an adapter."""
+        if self.recipe.output_format == "lora":
+            return len(self.tensors)
+        return sum(
+            each.action == "merge" or (each.action == "take" and isinstance(self.models[each.inputs[0]], Adapter))
+            for each in self.tensors
+        )
 
     @property
     def reads_twice(self) -> bool:

@@ -1,0 +1,47 @@
+"""What can be done with an output: what loads a model of its kind."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterator, Mapping
+
+from modelfuse.planning.plan import Plan
+
+#: How the class of a model that writes text ends, as config.json names it.
+WRITES_TEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+#: Model types of such classes that hear or speak instead, or that servers of language models do not know.
+OTHERS = ("whisper", "speecht5", "speech_to_text", "bark", "musicgen", "pix2struct", "trocr", "vision-encoder-decoder",
+          "t5", "mt5", "bart", "mbart", "pegasus", "marian", "blip", "blip-2")  # fmt: skip
+
+
+def next_steps(plan: Plan) -> Iterator[str]:
+    """What loads the output, if anything tells, and what checks it."""
+    folder, config = str(plan.recipe.output_path), plan.reference.config
+    names = {file.name for file in plan.side_files}
+    if plan.recipe.output_format == "lora":
+        base = shlex.quote(str(plan.reference.path))
+        yield f"vllm serve {base} --enable-lora --lora-modules merged={shlex.quote(folder)}"
+    elif "config.json" in names:
+        yield _loads(folder, config, names, plan.format.layout)
+    yield f"modelfuse verify {shlex.quote(folder)}"
+
+
+def _loads(folder: str, config: Mapping[str, object], names: Collection[str], layout: str | None) -> str:
+    if layout == "paddle":
+        return f'from_pretrained({folder!r}, load_checkpoint_format="", convert_from_hf=False)  # of PaddleFormers'
+    if "modules.json" in names:
+        return f"SentenceTransformer({folder!r})"
+    part = config.get("_class_name")
+    if isinstance(part, str) and part.isidentifier():
+        return f"{part}.from_pretrained({folder!r})  # of diffusers"
+    architecture = _architecture(config)
+    if architecture is None or (architecture.endswith(WRITES_TEXT) and config.get("model_type") not in OTHERS):
+        return f"vllm serve {shlex.quote(folder)}"
+    return f"{architecture}.from_pretrained({folder!r})  # of transformers"
+
+
+def _architecture(config: Mapping[str, object]) -> str | None:
+    """The class that config.json names first."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) and first.isidentifier() else None
