@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -149,3 +150,27 @@ def test_mixed_types_are_shown(check: Run, tmp_path: Path) -> None:
         "x",
         "float32",
     ]
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear", "ties"])
+def test_what_drops_weights_without_a_base_warns_first(
+    check: Run, modelfuse: Run, pair: Pair, tmp_path: Path, method: str
+) -> None:
+    words = ("--merge_method", method, "--model_path_list", *pair)
+    warning = "without base_model_path drops parts of the models' weights themselves"
+    first, *rest = check(*words).out.splitlines()
+    assert first.startswith("warning: ")
+    assert warning in first
+    assert not [line for line in rest if warning in line]
+    said = modelfuse("merge", *words, "--output_path", tmp_path / "C")
+    assert said.status == 0
+    assert said.err.startswith("warning: ")
+    assert said.err.count(warning) == 1
+    assert warning in json.loads((tmp_path / "C" / "merge_report.json").read_text())["warnings"][0]
+    assert warning in package.check(merge_method=method, model_path_list=pair).notes[0]
+    # Before anything is read.
+    assert modelfuse("merge", *words[:-2], "/absent/a", "/absent/b", "--output_path", "D").err.startswith("warning: ")
+    based = check(*words, "--base_model_path", pair[0])
+    assert "warning" not in based.out
+    quiet = modelfuse("merge", *words, "--output_path", tmp_path / "E", "--quiet")
+    assert (quiet.out, quiet.err) == ("", "")

@@ -21,9 +21,16 @@ STYLES = re.compile(r"\[[a-z /]+\]")
 #: What has rich take a log for a terminal.
 FORCED = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 #: What a line begins with that is more than information, its style, and its level in a log with times.
-KINDS = {"error": ("[bold red]error:[/] ", "ERROR"), "hint": ("[bold]hint:[/] ", "ERROR"),
-         "info": ("", "INFO"), "problem": ("[bold red]problem:[/] ", "ERROR"), "note": ("[yellow]note:[/] ", "WARNING"),
-         "progress": ("", "INFO"), "debug": ("", "DEBUG")}  # fmt: skip
+KINDS = {
+    "error": ("[bold red]error:[/] ", "ERROR"),
+    "hint": ("[bold]hint:[/] ", "ERROR"),
+    "problem": ("[bold red]problem:[/] ", "ERROR"),
+    "warning": ("[bold yellow]warning:[/] ", "WARNING"),
+    "note": ("[yellow]note:[/] ", "WARNING"),
+    "info": ("", "INFO"),
+    "progress": ("", "INFO"),
+    "debug": ("", "DEBUG"),
+}
 
 
 class Voice:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from modelfuse.cli import console
 from modelfuse.cli.arguments import Options, parse, parse_verify
-from modelfuse.cli.console import begin_logs
 from modelfuse.errors import ModelfuseError, RecipeError
 from modelfuse.recipe.checks import closest
 from modelfuse.recipe.recipe import Recipe
@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None, **defaults: object) -> int:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     from modelfuse.cli import render
 
-    begin_logs(False, None)
+    console.begin_logs(False, None)
     gc.freeze()
     gc.enable()
     for stream in (sys.stdout, sys.stderr):
@@ -121,7 +121,7 @@ def _check(words: list[str], defaults: Mapping[str, object]) -> int:
     from modelfuse.planning.output_location import check_room
 
     settings, options = parse(words, "check", defaults)
-    recipe = _begin(settings, options)
+    recipe = _begin(settings, options, console.out)
     with headers(recipe, progress.watch(options.quiet)) as at_hand:
         plan = _plan(at_hand)
     render.plan(plan)
@@ -134,7 +134,7 @@ def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
     from modelfuse.cli import progress, render
 
     settings, options = parse(words, "merge", defaults)
-    recipe, quiet = _begin(settings, options), options.quiet
+    recipe, quiet = _begin(settings, options, console.err), options.quiet
     if recipe.output_path is None:
         raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
     from modelfuse.planning.hub import fetch
@@ -149,13 +149,15 @@ def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
     return 0
 
 
-def _begin(settings: Mapping[str, object], options: Options) -> Recipe:
-    """Speak as was asked for, first of all that was asked for."""
+def _begin(settings: Mapping[str, object], options: Options, voice: console.Voice) -> Recipe:
+    """Speak as was asked for, first of what can be said before anything is read."""
     from modelfuse.cli import render
 
-    begin_logs(options.verbose, options.log_file)
+    console.begin_logs(options.verbose, options.log_file)
     recipe = Recipe.parse(settings)
     render.details(recipe)
+    if not options.quiet:
+        render.warnings(recipe, voice)
     return recipe
 
 
@@ -165,7 +167,7 @@ def _verify(words: list[str], _: Mapping[str, object]) -> int:
     from modelfuse.kernels.jit.compile import announcing
 
     given, options = parse_verify(words)
-    begin_logs(options.verbose, options.log_file)
+    console.begin_logs(options.verbose, options.log_file)
     folder = _place(given.pop("folder"))
     with progress.verifying(folder, options.quiet) as advance, announcing(_tell(options.quiet)):
         found = verify_output(folder, **given, progress=advance)

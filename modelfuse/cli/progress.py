@@ -29,9 +29,11 @@ Advance = Callable[[int], None]
 @contextmanager
 def merging(plan: Plan, quiet: bool) -> Iterator[Advance]:
     """Show a merge; what the user should know of it comes first."""
+    from modelfuse.planning.warnings import warnings_of
+
     whole = plan.bytes_read + plan.bytes_written
     if not quiet:
-        for text in plan.notes:
+        for text in plan.notes[len(warnings_of(plan.recipe)) :]:  # Those were shown before the plan was made.
             err.tell("note", "{}", text)
     what = f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(whole)}"
     with _shown("merging", what, quiet) as advance:

@@ -9,10 +9,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from modelfuse.checkpoints.tensor_names import pattern
-from modelfuse.cli.console import err, out
+from modelfuse.cli.console import Voice, err, out
 from modelfuse.cli.units import counted, duration, rate
 from modelfuse.dtypes import DType
 from modelfuse.errors import ModelfuseError
+from modelfuse.planning.warnings import warnings_of
 from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
@@ -47,6 +48,12 @@ def details(recipe: Recipe) -> None:
     err.tell("debug", "modelfuse {}, Python {}, {}", __version__, platform.python_version(), platform.platform())
     for name, value in recipe.effective().items():
         err.tell("debug", "{} = {}", name, value)
+
+
+def warnings(recipe: Recipe, voice: Voice) -> None:
+    """What is allowed, but hardly ever meant."""
+    for text in warnings_of(recipe):
+        voice.tell("warning", "{}", text)
 
 
 def note(text: str) -> None:
@@ -90,7 +97,7 @@ def plan(plan: Plan) -> None:
         size(plan.memory),
         _device(plan),
     )
-    for text in plan.notes:
+    for text in plan.notes[len(warnings_of(recipe)) :]:
         out.tell("note", "{}", text)
 
 

@@ -18,6 +18,7 @@ from modelfuse.execution.anomalies import Suspicious
 from modelfuse.kernels import Procedure
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.plan import Plan
+from modelfuse.planning.warnings import warnings_of
 from modelfuse.storage.checksums import ALGORITHM, Checksum
 from modelfuse.version import __version__
 
@@ -130,6 +131,7 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequen
         "method": {"merge_type": method.merge_type, "sparsify_type": method.sparsify_type,
                    "effective_weights": list(plan.recipe.weights), "seed": method.seed},
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
+        "warnings": list(warnings_of(plan.recipe)),
         "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
         "suspicious": [_suspicious(each) for each in suspicious],
         "checksum": ALGORITHM,

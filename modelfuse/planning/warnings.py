@@ -16,6 +16,18 @@ from modelfuse.recipe.recipe import Recipe
 from modelfuse.recipe.sizes import size
 
 
+def warnings_of(recipe: Recipe) -> tuple[str, ...]:
+    """What is allowed, but hardly ever meant, a few sentences each; nothing is read for it."""
+    sparsify_type = recipe.steps[0]
+    if sparsify_type is None or recipe.base_model_path is not None:
+        return ()
+    return (
+        f"{sparsify_type} without base_model_path drops parts of the models' weights themselves, not of what "
+        "fine-tuning changed. That breaks models: in the demo, with the default reserve_p, every such merge is worse "
+        "than the untouched base in all domains. Give the model that they were fine-tuned from as base_model_path.",
+    )
+
+
 def notes_on(
     recipe: Recipe,
     models: Sequence[Checkpoint],
@@ -24,7 +36,7 @@ def notes_on(
     budget: Budget,
     side_files: Sequence[SideFile],
 ) -> tuple[str, ...]:
-    """What is out of the ordinary, a sentence each.
+    """What is out of the ordinary, a sentence each; first what the recipe alone tells.
 
     Args:
         recipe: The settings.
@@ -36,7 +48,7 @@ def notes_on(
     """
     reference = models[-1 if recipe.base_model_path is not None else 0]
     memory = budget.memory
-    notes = [_of_dequantized(model) for model in models if model.dequantized]
+    notes = [*warnings_of(recipe), *(_of_dequantized(model) for model in models if model.dequantized)]
     notes += [text for model in models for text in _of_strays(model)]
     if recipe.device != "cpu" and not budget.device.gpu:
         notes.append("There is no GPU to be used, so the CPU does the work, as allow_cpu_fallback says.")
