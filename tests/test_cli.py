@@ -136,6 +136,8 @@ DEFAULTS = {
     "overwrite": False,
     "on_nonfinite": "error",
     "unmerged_from": None,
+    "allow_mismatch": False,
+    "tokenizer_from": None,
     "hub_endpoint": None,
     "engine": "local",
     "ray_address": None,

@@ -17,12 +17,12 @@ from modelfuse.recipe.sizes import size
 GROUPS: Mapping[str, Sequence[str]] = {
     "What to merge": (
         "model_path_list", "base_model_path", "merge_prefix", "input_layout", "convert_from_hf",
-        "merge_with_qdq_base_model", "unmerged_from", "on_nonfinite", "hub_endpoint",
+        "merge_with_qdq_base_model", "unmerged_from", "allow_mismatch", "on_nonfinite", "hub_endpoint",
     ),
     "How": (),
     "Where to": (
         "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "max_shard_size",
-        "copy_file_list",
+        "copy_file_list", "tokenizer_from",
     ),
     "Machine": (
         "n_process", "memory", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "engine", "ray_address",

@@ -1,0 +1,94 @@
+"""Every setting of a merge: its name, its default and what it does."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import Literal
+
+from modelfuse.dtypes import OUTPUT_DTYPES
+from modelfuse.methods.registry import MERGE_METHODS
+from modelfuse.recipe.schema import AbsolutePath, Bytes, Endpoint, Input, Weight, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings as they are given; a :class:`~modelfuse.recipe.recipe.Recipe` checks them."""
+
+    model_path_list: tuple[Input, ...] = setting(
+        MISSING, "The models to merge: folders, weight files, URLs or hub names, adapters among them."
+    )
+    base_model_path: Input | None = setting(
+        None, "The model they were fine-tuned from: methods then act on the differences to it.", "none"
+    )
+    output_path: AbsolutePath | None = setting(None, "The folder to create, or its URL.", "none; merge needs it")
+    merge_method: Literal[*MERGE_METHODS] | None = setting(  # type: ignore[valid-type]
+        None, "A usual pair of merge_type and sparsify_type.", "linear if none of the three is given"
+    )
+    merge_type: Literal["linear", "slerp", "ties"] | None = setting(None, "How models become one.", "linear")
+    sparsify_type: Literal["trim", "dare", "magprune"] | None = setting(None, "What is dropped first.", "nothing")
+    weight_list: tuple[Weight, ...] | None = setting(None, "One weight a model.", "equal, their sum 1")
+    normalize: bool | None = setting(
+        None, "Divide weights by their sum, for ties by those that agree.", "true without weight_list, else false"
+    )
+    slerp_alpha: float = setting(0.5, "slerp: 0 is the first model, 1 the second.", ge=0, le=1)
+    slerp_normalize_eps: float = setting(1e-8, "slerp: smaller norms are not divided by.", ge=0)
+    slerp_dot_threshold: float = setting(0.9995, "slerp: above this cosine, interpolate straight.", ge=0, le=1)
+    ties_elect_type: Literal["sum", "count"] = setting("sum", "ties: elect signs by value or by number.")
+    rescale: bool = setting(True, "Make up for what was dropped.")
+    reserve_p: float = setting(0.7, "The share of elements to keep (density).", gt=0, le=1)
+    epsilon: float = setting(0.14, "magprune: spread of the keeping probability over the ranks.", ge=0)
+    seed: int = setting(0, "dare, magprune: which random draws.", ge=0, le=2**63 - 1)
+    device: Literal["cpu", "gpu", "low_gpu_mem"] = setting("cpu", "Where to compute.")
+    tensor_type: Literal["np", "pd", "pt"] = setting("np", "numpy, Paddle or torch kernels.")
+    gpu_memory: Bytes = setting(256 * 10**6, "device low_gpu_mem: the most memory of the GPU to use.", ge=64 * 10**6)
+    allow_cpu_fallback: bool = setting(False, "Where there is no GPU to be used, compute on the CPU.")
+    n_process: int | None = setting(None, "Parallel workers; they change no byte.", "one a processor", ge=1, le=1024)
+    memory: Bytes = setting(10**9, "The most resident memory to use.", ge=1)
+    merge_prefix: Literal["model", "master_weights"] = setting("model", "Which weights of a folder.")
+    max_shard_size: Bytes = setting(5 * 10**9, "The largest weight file to write.", ge=1)
+    output_dtype: Literal[*OUTPUT_DTYPES] | None = setting(  # type: ignore[valid-type]
+        None, "The type to store.", "that of the base, else of the first model, tensor by tensor"
+    )
+    input_layout: tuple[Literal["hf", "paddle"], ...] | None = setting(
+        None, "Linear weights of the inputs are [out, in] (hf) or [in, out] (paddle); one for all, or one "
+        "a model with the base last.", "told from shapes and config.json",
+    )  # fmt: skip
+    output_format: Literal["hf", "paddle", "pdparams", "lora"] | None = setting(
+        None, "The output's layout: hf, paddle, or paddle in .pdparams files; lora: the difference to the base "
+        "as one PEFT adapter.", "the layout of the base, else of the first model, in safetensors",
+    )  # fmt: skip
+    convert_from_hf: bool | None = setting(
+        None, "Paddle's flag: true is --input_layout hf but for .pdparams files, false is paddle.", "as input_layout"
+    )
+    save_to_hf: bool | None = setting(
+        None, "Paddle's flag: true is --output_format hf, false is paddle, whatever the inputs are.", "as output_format"
+    )
+    lora_rank: int | None = setting(
+        None, "output_format lora: the rank of differences that are no exact products.", "none", ge=1, le=2**31
+    )
+    merge_with_qdq_base_model: bool = setting(
+        False, "Quantize and dequantize the base first, as config.json in the adapter's folder says."
+    )
+    engine: Literal["local", "ray"] = setting("local", "Merge on this machine, or on all of a Ray cluster.")
+    ray_address: str | None = setting(None, "engine ray: HOST:PORT, or local.", "as ray.init finds it")
+    ray_timeout: float = setting(30.0, "engine ray: seconds to wait for the cluster.", gt=0, le=1e6)
+    overwrite: bool = setting(False, "Replace an existing output.")
+    on_nonfinite: Literal["error", "propagate"] = setting("error", "What NaN and infinities do.")
+    unmerged_from: Input | None = setting(
+        None, "The model to take integer tensors from where they differ.", "none, which is an error"
+    )
+    hub_endpoint: Endpoint | None = setting(
+        None, "Where hub names are looked up, such as a mirror.", "HF_ENDPOINT, else huggingface.co"
+    )
+    allow_mismatch: bool = setting(
+        False, "Merge models whose config.json files or tokenizers contradict each other in what decides the result."
+    )
+    tokenizer_from: Input | None = setting(
+        None, "The model to take tokenizer, chat template, special tokens and generation settings from.",
+        "the base, else the first model",
+    )  # fmt: skip
+    copy_file_list: tuple[str, ...] = setting(
+        (), "More files to copy beside configuration, tokenizer and templates.", "none"
+    )
+    split_pieces: int = setting(8, "Accepted; slices are always small.", ge=1, le=2**63 - 1)
+    max_tensor_mem: float = setting(0.5, "Accepted; slices are always small.", gt=0, le=1e9)
