@@ -198,7 +198,11 @@ def refuse(modelfuse: Callable[..., Said], tmp_path: Path) -> Callable[..., str]
         before = snapshot(tmp_path)
         said = modelfuse(*words)
         assert said.status == 2, said
-        lines = [line for line in said.err.splitlines() if not line.startswith(("fetching ", "merging ", "note: ", "warning: "))]
+        lines = [
+            line
+            for line in said.err.splitlines()
+            if not line.startswith(("fetching ", "merging ", "note: ", "warning: "))
+        ]
         assert lines[0].startswith("error: "), said.err
         assert "Traceback" not in said.err
         assert said.out == ""

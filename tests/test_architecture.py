@@ -118,7 +118,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {
         "errors",
-        "dtypes",
         "version",
         "storage",
         "methods",

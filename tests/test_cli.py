@@ -28,6 +28,7 @@ from modelfuse.cli.main import COMMANDS
 from modelfuse.kernels.jit.compile import COMPILING
 from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS
 from modelfuse.planning import memory_budget
+from modelfuse.recipe.method_settings import METHOD_SETTINGS
 from modelfuse.recipe.recipe import SETTINGS, Recipe
 
 Run = Callable[..., Said]
@@ -133,6 +134,7 @@ DEFAULTS = {
     "save_to_hf": None,
     "lora_rank": None,
     "merge_with_qdq_base_model": False,
+    "rules": (),
     "overwrite": False,
     "on_nonfinite": "error",
     "unmerged_from": None,
@@ -147,16 +149,19 @@ DEFAULTS = {
 
 def test_defaults() -> None:
     recipe = Recipe.parse({"model_path_list": ["A", "B"]})
-    assert vars(recipe) == {**DEFAULTS, "model_path_list": recipe.model_path_list}
+    general = {name: value for name, value in vars(recipe).items() if name != "parameters"}
+    settings = {**general, **{name: recipe.parameters[name] for name in METHOD_SETTINGS}}
+    assert settings == {**DEFAULTS, "model_path_list": recipe.model_path_list}
     assert recipe.model_path_list == (Path("A").absolute(), Path("B").absolute())
-    assert (recipe.steps, recipe.weights, recipe.normalizes) == ((None, "linear"), (0.5, 0.5), True)
-    assert not Recipe.parse({"model_path_list": ["A", "B"], "weight_list": [1, 2]}).normalizes
+    methods = recipe.parameters
+    assert (methods.steps, recipe.weights, methods.normalizes) == ((None, "linear"), (0.5, 0.5), True)
+    assert not Recipe.parse({"model_path_list": ["A", "B"], "weight_list": [1, 2]}).parameters.normalizes
 
 
 @pytest.mark.parametrize("name", sorted({*DEFAULTS, "model_path_list"}))
 def test_every_setting_is_a_flag_with_either_dash(name: str) -> None:
     several = {"model_path_list": ["A", "B"], "weight_list": ["1", "2"], "copy_file_list": ["a", "b"]}
-    several["input_layout"] = ["hf", "paddle"]
+    several |= {"input_layout": ["hf", "paddle"], "rules": ["a", "b"]}
     value = several.get(name, ["False"])
     for flag in (f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('_', '-', 1)}"):
         settings, options = parse([flag, *value])
@@ -193,7 +198,7 @@ def test_every_setting_is_a_flag_with_either_dash(name: str) -> None:
 )
 def test_booleans(words: list[str], value: bool) -> None:
     settings, _ = parse([*words, "--model_path_list", "A", "B"])
-    assert Recipe.parse(settings).rescale is value
+    assert Recipe.parse(settings).parameters["rescale"] is value
 
 
 def test_numbers_of_numpy_and_words_for_numbers() -> None:
@@ -201,8 +206,9 @@ def test_numbers_of_numpy_and_words_for_numbers() -> None:
     settings = {"model_path_list": ["A", "B"], "weight_list": weights, "epsilon": np.float64(0.2), "seed": np.int64(3),
                 "n_process": "2", "max_tensor_mem": "1e0", "memory": "1.5GB", "rescale": np.bool_(False)}  # fmt: skip
     recipe = Recipe.parse(settings)
-    assert (recipe.weight_list, recipe.epsilon, recipe.seed, recipe.n_process) == ((0.25, 0.75), 0.2, 3, 2)
-    assert (recipe.max_tensor_mem, recipe.memory, recipe.rescale) == (1.0, 1_500_000_000, False)
+    given = recipe.parameters
+    assert (given["weight_list"], given["epsilon"], recipe.seed, recipe.n_process) == ((0.25, 0.75), 0.2, 3, 2)
+    assert (recipe.max_tensor_mem, recipe.memory, given["rescale"]) == (1.0, 1_500_000_000, False)
     values = [*recipe.effective().values()]
     assert json.loads(json.dumps(values)) == values
 
@@ -249,7 +255,7 @@ def test_lists_of_any_kind() -> None:
             recipe = Recipe.parse({"model_path_list": several})
             assert recipe.model_path_list == (Path("A").absolute(), Path("B").absolute())
     recipe = Recipe.parse({"model_path_list": names, "weight_list": [*np.linspace(0.25, 0.75, 2)]})
-    assert recipe.weight_list == (0.25, 0.75)
+    assert recipe.parameters["weight_list"] == (0.25, 0.75)
     assert recipe.changed(seed=3) == Recipe.parse({"model_path_list": names, "weight_list": [0.25, 0.75], "seed": 3})
     assert hash(recipe) == hash(recipe.changed())
 
@@ -266,7 +272,7 @@ def test_lists_of_any_kind() -> None:
 )  # fmt: skip
 def test_weights(given: list[str], weights: tuple[float, ...], normalizes: bool) -> None:
     recipe = Recipe.parse(parse(["--model_path_list", "A", "B", *given])[0])
-    assert (recipe.weights, recipe.normalizes) == (weights, normalizes)
+    assert (recipe.weights, recipe.parameters.normalizes) == (weights, normalizes)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,21 @@ def test_the_bytes_are_those_of_one_machine(
     assert not [each.name for each in tmp_path.iterdir() if each.name.startswith(".")]
 
 
+def test_every_tensor_has_its_rule_on_the_nodes_too(
+    merge: Command, simulated: Simulated, words: Words, models: list[Path], tmp_path: Path
+) -> None:
+    rules = [
+        {"tensors": "[ab]", "merge_method": "ties", "reserve_p": 0.5},
+        {"tensors": "c", "take": str(models[1])},
+        {"tensors": "e", "merge_method": "dare_linear"},
+    ]
+    (tmp_path / "rules.json").write_text(json.dumps({"rules": rules}))
+    words = [tmp_path / "rules.json", *words]
+    expected = on_one_machine(merge, words, tmp_path)
+    merge(*words, *on(simulated))
+    assert content(tmp_path / "C") == expected
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -124,6 +125,28 @@ def test_every_method_goes_on_with_the_same_bytes(
     assert "Going on from where the last run was ended" in said.err
     assert len(written.slices) == slices() - 3 - 4
     assert snapshot(tmp_path / "out") == {"C": None} | {f"C/{name}": content for name, content in expected.items()}
+
+
+def test_rules_go_on_with_the_same_bytes_and_changed_ones_start_afresh(
+    modelfuse: Command, merge: Command, models: list[Path], words: Words, written: Written, tmp_path: Path
+) -> None:
+    rules: list[dict[str, object]] = [{"tensors": "a*", "merge_method": "ties"}, {"tensors": "*", "take": 2}]
+    recipe = tmp_path / "rules.json"
+    recipe.write_text(json.dumps({"rules": rules}))
+    words = [recipe, *words]
+    expected = whole(merge, words, tmp_path)
+    written.begin(3)
+    assert modelfuse("merge", *words).status == 130
+    written.begin(1)
+    said = modelfuse("merge", *words)
+    assert "Going on from where the last run was ended" in said.err
+    recipe.write_text(json.dumps({"rules": [{**rules[0], "reserve_p": 0.5}, rules[1]]}))
+    written.begin(1)
+    assert "Starting afresh: the setting rules" in modelfuse("merge", *words).err
+    recipe.write_text(json.dumps({"rules": rules}))
+    written.begin()
+    merge(*words)
+    assert snapshot(tmp_path / "out" / "C") == expected
 
 
 @pytest.mark.parametrize("workers", [(1, 2), (2, 1), (3, 3)])

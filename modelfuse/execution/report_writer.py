@@ -16,7 +16,7 @@ from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.made_files import CONFIG_NAME, REPORT_NAME
 from modelfuse.execution.anomalies import Suspicious
 from modelfuse.kernels import Procedure
-from modelfuse.planning.operations import Operation
+from modelfuse.planning.operations import Operation, method_numbers, methods_of
 from modelfuse.planning.plan import Plan
 from modelfuse.planning.warnings import warnings_of
 from modelfuse.storage.checksums import ALGORITHM, Checksum
@@ -125,18 +125,21 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequen
 
     All other files are written before, so that their checksums are in it: of a weight file, the header's.
     """
-    method = plan.recipe.method
+    method, numbers = plan.recipe.method, method_numbers(plan.tensors)
+    every = tuple(range(len(plan.models)))
     report: dict[str, object] = {
         "modelfuse_version": __version__,
         "method": {"merge_type": method.merge_type, "sparsify_type": method.sparsify_type,
                    "effective_weights": list(plan.recipe.weights), "seed": method.seed},
+        "methods": [each.described() for each in methods_of(plan.tensors)],
+        **({"rules": plan.recipe.effective()["rules"]} if plan.recipe.rules else {}),
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
         "warnings": list(warnings_of(plan.recipe)),
         "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
         "suspicious": [_suspicious(each) for each in suspicious],
         "checksum": ALGORITHM,
         "files": {file.name: file.size for file in plan.files},
-        "tensors": ((tensor.name, _tensor(outcomes[tensor.name])) for tensor in plan.tensors),
+        "tensors": ((tensor.name, _tensor(outcomes[tensor.name], numbers, every)) for tensor in plan.tensors),
         "copied_files": [file.name for file in plan.side_files],
         "sha256": dict(folder.digests),
     }  # fmt: skip
@@ -186,7 +189,8 @@ def _suspicious(found: Suspicious) -> dict[str, object]:
     }
 
 
-def _tensor(outcome: Outcome) -> dict[str, object]:
+def _tensor(outcome: Outcome, methods: Mapping[int, int], every: tuple[int, ...]) -> dict[str, object]:
+    """What became of a tensor; methods, rules and inputs by their numbers from 1 on."""
     tensor = outcome.tensor
     done = {"merge": "merged", "copy": "copied", "take": "taken"}[tensor.action]
     entry: dict[str, object] = {
@@ -197,6 +201,12 @@ def _tensor(outcome: Outcome) -> dict[str, object]:
         "checksum": outcome.hexdigest(),
         "source_dtypes": [source.stored.name for source in tensor.sources],
     }
+    if tensor.method is not None:
+        entry["method"] = methods[id(tensor.method)]
+    if tensor.rule is not None:
+        entry["rule"] = tensor.rule + 1
+    if tensor.inputs != every:
+        entry["inputs"] = [number + 1 for number in tensor.inputs]
     entry |= outcome.facts or {}
     if outcome.nonfinite is not None:
         nonfinite = np.sum(outcome.nonfinite, axis=0)

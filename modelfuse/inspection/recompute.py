@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.made_files import CONFIG_NAME
+from modelfuse.checkpoints.made_files import CONFIG_NAME, REPORT_NAME
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import ModelfuseError
 from modelfuse.inspection.report_reader import Problem, Report, ReportedInput
 from modelfuse.kernels import Bytes
-from modelfuse.planning.operations import Operation
+from modelfuse.planning.operations import Operation, method_numbers, methods_of
 from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, exists, is_dir, is_file, look_up, place_of, size_of
@@ -83,12 +83,28 @@ def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | N
         for name in {**planned, **report.tensors}
         if _facts(planned.get(name)) != _facts(report.tensors.get(name))
     ]
-    problems = [replace(each, message=f"{each.tensor}: {each.message}") for each in problems]
+    problems += _compare_methods(plan, report)
+    problems = [replace(each, message=f"{each.tensor}: {each.message}") if each.tensor else each for each in problems]
     for file in plan.files:
         said = report.sha256.get(file.name)
         if said is not None and said != file.frame.digest:
             problems.append(Problem("recipe", f"{file.name}: the merge would write another header", file=file.name))
     return plan, problems
+
+
+def _compare_methods(plan: Plan, report: Report) -> Iterator[Problem]:
+    """Tensors that the plan makes by another method than the report tells; of older reports, none tells one."""
+    if report.methods is None:
+        return
+    planned, numbers = [each.described() for each in methods_of(plan.tensors)], method_numbers(plan.tensors)
+    for tensor in plan.tensors:
+        told = report.tensors.get(tensor.name)
+        number = None if tensor.method is None else numbers[id(tensor.method)]
+        rule = None if tensor.rule is None else tensor.rule + 1
+        if told is not None and (told.method, told.rule) != (number, rule):
+            yield Problem("recipe", f"{CONFIG_NAME} gives it another method than {REPORT_NAME} tells", tensor.name)
+    if planned != report.methods:
+        yield Problem("recipe", f"{CONFIG_NAME} gives other methods than {REPORT_NAME} tells", file=CONFIG_NAME)
 
 
 def _facts(tensor: object) -> tuple[object, ...]:

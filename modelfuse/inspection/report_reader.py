@@ -48,12 +48,14 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class ReportedTensor(Struct, frozen=True, rename={"dtype_name": "dtype", "dimensions": "shape"}):
-    """A tensor of the output: its type, its shape, its file and the checksum of its bytes."""
+    """A tensor of the output: its type, shape and file, the checksum of its bytes, its method's and rule's numbers."""
 
     dtype_name: Literal[*BY_NAME]  # type: ignore[valid-type]
     dimensions: Annotated[list[Count], Meta(max_length=64)]
     file: str
     checksum: str
+    method: Count | None = None
+    rule: Count | None = None
 
     @property
     def dtype(self) -> DType:
@@ -103,6 +105,7 @@ class Report(Struct, frozen=True):
     tensors: dict[str, ReportedTensor]
     copied_files: list[str]
     sha256: dict[str, str]
+    methods: list[dict[str, object]] | None = None
 
 
 def read_report(folder: Place) -> tuple[Report, list[Problem]]:

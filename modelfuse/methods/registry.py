@@ -78,6 +78,13 @@ class Method:
         """The models' factors where the result is a weighted sum of them, whatever they hold; None if it is not."""
         return self.weights if (self.sparsify_type, self.merge_type) == (None, "linear") else None
 
+    def described(self) -> dict[str, object]:
+        """All that it depends on by name, for a report; the seed, which is the recipe's, apart."""
+        steps = [MERGES[self.merge_type], *([SPARSIFIERS[self.sparsify_type]] if self.sparsify_type else [])]
+        options = {name: value for step in steps for name, value in self.options(step).items()}
+        weights = {"weights": list(self.weights)} if self.merge_type != "slerp" else {}
+        return {"merge_type": self.merge_type, "sparsify_type": self.sparsify_type, **weights, **options}
+
     def options(self, function: Callable[..., Array]) -> dict[str, object]:
         """The settings that a definition takes as keyword-only arguments."""
         return {name: getattr(self, name) for name in parameters(function)}

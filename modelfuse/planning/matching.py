@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
@@ -10,6 +10,8 @@ from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
 from modelfuse.errors import MismatchError
 from modelfuse.storage import Place
 
+#: The numbers of the models that must have a tensor of the output, by its name.
+InputsOf = Callable[[str], Sequence[int]]
 #: Where a multimodal model's config.json keeps its language model's.
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
@@ -54,18 +56,21 @@ def find_equal_pairs(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> tupl
     )
 
 
-def match_tensors(models: Sequence[Checkpoint], reference: Checkpoint) -> tuple[list[str], tuple[Tied, ...]]:
+def match_tensors(
+    models: Sequence[Checkpoint], reference: Checkpoint, inputs_of: InputsOf
+) -> tuple[list[str], tuple[Tied, ...]]:
     """Match the models' tensors by name.
 
     Args:
         models: All checkpoints, the base included.
         reference: The one whose order of tensors the output keeps.
+        inputs_of: The numbers of the models that must have a tensor of the output.
 
     Returns:
         The names of the output's tensors, and the names that are left out because they are tied.
 
     Raises:
-        MismatchError: If a tensor is not in every model, or has different shapes; lists all of them.
+        MismatchError: If a tensor is not in every model that must have it, or has different shapes; lists all.
     """
     everywhere = set.intersection(*(_names(model) for model in models))
     groups = [_tied_groups(model) for model in models]
@@ -79,12 +84,13 @@ def match_tensors(models: Sequence[Checkpoint], reference: Checkpoint) -> tuple[
                    default=name)  # fmt: skip
         if kept != name:
             tied.append(Tied(name, kept))
-        elif name in everywhere:
+        elif name in everywhere or all(_has(models[number], name) for number in inputs_of(name)):
             names.append(name)
         else:
             missing.append(name)
     problems = [
-        *_describe_missing(missing, models), *_describe_shapes(names, models), *_describe_untied(tied, models)
+        *_describe_missing(missing, models, inputs_of), *_describe_shapes(names, models, inputs_of),
+        *_describe_untied(tied, models),
     ]  # fmt: skip
     if not names and not problems:
         raise MismatchError("The models have no tensors to merge", "Name the folders that hold the weights.")
@@ -135,22 +141,23 @@ def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:
     return {name: group for group in members.values() for name in group}
 
 
-def _describe_missing(missing: Sequence[str], models: Sequence[Checkpoint]) -> list[str]:
+def _describe_missing(missing: Sequence[str], models: Sequence[Checkpoint], inputs_of: InputsOf) -> list[str]:
     lines: dict[tuple[str, ...], list[str]] = {}
     for name in missing:
-        absent = tuple(str(model.path) for model in models if not _has(model, name))
+        absent = tuple(str(models[number].path) for number in inputs_of(name) if not _has(models[number], name))
         lines.setdefault(absent, []).append(name)
     return [
         f"not in {' and '.join(absent)}: {group}" for absent, names in lines.items() for group in group_names(names)
     ]
 
 
-def _describe_shapes(names: Sequence[str], models: Sequence[Checkpoint]) -> list[str]:
+def _describe_shapes(names: Sequence[str], models: Sequence[Checkpoint], inputs_of: InputsOf) -> list[str]:
     lines: dict[str, list[str]] = {}
     for name in names:
-        shapes = [model[model.aliases.get(name, name)].shape for model in models]
+        holders = [models[number] for number in inputs_of(name)]
+        shapes = [model.tensors[model.aliases.get(name, name)].shape for model in holders]
         if len(set(shapes)) > 1:
-            shown = ", ".join(f"{list(shape)} in {model.path}" for shape, model in zip(shapes, models, strict=True))
+            shown = ", ".join(f"{list(shape)} in {model.path}" for shape, model in zip(shapes, holders, strict=True))
             lines.setdefault(shown, []).append(name)
     return [f"{group} has the shapes {shown}" for shown, names in lines.items() for group in group_names(names)]
 

@@ -125,10 +125,43 @@ def merged(
     return Operation(name, stored, reference.shape, "copy", sources, inputs, has_base, None, chosen, rule)
 
 
+def taken(
+    name: str,
+    source: StoredTensor,
+    number: int,
+    *,
+    base: StoredTensor | None = None,
+    base_input: int = 0,
+    dtype: DType | None = None,
+    rule: int | None = None,
+) -> Operation:
+    """A tensor as it is in one input.
+
+    Args:
+        name: The tensor's name in the output.
+        source: The input's tensor.
+        number: The number of the input.
+        base: What the source is a difference to, if it is one.
+        base_input: The number of the input that the base is of.
+        dtype: The type to store; None: that of the source, of a difference that of the base.
+        rule: As in :class:`Operation`.
+    """
+    if base is not None:
+        return merged(name, (source, base), (number, base_input), TAKE, has_base=True, dtype=dtype, rule=rule)
+    return merged(name, (source,), (number,), TAKE, has_base=False, dtype=dtype, rule=rule)
+
+
 def methods_of(operations: Iterable[Operation]) -> list[Method]:
     """The methods of all operations, each once, in the order of their first use."""
     found = {id(each.method): each.method for each in operations if each.method is not None}
     return list(dict.fromkeys(found.values()))
+
+
+def method_numbers(operations: Iterable[Operation]) -> dict[int, int]:
+    """The number of a method among :func:`methods_of`, from 1 on, by the ``id`` of the object that an operation has."""
+    found = {id(each.method): each.method for each in operations if each.method is not None}
+    numbers = {method: number for number, method in enumerate(dict.fromkeys(found.values()), 1)}
+    return {key: numbers[method] for key, method in found.items()}
 
 
 def can_be_merged(name: str, tensor: StoredTensor) -> bool:

@@ -25,7 +25,7 @@ from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.planning.optional_packages import need
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.planning.output_location import check_places
-from modelfuse.planning.rules import operations_of
+from modelfuse.planning.rules import Rules, operations_of
 from modelfuse.planning.warnings import notes_on
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import forget
@@ -152,9 +152,10 @@ def make_plan(recipe: Recipe) -> Plan:
         need("ray", "engine ray", "merge on this machine with --engine local")
     models = open_inputs(recipe)
     reference = models[-1 if recipe.base_model_path is not None else 0]
-    names, tied = match_tensors(models, reference)
+    rules = Rules(recipe)
+    names, tied = match_tensors(models, reference, rules.inputs_of)
     equal_pairs = (*find_equal_pairs(models, tied), *copies(models))
-    drafts, made_files = _drafts(recipe, models, names)
+    drafts, made_files = _drafts(recipe, rules, models, names)
     _check_kinds(drafts)
     form = OutputFormat.of(recipe, reference)
     tensors, files, index = _lay_out(drafts, recipe, form)
@@ -162,20 +163,20 @@ def make_plan(recipe: Recipe) -> Plan:
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
     return Plan(
         recipe, models, tensors, tied, equal_pairs, files, form, index, side_files, made_files, *budget,
-        notes_on(recipe, models, tied, form, budget, side_files),
+        (*notes_on(recipe, models, tied, form, budget, side_files), *rules.notes(names)),
     )  # fmt: skip
 
 
 def _drafts(
-    recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str]
+    recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], names: Sequence[str]
 ) -> tuple[list[Operation], Mapping[str, bytes]]:
     """The output's tensors, before they have a place; and the content of files that come with them."""
     if recipe.output_format != "lora":
-        return operations_of(recipe, models, names), {}
+        return operations_of(recipe, rules, models, names), {}
     from modelfuse.checkpoints.adapters.as_adapter import Change, as_adapter
 
     base = models[-1]
-    whole = {each.name: each for each in operations_of(recipe, models, list(base.tensors))}
+    whole = {each.name: each for each in operations_of(recipe, rules, models, list(base.tensors))}
     changes = [
         Change(name, each.models, base[name], each.method or TAKE)
         for name, each in whole.items()

@@ -2,43 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
-from modelfuse.planning.operations import Operation, merged
+from modelfuse.methods.registry import Method
+from modelfuse.planning.operations import Operation, merged, taken
 from modelfuse.recipe.recipe import Recipe
 
 
-def operations_of(recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str]) -> list[Operation]:
+class Rules:
+    """Finds the rule that holds for a tensor: the first whose glob matches its name.
+
+    Args:
+        recipe: The settings.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._matchers = [rule.matcher() for rule in recipe.rules]
+        self._inputs = tuple(range(len(recipe.inputs)))
+        self._methods: dict[tuple[int | None, tuple[int, ...]], Method] = {}
+
+    def of(self, name: str) -> int | None:
+        """The number of the rule that holds for a tensor of the output, from 0 on; None if none does."""
+        for number, matches in enumerate(self._matchers):
+            if matches(name):
+                return number
+        return None
+
+    def input_to_take(self, rule: int | None) -> int | None:
+        """The number of the input that a rule takes tensors from as they are; None if it merges."""
+        take = None if rule is None else self._recipe.rules[rule].take
+        return take if isinstance(take, int) else None
+
+    def inputs_of(self, name: str) -> tuple[int, ...]:
+        """The numbers of the inputs that must have a tensor."""
+        take = self.input_to_take(self.of(name))
+        return self._inputs if take is None else (take,)
+
+    def notes(self, names: Sequence[str]) -> Iterator[str]:
+        """Which rules hold for none of the output's tensors, and why.
+
+        Args:
+            names: The output's tensors; where it is an adapter, the base's.
+        """
+        took = {self.of(name) for name in names} if self._matchers else set()
+        for number, (rule, matches) in enumerate(zip(self._recipe.rules, self._matchers, strict=True)):
+            if number not in took:
+                meant = sum(matches(name) is not None for name in names)
+                why = f"the rules before it hold for all {meant} that it matches" if meant else "no name matches"
+                yield f"Rule {number + 1} ({rule.tensors!r}) takes no tensor: {why}."
+
+    def method(self, rule: int | None, models: tuple[int, ...]) -> Method:
+        """What merges some of the models, by their numbers, where a rule holds."""
+        key = rule, models
+        if key not in self._methods:
+            recipe = self._recipe
+            parameters = recipe.parameters if rule is None else recipe.parameters_of(recipe.rules[rule])
+            self._methods[key] = parameters.applied(models, recipe.seed)
+        return self._methods[key]
+
+
+def operations_of(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], names: Sequence[str]) -> list[Operation]:
     """How each tensor of a full model is made.
 
     Args:
         recipe: The settings.
+        rules: Its rules.
         models: The models in order, then the base if there is one.
         names: The output's tensors.
 
     Raises:
         RecipeError: If ``unmerged_from`` is none of the models.
     """
-    method, has_base = recipe.method, recipe.base_model_path is not None
+    has_base = recipe.base_model_path is not None
     preferred = _preferred_input(recipe)
     dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None
     inputs = tuple(range(len(models)))
+    merging = inputs[:-1] if has_base else inputs
     found = [(model.tensors, model.aliases) for model in models]
-    return [
-        merged(
-            name,
-            tuple([tensors[aliases.get(name, name)] for tensors, aliases in found]),
-            inputs,
-            method,
-            has_base=has_base,
-            dtype=dtype,
-            preferred=preferred,
-        )
-        for name in names
-    ]
+    operations = []
+    for name in names:
+        rule = rules.of(name)
+        take = rules.input_to_take(rule)
+        if take is None:
+            sources = tuple([tensors[aliases.get(name, name)] for tensors, aliases in found])
+            method = rules.method(rule, merging)
+            operation = merged(
+                name, sources, inputs, method, has_base=has_base, dtype=dtype, preferred=preferred, rule=rule
+            )
+        else:
+            tensors, aliases = found[take]
+            source = tensors[aliases.get(name, name)]
+            tensors, aliases = found[-1]
+            base = tensors[aliases.get(name, name)] if source.is_delta else None  # Of an adapter, there is one.
+            operation = taken(name, source, take, base=base, base_input=inputs[-1], dtype=dtype, rule=rule)
+        operations.append(operation)
+    return operations
 
 
 def _preferred_input(recipe: Recipe) -> int | None:

@@ -18,13 +18,19 @@ from modelfuse.recipe.sizes import size
 
 def warnings_of(recipe: Recipe) -> tuple[str, ...]:
     """What is allowed, but hardly ever meant, a few sentences each; nothing is read for it."""
-    sparsify_type = recipe.steps[0]
-    if sparsify_type is None or recipe.base_model_path is not None:
+    if recipe.base_model_path is not None:
         return ()
-    return (
-        f"{sparsify_type} without base_model_path drops parts of the models' weights themselves, not of what "
+    # Of each way to drop weights, where it comes from first.
+    drops = {recipe.parameters.steps[0]: ""}
+    for number, rule in enumerate(recipe.rules, 1):
+        if rule.take is None:
+            drops.setdefault(recipe.parameters_of(rule).steps[0], f"Rule {number} ({rule.tensors!r}): ")
+    return tuple(
+        f"{where}{sparsify_type} without base_model_path drops parts of the models' weights themselves, not of what "
         "fine-tuning changed. That breaks models: in the demo, with the default reserve_p, every such merge is worse "
-        "than the untouched base in all domains. Give the model that they were fine-tuned from as base_model_path.",
+        "than the untouched base in all domains. Give the model that they were fine-tuned from as base_model_path."
+        for sparsify_type, where in drops.items()
+        if sparsify_type is not None
     )
 
 

@@ -5,31 +5,29 @@ Flags, recipe files and the Python API all become a :class:`Recipe`; nothing dow
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import MISSING, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from modelfuse.errors import RecipeError
-from modelfuse.methods.registry import MERGE_METHODS, Method
+from modelfuse.methods.registry import Method
 from modelfuse.recipe.checks import (
     check_adapter_output,
     check_copied,
     check_device,
     check_engine,
     check_input_layout,
-    check_method,
     check_models,
     check_output_format,
-    check_pruning,
-    check_weights,
     nearest,
 )
 from modelfuse.recipe.files import RECORD
 from modelfuse.recipe.hub_names import HubName
-from modelfuse.recipe.schema import as_json, checked, settings_of
+from modelfuse.recipe.method_settings import METHOD_SETTINGS, MethodSettings
+from modelfuse.recipe.schema import Setting, as_json, checked, settings_of
 from modelfuse.recipe.settings import Settings
+from modelfuse.recipe.tensor_rules import Rule, checked_rules, rule_as_json
 from modelfuse.storage import Place
 
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
@@ -42,16 +40,28 @@ ANOTHER_WAY = ("model_path_str", "lora_model_path")
 SYNONYMS = {"model_prefix": "merge_prefix"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class Recipe(Settings):
     """What to merge, how, and where to. Frozen; paths are absolute.
+
+    Args:
+        settings: By name, those of methods beside the others.
+
+    Attributes:
+        parameters: The settings of methods.
 
     Raises:
         RecipeError: If a setting has a wrong type or value, or contradicts another.
     """
 
-    def __post_init__(self) -> None:
-        vars(self).update(checked(SETTINGS, vars(self)))
+    def __init__(self, **settings: object) -> None:
+        if unknown := settings.keys() - SETTINGS.keys():
+            raise TypeError(f"a recipe has no setting {min(unknown)!r}")
+        read = checked(SETTINGS, {**{name: each.default for name, each in SETTINGS.items()}, **settings})
+        given = {name: read.pop(name) for name in METHOD_SETTINGS}
+        given = {name: value for name, value in given.items() if settings.get(name) is not None}
+        vars(self).update(read)
+        vars(self)["parameters"] = MethodSettings(given, len(self.model_path_list))
         self._check()
 
     @classmethod
@@ -61,8 +71,7 @@ class Recipe(Settings):
         Raises:
             RecipeError: As the class says; an unknown name is answered with the nearest one.
         """
-        required: dict[str, Any] = {name: MISSING for name, each in SETTINGS.items() if each.is_required}
-        return cls(**{**required, **_canonical(settings)})
+        return cls(**_canonical(settings))
 
     def changed(self, **changes: object) -> Recipe:
         """The same with other values, which are not checked again."""
@@ -72,14 +81,11 @@ class Recipe(Settings):
 
     def _check(self) -> None:
         """Refuse settings that contradict each other."""
-        sparsify_type, merge_type = self.steps
         check_models(len(self.model_path_list), self.base_model_path is not None)
         check_device(self.tensor_type, self.device)
         check_engine(self.engine, self.ray_address, self.tensor_type)
-        check_method(self.merge_method, self.merge_type, self.sparsify_type)
-        check_weights(len(self.model_path_list), merge_type, self.weight_list, self.normalize)
-        if sparsify_type == "magprune":
-            check_pruning(self.reserve_p, self.epsilon)
+        self.parameters.check()
+        vars(self)["rules"] = checked_rules(self.rules, self.inputs, lambda rule: self.parameters_of(rule).check())
         check_copied(self.copy_file_list)
         check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
         check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
@@ -120,13 +126,6 @@ class Recipe(Settings):
             update[name] = found.get(getattr(self, name), getattr(self, name))
         return self.changed(**update)
 
-    @property
-    def steps(self) -> tuple[str | None, str]:
-        """The effective (sparsify_type, merge_type)."""
-        if self.merge_method is not None:
-            return MERGE_METHODS[self.merge_method]
-        return self.sparsify_type, self.merge_type or "linear"
-
     def declared_layouts(self, formats: Sequence[str]) -> tuple[Literal["hf", "paddle"] | None, ...]:
         """The layout that the settings give each input, None where they say nothing.
 
@@ -148,41 +147,38 @@ class Recipe(Settings):
         return None if self.save_to_hf is None else "hf" if self.save_to_hf else "paddle"
 
     @property
-    def normalizes(self) -> bool:
-        """The effective ``normalize``: absent weights are equal and normalised."""
-        return self.weight_list is None or bool(self.normalize)
-
-    @property
     def weights(self) -> tuple[float, ...]:
-        """The effective weights, one a model."""
-        weights = self.weight_list or (1.0,) * len(self.model_path_list)
-        total = math.fsum(weights)
-        return tuple(weight / total for weight in weights) if self.normalizes else weights
+        """The effective weights, one a model, where no rule says otherwise."""
+        return self.parameters.weights(range(len(self.model_path_list)))
 
     @property
     def method(self) -> Method:
-        """All that the mathematics depends on."""
-        sparsify_type, merge_type = self.steps
-        weights = self.weights
-        if merge_type == "ties" and self.normalizes:
-            # The division cancels their scale, and a third in float32 would tip votes that cancel exactly.
-            weights = self.weight_list or (1.0,) * len(self.model_path_list)
-        same = {name: getattr(self, name) for name in (
-            "slerp_alpha", "slerp_normalize_eps", "slerp_dot_threshold", "ties_elect_type", "rescale",
-            "reserve_p", "epsilon", "seed")}  # fmt: skip
-        return Method(merge_type, sparsify_type, weights, self.normalizes, **same)
+        """All that the mathematics depends on, where no rule says otherwise."""
+        return self.parameters.applied(range(len(self.model_path_list)), self.seed)
+
+    def parameters_of(self, rule: Rule) -> MethodSettings:
+        """The settings of methods where a rule holds: its own, else the recipe's."""
+        return self.parameters.overridden(dict(rule.own))
 
     def effective(self) -> dict[str, object]:
         """Every setting as it took effect, ready for JSON; parsing it gives the same merge."""
-        settings: dict[str, object] = {name: as_json(getattr(self, name)) for name in SETTINGS}
-        settings["sparsify_type"], settings["merge_type"] = self.steps
-        if settings["merge_type"] != "slerp":
-            settings["weight_list"] = list(self.weight_list or (1.0,) * len(self.model_path_list))
-            settings["normalize"] = self.normalizes
+        methods, settings = self.parameters.effective(), dict[str, object]()
+        for name in SETTINGS:
+            settings[name] = methods[name] if name in methods else as_json(getattr(self, name))
+        settings["rules"] = [rule_as_json(rule, self.inputs, self.parameters_of(rule).used()) for rule in self.rules]
+        if not self.rules:
+            del settings["rules"]
         return settings
 
 
-SETTINGS = settings_of(Recipe)
+def _settings() -> dict[str, Setting]:
+    """All settings by name, those of methods in their place."""
+    found = settings_of(Recipe)
+    before = list(found)[: list(found).index("rules")]
+    return {**{name: found[name] for name in before}, **METHOD_SETTINGS, **found}
+
+
+SETTINGS = _settings()
 
 
 def canonical_name(name: str) -> str:
@@ -231,7 +227,7 @@ def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
         if named.get("base_model_path") is None:
             raise RecipeError("lora_model_path needs base_model_path", "Name the model that it was trained on.")
         named["model_path_list"] = [adapter]
-    for name in ("model_path_list", "weight_list", "copy_file_list"):
+    for name in ("model_path_list", "weight_list", "rules", "copy_file_list"):
         if named.get(name) is None:
             named.pop(name, None)
     return named

@@ -36,7 +36,7 @@ def _absolute(value: object) -> Place:
     return place_of(value)
 
 
-def _input(value: object) -> Place | HubName:
+def read_input(value: object) -> Place | HubName:
     """A place; or a hub name, if it looks like one and nothing of that name is here."""
     if isinstance(value, str) and not os.path.lexists(value) and (named := hub_name(value)) is not None:
         return named
@@ -72,10 +72,10 @@ AbsolutePath = Annotated[Place, Instead(_absolute)]
 Weight = Annotated[float, Meta(ge=-3e38, le=3e38)]
 Endpoint = Annotated[str, Before(_endpoint)]
 #: A model to merge: where it is, or what it is called on a hub.
-Input = Annotated[Place | HubName, Instead(_input)]
+Input = Annotated[Place | HubName, Instead(read_input)]
 
 
-NOUNS: Mapping[object, str] = {_absolute: "PATH", _input: "MODEL", _endpoint: "URL"}
+NOUNS: Mapping[object, str] = {_absolute: "PATH", read_input: "MODEL", _endpoint: "URL"}
 
 
 def setting(default: object, description: str, otherwise: str = "", **bounds: Any) -> Any:
@@ -214,9 +214,9 @@ def as_json(value: object) -> object:
 
 
 def settings_of(kind: type) -> dict[str, Setting]:
-    """The settings that are a dataclass's fields, by name."""
+    """The settings among a dataclass's fields, by name."""
     hints = get_type_hints(kind, include_extras=True)
-    return {made.name: Setting(hints[made.name], made) for made in fields(kind)}
+    return {made.name: Setting(hints[made.name], made) for made in fields(kind) if made.metadata}
 
 
 def _plain(value: Any) -> object:

@@ -6,13 +6,18 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from modelfuse.dtypes import OUTPUT_DTYPES
-from modelfuse.methods.registry import MERGE_METHODS
-from modelfuse.recipe.schema import AbsolutePath, Bytes, Endpoint, Input, Weight, setting
+from modelfuse.recipe.method_settings import MethodSettings
+from modelfuse.recipe.schema import AbsolutePath, Bytes, Endpoint, Input, setting
+from modelfuse.recipe.tensor_rules import RuleSetting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings as they are given; a :class:`~modelfuse.recipe.recipe.Recipe` checks them."""
+    """The settings as they are given; a :class:`~modelfuse.recipe.recipe.Recipe` checks them.
+
+    Attributes:
+        parameters: The settings of methods.
+    """
 
     model_path_list: tuple[Input, ...] = setting(
         MISSING, "The models to merge: folders, weight files, URLs or hub names, adapters among them."
@@ -21,22 +26,10 @@ class Settings:
         None, "The model they were fine-tuned from: methods then act on the differences to it.", "none"
     )
     output_path: AbsolutePath | None = setting(None, "The folder to create, or its URL.", "none; merge needs it")
-    merge_method: Literal[*MERGE_METHODS] | None = setting(  # type: ignore[valid-type]
-        None, "A usual pair of merge_type and sparsify_type.", "linear if none of the three is given"
+    parameters: MethodSettings
+    rules: tuple[RuleSetting, ...] = setting(
+        (), "Settings of methods, or take, for tensors whose names match a glob; in a recipe file.", "none"
     )
-    merge_type: Literal["linear", "slerp", "ties"] | None = setting(None, "How models become one.", "linear")
-    sparsify_type: Literal["trim", "dare", "magprune"] | None = setting(None, "What is dropped first.", "nothing")
-    weight_list: tuple[Weight, ...] | None = setting(None, "One weight a model.", "equal, their sum 1")
-    normalize: bool | None = setting(
-        None, "Divide weights by their sum, for ties by those that agree.", "true without weight_list, else false"
-    )
-    slerp_alpha: float = setting(0.5, "slerp: 0 is the first model, 1 the second.", ge=0, le=1)
-    slerp_normalize_eps: float = setting(1e-8, "slerp: smaller norms are not divided by.", ge=0)
-    slerp_dot_threshold: float = setting(0.9995, "slerp: above this cosine, interpolate straight.", ge=0, le=1)
-    ties_elect_type: Literal["sum", "count"] = setting("sum", "ties: elect signs by value or by number.")
-    rescale: bool = setting(True, "Make up for what was dropped.")
-    reserve_p: float = setting(0.7, "The share of elements to keep (density).", gt=0, le=1)
-    epsilon: float = setting(0.14, "magprune: spread of the keeping probability over the ranks.", ge=0)
     seed: int = setting(0, "dare, magprune: which random draws.", ge=0, le=2**63 - 1)
     device: Literal["cpu", "gpu", "low_gpu_mem"] = setting("cpu", "Where to compute.")
     tensor_type: Literal["np", "pd", "pt"] = setting("np", "numpy, Paddle or torch kernels.")

@@ -1,0 +1,145 @@
+"""Rules: which tensors have settings of methods of their own, or are taken from one input as they are."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from modelfuse.errors import RecipeError
+from modelfuse.recipe.checks import nearest, shown
+from modelfuse.recipe.hub_names import HubName
+from modelfuse.recipe.method_settings import METHOD_SETTINGS
+from modelfuse.recipe.schema import Instead, Unfit, as_json, read_input
+from modelfuse.storage import Place
+
+#: What a rule has beside settings of methods.
+TENSORS, TAKE = "tensors", "take"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What holds for some tensors.
+
+    Attributes:
+        tensors: A glob over the names of the output's tensors.
+        own: The settings that it names, with their values; the others are the recipe's.
+        take: The input that the tensors are taken from as they are: its path or name; or its number, from 1 on in a
+            recipe, from 0 on once it was found among the inputs. None: they are merged.
+    """
+
+    tensors: str
+    own: tuple[tuple[str, object], ...]
+    take: Place | HubName | int | None = None
+
+    def matcher(self) -> Callable[[str], object]:
+        """Tells whether a tensor's name is one that is meant."""
+        return re.compile(fnmatch.translate(self.tensors)).match
+
+    def among(self, inputs: Sequence[Place | HubName]) -> Rule:
+        """The same with the number of the input to take, from 0 on.
+
+        Raises:
+            RecipeError: If it is none of them.
+        """
+        if self.take is None:
+            return self
+        names = "Name one of the models as model_path_list or base_model_path does, or by its number: 1 is the first."
+        if not isinstance(self.take, int):
+            if self.take in inputs:
+                return replace(self, take=inputs.index(self.take))
+            raise RecipeError(f"take is {self.take}, which is none of the models", names)
+        if 1 <= self.take <= len(inputs):
+            return replace(self, take=self.take - 1)
+        raise RecipeError(f"take is {self.take}, but there are {len(inputs)} inputs", names)
+
+
+def read_rule(value: object) -> Rule:
+    """One rule, as it is given in a recipe.
+
+    Raises:
+        ValueError: If it is not as it should be; says all that is wrong.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"give a map with {TENSORS}, and settings of methods or {TAKE}")
+    given = {key.replace("-", "_"): each for key, each in value.items()}
+    tensors, take = given.pop(TENSORS, None), given.pop(TAKE, None)
+    own, problems = _read_settings(given)
+    if len(given) + sum(name in value for name in (TENSORS, TAKE)) < len(value):
+        problems.append("a setting is given twice")
+    if not isinstance(tensors, str) or not tensors:
+        problems.append(f'{TENSORS} should be a glob over names, such as "*.mlp.*"')
+    if take is not None and own:
+        problems.append(f"it has {TAKE}, and {', '.join(own)}: what is taken as it is has no method")
+    elif take is None and not own and not problems:
+        problems.append(f"it changes nothing: give settings of methods, or {TAKE}")
+    try:
+        take = _read_input(take)
+    except ValueError as error:
+        problems.append(f"{TAKE} is {shown(take)}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return Rule(str(tensors), tuple(own.items()), take)
+
+
+def _read_settings(given: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Settings of methods as they should be, and what is wrong with the others."""
+    own, problems = dict[str, object](), list[str]()
+    for name, each in given.items():
+        if name not in METHOD_SETTINGS:
+            close = nearest(name, (*METHOD_SETTINGS, TENSORS, TAKE))
+            problems.append(f"there is no setting {name!r} of methods. {close}")
+            continue
+        try:
+            own[name] = METHOD_SETTINGS[name].read(each)
+        except Unfit as error:
+            problems.append(f"{name} is {shown(error.value)}: {error.reason}")
+    return own, problems
+
+
+def _read_input(take: object) -> Place | HubName | int | None:
+    if isinstance(take, bool):
+        raise ValueError("give a model's path or number")
+    return take if take is None or isinstance(take, int) else read_input(take)
+
+
+#: The type of one rule in a recipe.
+RuleSetting = Annotated[Rule, Instead(read_rule)]
+
+
+def checked_rules(
+    rules: Sequence[Rule], inputs: Sequence[Place | HubName], check: Callable[[Rule], None]
+) -> tuple[Rule, ...]:
+    """The rules with their inputs' numbers.
+
+    Args:
+        rules: As they were given.
+        inputs: The models in order, then the base if there is one.
+        check: Refuses settings that contradict each other.
+
+    Raises:
+        RecipeError: Naming the rule that cannot be.
+    """
+    found = []
+    for number, rule in enumerate(rules, 1):
+        try:
+            found.append(rule.among(inputs))
+            check(rule)
+        except RecipeError as error:
+            raise RecipeError(f"Rule {number} ({rule.tensors!r}): {error.message}", error.hint) from None
+    return tuple(found)
+
+
+def rule_as_json(rule: Rule, inputs: Sequence[Place | HubName], used: Mapping[str, object]) -> dict[str, object]:
+    """A rule as it took effect, ready for JSON; read again, it means the same.
+
+    Args:
+        rule: The rule.
+        inputs: The models in order, then the base if there is one.
+        used: The settings that its method takes.
+    """
+    if isinstance(rule.take, int):
+        return {TENSORS: rule.tensors, TAKE: as_json(inputs[rule.take])}
+    return {TENSORS: rule.tensors, **used}
