@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.kernels import Bytes, Pass, Work
 from modelfuse.kernels.backends import Device, Kernel, choose
-from modelfuse.methods.registry import MERGE_METHODS, Method
+from modelfuse.methods.registry import METHODS, apply
 
 DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}
 SLICE = 1 << 17
@@ -69,10 +69,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def reference_work(merge: Merge, size: int, dtype: DType) -> Work:
     """One tensor of the reference work."""
-    sparsify_type, merge_type = MERGE_METHODS[merge.method]
+    method = METHODS[merge.method]
     weights = (1.0 / merge.models,) * merge.models
-    method = Method(merge_type, sparsify_type, weights, normalize=True)
-    return Work("tensor", size, (dtype,) * (merge.models + merge.has_base), merge.has_base, dtype, method)
+    applied = apply(method.sparsifier, method.combination, weights, {"normalize": True, **method.defaults})
+    return Work("tensor", size, (dtype,) * (merge.models + merge.has_base), merge.has_base, dtype, applied)
 
 
 def time_passes(work: Work, threads: int, kernel: Kernel, stored: Bytes) -> dict[str, float]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from definitions import MERGES, SPARSIFIERS
 
 from modelfuse.checkpoints.formats.safetensors import frame_safetensors
 from modelfuse.dtypes import BY_NAME
-from modelfuse.methods.registry import MERGES, SPARSIFIERS
 
 #: The scripts that made the fixtures need the libraries that made them.
 collect_ignore = ["fixtures"]

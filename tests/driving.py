@@ -14,7 +14,7 @@ from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.kernels import Extent, Pass, Procedure, Work
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.passes import merge_procedure
-from modelfuse.methods.registry import Method
+from modelfuse.methods.applied import Applied
 
 Array = npt.NDArray[Any]
 
@@ -68,7 +68,7 @@ def load(stored: Array, dtype: DType, compute: str) -> Array:
 
 
 def work_on(
-    stored: Sequence[Array], sources: Sequence[DType], method: Method, has_base: bool, out: DType, name: str = "w"
+    stored: Sequence[Array], sources: Sequence[DType], method: Applied, has_base: bool, out: DType, name: str = "w"
 ) -> Work:
     """The work of merging these arrays."""
     return Work(name, stored[0].size, tuple(sources), has_base, out, method)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from adapting import DOWN, SHAPES, UP, Q, adapter_of, make_base, noise
 from conftest import Said, array, make_model, read_file, read_model, snapshot, start
+from definitions import applied, merge_tensor
 from test_resume import KILLED_AFTER, SPAN
 
 import modelfuse
@@ -21,7 +22,6 @@ from modelfuse.checkpoints.tensors import StoredTensor
 from modelfuse.dtypes import F32
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.truncated_svd import factorize
-from modelfuse.methods.registry import Method, merge_tensor
 from modelfuse.storage.files import SourceFile
 
 PREFIX = "base_model.model."
@@ -155,7 +155,7 @@ def test_differences_of_several_pieces_merge_as_the_definition_has_it(
         (tmp_path / f"{seed}").write_bytes(values[-1].tobytes())
         file = SourceFile.at(tmp_path / f"{seed}")
         sources.append(StoredTensor("w", F32, (sizes.size,), file, 0))
-    method = Method(merge_type, sparsify_type, (1.0, 0.5), normalize=False, reserve_p=0.5)
+    method = applied(merge_type, sparsify_type, (1.0, 0.5), normalize=False, reserve_p=0.5)
     merged = factored.merge_whole("w", sources, method, strict=True)
     expected = merge_tensor(values, None, method, "w")
     if merge_type == "slerp":

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from definitions import MERGES, applied, merge_tensor
 from driving import FLOATS, drive, load, store, walk, work_on
 from hypothesis import given, settings
 from pretended_gpu import PretendedGpu
@@ -33,14 +34,13 @@ from test_properties import SEVERAL_SPANS, Case, cases
 from modelfuse.dtypes import BF16, F16, F32, DType
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.kernels import Pass, Work, backends
+from modelfuse.kernels.arrays.arithmetic import CHUNK, Arithmetic
 from modelfuse.kernels.arrays.library import Library
-from modelfuse.kernels.arrays.methods import CHUNK, Arithmetic
 from modelfuse.kernels.arrays.passes import DotProducts
 from modelfuse.kernels.backends import LIBRARIES, ArrayKernel, Device, choose, find_gpu, import_library
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.scratch import RAW_CODES
 from modelfuse.methods.random import draws, stream_key
-from modelfuse.methods.registry import MERGES, Method, merge_tensor
 from modelfuse.planning.memory_budget import GRAIN as PLAN_GRAIN
 from modelfuse.planning.memory_budget import LEAST_GPU_ROOM
 
@@ -242,7 +242,7 @@ def test_a_device_holds_no_more_than_its_room(merge_type: str, sparsify_type: st
     torch = import_library("torch")
     kind, models = FLOATS[compute], 2 if merge_type == "slerp" else 5
     stored = some_models(24 * CHUNK, (kind,) * (models + 1), 4)
-    method = Method(merge_type, sparsify_type, (1.0,) * models, normalize=True, epsilon=0.5, reserve_p=0.5)
+    method = applied(merge_type, sparsify_type, (1.0,) * models, normalize=True, epsilon=0.5, reserve_p=0.5)
     work = work_on(stored, [kind] * (models + 1), method, True, kind)
     kernel = array_kernel(Device("pt", room=LEAST_GPU_ROOM))
     live = LiveBytes(torch)
@@ -299,7 +299,7 @@ def test_magnitudes_that_strain_tallies(kernel: ArrayKernel, sparsify_type: str,
     other = np.random.default_rng(1).normal(size=size).astype(dtype) * np.float32(1e3)
     for name, reserve_p in itertools.product(NAMES, (0.7, 0.31) if sparsify_type == "trim" else (0.5,)):
         stored = [distributions(size, dtype)[name].astype(dtype), other]
-        method = Method("linear", sparsify_type, (1.0, 0.5), reserve_p=reserve_p, epsilon=0.2)
+        method = applied("linear", sparsify_type, (1.0, 0.5), reserve_p=reserve_p, epsilon=0.2)
         work = work_on(stored, [kind] * 2, method, False, kind)
         same_values(merged(kernel, work, stored, [CHUNK])[0], drive(work, stored, [CHUNK], 4 * CHUNK)[0], name)
 
@@ -311,7 +311,7 @@ def test_slerp_s_sums_are_exact(kernel: ArrayKernel, kind: DType) -> None:
     values = [random.normal(size=2 * CHUNK + 9) * np.exp2(random.integers(-9, 9, 2 * CHUNK + 9)) for _ in range(2)]
     stored = [store(each, kind) for each in values]
     found: list[tuple[Any, Any]] = []
-    work = work_on(stored, [kind] * 2, Method("slerp", None, (1.0, 1.0)), False, kind)
+    work = work_on(stored, [kind] * 2, applied("slerp", None, (1.0, 1.0)), False, kind)
     drive(work, stored, [CHUNK], procedure=kernel.merge(work), passes=found)
     sums = np.concatenate(next(result for pass_, result in found if isinstance(pass_, DotProducts)), axis=1)
     x, y = (load(each, kind, "float64") for each in stored)

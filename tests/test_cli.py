@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, Said, array, call, make_model, random_tensors, read_model, start
+from definitions import MERGE_METHODS, MERGES, SPARSIFIERS
 
 import modelfuse as package
 from modelfuse.cli import help as help_pages
 from modelfuse.cli.arguments import Options, parse
 from modelfuse.cli.main import COMMANDS
 from modelfuse.kernels.jit.compile import COMPILING
-from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS
 from modelfuse.planning import memory_budget
 from modelfuse.recipe.method_settings import METHOD_SETTINGS
 from modelfuse.recipe.recipe import SETTINGS, Recipe

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from definitions import MERGE_METHODS, MERGES, SPARSIFIERS, applied, merge_tensor, options
 from driving import FLOATS, GRAIN, bfloat16, drive, load, store, work_on
 
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels.compiled import direct_reads, merge_loops, passes
 from modelfuse.kernels.order_statistics import LAYOUTS, Tally
+from modelfuse.methods.applied import Applied
 from modelfuse.methods.random import draws, stream_key
-from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS, Method, merge_tensor
 from modelfuse.methods.slerp import coefficients
 from modelfuse.methods.trim import kept_from
 from modelfuse.planning.memory_budget import GRAIN as PLAN_GRAIN
@@ -190,7 +191,7 @@ def test_nonfinite_elements_are_counted_for_every_source_and_the_output(dtype: s
     models[0][[0, 1023, 4999]] = np.nan, np.inf, -np.inf
     models[3][1024] = np.nan
     stored = [store(model, kind) for model in models]
-    method = Method("linear", None, (1.0, 1.0, 1.0))
+    method = applied("linear", None, (1.0, 1.0, 1.0))
     _, bad = drive(work_on(stored, [kind] * 4, method, True, kind), stored)
     assert bad.tolist() == [3, 0, 0, 1, 4]
 
@@ -200,7 +201,7 @@ def test_an_overflow_is_counted_for_the_output_alone(dtype: str) -> None:
     kind = FLOATS[dtype]
     largest = {"float32": 3e38, "float64": 1e308, "float16": 60000.0, "bfloat16": 3e38}[dtype]
     stored = [store(np.array([largest, 1.0, -largest]), kind)] * 2
-    _, bad = drive(work_on(stored, [kind] * 2, Method("linear", None, (1.0, 1.0)), False, kind), stored)
+    _, bad = drive(work_on(stored, [kind] * 2, applied("linear", None, (1.0, 1.0)), False, kind), stored)
     assert bad.tolist() == [0, 0, 2]
 
 
@@ -236,9 +237,9 @@ def some_models(size: int, sources: tuple[Any, ...], seed: int) -> list[Array]:
     return stored
 
 
-def a_method(merge_type: str, sparsify_type: str | None, models: int, **settings: Any) -> Method:
+def a_method(merge_type: str, sparsify_type: str | None, models: int, **settings: Any) -> Applied:
     weights = (0.5, -0.25, 1.25)[:models] if merge_type != "slerp" else (1.0,) * models
-    return Method(merge_type, sparsify_type, weights, **settings)
+    return applied(merge_type, sparsify_type, weights, **settings)
 
 
 def expected_bytes(work: Any, stored: list[Array], found: list[tuple[Any, Any]]) -> Array:
@@ -258,7 +259,7 @@ def expected_bytes(work: Any, stored: list[Array], found: list[tuple[Any, Any]])
     return store(merged, work.out)
 
 
-def slerp_with(values: list[Array], base: Array | None, sums: Array, method: Method, name: str) -> Array:
+def slerp_with(values: list[Array], base: Array | None, sums: Array, method: Applied, name: str) -> Array:
     """Slerp as defined, but with these sums, after checking that they are the exact ones.
 
     Where the tensors are float32, they are so up to float64's rounding.
@@ -273,20 +274,25 @@ def slerp_with(values: list[Array], base: Array | None, sums: Array, method: Met
         off = 1e-14 if prepared[0].dtype == np.float32 else 0.0
         assert total == pytest.approx(math.fsum(products.tolist()), rel=off, abs=off * np.abs(products).sum())
     c1, c2 = coefficients(
-        totals[0], totals[1], totals[2], method.slerp_alpha, method.slerp_normalize_eps, method.slerp_dot_threshold
+        totals[0],
+        totals[1],
+        totals[2],
+        method.shared.slerp_alpha,
+        method.shared.slerp_normalize_eps,
+        method.shared.slerp_dot_threshold,
     )
     compute = prepared[0].dtype.type
     merged: Array = prepared[0] * compute(c1) + prepared[1] * compute(c2)
     return merged if base is None else merged + base
 
 
-def sparsified(x: Array, model: int, method: Method, name: str) -> Array:
+def sparsified(x: Array, model: int, method: Applied, name: str) -> Array:
     """One model's tensor after the definition's sparsifier."""
     if method.sparsify_type is None:
         return x
     function = SPARSIFIERS[method.sparsify_type]
     drawn = [draws(stream_key(method.seed, model, name), 0, x.size)] if method.sparsify_type != "trim" else []
-    return function(x, *drawn, **method.options(function))
+    return function(x, *drawn, **options(method, function, model))
 
 
 def assert_same_bytes(ours: Array, theirs: Array) -> None:
@@ -365,14 +371,14 @@ def test_a_single_nonfinite_element_stays_alone(merge_type: str, sparsify_type: 
 def test_slerp_of_nonfinite_elements_is_nan_and_no_crash(value: float) -> None:
     values = [np.ones(100_000, np.float32), np.ones(100_000, np.float32)]
     values[0][[5, 99_999]] = value, -value
-    ours, bad = drive(work_on(values, [F32, F32], Method("slerp", None, (1.0, 1.0)), False, F32), values)
+    ours, bad = drive(work_on(values, [F32, F32], applied("slerp", None, (1.0, 1.0)), False, F32), values)
     assert np.isnan(ours).all()
     assert bad[0] == 2
 
 
 def test_slerp_sums_beyond_float64_are_no_crash() -> None:
     values = [np.full(100_000, 1e153) for _ in range(2)]
-    ours, bad = drive(work_on(values, [F64, F64], Method("slerp", None, (1.0, 1.0)), False, F64), values)
+    ours, bad = drive(work_on(values, [F64, F64], applied("slerp", None, (1.0, 1.0)), False, F64), values)
     assert ours.size == 100_000
     assert bad[:2].tolist() == [0, 0]
 
@@ -414,7 +420,7 @@ def kept_probability(x: Array, dtype: Any, has_base: bool, **settings: Any) -> A
     """The kernels' probability of keeping each element, read off what they divided by; NaN where it was dropped."""
     seeds, probability = 2, np.full(x.size, np.nan)
     for seed in range(seeds):
-        method = Method("linear", "magprune", (1.0, 0.0), seed=seed, **settings)
+        method = applied("linear", "magprune", (1.0, 0.0), seed=seed, **settings)
         zeros = np.zeros_like(x)
         base = [np.full_like(x, 0.0)] if has_base else []
         stored = [x, zeros, *base]
@@ -462,7 +468,7 @@ def test_no_probability_of_magprune_is_off_by_more_than_1e_4(
 def test_subnormals_are_dropped_by_their_ranks(name: str) -> None:
     """Without rescaling, what is kept must be what the exact ranks keep, but for draws within 1e-4 of them."""
     x = distributions(2 * GRAIN, "float32")[name].astype(np.float32)
-    method = Method("linear", "magprune", (1.0, 0.0), rescale=False, reserve_p=0.6, epsilon=0.5)
+    method = applied("linear", "magprune", (1.0, 0.0), rescale=False, reserve_p=0.6, epsilon=0.5)
     ours, _ = drive(work_on([x, x], [F32, F32], method, False, F32), [x, x])
     drawn = draws(stream_key(0, 0, "w"), 0, x.size)
     low, high = exact_probability(x, 0.6, 0.5)
@@ -474,7 +480,7 @@ def test_subnormals_are_dropped_by_their_ranks(name: str) -> None:
 def test_magprune_takes_little_memory_however_steep_the_probabilities() -> None:
     """Thousands of bins are too full for their width when epsilon is large."""
     x = np.random.default_rng(5).normal(size=4 * GRAIN).astype(np.float32)
-    method = Method("linear", "magprune", (1.0, 1.0), reserve_p=0.5, epsilon=0.98)
+    method = applied("linear", "magprune", (1.0, 1.0), reserve_p=0.5, epsilon=0.98)
     found: list[tuple[Any, Any]] = []
     drive(work_on([x, x], [F32, F32], method, False, F32), [x, x], passes=found)
     tallies = [span.nbytes for pass_, spans in found if isinstance(pass_, passes.TallyWithin) for span in spans]
@@ -496,7 +502,7 @@ def test_trim_is_exact(dtype: str, name: str, reserve_p: float) -> None:
     before, after = math.fsum(magnitudes.tolist()), math.fsum(magnitudes[kept].tolist())
     factor = before / after if min(before, after) >= 1e-8 else 1.0
     expected = np.where(kept, x, 0) * x.dtype.type(factor)
-    method = Method("linear", "trim", (1.0, 0.0), reserve_p=reserve_p)
+    method = applied("linear", "trim", (1.0, 0.0), reserve_p=reserve_p)
     ours, _ = drive(work_on([x, other], [FLOATS[dtype]] * 2, method, False, FLOATS[dtype]), [x, other], [GRAIN])
     np.testing.assert_array_equal(ours, expected)
 
@@ -510,7 +516,7 @@ def test_any_number_of_models_is_tallied(models: int, sparsify_type: str, dtype:
     random = np.random.default_rng(models)
     values = [random.integers(-12, 13, size) * 2.0 ** (-2 * model) for model in range(models)]
     stored = [store(each, kind) for each in (*values, np.zeros(size))]
-    method = Method("ties", sparsify_type, tuple(0.5 + model for model in range(models)), reserve_p=0.6, seed=3)
+    method = applied("ties", sparsify_type, tuple(0.5 + model for model in range(models)), reserve_p=0.6, seed=3)
     work = work_on(stored, [kind] * (models + 1), method, True, kind)
     ours, _ = drive(work, stored)
     assert_same_bytes(ours, expected_bytes(work, stored, []))
@@ -525,7 +531,7 @@ def test_a_model_or_span_of_zeros_alone(dtype: str, sparsify_type: str) -> None:
     half = zeros.copy()
     half[2 * GRAIN :] = np.exp2(np.arange(GRAIN) % 7)
     for stored in ([zeros, half], [half, zeros], [zeros, -zeros]):
-        method = Method("ties", sparsify_type, (1.0, 1.0), reserve_p=0.5)
+        method = applied("ties", sparsify_type, (1.0, 1.0), reserve_p=0.5)
         ours, _ = drive(work_on(stored, [kind, kind], method, False, kind), stored, [GRAIN, 2 * GRAIN])
         assert_same_bytes(ours, merge_tensor(stored, None, method, "w"))
 
@@ -534,7 +540,7 @@ def test_a_model_or_span_of_zeros_alone(dtype: str, sparsify_type: str) -> None:
 def test_thresholds_far_apart_in_float64_take_little_memory(dtype: str) -> None:
     random = np.random.default_rng(2)
     stored = [(random.normal(size=5000) * scale).astype(dtype) for scale in (1e-30, 1.0, 1e30)]
-    method = Method("ties", "trim", (1.0, 1.0, 1.0))
+    method = applied("ties", "trim", (1.0, 1.0, 1.0))
     work = work_on(stored, [FLOATS[dtype]] * 3, method, False, FLOATS[dtype])
     ours, _ = drive(work, stored)
     assert_same_bytes(ours, merge_tensor(stored, None, method, "w"))
@@ -545,7 +551,7 @@ def test_thresholds_far_apart_in_float64_take_little_memory(dtype: str) -> None:
 def test_a_tally_adds_up_exactly(name: str, dtype: str) -> None:
     layout = LAYOUTS[dtype]
     x = np.abs(distributions(4001, dtype)[name].astype(dtype))
-    work = work_on([x, x], [FLOATS[dtype]] * 2, Method("linear", "trim", (1.0, 1.0)), False, FLOATS[dtype])
+    work = work_on([x, x], [FLOATS[dtype]] * 2, applied("linear", "trim", (1.0, 1.0)), False, FLOATS[dtype])
     found: list[tuple[Any, Any]] = []
     drive(work, [x, x], passes=found)
     (numbers, table), _ = next(result for pass_, result in found if isinstance(pass_, passes.TallyAll))[0]
@@ -569,7 +575,7 @@ def test_a_tally_adds_up_exactly(name: str, dtype: str) -> None:
 def test_sums_that_are_not_finite_are_none() -> None:
     x = np.array([1.0, np.inf, 2.0], np.float32)
     found: list[tuple[Any, Any]] = []
-    drive(work_on([x, x], [F32, F32], Method("linear", "trim", (1.0, 1.0)), False, F32), [x, x], passes=found)
+    drive(work_on([x, x], [F32, F32], applied("linear", "trim", (1.0, 1.0)), False, F32), [x, x], passes=found)
     (numbers, table), _ = found[0][1][0]
     assert Tally(LAYOUTS["float32"], LAYOUTS["float32"].shift, numbers, table, sticky=True).units(0) is None
 

@@ -337,13 +337,13 @@ from modelfuse.dtypes import BF16
 from modelfuse.kernels import Work
 from modelfuse.kernels.compiled.base_distance import measured
 from modelfuse.kernels.compiled.passes import merge_procedure
-from modelfuse.methods.registry import MERGE_METHODS, Method
+from definitions import MERGE_METHODS, applied
 
 size, results = 5000, {}
 draw = np.random.default_rng(0)
 raws = (draw.standard_normal((3, size)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
 for name, (merge, sparsify) in MERGE_METHODS.items():
-    work = Work("w", size, (BF16,) * 3, True, BF16, Method(merge, sparsify, (0.5, 0.5)))
+    work = Work("w", size, (BF16,) * 3, True, BF16, applied(merge, sparsify, (0.5, 0.5)))
     out, procedure = np.zeros(2 * size, np.uint8), merge_procedure(work)
     procedure = measured(procedure, work)
     pass_ = next(procedure)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from adapting import CONFIG, DOWN, SHAPES, UP, Q, adapter_of, factors, lora, make_base, make_paddle, make_peft, noise
 from conftest import Said, Stored, array, make_model, read_model, snapshot
+from definitions import applied, merge_tensor
 
 import modelfuse
 from modelfuse.checkpoints import open_checkpoint
 from modelfuse.checkpoints.adapters.arrays import load
 from modelfuse.kernels.compiled.low_rank import add_low_rank, low_rank
-from modelfuse.methods.registry import Method, merge_tensor
 
 Refuse = Callable[..., str]
 FIXTURES = Path(__file__).parent / "fixtures" / "lora"
@@ -288,7 +288,7 @@ def test_slerp_of_two_adapters(tmp_path: Path) -> None:
     second, two = adapter_of(tmp_path / "L2", 11, Q)
     got = merged(tmp_path, model_path_list=[first, second], base_model_path=base, merge_method="slerp")
     name = f"{Q}.weight"
-    want = merge_tensor([one[name], two[name]], None, Method("slerp", None, (0.5, 0.5)), name) + tensors[name]
+    want = merge_tensor([one[name], two[name]], None, applied("slerp", None, (0.5, 0.5)), name) + tensors[name]
     check(got, tensors, {name: want})
 
 

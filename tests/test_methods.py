@@ -9,16 +9,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from definitions import (
+    MERGE_METHODS,
+    MERGES,
+    SPARSIFIERS,
+    applied,
+    dare,
+    linear,
+    magprune,
+    merge_tensor,
+    parameters,
+    slerp,
+    ties,
+    trim,
+)
 
+from modelfuse.methods import registry
 from modelfuse.methods.arrays import total
-from modelfuse.methods.dare import dare
-from modelfuse.methods.linear import linear
-from modelfuse.methods.magprune import keep_probability, magprune
+from modelfuse.methods.magprune import keep_probability
 from modelfuse.methods.random import draws, stream_key
-from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS, Method, describe, merge_tensor, parameters
-from modelfuse.methods.slerp import coefficients, slerp
-from modelfuse.methods.ties import ties
-from modelfuse.methods.trim import kept_from, scale, trim
+from modelfuse.methods.slerp import coefficients
+from modelfuse.methods.trim import kept_from, scale
 from modelfuse.recipe.recipe import SETTINGS, Recipe
 
 Array = npt.NDArray[Any]
@@ -59,7 +70,7 @@ def test_linear_computes_in_the_type_it_is_given(dtype: type) -> None:
 
 def test_a_base_is_subtracted_first_and_added_last() -> None:
     # x − b: (1, 2) and (3, −2); halves: 0.5 + 1.5 = 2 and 1 − 1 = 0; plus b: 12 and 20
-    method = Method("linear", None, (0.5, 0.5))
+    method = applied("linear", None, (0.5, 0.5))
     merged = merge_tensor([f32(11, 22), f32(13, 18)], f32(10, 20), method, "w")
     assert merged.tolist() == [12, 20]
 
@@ -204,7 +215,7 @@ def test_ties_does_not_divide_by_weights_that_cancel() -> None:
 def test_ties_of_equal_weights_and_an_exact_cancellation() -> None:
     """Weights that are absent arrive as ones: thirds in float32 would not cancel."""
     recipe = Recipe.parse({"model_path_list": ["a", "b", "c"], "merge_type": "ties"})
-    assert (recipe.method.weights, recipe.method.normalize) == ((1.0, 1.0, 1.0), True)
+    assert (recipe.method.weights, recipe.method.shared.normalize) == ((1.0, 1.0, 1.0), True)
     xs = [f32(0.1), f32(0.2), f32(-0.3)]
     votes = (xs[0] + xs[1]) + xs[2]
     expected = (xs[0] + xs[1]) / np.float32(2) if votes[0] >= 0 else xs[2]
@@ -375,34 +386,34 @@ def test_magprune_of_any_shape() -> None:
 # All of them ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [*MERGES.values(), *SPARSIFIERS.values()], ids=lambda each: each.__name__)
-def test_every_method_names_its_formula_and_paper(function: Any) -> None:
-    described = describe(function)
-    assert described.summary.endswith(".")
-    assert described.formula
-    assert "Paper" not in described.formula
-    assert described.paper[-1] not in ",;:"
-    year = [word for word in described.paper.replace(",", "").split() if word.isdigit() and len(word) == 4]
+STEPS = [*registry.SPARSIFIERS.values(), *registry.COMBINATIONS.values()]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda each: each.name)
+def test_every_method_names_its_formula_and_paper(step: Any) -> None:
+    assert step.summary.endswith(".")
+    assert step.formula
+    assert "Paper" not in step.formula
+    assert step.paper[-1] not in ",;:"
+    year = [word for word in step.paper.replace(",", "").split() if word.isdigit() and len(word) == 4]
     assert year
-    assert "arXiv:" in described.paper or "SIGGRAPH" in described.paper
+    assert "arXiv:" in step.paper or "SIGGRAPH" in step.paper
 
 
 @pytest.mark.parametrize("name", [*MERGES, *SPARSIFIERS])
-def test_a_signature_is_the_schema_of_its_settings(name: str) -> None:
-    """Every keyword of a definition is a setting of the recipe with the same default, and one of Method."""
-    function = {**MERGES, **SPARSIFIERS}[name]
-    assert function.__name__ == name
-    fields = Method.__dataclass_fields__
-    for setting, default in parameters(function).items():
+def test_a_declaration_is_the_schema_of_its_settings(name: str) -> None:
+    """Every keyword of a definition is a setting of the declaration, and of the recipe, with the same default."""
+    step = {**registry.SPARSIFIERS, **registry.COMBINATIONS}[name]
+    declared = {each.name: each.default for each in step.parameters}
+    for setting, default in parameters({**MERGES, **SPARSIFIERS}[name]).items():
         assert setting in SETTINGS
-        assert setting in fields
         if setting != "normalize":  # The recipe's None stands for: as weights are given or not.
             assert SETTINGS[setting].default == default
-        assert fields[setting].default == default
+        assert declared[setting] == default
 
 
 def test_the_table_of_methods() -> None:
-    assert MERGE_METHODS == {
+    assert {name: registry.MERGE_METHODS[name] for name in MERGE_METHODS} == {
         "linear": (None, "linear"),
         "slerp": (None, "slerp"),
         "ties": ("trim", "ties"),
@@ -418,7 +429,7 @@ def test_each_model_of_a_merge_has_its_own_draws() -> None:
     x = np.ones(64)
 
     def kept(seed: int, name: str, weights: tuple[float, float]) -> tuple[bool, ...]:
-        merged = merge_tensor([x, x], None, Method("linear", "dare", weights, reserve_p=0.5, seed=seed), name)
+        merged = merge_tensor([x, x], None, applied("linear", "dare", weights, reserve_p=0.5, seed=seed), name)
         return tuple((merged != 0).tolist())
 
     first = kept(0, "w", (1, 0))
@@ -430,6 +441,6 @@ def test_each_model_of_a_merge_has_its_own_draws() -> None:
 def test_sparsifiers_act_on_the_difference_to_the_base() -> None:
     # Differences 1, −4, 2, 0: half kept, the quantile 0.5 of 0 1 2 4 is 1.5; −4 and 2 stay, × 7/6.
     base = f64(10, 10, 10, 10)
-    method = Method("linear", "trim", (1.0, 0.0), reserve_p=0.5)
+    method = applied("linear", "trim", (1.0, 0.0), reserve_p=0.5)
     merged = merge_tensor([f64(11, 6, 12, 10), base], base, method, "w")
     assert merged.tolist() == pytest.approx([10, 10 - 4 * 7 / 6, 10 + 2 * 7 / 6, 10], rel=1e-15)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import xxhash
 from conftest import STEPS, Said, Stored, array, bf16, make_model, random_tensors, read_file, read_model, snapshot
+from definitions import MERGE_METHODS
 
 import modelfuse as package
-from modelfuse.methods.registry import MERGE_METHODS
 
 Run = Callable[..., Said]
 Pair = tuple[Path, Path]

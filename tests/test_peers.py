@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from definitions import MERGE_METHODS, applied, dare, linear, magprune, merge_tensor, ties
 
 import modelfuse
-from modelfuse.methods.dare import dare
-from modelfuse.methods.linear import linear
-from modelfuse.methods.magprune import keep_probability, magprune
-from modelfuse.methods.registry import MERGE_METHODS, Method, merge_tensor
-from modelfuse.methods.ties import ties
+from modelfuse.methods.applied import Applied
+from modelfuse.methods.magprune import keep_probability
 
 FIXTURES = Path(__file__).parent / "fixtures" / "peers"
 MODELS = ("model_1", "model_2", "model_3")
@@ -107,7 +105,7 @@ def settings(case: Case) -> dict[str, Any]:
     return {name: value for name, value in case.items() if name not in other}
 
 
-def method(case: Case) -> Method:
+def method(case: Case) -> Applied:
     """The case as the definitions want it: the weights made effective here, independently."""
     given = settings(case)
     weights, normalize = given.pop("weight_list", None), given.pop("normalize", False)
@@ -118,7 +116,7 @@ def method(case: Case) -> Method:
         weights, normalize = [1.0] * case["models"], True
     if normalize and merge_type != "ties":  # which divides by them itself, so their scale is no matter
         weights = [weight / sum(weights) for weight in weights]
-    return Method(merge_type, sparsify_type, tuple(weights), normalize, **given)
+    return applied(merge_type, sparsify_type, tuple(weights), normalize, **given)
 
 
 def check(got: Float, want: Float, terms: list[Float], gain: float) -> None:
@@ -214,25 +212,27 @@ def test_definitions_given_the_elements_that_a_peer_kept(peer: str, case: Case) 
         draws = np.where(kept, 0, DROP).astype("f4")
         sparse.append(sparsify(how)(model["distinct"] - base["distinct"], draws))
     if how.merge_type == "ties":
-        merged = ties(sparse, how.weights, normalize=how.normalize)
+        merged = ties(sparse, how.weights, normalize=how.shared.normalize)
     else:
         merged = linear(sparse, how.weights)
     terms = [model["distinct"] for model in models] + [base["distinct"]]
     check(merged + base["distinct"], answered["distinct"], terms, gain(case))
 
 
-def sparsify(how: Method) -> Callable[[Float, Float], Float]:
+def sparsify(how: Applied) -> Callable[[Float, Float], Float]:
     """The random step of a method, with its settings."""
     if how.sparsify_type == "dare":
-        return lambda x, draws: dare(x, draws, reserve_p=how.reserve_p, rescale=how.rescale)
-    return lambda x, draws: magprune(x, draws, reserve_p=how.reserve_p, epsilon=how.epsilon, rescale=how.rescale)
+        return lambda x, draws: dare(x, draws, reserve_p=how.shared.reserve_p, rescale=how.shared.rescale)
+    return lambda x, draws: magprune(
+        x, draws, reserve_p=how.shared.reserve_p, epsilon=how.shared.epsilon, rescale=how.shared.rescale
+    )
 
 
-def probabilities(how: Method, size: int) -> npt.NDArray[np.floating[Any]]:
+def probabilities(how: Applied, size: int) -> npt.NDArray[np.floating[Any]]:
     """The definition's probability of keeping each rank, the largest magnitude first."""
     if how.sparsify_type == "dare":
-        return np.full(size, how.reserve_p)
-    return keep_probability(np.arange(size, dtype="f8"), size, how.reserve_p, how.epsilon)
+        return np.full(size, how.shared.reserve_p)
+    return keep_probability(np.arange(size, dtype="f8"), size, how.shared.reserve_p, how.shared.epsilon)
 
 
 def check_counts(counts: npt.ArrayLike, expected: npt.NDArray[np.floating[Any]], repeats: int) -> None:
@@ -267,7 +267,7 @@ def test_merges_keep_each_rank_as_often_as_defined(peer: str, case: Case, tmp_pa
     how = method(case)
     expected = probabilities(how, delta.size)
     check_counts(kept.reshape(len(names), len(case["counts"]), -1).sum(axis=(0, 2)), expected, len(names))
-    scale = 1 / expected if how.rescale else np.ones(delta.size)
+    scale = 1 / expected if how.shared.rescale else np.ones(delta.size)
     values = delta.ravel()[order] * scale
     for name, flags in zip(names, kept, strict=True):
         np.testing.assert_allclose(merged[name].ravel()[order][flags], values[flags], rtol=3e-4)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from definitions import MERGES, SPARSIFIERS, applied, changed, merge_tensor
 from driving import FLOATS, GRAIN, STORED, drive, load, store, walk, work_on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from modelfuse.dtypes import F64, DType
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.kernels import Pass, Work
 from modelfuse.kernels.compiled.passes import merge_procedure
-from modelfuse.methods.registry import MERGES, SPARSIFIERS, Method, merge_tensor
+from modelfuse.methods.applied import Applied
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +40,7 @@ class Case:
     sources: tuple[DType, ...]
     has_base: bool
     out: DType
-    method: Method
+    method: Applied
     stored: tuple[Array, ...]
 
     @property
@@ -100,7 +101,7 @@ def cases(
     size = draw(sizes if sizes is not None else st.sampled_from([1, 2, 3, 17, 1024, 1025, 4097]))
     margin = draw(st.floats(0.01, 0.49))
     reserve_p = draw(st.floats(margin, 1 - margin))
-    method = Method(
+    method = applied(
         merge_type,
         sparsify_type,
         tuple(draw(st.lists(WEIGHTS, min_size=models, max_size=models))),
@@ -169,7 +170,11 @@ def magnitude_sums(case: Case) -> Array:
     """An element's bound on the terms of its merge, with what sparsifying may have scaled them by."""
     values = [np.abs(value.astype(np.float64)) for value in case.values]
     base = values.pop() if case.has_base else np.zeros_like(values[0])
-    keep = case.method.reserve_p - case.method.epsilon / 2 if case.method.sparsify_type == "magprune" else 1.0
+    keep = (
+        case.method.shared.reserve_p - case.method.shared.epsilon / 2
+        if case.method.sparsify_type == "magprune"
+        else 1.0
+    )
     weights = case.method.weights if case.method.merge_type != "slerp" else (1.0,) * 2
     scaled = sum(abs(weight) * (value + base) for value, weight in zip(values, weights, strict=True))
     bound: Array = scaled / keep + base
@@ -185,8 +190,8 @@ def test_slerp_equals_its_definition_up_to_the_rounding_of_sums(case: Case) -> N
     base = values.pop() if case.has_base else None
     with np.errstate(under="ignore"):
         plain = (
-            replace(case.method, merge_type="linear", weights=(1.0, 0.0)),
-            replace(case.method, merge_type="linear", weights=(0.0, 1.0)),
+            changed(case.method, merge_type="linear", weights=(1.0, 0.0)),
+            changed(case.method, merge_type="linear", weights=(0.0, 1.0)),
         )
         zero = np.zeros_like(values[0])
         deltas = [value if base is None else value - base for value in values]
@@ -208,14 +213,14 @@ def test_slerp_equals_its_definition_up_to_the_rounding_of_sums(case: Case) -> N
 def test_magprune_keeps_with_the_probability_of_the_rank(case: Case) -> None:
     """Each element is dropped or kept as its exact rank says, unless its draw lies within 1e-4 of the border."""
     models = case.work.models
-    method = replace(case.method, weights=(1.0,) + (0.0,) * (models - 1), rescale=False, epsilon=case.method.epsilon)
+    method = changed(case.method, weights=(1.0,) + (0.0,) * (models - 1), rescale=False)
     case = replace(case, method=method, out=F64)
     values = case.values
     base = values.pop() if case.has_base else None
     x = values[0] if base is None else values[0] - base
     ours = drive(case.work, case.stored)[0]
     lower, upper = (
-        replace(case, method=replace(method, reserve_p=method.reserve_p + sign * 1.01e-4)) for sign in (-1, 1)
+        replace(case, method=changed(method, reserve_p=method.shared.reserve_p + sign * 1.01e-4)) for sign in (-1, 1)
     )
     certain = (lower.defined() != 0) == (upper.defined() != 0)
     defined = case.defined().astype(np.float64)
@@ -229,7 +234,7 @@ def test_magprune_keeps_with_the_probability_of_the_rank(case: Case) -> None:
 def permuted(case: Case, order: Sequence[int]) -> Case:
     """The same models in another order, the base still last."""
     full = [*order, *range(case.work.models, len(case.sources))]
-    method = replace(case.method, weights=tuple(case.method.weights[number] for number in order))
+    method = changed(case.method, weights=tuple(case.method.weights[number] for number in order))
     sources, stored = (tuple(each[number] for number in full) for each in (case.sources, case.stored))
     return replace(case, sources=sources, stored=stored, method=method)
 
@@ -238,7 +243,7 @@ def permuted(case: Case, order: Sequence[int]) -> Case:
 @given(case=cases(merges=("linear",), sparsifiers=(None, "trim")), data=st.data())
 def test_the_order_of_models_changes_a_linear_merge_by_rounding_only(case: Case, data: st.DataObject) -> None:
     """Draws depend on a model's position, so dare and magprune are left out."""
-    case = replace(case, out=F64, method=replace(case.method, rescale=False))
+    case = replace(case, out=F64, method=changed(case.method, rescale=False))
     other = permuted(case, data.draw(st.permutations(range(case.work.models))))
     first, second = (drive(each.work, each.stored)[0] for each in (case, other))
     eps = float(np.finfo(case.work.compute).eps)
@@ -249,16 +254,20 @@ def test_the_order_of_models_changes_a_linear_merge_by_rounding_only(case: Case,
 @given(case=cases(merges=("ties",), sparsifiers=(None, "trim")), data=st.data())
 def test_the_order_of_models_changes_ties_by_rounding_only(case: Case, data: st.DataObject) -> None:
     """Where the vote is close, another order of summing may elect another sign: such elements are left out."""
-    case = replace(case, out=F64, method=replace(case.method, rescale=False, normalize=False))
+    case = replace(case, out=F64, method=changed(case.method, rescale=False, normalize=False))
     other = permuted(case, data.draw(st.permutations(range(case.work.models))))
     first, second = (drive(each.work, each.stored)[0] for each in (case, other))
     eps = float(np.finfo(case.work.compute).eps)
     bound = magnitude_sums(case)
-    linear = replace(case, method=replace(case.method, merge_type="linear"))
+    linear = replace(case, method=changed(case.method, merge_type="linear"))
     votes = linear.defined().astype(np.float64)
     if case.has_base:
         votes -= case.values[-1]
-    clear = np.full(votes.shape, True) if case.method.ties_elect_type == "count" else np.abs(votes) > 64 * eps * bound
+    clear = (
+        np.full(votes.shape, True)
+        if case.method.shared.ties_elect_type == "count"
+        else np.abs(votes) > 64 * eps * bound
+    )
     assert (np.abs(first - second)[clear] <= 16 * eps * bound[clear] + 1e-44).all()
 
 
@@ -268,7 +277,7 @@ def test_weight_one_of_one_model_gives_that_model(case: Case, chosen: int) -> No
     """To the bit without a base, but for the sign of zeros; with one, up to the rounding of the difference."""
     chosen %= case.work.models
     weights = tuple(float(number == chosen) for number in range(case.work.models))
-    case = replace(case, out=case.sources[chosen], method=replace(case.method, weights=weights))
+    case = replace(case, out=case.sources[chosen], method=changed(case.method, weights=weights))
     ours = drive(case.work, case.stored)[0]
     if case.has_base:
         ours, theirs = (load(each, case.out, "float64") for each in (ours, case.stored[chosen]))
@@ -284,11 +293,11 @@ def test_weight_one_of_one_model_gives_that_model(case: Case, chosen: int) -> No
 def test_rescaling_changes_no_choice(case: Case) -> None:
     """What is dropped is the same with and without, and what is kept is scaled up, never down."""
     models = case.work.models
-    case = replace(case, out=F64, method=replace(case.method, weights=(1.0,) + (0.0,) * (models - 1), rescale=False))
+    case = replace(case, out=F64, method=changed(case.method, weights=(1.0,) + (0.0,) * (models - 1), rescale=False))
     if case.has_base:
         return
     plain = drive(case.work, case.stored)[0]
-    scaled_case = replace(case, method=replace(case.method, rescale=True))
+    scaled_case = replace(case, method=changed(case.method, rescale=True))
     scaled = drive(scaled_case.work, case.stored)[0]
     np.testing.assert_array_equal(plain != 0, scaled != 0)
     assert (np.abs(scaled) >= np.abs(plain)).all()
@@ -309,6 +318,6 @@ def test_models_equal_to_their_base_give_it_back(merge_type: str, sparsify_type:
     """To the bit: a model that was not tuned changes nothing."""
     for kind in FLOATS.values():
         base = store(np.random.default_rng(3).normal(size=2000), kind)
-        method = Method(merge_type, sparsify_type, (0.25, 1.5))
+        method = applied(merge_type, sparsify_type, (0.25, 1.5))
         ours, _ = drive(work_on([base] * 3, [kind] * 3, method, True, kind), [base] * 3)
         assert ours.tobytes() == base.tobytes()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_model, random_tensors
+from definitions import MERGE_METHODS, applied
 from driving import FLOATS, GRAIN, Array, drive, store, work_on
 
 from modelfuse.dtypes import BF16, DType
@@ -18,7 +19,6 @@ from modelfuse.kernels import Extent, Pass, Unread
 from modelfuse.kernels.compiled import direct_reads
 from modelfuse.kernels.compiled.base_distance import measured
 from modelfuse.kernels.compiled.passes import merge_procedure
-from modelfuse.methods.registry import MERGE_METHODS, Method
 
 SIZE = 5 * GRAIN + 1234
 MIXTURES = {
@@ -60,7 +60,7 @@ def test_passes_read_what_they_would_be_given(tmp_path: Path, mixture: str, name
     stored = some(dtypes)
     weights = () if name == "slerp" else (0.6, 0.3)
     sparsify_type, merge_type = MERGE_METHODS[name]
-    work = work_on(stored, dtypes, Method(merge_type, sparsify_type, weights), True, BF16)
+    work = work_on(stored, dtypes, applied(merge_type, sparsify_type, weights), True, BF16)
     found = []
     with lying(tmp_path / "file", stored) as extents:
         for places in ((), extents):
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, name: str) -> None:
     dtypes = [BF16] * 3
     stored = some(dtypes)
     sparsify_type, merge_type = MERGE_METHODS[name]
-    work = work_on(stored, dtypes, Method(merge_type, sparsify_type, () if name == "slerp" else (0.5, 0.5)), True, BF16)
+    work = work_on(stored, dtypes, applied(merge_type, sparsify_type, (0.5, 0.5)), True, BF16)
     with lying(tmp_path / "file", stored) as extents:
         for lost in (Extent(-1, 0), Extent(extents[1].descriptor, extents[2].offset + 10)):
             with pytest.raises(Unread) as caught:

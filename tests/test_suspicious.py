@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import STEPS, Said, Stored, array, bf16, call, make_model, read_model
+from definitions import applied
 from driving import bfloat16, drive, work_on
 
 import modelfuse as package
@@ -21,14 +22,14 @@ from modelfuse.execution.report_writer import Outcome, SpanResult
 from modelfuse.kernels.compiled import base_distance as module
 from modelfuse.kernels.compiled.base_distance import BLOCK, Distance, distances, measured, stride_of
 from modelfuse.kernels.compiled.passes import merge_procedure
-from modelfuse.methods.registry import Method
+from modelfuse.methods.applied import Applied
 
 Run = Callable[..., Said]
-LINEAR = Method("linear", None, (0.5, 0.5), True)
+LINEAR = applied("linear", None, (0.5, 0.5), True)
 
 
 def measure(
-    stored: list[np.ndarray], dtypes: list[DType], method: Method = LINEAR, deltas: tuple[bool, ...] = (), **how: Any
+    stored: list[np.ndarray], dtypes: list[DType], method: Applied = LINEAR, deltas: tuple[bool, ...] = (), **how: Any
 ) -> list[Distance]:
     """The distances that merging finds; the base comes last."""
     work = work_on(stored, dtypes, method, True, BF16)
@@ -77,7 +78,7 @@ def test_same_numbers_for_any_spans_slices_and_method(steps: tuple[str, str | No
     whole = measure(stored, [F32] * 3, step=1 << 20)
     assert whole[0].relative == pytest.approx(definition(stored[:1], base)[0], rel=1e-12)
     for spans, step in (([1 << 18, 1 << 19], 1 << 17), ([1 << 15], 1 << 15), ([], 1 << 16)):
-        found = measure(stored, [F32] * 3, Method(steps[0], steps[1], (0.5, 0.5), True), spans=spans, step=step)
+        found = measure(stored, [F32] * 3, applied(steps[0], steps[1], (0.5, 0.5), True), spans=spans, step=step)
         assert [each.equal for each in found] == [False, True]
         assert [each.relative for each in found] == pytest.approx([each.relative for each in whole], rel=1e-12, abs=0)
         assert found == measure(stored, [F32] * 3, spans=spans, step=1 << 20)  # Slices change not even the last bit.

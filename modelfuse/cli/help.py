@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from modelfuse.cli.arguments import OPTIONS
 from modelfuse.cli.console import out
-from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS, describe, parameters
+from modelfuse.methods.registry import COMBINATIONS, MERGE_METHODS, SPARSIFIERS
+from modelfuse.methods.spec import Step
 from modelfuse.recipe.recipe import SETTINGS
 from modelfuse.recipe.schema import Setting
 from modelfuse.recipe.sizes import size
@@ -181,15 +182,20 @@ def methods() -> None:
     """What exists, with settings, formula and paper."""
     pairs = [(name, sparsify_type or "–", merge_type) for name, (sparsify_type, merge_type) in MERGE_METHODS.items()]
     out.table(("merge_method", "sparsify_type", "merge_type"), pairs)
-    for title, steps in (("sparsify_type", SPARSIFIERS), ("merge_type", MERGES)):
-        for name, function in steps.items():
-            about = describe(function)
-            out.say("\n[bold]{}[/] ({}): {}", name, title, about.summary)
-            out.say("  formula: {}", about.formula)
-            out.say("  settings: {}", ", ".join(_effective(parameters(function))) or "weight_list, normalize")
-            out.say("  paper: {}", about.paper)
+    for sparsifier in SPARSIFIERS.values():
+        _step("sparsify_type", sparsifier)
+    for combination in COMBINATIONS.values():
+        _step("merge_type", combination, () if combination.weights == "none" else ("weight_list",))
+
+
+def _step(setting: str, step: Step, more: Iterable[str] = ()) -> None:
+    out.say("\n[bold]{}[/] ({}): {}", step.name, setting, step.summary)
+    out.say("  formula: {}", step.formula)
+    own = [each.name for each in step.parameters]
+    out.say("  settings: {}", ", ".join(_effective([*more, *own])) or "–")
+    out.say("  paper: {}", step.paper)
 
 
 def _effective(names: Iterable[str]) -> list[str]:
     """Settings with the values that take effect where nothing is given, which are not always a definition's own."""
-    return [f"{name} = {default_of(SETTINGS[name])}" for name in names]
+    return [f"{name} = {default_of(SETTINGS[name])}" for name in names if name in SETTINGS]

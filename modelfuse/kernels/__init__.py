@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from modelfuse.dtypes import DType, computed_in
-from modelfuse.methods.registry import Method
+from modelfuse.methods.applied import Applied
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -39,7 +39,7 @@ class Work:
     sources: tuple[DType, ...]
     has_base: bool
     out: DType
-    method: Method
+    method: Applied
     deltas: tuple[bool, ...] = ()
 
     @property

@@ -24,6 +24,8 @@ CPU_BLOCK = 1 << 17
 #: The same of a GPU's: whole slices.
 GPU_ROOM = 2_000_000_000
 GPU_BLOCK = 1 << 22
+#: Work of fewer bytes than this never waits for a compiler.
+SMALL = 256_000_000
 INSTEAD = "Use --device cpu, or --allow_cpu_fallback for whatever the machine has."
 
 

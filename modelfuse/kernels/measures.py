@@ -1,20 +1,32 @@
-"""What trim and magprune must know of a whole tensor: which passes tally it, and what is made of their tallies.
+"""What the element step must know of whole tensors: which passes count magnitudes, and what is made of their counts.
 
-Written once for all kernels: what differs is the two passes. Those that fold leave what spans found to be added up
+Written once for all backends: what differs is the two passes. Those that fold leave what spans found to be added up
 by whoever drives them, or here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from modelfuse.kernels import Pass, Work
-from modelfuse.kernels.compiled.merge_loops import DIGIT_BITS, RANK_BITS
-from modelfuse.kernels.order_statistics import LAYOUTS, RankTable, Tally, TrimSearch, first_within
+from modelfuse.kernels.order_statistics import (
+    DIGIT_BITS,
+    LAYOUTS,
+    RANK_BITS,
+    RANKS,
+    Found,
+    RankSearch,
+    RankTable,
+    Tally,
+    first_within,
+)
+from modelfuse.methods.random import stream_key
+from modelfuse.methods.spec import OrderStatistics, Ranks
 
 Array = np.ndarray[Any, Any]
 Passes = Generator[Pass, list[Any], Any]
@@ -28,71 +40,121 @@ class TallyPass(Pass, Protocol):
 
 
 class Tallies(Protocol):
-    """The passes of one kind of kernel that tally a tensor."""
+    """The passes of one backend that count magnitudes."""
 
     def all(self, work: Work) -> TallyPass:
-        """Tallies all magnitudes; finds, for each model, what :func:`add_up` adds up."""
+        """Counts all magnitudes; finds, for each model, what :func:`add_up` adds up."""
 
     def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyPass:
-        """Tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3).
+        """Counts the magnitudes in chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3).
 
         ``prefixes`` are the bins' leading bits, uint64, ascending, one array a model.
         """
 
 
-class Ranks(NamedTuple):
-    """What magprune must know of all models.
+class KeepTables(NamedTuple):
+    """The probability of keeping each magnitude, for all models.
 
     Attributes:
-        numbers: The mean probability, and whether there is anything to drop, a pair a model.
         tables: A pair a model: the bins that hold any magnitude, as in :class:`Tally`, and their probabilities,
             float64; −(slot + 1) for a subtable.
-        subtables: The same by the next digit, for each bin that was tallied again, shape (bins, RANKS).
-        levels: How often bins were tallied again.
+        subtables: The same by the next digit, for each bin that was counted again, shape (bins, RANKS).
+        levels: How often bins were counted again.
     """
 
-    numbers: list[tuple[float, float]]
     tables: list[tuple[Array, Array]]
     subtables: Array
     levels: int
 
 
-def measure_thresholds(work: Work, passes: Tallies) -> Passes:
-    """trim's threshold and factor, a pair a model."""
-    layout = LAYOUTS[work.compute]
-    searches = [TrimSearch(tally, work.method.reserve_p) for tally in (yield from _tally_all(work, passes))]
-    while pending := [search for search in searches if search.threshold is None]:
-        prefixes = [np.array([each.prefix] if each in pending else [], np.uint64) for each in searches]
-        tables = yield from _tally_within(work, passes, prefixes, pending[0].parent_shift, DIGIT_BITS)
-        for search, table in zip(pending, tables, strict=True):
-            digits = np.flatnonzero(table[:, 0])
-            first = first_within(np.array(search.prefix, np.uint64), search.parent_shift, DIGIT_BITS)
-            numbers = first + digits.astype(np.uint64)
-            search.narrow(Tally(layout, max(search.parent_shift - DIGIT_BITS, 0), numbers, table[digits]))
-    factors = [search.factor() if work.method.rescale else 1.0 for search in searches]
-    return [(search.threshold or 0.0, factor) for search, factor in zip(searches, factors, strict=True)]
+@dataclass(frozen=True)
+class Element:
+    """All that the element step must know of a tensor.
+
+    Attributes:
+        keys: The random streams, one a model.
+        numbers: Its numbers by name, one mapping a model.
+        keep: The probabilities that depend on ranks, if it takes any.
+    """
+
+    keys: Sequence[int] = ()
+    numbers: Sequence[Mapping[str, float]] = ()
+    keep: KeepTables = field(default_factory=lambda: KeepTables([], np.ones((0, RANKS)), 0))
+
+    def table(self, names: Sequence[str], compute: str) -> Array:
+        """The numbers of these names in the compute type, shape (models, names)."""
+        rows = [[numbers[name] for name in names] for numbers in self.numbers]
+        return np.array(rows, compute).reshape(len(self.numbers), len(names))
 
 
-def measure_ranks(work: Work, passes: Tallies) -> Passes:
-    """magprune's :class:`Ranks`."""
-    method = work.method
-    models = [RankTable(tally, method.reserve_p, method.epsilon) for tally in (yield from _tally_all(work, passes))]
+def measure_element(work: Work, passes: Tallies) -> Passes:
+    """The :class:`Element` of a tensor."""
+    method, sparsifier = work.method, work.method.sparsifier
+    if sparsifier is None:
+        return Element(numbers=[{}] * work.models)
+    keys = [stream_key(method.seed, method.stream(model), work.name) for model in range(work.models)]
+    numbers = [{**method.numbers_of(model), **sparsifier.numbers(method.of(model))} for model in range(work.models)]
+    if isinstance(sparsifier.measure, OrderStatistics):
+        found = yield from _measure_magnitudes(work, passes, sparsifier.measure)
+        for model, magnitudes in enumerate(found):
+            numbers[model].update(sparsifier.measure.numbers(work.size, method.of(model), magnitudes))
+    if isinstance(sparsifier.measure, Ranks):
+        return Element(keys, numbers, (yield from _measure_ranks(work, passes, sparsifier.measure)))
+    return Element(keys, numbers)
+
+
+def _measure_magnitudes(work: Work, passes: Tallies, measure: OrderStatistics) -> Passes:
+    """What was asked for of each model's magnitudes."""
+    layout, sums = LAYOUTS[work.compute], work.method.needs_sums
+    tallies = yield from _tally_all(work, passes)
+    searches = [
+        [RankSearch(tally, rank, sums) for rank in measure.ranks(work.size, work.method.of(model))]
+        for model, tally in enumerate(tallies)
+    ]
+    units = [tally.units(0) if sums else None for tally in tallies]
+    while pending := [[each for each in own if each.value is None] for own in searches]:
+        if not any(pending):
+            break
+        # Bins that several ranks lie in are counted once.
+        prefixes = [np.unique(np.array([each.prefix for each in own], np.uint64)) for own in pending]
+        parent_shift = next(each.parent_shift for own in pending for each in own)
+        tables = yield from _tally_within(work, passes, prefixes, parent_shift, DIGIT_BITS)
+        parts = np.split(tables, np.cumsum([len(own) for own in prefixes[:-1]]))
+        for own, known, part in zip(pending, prefixes, parts, strict=True):
+            for search in own:
+                table = part[np.searchsorted(known, np.uint64(search.prefix))]
+                digits = np.flatnonzero(table[:, 0])
+                first = first_within(np.array(search.prefix, np.uint64), parent_shift, DIGIT_BITS)
+                bins = first + digits.astype(np.uint64)
+                search.narrow(Tally(layout, max(parent_shift - DIGIT_BITS, 0), bins, table[digits]))
+    return [Found(layout, own, own_units) for own, own_units in zip(searches, units, strict=True)]
+
+
+def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
+    """The probability of keeping each magnitude."""
+    models = []
+    for model, tally in enumerate((yield from _tally_all(work, passes))):
+        settings = work.method.of(model)
+
+        def probability(ranks: Any, size: int, settings: Any = settings) -> Any:
+            return measure.probability(ranks, size, settings)
+
+        models.append(RankTable(tally, probability, measure.spread(settings)))
     shift, levels = LAYOUTS[work.compute].shift, 0
     while sum(map(len, prefixes := [model.prefixes for model in models])):
         tables = yield from _tally_within(work, passes, prefixes, shift, RANK_BITS)
         parts = np.split(tables, np.cumsum([len(own) for own in prefixes[:-1]]))
-        for model, part in zip(models, parts, strict=True):
-            model.narrow(part, shift)
+        for one, part in zip(models, parts, strict=True):
+            one.narrow(part, shift)
         shift, levels = max(shift - RANK_BITS, 0), levels + 1
     found: list[tuple[Array, Array]] = []
     subtables: list[Array] = []
-    for model in models:
+    for one in models:
         slots = sum(map(len, subtables))
-        found.append(model.table(slots))
-        subtables.append(model.subtables(slots))
-    return Ranks(
-        [(method.reserve_p, float(model.active)) for model in models], found, np.concatenate(subtables), levels
-    )
+        bins, keeps = one.table(slots)
+        found.append((bins, keeps if one.active else np.ones_like(keeps)))  # A tensor of zeros stays as it is.
+        subtables.append(one.subtables(slots))
+    return KeepTables(found, np.concatenate(subtables), levels)
 
 
 def _tally_all(work: Work, passes: Tallies) -> Passes:

@@ -8,21 +8,28 @@ again by its next digits. All sums are integers, so neither slices nor workers c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from modelfuse.kernels.compiled.merge_loops import RANK_BITS
-from modelfuse.kernels.jit.compile import compile_kernel
-from modelfuse.methods.magprune import keep_probability
-from modelfuse.methods.trim import kept_from, scale
 
 Counts = np.ndarray[Any, np.dtype[np.uint64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Booleans = np.ndarray[Any, np.dtype[np.bool_]]
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
+#: Magnitudes are tallied by 15 leading bits (sign dropped, exponent and first mantissa bits) and, in front of them, a
+#: sticky bit: whether any of the bits that remain is set. Differences of bfloat16 models rarely have any, so nearly all
+#: of their bins hold one value; and the bins they use lie side by side, so that they stay in the first-level cache.
+LEAD_BITS = 15
+LEADS = 1 << LEAD_BITS
+BINS = 2 * LEADS
+#: A threshold's bin is tallied again by so many bits at a time.
+DIGIT_BITS = 16
+#: Bins that hold too many ranks are tallied again by so many bits at a time: there may be thousands of them.
+RANK_BITS = 6
+RANKS = 1 << RANK_BITS
 #: A probability may be off by this much at most (half of it, as a bin takes its mean rank).
 PROBABILITY_ERROR = 1e-4
 LOW_BITS = 22
@@ -46,11 +53,6 @@ class Layout:
     least: int
     shift: int
     infinite: int
-
-    @property
-    def words(self) -> int:
-        """So many words of 64 bits hold any sum of magnitudes, in smallest subnormals."""
-        return (self.infinite + self.mantissa >> 6) + 2
 
     def value(self, bits: int) -> float:
         """The float with these bits."""
@@ -120,58 +122,31 @@ class Tally:
         stop = self.numbers.size if stop is None else stop
         if start == stop:
             return 0
-        layout, words = self.layout, np.zeros(self.layout.words, np.uint64)
-        if self.leading(stop - 1) >> layout.mantissa - self.shift == layout.infinite:
+        if self.leading(stop - 1) >> self.layout.mantissa - self.shift == self.layout.infinite:
             return None
-        _add_up(self.numbers, self.table, start, stop, self.sticky, layout.mantissa, self.shift, words)
-        return int.from_bytes(words.astype("<u8").tobytes(), "little")
+        return _add_up(
+            self.numbers[start:stop] >> np.uint64(self.sticky), self.table[start:stop], self.layout, self.shift
+        )
 
 
-@compile_kernel
-def _add_up(
-    numbers: Counts, table: Counts, start: int, stop: int, sticky: bool, mantissa: int, shift: int, words: Counts
-) -> None:
-    """Add the magnitudes in some bins of a tally to an integer of many words, the lowest first.
+def _add_up(leading: Counts, table: Counts, layout: Layout, shift: int) -> int:
+    """The sum of the magnitudes in some bins, in smallest subnormals.
 
     Those of one exponent are added up first: split in halves, so that 64 bits hold the sums.
     """
-    low = high = rest = more = np.uint64(0)
-    width, half = np.uint64(mantissa - shift), np.uint64((1 << HALF_BITS) - 1)
+    width, half = np.uint64(layout.mantissa - shift), np.uint64((1 << HALF_BITS) - 1)
+    exponents = leading >> width
     hidden = np.uint64(1) << width
-    for index in range(start, stop):
-        leading = numbers[index] >> np.uint64(sticky)
-        exponent: Any = np.int64(leading >> width)
-        value = leading & (hidden - np.uint64(1))
-        if exponent > 0:
-            value |= hidden
-        low += table[index, 0] * (value & half)
-        high += table[index, 0] * (value >> np.uint64(HALF_BITS))
-        rest += table[index, 1]
-        more += table[index, 2]
-        last = index + 1 == stop
-        if last or np.int64(numbers[index + 1] >> np.uint64(sticky) >> width) != exponent:
-            place = max(exponent - 1, 0)
-            _add(words, low, place + shift)
-            _add(words, high, place + shift + HALF_BITS)
-            _add(words, rest, place)
-            _add(words, more, place + LOW_BITS)
-            low = high = rest = more = np.uint64(0)
-
-
-@compile_kernel
-def _add(words: Counts, value: Any, place: int) -> None:
-    """Add ``value`` · 2^``place``."""
-    word, bit = place >> 6, np.uint64(place & 63)
-    # Shifted in two steps, as 64 bits at once are no shift.
-    upper = value >> np.uint64(1) >> (np.uint64(63) - bit)
-    value <<= bit
-    words[word] += value
-    if words[word] < value:
-        upper += np.uint64(1)
-    while upper != 0:
-        word += 1
-        words[word] += upper
-        upper = np.uint64(words[word] < upper)
+    values = (leading & (hidden - np.uint64(1))) | np.where(exponents > 0, hidden, np.uint64(0))
+    counts = table[:, 0]
+    begins = np.flatnonzero(np.concatenate([[True], exponents[1:] != exponents[:-1]]))
+    parts = (counts * (values & half), counts * (values >> np.uint64(HALF_BITS)), table[:, 1], table[:, 2])
+    sums = [np.add.reduceat(part, begins).tolist() for part in parts]
+    result = 0
+    for exponent, low, high, rest, more in zip(exponents[begins].tolist(), *sums, strict=True):
+        whole = (low + (high << HALF_BITS) << shift) + rest + (more << LOW_BITS)
+        result += whole << max(exponent - 1, 0)
+    return result
 
 
 def first_within(prefixes: Counts, parent_shift: int, digit_bits: int) -> Counts:
@@ -180,41 +155,70 @@ def first_within(prefixes: Counts, parent_shift: int, digit_bits: int) -> Counts
     return prefixes << below >> digit << digit
 
 
-class TrimSearch:
-    """The search for one model's trim threshold: which bin to tally next, until it is known.
+class RankSearch:
+    """The search for the magnitude at one rank: which bin to count next, until it is known.
 
     Args:
         tally: The tally of all the model's magnitudes.
-        reserve_p: The share of elements to keep.
+        rank: Ascending, from 0.
+
+    Attributes:
+        value: The magnitude, once it is known.
+        above: The sum of all larger magnitudes, in smallest subnormals; None if any is not finite.
+        own: The sum of those that equal it, in the same unit.
+        prefix: The leading bits of the bin to count next.
+        parent_shift: The bits that remain below them.
     """
 
-    def __init__(self, tally: Tally, reserve_p: float) -> None:
-        self._layout = tally.layout
-        self._kept: int | None = 0
-        self._rank = kept_from(int(tally.counts.sum()), reserve_p)
-        self.threshold: float | None = None
-        dropped = tally.units(0, self.narrow(tally))
-        self._all = None if dropped is None or self._kept is None else dropped + self._kept
+    def __init__(self, tally: Tally, rank: int, sums: bool) -> None:
+        self._layout, self._rank, self._sums = tally.layout, rank, sums
+        self.value: float | None = None
+        self.above: int | None = 0
+        self.own: int | None = 0
+        self.narrow(tally)
 
-    def narrow(self, tally: Tally) -> int:
-        """Go on with the tally of the magnitudes whose leading bits are ``prefix``; returns the first bin that is kept.
-
-        If that is not known yet, it is the first one above the bin to tally next.
-        """
+    def narrow(self, tally: Tally) -> None:
+        """Go on with the tally of the magnitudes whose leading bits are ``prefix``."""
         index, self._rank = tally.find(self._rank)
         self.prefix, self.parent_shift = tally.leading(index), tally.shift
         if not tally.mixed[index]:
-            self.threshold = self._layout.value(self.prefix << tally.shift)
-        first = index if self.threshold is not None else index + 1
-        units = tally.units(first)
-        self._kept = None if units is None or self._kept is None else self._kept + units
-        return first
+            self.value = self._layout.value(self.prefix << tally.shift)
+        if not self._sums:
+            return
+        units = tally.units(index + 1)
+        self.above = None if units is None or self.above is None else self.above + units
+        if self.value is not None:
+            self.own = tally.units(index, index + 1)
 
-    def factor(self) -> float:
-        """The factor that restores the sum of magnitudes."""
-        if self._all is None or self._kept is None:
-            return 1.0
-        return scale(self._layout.amount(self._all), self._layout.amount(self._kept))
+
+class Found:
+    """What searches have found of one model's magnitudes: :class:`modelfuse.methods.spec.Magnitudes`.
+
+    Args:
+        layout: How the bits are read.
+        searches: One a rank, all at their end.
+        units: The sum of all magnitudes in smallest subnormals; None if any is not finite.
+    """
+
+    def __init__(self, layout: Layout, searches: Sequence[RankSearch], units: int | None) -> None:
+        self._layout, self._searches, self._units = layout, searches, units
+
+    @property
+    def total(self) -> float:
+        """The sum of all magnitudes; NaN if any is not finite."""
+        return math.nan if self._units is None else self._layout.amount(self._units)
+
+    def at(self, number: int) -> float:
+        """The magnitude at one of the ranks."""
+        return self._searches[number].value or 0.0
+
+    def between(self, first: int, last: int | None = None) -> float:
+        """The sum of the magnitudes from one of them to another one, or to the largest; NaN if any is not finite."""
+        low = self._searches[first]
+        above = 0 if last is None else self._searches[last].above
+        if low.above is None or low.own is None or above is None:
+            return math.nan
+        return self._layout.amount(max(low.above + low.own - above, 0))
 
 
 class Crowded(NamedTuple):
@@ -236,12 +240,12 @@ class RankTable:
 
     Args:
         tally: The tally of all the model's magnitudes.
-        reserve_p: As in magprune.
-        epsilon: As in magprune.
+        probability: Of ranks from 0, the largest magnitude's, on and the tensor's size; linear in the rank.
+        spread: How far the probabilities of the largest and the smallest magnitude are apart.
     """
 
-    def __init__(self, tally: Tally, reserve_p: float, epsilon: float) -> None:
-        self._reserve_p, self._epsilon = reserve_p, epsilon
+    def __init__(self, tally: Tally, probability: Callable[[Floats, int], Floats], spread: float) -> None:
+        self._probability, self._spread = probability, spread
         self._size = int(tally.counts.sum())
         self._subtables = np.ones((0, 1 << RANK_BITS))
         self.active = bool(tally.numbers[-1])
@@ -289,9 +293,9 @@ class RankTable:
     def _keep(self, counts: Counts, larger: Floats, mixed: Booleans, slots: int) -> tuple[Floats, Indices]:
         """Probabilities by bin, and which bins hold too many ranks: each is one more subtable."""
         ranks = larger + (counts.astype(np.float64) - 1) / 2
-        keeps = np.asarray(keep_probability(ranks, self._size, self._reserve_p, self._epsilon), np.float64)
+        keeps = np.asarray(self._probability(ranks, self._size), np.float64)
         # One magnitude's rank is exact.
-        most = max(PROBABILITY_ERROR * self._size / self._epsilon, 1.0) if self._epsilon else math.inf
+        most = max(PROBABILITY_ERROR * self._size / self._spread, 1.0) if self._spread else math.inf
         index = np.flatnonzero((counts > most) & mixed)
         keeps[index] = -1.0 - slots - np.arange(index.size)
         return keeps, index

@@ -1,1 +1,1 @@
-"""What is done to tensors: the plain definitions that every kernel is tested against."""
+"""What a merge computes: each method declared in a file of its own, and the registry that names them."""

@@ -1,4 +1,4 @@
-"""The few array operations that the definitions share."""
+"""Sums over tensors that no order of adding changes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: A float32 or float64 array; its dtype is the one that arithmetic runs in.
-Array = npt.NDArray[np.floating[Any]]
 
-
-def scalar(like: Array, value: float) -> np.floating[Any]:
-    """A number rounded once into the type that ``like`` computes in."""
-    number: np.floating[Any] = like.dtype.type(value)
-    return number
-
-
-def total(x: Array) -> float:
+def total(x: npt.NDArray[np.floating[Any]]) -> float:
     """The sum of all elements, exact, then rounded once to float64; NaN if it has no finite value."""
     try:
         return math.fsum(x.ravel().tolist())

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
+from modelfuse.methods.expressions import single, where
+from modelfuse.methods.linear import LINEAR
+from modelfuse.methods.parameters import RESCALE, RESERVE_P
+from modelfuse.methods.spec import Method, Sparsifier
+from modelfuse.methods.ties import TIES
 
-from modelfuse.methods.arrays import Array, scalar
+DARE = Sparsifier(
+    name="dare",
+    summary="Keep each element with one probability and scale it up to keep the mean.",
+    formula="x/p with probability p, else 0",
+    paper="Yu et al. 2023, Language models are super Mario (DARE), arXiv:2311.03099",
+    parameters=(RESERVE_P, RESCALE),
+    numbers=lambda settings: {
+        "probability": settings.reserve_p,
+        "divisor": settings.reserve_p if settings.rescale else 1.0,
+    },
+    element=lambda each: where(each.draw < single(each.probability), each.x, 0.0) / each.divisor,
+)
 
-
-def dare(x: Array, draws: Array, *, reserve_p: float = 0.7, rescale: bool = True) -> Array:
-    """Keep each element with one probability and scale it up to keep the mean.
-
-    Formula: x/p with probability p, else 0
-    Paper: Yu et al. 2023, Language models are super Mario (DARE), arXiv:2311.03099
-
-    Args:
-        x: One model's tensor.
-        draws: Uniform draws in [0, 1), float32, of the same shape.
-        reserve_p: The probability p of keeping an element, in (0, 1].
-        rescale: Divide what is kept by p.
-    """
-    kept = np.where(draws < np.float32(reserve_p), x, scalar(x, 0))
-    return kept / scalar(x, reserve_p) if rescale else kept
+METHODS = (Method("dare_linear", LINEAR, DARE), Method("dare_ties", TIES, DARE))

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
-from modelfuse.methods.arrays import Array, scalar, total
+from modelfuse.methods.expressions import total
+from modelfuse.methods.spec import Combination, Floats, Gram, Method, Parameter
 
-
-def slerp(
-    xs: Sequence[Array],
-    *,
-    slerp_alpha: float = 0.5,
-    slerp_normalize_eps: float = 1e-8,
-    slerp_dot_threshold: float = 0.9995,
-) -> Array:
-    """Spherical linear interpolation between exactly two models; straight where they are nearly parallel.
-
-    Formula: sin((1−α)θ)/sin θ · x₁ + sin(αθ)/sin θ · x₂, with cos θ = x₁·x₂ / (‖x₁‖‖x₂‖)
-    Paper: Shoemake 1985, Animating rotation with quaternion curves, SIGGRAPH
-
-    Args:
-        xs: The two models' tensors.
-        slerp_alpha: 0 gives the first, 1 the second.
-        slerp_normalize_eps: A tensor whose L2 norm is not above this is not normalised.
-        slerp_dot_threshold: Above this |cos θ| the result is (1−α)x₁ + αx₂.
-    """
-    first, second = xs
-    wide = [x.astype("float64") for x in xs]
-    c1, c2 = coefficients(
-        total(wide[0] * wide[0]),
-        total(wide[1] * wide[1]),
-        total(wide[0] * wide[1]),
-        slerp_alpha,
-        slerp_normalize_eps,
-        slerp_dot_threshold,
-    )
-    return first * scalar(first, c1) + second * scalar(second, c2)
+ALPHA = Parameter(
+    "slerp_alpha", 0.5, "slerp: 0 is the first model, 1 the second.", bounds={"ge": 0, "le": 1}, aliases=("t",)
+)
+NORMALIZE_EPS = Parameter("slerp_normalize_eps", 1e-8, "slerp: smaller norms are not divided by.", bounds={"ge": 0})
+DOT_THRESHOLD = Parameter(
+    "slerp_dot_threshold", 0.9995, "slerp: above this cosine, interpolate straight.", bounds={"ge": 0, "le": 1}
+)
 
 
 def coefficients(
@@ -53,3 +31,25 @@ def coefficients(
     if not (sine := math.sin(angle)):
         return 1 - alpha, alpha
     return math.sin((1 - alpha) * angle) / sine, math.sin(alpha * angle) / sine
+
+
+def _weights(gram: Floats, settings: Any) -> tuple[float, float]:
+    return coefficients(
+        float(gram[0, 0]), float(gram[1, 1]), float(gram[0, 1]),
+        settings.slerp_alpha, settings.slerp_normalize_eps, settings.slerp_dot_threshold,
+    )  # fmt: skip
+
+
+SLERP = Combination(
+    name="slerp",
+    summary="Spherical linear interpolation between exactly two models; straight where they are nearly parallel.",
+    formula="sin((1−α)θ)/sin θ · x₁ + sin(αθ)/sin θ · x₂, with cos θ = x₁·x₂ / (‖x₁‖‖x₂‖)",
+    paper="Shoemake 1985, Animating rotation with quaternion curves, SIGGRAPH",
+    parameters=(ALPHA, NORMALIZE_EPS, DOT_THRESHOLD),
+    measure=Gram(_weights),
+    models=(2, 2),
+    weights="none",
+    combine=lambda each: total(each.x * each.weight),
+)
+
+METHODS = (Method("slerp", SLERP),)

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-
-from modelfuse.methods.arrays import Array, scalar
+from modelfuse.methods.expressions import Expression, sign, total, where
+from modelfuse.methods.parameters import NORMALIZE
+from modelfuse.methods.spec import Combination, Parameter
 
 #: Where the agreeing weights sum to less than this, the sum is not divided by them.
 MIN_DIVISOR = 1e-8
 
+ELECT_TYPE = Parameter("ties_elect_type", "sum", "ties: elect signs by value or by number.", choices=("sum", "count"))
 
-def ties(
-    xs: Sequence[Array], weights: Sequence[float], *, ties_elect_type: str = "sum", normalize: bool = False
-) -> Array:
-    """The sum of the models whose sign, element by element, is the elected one.
 
-    Formula: yᵢ = wᵢxᵢ; s = + where Σ yᵢ ≥ 0 (sum) or Σ sign yᵢ ≥ 0 (count), else −; Σ yᵢ over sign yᵢ = s, and
-        with normalize ÷ Σ of their wᵢ
-    Paper: Yadav et al. 2023, TIES-Merging, arXiv:2306.01708
-
-    Args:
-        xs: The models' tensors.
-        weights: One weight a model.
-        ties_elect_type: ``sum`` elects by value, ``count`` by number of models.
-        normalize: Divide by the sum of the agreeing models' weights, where that is at least 1e-8 in size.
-    """
-    ys = [x * scalar(x, weight) for x, weight in zip(xs, weights, strict=True)]
-    votes = ys if ties_elect_type == "sum" else [np.sign(y) for y in ys]
-    elected = votes[0]
-    for vote in votes[1:]:
-        elected = elected + vote
-    positive = elected >= 0
-    result = np.zeros_like(xs[0])
-    divisor = np.zeros_like(xs[0])
-    for y, weight in zip(ys, weights, strict=True):
-        agrees = np.where(positive, y > 0, y < 0)
-        result = result + np.where(agrees, y, scalar(y, 0))
-        divisor = divisor + np.where(agrees, scalar(y, weight), scalar(y, 0))
-    if not normalize:
+def _combine(each: Any) -> Expression:
+    y = each.x * each.weight
+    elected = total(y if each.ties_elect_type == "sum" else sign(y))
+    # Compared so that a NaN agrees with every sign: it must reach the output.
+    agrees = ~(y * where(elected >= 0.0, 1.0, -1.0) <= 0.0)
+    result = total(where(agrees, y, 0.0))
+    if not each.normalize:
         return result
-    divides = np.abs(divisor) >= scalar(divisor, MIN_DIVISOR)
-    return result / np.where(divides, divisor, scalar(divisor, 1))
+    divisor = total(where(agrees, each.weight, 0.0))
+    return result / where(abs(divisor) >= MIN_DIVISOR, divisor, 1.0)
+
+
+TIES = Combination(
+    name="ties",
+    summary="The sum of the models whose sign, element by element, is the elected one.",
+    formula=(
+        "yᵢ = wᵢxᵢ; s = + where Σ yᵢ ≥ 0 (sum) or Σ sign yᵢ ≥ 0 (count), else −; Σ yᵢ over sign yᵢ = s, and with "
+        "normalize ÷ Σ of their wᵢ"
+    ),
+    paper="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708",
+    parameters=(ELECT_TYPE, NORMALIZE),
+    weights="relative",
+    combine=_combine,
+)

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
-import numpy as np
-
-from modelfuse.methods.arrays import Array, scalar, total
+from modelfuse.methods.expressions import where
+from modelfuse.methods.parameters import RESCALE, RESERVE_P
+from modelfuse.methods.spec import Magnitudes, Method, OrderStatistics, Sparsifier
+from modelfuse.methods.ties import TIES
 
 #: Sums of magnitudes below this are not rescaled.
 MIN_SUM = 1e-8
-
-
-def trim(x: Array, *, reserve_p: float = 0.7, rescale: bool = True) -> Array:
-    """Zero all but the largest share of the elements; rescale to the magnitude there was before.
-
-    Formula: keep |x| ≥ the (1−p) quantile of |x|; × Σ|x| before ÷ Σ|x| after
-    Paper: Yadav et al. 2023, TIES-Merging, arXiv:2306.01708
-
-    Args:
-        x: One model's tensor.
-        reserve_p: The share p that is kept, in (0, 1].
-        rescale: Restore the sum of magnitudes, where both sums are at least 1e-8.
-    """
-    magnitudes = np.abs(x)
-    threshold = np.sort(magnitudes, axis=None)[kept_from(x.size, reserve_p)] if x.size else scalar(x, 0)
-    kept = magnitudes >= threshold
-    result = np.where(kept, x, scalar(x, 0))
-    if rescale:
-        result = result * scalar(x, scale(total(magnitudes), total(magnitudes[kept])))
-    return result
 
 
 def kept_from(size: int, reserve_p: float) -> int:
@@ -53,3 +36,24 @@ def _dropped(reserve_p: float) -> tuple[int, int]:
 def scale(before: float, after: float) -> float:
     """The factor that restores the sum of magnitudes; 1 where a sum is too small or not finite."""
     return before / after if MIN_SUM <= before < math.inf and after >= MIN_SUM else 1.0
+
+
+def _numbers(size: int, settings: Any, magnitudes: Magnitudes) -> Mapping[str, float]:
+    factor = scale(magnitudes.total, magnitudes.between(0)) if settings.rescale else 1.0
+    return {"threshold": magnitudes.at(0), "factor": factor}
+
+
+TRIM = Sparsifier(
+    name="trim",
+    summary="Zero all but the largest share of the elements; rescale to the magnitude there was before.",
+    formula="keep |x| ≥ the (1−p) quantile of |x|; × Σ|x| before ÷ Σ|x| after",
+    paper="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708",
+    parameters=(RESERVE_P, RESCALE),
+    measure=OrderStatistics(
+        ranks=lambda size, settings: (kept_from(size, settings.reserve_p),),
+        numbers=_numbers,
+    ),
+    element=lambda each: where(abs(each.x) >= each.threshold, each.x, 0.0) * each.factor,
+)
+
+METHODS = (Method("ties", TIES, TRIM),)

@@ -14,7 +14,8 @@ from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.buffers import is_buffer
 from modelfuse.dtypes import DType
 from modelfuse.kernels import Work
-from modelfuse.methods.registry import TAKE, Method
+from modelfuse.methods.applied import Applied
+from modelfuse.methods.registry import TAKE
 
 Action = Literal["merge", "copy", "take"]
 
@@ -47,7 +48,7 @@ class Operation:
     sources: tuple[StoredTensor, ...]
     inputs: tuple[int, ...]
     has_base: bool = False
-    method: Method | None = None
+    method: Applied | None = None
     chosen: int | None = None
     rule: int | None = None
     file: str = ""
@@ -92,7 +93,7 @@ def merged(
     name: str,
     sources: tuple[StoredTensor, ...],
     inputs: tuple[int, ...],
-    method: Method,
+    method: Applied,
     *,
     has_base: bool,
     dtype: DType | None = None,
@@ -151,7 +152,7 @@ def taken(
     return merged(name, (source,), (number,), TAKE, has_base=False, dtype=dtype, rule=rule)
 
 
-def methods_of(operations: Iterable[Operation]) -> list[Method]:
+def methods_of(operations: Iterable[Operation]) -> list[Applied]:
     """The methods of all operations, each once, in the order of their first use."""
     found = {id(each.method): each.method for each in operations if each.method is not None}
     return list(dict.fromkeys(found.values()))
@@ -169,7 +170,7 @@ def can_be_merged(name: str, tensor: StoredTensor) -> bool:
     return tensor.dtype.compute is not None and not is_buffer(name, tensor.shape)
 
 
-def _position_to_take(sources: tuple[StoredTensor, ...], method: Method | None, has_base: bool) -> int | None:
+def _position_to_take(sources: tuple[StoredTensor, ...], method: Applied | None, has_base: bool) -> int | None:
     """The position of the source that is the result as it is; None if there is more to do."""
     if has_base and all(source == sources[-1] for source in sources[:-1]):
         return len(sources) - 1

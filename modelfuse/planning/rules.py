@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
-from modelfuse.methods.registry import Method
+from modelfuse.methods.applied import Applied
 from modelfuse.planning.operations import Operation, merged, taken
 from modelfuse.recipe.recipe import Recipe
 
@@ -23,7 +23,7 @@ class Rules:
         self._recipe = recipe
         self._matchers = [rule.matcher() for rule in recipe.rules]
         self._inputs = tuple(range(len(recipe.inputs)))
-        self._methods: dict[tuple[int | None, tuple[int, ...]], Method] = {}
+        self._methods: dict[tuple[int | None, tuple[int, ...]], Applied] = {}
 
     def of(self, name: str) -> int | None:
         """The number of the rule that holds for a tensor of the output, from 0 on; None if none does."""
@@ -55,7 +55,7 @@ class Rules:
                 why = f"the rules before it hold for all {meant} that it matches" if meant else "no name matches"
                 yield f"Rule {number + 1} ({rule.tensors!r}) takes no tensor: {why}."
 
-    def method(self, rule: int | None, models: tuple[int, ...]) -> Method:
+    def method(self, rule: int | None, models: tuple[int, ...]) -> Applied:
         """What merges some of the models, by their numbers, where a rule holds."""
         key = rule, models
         if key not in self._methods:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modelfuse.methods.registry import MERGE_METHODS, MERGES, SPARSIFIERS, Method, parameters
+from modelfuse.methods.applied import Applied
+from modelfuse.methods.registry import COMBINATIONS, MERGE_METHODS, SPARSIFIERS, apply, parameters_of
 from modelfuse.recipe.checks import check_method, check_pruning, check_weights
 from modelfuse.recipe.schema import Weight, as_json, setting, settings_of
 
@@ -104,7 +105,7 @@ class MethodSettings:
     @property
     def has_weights(self) -> bool:
         """Whether the method takes weights."""
-        return self.steps[1] != "slerp"
+        return COMBINATIONS[self.steps[1]].weights != "none"
 
     @property
     def normalizes(self) -> bool:
@@ -121,15 +122,17 @@ class MethodSettings:
         weights = self["weight_list"] or (1.0,) * self.models
         return tuple(weights[model] for model in models)
 
-    def applied(self, models: Sequence[int], seed: int) -> Method:
+    def applied(self, models: Sequence[int], seed: int) -> Applied:
         """All that the mathematics depends on, where some of the models are merged, by their numbers from 0 on."""
         sparsify_type, merge_type = self.steps
         weights = self.weights(models)
-        if merge_type == "ties" and self.normalizes:
+        if COMBINATIONS[merge_type].weights == "relative" and self.normalizes:
             # The division cancels their scale, and a third in float32 would tip votes that cancel exactly.
             weights = self._stated_weights(models)
         same = {name: self[name] for name in METHOD_SETTINGS if name not in (*STEPS, *WEIGHTS)}
-        return Method(merge_type, sparsify_type, weights, self.normalizes, seed=seed, **same)
+        sparsifier = SPARSIFIERS[sparsify_type] if sparsify_type else None
+        settings = {**same, "normalize": self.normalizes}
+        return apply(sparsifier, COMBINATIONS[merge_type], weights, settings, seed=seed, streams=models)
 
     def effective(self) -> dict[str, object]:
         """Every setting as it takes effect, ready for JSON."""
@@ -143,6 +146,7 @@ class MethodSettings:
     def used(self) -> dict[str, object]:
         """Those of them that the method takes, and what chooses it."""
         sparsify_type, merge_type = self.steps
-        names = {*parameters(MERGES[merge_type]), *(parameters(SPARSIFIERS[sparsify_type]) if sparsify_type else ())}
+        sparsifier = SPARSIFIERS[sparsify_type] if sparsify_type else None
+        names = {each.name for each in parameters_of(sparsifier, COMBINATIONS[merge_type])}
         names |= {*STEPS, *(WEIGHTS if self.has_weights else ())}
         return {name: value for name, value in self.effective().items() if name in names}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modelfuse.errors import RecipeError
-from modelfuse.methods.registry import Method
+from modelfuse.methods.applied import Applied
 from modelfuse.recipe.checks import (
     check_adapter_output,
     check_copied,
@@ -152,7 +152,7 @@ class Recipe(Settings):
         return self.parameters.weights(range(len(self.model_path_list)))
 
     @property
-    def method(self) -> Method:
+    def method(self) -> Applied:
         """All that the mathematics depends on, where no rule says otherwise."""
         return self.parameters.applied(range(len(self.model_path_list)), self.seed)
 

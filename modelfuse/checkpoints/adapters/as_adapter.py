@@ -17,7 +17,7 @@ from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_typ
 from modelfuse.checkpoints.adapters.tensor_roles import PEFT_PREFIX
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, group_names
 from modelfuse.errors import MismatchError, RecipeError
-from modelfuse.methods.registry import Method
+from modelfuse.methods.applied import Applied
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
 
@@ -35,7 +35,7 @@ class Change(NamedTuple):
     name: str
     sources: tuple[StoredTensor, ...]
     base: StoredTensor
-    method: Method
+    method: Applied
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class _Output:
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-def _exact_rank(sources: Sequence[StoredTensor], base: StoredTensor, method: Method) -> int | None:
+def _exact_rank(sources: Sequence[StoredTensor], base: StoredTensor, method: Applied) -> int | None:
     """The rank of all products side by side, None if the merged difference is no sum of products."""
     if method.coefficients is None:
         return None

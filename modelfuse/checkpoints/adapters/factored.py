@@ -15,8 +15,8 @@ from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
 from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.errors import CheckpointError
+from modelfuse.methods.applied import Applied
 from modelfuse.methods.random import stream_key
-from modelfuse.methods.registry import Method
 from modelfuse.storage.files import Buffer
 
 #: Differences whose factors are kept: so many A come before their B, so that several workers factorize at the same
@@ -78,7 +78,7 @@ class Factoring:
 
     name: str
     sources: tuple[StoredTensor, ...]
-    method: Method
+    method: Applied
     rank: int | None
     out_first: bool
     shared: Shared = field(compare=False, repr=False)
@@ -176,7 +176,7 @@ class WholeTensor(StoredTensor):
 
     key: str
     sources: tuple[StoredTensor, ...]
-    method: Method
+    method: Applied
     shared: Shared = field(compare=False, repr=False)
 
     @property
@@ -217,7 +217,7 @@ def difference(source: StoredTensor, base: StoredTensor) -> StoredTensor:
     )  # fmt: skip
 
 
-def merge_whole(name: str, sources: Sequence[StoredTensor], method: Method, strict: bool) -> Array:
+def merge_whole(name: str, sources: Sequence[StoredTensor], method: Applied, strict: bool) -> Array:
     """Merge one tensor's differences in memory, in one thread; returns float32 or float64, shape (elements,).
 
     Raises:

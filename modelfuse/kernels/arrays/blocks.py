@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from modelfuse.kernels import Bytes, Extent, Work
+from modelfuse.kernels.arrays.arithmetic import CHUNK, Arithmetic
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
-from modelfuse.kernels.arrays.methods import CHUNK, Arithmetic
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What trim and magprune must know of a whole tensor, from tallies made of a library's own operations.
+"""Magnitudes of a whole tensor counted with a library's own operations.
 
 The searches are those of :mod:`modelfuse.kernels.order_statistics`, so thresholds, factors and probabilities are the
 same as the compiled kernels'; only this module and its passes know how a tally looks.
@@ -6,56 +6,17 @@ same as the compiled kernels'; only this module and its passes know how a tally 
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any
-
 import numpy as np
 
-from modelfuse.kernels import Bytes, Pass, Work
+from modelfuse.kernels import Bytes, Work
+from modelfuse.kernels.arrays.arithmetic import Arithmetic
 from modelfuse.kernels.arrays.blocks import State, Walk
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
-from modelfuse.kernels.arrays.methods import Arithmetic, Sparsifier
-from modelfuse.kernels.compiled.merge_loops import BINS, RANK_BITS
-from modelfuse.kernels.measures import add_up, add_up_models, measure_ranks, measure_thresholds
-from modelfuse.kernels.order_statistics import LAYOUTS, LOW_BITS
-from modelfuse.methods.random import stream_key
+from modelfuse.kernels.measures import add_up, add_up_models
+from modelfuse.kernels.order_statistics import BINS, LAYOUTS, LOW_BITS
 
 #: A tally's tables on the device: counts and two sums for each bin, and what it takes to gather those in use.
 TABLE_BYTES = BINS * 32
-
-Measuring = Generator[Pass, list[Any], Sparsifier]
-
-
-def measure_sparsifier(work: Work, library: Library) -> Measuring:
-    """The passes that learn what a sparsifier must know."""
-    method, kind = work.method, work.method.sparsify_type
-    keys = [stream_key(method.seed, model, work.name) for model in range(work.models)]
-    if kind == "trim":
-        numbers = yield from measure_thresholds(work, _Tallies(library))
-        return Sparsifier("trim", work.compute, numbers=numbers)
-    if kind == "magprune":
-        ranks = yield from measure_ranks(work, _Tallies(library))
-        tables = [np.ones(BINS) for _ in ranks.tables]
-        for table, (bins, keeps) in zip(tables, ranks.tables, strict=True):
-            table[bins] = keeps
-        return Sparsifier(
-            "magprune", work.compute, method.rescale, keys, ranks.numbers, LAYOUTS[work.compute].shift, RANK_BITS,
-            tables, ranks.subtables, ranks.levels,
-        )  # fmt: skip
-    return Sparsifier(kind, work.compute, method.rescale, keys, [(method.reserve_p, 1.0)] * work.models)
-
-
-class _Tallies:
-    """The passes of a library that tally."""
-
-    def __init__(self, library: Library) -> None:
-        self._library = library
-
-    def all(self, work: Work) -> TallyAll:
-        return TallyAll(work, self._library)
-
-    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyWithin:
-        return TallyWithin(work, self._library, prefixes, parent_shift, shift, digit_bits)
 
 
 def _rest_sums(library: Library, arithmetic: Arithmetic, bins: Tensor, rest: Tensor, wide: bool) -> tuple[Tensor, ...]:
@@ -79,7 +40,7 @@ class TallyAll(Walk):
     def __init__(self, work: Work, library: Library) -> None:
         super().__init__(work, library)
         self._shift = LAYOUTS[work.compute].shift
-        self._sums = work.method.sparsify_type == "trim"
+        self._sums = work.method.needs_sums
 
     def start(self) -> State:
         return self._state([[] for _ in range(self._work.models)])

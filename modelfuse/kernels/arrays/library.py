@@ -1,6 +1,6 @@
 """The thin table of operations that torch and Paddle share, under one name each.
 
-The methods in :mod:`modelfuse.kernels.arrays.methods` are written once over this table and over what tensors of both
+Everything in :mod:`modelfuse.kernels.arrays` is written once over this table and over what tensors of both
 libraries do alike: arithmetic, comparison, ``&``, ``|``, ``^``, ``~``, ``abs()``, ``reshape`` and slices. Two
 things are never done. Operands are tensors, 0-dimensional ones for numbers: given a Python number, Paddle adds a zero
 (which loses the sign of −0), and torch on a GPU multiplies by the reciprocal instead of dividing. And floats are never
@@ -106,6 +106,10 @@ class Library(ABC):
     def where(self, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """``x`` where true, else ``y``."""
         return self._module.where(mask, x, y)
+
+    def root(self, x: Tensor) -> Tensor:
+        """Square roots, correctly rounded."""
+        return self._module.sqrt(x)
 
     def bincount(self, x: Tensor, length: int, weights: Tensor | None = None) -> Tensor:
         """How often each integer from 0 occurs, or the float64 sums of its weights; at least ``length`` of them."""

@@ -1,83 +1,105 @@
-"""Merging one tensor with a tensor library: which passes, and what each one learns."""
+"""Merging one tensor with a tensor library: its passes, and what each one finds."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from modelfuse.kernels import Bytes, Procedure, Work
+from modelfuse.kernels.arrays.arithmetic import Tables
 from modelfuse.kernels.arrays.blocks import State, Walk
-from modelfuse.kernels.arrays.histograms import measure_sparsifier
+from modelfuse.kernels.arrays.evaluate import Evaluation
+from modelfuse.kernels.arrays.histograms import TallyAll, TallyWithin
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
-from modelfuse.kernels.arrays.methods import Sparsifier
-from modelfuse.methods.arrays import total
-from modelfuse.methods.slerp import coefficients
+from modelfuse.kernels.measures import Element
+from modelfuse.kernels.order_statistics import BINS, LAYOUTS
+from modelfuse.kernels.procedures import Coefficients, gram_of
+from modelfuse.kernels.procedures import merge_procedure as procedure_over
+
+
+class ArrayBackend:
+    """The passes that are operations of a tensor library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def all(self, work: Work) -> TallyAll:
+        return TallyAll(work, self._library)
+
+    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyWithin:
+        return TallyWithin(work, self._library, prefixes, parent_shift, shift, digit_bits)
+
+    def products(self, work: Work, element: Element) -> DotProducts:
+        return DotProducts(work, self._library, element)
+
+    def combine(self, work: Work, element: Element, numbers: Coefficients) -> Combine:
+        return Combine(work, self._library, element, numbers)
 
 
 def merge_procedure(work: Work, library: Library) -> Procedure:
     """The passes that merge one tensor on the library's device."""
-    sparsifier = yield from measure_sparsifier(work, library)
-    method, weights = work.method, work.method.weights
-    if method.merge_type == "slerp":
-        sums = np.concatenate((yield DotProducts(work, library, sparsifier)), axis=1)
-        weights = coefficients(
-            total(sums[0]), total(sums[1]), total(sums[2]), method.slerp_alpha, method.slerp_normalize_eps,
-            method.slerp_dot_threshold,
-        )  # fmt: skip
-    yield Combine(work, library, sparsifier, weights)
+    return procedure_over(work, ArrayBackend(library))
 
 
-class _Sparsified(Walk):
-    """A pass over what a sparsifier leaves."""
+class _Chained(Walk):
+    """A pass over what the element step leaves."""
 
-    def __init__(self, work: Work, library: Library, sparsifier: Sparsifier) -> None:
+    scratch = 80
+
+    def __init__(self, work: Work, library: Library, element: Element) -> None:
         super().__init__(work, library)
-        self._how = sparsifier
-        self.fixed = 8 * (sum(table.size for table in sparsifier.tables) + sparsifier.subtables.size)
+        self._element = element
+        self.fixed = 8 * (BINS * len(element.keep.tables) + element.keep.subtables.size)
 
     def start(self) -> State:
-        how, library = self._how, self._library
-        with library.working():
-            tables = [library.place(table.astype(how.compute)) for table in how.tables]
-            return self._state([], (tables, library.place(how.subtables.astype(how.compute).ravel())))
+        with self._library.working():
+            return self._state([], self._place_tables())
 
-    def _sparsify(self, state: State, first: int, xs: list[Tensor]) -> None:
-        """Sparsify all models in place."""
-        how, arithmetic = self._how, self._arithmetic
-        if how.kind in (None, "trim"):
-            for model, (threshold, factor) in enumerate(how.numbers if how.kind else ()):
-                xs[model] = arithmetic.trim(xs[model], threshold, factor)
+    def _place_tables(self) -> Tables:
+        library, compute, keep = self._library, self._work.compute, self._element.keep
+        tables = []
+        for bins, keeps in keep.tables:
+            table = np.ones(BINS)
+            table[bins] = keeps
+            tables.append(library.place(table.astype(compute)))
+        subtables = library.place(keep.subtables.astype(compute).ravel())
+        return Tables(LAYOUTS[compute].shift, tables, subtables, keep.levels)
+
+    def _apply_element(self, state: State, first: int, xs: list[Tensor]) -> None:
+        """Apply the element step to all models, in place."""
+        chain, arithmetic = self._work.method.chain, self._arithmetic
+        if chain.element is None:
             return
         count = xs[0].shape[0]
-        counters = arithmetic.counters(first, count)
-        tables, subtables = state.placed
-        for model, (probability, active) in enumerate(how.numbers):
-            if not active:
-                continue
-            draws = arithmetic.draws(counters, how.keys[model], count)
-            if how.kind == "dare":
-                xs[model] = arithmetic.dare(xs[model], draws, probability, how.rescale)
-            else:
-                keep = arithmetic.keep_probabilities(xs[model], how, tables[model], subtables)
-                xs[model] = arithmetic.magprune(xs[model], draws, keep, how.rescale)
+        counters = arithmetic.counters(first, count) if chain.draws else None
+        for model in range(len(xs)):
+            arrays: dict[str, list[Tensor]] = {"x": xs}
+            if chain.draws:
+                arrays["draw"] = [arithmetic.draws(counters, self._element.keys[model], count)] * len(xs)
+            if chain.keeps:
+                arrays["keep"] = [arithmetic.keep_probabilities(xs[model], state.placed, model)] * len(xs)
+            evaluation = Evaluation(self._library, arithmetic, arrays, self._element.numbers, {})
+            xs[model] = evaluation.of_model(chain.element, model)
 
 
-class Combine(_Sparsified):
+class Combine(_Chained):
     """The pass that merges and writes."""
 
     writes = True
-    scratch = 80
 
-    def __init__(self, work: Work, library: Library, sparsifier: Sparsifier, weights: tuple[float, ...]) -> None:
-        super().__init__(work, library, sparsifier)
-        self._weights = weights
+    def __init__(self, work: Work, library: Library, element: Element, numbers: Coefficients) -> None:
+        super().__init__(work, library, element)
+        self._numbers = numbers
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
-        method, arithmetic = self._work.method, self._arithmetic
-        self._sparsify(state, first, xs)
-        if method.merge_type == "ties":
-            result = arithmetic.ties(xs, self._weights, method.ties_elect_type == "count", method.normalize)
-        else:
-            result = arithmetic.linear(xs, self._weights)
+        arithmetic, numbers = self._arithmetic, self._numbers
+        self._apply_element(state, first, xs)
+        arrays = {"x": xs, "base": base}
+        evaluation = Evaluation(self._library, arithmetic, arrays, numbers.each, numbers.shared)
+        result = evaluation.value(self._work.method.chain.combine)
+        if numbers.factor != 1.0:
+            result = result * arithmetic.number(numbers.factor)
         stored = arithmetic.encode(result if base is None else result + base, self._work.out)
         state.counts.append(arithmetic.count_bad(stored))
         self._library.store(stored, out)
@@ -86,14 +108,17 @@ class Combine(_Sparsified):
         return None
 
 
-class DotProducts(_Sparsified):
-    """The pass that measures slerp's norms and dot product; finds float64 sums, shape (3, numbers to add up)."""
-
-    scratch = 80
+class DotProducts(_Chained):
+    """The pass that measures dot products of models; finds float64 sums, shape (products, numbers to add up)."""
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
-        self._sparsify(state, first, xs)
-        state.found.append(self._library.fetch(self._arithmetic.dot_products(*xs)).reshape(3, -1))
+        self._apply_element(state, first, xs)
+        sums = self._library.fetch(self._arithmetic.dot_products(xs))
+        state.found.append(sums.reshape(sums.shape[0], -1))
 
     def finish(self, state: State) -> Array:
         return np.concatenate(state.found, axis=1)
+
+    def gram(self, found: list[Any]) -> Array:
+        """The Gram matrix, float64, shape (models, models)."""
+        return gram_of(self._work.models, list(np.concatenate(found, axis=1)))

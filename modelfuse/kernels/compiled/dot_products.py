@@ -1,4 +1,4 @@
-"""Norms and dot products of two models, for slerp: compiled loops over raw bytes."""
+"""Dot products of models, for Gram matrices: compiled loops over blocks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels.compiled.direct_reads import BLOCK
-from modelfuse.kernels.compiled.merge_loops import CHUNK, Room, Sparsifier, Stored, load, sparsify
 from modelfuse.kernels.jit.compile import compile_kernel
 
 Array = np.ndarray[Any, Any]
@@ -19,43 +17,60 @@ GROUP = 8
 
 
 @compile_kernel
-def dot_products(data: Stored, first: int, length: int, room: Room, how: Sparsifier, lanes: Array, sums: Array) -> None:
-    """x₁·x₁, x₂·x₂ and x₁·x₂ of two models, and what they lost: six columns, a row for every CHUNK elements.
+def add_products(x: Array, models: int, size: int, lanes: Array, sums: Array, row: int, last: bool) -> None:
+    """Add a block's products to the lanes; at the ``last`` block's end, fold them into a row of sums.
 
     Sixteen running sums a product, folded in a fixed order: the same bits on any processor. Products of float32 are
     exact, and what their sums lose is far less than a float32 can tell; for float64 all that is lost is added up, too.
+
+    Args:
+        x: The models' elements, shape (rows, BLOCK); set to zero beyond ``size``.
+        models: The number of models.
+        size: The number of elements.
+        lanes: float64, shape (2 · products, LANES): sums, then what was lost.
+        sums: float64, shape (rows, 2 · products): the same, folded.
+        row: Which row of sums.
+        last: Whether to fold, instead of adding.
     """
-    x = room.x
-    for chunk in range(0, length, CHUNK):
-        lanes[:] = 0.0
-        for start in range(chunk, min(chunk + CHUNK, length), BLOCK):
-            size = min(BLOCK, length - start)
-            load(data, start, size, room, length)
-            for model in range(data.inputs.models):
-                sparsify(how, model, first + start, size, room)
-            whole = -(-size // (GROUP * LANES)) * GROUP * LANES
-            for row in range(2):
-                for i in range(size, whole):
-                    x[row, i] = 0
-            for product in range(3):
-                one, other = x[1 if product == 1 else 0], x[0 if product == 0 else 1]
-                if x.itemsize == 4:
-                    _add_products(one, other, whole, lanes[product])
-                else:
-                    _add_products_exactly(one, other, whole, lanes[product], lanes[product + 3])
-        for product in range(3):
-            total = lost = 0.0
-            for lane in range(LANES):
-                value = lanes[product, lane]
-                added = total + value
-                lost += _error_of(total, value, added) + lanes[product + 3, lane]
-                total = added
-            sums[chunk // CHUNK, product] = total
-            sums[chunk // CHUNK, product + 3] = 0.0 if x.itemsize == 4 else lost
+    products = models * (models + 1) // 2
+    if last:
+        _fold(lanes, products, x.itemsize == 4, sums[row])
+        return
+    whole = -(-size // (GROUP * LANES)) * GROUP * LANES
+    for model in range(models):
+        for i in range(size, whole):
+            x[model, i] = 0
+    one, other = 0, 0
+    for product in range(products):
+        if x.itemsize == 4:
+            _add(x[one], x[other], whole, lanes[product])
+        else:
+            _add_exactly(x[one], x[other], whole, lanes[product], lanes[product + products])
+        if product < models - 1:
+            one, other = one + 1, other + 1
+        elif product == models - 1:
+            one, other = 0, 1
+        elif other == models - 1:
+            one, other = one + 1, one + 2
+        else:
+            other += 1
 
 
 @compile_kernel
-def _add_products(one: Array, other: Array, size: int, lanes: Array) -> None:
+def _fold(lanes: Array, products: int, exact: bool, sums: Array) -> None:
+    for product in range(products):
+        total = lost = 0.0
+        for lane in range(LANES):
+            value = lanes[product, lane]
+            added = total + value
+            lost += _error_of(total, value, added) + lanes[product + products, lane]
+            total = added
+        sums[product] = total
+        sums[product + products] = 0.0 if exact else lost
+
+
+@compile_kernel
+def _add(one: Array, other: Array, size: int, lanes: Array) -> None:
     """Add a block's products to the lanes, several to each while they are in registers."""
     for start in range(0, size, GROUP * LANES):
         a, b = one[start : start + GROUP * LANES], other[start : start + GROUP * LANES]
@@ -67,7 +82,7 @@ def _add_products(one: Array, other: Array, size: int, lanes: Array) -> None:
 
 
 @compile_kernel
-def _add_products_exactly(one: Array, other: Array, size: int, lanes: Array, losses: Array) -> None:
+def _add_exactly(one: Array, other: Array, size: int, lanes: Array, losses: Array) -> None:
     """The same; what each addition loses is added to ``losses``."""
     for start in range(0, size, GROUP * LANES):
         a, b = one[start : start + GROUP * LANES], other[start : start + GROUP * LANES]

@@ -8,10 +8,7 @@ import numpy as np
 
 from modelfuse.kernels.compiled.direct_reads import BLOCK
 from modelfuse.kernels.compiled.merge_loops import (
-    BINS,
     COUNT_SHIFT,
-    LEAD_BITS,
-    LEADS,
     TOGETHER,
     Room,
     Stored,
@@ -20,6 +17,7 @@ from modelfuse.kernels.compiled.merge_loops import (
     magnitude_bits,
 )
 from modelfuse.kernels.jit.compile import compile_kernel
+from modelfuse.kernels.order_statistics import BINS, LEAD_BITS, LEADS
 
 Array = np.ndarray[Any, Any]
 

@@ -1,10 +1,10 @@
-"""The methods as compiled loops over raw bytes.
+"""What all compiled loops share: blocks decoded from raw bytes, drawn for, and encoded.
 
 Every kernel walks a slice in blocks that stay in the first-level cache: decode the models' bytes to
-the compute type, subtract the base, sparsify, then measure or merge and encode. Nothing is allocated
-and the GIL is released. One compilation serves all storage types, methods and numbers of models: what
-differs is an integer, looked at once a block. Arithmetic follows the definitions in
-:mod:`modelfuse.methods` operation by operation, so the bits are the same.
+the compute type, subtract the base, apply the element step, then measure or combine and encode. Nothing is
+allocated and the GIL is released. One compilation serves all storage types and numbers of models: what
+differs is an integer, looked at once a block. The loops of the methods are generated
+(:mod:`modelfuse.kernels.compiled.generate`).
 """
 
 from __future__ import annotations
@@ -13,34 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.kernels.compiled.direct_reads import BLOCK, Files, place_of
+from modelfuse.kernels.compiled.direct_reads import Files, place_of
 from modelfuse.kernels.jit.compile import compile_kernel
+from modelfuse.kernels.order_statistics import LEAD_BITS, RANK_BITS, RANKS
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
-from modelfuse.methods.ties import MIN_DIVISOR
 
 #: Elements a partial sum. Fixed, so that sums do not depend on slices.
 CHUNK = 32768
-#: Models that ties looks at, and tallies count, together.
+#: Models whose magnitudes are counted together.
 TOGETHER = 3
 
 #: Storage codes.
 RAW_F32, RAW_F64, RAW_BF16, RAW_F16 = 0, 1, 2, 3
-#: Sparsifier codes.
-NO_SPARSIFIER, TRIM, DARE, MAGPRUNE = 0, 1, 2, 3
-#: Merge codes.
-LINEAR, TIES_SUM, TIES_COUNT = 0, 1, 2
 
-#: Magnitudes are tallied by 15 leading bits (sign dropped, exponent and first mantissa bits) and, in front of them, a
-#: sticky bit: whether any of the bits that remain is set. Differences of bfloat16 models rarely have any, so nearly all
-#: of their bins hold one value; and the bins they use lie side by side, so that they stay in the first-level cache.
-LEAD_BITS = 15
-LEADS = 1 << LEAD_BITS
-BINS = 2 * LEADS
-#: A threshold's bin is tallied again by so many bits at a time.
-DIGIT_BITS = 16
-#: Bins that hold too many ranks are tallied again by so many bits at a time: there may be thousands of them.
-RANK_BITS = 6
-RANKS = 1 << RANK_BITS
 #: A float32 tally packs the count above the sum of the remaining 16 bits; a span stays below 2²³ elements.
 COUNT_SHIFT = 40
 
@@ -86,11 +71,10 @@ class Room(NamedTuple):
     """A worker's scratch for one block.
 
     Attributes:
-        x: Compute type, shape (rows, BLOCK): the decoded elements of the models, zeros up to a multiple of TOGETHER
-            rows, and those of the base.
+        x: Compute type, shape (sources, BLOCK): the decoded elements of the models, and those of the base.
         singles: uint32: their bits, if that is float32.
         doubles: uint64: their bits, if that is float64.
-        rows: Compute type, shape (3, BLOCK): results on their way.
+        rows: Compute type, shape (rows, BLOCK): results on their way; the first one is the result.
         draws: float32, shape (BLOCK,).
         bits: uint64, shape (BLOCK,): magnitudes, or the words that draws are made of.
         words: uint32, shape (2 · BLOCK,): their halves.
@@ -116,24 +100,19 @@ class Room(NamedTuple):
     files: Files
 
 
-class Sparsifier(NamedTuple):
-    """What it takes to sparsify any element of a tensor.
+class Element(NamedTuple):
+    """What the element step must know of the models.
 
     Attributes:
-        kind: The sparsifier's code.
-        rescale: Whether to divide what is kept by its probability.
         keys: uint64, shape (models,): the random streams.
-        numbers: Compute type, shape (models, 2): threshold and factor of trim; probability, and whether there is
-            anything to drop, of dare and magprune.
+        numbers: Compute type, shape (models, numbers): in the order of the chain's ``element_numbers``.
         shift: The bits of a magnitude below its leading ones.
-        bins: uint16, shape (bins,): for magprune, the bins that hold any magnitude, model by model.
+        bins: uint16, shape (bins,): of a measure of ranks, the bins that hold any magnitude, model by model.
         ends: int64, shape (models,): where those of each model end.
         keeps: Compute type, shape (bins,): their probabilities of being kept; −(slot + 1) where a subtable says more.
         subtables: Compute type, shape (slots, RANKS): the same for bins that needed more bits.
     """
 
-    kind: int
-    rescale: bool
     keys: Array
     numbers: Array
     shift: int
@@ -141,6 +120,22 @@ class Sparsifier(NamedTuple):
     ends: Array
     keeps: Array
     subtables: Array
+
+
+class Numbers(NamedTuple):
+    """What combining must know.
+
+    Attributes:
+        each: Compute type, shape (models, numbers): in the order of the chain's ``each_numbers``.
+        shared: Compute type, shape (numbers,): in the order of its ``shared_numbers``.
+        factor: Compute type, shape (1,): what the result is multiplied by before the base is added.
+        scales: Whether that is anything but 1.
+    """
+
+    each: Array
+    shared: Array
+    factor: Array
+    scales: bool
 
 
 _GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
@@ -367,7 +362,7 @@ def find_bins(room: Room, model: int, count: int, shift: int, row: int) -> None:
 
 
 @compile_kernel
-def spread(how: Sparsifier, room: Room) -> None:
+def spread(how: Element, room: Room) -> None:
     """Place magprune's probabilities where they are looked up."""
     begin = 0
     for model in range(how.ends.size):
@@ -377,7 +372,7 @@ def spread(how: Sparsifier, room: Room) -> None:
 
 
 @compile_kernel
-def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out: Array) -> None:
+def keep_probabilities(how: Element, model: int, count: int, room: Room, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
     table, bins = room.tables[model], room.bins[0]
     find_bins(room, model, count, how.shift, 0)
@@ -394,117 +389,18 @@ def _keep_probabilities(how: Sparsifier, model: int, count: int, room: Room, out
 
 
 @compile_kernel
-def sparsify(how: Sparsifier, model: int, first: int, count: int, room: Room) -> None:
-    """Sparsify a block of one model in place."""
-    x, draws, keep = room.x[model], room.draws, room.rows[0]
-    zero = x.dtype.type(0)
-    if how.kind == TRIM:
-        threshold, factor = how.numbers[model, 0], how.numbers[model, 1]
+def finish(data: Stored, room: Room, numbers: Numbers, count: int, out_code: int, start: int) -> None:
+    """Scale a block's result, add the base, and encode it into the output from element ``start`` on."""
+    result = room.rows[0]
+    if numbers.scales:
+        factor = numbers.factor[0]
         for i in range(count):
-            kept = x[i] if abs(x[i]) >= threshold else zero
-            x[i] = kept * factor
-    elif how.kind == DARE:
-        p = how.numbers[model, 0]
-        single = np.float32(p)
-        uniform(how.keys[model], first, count, room.bits, room.words, draws)
-        divisor = p if how.rescale else x.dtype.type(1)
+            result[i] *= factor
+    if data.inputs.has_base:
+        base = room.x[room.x.shape[0] - 1]
         for i in range(count):
-            kept = x[i] if draws[i] < single else zero
-            x[i] = kept / divisor
-    elif how.kind == MAGPRUNE and how.numbers[model, 1] != 0:
-        uniform(how.keys[model], first, count, room.bits, room.words, draws)
-        _keep_probabilities(how, model, count, room, keep)
-        if how.rescale:
-            for i in range(count):
-                kept = x[i] if draws[i] < np.float32(keep[i]) else zero
-                x[i] = kept / keep[i]
-        else:
-            for i in range(count):
-                x[i] = x[i] if draws[i] < np.float32(keep[i]) else zero
-
-
-@compile_kernel
-def _linear(x: Array, models: int, count: int, weights: Array, result: Array) -> None:
-    for i in range(count):
-        result[i] = x[0, i] * weights[0]
-    for model in range(1, models):
-        weight = weights[model]
-        for i in range(count):
-            result[i] += x[model, i] * weight
-
-
-@compile_kernel
-def _ties(x: Array, models: int, count: int, weights: Array, by_count: bool, normalize: bool, rows: Array) -> None:
-    """Elect and sum; the result is left in ``rows[0]``.
-
-    Three models at a time, so that what is added up stays in registers; behind the last one, rows and weights are zero.
-    """
-    result, elected, divisor = rows[0], rows[1], rows[2]
-    zero, one = x.dtype.type(0), x.dtype.type(1)
-    for i in range(count):
-        result[i], elected[i], divisor[i] = zero, zero, zero
-    for model in range(0, models, TOGETHER):
-        a, b, c = x[model], x[model + 1], x[model + 2]
-        u, v, w = weights[model], weights[model + 1], weights[model + 2]
-        if by_count:
-            for i in range(count):
-                elected[i] += _sign(a[i] * u, one) + _sign(b[i] * v, one) + _sign(c[i] * w, one)
-        else:
-            for i in range(count):
-                elected[i] = ((elected[i] + a[i] * u) + b[i] * v) + c[i] * w
-    for model in range(0, models, TOGETHER):
-        a, b, c = x[model], x[model + 1], x[model + 2]
-        u, v, w = weights[model], weights[model + 1], weights[model + 2]
-        for i in range(count):
-            sign = one if elected[i] >= zero else -one
-            p, q, r = a[i] * u, b[i] * v, c[i] * w
-            kept = result[i] + (p if p * sign > zero else zero)
-            share = divisor[i] + (u if p * sign > zero else zero)
-            kept += q if q * sign > zero else zero
-            share += v if q * sign > zero else zero
-            kept += r if r * sign > zero else zero
-            share += w if r * sign > zero else zero
-            result[i], divisor[i] = kept, share
-    if normalize:
-        smallest = x.dtype.type(MIN_DIVISOR)
-        for i in range(count):
-            share = divisor[i]
-            result[i] /= share if abs(share) >= smallest else one
-
-
-@compile_kernel
-def _sign(value: Any, one: Any) -> Any:
-    return one if value > 0 else (-one if value < 0 else one - one)
-
-
-@compile_kernel
-def combine(
-    data: Stored,
-    first: int,
-    length: int,
-    room: Room,
-    how: Sparsifier,
-    merge: int,
-    weights: Array,
-    normalize: bool,
-    out_code: int,
-) -> None:
-    """Merge one slice, ``length`` elements from number ``first`` on, into the start of ``data.out``."""
-    for start in range(0, length, BLOCK):
-        size = min(BLOCK, length - start)
-        load(data, start, size, room, length)
-        for model in range(data.inputs.models):
-            sparsify(how, model, first + start, size, room)
-        if merge == LINEAR:
-            _linear(room.x, data.inputs.models, size, weights, room.rows[0])
-        else:
-            _ties(room.x, data.inputs.models, size, weights, merge == TIES_COUNT, normalize, room.rows)
-        result = room.rows[0]
-        if data.inputs.has_base:
-            base = room.x[room.x.shape[0] - 1]
-            for i in range(size):
-                result[i] += base[i]
-        if out_code == RAW_BF16:
-            room.bad[-1] += _narrow(result, size, data.out_halves, start)
-        else:
-            room.bad[-1] += encode(out_code, result, size, data.out, start)
+            result[i] += base[i]
+    if out_code == RAW_BF16:
+        room.bad[-1] += _narrow(result, count, data.out_halves, start)
+    else:
+        room.bad[-1] += encode(out_code, result, count, data.out, start)

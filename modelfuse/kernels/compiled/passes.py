@@ -1,49 +1,30 @@
-"""Merging one tensor with the compiled kernels: which passes, and what each one learns."""
+"""The compiled passes over one tensor: what each one finds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Extent, Pass, Procedure, Work
-from modelfuse.kernels.compiled import dot_products, histograms, merge_loops
-from modelfuse.kernels.compiled.scratch import RAW_CODES, Scratch, give_back, inputs_of, lay_out, take_scratch, up
+from modelfuse.kernels import Bytes, Extent, Procedure, Work
+from modelfuse.kernels.compiled import histograms, merge_loops
+from modelfuse.kernels.compiled.dot_products import LANES
+from modelfuse.kernels.compiled.generate import ChainKernels, kernels_of
+from modelfuse.kernels.compiled.scratch import RAW_CODES, Scratch, give_back, inputs_of, lay_out, take_scratch
 from modelfuse.kernels.jit.code_cache import prepare
-from modelfuse.kernels.measures import Ranks, add_up_models, measure_ranks, measure_thresholds
-from modelfuse.kernels.order_statistics import LAYOUTS, Layout
-from modelfuse.methods.arrays import total
-from modelfuse.methods.random import stream_key
-from modelfuse.methods.slerp import coefficients
+from modelfuse.kernels.measures import Element, add_up_models
+from modelfuse.kernels.order_statistics import LAYOUTS, LEAD_BITS, Layout
+from modelfuse.kernels.procedures import Coefficients, gram_of, pairs_of
+from modelfuse.kernels.procedures import merge_procedure as procedure_over
 
 Array = np.ndarray[Any, Any]
 
 
-def merge_procedure(work: Work) -> Procedure:
-    """The passes that merge one tensor on the CPU."""
-    sparsifier = yield from _measure_sparsifier(work)
-    weights, merge = work.method.weights, merge_loops.LINEAR
-    if work.method.merge_type == "slerp":
-        sums = yield DotProducts(work, sparsifier)
-        weights = _slerp_weights(work, np.concatenate(sums))
-    elif work.method.merge_type == "ties":
-        merge = merge_loops.TIES_COUNT if work.method.ties_elect_type == "count" else merge_loops.TIES_SUM
-    yield Combine(work, sparsifier, merge, weights)
-
-
-def _slerp_weights(work: Work, sums: Array) -> tuple[float, float]:
-    method = work.method
-    squares_1, squares_2, dots = (total(sums[:, [product, product + 3]]) for product in range(3))
-    return coefficients(
-        squares_1, squares_2, dots, method.slerp_alpha, method.slerp_normalize_eps, method.slerp_dot_threshold
-    )
-
-
-class _Tallies:
-    """The compiled passes that tally."""
+class CompiledBackend:
+    """The passes that are compiled loops over stored bytes."""
 
     def all(self, work: Work) -> TallyAll:
         return TallyAll(work, LAYOUTS[work.compute])
@@ -51,33 +32,37 @@ class _Tallies:
     def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyWithin:
         return TallyWithin(work, prefixes, (LAYOUTS[work.compute].shift, parent_shift, shift), digit_bits)
 
+    def products(self, work: Work, element: Element) -> DotProducts:
+        return DotProducts(work, element)
 
-def _measure_sparsifier(work: Work) -> Generator[Pass, list[Any], merge_loops.Sparsifier]:
-    kind = work.method.sparsify_type
-    if kind == "trim":
-        return _sparsifier(work, merge_loops.TRIM, (yield from measure_thresholds(work, _Tallies())))
-    if kind == "magprune":
-        ranks: Ranks = yield from measure_ranks(work, _Tallies())
-        return _sparsifier(work, merge_loops.MAGPRUNE, ranks.numbers, ranks)
-    numbers = [(work.method.reserve_p, 1.0)] * work.models
-    return _sparsifier(work, merge_loops.DARE if kind == "dare" else merge_loops.NO_SPARSIFIER, numbers)
+    def combine(self, work: Work, element: Element, numbers: Coefficients) -> Combine:
+        return Combine(work, element, numbers)
 
 
-def _sparsifier(
-    work: Work, kind: int, numbers: list[tuple[float, float]], ranks: Ranks | None = None
-) -> merge_loops.Sparsifier:
-    tables = ranks.tables if ranks else [(np.empty(0, np.uint64), np.empty(0))]
+def merge_procedure(work: Work) -> Procedure:
+    """The passes that merge one tensor on the CPU."""
+    return procedure_over(work, CompiledBackend())
+
+
+def chain_kernels(work: Work) -> ChainKernels:
+    """The kernels of a tensor's method."""
+    return kernels_of(work.method.chain)
+
+
+def _laid_out(work: Work, element: Element) -> Any:
+    """What the element step must know, as the kernels take it."""
+    tables = element.keep.tables or [(np.empty(0, np.uint64), np.empty(0))]
     bins = np.concatenate([bins for bins, _ in tables])
-    return merge_loops.Sparsifier(
-        kind,
-        work.method.rescale,
-        np.array([stream_key(work.method.seed, model, work.name) for model in range(work.models)], np.uint64),
-        np.array(numbers, work.compute),
-        LAYOUTS[work.compute].shift,
-        ((bins >> np.uint64(1)) | (bins & np.uint64(1)) << np.uint64(merge_loops.LEAD_BITS)).astype(np.uint16),
-        np.cumsum([bins.size for bins, _ in tables]),
-        np.concatenate([keeps for _, keeps in tables]).astype(work.compute),
-        (ranks.subtables if ranks else np.ones((0, merge_loops.RANKS))).astype(work.compute),
+    return prepare(
+        merge_loops.Element(
+            np.array(element.keys, np.uint64),
+            element.table(work.method.chain.element_numbers, work.compute),
+            LAYOUTS[work.compute].shift,
+            ((bins >> np.uint64(1)) | (bins & np.uint64(1)) << np.uint64(LEAD_BITS)).astype(np.uint16),
+            np.cumsum([bins.size for bins, _ in tables]),
+            np.concatenate([keeps for _, keeps in tables]).astype(work.compute),
+            element.keep.subtables.astype(work.compute),
+        )
     )
 
 
@@ -122,40 +107,54 @@ class _Walk:
         raise NotImplementedError
 
 
-class _Sparsifying(_Walk):
-    """A pass that sparsifies what it reads."""
+class _Chained(_Walk):
+    """A pass over what the element step leaves."""
 
-    def __init__(self, work: Work, sparsifier: merge_loops.Sparsifier) -> None:
+    def __init__(self, work: Work, element: Element) -> None:
         super().__init__(work)
-        self._how: Any = prepare(sparsifier)
+        self._how = _laid_out(work, element)
 
     def start(self) -> State:
         state = super().start()
-        if self._work.method.sparsify_type == "magprune":
+        if self._work.method.chain.keeps:
             merge_loops.spread(self._how, state.scratch.room)
         return state
 
 
-class Combine(_Sparsifying):
+class Combine(_Chained):
     """The pass that merges and writes."""
 
     writes = True
 
-    def __init__(self, work: Work, sparsifier: merge_loops.Sparsifier, merge: int, weights: tuple[float, ...]) -> None:
-        super().__init__(work, sparsifier)
-        padded = [*weights, *[0.0] * (up(work.models) - work.models)]
-        self._weights: Any = prepare(np.array(padded, work.compute))
-        self._numbers = merge, work.method.normalize, RAW_CODES[work.out.name]
+    def __init__(self, work: Work, element: Element, numbers: Coefficients) -> None:
+        super().__init__(work, element)
+        chain, compute = work.method.chain, work.compute
+        self._numbers: Any = prepare(
+            merge_loops.Numbers(
+                numbers.table(chain.each_numbers, compute),
+                numbers.row(chain.shared_numbers, compute),
+                np.array([numbers.factor], compute),
+                numbers.factor != 1.0,
+            )
+        )
+        self._out_code = RAW_CODES[work.out.name]
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
-        room, (merge, normalize, out_code) = state.scratch.room, self._numbers
-        merge_loops.combine(data, first, count, room, self._how, merge, self._weights, normalize, out_code)
+        combine = chain_kernels(self._work).combine
+        combine(data, first, count, state.scratch.room, self._how, self._numbers, self._out_code)
 
 
-class DotProducts(_Sparsifying):
-    """The pass that measures slerp's norms and dot product; finds float64 sums a chunk, shape (chunks, 6)."""
+class DotProducts(_Chained):
+    """The pass that measures the dot products of all pairs of models.
+
+    Finds float64 sums and what they lost, a row for every CHUNK elements: shape (chunks, 2 · products).
+    """
 
     writes = False
+
+    def __init__(self, work: Work, element: Element) -> None:
+        super().__init__(work, element)
+        self._products = len(pairs_of(work.models))
 
     def start(self) -> State:
         state = super().start()
@@ -163,12 +162,19 @@ class DotProducts(_Sparsifying):
         return state
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
-        sums, lanes = np.empty((math.ceil(count / merge_loops.CHUNK), 6)), np.empty((6, dot_products.LANES))
-        dot_products.dot_products(data, first, count, state.scratch.room, self._how, lanes, sums)
+        sums = np.empty((math.ceil(count / merge_loops.CHUNK), 2 * self._products))
+        lanes = np.empty((2 * self._products, LANES))
+        chain_kernels(self._work).multiply(data, first, count, state.scratch.room, self._how, lanes, sums)
         state.found.append(sums)
 
     def _found(self, state: State) -> Array:
         return np.concatenate(state.found)
+
+    def gram(self, found: list[Any]) -> Array:
+        """The Gram matrix, float64, shape (models, models)."""
+        sums = np.concatenate(found)
+        products = range(self._products)
+        return gram_of(self._work.models, [sums[:, [each, each + self._products]] for each in products])
 
 
 class TallyAll(_Walk):
@@ -181,7 +187,7 @@ class TallyAll(_Walk):
 
     def __init__(self, work: Work, layout: Layout) -> None:
         super().__init__(work)
-        self._layout, self._sums = layout, work.method.sparsify_type == "trim"
+        self._layout, self._sums = layout, work.method.needs_sums
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
         room, tables = state.scratch.room, state.scratch.tables.all

@@ -16,7 +16,9 @@ from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import Bytes, Work
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.direct_reads import BLOCK, Files
+from modelfuse.kernels.compiled.generate import kernels_of
 from modelfuse.kernels.jit.code_cache import Prepared, prepare
+from modelfuse.kernels.order_statistics import BINS
 
 Array = np.ndarray[Any, Any]
 
@@ -51,7 +53,8 @@ class Scratch:
         models: The number of models.
         has_base: Whether there is a base beside them.
         compute: float32 or float64.
-        sparsify_type: The method's.
+        rows: How many rows of results the method's kernels take.
+        keeps: Whether its element step looks up probabilities by rank.
 
     Attributes:
         kind: All of these.
@@ -60,23 +63,23 @@ class Scratch:
         files: Where it reads from.
     """
 
-    def __init__(self, models: int, has_base: bool, compute: str, sparsify_type: str | None) -> None:
-        self.kind = models, has_base, compute, sparsify_type
-        x, bits = np.zeros((up(models) + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
+    def __init__(self, models: int, has_base: bool, compute: str, rows: int, keeps: bool) -> None:
+        self.kind = models, has_base, compute, rows, keeps
+        x, bits = np.zeros((models + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
         self.bad, self.files = np.zeros(models + has_base + 1, np.int64), Files.of(models + has_base)
         self.room: Any = prepare(
             merge_loops.Room(
                 x,
                 x.view(np.uint32),
                 x.view(np.uint64),
-                np.empty((3, BLOCK), compute),
+                np.empty((rows, BLOCK), compute),
                 np.empty(BLOCK, np.float32),
                 bits,
                 bits.view(np.uint32),
                 np.empty((merge_loops.TOGETHER, BLOCK), np.uint16),
                 np.empty((merge_loops.TOGETHER, BLOCK), np.uint64),
                 self.bad,
-                np.empty((models if sparsify_type == "magprune" else 0, merge_loops.BINS), compute),
+                np.empty((models if keeps else 0, BINS), compute),
                 self.files,
             )
         )
@@ -84,9 +87,9 @@ class Scratch:
     @cached_property
     def tables(self) -> Tables:
         """What to tally in; made when a pass first does."""
-        models, _, compute, _ = self.kind
-        tables = np.zeros((models, merge_loops.BINS * (1 if compute == "float32" else 3)), np.uint64)
-        numbers, rows = np.empty(merge_loops.BINS, np.uint64), np.empty((merge_loops.BINS, 3), np.uint64)
+        models, _, compute, *_ = self.kind
+        tables = np.zeros((models, BINS * (1 if compute == "float32" else 3)), np.uint64)
+        numbers, rows = np.empty(BINS, np.uint64), np.empty((BINS, 3), np.uint64)
         return Tables(prepare(tables), [prepare(table) for table in tables], prepare(numbers), prepare(rows))
 
 
@@ -98,14 +101,11 @@ class _Own(threading.local):
 _own = _Own()
 
 
-def up(models: int) -> int:
-    """So many models, and rows of zeros."""
-    return -(-models // merge_loops.TOGETHER) * merge_loops.TOGETHER
-
-
 def take_scratch(work: Work) -> Scratch:
     """The worker's scratch. While a span is under way nobody else has it, and what a failure leaves is never used."""
-    kind = work.models, work.has_base, work.compute, work.method.sparsify_type
+    chain = work.method.chain
+    rows = kernels_of(chain).rows
+    kind = work.models, work.has_base, work.compute, rows, chain.keeps
     scratch, _own.scratch = _own.scratch, None
     if scratch is None or scratch.kind != kind:
         return Scratch(*kind)

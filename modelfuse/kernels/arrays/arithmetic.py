@@ -1,4 +1,4 @@
-"""The methods over tensors of any library, operation by operation as :mod:`modelfuse.methods` defines them.
+"""Arithmetic on tensors of any library: what expressions are evaluated with.
 
 Every function takes blocks: one-dimensional tensors of the compute type, float32 or float64. No operation fuses two
 roundings and none adds up in an order of its own, so the bits are those of the definitions on any device.
@@ -7,49 +7,34 @@ roundings and none adds up in an order of its own, so the bits are those of the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from modelfuse.dtypes import F16, DType
-from modelfuse.kernels.arrays.library import INTEGERS, Array, Library, Tensor
+from modelfuse.kernels.arrays.library import INTEGERS, Library, Tensor
+from modelfuse.kernels.order_statistics import RANK_BITS, RANKS
+from modelfuse.kernels.procedures import pairs_of
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
-from modelfuse.methods.ties import MIN_DIVISOR
 
 #: Elements a partial sum. Fixed, so that sums do not depend on slices and blocks.
 CHUNK = 1 << 15
 
 
-@dataclass(frozen=True)
-class Sparsifier:
-    """What it takes to sparsify any element of a tensor.
+class Tables(NamedTuple):
+    """Probabilities of being kept, on the device.
 
     Attributes:
-        kind: ``trim``, ``dare``, ``magprune`` or None.
-        compute: float32 or float64.
-        rescale: Whether to divide what is kept by its probability.
-        keys: The random streams, one a model.
-        numbers: Threshold and factor of trim; probability, and whether there is anything to drop, of dare and
-            magprune; one pair a model.
-        shift: The bits of a magnitude below a bin of ``tables``.
-        digit_bits: By so many bits more each subtable looks.
-        tables: magprune's probabilities of being kept by bin, one table a model; −(slot + 1) where a subtable
-            says more.
-        subtables: Shape (slots, 2^digit_bits): the same by the next digit.
+        shift: The bits of a magnitude below a bin.
+        models: A table a model, by bin; −(slot + 1) where a subtable says more.
+        subtables: All subtables in a row.
         levels: How many digits there are at most.
     """
 
-    kind: str | None
-    compute: str
-    rescale: bool = True
-    keys: Sequence[int] = ()
-    numbers: Sequence[tuple[float, float]] = ()
-    shift: int = 0
-    digit_bits: int = 1
-    tables: Sequence[Array] = ()
-    subtables: Array = field(default_factory=lambda: np.ones((0, 2)))
-    levels: int = 0
+    shift: int
+    models: list[Tensor]
+    subtables: Tensor
+    levels: int
 
 
 class Arithmetic:
@@ -85,6 +70,10 @@ class Arithmetic:
         library = self._library
         ones = -library.cast(mask, self._integer)
         return library.view(library.view(x, self._integer) & ones, self._compute)
+
+    def chosen(self, mask: Tensor, number: Tensor) -> Tensor:
+        """A number where true, else +0."""
+        return self.kept(self._library.cast(mask, self._compute) * number, mask)
 
     def magnitude_bits(self, x: Tensor) -> Tensor:
         """The bits of |x| as integers, which sort as the magnitudes do."""
@@ -134,7 +123,7 @@ class Arithmetic:
         """How many are NaN or infinite, int64, 0-dimensional."""
         return self._library.count(~self._library.finite(x))
 
-    # Sparsifiers ------------------------------------------------------------------------------------------------------
+    # Draws and ranks --------------------------------------------------------------------------------------------------
 
     def counters(self, first: int, count: int) -> Tensor:
         """What the draws of all models have in common, int64, one for two elements; ``first`` is even."""
@@ -149,20 +138,6 @@ class Arithmetic:
         halves = library.view(z ^ library.shift_right(z, 31), "int32")[:count]
         return library.cast(library.shift_right(halves, SHIFT), "float32") * self._number(SCALE, "float32")
 
-    def trim(self, x: Tensor, threshold: float, factor: float) -> Tensor:
-        """Keep magnitudes from the threshold on."""
-        return self.kept(x, abs(x) >= self.number(threshold)) * self.number(factor)
-
-    def dare(self, x: Tensor, draws: Tensor, reserve_p: float, rescale: bool) -> Tensor:
-        """Keep each element with one probability."""
-        kept = self.kept(x, draws < self._number(float(np.float32(reserve_p)), "float32"))
-        return kept / self.number(reserve_p) if rescale else kept
-
-    def magprune(self, x: Tensor, draws: Tensor, keep: Tensor, rescale: bool) -> Tensor:
-        """Keep each element with its own probability."""
-        kept = self.kept(x, draws < self._library.cast(keep, "float32"))
-        return kept / keep if rescale else kept
-
     def bins(self, bits: Tensor, shift: int) -> Tensor:
         """Leading bits, followed by a bit that says whether any of the remaining ones is set."""
         rest = self.low_bits(bits, shift)
@@ -173,77 +148,34 @@ class Arithmetic:
         """The last bits of integers, of the magnitudes' type unless given."""
         return bits & self.integer((1 << count) - 1, dtype or self._integer)
 
-    def keep_probabilities(self, x: Tensor, how: Sparsifier, table: Tensor, subtables: Tensor) -> Tensor:
-        """Look up each element's probability of being kept by its magnitude's bits.
-
-        Args:
-            x: One model's elements.
-            how: How the bits index the tables.
-            table: The model's table, on the device.
-            subtables: All subtables in a row, on the device.
-        """
+    def keep_probabilities(self, x: Tensor, tables: Tables, model: int) -> Tensor:
+        """Look up each element's probability of being kept by its magnitude's bits."""
         library, zero = self._library, self.number(0.0)
         bits = self.magnitude_bits(x)
-        keep = library.take(table, library.cast(self.bins(bits, how.shift), "int64"))
-        level = how.shift
-        for _ in range(how.levels):
-            level = max(level - how.digit_bits, 0)
-            digits = library.shift_right(bits, level) & self.integer((1 << how.digit_bits) - 1, self._integer)
+        keep = library.take(tables.models[model], library.cast(self.bins(bits, tables.shift), "int64"))
+        level = tables.shift
+        for _ in range(tables.levels):
+            level = max(level - RANK_BITS, 0)
+            digits = library.shift_right(bits, level) & self.integer(RANKS - 1, self._integer)
             slots = library.cast(self.kept(-keep - self.number(1.0), keep < zero), "int64")
-            entries = slots * self.integer(1 << how.digit_bits) + library.cast(digits, "int64")
-            keep = library.where(keep < zero, library.take(subtables, entries), keep)
+            entries = slots * self.integer(RANKS) + library.cast(digits, "int64")
+            keep = library.where(keep < zero, library.take(tables.subtables, entries), keep)
         return keep
-
-    # Merges -----------------------------------------------------------------------------------------------------------
-
-    def linear(self, xs: list[Tensor], weights: Sequence[float]) -> Tensor:
-        """The weighted sum."""
-        total = xs[0] * self.number(weights[0])
-        for x, weight in zip(xs[1:], weights[1:], strict=True):
-            total = total + x * self.number(weight)
-        return total
-
-    def ties(self, xs: list[Tensor], weights: Sequence[float], by_count: bool, normalize: bool) -> Tensor:
-        """Elect a sign for every element, and sum those that agree. ``xs`` are used up."""
-        zero = self.number(0.0)
-        for model, weight in enumerate(weights):
-            xs[model] = xs[model] * self.number(weight)
-        elected = self._vote(xs[0], by_count)
-        for y in xs[1:]:
-            elected = elected + self._vote(y, by_count)
-        positive = elected >= zero
-        del elected
-        result: Tensor = None
-        divisor: Tensor = None
-        for y, weight in zip(xs, weights, strict=True):
-            agrees = (positive & (y > zero)) | (~positive & (y < zero))
-            agreeing = self.kept(y, agrees)
-            result = zero + agreeing if result is None else result + agreeing
-            if normalize:
-                own = self._library.cast(agrees, self._compute) * self.number(weight)
-                divisor = zero + own if divisor is None else divisor + own
-        if not normalize:
-            return result
-        divides = abs(divisor) >= self.number(MIN_DIVISOR)
-        return result / self._library.where(divides, divisor, self.number(1.0))
-
-    def _vote(self, y: Tensor, by_count: bool) -> Tensor:
-        if not by_count:
-            return y
-        library, zero = self._library, self.number(0.0)
-        return library.cast(y > zero, self._compute) - library.cast(y < zero, self._compute)
 
     # Sums -------------------------------------------------------------------------------------------------------------
 
-    def dot_products(self, x: Tensor, y: Tensor) -> Tensor:
-        """x·x, y·y and x·y in float64 of every CHUNK elements, and what their additions lost, shape (3, 2, chunks)."""
-        library, size = self._library, x.shape[0]
-        wide = [library.cast(each, "float64") for each in (x, y)]
+    def dot_products(self, xs: list[Tensor]) -> Tensor:
+        """The products of all pairs of models in float64 of every CHUNK elements, and what their additions lost.
+
+        Shape (products, 2, chunks), in the order of :func:`modelfuse.kernels.procedures.pairs_of`.
+        """
+        library, size = self._library, xs[0].shape[0]
+        wide = [library.cast(each, "float64") for each in xs]
         if short := -size % CHUNK:
             zeros = library.cast(library.arange(0, short), "float64") * self._number(0.0, "float64")
             wide = [library.join(each, zeros) for each in wide]
-        pairs = ((wide[0], wide[0]), (wide[1], wide[1]), (wide[0], wide[1]))
-        return library.stack(*(self._fold((a * b).reshape([-1, CHUNK])) for a, b in pairs))
+        products = (wide[one] * wide[other] for one, other in pairs_of(len(xs)))
+        return library.stack(*(self._fold(each.reshape([-1, CHUNK])) for each in products))
 
     def _fold(self, sums: Tensor) -> Tensor:
         """The sum of each row, and what its additions lost: halves are added to each other until one is left.

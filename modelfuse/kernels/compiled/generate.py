@@ -1,0 +1,251 @@
+"""Compiled loops of declared methods: the expressions of a chain become the source of a kernel.
+
+The element step is one loop a model, in place. The combination is cut where sums over the models must be known before
+anything else can go on: each stage is one loop over the models, which takes three of them at a time, so that what is
+added up stays in registers. Operations stand in the source as they were declared, each result in a variable of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from modelfuse.kernels.compiled.direct_reads import BLOCK
+from modelfuse.kernels.compiled.dot_products import add_products
+from modelfuse.kernels.compiled.merge_loops import CHUNK, finish, keep_probabilities, load, uniform
+from modelfuse.kernels.jit.compile import compile_kernel
+from modelfuse.methods.applied import Chain
+from modelfuse.methods.expressions import INFIX, Expression, walk
+
+#: Models that a loop takes at a time.
+TOGETHER = 3
+#: How often each name that the source refers to is indented.
+STEP = "    "
+#: What a chain's kernels are called in files that keep compiled code.
+MODULE = "modelfuse.kernels.compiled.generated"
+
+COMBINE = """
+def combine(data, first, length, room, how, numbers, out_code):
+    for start in range(0, length, BLOCK):
+        size = min(BLOCK, length - start)
+        load(data, start, size, room, length)
+        for model in range(data.inputs.models):
+            apply_element(how, model, first + start, size, room)
+        combine_block(room.x, data.inputs.models, size, numbers.each, numbers.shared, room.rows)
+        finish(data, room, numbers, size, out_code, start)
+"""
+PRODUCTS = """
+def multiply(data, first, length, room, how, lanes, sums):
+    for chunk in range(0, length, CHUNK):
+        lanes[:] = 0.0
+        for start in range(chunk, min(chunk + CHUNK, length), BLOCK):
+            size = min(BLOCK, length - start)
+            load(data, start, size, room, length)
+            for model in range(data.inputs.models):
+                apply_element(how, model, first + start, size, room)
+            add_products(room.x, data.inputs.models, size, lanes, sums, chunk // CHUNK, False)
+        add_products(room.x, data.inputs.models, 0, lanes, sums, chunk // CHUNK, True)
+"""
+
+
+class ChainKernels(NamedTuple):
+    """The kernels of a chain.
+
+    Attributes:
+        rows: Rows of ``Room.rows`` that they take.
+        combine: Takes Stored, the first element's number, the slice's length, Room, Element, Numbers and the output's
+            code.
+        multiply: The dot products of all pairs of models: takes Stored, the first element's number, the slice's length,
+            Room, Element, lanes and sums.
+    """
+
+    rows: int
+    combine: Callable[..., None]
+    multiply: Callable[..., None]
+
+
+class _Writer:
+    """Source lines of one loop's body: every operation gets a variable, once.
+
+    Args:
+        leaf: How an array, a number or a sum over the models is written.
+    """
+
+    def __init__(self, leaf: Callable[[Expression], str]) -> None:
+        self._leaf = leaf
+        self._names: dict[Expression, str] = {}
+        self.lines: list[str] = []
+
+    def name_of(self, expression: Expression) -> str:
+        """The variable that holds its value; writes the lines that compute it."""
+        if expression not in self._names:
+            self._names[expression] = self._write(expression)
+        return self._names[expression]
+
+    def _write(self, one: Expression) -> str:
+        if one.operation in ("array", "number", "total", "constant"):
+            return self._leaf(one)
+        operands = [self.name_of(each) for each in one.operands]
+        name = f"t{len(self._names)}"
+        self.lines.append(f"{name} = {_operation(one.operation, operands)}")
+        return name
+
+
+def _operation(operation: str, operands: Sequence[str]) -> str:
+    if operation in INFIX:
+        return f" {operation} ".join(operands)
+    if operation == "where":
+        return f"{operands[1]} if {operands[0]} else {operands[2]}"
+    words = {"negative": "-{}", "not": "not {}", "abs": "abs({})", "root": "np.sqrt({})", "single": "np.float32({})"}
+    return words[operation].format(*operands)
+
+
+def _constants(*expressions: Expression) -> dict[Expression, str]:
+    found = [each for one in expressions for each in walk(one) if each.operation == "constant"]
+    return {each: f"c{number}" for number, each in enumerate(dict.fromkeys(found))}
+
+
+def _constant_lines(constants: Mapping[Expression, str]) -> list[str]:
+    return [f"{name} = kind({each.value!r})" for each, name in constants.items()]
+
+
+def element_source(chain: Chain) -> str:
+    """The source of the function that applies the element step to a block of one model, in place."""
+    expression = chain.element
+    if expression is None:
+        return "def apply_element(how, model, first, count, room):\n    pass\n"
+    constants = _constants(expression)
+    columns = {name: f"n{column}" for column, name in enumerate(chain.element_numbers)}
+    arrays = {"x": "x[i]", "draw": "draws[i]", "keep": "keep[i]"}
+
+    def leaf(one: Expression) -> str:
+        if one.operation == "constant":
+            return constants[one]
+        return columns[str(one.value)] if one.operation == "number" else arrays[str(one.value)]
+
+    writer = _Writer(leaf)
+    result = writer.name_of(expression)
+    lines = ["x, draws, keep = room.x[model], room.draws, room.rows[0]", "kind = x.dtype.type"]
+    lines += _constant_lines(constants)
+    lines += [f"{name} = how.numbers[model, {column}]" for column, name in enumerate(columns.values())]
+    if chain.draws:
+        lines.append("uniform(how.keys[model], first, count, room.bits, room.words, draws)")
+    if chain.keeps:
+        lines.append("keep_probabilities(how, model, count, room, keep)")
+    lines += ["for i in range(count):", *(STEP + line for line in writer.lines), f"{STEP}x[i] = {result}"]
+    return _function("apply_element(how, model, first, count, room)", lines)
+
+
+def _level(one: Expression) -> int:
+    """How many sums over the models must be known one after the other."""
+    return max(map(_level, one.operands), default=0) + (one.operation == "total")
+
+
+class _Combination:
+    """The source of the function that combines a block; leaves the result in ``rows[0]``."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain, self._root = chain, chain.combine
+        self._constants = _constants(self._root)
+        totals = [each for each in walk(self._root) if each.operation == "total"]
+        direct = self._root.operation == "total"
+        inner = [each for each in totals if each != self._root]
+        #: Where each sum is kept; a result that is a sum itself needs no place of its own.
+        self._rows = {each: f"a{number}" for number, each in enumerate(inner, 1)}
+        if direct:
+            self._rows[self._root] = "a0"
+        self._stages: dict[int, list[Expression]] = {}
+        for each in totals:
+            self._stages.setdefault(_level(each), []).append(each)
+        self._direct = direct
+        self.rows = 1 + len(inner)
+
+    def source(self) -> str:
+        lines = [f"a{row} = rows[{row}]" for row in range(self.rows)]
+        lines += ["kind = x.dtype.type", "minus = -kind(0)", *_constant_lines(self._constants)]
+        lines += [f"s{column} = shared[{column}]" for column in range(len(self._chain.shared_numbers))]
+        if any(one.operation == "array" and one.value == "base" for one in walk(self._root)):
+            lines.append("base = x[x.shape[0] - 1]")
+        for _, totals in sorted(self._stages.items()):
+            lines += self._stage(totals)
+        if not self._direct:
+            writer = _Writer(lambda one: self._leaf(one, 0))
+            result = writer.name_of(self._root)
+            lines += ["for i in range(count):", *(STEP + line for line in writer.lines), f"{STEP}a0[i] = {result}"]
+        return _function("combine_block(x, models, count, each, shared, rows)", lines)
+
+    def _stage(self, totals: Sequence[Expression]) -> list[str]:
+        """Add up sums that need only those of earlier stages. −0 plus any number is that number."""
+        lines = ["for i in range(count):", *(f"{STEP}{self._rows[each]}[i] = minus" for each in totals), "model = 0"]
+        for together in range(TOGETHER, 0, -1):
+            condition = "while models - model >=" if together == TOGETHER else "if models - model =="
+            lines += [f"{condition} {together}:", *(STEP + line for line in self._group(totals, together))]
+            lines += [f"{STEP}model += {together}"]
+        return lines
+
+    def _group(self, totals: Sequence[Expression], together: int) -> list[str]:
+        columns = len(self._chain.each_numbers)
+        lines = [f"x{place} = x[model + {place}]" for place in range(together)]
+        lines += [f"w{place}_{column} = each[model + {place}, {column}]"
+                  for place in range(together) for column in range(columns)]  # fmt: skip
+        body, sums = list[str](), {each: f"{self._rows[each]}[i]" for each in totals}
+        for place in range(together):
+            writer = _Writer(lambda one, place=place: self._leaf(one, place))  # type: ignore[misc]
+            for number, each in enumerate(totals):
+                term = writer.name_of(each.operands[0])
+                name = f"v{number}"
+                writer.lines.append(f"{name} = {sums[each]} + {term}")
+                sums[each] = name
+            body += writer.lines
+        body += [f"{self._rows[each]}[i] = {sums[each]}" for each in totals]
+        return [*lines, "for i in range(count):", *(STEP + line for line in body)]
+
+    def _leaf(self, one: Expression, place: int) -> str:
+        if one.operation == "constant":
+            return self._constants[one]
+        if one.operation == "total":
+            return f"{self._rows[one]}[i]"
+        if one.operation == "array":
+            return f"x{place}[i]" if one.each else f"{one.value}[i]"
+        if one.each:
+            return f"w{place}_{self._chain.each_numbers.index(str(one.value))}"
+        return f"s{self._chain.shared_numbers.index(str(one.value))}"
+
+
+def _function(signature: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"def {signature}:", *(STEP + line for line in lines), ""])
+
+
+def combination_source(chain: Chain) -> tuple[str, int]:
+    """The source of the function that combines a block, and the rows that it takes."""
+    made = _Combination(chain)
+    return made.source(), made.rows
+
+
+@lru_cache(maxsize=64)
+def kernels_of(chain: Chain) -> ChainKernels:
+    """The kernels of a chain; they are compiled when they are first called."""
+    element, (combination, rows) = element_source(chain), combination_source(chain)
+    digest = hashlib.blake2b((element + combination).encode(), digest_size=6).hexdigest()
+    element_digest = hashlib.blake2b(element.encode(), digest_size=6).hexdigest()
+    known: dict[str, Any] = {
+        "__name__": MODULE, "np": np, "BLOCK": BLOCK, "CHUNK": CHUNK, "load": load, "uniform": uniform,
+        "keep_probabilities": keep_probabilities, "finish": finish, "add_products": add_products,
+    }  # fmt: skip
+    known["apply_element"] = _compile(element, "apply_element", element_digest, known)
+    known["combine_block"] = _compile(combination, "combine_block", digest, known)
+    combine = _compile(COMBINE, "combine", digest, known)
+    multiply = _compile(PRODUCTS, "multiply", element_digest, known)
+    return ChainKernels(max(rows, 1), combine, multiply)
+
+
+def _compile(source: str, name: str, digest: str, known: Mapping[str, Any]) -> Any:
+    namespace = dict(known)
+    exec(compile(source, f"<{name} {digest}>", "exec"), namespace)
+    function = namespace[name]
+    function.__qualname__ = function.__name__ = f"{name}_{digest}"
+    return compile_kernel(function)

@@ -1,0 +1,12 @@
+"""Settings that several methods share."""
+
+from __future__ import annotations
+
+from modelfuse.methods.spec import Parameter
+
+RESERVE_P = Parameter(
+    "reserve_p", 0.7, "The share of elements to keep (density).", bounds={"gt": 0, "le": 1}, per_model=True,
+    aliases=("density",),
+)  # fmt: skip
+RESCALE = Parameter("rescale", True, "Make up for what was dropped.")
+NORMALIZE = Parameter("normalize", False, "Divide the weights by their sum (false by default when weights are given).")

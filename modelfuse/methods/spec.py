@@ -1,0 +1,218 @@
+"""What a declaration of a method consists of.
+
+A merge of one tensor takes up to four kinds of steps. *Measures* learn something of whole tensors: magnitudes at given
+ranks, each magnitude's rank, or the Gram matrix of the inputs. The *element* step of a :class:`Sparsifier` acts on each
+model alone. A :class:`Combination` makes one element of the models' elements. Both are written as expressions
+(:mod:`modelfuse.methods.expressions`). A :class:`Method` names a pair of them, with defaults of its own.
+
+Everything else follows from the declarations: settings, help, checks, passes, memory, compiled loops, array code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from modelfuse.methods.expressions import Expression
+
+Floats = npt.NDArray[np.float64]
+#: A setting's value; one that may differ by model is a tuple with one for each.
+Value = float | bool | str
+#: Whether methods act on differences to a base model.
+Base = Literal["optional", "required", "none"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parameter:
+    """A setting of methods.
+
+    Attributes:
+        name: As recipes and flags have it.
+        default: Its value where none is given.
+        description: What it does, for help.
+        choices: The texts that it may be; empty if it is a number or a switch.
+        bounds: Of a number: ``gt``, ``ge``, ``lt`` and ``le``.
+        per_model: Whether it may be given one a model.
+        aliases: What other tools call it.
+    """
+
+    name: str
+    default: Value
+    description: str
+    choices: tuple[str, ...] = ()
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    per_model: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def is_static(self) -> bool:
+        """Whether compiled code depends on its value: switches and choices."""
+        return isinstance(self.default, bool | str)
+
+
+class Magnitudes(Protocol):
+    """What is known of the magnitudes of one model's tensor, once they were measured."""
+
+    @property
+    def total(self) -> float:
+        """Σ|x|, exact, rounded once; NaN if any is not finite."""
+
+    def at(self, number: int) -> float:
+        """The magnitude at one of the ranks that were asked for."""
+
+    def between(self, first: int, last: int | None = None) -> float:
+        """Σ|x| of the magnitudes from ``at(first)`` to ``at(last)``, or to the largest; exact, rounded once."""
+
+
+@dataclass(frozen=True, eq=False)
+class OrderStatistics:
+    """Measures the magnitudes at given ranks.
+
+    Attributes:
+        ranks: Of a tensor's size and the model's settings: ranks from 0, the smallest magnitude's, on.
+        numbers: Of the tensor's size, the model's settings and its magnitudes: numbers for the element step, by name.
+        sums: Of the settings: whether ``numbers`` asks for sums of magnitudes.
+    """
+
+    ranks: Callable[[int, Any], Sequence[int]]
+    numbers: Callable[[int, Any, Magnitudes], Mapping[str, float]]
+    sums: Callable[[Any], bool] = lambda settings: True
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Measures every magnitude's rank: the element step has a probability ``keep`` that depends on it.
+
+    Attributes:
+        probability: Of ranks from 0, the largest magnitude's, on (float64, shape (ranks,)), the tensor's size and
+            the model's settings: float64, shape (ranks,). A linear function of the rank.
+        spread: Of the model's settings: how far the probabilities of the largest and the smallest are apart.
+    """
+
+    probability: Callable[[Floats, int, Any], Floats]
+    spread: Callable[[Any], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Measures the dot products of all pairs of models (of what is left of them by the sparsifier), in float64.
+
+    Attributes:
+        weights: Of the Gram matrix (float64, shape (models, models)) and the settings: one factor a model.
+    """
+
+    weights: Callable[[Floats, Any], Sequence[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the two kinds of steps have in common.
+
+    Attributes:
+        name: As recipes have it.
+        summary: One sentence.
+        formula: What it computes.
+        paper: Authors, year, title, arXiv number.
+        parameters: Its settings.
+        check: Raises ValueError for settings of one model (of a combination: of all) that cannot be.
+    """
+
+    name: str
+    summary: str
+    formula: str
+    paper: str = ""
+    parameters: tuple[Parameter, ...] = ()
+    check: Callable[[Any], None] = lambda settings: None
+
+
+@dataclass(frozen=True, eq=False)
+class Sparsifier(Step):
+    """What is done to the elements of each model alone.
+
+    Attributes:
+        element: Of a namespace with the element ``x``, a uniform ``draw`` in [0, 1) (float32), the probability ``keep``
+            of a :class:`Ranks`, the switches and choices among the settings, and all numbers by name: an element.
+        numbers: Of a model's settings: numbers for ``element`` that need no measuring, by name.
+        measure: What must be known of the whole tensor before.
+    """
+
+    element: Callable[[Any], Expression] = lambda each: each.x
+    numbers: Callable[[Any], Mapping[str, float]] = lambda settings: {}
+    measure: OrderStatistics | Ranks | None = None
+
+    def __reduce__(self) -> tuple[Callable[[str], Sparsifier], tuple[str]]:
+        return find_sparsifier, (self.name,)
+
+
+@dataclass(frozen=True, eq=False)
+class Combination(Step):
+    """What makes one element of the models' elements.
+
+    Attributes:
+        combine: Of a namespace with every model's element ``x`` and ``weight``, the switches and choices among the
+            settings, and all numbers by name: an element.
+        numbers: Of the settings: numbers for ``combine`` that are the same for all models, by name.
+        measure: What must be known of the whole tensors before; it gives the weights.
+        models: The least and the most number of models; None for any.
+        base: Whether it acts on differences to a base.
+        weights: What weights are: ``given`` ones are absolute or, with ``normalize``, divided by their sum;
+            ``relative`` ones stay as given, as ``combine`` divides by them itself; ``none`` may be given.
+    """
+
+    combine: Callable[[Any], Expression] = lambda each: each.x
+    numbers: Callable[[Any], Mapping[str, float]] = lambda settings: {}
+    measure: Gram | None = None
+    models: tuple[int, int | None] = (1, None)
+    base: Base = "optional"
+    weights: Literal["given", "relative", "none"] = "given"
+
+    def __reduce__(self) -> tuple[Callable[[str], Combination], tuple[str]]:
+        return find_combination, (self.name,)
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A name for a combination, with or without a sparsifier, and defaults.
+
+    Attributes:
+        name: As ``merge_method`` has it.
+        combination: Makes one tensor of all.
+        sparsifier: Acts on each model before.
+        defaults: Of settings whose default differs from the parameter's.
+        base: Whether it acts on differences to a base, if not as the combination does.
+        aliases: What other tools call it.
+    """
+
+    name: str
+    combination: Combination
+    sparsifier: Sparsifier | None = None
+    defaults: Mapping[str, Value] = field(default_factory=dict)
+    base: Base | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> tuple[str | None, str]:
+        """The names of its sparsifier and its combination: (sparsify_type, merge_type)."""
+        return self.sparsifier.name if self.sparsifier else None, self.combination.name
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a base must be given."""
+        return (self.base or self.combination.base) == "required"
+
+
+def find_sparsifier(name: str) -> Sparsifier:
+    """The sparsifier of a name: how a declaration arrives in another process."""
+    found: Sparsifier = import_module("modelfuse.methods.registry").SPARSIFIERS[name]
+    return found
+
+
+def find_combination(name: str) -> Combination:
+    """The combination of a name: how a declaration arrives in another process."""
+    found: Combination = import_module("modelfuse.methods.registry").COMBINATIONS[name]
+    return found
