@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -202,6 +203,7 @@ def refuse(modelfuse: Callable[..., Said], tmp_path: Path) -> Callable[..., str]
             line
             for line in said.err.splitlines()
             if not line.startswith(("fetching ", "merging ", "note: ", "warning: "))
+            and re.match(r" *\d+%", line) is None
         ]
         assert lines[0].startswith("error: "), said.err
         assert "Traceback" not in said.err

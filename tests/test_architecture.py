@@ -152,7 +152,7 @@ THIRD_PARTY = {
     },
     "llvmlite": {"kernels.jit"},
     "numba": {"kernels.jit"},
-    "msgspec": {"recipe", "inspection"},
+    "msgspec": {"recipe", "inspection", "cli"},
     "huggingface_hub": {"planning.hub"},
     "yaml": {"recipe"},
     "fsspec": {"storage.remote"},

@@ -25,7 +25,8 @@ from definitions import MERGE_METHODS, MERGES, SPARSIFIERS
 import modelfuse as package
 from modelfuse.cli import help as help_pages
 from modelfuse.cli.arguments import Options, parse
-from modelfuse.cli.main import COMMANDS
+from modelfuse.cli.commands import COMMANDS
+from modelfuse.cli.groups import groups
 from modelfuse.kernels.jit.compile import COMPILING
 from modelfuse.planning import memory_budget
 from modelfuse.recipe.method_settings import METHOD_SETTINGS
@@ -535,7 +536,7 @@ def test_every_command_has_its_help(modelfuse: Run) -> None:
 
 
 def test_help_has_choices_and_defaults() -> None:
-    grouped = [name for names in help_pages.groups().values() for name in names]
+    grouped = [name for names in groups().values() for name in names]
     assert sorted(grouped) == sorted(SETTINGS)
     for setting in SETTINGS.values():
         assert setting.is_required or help_pages.default_of(setting) not in ("None", "()", "")

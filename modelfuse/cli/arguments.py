@@ -11,6 +11,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn
 
+from modelfuse.cli.groups import PREFIX, from_environment
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import closest
 from modelfuse.recipe.files import load_recipe
@@ -22,6 +23,7 @@ MOST_DIGITS = 400
 OPTIONS = {
     "quiet": (("--quiet", "-q"), "Say only what is wrong."),
     "verbose": (("--verbose", "-v"), "Say more, with times and levels."),
+    "json": (("--json",), "Write one JSON document to standard output."),
     "log_file": (("--log_file",), "Append everything that is said, and more, to this file."),
 }
 SHORT = {flags[-1]: flags[0] for flags, _ in OPTIONS.values() if len(flags) > 1}
@@ -36,11 +38,13 @@ class Options:
     Attributes:
         quiet: Only of what is wrong.
         verbose: Of more, with times and levels.
+        json: In one document on standard output; all else on standard error.
         log_file: Where to write it, too.
     """
 
     quiet: bool = False
     verbose: bool = False
+    json: bool = False
     log_file: Path | None = None
 
 
@@ -65,7 +69,10 @@ class Parser(argparse.ArgumentParser):
 
     def options_of(self, given: dict[str, object]) -> Options:
         """Take the options out of what was given."""
-        return Options(**{name: given.pop(name) for name in OPTIONS if name in given})  # type: ignore[arg-type]
+        options: dict[str, Any] = {name: given.pop(name) for name in OPTIONS if name in given}
+        if "log_file" not in options and (named := os.environ.get(f"{PREFIX}LOG_FILE")):
+            options["log_file"] = Path(named)
+        return Options(**options)
 
 
 def merge_parser(command: str) -> Parser:
@@ -87,7 +94,7 @@ def parse(
     command: str = "merge",
     defaults: Mapping[str, object] = {},
 ) -> tuple[dict[str, object], Options]:
-    """Turn words into named settings: those of a recipe file, overridden by flags.
+    """Turn words into named settings: those of a recipe file, overridden by the environment's, overridden by flags.
 
     Args:
         words: The words behind the command.
@@ -108,7 +115,20 @@ def parse(
     ways = ("model_path_list", *ANOTHER_WAY)
     if any(name in given for name in ways):
         settings = {name: value for name, value in settings.items() if name not in ways}
-    return {**defaults, **settings, **given}, options
+    return {**defaults, **settings, **from_environment(), **given}, options
+
+
+def parse_options(command: str, words: Sequence[str]) -> Options:
+    """Turn the words behind a command that takes nothing else into its options.
+
+    Raises:
+        RecipeError: If there are others.
+    """
+    parser = Parser(command)
+    given, rest = parser.parse_known_args(_plain(words))
+    if rest:
+        raise RecipeError(f"{command} takes nothing, but {rest[0]!r} is given", f"`{parser.prog} --help` tells more.")
+    return parser.options_of(vars(given))
 
 
 def parse_verify(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
@@ -118,8 +138,7 @@ def parse_verify(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
         RecipeError: If a flag is unknown or lacks its value.
     """
     parser = verify_parser()
-    plain = (f"--{word[2:].replace('-', '_')}" if word.startswith("--") else SHORT.get(word, word) for word in words)
-    given = vars(parser.parse_args(list(plain)))
+    given = {**from_environment(["n_process"]), **vars(parser.parse_args(_plain(words)))}
     return given, parser.options_of(given)
 
 
@@ -131,6 +150,11 @@ def verify_parser() -> Parser:
     for setting in ("--sample", "--n_process", "--seed"):
         parser.add_argument(setting, type=int)
     return parser
+
+
+def _plain(words: Sequence[str]) -> list[str]:
+    """Flags with underscores, short ones at full length."""
+    return [f"--{word[2:].replace('-', '_')}" if word.startswith("--") else SHORT.get(word, word) for word in words]
 
 
 def _normal(word: str) -> list[str]:

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from modelfuse.cli.arguments import OPTIONS
 from modelfuse.cli.console import out
+from modelfuse.cli.groups import groups
 from modelfuse.methods.registry import COMBINATIONS, MERGE_METHODS, SPARSIFIERS
 from modelfuse.methods.spec import Step
 from modelfuse.recipe.recipe import SETTINGS
 from modelfuse.recipe.schema import Setting
 from modelfuse.recipe.sizes import size
 
-#: The settings by what they are about; all others say how to merge.
-GROUPS: Mapping[str, Sequence[str]] = {
-    "What to merge": (
-        "model_path_list", "base_model_path", "merge_prefix", "input_layout", "convert_from_hf",
-        "merge_with_qdq_base_model", "unmerged_from", "allow_mismatch", "on_nonfinite", "hub_endpoint",
-    ),
-    "How": (),
-    "Where to": (
-        "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "max_shard_size",
-        "copy_file_list", "tokenizer_from",
-    ),
-    "Machine": (
-        "n_process", "memory", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "engine", "ray_address",
-        "ray_timeout",
-    ),
-    "Accepted for Paddle's tool; slices are always small": ("split_pieces", "max_tensor_mem"),
-}  # fmt: skip
 #: The widest that text is set.
 WIDTH = 80
 INDENT = " " * 6
@@ -60,7 +45,8 @@ class Page:
 PLAIN = (
     "Dashes and underscores are equal. Lists take spaces, commas or brackets: --weight_list 1 2, 1,2 or [1,2]. "
     "Booleans take --rescale, --rescale false and --no_rescale. --model_path_str A,B is --model_path_list A B; "
-    "--lora_model_path L is the same with one adapter. A recipe file has the same names; flags override it."
+    "--lora_model_path L is the same with one adapter. A recipe file has the same names; flags override it. "
+    "Settings of the machine may be variables, such as MODELFUSE_MEMORY, which override the recipe, too."
 )
 STATUS = "Exit status: 0 done, 2 the request or an input is wrong, 130 interrupted, 1 anything else."
 PAGES = {
@@ -137,12 +123,6 @@ def help_page(command: str) -> None:
         out.say("\n{}", textwrap.fill(page.ending, WIDTH, break_on_hyphens=False))
 
 
-def groups() -> dict[str, list[str]]:
-    """Every setting, in its group."""
-    grouped = {name for names in GROUPS.values() for name in names}
-    return {title: [*names] or [name for name in SETTINGS if name not in grouped] for title, names in GROUPS.items()}
-
-
 def value_of(setting: Setting) -> str:
     """What stands behind a setting's flag."""
     if setting.is_switch:
@@ -182,20 +162,34 @@ def methods() -> None:
     """What exists, with settings, formula and paper."""
     pairs = [(name, sparsify_type or "–", merge_type) for name, (sparsify_type, merge_type) in MERGE_METHODS.items()]
     out.table(("merge_method", "sparsify_type", "merge_type"), pairs)
+    for step in steps():
+        out.say("\n[bold]{}[/] ({}): {}", step.name, step.kind, step.summary)
+        out.say("  formula: {}", step.formula)
+        out.say("  settings: {}", ", ".join(f"{name} = {default}" for name, default in step.settings.items()) or "–")
+        out.say("  paper: {}", step.paper)
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """A step of a merge; its settings have the defaults that take effect where nothing is given, in words."""
+
+    name: str
+    kind: Literal["sparsify_type", "merge_type"]
+    summary: str
+    formula: str
+    paper: str
+    settings: dict[str, str]
+
+
+def steps() -> Iterator[StepFacts]:
+    """All steps that there are."""
     for sparsifier in SPARSIFIERS.values():
-        _step("sparsify_type", sparsifier)
+        yield _facts(sparsifier, "sparsify_type")
     for combination in COMBINATIONS.values():
-        _step("merge_type", combination, () if combination.weights == "none" else ("weight_list",))
+        yield _facts(combination, "merge_type", () if combination.weights == "none" else ("weight_list",))
 
 
-def _step(setting: str, step: Step, more: Iterable[str] = ()) -> None:
-    out.say("\n[bold]{}[/] ({}): {}", step.name, setting, step.summary)
-    out.say("  formula: {}", step.formula)
-    own = [each.name for each in step.parameters]
-    out.say("  settings: {}", ", ".join(_effective([*more, *own])) or "–")
-    out.say("  paper: {}", step.paper)
-
-
-def _effective(names: Iterable[str]) -> list[str]:
-    """Settings with the values that take effect where nothing is given, which are not always a definition's own."""
-    return [f"{name} = {default_of(SETTINGS[name])}" for name in names if name in SETTINGS]
+def _facts(step: Step, kind: Literal["sparsify_type", "merge_type"], more: Sequence[str] = ()) -> StepFacts:
+    names = [*more, *(each.name for each in step.parameters)]
+    settings = {name: default_of(SETTINGS[name]) for name in names if name in SETTINGS}
+    return StepFacts(step.name, kind, step.summary, step.formula, step.paper, settings)

@@ -1,0 +1,109 @@
+"""Write the pages and schemas that follow from the code: ``python docs/generate.py``. A test holds them to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from msgspec.json import schema
+
+from modelfuse.cli.arguments import OPTIONS
+from modelfuse.cli.documents import DOCUMENTS
+from modelfuse.cli.groups import FROM_ENVIRONMENT, PREFIX, groups
+from modelfuse.cli.help import PAGES, default_of, steps
+from modelfuse.methods.registry import MERGE_METHODS
+from modelfuse.recipe.recipe import SETTINGS
+
+FOLDER = Path(__file__).parent
+WRITTEN = "<!-- Written by docs/generate.py; edit the code instead. -->\n"
+
+
+def pages() -> dict[str, str]:
+    """The content of every file that is written here, by its name in this folder."""
+    return {
+        "reference/settings.md": "\n".join(_settings()) + "\n",
+        "reference/methods.md": "\n".join(_methods()) + "\n",
+        "reference/command-line.md": "\n".join(_command_line()) + "\n",
+        **{f"schemas/{kind.__name__.lower()}.json": _schema(kind) for kind in DOCUMENTS},
+    }
+
+
+def _schema(kind: type) -> str:
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps({**head, **schema(kind)}, indent=2) + "\n"
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _settings() -> Iterator[str]:
+    yield WRITTEN
+    yield "# Settings\n"
+    yield "The same names are flags (`--reserve_p`, `--reserve-p`), keys of a recipe, and arguments in Python."
+    for title, names in groups().items():
+        yield f"\n## {title}\n"
+        yield _row("setting", "default", "what it does")
+        yield _row("---", "---", "---")
+        for name in names:
+            setting = SETTINGS[name]
+            choices = f" One of {', '.join(f'`{each}`' for each in setting.choices)}." if setting.choices else ""
+            yield _row(f"`{name}`", default_of(setting), setting.description + choices)
+    yield "\n`model_path_str A,B` is `model_path_list A B`; `lora_model_path L` is the same with one adapter."
+
+
+def _methods() -> Iterator[str]:
+    yield WRITTEN
+    yield "# Methods\n"
+    yield _row("merge_method", "sparsify_type", "merge_type")
+    yield _row("---", "---", "---")
+    for name, (sparsify_type, merge_type) in MERGE_METHODS.items():
+        yield _row(f"`{name}`", f"`{sparsify_type}`" if sparsify_type else "–", f"`{merge_type}`")
+    for step in steps():
+        yield f"\n## {step.name} ({step.kind})\n"
+        yield f"{step.summary}\n"
+        yield f"- formula: {step.formula}"
+        yield f"- settings: {', '.join(f'`{name}` ({default})' for name, default in step.settings.items())}"
+        yield f"- paper: {step.paper}"
+
+
+def _command_line() -> Iterator[str]:
+    yield WRITTEN
+    yield "# The command line"
+    for name, page in PAGES.items():
+        yield f"\n## modelfuse {name}\n"
+        yield f"{page.summary}\n"
+        yield f"    {page.usage}\n"
+        if page.examples:
+            yield "Examples:\n"
+            yield from (f"    {line}" for example in page.examples for line in example.splitlines())
+            yield ""
+        if page.own:
+            yield from (f"- `{flag}`: {about}" for flag, about in page.own)
+            yield ""
+        if page.takes_settings:
+            yield "Takes every [setting](settings.md) as a flag, and a recipe: a YAML or JSON file of the same names."
+    yield "\n## What every command takes\n"
+    yield from (f"- `{', '.join(flags)}`: {about}" for flags, about in OPTIONS.values())
+    names = ", ".join(_link(kind.__name__.lower()) for kind in DOCUMENTS)
+    yield "\n`--json` writes one document to standard output, in every case; all else goes to standard error."
+    yield f"The forms are described by JSON Schemas: {names}."
+    yield "`document` names the form and its version, which changes with every change but an addition."
+    yield "\n## Environment variables\n"
+    yield "Settings that are the machine's may come from it. They override a recipe, and flags override them;"
+    yield "none of them changes a byte of the output.\n"
+    yield from (f"- `{PREFIX}{name.upper()}`" for name in (*FROM_ENVIRONMENT, "log_file"))
+    yield "\n## Exit status\n"
+    yield from ("- 0: done", "- 1: the system or modelfuse itself failed: a full disk, no memory, a bug",
+                "- 2: the request or an input is wrong, or `verify` found a problem", "- 130: interrupted")  # fmt: skip
+
+
+def _link(name: str) -> str:
+    return f"[`{name}`](../schemas/{name}.json)"
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (FOLDER / name).parent.mkdir(exist_ok=True)
+        (FOLDER / name).write_text(text, encoding="utf-8")

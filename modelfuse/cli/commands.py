@@ -1,0 +1,155 @@
+"""The commands: words behind each in, what it does, an exit status out."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from modelfuse.cli import console
+from modelfuse.cli.arguments import Options, parse, parse_options, parse_verify
+from modelfuse.errors import RecipeError
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Place, place_of
+
+if TYPE_CHECKING:
+    from modelfuse.planning.plan import Plan
+
+
+def show_help(words: list[str]) -> int:
+    """What there is to say first, or of one command."""
+    from modelfuse.cli import help as help_pages
+
+    if not words:
+        help_pages.usage()
+    elif words[0] in help_pages.PAGES:
+        help_pages.help_page(words[0])
+    else:
+        raise RecipeError(f"There is no command {words[0]!r}", LISTED)
+    return 0
+
+
+def _check(words: list[str], defaults: Mapping[str, object]) -> int:
+    from modelfuse.cli import progress, render
+    from modelfuse.planning.hub import headers
+    from modelfuse.planning.output_location import check_room
+
+    settings, options = parse(words, "check", defaults)
+    recipe = _begin(settings, options, console.err if options.json else console.out)
+    with headers(recipe, progress.watch(options.quiet)) as at_hand:
+        plan = _plan(at_hand)
+    if not options.json:
+        render.plan(plan)
+    check_room(plan.recipe.output_path, plan.room)
+    if options.json:
+        from modelfuse.cli import documents
+
+        documents.write(documents.of_plan(plan))
+    else:
+        render.no_problems()
+    return 0
+
+
+def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
+    from modelfuse.cli import progress, render
+
+    settings, options = parse(words, "merge", defaults)
+    recipe, quiet = _begin(settings, options, console.err), options.quiet
+    if recipe.output_path is None:
+        raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
+    from modelfuse.planning.hub import fetch
+
+    plan = _plan(fetch(recipe, progress.watch(quiet)))
+    from modelfuse.execution.run import run_plan
+
+    with progress.merging(plan, quiet) as advance:
+        result = run_plan(plan, advance, _tell(quiet))
+    if options.json:
+        from modelfuse.cli import documents
+
+        documents.write(documents.of_result(plan, result))
+    elif not quiet:
+        render.result(plan, result)
+    return 0
+
+
+def _begin(settings: Mapping[str, object], options: Options, voice: console.Voice) -> Recipe:
+    """Speak as was asked for, first of what can be said before anything is read."""
+    from modelfuse.cli import render
+
+    console.begin_logs(options.verbose, options.log_file)
+    recipe = Recipe.parse(settings)
+    render.details(recipe)
+    if not options.quiet:
+        render.warnings(recipe, voice)
+    return recipe
+
+
+def _verify(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli import progress, render
+    from modelfuse.inspection.verify import verify_output
+    from modelfuse.kernels.jit.compile import announcing
+
+    given, options = parse_verify(words)
+    console.begin_logs(options.verbose, options.log_file)
+    folder = _place(given.pop("folder"))
+    with progress.verifying(folder, options.quiet) as advance, announcing(_tell(options.quiet)):
+        found = verify_output(folder, **given, progress=advance)
+    render.verification(found, options.quiet or options.json)
+    if options.json:
+        from modelfuse.cli import documents
+
+        documents.write(documents.of_verification(found))
+    return 0 if found.holds else 2
+
+
+def _methods(words: list[str], _: Mapping[str, object]) -> int:
+    if parse_options("methods", words).json:
+        from modelfuse.cli import documents
+
+        documents.write(documents.of_methods())
+        return 0
+    from modelfuse.cli import help as help_pages
+
+    help_pages.methods()
+    return 0
+
+
+def _completion(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.completion import SHELLS, script
+
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise RecipeError("completion takes the name of a shell", f"Give one of {', '.join(SHELLS)}.")
+    print(script(words[0]))
+    return 0
+
+
+#: What each command does with the words behind it, and settings to take where those say nothing.
+COMMANDS: dict[str, Callable[[list[str], Mapping[str, object]], int]] = {
+    "merge": _merge, "check": _check, "verify": _verify, "methods": _methods, "completion": _completion,
+}  # fmt: skip
+LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."
+
+
+def _plan(recipe: Recipe) -> Plan:
+    from modelfuse.planning.plan import make_plan
+
+    gc.disable()  # Nothing in a plan is a cycle; looking for some takes a third of the time.
+    try:
+        return make_plan(recipe)
+    finally:
+        gc.enable()
+
+
+def _tell(quiet: bool) -> Callable[[str], None]:
+    """Where to say what the user may wonder about."""
+    from modelfuse.cli import render
+
+    return (lambda _: None) if quiet else render.note
+
+
+def _place(word: str) -> Place:
+    try:
+        return place_of(word)
+    except ValueError as error:
+        raise RecipeError(f"{word}: {error}", "`modelfuse help verify` tells more.") from None

@@ -1,0 +1,57 @@
+"""The settings by what they are about, and those that the environment may give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from modelfuse.errors import RecipeError
+from modelfuse.recipe.checks import shown
+from modelfuse.recipe.recipe import SETTINGS
+from modelfuse.recipe.schema import Unfit
+
+#: The settings by what they are about; all others say how to merge.
+GROUPS: Mapping[str, Sequence[str]] = {
+    "What to merge": (
+        "model_path_list", "base_model_path", "merge_prefix", "input_layout", "convert_from_hf",
+        "merge_with_qdq_base_model", "unmerged_from", "allow_mismatch", "on_nonfinite", "hub_endpoint",
+    ),
+    "How": (),
+    "Where to": (
+        "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "max_shard_size",
+        "copy_file_list", "tokenizer_from",
+    ),
+    "Machine": (
+        "n_process", "memory", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "engine", "ray_address",
+        "ray_timeout",
+    ),
+    "Accepted for Paddle's tool; slices are always small": ("split_pieces", "max_tensor_mem"),
+}  # fmt: skip
+#: What is the machine's may come from it, as variables of these names with ``MODELFUSE_`` in front, in capitals.
+FROM_ENVIRONMENT = (*GROUPS["Machine"], "hub_endpoint")
+PREFIX = "MODELFUSE_"
+
+
+def groups() -> dict[str, list[str]]:
+    """Every setting, in its group."""
+    grouped = {name for names in GROUPS.values() for name in names}
+    return {title: [*names] or [name for name in SETTINGS if name not in grouped] for title, names in GROUPS.items()}
+
+
+def from_environment(names: Sequence[str] = FROM_ENVIRONMENT) -> dict[str, object]:
+    """The settings that environment variables give; an empty one gives none.
+
+    Raises:
+        RecipeError: If a value cannot be understood; names the variable.
+    """
+    given = {name: os.environ.get(f"{PREFIX}{name.upper()}", "") for name in names}
+    return {name: _read(name, text) for name, text in given.items() if text}
+
+
+def _read(name: str, text: str) -> object:
+    try:
+        return SETTINGS[name].read(text)
+    except Unfit as error:
+        raise RecipeError(
+            f"The environment variable {PREFIX}{name.upper()} is {shown(text)}: {error}", "Change or unset it."
+        ) from None
