@@ -41,13 +41,14 @@ class Input(Struct, frozen=True):
 
 
 class Tensor(Struct, frozen=True):
-    """A tensor of the output: how it comes about, and where it is to be stored."""
+    """A tensor of the output: how it comes about, by which of the recipe's rules (from 1), and where it is stored."""
 
     name: str
     action: Literal["merge", "copy", "take"]
     dtype: str
     shape: list[int]
     file: str
+    rule: int | None
 
 
 class LeftOut(Struct, frozen=True):
@@ -186,7 +187,17 @@ def of_plan(plan: Plan) -> Check:
             )
             for number, model in enumerate(plan.models)
         ],
-        tensors=[Tensor(each.name, each.action, str(each.dtype), [*each.shape], each.file) for each in plan.tensors],
+        tensors=[
+            Tensor(
+                each.name,
+                each.action,
+                str(each.dtype),
+                [*each.shape],
+                each.file,
+                None if each.rule is None else each.rule + 1,
+            )
+            for each in plan.tensors
+        ],
         left_out=[LeftOut(tied.name, f"tied to {tied.other}") for tied in plan.tied],
         files={file.name: file.size for file in plan.files},
         copied_files=[file.name for file in plan.side_files],
@@ -201,7 +212,7 @@ def of_plan(plan: Plan) -> Check:
 
 def _weight(plan: Plan, number: int) -> float | None:
     weights = plan.recipe.weights
-    return weights[number] if number < len(weights) and plan.recipe.steps[1] != "slerp" else None
+    return weights[number] if number < len(weights) and plan.recipe.parameters.has_weights else None
 
 
 def of_result(plan: Plan, result: Result) -> Merge:
