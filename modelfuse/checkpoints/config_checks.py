@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 
 from modelfuse.checkpoints import CONFIG_FILE
+from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: The tensor, if it is about one, and what is wrong in words.
 Contradiction = tuple[str | None, str]
 #: A setting of config.json, if it is a whole number.
 Number = Callable[[str], int | None]
-EMBEDDING = "embed_tokens.weight"
 #: What makes embeddings of another width than the model's.
 OTHER_WIDTHS = ("word_embed_proj_dim", "embedding_size")
 
@@ -36,14 +36,15 @@ def contradictions(config: Mapping[str, object], shapes: Shapes) -> Iterator[Con
     """
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, Mapping) else config
-    embeddings = [name for name in shapes if name.split(".")[-2:] == EMBEDDING.split(".")]
+    embeddings = [name for name in shapes if name.split(".")[-2:] == EMBEDDINGS[0].split(".")]
     if len(embeddings) != 1 or config.get("is_encoder_decoder"):
         return
     number = _reader(config)
-    prefix = embeddings[0].removesuffix(EMBEDDING)
+    prefix = embeddings[0].removesuffix(EMBEDDINGS[0])
     yield from _check_embedding(embeddings[0], shapes[embeddings[0]], number)
-    if "lm_head.weight" in shapes:  # Paddle's tools store it transposed.
-        yield from _check_either("lm_head.weight", shapes["lm_head.weight"], "vocab_size", number("vocab_size"))
+    head = HEADS[0]
+    if head in shapes:  # Paddle's tools store it transposed.
+        yield from _check_either(head, shapes[head], "vocab_size", number("vocab_size"))
     yield from _check_layers(prefix, shapes, number)
     yield from _check_width(prefix, shapes, number("intermediate_size"))
 

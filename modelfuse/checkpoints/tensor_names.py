@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: Output heads that share the input embedding's values where config.json ties them.
-HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
+#: Modules that turn tokens, or their positions, into vectors; the first is the usual one of a decoder.
+TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
+POSITION_EMBEDDINGS = ("wpe",)
+EMBEDDINGS = tuple(f"{module}.weight" for module in TOKEN_EMBEDDINGS)
+#: Output heads that share the input embedding's values where config.json ties them; the first is the usual one.
+TIED_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
+HEADS = tuple(f"{module}.weight" for module in TIED_HEADS)
+#: What other libraries call them.
+OTHER_HEADS = ("output_projection", "output_layer", "vocab_projector", "lm_loss")
 #: Groups of differing tensors that an error lists.
 MOST_GROUPS = 20
 

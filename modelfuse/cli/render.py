@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from modelfuse.checkpoints.made_files import REPORT_NAME
 from modelfuse.checkpoints.tensor_names import group_names, pattern
 from modelfuse.cli.console import Voice, err, out
 from modelfuse.cli.units import counted, duration, rate
@@ -161,7 +162,7 @@ def result(plan: Plan, result: Result) -> None:
     done = f"{counted(result.merged, 'tensor')}{copied} in {duration(result.seconds)} ({speed})"
     out.tell("info", "[green]merged[/] {} into [bold]{}[/]", done, result.output_path)
     for each in result.suspicious:
-        out.tell("note", "{}: {} (listed in merge_report.json)", each.path, each.summary)
+        out.tell("note", "{}: {} (listed in {})", each.path, each.summary, REPORT_NAME)
     out.say("next:")
     for command in next_steps(plan):
         out.command(command)

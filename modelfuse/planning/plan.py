@@ -87,12 +87,12 @@ class Plan:
     @property
     def has_base(self) -> bool:
         """Whether the last of ``models`` is the base."""
-        return self.recipe.base_model_path is not None
+        return self.recipe.has_base
 
     @property
     def reference(self) -> Checkpoint:
         """The checkpoint that the output takes its names, types and files from: the base, else the first."""
-        return self.models[-1 if self.has_base else 0]
+        return self.models[self.recipe.reference]
 
     def inputs_of(self, tensor: Operation) -> tuple[Checkpoint, ...]:
         """The inputs that a tensor's sources are of, source by source."""
@@ -151,7 +151,7 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.engine == "ray":
         need("ray", "engine ray", "merge on this machine with --engine local")
     models = open_inputs(recipe)
-    reference = models[-1 if recipe.base_model_path is not None else 0]
+    reference = models[recipe.reference]
     rules = Rules(recipe)
     names, tied = match_tensors(models, reference, rules.inputs_of)
     equal_pairs = (*find_equal_pairs(models, tied), *copies(models))

@@ -77,7 +77,7 @@ def operations_of(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], na
     Raises:
         RecipeError: If ``unmerged_from`` is none of the models.
     """
-    has_base = recipe.base_model_path is not None
+    has_base = recipe.has_base
     preferred = _preferred_input(recipe)
     dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None
     inputs = tuple(range(len(models)))

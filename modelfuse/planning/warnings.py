@@ -18,7 +18,7 @@ from modelfuse.recipe.sizes import size
 
 def warnings_of(recipe: Recipe) -> tuple[str, ...]:
     """What is allowed, but hardly ever meant, a few sentences each; nothing is read for it."""
-    if recipe.base_model_path is not None:
+    if recipe.has_base:
         return ()
     # Of each way to drop weights, where it comes from first.
     drops = {recipe.parameters.steps[0]: ""}
@@ -52,7 +52,7 @@ def notes_on(
         budget: The workers and the memory that they will take.
         side_files: What is copied beside the weights.
     """
-    reference = models[-1 if recipe.base_model_path is not None else 0]
+    reference = models[recipe.reference]
     memory = budget.memory
     notes = [*warnings_of(recipe), *(_of_dequantized(model) for model in models if model.dequantized)]
     notes += [text for model in models for text in _of_strays(model)]

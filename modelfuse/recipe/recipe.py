@@ -81,7 +81,7 @@ class Recipe(Settings):
 
     def _check(self) -> None:
         """Refuse settings that contradict each other."""
-        check_models(len(self.model_path_list), self.base_model_path is not None)
+        check_models(len(self.model_path_list), self.has_base)
         check_device(self.tensor_type, self.device)
         check_engine(self.engine, self.ray_address, self.tensor_type)
         self.parameters.check()
@@ -89,12 +89,22 @@ class Recipe(Settings):
         check_copied(self.copy_file_list)
         check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
         check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
-        check_adapter_output(self.output_format, self.lora_rank, self.base_model_path is not None)
+        check_adapter_output(self.output_format, self.lora_rank, self.has_base)
 
     @property
     def inputs(self) -> tuple[Place | HubName, ...]:
         """The models in order, then the base if there is one."""
         return self.model_path_list if self.base_model_path is None else (*self.model_path_list, self.base_model_path)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the last of the inputs is the base."""
+        return self.base_model_path is not None
+
+    @property
+    def reference(self) -> int:
+        """The number of the input that the output takes its files, names and types from: the base's, else 0."""
+        return len(self.model_path_list) if self.has_base else 0
 
     @property
     def hub_names(self) -> tuple[HubName, ...]:

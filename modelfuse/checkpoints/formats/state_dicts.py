@@ -6,13 +6,13 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 from modelfuse.checkpoints.formats.pickle_types import Inert, Refused
+from modelfuse.checkpoints.tensor_names import OTHER_HEADS, TIED_HEADS
 
 T = TypeVar("T")
 
 _MAX_WRAPPERS = 4
 #: Parts of the names under which training programs keep what is not the model.
 _TRAINING_STATE = ("optim", "sched", "scaler", "rng_state")
-_OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", "output_layer", "vocab_projector", "lm_loss")
 _SAVE_ALONE = "Save the model's state dict alone, or convert it to safetensors with the library that wrote it."
 
 
@@ -79,7 +79,7 @@ def split_aliases(
 
 def _preference(name: str) -> int:
     name = name.lower()
-    if any(head in name for head in _OUTPUT_HEADS) or "cls.predictions.decoder" in name:
+    if any(head in name for head in (*TIED_HEADS, *OTHER_HEADS)):
         return 3
     parts = name.split(".")
     if "shared" in parts:

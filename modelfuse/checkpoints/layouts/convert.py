@@ -9,7 +9,7 @@ from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.layouts.detect import ASK, kinds_of
 from modelfuse.checkpoints.layouts.tables import (
     ARCHITECTURES,
-    EMBEDDINGS,
+    EMBEDDING_MODULES,
     FUSED,
     HEAD,
     LINEAR,
@@ -41,7 +41,7 @@ def bring_together(models: Sequence[Checkpoint], recipe: Recipe) -> tuple[Checkp
     Raises:
         MismatchError: If an input's layout, or what to do with one of its tensors, cannot be known.
     """
-    reference = -1 if recipe.base_model_path is not None else 0
+    reference = recipe.reference
     geometry = geometry_of((models[reference], *models))
     declared = recipe.declared_layouts(tuple(model.kind for model in models))
     kinds = kinds_of(models, declared, geometry)
@@ -155,7 +155,7 @@ class Relayout:
         module, shape = module_of(tensor.name), tensor.shape
         if module == HEAD:
             turns = self.own.head != self.target.head
-        elif self.own.kind == self.target.kind or module in EMBEDDINGS:
+        elif self.own.kind == self.target.kind or module in EMBEDDING_MODULES:
             turns = False
         else:
             turns = module in LINEAR or self._turns_unknown(tensor)

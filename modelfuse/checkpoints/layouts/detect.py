@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.layouts.tables import (
     ARCHITECTURES,
-    EMBEDDING,
-    EMBEDDINGS,
+    EMBEDDING_MODULES,
     HEAD,
     HF_PREFIX,
     LINEAR,
@@ -18,6 +17,7 @@ from modelfuse.checkpoints.layouts.tables import (
     module_of,
     prefix_of,
 )
+from modelfuse.checkpoints.tensor_names import EMBEDDINGS
 from modelfuse.errors import MismatchError
 
 ASK = "Say which it is with --input_layout hf or paddle: one for all, or one per model with the base last."
@@ -75,9 +75,9 @@ def _kind(model: Checkpoint, said: Kind | None, geometry: Geometry) -> Kind | No
 
 def _shapes(model: Checkpoint, geometry: Geometry) -> dict[Kind, str]:
     """The kinds that shapes speak for, which is sure, and of each the first weight that does."""
-    embeddings = [tensor for name, tensor in model.items() if name.endswith(EMBEDDING)]
+    embeddings = [tensor for name, tensor in model.items() if name.endswith(EMBEDDINGS[0])]
     # Beside a decoder of this width there may be an encoder of another one: only the decoder counts.
-    decoder = embeddings[0].name.removesuffix(EMBEDDING) if len(embeddings) == 1 else ""
+    decoder = embeddings[0].name.removesuffix(EMBEDDINGS[0]) if len(embeddings) == 1 else ""
     hidden = geometry.hidden or next((tensor.shape[-1] for tensor in embeddings if tensor.shape), None)
     first: dict[Kind, StoredTensor] = {}
     for name, tensor in model.items():
@@ -133,5 +133,5 @@ def matrices(model: Checkpoint, geometry: Geometry) -> Mapping[str, tuple[int, .
     return {
         f"{HF_PREFIX}{name.removeprefix(prefix)}" if name.startswith(prefix) else name: tensor.shape
         for name, tensor in model.items()
-        if len(tensor.shape) == 2 and module_of(name) not in (*EMBEDDINGS, HEAD)
+        if len(tensor.shape) == 2 and module_of(name) not in (*EMBEDDING_MODULES, HEAD)
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.tensor_names import EMBEDDINGS, POSITION_EMBEDDINGS, TIED_HEADS, TOKEN_EMBEDDINGS
 
 Kind = Literal["hf", "paddle"]
 #: How people call them.
@@ -26,9 +27,8 @@ LINEAR: Mapping[str, str | None] = {
     **dict.fromkeys(("q_b_proj", "kv_b_proj"), None),
 }
 #: What is [entries, width] in both.
-EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "shared")
-EMBEDDING = "embed_tokens.weight"
-HEAD = "lm_head"
+EMBEDDING_MODULES = (*TOKEN_EMBEDDINGS, *POSITION_EMBEDDINGS)
+HEAD = TIED_HEADS[0]
 HF_PREFIX = "model."
 
 
@@ -137,7 +137,7 @@ def layout_of(model: Checkpoint, kind: Kind, geometry: Geometry) -> Layout:
 
 def _kind_of_head(model: Checkpoint, prefix: str) -> Kind:
     """How ``lm_head.weight`` is stored: told from the embedding, which is [vocab, hidden] in both."""
-    head, embedding = model.get(f"{HEAD}.weight"), model.get(f"{prefix}{EMBEDDING}")
+    head, embedding = model.get(f"{HEAD}.weight"), model.get(f"{prefix}{EMBEDDINGS[0]}")
     if head is not None and embedding is not None and embedding.shape != embedding.shape[::-1]:
         if head.shape == embedding.shape:
             return "hf"

@@ -59,7 +59,7 @@ def wanted(
     if weight_map is not None:
         settings.append(form.index_file)
     served = []
-    leads = name == recipe.inputs[-1 if recipe.base_model_path is not None else 0]
+    leads = name == recipe.inputs[recipe.reference]
     if leads and recipe.output_format != "lora":
         modules: tuple[str, ...] = ()
         if lists_modules(sizes):
