@@ -22,14 +22,16 @@ class ModelfuseError(Exception):
     """The root of the tree.
 
     Args:
-        message: What is wrong, naming the file, the tensor or the setting.
+        message: What is wrong, naming the file, the tensor or the setting; made fit to be shown.
         hint: What to do about it.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        from modelfuse.printable import printable  # Most programs that import modelfuse raise none.
+
+        self.message: str = printable(message)
+        self.hint: str | None = hint and printable(hint)
+        super().__init__(self.message, self.hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message

@@ -19,7 +19,9 @@ import pytest
 from definitions import MERGES, SPARSIFIERS
 
 from modelfuse.checkpoints.formats.safetensors import frame_safetensors
+from modelfuse.cli.console import FORCED
 from modelfuse.dtypes import BY_NAME
+from modelfuse.printable import is_printable
 
 #: The scripts that made the fixtures need the libraries that made them.
 collect_ignore = ["fixtures"]
@@ -174,6 +176,8 @@ def modelfuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
         capsys.readouterr()
         status = main([str(word) for word in words])
         said = capsys.readouterr()
+        if not any(name in os.environ for name in FORCED):
+            assert is_printable((said.out + said.err).replace("\n", "")), "raw control characters"
         return Said(status, said.out, said.err)
 
     return run

@@ -19,20 +19,21 @@ PACKAGE = ROOT / "modelfuse"
 #: What each package imports, sub-packages by themselves; beside it, only its own modules. ``checkpoints`` is what lies
 #: in that folder itself, ``checkpoints.formats`` what lies in the folder in it.
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
+    "errors": {"printable"},
+    "printable": set(),
     "dtypes": set(),
     "version": set(),
     "methods": set(),
     "storage": {"errors", "storage.remote"},
     "storage.local": {"errors", "storage"},
     "storage.remote": {"errors", "storage"},
-    "recipe": {"errors", "dtypes", "storage", "methods"},
+    "recipe": {"printable", "errors", "dtypes", "storage", "methods"},
     "recipe.arcee": {"errors", "dtypes", "storage", "recipe"},
     "kernels": {"errors", "dtypes", "methods", "kernels.arrays", "kernels.compiled"},
     "kernels.arrays": {"dtypes", "methods", "kernels"},
     "kernels.compiled": {"dtypes", "methods", "kernels", "kernels.jit"},
     "kernels.jit": set(),
-    "checkpoints": {"errors", "dtypes", "storage", "recipe", "checkpoints.formats", "checkpoints.views"},
+    "checkpoints": {"printable", "errors", "dtypes", "storage", "recipe", "checkpoints.formats", "checkpoints.views"},
     "checkpoints.adapters": {
         "errors",
         "dtypes",
@@ -95,6 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "execution.ray",
     },
     "execution.ray": {
+        "printable",
         "errors",
         "version",
         "storage",
@@ -105,6 +107,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "execution",
     },
     "inspection": {
+        "printable",
         "errors",
         "dtypes",
         "storage",
@@ -117,6 +120,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "execution",
     },
     "cli": {
+        "printable",
         "errors",
         "version",
         "storage",

@@ -16,6 +16,7 @@ from modelfuse.checkpoints.tensors import Checkpoint, StoredTensor
 from modelfuse.checkpoints.weight_files import find_files, format_of
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
+from modelfuse.printable import is_printable
 from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file
 from modelfuse.storage.concurrent import each_of
 
@@ -119,6 +120,9 @@ def _join(path: Place, files: Mapping[str, Contents]) -> Contents:
             text.encode()
         except UnicodeEncodeError as error:  # An escape can stand for half a character.
             raise CheckpointError(f"{path} holds {text!r}, which is no valid text") from error
+    if strange := next((name for name in owners if not is_printable(name)), None):
+        message = f"{path} holds a tensor that is called {strange!r}, with control characters"
+        raise CheckpointError(message, "Do not trust this checkpoint.")
     return whole
 
 

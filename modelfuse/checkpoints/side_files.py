@@ -13,6 +13,7 @@ from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.made_files import CONFIG_NAME, MADE, REPORT_NAME
 from modelfuse.checkpoints.weight_files import is_weights
 from modelfuse.errors import CheckpointError, RecipeError
+from modelfuse.printable import is_printable
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file, look_up, size_of
@@ -68,6 +69,11 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
             sizes |= _sizes({f"{name}/{file.name}": file for file in children(path)})
     usual = usual_files(sizes, modules)
     unasked = sorted(set(usual) - set(named))
+    if strange := next((name for name in unasked if not is_printable(name)), None):
+        raise CheckpointError(
+            f"{folder} holds a file that is called {strange!r}, with control characters",
+            "Remove it, if it does not belong to the model. Do not trust this checkpoint.",
+        )
     _refuse_links_outside(folder, unasked)
     for name in unasked:
         if sizes[name] > LARGEST:

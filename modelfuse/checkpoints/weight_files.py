@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from modelfuse.checkpoints.json_files import read_json
 from modelfuse.errors import CheckpointError
+from modelfuse.printable import is_printable
 from modelfuse.storage import Place, Url, is_file, look_up
 
 #: Endings of files that hold weights or training state.
@@ -185,7 +186,7 @@ def _read_weight_map(place: object, names: Collection[str], index: str, path: Pl
         raise CheckpointError(f"{place}/{index} has no weight_map")
     look_up(path.parent, [file for file in weight_map.values() if isinstance(file, str)])  # Not all servers list all.
     for file in {file if isinstance(file, str) else "" for file in weight_map.values()}:
-        if not file or "\0" in file or file in (".", "..") or Path(file).name != file or "\\" in file:
+        if not file or not is_printable(file) or file in (".", "..") or Path(file).name != file or "\\" in file:
             raise CheckpointError(
                 f"{place}/{index} names the file {file!r}, which is not in its folder",
                 "An index may only name files beside it. Do not trust this checkpoint.",

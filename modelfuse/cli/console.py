@@ -10,6 +10,8 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from modelfuse.printable import one_line, printable
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -73,26 +75,27 @@ class Voice:
 
         Args:
             text: With rich's markup, and with braces for the words.
-            words: Without markup, whatever they look like.
+            words: Without markup and control characters, whatever they look like.
             wrap: Whether a terminal may break it at spaces; a command to copy stays one line.
         """
+        shown = [printable(word) for word in words]
         if self.is_terminal:
             from rich.markup import escape
             from rich.text import Text
 
-            marked = Text.from_markup(text.format(*(escape(str(word)) for word in words)))
+            marked = Text.from_markup(text.format(*map(escape, shown)))
             for line in marked.split(allow_blank=True):
                 for part in _wrapped(line, self.console.width) if wrap else [line]:
                     self._print(part)
             return
         with suppress(*() if self._fails else (OSError,)):
-            print(STYLES.sub("", text).format(*words), file=getattr(sys, self._stream))
+            print(STYLES.sub("", text).format(*shown), file=getattr(sys, self._stream))
 
     def tell(self, kind: str, text: str, *words: object) -> None:
         """Write a line of one of ``KINDS``, to the logs that were begun, too."""
         prefix, level = KINDS[kind]
         for log in self.logs:
-            plain = STYLES.sub("", text).format(*words)
+            plain = STYLES.sub("", text).format(*map(printable, words))
             log(level, f"{kind}: {plain}" if kind == "hint" else plain)
         if not (self.has_times or kind == "debug" or (kind == "progress" and self.shows_bars)):
             self.say(prefix + text, *words)
@@ -109,7 +112,7 @@ class Voice:
             rows: Their cells.
             head: How many cells say what a row is about; in lines, these come first.
         """
-        texts = [[str(cell) for cell in row] for row in rows]
+        texts = [[one_line(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(titles, *texts, strict=True)]
         if self.width is None or sum(widths) + 2 * len(widths) - 2 <= self.width:
             for number, row in enumerate([list(titles), *texts]):

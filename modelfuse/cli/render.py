@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
+import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from modelfuse.checkpoints.made_files import REPORT_NAME
@@ -14,6 +14,7 @@ from modelfuse.cli.console import Voice, err, out
 from modelfuse.cli.units import counted, duration, rate
 from modelfuse.errors import ModelfuseError
 from modelfuse.planning.warnings import warnings_of
+from modelfuse.printable import Lines
 from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
@@ -71,8 +72,7 @@ def _notes(problem: BaseException) -> None:
 
 def bug() -> None:
     """Report an unexpected exception (a bug)."""
-    with suppress(OSError):
-        err.console.print_exception()
+    err.say("{}", Lines.of(traceback.format_exc().splitlines()))
     err.say("[bold red]This is a bug in modelfuse.[/] Please report it with the lines above.")
 
 

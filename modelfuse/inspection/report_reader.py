@@ -15,6 +15,7 @@ from modelfuse.checkpoints.made_files import CONFIG_NAME, REPORT_NAME
 from modelfuse.dtypes import BY_NAME, DType
 from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.execution.report_writer import encode_json
+from modelfuse.printable import is_printable
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.files import load_recipe
 from modelfuse.recipe.recipe import Recipe
@@ -162,6 +163,8 @@ def _understood(content: Mapping[str, object]) -> Report:
         # Nothing beside the output is looked at, whatever an edited report says.
         if not is_inside(name):
             raise ValueError(f"{name!r} is no file inside the folder")
+    if strange := next((name for name in (*named, *report.tensors) if not is_printable(name)), None):
+        raise ValueError(f"{strange!r} is no name")
     for each in report.inputs:
         place_of(each.path)
     return report

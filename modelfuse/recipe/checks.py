@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modelfuse.errors import RecipeError
 from modelfuse.methods.registry import MERGE_METHODS
+from modelfuse.printable import Lines
 
 #: Of an error: what is shown of a value, and the settings that are listed.
 MOST_CHARACTERS = 500
@@ -37,7 +38,7 @@ def listed(problems: Sequence[str]) -> str:
     """What is wrong with single settings, a line each."""
     if len(problems) > MOST_LINES:
         problems = [*problems[:MOST_LINES], f"and {len(problems) - MOST_LINES} more"]
-    return "\n".join(problems)
+    return Lines.of(problems)
 
 
 def shown(value: object) -> str:
