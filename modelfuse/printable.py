@@ -12,7 +12,7 @@ from typing import Self
 #: C0 and C1 but for the ends of lines, marks that change the direction of text, and ends of lines that are not ours.
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 #: The ends of lines that a message has itself: what it lists is indented.
-_OTHER_END = re.compile(r"\n(?!  \S)")
+_OTHER_END = re.compile(r"\n(?!  )")
 _NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 #: Of a URL, the user and password; the query and fragment, which in some stores are letters of a name instead.
 _USER = re.compile(r"(?<=://)[^\s/?#'\"<>]*@")

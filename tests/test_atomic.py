@@ -55,7 +55,7 @@ MOMENTS = {
 
 def killed_at(moment: str, *words: object, number: signal.Signals = signal.SIGKILL) -> Said:
     """Send a signal to a merge that has come to a moment."""
-    with start("merge", *words, "--quiet", code=STOP_AT.format(MOMENTS[moment])) as process:
+    with start("merge", "--n_process", 1, *words, "--quiet", code=STOP_AT.format(MOMENTS[moment])) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         process.send_signal(number)
@@ -92,12 +92,15 @@ def test_killed_while_replacing(merge: Run, words: list[object], tmp_path: Path,
     np.testing.assert_allclose(array(read_model(out)["lm_head.weight"]), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_interrupted(merge: Run, words: list[object], tmp_path: Path, moment: str) -> None:
+def test_interrupted(
+    merge: Run, words: list[object], tmp_path: Path, moment: str, number: signal.Signals, status: int
+) -> None:
     """Nothing is left, or what the next run goes on from; it says which."""
     before = snapshot(tmp_path)
-    said = killed_at(moment, *words, number=signal.SIGINT)
-    assert said.status == 130, said.err
+    said = killed_at(moment, *words, number=number)
+    assert said.status == status, said.err
     assert "interrupted" in said.err
     assert "Traceback" not in said.err
     if moment in ("before the report", "before renaming"):

@@ -48,7 +48,7 @@ PLAIN = (
     "--lora_model_path L is the same with one adapter. A recipe file has the same names; flags override it. "
     "Settings of the machine may be variables, such as MODELFUSE_MEMORY, which override the recipe, too."
 )
-STATUS = "Exit status: 0 done, 2 the request or an input is wrong, 130 interrupted, 1 anything else."
+STATUS = "Exit status: 0 done, 2 the request or an input is wrong, 130 interrupted (143 by SIGTERM), 1 anything else."
 PAGES = {
     "merge": Page(
         "modelfuse merge [recipe.yaml|recipe.json] [--setting value ...]",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from modelfuse.cli import console
 from modelfuse.cli.commands import COMMANDS, LISTED, show_help
+from modelfuse.cli.termination import terminable
 from modelfuse.errors import ModelfuseError, RecipeError
 from modelfuse.recipe.checks import closest
 from modelfuse.version import __version__
@@ -24,7 +25,8 @@ def main(words: Sequence[str] | None = None, **defaults: object) -> int:
         defaults: What settings are where neither a flag nor a recipe says anything.
 
     Returns:
-        The exit status: 0 done, 2 the request or an input is wrong, 1 anything else, 130 interrupted.
+        The exit status: 0 done, 2 the request or an input is wrong, 1 anything else, 130 interrupted. SIGTERM ends the
+        process, once it was said what is kept.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # Closed by the caller, and its number would be given to the next file.
@@ -35,7 +37,12 @@ def main(words: Sequence[str] | None = None, **defaults: object) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # Any path and formula can be shown anywhere.
-    given = list(sys.argv[1:] if words is None else words)
+    with terminable():
+        return _status_of(list(sys.argv[1:] if words is None else words), defaults)
+
+
+def _status_of(given: list[str], defaults: Mapping[str, object]) -> int:
+    """Run a command, and tell what went wrong."""
     try:
         status = _run([*given], defaults)
         sys.stdout.flush()
