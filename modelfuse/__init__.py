@@ -125,6 +125,8 @@ def verify(
     sample: int | None = None,
     n_process: int | None = None,
     seed: int | None = None,
+    hub_endpoint: str | None = None,
+    hub_anonymous: bool = False,
     progress: verification.Progress | None = None,
 ) -> Verification:
     """Check that an output is what its merge wrote, and that the inputs give it.
@@ -138,6 +140,8 @@ def verify(
         sample: How many tensors to merge again; by default as many as read and compare about 256 MB.
         n_process: Parallel workers; by default one a processor, up to eight.
         seed: Chooses the sample; another one each time if not given.
+        hub_endpoint: Where models on a hub are fetched from, with ``full``; what the output says of it is not followed.
+        hub_anonymous: Send no token there, and ask also a hub that only the output names.
         progress: Called with the bytes done since the last call and those to do in all; from worker threads.
 
     Returns:
@@ -150,4 +154,13 @@ def verify(
     from modelfuse.inspection.verify import verify_output
     from modelfuse.storage import place_of
 
-    return verify_output(place_of(path), full=full, sample=sample, n_process=n_process, seed=seed, progress=progress)
+    return verify_output(
+        place_of(path),
+        full=full,
+        sample=sample,
+        n_process=n_process,
+        seed=seed,
+        hub_endpoint=hub_endpoint,
+        hub_anonymous=hub_anonymous,
+        progress=progress,
+    )

@@ -142,6 +142,7 @@ DEFAULTS = {
     "allow_mismatch": False,
     "tokenizer_from": None,
     "hub_endpoint": None,
+    "hub_anonymous": False,
     "engine": "local",
     "ray_address": None,
     "ray_timeout": 30.0,

@@ -331,6 +331,86 @@ def test_tokens_go_to_the_hub_and_nowhere_else(published: Hub, merge: Run, monke
     assert any(each.headers["host"].startswith("localhost") for each in published.asked)
 
 
+@pytest.fixture
+def stranger(published: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Another server with the same models, which would like to have the token of the user."""
+    monkeypatch.setenv("HF_TOKEN", published.token)
+    with serving() as hub:
+        hub.repositories = published.repositories
+        hub.blobs = published.blobs
+        yield hub
+
+
+def with_endpoint(path: Path, content: dict[str, Any], endpoint: str) -> Path:
+    path.write_text(json.dumps({**content, "hub_endpoint": endpoint}))
+    return path
+
+
+@pytest.mark.parametrize("command", ["merge", "check"])
+def test_a_recipe_does_not_say_where_tokens_go(
+    stranger: Hub, published: Hub, modelfuse: Run, refuse: Run, tmp_path: Path, command: str
+) -> None:
+    content = {"model_path_list": ["org/a", "org/b"], "hub_anonymous": True}
+    recipe = with_endpoint(tmp_path / "r.json", content, stranger.endpoint)
+    words = [command, recipe, "--output_path", "C"]
+    refuse(*words, says=["127.0.0.1", "where your token is sent"], hint=f"--hub_endpoint {stranger.endpoint}")
+    assert not stranger.asked
+    assert modelfuse(*words, "--hub_anonymous").status == 0
+    assert stranger.asked
+    assert not any("authorization" in each.headers for each in stranger.asked)
+    with_endpoint(recipe, content, f"{published.endpoint}/")  # Where they would go anyway.
+    assert modelfuse(*words, "--overwrite").status == 0
+
+
+def test_an_endpoint_on_the_command_line_gets_the_token(stranger: Hub, modelfuse: Run, tmp_path: Path) -> None:
+    recipe = with_endpoint(tmp_path / "r.json", {"model_path_list": ["org/a", "org/b"]}, "http://127.0.0.1:1")
+    assert modelfuse("check", recipe, "--hub_endpoint", stranger.endpoint).status == 0
+    assert {each.headers["authorization"] for each in stranger.asked if "authorization" in each.headers} == {
+        f"Bearer {stranger.token}"
+    }
+
+
+def test_no_endpoint_is_recorded(stranger: Hub, merge: Run, tmp_path: Path) -> None:
+    """The commits decide the bytes."""
+    merge(*words(stranger, "org/a", "org/b"))
+    assert config_of(tmp_path / "C")["hub_endpoint"] is None
+    assert stranger.endpoint not in (tmp_path / "C" / "merge_report.json").read_text()
+
+
+def test_an_output_does_not_say_where_tokens_go(
+    stranger: Hub, published: Hub, modelfuse: Run, merge: Run, tmp_path: Path, cache: Path
+) -> None:
+    """Not even to merge all of it again."""
+    merge(*words(published, "org/a", "org/b"))
+    config = tmp_path / "C" / "merge_config.json"
+    with_endpoint(config, json.loads(config.read_text()), stranger.endpoint)
+    for words_ in ([], ["--full"]):
+        modelfuse("verify", "C", *words_)
+        assert not stranger.asked
+    shutil.rmtree(cache)
+    said = modelfuse("verify", "C", "--full")
+    assert "has hub names looked up at 127.0.0.1" in said.err
+    assert not stranger.asked
+    modelfuse("verify", "C", "--full", "--hub_anonymous")
+    assert stranger.asked
+    assert not any("authorization" in each.headers for each in stranger.asked)
+    shutil.rmtree(cache)
+    stranger.asked.clear()
+    modelfuse("verify", "C", "--full", "--hub_endpoint", published.endpoint)
+    assert not stranger.asked
+
+
+def test_a_recipe_names_no_cluster(
+    refuse: Run, published: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray runs on this machine what a cluster sends it."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "r.json").write_text(
+        json.dumps({"model_path_list": ["local/a", "local/b"], "engine": "ray", "ray_address": "example.org:6379"})
+    )
+    refuse("check", "r.json", says=["names the Ray cluster at example.org:6379"], hint="--ray_address example.org:6379")
+
+
 # check
 
 

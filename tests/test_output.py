@@ -498,7 +498,7 @@ def test_merge_config_holds_every_effective_setting(merge: Run, pair: Pair, tmp_
         "memory": 10**9, "merge_prefix": "model", "max_shard_size": 5 * 10**9,
         "output_dtype": None, "overwrite": False, "on_nonfinite": "error", "unmerged_from": None,
         "engine": "local", "ray_address": None, "ray_timeout": 30.0,
-        "hub_endpoint": None, "input_layout": None,
+        "hub_endpoint": None, "hub_anonymous": False, "input_layout": None,
         "output_format": None, "convert_from_hf": None, "save_to_hf": None,
         "lora_rank": None, "merge_with_qdq_base_model": False,
         "copy_file_list": [], "split_pieces": 8, "max_tensor_mem": 0.5,

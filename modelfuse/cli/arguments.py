@@ -15,6 +15,7 @@ from modelfuse.cli.groups import PREFIX, from_environment
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import closest
 from modelfuse.recipe.files import load_recipe
+from modelfuse.recipe.hosts_in_files import without_hosts
 from modelfuse.recipe.recipe import ANOTHER_WAY, SETTINGS, by_canonical_name, canonical_name
 
 #: More than any float has before or behind its point.
@@ -111,11 +112,13 @@ def parse(
         if SETTINGS[name].takes_several:
             given[name] = _listed(given[name], SETTINGS[name].is_number or bool(SETTINGS[name].choices))
     path = given.pop("recipe", None)
+    own = {**from_environment(), **given}
     settings = by_canonical_name(load_recipe(path)) if path else {}
+    settings = without_hosts(f"The recipe {path}", settings, own)
     ways = ("model_path_list", *ANOTHER_WAY)
     if any(name in given for name in ways):
         settings = {name: value for name, value in settings.items() if name not in ways}
-    return {**defaults, **settings, **from_environment(), **given}, options
+    return {**defaults, **settings, **own}, options
 
 
 def parse_options(command: str, words: Sequence[str]) -> Options:
@@ -138,7 +141,7 @@ def parse_verify(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
         RecipeError: If a flag is unknown or lacks its value.
     """
     parser = verify_parser()
-    given = {**from_environment(["n_process"]), **vars(parser.parse_args(_plain(words)))}
+    given = {**from_environment(["n_process", "hub_endpoint"]), **vars(parser.parse_args(_plain(words)))}
     return given, parser.options_of(given)
 
 
@@ -146,7 +149,9 @@ def verify_parser() -> Parser:
     """The parser of ``verify``."""
     parser = Parser("verify")
     parser.add_argument("folder")
-    parser.add_argument("--full", action="store_true")
+    for switch in ("--full", "--hub_anonymous"):
+        parser.add_argument(switch, action="store_true")
+    parser.add_argument("--hub_endpoint", type=SETTINGS["hub_endpoint"].read)
     for setting in ("--sample", "--n_process", "--seed"):
         parser.add_argument(setting, type=int)
     return parser

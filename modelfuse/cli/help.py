@@ -70,13 +70,15 @@ PAGES = {
         ending=f"{PLAIN} {STATUS}",
     ),
     "verify": Page(
-        "modelfuse verify FOLDER [--full] [--sample N] [--n_process N] [--seed N]",
+        "modelfuse verify FOLDER [--full] [--sample N] [--n_process N] [--seed N] [--hub_endpoint URL]",
         "Check a merged model: every checksum, and a sample merged again from the inputs.",
         ("modelfuse verify merged", "modelfuse verify merged --full"),
         (
             ("--full", "Merge every tensor again and compare; fails where an input is missing."),
             ("--sample N", "Merge N tensors again. Default: as many as read and compare about 256 MB."),
             ("--n_process N", "Parallel workers. Default: one a processor, up to eight."),
+            ("--hub_endpoint URL", "Where models on a hub are fetched from, with --full. Default: HF_ENDPOINT."),
+            ("--hub_anonymous", "Send no token there, and ask also a hub that only the output names."),
             ("--seed N", "Choose the same sample again. Default: another one each time."),
         ),
         ending="Exit status: 0 if all holds, 2 if anything is wrong.",

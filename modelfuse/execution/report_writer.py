@@ -117,7 +117,9 @@ def write_index(plan: Plan, folder: Output) -> None:
 
 def write_config(plan: Plan, folder: Output) -> None:
     """Write merge_config.json: every effective setting; as a recipe it gives the same bytes."""
-    folder.write_file(CONFIG_NAME, encode_json({"modelfuse_version": __version__, **plan.recipe.effective()}))
+    # Whoever merges again asks a hub of their own for the same commits: no file is to say where tokens are sent.
+    settings = {**plan.recipe.effective(), "hub_endpoint": None, "ray_address": None}
+    folder.write_file(CONFIG_NAME, encode_json({"modelfuse_version": __version__, **settings}))
 
 
 def write_report(plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequence[Suspicious], folder: Output) -> None:

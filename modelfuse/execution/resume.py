@@ -18,7 +18,7 @@ from modelfuse.version import __version__
 
 #: Settings that never change a byte of the weights. Whatever is not here does, for all that is known.
 IMMATERIAL = ("output_path", "overwrite", "n_process", "memory", "split_pieces", "max_tensor_mem", "copy_file_list",
-              "hub_endpoint", "engine", "ray_address", "ray_timeout")  # fmt: skip
+              "hub_endpoint", "hub_anonymous", "engine", "ray_address", "ray_timeout")  # fmt: skip
 
 
 def facts_of(plan: Plan) -> dict[str, object]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.made_files import CONFIG_NAME
 from modelfuse.errors import CheckpointError, ModelfuseError, RecipeError
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.inspection.output_checks import Contents
@@ -22,6 +23,7 @@ from modelfuse.inspection.recompute import absent_inputs, bytes_of, choose, comp
 from modelfuse.inspection.report_reader import Problem, Report, read_recipe, read_report
 from modelfuse.planning.memory_budget import processors
 from modelfuse.planning.plan import Plan
+from modelfuse.recipe.hosts_in_files import without_hosts
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, forget
 from modelfuse.storage.checksums import BLOCK_BYTES, Checksum
@@ -74,6 +76,8 @@ def verify_output(
     sample: int | None = None,
     n_process: int | None = None,
     seed: int | None = None,
+    hub_endpoint: str | None = None,
+    hub_anonymous: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Check an output; see :func:`modelfuse.verify`."""
@@ -91,7 +95,8 @@ def verify_output(
         raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
     stored = contents.tensors
     problems += contents.problems
-    plan, absent, found = _plan(contents, full, sample, seed, workers)
+    hub: dict[str, object] = {"hub_endpoint": hub_endpoint, "hub_anonymous": hub_anonymous}
+    plan, absent, found = _plan(contents, full, sample, seed, workers, hub)
     problems += found
     again = plan.tensors if plan is not None else ()
     whole = sum(each.nbytes for each in stored.values()) + sum(bytes_of(each) for each in again)
@@ -106,14 +111,14 @@ def verify_output(
 
 
 def _plan(
-    contents: Contents, full: bool, sample: int | None, seed: int, workers: int
+    contents: Contents, full: bool, sample: int | None, seed: int, workers: int, hub: Mapping[str, object]
 ) -> tuple[Plan | None, list[str], list[Problem]]:
     """What to merge again, what is missing for it, and what is wrong before any of it is done."""
     report = contents.report
     recipe, problems = read_recipe(contents.folder, report)
     absent: list[str] = []
     if recipe is not None and recipe.hub_names:
-        recipe, absent = _from_cache(recipe, full)
+        recipe, absent = _from_cache(recipe, full, hub)
     absent = absent or absent_inputs(report, recipe)
     if absent:
         problems += [Problem("inputs", f"Not all can be merged again: {each}") for each in absent if full]
@@ -125,14 +130,19 @@ def _plan(
     return plan and choose(plan, contents.tensors, full, sample, seed), [], problems
 
 
-def _from_cache(recipe: Recipe, full: bool) -> tuple[Recipe, list[str]]:
-    """The recipe with what the hub's cache holds; only to merge all again is anything fetched."""
+def _from_cache(recipe: Recipe, full: bool, hub: Mapping[str, object]) -> tuple[Recipe, list[str]]:
+    """The recipe with what the hub's cache holds; only to merge all again is anything fetched, from the user's hub."""
     from modelfuse.planning.hub import QUIET, fetch
 
+    refused: list[str] = []
     try:
-        return fetch(recipe.changed(output_path=None), QUIET, ask=full), []
+        hub = {**hub, **without_hosts(CONFIG_NAME, {"hub_endpoint": recipe.hub_endpoint}, hub)}
+    except RecipeError as error:
+        refused = [f"{error.message}. {error.hint}"]
+    try:
+        return fetch(recipe.changed(output_path=None, **hub), QUIET, ask=full and not refused), []
     except ModelfuseError as error:
-        return recipe, [error.message]
+        return recipe, [error.message, *(refused if full else ())]
 
 
 def _blame(problems: list[Problem], report: Report) -> list[Problem]:

@@ -73,6 +73,7 @@ class Settings:
     hub_endpoint: Endpoint | None = setting(
         None, "Where hub names are looked up, such as a mirror.", "HF_ENDPOINT, else huggingface.co"
     )
+    hub_anonymous: bool = setting(False, "Send no token to the hub; one that only a recipe file names is asked so.")
     allow_mismatch: bool = setting(
         False, "Merge models whose config.json files or tokenizers contradict each other in what decides the result."
     )

@@ -32,12 +32,13 @@ class Hub:
     Args:
         endpoint: Its address; None for the usual one.
         name: A model that it is asked for, to name in an error.
+        anonymous: Whether to send no token, whatever is logged in.
 
     Raises:
         MissingExtraError: If huggingface_hub is not installed.
     """
 
-    def __init__(self, endpoint: str | None, name: HubName) -> None:
+    def __init__(self, endpoint: str | None, name: HubName, anonymous: bool = False) -> None:
         try:
             from huggingface_hub import HfApi, constants
         except ImportError as error:
@@ -49,7 +50,9 @@ class Hub:
         self.endpoint = endpoint or constants.ENDPOINT
         self.offline: bool = constants.HF_HUB_OFFLINE
         self.cache = Path(constants.HF_HUB_CACHE).absolute()
-        self._api = HfApi(endpoint=endpoint, library_name="modelfuse", library_version=__version__)
+        #: For the library: the one that is logged in, or none.
+        self._token: bool | None = False if anonymous else None
+        self._api = HfApi(endpoint=endpoint, token=self._token, library_name="modelfuse", library_version=__version__)
 
     def settle_in(self) -> None:
         """Have the library say nothing that is shown otherwise, unless it was asked to, and look up more often."""
@@ -83,7 +86,7 @@ class Hub:
         with self._explained(name, file):
             path: str = hf_hub_download(
                 name.name, file, revision=name.revision, endpoint=self._given, cache_dir=self.cache, tqdm_class=bar,
-                library_name="modelfuse", library_version=__version__,
+                token=self._token, library_name="modelfuse", library_version=__version__,
             )  # fmt: skip
             return Path(path)
 
@@ -93,7 +96,7 @@ class Hub:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         url = hf_hub_url(name.name, file, revision=name.revision, endpoint=self._given)
-        headers = build_hf_headers(library_name="modelfuse", library_version=__version__)
+        headers = build_hf_headers(token=self._token, library_name="modelfuse", library_version=__version__)
         # Compressed, the first bytes would be others.
         headers |= {"Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
         with self._explained(name, file), get_session().stream("GET", url, headers=headers, timeout=PATIENCE) as answer:

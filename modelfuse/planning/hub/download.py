@@ -49,7 +49,7 @@ def fetch_headers(recipe: Recipe, watch: Watch) -> Iterator[Recipe]:
 
 
 def _finder(recipe: Recipe, watch: Watch) -> Finder:
-    hub = Hub(recipe.hub_endpoint, recipe.hub_names[0])
+    hub = Hub(recipe.hub_endpoint, recipe.hub_names[0], recipe.hub_anonymous)
     if watch.fetching is not None:  # huggingface_hub is not to show anything in this process.
         hub.settle_in()
     return Finder(hub, recipe, watch.tell)
