@@ -136,6 +136,8 @@ DEFAULTS = {
     "lora_rank": None,
     "merge_with_qdq_base_model": False,
     "rules": (),
+    "lambda": 1.0,
+    "gamma": 0.01,
     "overwrite": False,
     "on_nonfinite": "error",
     "unmerged_from": None,
@@ -478,7 +480,7 @@ def test_lists_of_paths_with_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("flag", "hint"),
     [
-        ("--density", "reserve_p"),
+        ("--keep", "reserve_p"),
         ("--dry-run", "`modelfuse check`"),
         ("--weights", "weight_list"),
         ("--verbos", "'verbose'"),

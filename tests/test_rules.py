@@ -158,7 +158,7 @@ def test_the_report_tells_methods_and_rules(models: dict[str, Any], tmp_path: Pa
     report = report_of(tmp_path / "ruled")
     assert report["method"]["merge_type"] == "linear"
     assert report["methods"] == [
-        {"merge_type": "linear", "sparsify_type": None, "weights": [0.5, 0.5]},
+        {"merge_type": "linear", "sparsify_type": None, "weights": [0.5, 0.5], "normalize": False},
         {"merge_type": "ties", "sparsify_type": "trim", "weights": [0.5, 0.5], "ties_elect_type": "sum",
          "normalize": False, "reserve_p": 0.5, "rescale": True},
     ]  # fmt: skip

@@ -17,6 +17,7 @@ from modelfuse.recipe.checks import closest
 from modelfuse.recipe.files import load_recipe
 from modelfuse.recipe.hosts_in_files import without_hosts
 from modelfuse.recipe.recipe import ANOTHER_WAY, SETTINGS, by_canonical_name, canonical_name
+from modelfuse.recipe.schema import Setting
 
 #: More than any float has before or behind its point.
 MOST_DIGITS = 400
@@ -86,7 +87,7 @@ def merge_parser(command: str) -> Parser:
         if setting.is_switch:
             parser.add_argument(f"--{name}", nargs="?", const=True)
         else:
-            parser.add_argument(f"--{name}", nargs="+" if setting.takes_several else None)
+            parser.add_argument(f"--{name}", nargs="+" if _takes_words(setting) else None)
     return parser
 
 
@@ -109,8 +110,10 @@ def parse(
     given = vars(parser.parse_args(_switched([part for word in words for part in _normal(word)])))
     options = parser.options_of(given)
     for name in given.keys() & SETTINGS.keys():
-        if SETTINGS[name].takes_several:
+        if _takes_words(SETTINGS[name]):
             given[name] = _listed(given[name], SETTINGS[name].is_number or bool(SETTINGS[name].choices))
+            if SETTINGS[name].is_per_model and len(given[name]) == 1:
+                given[name] = given[name][0]
     path = given.pop("recipe", None)
     own = {**from_environment(), **given}
     settings = by_canonical_name(load_recipe(path)) if path else {}
@@ -197,13 +200,17 @@ def _known(name: str, plain: str) -> str:
 
 
 def _switched(words: Sequence[str]) -> list[str]:
-    """A recipe behind a boolean flag is no value of it: the flag gets its own."""
-    done: list[str] = []
+    """A recipe behind a boolean flag or a list of numbers is no value of it."""
+    done, last = list[str](), ""
     for word in words:
         flag = done[-1].removeprefix("--") if done and done[-1].startswith("--") else ""
         if _is_switch(flag) and _is_recipe(word):
             done.append("True")
-        done.append(word)
+        last = flag if flag else last
+        if not flag and last in SETTINGS and SETTINGS[last].is_per_model and _is_recipe(word):
+            done.insert(0, word)
+        else:
+            done.append(word)
     return done
 
 
@@ -234,6 +241,10 @@ def _parts(word: str, always: bool) -> Iterator[str]:
             yield word
         return
     yield from (part.strip("\"' ") for part in word.split(",") if part.strip())
+
+
+def _takes_words(setting: Setting) -> bool:
+    return setting.takes_several or setting.is_per_model
 
 
 def _is_recipe(word: str) -> bool:

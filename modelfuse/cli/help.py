@@ -130,7 +130,7 @@ def value_of(setting: Setting) -> str:
     if setting.is_switch:
         return "[true|false]"
     value = "SIZE" if setting.is_size else "N" if setting.is_number else "VALUE" if setting.choices else setting.noun
-    return f"{value} ..." if setting.takes_several else value
+    return f"{value} ..." if setting.takes_several or setting.is_per_model else value
 
 
 def default_of(setting: Setting) -> str:
@@ -150,6 +150,10 @@ def _about(setting: Setting) -> list[str]:
     lines = [setting.description]
     if setting.choices:
         lines.append(f"One of: {', '.join(setting.choices)}.")
+    if setting.is_per_model:
+        lines.append("One for all, or one a model.")
+    if setting.aliases:
+        lines.append(f"Also called {', '.join(setting.aliases)}.")
     return [*lines, "Required." if setting.is_required else f"Default: {default_of(setting)}."]
 
 

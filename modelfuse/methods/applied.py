@@ -157,7 +157,8 @@ class Applied:
         """All that it depends on by name, for a report; the seed, which is the recipe's, apart."""
         weights = {"weights": list(self.weights)} if self.combination.weights != "none" else {}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings}
-        return {"merge_type": self.merge_type, "sparsify_type": self.sparsify_type, **weights, **own}
+        factor = {"lambda": self.factor} if self.factor != 1 else {}
+        return {"merge_type": self.merge_type, "sparsify_type": self.sparsify_type, **weights, **own, **factor}
 
     @property
     def needs_sums(self) -> bool:

@@ -18,4 +18,4 @@ LINEAR = Combination(
     combine=lambda each: total(each.x * each.weight),
 )
 
-METHODS = (Method("linear", LINEAR, aliases=("task_arithmetic",)),)
+METHODS = (Method("linear", LINEAR), Method("task_arithmetic", LINEAR, base="required"))

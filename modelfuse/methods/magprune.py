@@ -29,7 +29,8 @@ def _check(settings: Any) -> None:
     if low <= 0 or high >= 1:
         raise ValueError(
             f"magprune keeps elements with probabilities from reserve_p − epsilon/2 = {low:g} to "
-            f"reserve_p + epsilon/2 = {high:g}; both must lie between 0 and 1"
+            f"reserve_p + epsilon/2 = {high:g}; both must lie between 0 and 1",
+            "Choose a reserve_p nearer to 0.5 or a smaller epsilon.",
         )
 
 

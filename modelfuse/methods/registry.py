@@ -21,9 +21,8 @@ SPARSIFIERS: dict[str, Sparsifier] = {}
 COMBINATIONS: dict[str, Combination] = {}
 #: Every setting of any method.
 PARAMETERS: dict[str, Parameter] = {}
-#: Other names of settings, and of methods.
+#: Other names of settings.
 PARAMETER_ALIASES: dict[str, str] = {}
-METHOD_ALIASES: dict[str, str] = {}
 
 
 def register(method: Method) -> None:
@@ -41,7 +40,6 @@ def register(method: Method) -> None:
     for parameter in parameters_of(method.sparsifier, method.combination):
         parts.append((PARAMETERS, parameter.name, parameter))
         parts += [(PARAMETER_ALIASES, alias, parameter.name) for alias in parameter.aliases]
-    parts += [(METHOD_ALIASES, alias, method.name) for alias in method.aliases]
     for table, name, value in parts:
         if table.get(name, value) != value:
             raise ValueError(f"{name} is declared twice")

@@ -119,7 +119,8 @@ class Step:
         formula: What it computes.
         paper: Authors, year, title, arXiv number.
         parameters: Its settings.
-        check: Raises ValueError for settings of one model (of a combination: of all) that cannot be.
+        check: Raises ValueError for settings of one model (of a combination: of all) that cannot be: what is wrong,
+            and as a second argument perhaps what to do.
     """
 
     name: str
@@ -185,7 +186,6 @@ class Method:
         sparsifier: Acts on each model before.
         defaults: Of settings whose default differs from the parameter's.
         base: Whether it acts on differences to a base, if not as the combination does.
-        aliases: What other tools call it.
     """
 
     name: str
@@ -193,7 +193,6 @@ class Method:
     sparsifier: Sparsifier | None = None
     defaults: Mapping[str, Value] = field(default_factory=dict)
     base: Base | None = None
-    aliases: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[str | None, str]:

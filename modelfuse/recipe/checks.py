@@ -10,22 +10,25 @@ from pathlib import Path
 
 from modelfuse.errors import RecipeError
 from modelfuse.methods.registry import MERGE_METHODS
+from modelfuse.methods.spec import Combination, Step
 from modelfuse.printable import Lines
 
 #: Of an error: what is shown of a value, and the settings that are listed.
 MOST_CHARACTERS = 500
 MOST_LINES = 20
+#: Numbers of models in words.
+WORDS = {1: "one", 2: "two", 3: "three"}
 HELP = "`modelfuse merge --help` lists every setting."
 #: What other tools call otherwise, and what to give here.
 ELSEWHERE = {
-    **dict.fromkeys(("density", "p", "keep"), "The share of elements to keep is reserve_p."),
-    **dict.fromkeys(("lambda", "weight", "weights", "scale"), "Weights are a list, one a model: weight_list."),
+    **dict.fromkeys(("p", "keep"), "The share of elements to keep is reserve_p."),
+    **dict.fromkeys(("weight", "weights", "scale"), "Weights are a list, one a model: weight_list."),
     **dict.fromkeys(("models", "model", "model_paths"), "The models are model_path_list."),
     **dict.fromkeys(("base", "base_model"), "The base is base_model_path."),
     **dict.fromkeys(("out", "output", "out_path", "output_dir"), "The folder to create is output_path."),
     **dict.fromkeys(("method", "type"), "The method is merge_method."),
     **dict.fromkeys(("dtype", "out_dtype", "torch_dtype"), "The type to store is output_dtype."),
-    **dict.fromkeys(("t", "alpha", "ratio"), "slerp goes from the first model to the second by slerp_alpha."),
+    **dict.fromkeys(("alpha", "ratio"), "slerp goes from the first model to the second by slerp_alpha."),
     **dict.fromkeys(("dry_run", "plan", "no_write"), "`modelfuse check` shows the plan and writes nothing."),
     **dict.fromkeys(("cuda", "gpu"), "Give --device gpu with --tensor_type pt or pd."),
     **dict.fromkeys(("workers", "num_workers", "threads", "jobs"), "Parallel workers are n_process."),
@@ -127,31 +130,43 @@ def check_method(merge_method: str | None, merge_type: str | None, sparsify_type
             )
 
 
-def check_weights(models: int, merge_type: str, weights: Sequence[float] | None, normalize: bool | None) -> None:
-    """Refuse weights that the models or the merge_type do not fit."""
-    if merge_type == "slerp":
-        if models != 2:
-            raise RecipeError(f"slerp merges exactly two models, {models} are given", "Use linear or ties for more.")
-        if weights is not None:
-            raise RecipeError("slerp takes no weight_list", "Use --slerp_alpha: 0 is the first model, 1 the second.")
-        return
+def check_models_of(name: str, combination: Combination, needs_base: bool, models: int, has_base: bool) -> None:
+    """Refuse a number of models, or a base, that the method does not take."""
+    least, most = combination.models
+    if models < least or (most is not None and models > most):
+        number = f"exactly {WORDS.get(least, least)}" if least == most else f"at least {WORDS.get(least, least)}"
+        given = f"{models} {'is' if models == 1 else 'are'} given"
+        raise RecipeError(f"{name} merges {number} models, {given}", "Use linear or ties for any number.")
+    if needs_base and not has_base:
+        raise RecipeError(
+            f"{name} acts on differences to a base, but base_model_path is not given",
+            "Name the model that they were fine-tuned from.",
+        )
+    if combination.base == "none" and has_base:
+        raise RecipeError(f"{name} takes no base, but base_model_path is given", "Leave it out, or name it as a model.")
+
+
+def check_weights(
+    combination: Combination, models: int, weights: Sequence[float] | None, normalize: bool | None
+) -> None:
+    """Refuse weights that the models or the method do not fit."""
     if weights is None:
         return
+    if combination.weights == "none":
+        ways = [f"Use --{each.name}: {each.description.partition(': ')[2]}" for each in combination.parameters[:1]]
+        raise RecipeError(f"{combination.name} takes no weight_list", *(ways or ["It finds its weights itself."]))
     if len(weights) != models:
         raise RecipeError(f"weight_list has {len(weights)} weights for {models} models", "Give one weight a model.")
     if normalize and abs(math.fsum(weights)) < 1e-8:
         raise RecipeError("weight_list sums to zero, so it cannot be normalized", "Use --no_normalize.")
 
 
-def check_pruning(reserve_p: float, epsilon: float) -> None:
-    """Refuse what would make magprune's probabilities leave the range of 0 to 1."""
-    low, high = reserve_p - epsilon / 2, reserve_p + epsilon / 2
-    if low <= 0 or high >= 1:
-        raise RecipeError(
-            f"magprune keeps elements with probabilities from reserve_p − epsilon/2 = {low:g} to "
-            f"reserve_p + epsilon/2 = {high:g}; both must lie between 0 and 1",
-            "Choose a reserve_p nearer to 0.5 or a smaller epsilon.",
-        )
+def check_step(step: Step, settings: object) -> None:
+    """Refuse settings that a declaration does."""
+    try:
+        step.check(settings)
+    except ValueError as error:
+        raise RecipeError(*map(str, error.args)) from None
 
 
 def check_input_layout(inputs: int, layouts: Sequence[str] | None, convert_from_hf: bool | None) -> None:

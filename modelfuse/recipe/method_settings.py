@@ -7,10 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from modelfuse.errors import RecipeError
 from modelfuse.methods.applied import Applied
-from modelfuse.methods.registry import COMBINATIONS, MERGE_METHODS, SPARSIFIERS, apply, parameters_of
-from modelfuse.recipe.checks import check_method, check_pruning, check_weights
-from modelfuse.recipe.schema import Weight, as_json, setting, settings_of
+from modelfuse.methods.registry import (
+    COMBINATIONS,
+    METHODS,
+    PARAMETER_ALIASES,
+    PARAMETERS,
+    SPARSIFIERS,
+    apply,
+    parameters_of,
+)
+from modelfuse.methods.spec import Combination, Parameter, Sparsifier
+from modelfuse.recipe.checks import check_method, check_models_of, check_step, check_weights
+from modelfuse.recipe.schema import PerModel, Setting, Weight, as_json, setting
 
 #: What chooses a method.
 STEPS = ("merge_method", "merge_type", "sparsify_type")
@@ -18,28 +28,46 @@ STEPS = ("merge_method", "merge_type", "sparsify_type")
 WEIGHTS = ("weight_list", "normalize")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Fields:
-    merge_method: Literal[*MERGE_METHODS] | None = setting(  # type: ignore[valid-type]
-        None, "A usual pair of merge_type and sparsify_type.", "linear if none of the three is given"
-    )
-    merge_type: Literal["linear", "slerp", "ties"] | None = setting(None, "How models become one.", "linear")
-    sparsify_type: Literal["trim", "dare", "magprune"] | None = setting(None, "What is dropped first.", "nothing")
-    weight_list: tuple[Weight, ...] | None = setting(None, "One weight a model.", "equal, their sum 1")
-    normalize: bool | None = setting(
-        None, "Divide weights by their sum, for ties by those that agree.", "true without weight_list, else false"
-    )
-    slerp_alpha: float = setting(0.5, "slerp: 0 is the first model, 1 the second.", ge=0, le=1)
-    slerp_normalize_eps: float = setting(1e-8, "slerp: smaller norms are not divided by.", ge=0)
-    slerp_dot_threshold: float = setting(0.9995, "slerp: above this cosine, interpolate straight.", ge=0, le=1)
-    ties_elect_type: Literal["sum", "count"] = setting("sum", "ties: elect signs by value or by number.")
-    rescale: bool = setting(True, "Make up for what was dropped.")
-    reserve_p: float = setting(0.7, "The share of elements to keep (density).", gt=0, le=1)
-    epsilon: float = setting(0.14, "magprune: spread of the keeping probability over the ranks.", ge=0)
+#: The factor on what methods make of differences to a base.
+FACTOR = "lambda"
+
+
+def _settings() -> dict[str, Setting]:
+    """The settings that choose a method, weights, and those that methods declare."""
+
+    def by_method(parameter: Parameter) -> str:
+        """A default in words, where some methods have another one."""
+        words = {name: str(each.defaults[parameter.name]).lower() for name, each in METHODS.items()
+                 if each.defaults.get(parameter.name, parameter.default) != parameter.default}  # fmt: skip
+        usual = str(parameter.default).lower()
+        return "; ".join([usual, *(f"{word} for {name}" for name, word in words.items())]) if words else ""
+
+    def declared(parameter: Parameter) -> Setting:
+        kind: Any = Literal[*parameter.choices] if parameter.choices else type(parameter.default)
+        made = setting(parameter.default, parameter.description, by_method(parameter), **parameter.bounds)
+        read = Setting(PerModel[kind] if parameter.per_model else kind, made)
+        read.aliases = parameter.aliases
+        return read
+
+    found = {
+        "merge_method": Setting(Literal[*METHODS] | None, setting(
+            None, "A usual pair of merge_type and sparsify_type.", "linear if none of the three is given")),
+        "merge_type": Setting(Literal[*COMBINATIONS] | None, setting(None, "How models become one.", "linear")),
+        "sparsify_type": Setting(Literal[*SPARSIFIERS] | None, setting(None, "What is dropped first.", "nothing")),
+        "weight_list": Setting(
+            tuple[Weight, ...] | None, setting(None, "One weight a model.", "equal, their sum 1")),
+        "normalize": Setting(bool | None, setting(
+            None, "Divide weights by their sum, for ties by those that agree.",
+            "true without weight_list, else false")),
+        FACTOR: Setting(Weight, setting(1.0, "With a base: what the merged difference is multiplied by.")),
+    }  # fmt: skip
+    return {**found, **{name: declared(each) for name, each in PARAMETERS.items() if name not in found}}
 
 
 #: Every setting that a rule may give for some tensors.
-METHOD_SETTINGS = settings_of(_Fields)
+METHOD_SETTINGS = _settings()
+#: Other names of them: those that other tools use, and one that Python takes.
+METHOD_SYNONYMS = {**PARAMETER_ALIASES, f"{FACTOR}_": FACTOR}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +77,26 @@ class MethodSettings:
     Attributes:
         given: The settings by name, checked one by one; the others are as by default.
         models: How many models there are.
+        has_base: Whether there is a base.
     """
 
     given: Mapping[str, object]
     models: int
+    has_base: bool
 
     def __hash__(self) -> int:
-        return hash((*self.given.items(), self.models))
+        return hash((*self.given.items(), self.models, self.has_base))
 
     def __getitem__(self, name: str) -> Any:
         """A setting's value as it is in effect."""
         value = self.given.get(name)
-        return METHOD_SETTINGS[name].default if value is None else value
+        return self._default(name) if value is None else value
+
+    def _default(self, name: str) -> object:
+        """That of the method, if it has one of its own."""
+        method = self.given.get("merge_method")
+        usual = METHOD_SETTINGS[name].default
+        return METHODS[str(method)].defaults.get(name, usual) if method is not None else usual
 
     def overridden(self, own: Mapping[str, object]) -> MethodSettings:
         """The same where some are given otherwise: what is not named there is as here."""
@@ -71,7 +107,7 @@ class MethodSettings:
             if own.get("merge_method") is None:
                 given.update(zip(("sparsify_type", "merge_type"), self.steps, strict=True))
         given.update(own)
-        changed = MethodSettings(given, self.models)
+        changed = MethodSettings(given, self.models, self.has_base)
         if not changed.has_weights:
             for name in WEIGHTS:
                 if name not in own:
@@ -84,17 +120,38 @@ class MethodSettings:
         Raises:
             RecipeError: Saying which.
         """
-        check_method(self["merge_method"], self["merge_type"], self["sparsify_type"])
+        method, (sparsifier, combination) = self["merge_method"], self.declared
+        check_method(method, self["merge_type"], self["sparsify_type"])
+        needs_base = METHODS[method].needs_base if method is not None else combination.base == "required"
+        check_models_of(self.name, combination, needs_base, self.models, self.has_base)
+        check_weights(combination, self.models, self["weight_list"], self["normalize"])
+        if self[FACTOR] != 1 and not self.has_base:
+            raise RecipeError(
+                f"{FACTOR} is {self[FACTOR]:g}, a factor on differences to a base, but base_model_path is not given",
+                "Name the base, or give weight_list.",
+            )
+        for name, value in self.given.items():
+            if METHOD_SETTINGS[name].is_per_model and isinstance(value, tuple) and len(value) != self.models:
+                raise RecipeError(
+                    f"{name} has {len(value)} values for {self.models} models", "Give one for all, or one a model."
+                )
+        applied = self.applied(range(self.models), 0)
+        if sparsifier is not None:
+            for model in range(self.models):
+                check_step(sparsifier, applied.of(model))
+        check_step(combination, applied.shared)
+
+    @property
+    def declared(self) -> tuple[Sparsifier | None, Combination]:
+        """The declarations of both steps."""
         sparsify_type, merge_type = self.steps
-        check_weights(self.models, merge_type, self["weight_list"], self["normalize"])
-        if sparsify_type == "magprune":
-            check_pruning(self["reserve_p"], self["epsilon"])
+        return SPARSIFIERS[sparsify_type] if sparsify_type else None, COMBINATIONS[merge_type]
 
     @property
     def steps(self) -> tuple[str | None, str]:
         """The effective (sparsify_type, merge_type)."""
         if self["merge_method"] is not None:
-            return MERGE_METHODS[self["merge_method"]]
+            return METHODS[self["merge_method"]].steps
         return self["sparsify_type"], self["merge_type"] or "linear"
 
     @property
@@ -109,14 +166,17 @@ class MethodSettings:
 
     @property
     def normalizes(self) -> bool:
-        """The effective ``normalize``: absent weights are equal and normalised."""
-        return self["weight_list"] is None or bool(self["normalize"])
+        """The effective ``normalize``: absent weights are equal and normalised, unless the method says otherwise."""
+        if self["weight_list"] is None:
+            return self._default("normalize") is not False
+        return bool(self["normalize"])
 
     def weights(self, models: Sequence[int]) -> tuple[float, ...]:
         """The effective weights of some of the models, by their numbers from 0 on."""
         weights = self._stated_weights(models)
         total = math.fsum(weights)
-        return tuple(weight / total for weight in weights) if self.normalizes else weights
+        is_relative = self["weight_list"] is None or self.normalizes
+        return tuple(weight / total for weight in weights) if is_relative else weights
 
     def _stated_weights(self, models: Sequence[int]) -> tuple[float, ...]:
         weights = self["weight_list"] or (1.0,) * self.models
@@ -124,29 +184,30 @@ class MethodSettings:
 
     def applied(self, models: Sequence[int], seed: int) -> Applied:
         """All that the mathematics depends on, where some of the models are merged, by their numbers from 0 on."""
-        sparsify_type, merge_type = self.steps
+        sparsifier, combination = self.declared
         weights = self.weights(models)
-        if COMBINATIONS[merge_type].weights == "relative" and self.normalizes:
+        if combination.weights == "relative" and self.normalizes:
             # The division cancels their scale, and a third in float32 would tip votes that cancel exactly.
             weights = self._stated_weights(models)
-        same = {name: self[name] for name in METHOD_SETTINGS if name not in (*STEPS, *WEIGHTS)}
-        sparsifier = SPARSIFIERS[sparsify_type] if sparsify_type else None
-        settings = {**same, "normalize": self.normalizes}
-        return apply(sparsifier, COMBINATIONS[merge_type], weights, settings, seed=seed, streams=models)
+        settings = {name: self[name] for name in PARAMETERS}
+        for name, value in settings.items():
+            if isinstance(value, tuple):
+                settings[name] = tuple(value[model] for model in models)
+        settings["normalize"] = self.normalizes
+        return apply(sparsifier, combination, weights, settings, seed=seed, streams=models, factor=self[FACTOR])
 
     def effective(self) -> dict[str, object]:
         """Every setting as it takes effect, ready for JSON."""
         settings: dict[str, object] = {name: as_json(self[name]) for name in METHOD_SETTINGS}
         settings["sparsify_type"], settings["merge_type"] = self.steps
         if self.has_weights:
-            settings["weight_list"] = list(self._stated_weights(range(self.models)))
+            every = range(self.models)
+            settings["weight_list"] = list(self._stated_weights(every) if self.normalizes else self.weights(every))
             settings["normalize"] = self.normalizes
         return settings
 
     def used(self) -> dict[str, object]:
         """Those of them that the method takes, and what chooses it."""
-        sparsify_type, merge_type = self.steps
-        sparsifier = SPARSIFIERS[sparsify_type] if sparsify_type else None
-        names = {each.name for each in parameters_of(sparsifier, COMBINATIONS[merge_type])}
-        names |= {*STEPS, *(WEIGHTS if self.has_weights else ())}
+        names = {*STEPS, *(each.name for each in parameters_of(*self.declared))}
+        names |= {*(WEIGHTS if self.has_weights else ()), *((FACTOR,) if self.has_base else ())}
         return {name: value for name, value in self.effective().items() if name in names}

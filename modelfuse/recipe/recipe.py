@@ -24,7 +24,7 @@ from modelfuse.recipe.checks import (
 )
 from modelfuse.recipe.files import RECORD
 from modelfuse.recipe.hub_names import HubName
-from modelfuse.recipe.method_settings import METHOD_SETTINGS, MethodSettings
+from modelfuse.recipe.method_settings import METHOD_SETTINGS, METHOD_SYNONYMS, MethodSettings
 from modelfuse.recipe.schema import Setting, as_json, checked, settings_of
 from modelfuse.recipe.settings import Settings
 from modelfuse.recipe.tensor_rules import Rule, checked_rules, rule_as_json
@@ -37,7 +37,7 @@ LAYOUTS: Mapping[str, Literal["hf", "paddle"]] = {"hf": "hf", "paddle": "paddle"
 #: Other ways to give model_path_list: as one string, and as the one adapter to merge.
 ANOTHER_WAY = ("model_path_str", "lora_model_path")
 #: Other names of a setting.
-SYNONYMS = {"model_prefix": "merge_prefix"}
+SYNONYMS = {"model_prefix": "merge_prefix", **METHOD_SYNONYMS}
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -61,7 +61,7 @@ class Recipe(Settings):
         given = {name: read.pop(name) for name in METHOD_SETTINGS}
         given = {name: value for name, value in given.items() if settings.get(name) is not None}
         vars(self).update(read)
-        vars(self)["parameters"] = MethodSettings(given, len(self.model_path_list))
+        vars(self)["parameters"] = MethodSettings(given, len(self.model_path_list), self.has_base)
         self._check()
 
     @classmethod

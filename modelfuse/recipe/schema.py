@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from msgspec import Meta, ValidationError, convert
 
@@ -92,6 +92,13 @@ def setting(default: object, description: str, otherwise: str = "", **bounds: An
     )
 
 
+T = TypeVar("T")
+
+
+class PerModel(Generic[T]):
+    """The type of a setting that is one value for all models, or a list of one a model."""
+
+
 class Unfit(ValueError):
     """A value that a setting cannot have.
 
@@ -117,6 +124,8 @@ class Setting:
         description: What it does.
         otherwise: The default in words, where the value does not say what happens; else empty.
         takes_several: Whether it is a list.
+        is_per_model: Whether it is one value, or a list of one a model.
+        aliases: What other tools call it.
         choices: The values that it may have, if they can be listed.
         is_switch: Whether it is true or false.
         is_number: Whether it is a number.
@@ -126,9 +135,11 @@ class Setting:
 
     def __init__(self, kind: Any, made: Field[Any]) -> None:
         self.default, self.description = made.default, str(made.metadata["description"])
-        self.otherwise = str(made.metadata["otherwise"])
+        self.otherwise, self.aliases = str(made.metadata["otherwise"]), tuple[str, ...]()
         # None is what the default stands for, and is read nowhere.
         some = next(each for each in get_args(kind) if each is not NoneType) if NoneType in get_args(kind) else kind
+        self.is_per_model = get_origin(some) is PerModel
+        some = get_args(some)[0] if self.is_per_model else some
         self.takes_several = get_origin(some) is tuple
         one = get_args(some)[0] if self.takes_several else some
         self._kind = Annotated[one, made.metadata["bounds"]]
@@ -152,15 +163,18 @@ class Setting:
         """
         if value is None and self.default is None:
             return None
-        if not self.takes_several:
+        if not self.takes_several and not self.is_per_model:
             return self._read(value)
         try:
             if isinstance(value, str | bytes | Mapping | Set):
                 raise TypeError
             several = [*value]  # type: ignore[misc]
         except Exception:
+            if self.is_per_model:
+                return self._read(value)
             raise Unfit(value, "give a list") from None
-        return tuple(map(self._read, several))
+        read = tuple(map(self._read, several))
+        return read[0] if self.is_per_model and len(read) == 1 else read
 
     def _read(self, given: object) -> object:
         value = given

@@ -11,7 +11,7 @@ from typing import Annotated
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import nearest, shown
 from modelfuse.recipe.hub_names import HubName
-from modelfuse.recipe.method_settings import METHOD_SETTINGS
+from modelfuse.recipe.method_settings import METHOD_SETTINGS, METHOD_SYNONYMS
 from modelfuse.recipe.schema import Instead, Unfit, as_json, read_input
 from modelfuse.storage import Place
 
@@ -64,7 +64,8 @@ def read_rule(value: object) -> Rule:
     """
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"give a map with {TENSORS}, and settings of methods or {TAKE}")
-    given = {key.replace("-", "_"): each for key, each in value.items()}
+    plain = ((key.replace("-", "_"), each) for key, each in value.items())
+    given = {METHOD_SYNONYMS.get(key, key): each for key, each in plain}
     tensors, take = given.pop(TENSORS, None), given.pop(TAKE, None)
     own, problems = _read_settings(given)
     if len(given) + sum(name in value for name in (TENSORS, TAKE)) < len(value):
