@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints import Checkpoint, read_config
 from modelfuse.checkpoints.made_files import CONFIG_NAME, MADE, REPORT_NAME
 from modelfuse.checkpoints.weight_files import is_weights
 from modelfuse.errors import CheckpointError, RecipeError
@@ -25,6 +26,12 @@ LEFTOVERS = (CONFIG_NAME, REPORT_NAME, "trainer_state.json", "trainer_log.jsonl"
              "running_log.txt", "training_*.png", "llamaboard_config.yaml", "events.out.tfevents.*",
              "rng_state*", "*.log", "predict_results*", "generated_predictions*")  # fmt: skip
 TEMPLATES = "additional_chat_templates"
+#: What a tokenizer, its chat templates and the settings of generation are in.
+TOKENIZERS = re.compile(
+    r"tokenizer[\w.]*\.(json|model)|(special_tokens_map|added_tokens|vocab|tekken|generation_config)\.json"
+    r"|(vocab|merges)\.txt|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|[\w.-]+\.tiktoken"
+    rf"|chat_template\.(json|jinja)|{TEMPLATES}/.+|tokenization_\w+\.py"
+)
 #: sentence-transformers lists a model's modules in this file; those beside the transformer have a folder each.
 MODULES_FILE = "modules.json"
 #: The weights of a module, the format first that is loaded where there are both.
@@ -57,11 +64,21 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
         RecipeError: If it is one that the merge itself makes.
     """
     folder = reference.path if is_dir(reference.path) else reference.path.parent
-    here = {path.name: path for path in children(folder)}
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
     look_up(folder, named)
     for name in named:
         _check_named(folder, name)
+    usual = _usual_of(folder, named)
+    files = {name: folder / name for name in (*usual, *named)}
+    if (other := tokenizer_folder(recipe)) is not None:
+        files = {name: place for name, place in files.items() if name in named or not is_tokenizers(name)}
+        files |= {name: other / name for name in _usual_of(other, ()) if is_tokenizers(name) and name not in named}
+    return tuple(SideFile(place, name, size_of(place)) for name, place in files.items())
+
+
+def _usual_of(folder: Place, named: Collection[str]) -> list[str]:
+    """A folder's files that a server needs; ``named`` are those that were asked for, whatever they are."""
+    here = {path.name: path for path in children(folder)}
     sizes = _sizes(here)
     modules = modules_of(read_whole(here[MODULES_FILE])) if lists_modules(sizes) else ()
     for name, path in here.items():
@@ -81,7 +98,38 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
                 f"{folder / name}, which belongs to a module that is not merged, is too large to be copied unasked",
                 f"If a server needs it: --copy_file_list {name}.",
             )
-    return tuple(SideFile(folder / name, name, size_of(folder / name)) for name in dict.fromkeys([*usual, *named]))
+    return usual
+
+
+def tokenizer_folder(recipe: Recipe) -> Place | None:
+    """The folder that tokenizer and generation settings are taken from, if it is not the reference's.
+
+    Raises:
+        RecipeError: If it is none, or has no tokenizer.
+    """
+    path = recipe.tokenizer_path
+    if path is None:
+        return None
+    folder = path if is_dir(path) else path.parent
+    if not is_dir(folder) or not any(is_tokenizers(each.name) for each in children(folder)):
+        raise RecipeError(
+            f"tokenizer_from is {recipe.tokenizer_from}, which has no tokenizer", "Name a folder that has one."
+        )
+    return folder
+
+
+def is_tokenizers(name: str) -> bool:
+    """Whether a file is one of a tokenizer, a chat template or generation settings, by its name."""
+    return TOKENIZERS.fullmatch(name) is not None
+
+
+def special_tokens(recipe: Recipe) -> dict[str, object]:
+    """The numbers of special tokens that config.json is to name, where the tokenizer is taken from elsewhere."""
+    folder = tokenizer_folder(recipe)
+    if folder is None:
+        return {}
+    config = read_config(folder)
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
 
 
 def _check_named(folder: Place, name: str) -> None:

@@ -148,9 +148,12 @@ def _tensors(plan: Plan) -> Iterator[tuple[object, ...]]:
         yield "leave out", tied.name, "", f"tied to {tied.other}", 1, *(("",) if plan.recipe.rules else ())
 
 
-def no_problems() -> None:
+def checked(plan: Plan) -> None:
     """After a plan that can be carried out."""
-    out.say("[green]no problems found[/]")
+    if plan.warnings:
+        out.say("[yellow]can be merged, with {}[/]", counted(len(plan.warnings), "warning"))
+    else:
+        out.say("[green]no problems found[/]")
 
 
 def result(plan: Plan, result: Result) -> None:

@@ -280,7 +280,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         for file in plan.side_files:
             content = read_whole(file.source)
             if file.name == CONFIG_FILE:
-                content = plan.format.config(content, plan.served_dtype, plan.reference.dequantized)
+                content = plan.config(content)
             folder.write_file(file.name, content)
         for name, made in plan.made_files.items():
             folder.write_file(name, made)

@@ -78,13 +78,14 @@ class OutputFormat:
 
         return frame_paddle(tensors)
 
-    def config(self, content: bytes, dtype: str | None, dequantized: bool) -> bytes:
+    def config(self, content: bytes, dtype: str | None, dequantized: bool, changes: Mapping[str, object]) -> bytes:
         """config.json as it is true of this output: where the weights lie, and of which type they are.
 
         Args:
             content: config.json of the reference.
             dtype: Another type than it names, if it is another.
             dequantized: Whether the weights are no longer quantized as it declares.
+            changes: Other settings, where they stand: at the top, or in the language model's part.
         """
         config: dict[str, Any] = json.loads(content)
         before = json.dumps(config)
@@ -92,6 +93,10 @@ class OutputFormat:
             config["source"] = "paddle"
         elif self.layout == "hf" and config.get("source") == "paddle":
             del config["source"]
+        for key, value in changes.items():
+            parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict) and key in part]
+            for part in parts or [config]:
+                part[key] = value
         for part in _parts(config):
             said = [key for key in DTYPE_KEYS if isinstance(part.get(key), str)]
             # Loaders convert the weights to what it says; each world has its own key, and newer ones know both.

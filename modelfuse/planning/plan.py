@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG, Adapter
-from modelfuse.checkpoints.side_files import SideFile, files_to_serve
+from modelfuse.checkpoints.side_files import SideFile, files_to_serve, special_tokens
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES
@@ -18,6 +18,7 @@ from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
 from modelfuse.methods.registry import TAKE
 from modelfuse.planning.adapter_inputs import copies
+from modelfuse.planning.input_comparison import compare_inputs
 from modelfuse.planning.matching import EqualPair, Tied, find_equal_pairs, match_tensors
 from modelfuse.planning.memory_budget import demand_of, fit_memory
 from modelfuse.planning.open_inputs import open_inputs
@@ -65,6 +66,8 @@ class Plan:
         device: Where tensors are merged.
         fetched: Bytes of files in stores to hold while they are read; zero if there are none.
         notes: What the user should know.
+        warnings: What the inputs contradict each other in, and whose is taken.
+        config_changes: Settings of config.json that are not the reference's.
     """
 
     recipe: Recipe
@@ -83,6 +86,8 @@ class Plan:
     device: Device
     fetched: int
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    config_changes: Mapping[str, object]
 
     @property
     def has_base(self) -> bool:
@@ -125,6 +130,10 @@ class Plan:
             return str(OUTPUT_DTYPES[self.recipe.output_dtype])
         return str(BF16) if any(tensor.natural is not tensor.dtype for tensor in self.reference.values()) else None
 
+    def config(self, content: bytes) -> bytes:
+        """The reference's config.json as it is true of the output."""
+        return self.format.config(content, self.served_dtype, self.reference.dequantized, self.config_changes)
+
     @property
     def bytes_written(self) -> int:
         """Bytes of the weight files."""
@@ -152,6 +161,7 @@ def make_plan(recipe: Recipe) -> Plan:
         need("ray", "engine ray", "merge on this machine with --engine local")
     models = open_inputs(recipe)
     reference = models[recipe.reference]
+    warnings = compare_inputs(recipe, models)
     rules = Rules(recipe)
     names, tied = match_tensors(models, reference, rules.inputs_of)
     equal_pairs = (*find_equal_pairs(models, tied), *copies(models))
@@ -163,7 +173,8 @@ def make_plan(recipe: Recipe) -> Plan:
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
     return Plan(
         recipe, models, tensors, tied, equal_pairs, files, form, index, side_files, made_files, *budget,
-        (*notes_on(recipe, models, tied, form, budget, side_files), *rules.notes(names)),
+        (*notes_on(recipe, models, tied, form, budget, side_files), *rules.notes(names)), warnings,
+        special_tokens(recipe),
     )  # fmt: skip
 
 

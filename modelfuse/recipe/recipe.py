@@ -109,7 +109,8 @@ class Recipe(Settings):
     @property
     def hub_names(self) -> tuple[HubName, ...]:
         """Those that are hub names, each once."""
-        return tuple(dict.fromkeys(each for each in self.inputs if isinstance(each, HubName)))
+        named = (*self.inputs, self.tokenizer_from)
+        return tuple(dict.fromkeys(each for each in named if isinstance(each, HubName)))
 
     @property
     def input_paths(self) -> tuple[Place, ...]:
@@ -129,10 +130,15 @@ class Recipe(Settings):
         """Where the base is, if there is one."""
         return None if self.base_model_path is None else self.input_paths[-1]
 
+    @property
+    def tokenizer_path(self) -> Place | None:
+        """Where the tokenizer is taken from, if that is given."""
+        return self.tokenizer_from.folder if isinstance(self.tokenizer_from, HubName) else self.tokenizer_from
+
     def at_hand(self, found: Mapping[object, HubName]) -> Recipe:
         """The same with what hub names have become: a commit, and a folder."""
         update: dict[str, object] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
-        for name in ("base_model_path", "unmerged_from"):
+        for name in ("base_model_path", "unmerged_from", "tokenizer_from"):
             update[name] = found.get(getattr(self, name), getattr(self, name))
         return self.changed(**update)
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.adapters.adapter import PADDLE_CONFIG, PEFT_CONFIG
-from modelfuse.checkpoints.side_files import MODULES_FILE, lists_modules, modules_of, usual_files
+from modelfuse.checkpoints.served_differences import wanted_beside
+from modelfuse.checkpoints.side_files import MODULES_FILE, is_tokenizers, lists_modules, modules_of, usual_files
 from modelfuse.checkpoints.weight_files import find_files
 from modelfuse.errors import CheckpointError
 from modelfuse.recipe.hub_names import HubName
@@ -53,21 +54,32 @@ def wanted(
     Raises:
         CheckpointError: If weights are missing, or a file in ``copy_file_list``.
     """
+    served = _tokenizers(recipe, name, sizes)
+    if name not in recipe.inputs:
+        return Wanted([file for file in (CONFIG_FILE,) if file in sizes], served, [])
     prefix = next((stem for file, stem in ADAPTERS.items() if file in sizes), str(recipe.merge_prefix))
     form, weights, weight_map = find_files(place, {file for file in sizes if "/" not in file}, prefix, get)
     settings = [file for file in (CONFIG_FILE, *ADAPTERS) if file in sizes]
+    if recipe.output_format != "lora":
+        settings += wanted_beside(sizes)
     if weight_map is not None:
         settings.append(form.index_file)
-    served = []
     leads = name == recipe.inputs[recipe.reference]
     if leads and recipe.output_format != "lora":
         modules: tuple[str, ...] = ()
         if lists_modules(sizes):
             settings.append(MODULES_FILE)
             modules = modules_of(get(MODULES_FILE).read_bytes())
-        served = usual_files(sizes, modules)
+        served += usual_files(sizes, modules)
         for file in map(os.path.normpath, recipe.copy_file_list):
             if file not in sizes:
                 raise CheckpointError(f"copy_file_list names {file}, which is not in {place}")
             served.append(file)
     return Wanted(settings, served, weights)
+
+
+def _tokenizers(recipe: Recipe, name: HubName, sizes: Mapping[str, int]) -> list[str]:
+    """What is taken of a model that only the tokenizer comes from."""
+    if name != recipe.tokenizer_from or recipe.output_format == "lora":
+        return []
+    return [file for file in usual_files(sizes) if is_tokenizers(file)]
