@@ -203,6 +203,8 @@ def test_from_python(published: Hub, tmp_path: Path) -> None:
 # What is fetched
 
 SETTINGS = {"config.json"}
+#: What is needed of every model, to say what they contradict each other in.
+COMPARED = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 SHARDS = {f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)}
 INDEX = {"model.safetensors.index.json"}
 
@@ -212,7 +214,7 @@ def test_only_what_the_merge_needs_is_fetched(published: Hub, merge: Run) -> Non
     published.add("org/a", Path("local/a"), torch)
     merge(*words(published, "org/a", "org/b"))
     assert published.fetched("org/a") == {*SHARDS, *INDEX, *SETTINGS, *SERVED}
-    assert published.fetched("org/b") == {"model.safetensors", *SETTINGS}
+    assert published.fetched("org/b") == {"model.safetensors", *SETTINGS, *COMPARED}
     sent = sum(published.sent.values())
     merge(*words(published, "org/a", "org/b", out="D"))  # All is in the cache.
     assert sum(published.sent.values()) == sent
@@ -220,7 +222,7 @@ def test_only_what_the_merge_needs_is_fetched(published: Hub, merge: Run) -> Non
 
 def test_with_a_base_it_is_the_base_whose_other_files_are_needed(published: Hub, merge: Run) -> None:
     merge(*words(published, "org/a"), "--base_model_path", "org/b", "--merge_method", "linear")
-    assert published.fetched("org/a") == {*SHARDS, *INDEX, *SETTINGS}
+    assert published.fetched("org/a") == {*SHARDS, *INDEX, *SETTINGS, *COMPARED}
     assert published.fetched("org/b") == {"model.safetensors", *SETTINGS, *SERVED}
 
 
@@ -414,6 +416,27 @@ def test_a_recipe_names_no_cluster(
 # check
 
 
+def test_the_tokenizer_may_come_from_a_model_that_is_no_input(
+    hub: Hub, merge: Run, modelfuse: Run, tmp_path: Path
+) -> None:
+    tensors = large(1)
+    for name in ("a", "b"):
+        hub.add(f"org/{name}", make_model(tmp_path / name, tensors))
+    files = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "README.md": "x", "config.json": "{}"}
+    (tmp_path / "t").mkdir()
+    for file, content in files.items():
+        (tmp_path / "t" / file).write_text(content)
+    hub.add("org/t", tmp_path / "t", {"model.safetensors": b"never fetched"})
+    given = [*words(hub, "org/a", "org/b", out=tmp_path / "C"), "--tokenizer_from", "org/t"]
+    said = modelfuse("check", *given)
+    assert said.status == 0, said.err
+    merge(*given)
+    assert hub.fetched("org/t") == files.keys() - {"README.md"}
+    assert (tmp_path / "C" / "chat_template.jinja").read_text() == "{{ x }}"
+    recipe = json.loads((tmp_path / "C" / "merge_config.json").read_text())
+    assert recipe["tokenizer_from"] == f"org/t@{head(hub, 'org/t')}"
+
+
 def test_check_reads_headers_only(published: Hub, modelfuse: Run, cache: Path, tmp_path: Path) -> None:
     said = modelfuse(
         "check", *words(published, "org/a", "org/b"), "--merge_method", "ties", "--base_model_path", "org/b"
@@ -430,7 +453,7 @@ def test_check_reads_headers_only(published: Hub, modelfuse: Run, cache: Path, t
     assert f"org/a@{head(published, 'org/a')}" in said.out
     assert not list(cache.rglob("*.safetensors"))
     assert max(published.sent.values()) <= 100_000
-    assert published.fetched("org/b") <= {"model.safetensors", "modules.json", *SETTINGS}
+    assert published.fetched("org/b") <= {"model.safetensors", "modules.json", *SETTINGS, *COMPARED}
 
 
 def test_check_reads_long_headers_and_from_servers_without_ranges(hub: Hub, modelfuse: Run, tmp_path: Path) -> None:

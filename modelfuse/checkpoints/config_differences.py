@@ -100,7 +100,7 @@ def _part(config: Config) -> Config:
 
 def _of_parts(prefix: str, one: Config, other: Config, but: set[str]) -> Iterator[ConfigDifference]:
     first, second = _plain(one), _plain(other)
-    for key in first.keys() & second.keys() - but:
+    for key in (each for each in first if each in second and each not in but):
         mine, theirs = first[key], second[key]
         if key in PARTS and isinstance(mine, Mapping) and isinstance(theirs, Mapping):
             yield from _of_parts(f"{prefix}{key}.", mine, theirs, set())

@@ -35,6 +35,8 @@ def merging(plan: Plan, quiet: bool) -> Iterator[Advance]:
     if not quiet:
         for text in plan.notes[len(warnings_of(plan.recipe)) :]:  # Those were shown before the plan was made.
             err.tell("note", "{}", text)
+        for text in plan.warnings:
+            err.tell("warning", "{}", text)
     what = f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(whole)}"
     with _shown("merging", what, quiet) as advance:
         yield lambda count: advance(count, whole)

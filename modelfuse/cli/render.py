@@ -105,6 +105,8 @@ def plan(plan: Plan) -> None:
     )
     for text in plan.notes[len(warnings_of(recipe)) :]:
         out.tell("note", "{}", text)
+    for text in plan.warnings:
+        out.tell("warning", "{}", text)
 
 
 def _models(plan: Plan) -> Iterator[tuple[object, ...]]:
@@ -150,8 +152,8 @@ def _tensors(plan: Plan) -> Iterator[tuple[object, ...]]:
 
 def checked(plan: Plan) -> None:
     """After a plan that can be carried out."""
-    if plan.warnings:
-        out.say("[yellow]can be merged, with {}[/]", counted(len(plan.warnings), "warning"))
+    if count := len(plan.warnings):
+        out.say("[yellow]can be merged, with {}[/]", counted(count, "warning"))
     else:
         out.say("[green]no problems found[/]")
 

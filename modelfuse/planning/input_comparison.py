@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint
 from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.config_differences import ConfigDifference, config_differences, shown
-from modelfuse.checkpoints.served_differences import Served, ServedDifference, other_differences, served_differences
+from modelfuse.planning.served_differences import Served, ServedDifference, other_differences, served_differences
 from modelfuse.errors import MismatchError
 from modelfuse.recipe.recipe import Recipe
 
@@ -28,8 +28,8 @@ def compare_inputs(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[str, .
     fatal, warnings = list[str](), list[str]()
     for difference, text in _of_configs(recipe, models):
         (fatal if difference.fatal else warnings).append(text)
-    for served, text in _of_files(recipe, models) if recipe.output_format != "lora" else ():
-        (fatal if served.fatal else warnings).append(text)
+    if recipe.output_format != "lora":
+        warnings += _of_files(recipe, models)
     if fatal and not recipe.allow_mismatch:
         raise MismatchError(
             "The models contradict each other in what decides what their weights mean:\n"
@@ -56,20 +56,23 @@ def _of_configs(recipe: Recipe, models: Sequence[Checkpoint]) -> Iterator[tuple[
         yield difference, f"{CONFIG_FILE}: {difference.key} is {values}{taken}"
 
 
-def _of_files(recipe: Recipe, models: Sequence[Checkpoint]) -> Iterator[tuple[ServedDifference, str]]:
+def _of_files(recipe: Recipe, models: Sequence[Checkpoint]) -> Iterator[str]:
+    """Differences to the files that the output gets, of several models with the same one as one."""
     last = -1 if recipe.base_model_path is not None else 0
     served = [Served.of(path) for path in recipe.input_paths]
-    taken = served[last] if recipe.tokenizer_path is None else Served.of(recipe.tokenizer_path)
-    whose = recipe.inputs[last] if recipe.tokenizer_from is None else recipe.tokenizer_from
-    folders = dict(zip(recipe.inputs, served, strict=True))
-    for name, own in folders.items():
-        found = [*served_differences(taken, own)] if own.folder != taken.folder else []
-        for difference in found:
-            yield difference, f"{name}: {difference.text}; that of {whose} is taken{_way_out(difference, str(name))}"
-        if own.folder != served[last].folder and not isinstance(models[recipe.inputs.index(name)], Adapter):
-            for difference in other_differences(served[last], own):
-                yield difference, f"{name}: {difference.text}; that of {recipe.inputs[last]} is taken"
-
-
-def _way_out(difference: ServedDifference, name: str) -> str:
-    return f" (--tokenizer_from {name} takes this one's)" if difference.loud else ""
+    reference, name = served[last], recipe.inputs[last]
+    taken = reference if recipe.tokenizer_path is None else Served.of(recipe.tokenizer_path)
+    whose = name if recipe.tokenizer_from is None else recipe.tokenizer_from
+    found: dict[tuple[ServedDifference, object], list[object]] = {}
+    for other, own, model in zip(recipe.inputs, served, models, strict=True):
+        # Whoever chooses a tokenizer knows that it is not the base's.
+        if own.folder != taken.folder and (recipe.tokenizer_from is None or own is not reference):
+            for difference in served_differences(taken, own):
+                found.setdefault((difference, whose), []).append(other)
+        if own.folder != reference.folder and not isinstance(model, Adapter):
+            for difference in other_differences(reference, own):
+                found.setdefault((difference, name), []).append(other)
+    for (difference, owner), others in found.items():
+        names = list(dict.fromkeys(map(str, others)))
+        way = f" (--tokenizer_from {names[0]} takes its own)" if difference.loud and owner == whose else ""
+        yield f"{' and '.join(names)}: {difference.text}; what {owner} has is taken{way}"

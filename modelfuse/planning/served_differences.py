@@ -37,12 +37,10 @@ class ServedDifference(NamedTuple):
     Attributes:
         text: What it is.
         loud: Whether what the other one's users rely on is lost.
-        fatal: Whether merged weights would be served with the wrong tokens.
     """
 
     text: str
     loud: bool = False
-    fatal: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _of_tokens(ours: Tokenizer, theirs: Tokenizer) -> Iterator[ServedDifference]
         shown = "; ".join(f"{number} is {one!r} and {other!r}" for number, one, other in sorted(moved)[:MOST_SHOWN])
         yield ServedDifference(
             f"its tokenizer numbers tokens otherwise ({len(moved)} numbers are two tokens: {shown}{_more(moved)})",
-            loud=True, fatal=len(moved) > len(ours.tokens) // 2,
+            loud=True,
         )  # fmt: skip
     if lost:
         yield ServedDifference(f"the output's tokenizer lacks {len(lost)} of its tokens: {_some(lost)}", loud=True)
@@ -192,7 +190,7 @@ def other_differences(reference: Served, other: Served) -> Iterator[ServedDiffer
         name for name in reference.names & other.names if name.endswith(".py") and _differ(name, reference, other)
     )  # fmt: skip
     if code:
-        yield ServedDifference(f"its code is another one: {_some(code)}", loud=True)
+        yield ServedDifference(f"its code is another one: {_some(code)}")
 
 
 def _differ(name: str, one: Served, other: Served) -> bool:
