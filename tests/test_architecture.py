@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoints.formats",
         "checkpoints.layouts",
         "checkpoints.output",
+        "checkpoints.vocabulary",
     },
     "planning.hub": {
         "errors",

@@ -422,7 +422,7 @@ def test_the_tokenizer_may_come_from_a_model_that_is_no_input(
     tensors = large(1)
     for name in ("a", "b"):
         hub.add(f"org/{name}", make_model(tmp_path / name, tensors))
-    files = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "README.md": "x", "config.json": "{}"}
+    files = {"tokenizer.json": '{"x": 1}', "chat_template.jinja": "{{ x }}", "README.md": "x", "config.json": "{}"}
     (tmp_path / "t").mkdir()
     for file, content in files.items():
         (tmp_path / "t" / file).write_text(content)

@@ -46,7 +46,7 @@ def _check(words: list[str], defaults: Mapping[str, object]) -> int:
 
         documents.write(documents.of_plan(plan))
     else:
-        render.no_problems()
+        render.checked(plan)
     return 0
 
 

@@ -205,7 +205,7 @@ def of_plan(plan: Plan) -> Check:
         bytes_written=plan.bytes_written,
         workers=plan.workers,
         memory=plan.memory,
-        warnings=[*warnings_of(recipe)],
+        warnings=[*warnings_of(recipe), *plan.warnings],
         notes=[*plan.notes[len(warnings_of(recipe)) :]],
     )
 
@@ -228,7 +228,7 @@ def of_result(plan: Plan, result: Result) -> Merge:
         suspicious=[
             Suspicious(str(each.path), each.tensors, [*each.equal], dict(each.far)) for each in result.suspicious
         ],
-        warnings=[*warnings_of(plan.recipe)],
+        warnings=[*warnings_of(plan.recipe), *plan.warnings],
         notes=[*plan.notes[len(warnings_of(plan.recipe)) :]],
     )
 

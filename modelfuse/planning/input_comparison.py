@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint
 from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.config_differences import ConfigDifference, config_differences, shown
-from modelfuse.planning.served_differences import Served, ServedDifference, other_differences, served_differences
 from modelfuse.errors import MismatchError
+from modelfuse.planning.served_differences import Served, ServedDifference, other_differences, served_differences
 from modelfuse.recipe.recipe import Recipe
 
 
@@ -41,8 +41,7 @@ def compare_inputs(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[str, .
 
 def _of_configs(recipe: Recipe, models: Sequence[Checkpoint]) -> Iterator[tuple[ConfigDifference, str]]:
     """Differences to the reference's config.json, of several models with the same one as one."""
-    last = -1 if recipe.base_model_path is not None else 0
-    reference, name = models[last], recipe.inputs[last]
+    reference, name = models[recipe.reference], recipe.inputs[recipe.reference]
     found: dict[str, tuple[ConfigDifference, list[str]]] = {}
     for model, other in zip(models, recipe.inputs, strict=True):
         if model is reference or isinstance(model, Adapter):
@@ -58,9 +57,8 @@ def _of_configs(recipe: Recipe, models: Sequence[Checkpoint]) -> Iterator[tuple[
 
 def _of_files(recipe: Recipe, models: Sequence[Checkpoint]) -> Iterator[str]:
     """Differences to the files that the output gets, of several models with the same one as one."""
-    last = -1 if recipe.base_model_path is not None else 0
     served = [Served.of(path) for path in recipe.input_paths]
-    reference, name = served[last], recipe.inputs[last]
+    reference, name = served[recipe.reference], recipe.inputs[recipe.reference]
     taken = reference if recipe.tokenizer_path is None else Served.of(recipe.tokenizer_path)
     whose = name if recipe.tokenizer_from is None else recipe.tokenizer_from
     found: dict[tuple[ServedDifference, object], list[object]] = {}

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.adapters.adapter import PADDLE_CONFIG, PEFT_CONFIG
-from modelfuse.planning.served_differences import wanted_beside
 from modelfuse.checkpoints.side_files import MODULES_FILE, is_tokenizers, lists_modules, modules_of, usual_files
 from modelfuse.checkpoints.weight_files import find_files
 from modelfuse.errors import CheckpointError
+from modelfuse.planning.served_differences import wanted_beside
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
 
