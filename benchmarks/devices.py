@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modelfuse.errors import ModelfuseError
 from modelfuse.kernels import Work
-from modelfuse.kernels.backends import GPU_BLOCK, GPU_ROOM, LIBRARIES, ArrayKernel, Device, choose, find_gpu
+from modelfuse.kernels.backends import GPU_BLOCK, GPU_ROOM, LIBRARIES, Device, choose, find_gpu
+from modelfuse.kernels.kernel import ArrayKernel
 
 HEADINGS = ("method", "device", "merge s", "merge GB/s", "kernels GB/s", "arithmetic GB/s")
 console = Console(stderr=True)

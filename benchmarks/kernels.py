@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.kernels import Bytes, Pass, Work
-from modelfuse.kernels.backends import Device, Kernel, choose
+from modelfuse.kernels.backends import Device, choose
+from modelfuse.kernels.kernel import Kernel
 from modelfuse.methods.registry import METHODS, apply
 
 DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}

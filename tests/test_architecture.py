@@ -29,9 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage.remote": {"errors", "storage"},
     "recipe": {"printable", "errors", "dtypes", "storage", "methods"},
     "recipe.arcee": {"errors", "dtypes", "storage", "recipe"},
-    "kernels": {"errors", "dtypes", "methods", "kernels.arrays", "kernels.compiled"},
+    "kernels": {"errors", "dtypes", "methods", "kernels.arrays", "kernels.compiled", "kernels.jit"},
     "kernels.arrays": {"dtypes", "methods", "kernels"},
-    "kernels.compiled": {"dtypes", "methods", "kernels", "kernels.jit"},
+    "kernels.compiled": {"dtypes", "methods", "kernels", "kernels.arrays", "kernels.jit"},
     "kernels.jit": set(),
     "checkpoints": {"printable", "errors", "dtypes", "storage", "recipe", "checkpoints.formats", "checkpoints.views"},
     "checkpoints.adapters": {

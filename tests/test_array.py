@@ -37,9 +37,10 @@ from modelfuse.kernels import Pass, Work, backends
 from modelfuse.kernels.arrays.arithmetic import CHUNK, Arithmetic
 from modelfuse.kernels.arrays.library import Library
 from modelfuse.kernels.arrays.passes import DotProducts
-from modelfuse.kernels.backends import LIBRARIES, ArrayKernel, Device, choose, find_gpu, import_library
+from modelfuse.kernels.backends import LIBRARIES, Device, choose, find_gpu, import_library
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.scratch import RAW_CODES
+from modelfuse.kernels.kernel import ArrayKernel
 from modelfuse.methods.random import draws, stream_key
 from modelfuse.planning.memory_budget import GRAIN as PLAN_GRAIN
 from modelfuse.planning.memory_budget import LEAST_GPU_ROOM

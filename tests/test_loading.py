@@ -337,13 +337,14 @@ from modelfuse.dtypes import BF16
 from modelfuse.kernels import Work
 from modelfuse.kernels.compiled.base_distance import measured
 from modelfuse.kernels.compiled.passes import merge_procedure
-from definitions import MERGE_METHODS, applied
+from modelfuse.methods.registry import METHODS, apply
 
 size, results = 5000, {}
 draw = np.random.default_rng(0)
 raws = (draw.standard_normal((3, size)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-for name, (merge, sparsify) in MERGE_METHODS.items():
-    work = Work("w", size, (BF16,) * 3, True, BF16, applied(merge, sparsify, (0.5, 0.5)))
+for name, method in METHODS.items():
+    applied = apply(method.sparsifier, method.combination, (0.5, 0.5), method.defaults)
+    work = Work("w", size, (BF16,) * 3, True, BF16, applied)
     out, procedure = np.zeros(2 * size, np.uint8), merge_procedure(work)
     procedure = measured(procedure, work)
     pass_ = next(procedure)

@@ -106,7 +106,9 @@ class Run:
     strange: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._kernel = choose(self.plan.device)
+        # The nodes of a cluster compile for themselves.
+        nbytes = sum(each.bytes_read for each in self.plan.tensors) if self.cluster is None else None
+        self._kernel = choose(self.plan.device, nbytes)
         self._tasks, self._room = Tasks.of(self.plan), Room.of(self.plan)
         hold(self._room.fetched, self._room.keeps)
         workers = self.plan.workers if self.cluster is None else 0
@@ -139,6 +141,10 @@ class Run:
             self._streaming.end()
 
     def _walk_all(self) -> None:
+        with self._kernel.running():
+            self._prepare_and_merge()
+
+    def _prepare_and_merge(self) -> None:
         self._schedule(self._preparing_jobs())
         if self.untied:
             what = "config.json ties these tensors, but their values differ"
@@ -150,8 +156,7 @@ class Run:
             raise describe_unequal_pairs(self.strange, what, "Give the base that the adapter was trained on.")
         if self.differences:
             raise describe_copies(self.differences)
-        with self._kernel.running():
-            self._schedule(self._merging_jobs())
+        self._schedule(self._merging_jobs())
 
     def _schedule(self, jobs: Iterator[Job[Pass]]) -> None:
         if self.cluster is not None:

@@ -15,7 +15,7 @@ from modelfuse.checkpoints.tensors import PlainReader, Reader
 from modelfuse.errors import CheckpointError
 from modelfuse.execution.report_writer import Counts, SpanResult
 from modelfuse.kernels import Bytes, Extent, Measured, Pass, Unread
-from modelfuse.kernels.backends import Kernel
+from modelfuse.kernels.kernel import Kernel
 from modelfuse.planning.memory_budget import SPAN
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.plan import Plan

@@ -3,73 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from modelfuse.errors import MissingExtraError, ModelfuseError, RecipeError
-from modelfuse.kernels import Bytes, Procedure, Work
+from modelfuse.kernels.kernel import CPU_BLOCK, CPU_ROOM, ArrayKernel, CompiledKernel, Kernel
 
 if TYPE_CHECKING:
-    from modelfuse.kernels.arrays.library import Library
+    pass
 
-#: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
-CPU_ROOM = 32_000_000
-CPU_BLOCK = 1 << 17
-#: The same of a GPU's: whole slices.
+#: What a worker may hold at a time of a GPU's memory, and in blocks of how many elements: whole slices.
 GPU_ROOM = 2_000_000_000
 GPU_BLOCK = 1 << 22
-#: Work of fewer bytes than this never waits for a compiler.
-SMALL = 256_000_000
 INSTEAD = "Use --device cpu, or --allow_cpu_fallback for whatever the machine has."
-
-
-class Kernel(ABC):
-    """What merges tensors: one seam between the run and every kind of kernel."""
-
-    def buffer(self, shape: tuple[int, ...]) -> Bytes:
-        """Memory for stored bytes, which a worker's reads fill and its writes take, uint8."""
-        return np.empty(shape, np.uint8)
-
-    def running(self) -> AbstractContextManager[None]:
-        """What must be set in the main thread while workers use the kernel."""
-        return nullcontext()
-
-    @abstractmethod
-    def merge(self, work: Work) -> Procedure:
-        """The passes that merge one tensor."""
-
-
-class CompiledKernel(Kernel):
-    """Compiled loops over the bytes as they are stored."""
-
-    def merge(self, work: Work) -> Procedure:
-        from modelfuse.kernels.compiled.passes import merge_procedure
-
-        return merge_procedure(work)
-
-
-class ArrayKernel(Kernel):
-    """Tensors of a library on one device."""
-
-    def __init__(self, library: Library) -> None:
-        self.library = library
-
-    def buffer(self, shape: tuple[int, ...]) -> Bytes:
-        return self.library.buffer(shape)
-
-    def running(self) -> AbstractContextManager[None]:
-        return self.library.running()
-
-    def merge(self, work: Work) -> Procedure:
-        from modelfuse.kernels.arrays.passes import merge_procedure
-
-        return merge_procedure(work, self.library)
 
 
 class Needed(NamedTuple):
@@ -168,14 +116,22 @@ def import_library(module: str) -> Any:
         ) from error
 
 
-def choose(device: Device) -> Kernel:
+def choose(device: Device, nbytes: int | None = None) -> Kernel:
     """The kernel for a device; loads the library, if it takes one.
+
+    Args:
+        device: Where to merge.
+        nbytes: The stored bytes of all that is to be merged; with it, nothing waits for a compiler.
 
     Raises:
         MissingExtraError: If the library cannot be imported.
     """
     if device.tensor_type == "np":
-        return CompiledKernel()
+        if nbytes is None:
+            return CompiledKernel()
+        from modelfuse.kernels.adaptive import AdaptiveKernel
+
+        return AdaptiveKernel(nbytes)
     library = import_library(device.library)
     most = GPU_BLOCK if device.gpu else CPU_BLOCK
     if device.tensor_type == "pt":

@@ -7,6 +7,7 @@ tensor of all. ``METHODS`` gives pairs of them their names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from modelfuse.methods import breadcrumbs, dare, linear, magprune, model_stock, slerp, trim
@@ -80,6 +81,19 @@ def apply(
         value = settings.get(parameter.name, parameter.default)
         own.append((parameter.name, value if isinstance(value, bool | int | float | str) else tuple(value)))
     return Applied(combination, sparsifier, tuple(weights), tuple(own), seed, tuple(streams), factor)
+
+
+def every_chain(models: int) -> list[Applied]:
+    """All methods with all switches and choices: one of each chain of expressions that there is."""
+    found: dict[str, Applied] = {}
+    for method in METHODS.values():
+        static = [each for each in parameters_of(method.sparsifier, method.combination) if each.is_static]
+        options: list[tuple[Value, ...]] = [each.choices or (False, True) for each in static]
+        for values in product(*options):
+            settings: dict[str, Value] = {each.name: value for each, value in zip(static, values, strict=True)}
+            applied = apply(method.sparsifier, method.combination, (1.0,) * models, settings)
+            found.setdefault(applied.chain.text, applied)
+    return list(found.values())
 
 
 def _register_all(methods: Iterable[Method]) -> None:

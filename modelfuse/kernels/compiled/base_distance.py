@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelfuse.kernels import Bytes, Extent, Measured, Pass, Procedure, SpanState, Work
+from modelfuse.kernels.arrays import plain
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.direct_reads import Files, block_of
 from modelfuse.kernels.compiled.scratch import inputs_of, lay_out
@@ -193,7 +194,7 @@ def distances(spans: Sequence[SpanDistances]) -> list[Distance]:
     ]
 
 
-@compile_kernel
+@compile_kernel(plain=plain.measure)
 def measure(data: merge_loops.Stored, stride: int, first: int, count: int, seen: Seen) -> None:
     """Compare every model with the base until a difference is found, and sum the squares of the chosen blocks.
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from modelfuse.kernels.arrays import plain
 from modelfuse.kernels.jit.compile import compile_kernel
 
 Array = np.ndarray[Any, Any]
@@ -37,7 +38,7 @@ class Grid(NamedTuple):
         return matrix * self.shape[0] + row // self.block_rows
 
 
-@compile_kernel
+@compile_kernel(plain=plain.expand)
 def expand(codes: Array, values: Array, grid: Grid, scales: Array, first: int, out: Array) -> None:
     """Write code × scale for a run of elements.
 

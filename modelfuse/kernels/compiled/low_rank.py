@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from modelfuse.kernels.arrays import plain
 from modelfuse.kernels.jit.compile import compile_kernel
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,7 +42,7 @@ def add_low_rank(left: Array, right: Array, scale: Any, first: int, out: Array) 
     _add_low_rank(left, right, scale, first, np.empty(BLOCK, left.dtype), out)
 
 
-@compile_kernel
+@compile_kernel(plain=plain.add_low_rank)
 def _add_low_rank(left: Array, right: Array, scale: Any, first: int, sums: Array, out: Array) -> None:
     columns = right.shape[1]
     row, skipped = first // columns, first % columns

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from modelfuse.kernels.arrays import plain
 from modelfuse.kernels.jit.compile import compile_kernel
 from modelfuse.methods.random import draws
 
@@ -57,7 +58,7 @@ def _sequential_sum(values: Array) -> float:
     return float(np.cumsum(values)[-1])
 
 
-@compile_kernel
+@compile_kernel(plain=plain.project)
 def project(matrix: Array, right: Array, left: Array) -> None:
     """left[c] = matrix · right[c] for every vector: a row at a time, each sum in the order of the columns."""
     count = len(right)
@@ -74,7 +75,7 @@ def project(matrix: Array, right: Array, left: Array) -> None:
             left[c, i] = sums[c]
 
 
-@compile_kernel
+@compile_kernel(plain=plain.project_back)
 def project_back(matrix: Array, left: Array, right: Array) -> None:
     """right[c] = left[c] · matrix for every vector, each sum in the order of the rows."""
     count = len(left)
@@ -100,7 +101,7 @@ def _dot(one: Array, other: Array) -> float:
     return total
 
 
-@compile_kernel
+@compile_kernel(plain=plain.orthonormalize)
 def orthonormalize(vectors: Array) -> None:
     """Gram and Schmidt's process, each vector twice; what depends on those before becomes zero."""
     for c in range(len(vectors)):
@@ -116,7 +117,7 @@ def orthonormalize(vectors: Array) -> None:
             vectors[c, i] *= scale
 
 
-@compile_kernel
+@compile_kernel(plain=plain.rotate)
 def rotate(vectors: Array, beside: Array) -> None:
     """Jacobi's rotations until the vectors are orthogonal; ``beside`` is rotated the same way."""
     for _ in range(SWEEPS):

@@ -8,11 +8,13 @@ called by it, and kept by it; so is every kernel where numba or llvmlite are too
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from importlib.util import find_spec
+from typing import Any, TypeVar, cast, overload
 
 from modelfuse.kernels.jit import code_cache
 from modelfuse.kernels.jit.code_cache import NotLaidOut, Prepared, prepare
@@ -26,30 +28,91 @@ _COUNTING = re.compile(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", re.MULTIL
 #: numba compiles, and llvmlite loads, one kernel at a time.
 _lock = threading.RLock()
 COMPILING = "Kernels are being compiled for this processor, once: that takes some seconds."
-#: Whom to tell.
-_waiting: list[Callable[[str], None]] = []
+FALLING_BACK = "numba calls some kernels by itself: its release is not one that their machine code can be kept of."
+#: Whom to tell, each with what was told already.
+_listeners: list[tuple[Callable[[str], None], set[str]]] = []
 
 
-def compile_kernel(function: F) -> F:
-    """Have a function compiled when it is first called; the result is kept for later processes."""
-    return cast("F", Kernel(function))
+@overload
+def compile_kernel(function: F) -> F: ...
+@overload
+def compile_kernel(*, plain: Callable[..., Any]) -> Callable[[F], F]: ...
+
+
+def compile_kernel(function: F | None = None, *, plain: Callable[..., Any] | None = None) -> Any:
+    """Have a function compiled when it is first called; the result is kept for later processes.
+
+    Args:
+        function: What to compile.
+        plain: Does the same without a compiler; it is called where none may be used.
+    """
+    if function is None:
+        return lambda given: Kernel(given, plain)
+    return Kernel(function, plain)
+
+
+class NotCompiledError(Exception):
+    """Raised by a kernel that was not compiled before, where nothing may be compiled now."""
+
+
+class _Policy(threading.local):
+    """Whether kernels may be compiled: in this thread, if it says anything, else in all others."""
+
+    compiles: bool | None = None
+
+
+_policy = _Policy()
+_compiles = True
+
+
+def compiler_missing() -> str | None:
+    """Why nothing can be compiled; None if it can."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set"
+    if find_spec("numba") is None or find_spec("llvmlite") is None:
+        return "numba is not installed"
+    return None
+
+
+@contextlib.contextmanager
+def compiling(allowed: bool) -> Iterator[None]:
+    """Say for this thread whether anything may be compiled meanwhile."""
+    before, _policy.compiles = _policy.compiles, allowed
+    try:
+        yield
+    finally:
+        _policy.compiles = before
+
+
+@contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Have nothing compiled meanwhile, by threads that say nothing themselves."""
+    global _compiles
+    before, _compiles = _compiles, False
+    try:
+        yield
+    finally:
+        _compiles = before
 
 
 @contextlib.contextmanager
 def announcing(tell: Callable[[str], None]) -> Iterator[None]:
-    """Have a function called with a sentence when meanwhile, for the first time, a kernel must be compiled."""
-    _waiting.append(tell)
+    """Have a function called with each sentence that is announced meanwhile, once: why kernels take longer."""
+    listener = tell, set[str]()
+    _listeners.append(listener)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):
-            _waiting.remove(tell)
+        _listeners.remove(listener)
 
 
-def _announce() -> None:
-    while _waiting:
-        with contextlib.suppress(Exception):  # Nobody may be there to hear it.
-            _waiting.pop()(COMPILING)
+def announce(sentence: str) -> None:
+    """Say something about kernels to whoever listens."""
+    for tell, told in _listeners:
+        if sentence not in told:
+            told.add(sentence)
+            with contextlib.suppress(Exception):  # Nobody may be there to hear it.
+                tell(sentence)
 
 
 class Kernel:
@@ -60,9 +123,10 @@ class Kernel:
             :func:`modelfuse.kernels.jit.code_cache.prepare` makes of such.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], plain: Callable[..., Any] | None = None) -> None:
         self.__wrapped__ = function
         self.__doc__ = function.__doc__
+        self._plain = plain
         self._entries: dict[str, code_cache.Entry | None] = {}
 
     def __call__(self, *arguments: Any) -> Any:
@@ -72,14 +136,22 @@ class Kernel:
         except NotLaidOut:
             return self._by_numba(arguments)
         kind = "".join([each.kind for each in laid])
+        try:
+            entry = self._entry(kind, arguments)
+        except NotCompiledError:
+            if self._plain is None:
+                raise
+            return self._plain(*(each.value for each in laid))
+        if entry is None:
+            return self._by_numba(arguments)
+        return entry(b"".join([each.words for each in laid]))
+
+    def _entry(self, kind: str, arguments: tuple[Any, ...]) -> code_cache.Entry | None:
         if kind not in self._entries:
             with _lock:
                 if kind not in self._entries:
                     self._entries[kind] = self._find(kind, arguments)
-        entry = self._entries[kind]
-        if entry is None:
-            return self._by_numba(arguments)
-        return entry(b"".join([each.words for each in laid]))
+        return self._entries[kind]
 
     def _by_numba(self, arguments: tuple[Any, ...]) -> Any:
         return self._fallback(*(each.value if type(each) is Prepared else each for each in arguments))
@@ -90,12 +162,17 @@ class Kernel:
         try:
             content = code_cache.find(symbol)
             if content is None:
-                _announce()
+                if not (_compiles if _policy.compiles is None else _policy.compiles) or compiler_missing():
+                    raise NotCompiledError(symbol)
+                announce(COMPILING)
                 content = _export(self._compiler, symbol, arguments)
                 code_cache.keep(symbol, content)
             return code_cache.load(content, symbol) if content else None
+        except NotCompiledError:
+            raise
         except Exception:
             # numba and llvmlite change: what was built for others of theirs must not stand in the way of these.
+            announce(FALLING_BACK)
             return None
 
     @cached_property

@@ -1,0 +1,181 @@
+"""Compiled loops where they are at hand, numpy until then: a merge never waits for a compiler.
+
+Compiling takes longer than a small merge. So what was never compiled on a machine is done with numpy's arrays, to the
+same bits. For large merges another process compiles meanwhile; tensors that begin once it is done use what it made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+
+from modelfuse.dtypes import F32, F64
+from modelfuse.kernels import Procedure, Work
+from modelfuse.kernels.arrays.numpy import NumpyLibrary
+from modelfuse.kernels.jit.compile import (
+    NotCompiledError,
+    announce,
+    compiler_missing,
+    compiling,
+    nothing_compiled,
+)
+from modelfuse.kernels.kernel import CPU_BLOCK, CPU_ROOM, ArrayKernel, CompiledKernel, Kernel
+
+#: Work of fewer stored bytes than this never starts a compiler.
+SMALL = 256_000_000
+#: Elements of the tensor that is merged to have everything compiled that larger ones take.
+REHEARSED = 1500
+#: What the other process runs: with the modules that this one has.
+PROGRAM = "import sys; sys.path[:] = {!r}; from modelfuse.kernels.adaptive import compile_told; compile_told()"
+SAYS = "Kernels are compiled for this processor, once, while numpy begins with the work."
+SAYS_MISSING = "{}: numpy does all the work, to the same bytes, but slower."
+
+
+def numpy_kernel() -> ArrayKernel:
+    """numpy's arrays in blocks that stay in the cache."""
+    return ArrayKernel(NumpyLibrary(CPU_ROOM, CPU_BLOCK))
+
+
+def rehearse(work: Work) -> None:
+    """Merge a few elements with the compiled kernels that a tensor takes.
+
+    Raises:
+        NotCompiledError: If one of them was not compiled before, and may not be now.
+    """
+    from modelfuse.kernels.compiled.base_distance import measured
+
+    dtype = F32 if work.compute == "float32" else F64
+    small = replace(work, size=REHEARSED, sources=(dtype,) * len(work.sources), out=dtype)
+    draw = np.random.default_rng(0)
+    raws = np.stack([draw.standard_normal(REHEARSED).astype(work.compute).view(np.uint8) for _ in small.sources])
+    out = np.empty(REHEARSED * dtype.bytes, np.uint8)
+    procedure = CompiledKernel().merge(small)
+    if small.has_base:
+        procedure = measured(procedure, small)
+    found: Any = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            pass_ = next(procedure) if found is None else procedure.send(found)
+            state = pass_.start()
+            pass_.apply(state, 0, REHEARSED, raws, out)
+            end = pass_.finish(state)
+            found = [end[0] if pass_.writes and small.has_base else end]
+
+
+class Compilation:
+    """One process that compiles the kernels of one kind of tensors.
+
+    Args:
+        work: A tensor of that kind.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM.format(sys.path)], stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError), self._process.stdin as words:
+                words.write(pickle.dumps(work))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, whatever came of it."""
+        return self._process is None or self._process.poll() is not None
+
+
+class AdaptiveKernel(Kernel):
+    """Compiled loops for what was compiled before, else numpy's arrays.
+
+    Args:
+        nbytes: The stored bytes of all the work.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._arrays, self._compiled = numpy_kernel(), CompiledKernel()
+        self._is_small = nbytes < SMALL
+        self._known: dict[object, bool | Compilation] = {}
+        self._lock = threading.Lock()
+
+    def running(self) -> AbstractContextManager[None]:
+        return nothing_compiled()
+
+    def merge(self, work: Work) -> Procedure:
+        chosen = self._compiled if self._is_ready(work) else self._arrays
+        return chosen.merge(work)
+
+    def _is_ready(self, work: Work) -> bool:
+        kind = (work.method.chain, work.compute, work.has_base, work.method.combination.measure is None)
+        with self._lock:
+            known = self._known.get(kind)
+            if known is None or (isinstance(known, Compilation) and known.is_done):
+                self._known[kind] = known = self._look(work, tried=known is not None)
+            return known is True
+
+    def _look(self, work: Work, tried: bool) -> bool | Compilation:
+        """Whether all that a tensor takes was compiled, or who does it."""
+        try:
+            # What another process could not compile or keep, as of a method that only this one knows, is compiled here.
+            with compiling(tried):
+                rehearse(work)
+        except NotCompiledError:
+            if missing := compiler_missing():
+                announce(SAYS_MISSING.format(missing))
+            elif not self._is_small:
+                announce(SAYS)
+                return Compilation(work)
+            return False
+        return True
+
+
+def compile_told() -> None:
+    """Compile what the tensor takes that is told on standard input, and what adapters and 8-bit floats take."""
+    rehearse(pickle.loads(sys.stdin.buffer.read()))
+    rehearse_inputs()
+
+
+def rehearse_inputs() -> None:
+    """Compute a few elements of inputs that are computed."""
+    from modelfuse.kernels.compiled.fp8 import Grid, expand
+    from modelfuse.kernels.compiled.low_rank import add_low_rank
+
+    for dtype in (np.float32, np.float64):
+        add_low_rank(np.ones((2, 1), dtype), np.ones((1, 2), dtype), dtype(1), 0, np.zeros(4, dtype))
+    codes, scales = np.zeros(4, np.uint8), np.ones((1, 1), np.float32)
+    expand(codes, np.zeros(256, np.float32), Grid(2, 2, 2, 2), scales, 0, np.zeros(4, np.float32))
+
+
+def warm(works: list[Work], said: Callable[[int], None] = lambda _: None) -> None:
+    """Have everything compiled that tensors like these take.
+
+    Args:
+        works: One tensor of each kind.
+        said: Is told how many are done.
+    """
+    for number, work in enumerate(works, 1):
+        rehearse(work)
+        said(number)
+
+
+def every_kind(models: int = 2) -> list[Work]:
+    """A tensor of every kind that the registered methods have: with and without a base, in both compute types."""
+    from modelfuse.methods.registry import every_chain
+
+    works = []
+    for method in every_chain(models):
+        for dtype, has_base in ((F32, True), (F32, False), (F64, True), (F64, False)):
+            sources = tuple(repeat(dtype, models + has_base))
+            works.append(Work("tensor", REHEARSED, sources, has_base, dtype, method))
+    return works

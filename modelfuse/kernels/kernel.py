@@ -1,0 +1,61 @@
+"""What merges tensors: compiled loops, or arrays of a library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modelfuse.kernels import Bytes, Procedure, Work
+
+if TYPE_CHECKING:
+    from modelfuse.kernels.arrays.library import Library
+
+#: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
+CPU_ROOM = 32_000_000
+CPU_BLOCK = 1 << 17
+
+
+class Kernel(ABC):
+    """What merges tensors: one seam between the run and every kind of kernel."""
+
+    def buffer(self, shape: tuple[int, ...]) -> Bytes:
+        """Memory for stored bytes, which a worker's reads fill and its writes take, uint8."""
+        return np.empty(shape, np.uint8)
+
+    def running(self) -> AbstractContextManager[None]:
+        """What must be set in the main thread while workers use the kernel."""
+        return nullcontext()
+
+    @abstractmethod
+    def merge(self, work: Work) -> Procedure:
+        """The passes that merge one tensor."""
+
+
+class CompiledKernel(Kernel):
+    """Compiled loops over the bytes as they are stored."""
+
+    def merge(self, work: Work) -> Procedure:
+        from modelfuse.kernels.compiled.passes import merge_procedure
+
+        return merge_procedure(work)
+
+
+class ArrayKernel(Kernel):
+    """Tensors of a library on one device."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def buffer(self, shape: tuple[int, ...]) -> Bytes:
+        return self.library.buffer(shape)
+
+    def running(self) -> AbstractContextManager[None]:
+        return self.library.running()
+
+    def merge(self, work: Work) -> Procedure:
+        from modelfuse.kernels.arrays.passes import merge_procedure
+
+        return merge_procedure(work, self.library)
