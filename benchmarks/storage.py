@@ -2,9 +2,10 @@
 
     python benchmarks/storage.py --workdir DIR
 
-The objects are those of the reference work, served by ``object_server.py``. The client (``object_client.py``, s3fs)
+The objects are those of the reference work, served by ``object_server.py``. The client (``object_client.py``, obstore)
 reads every byte once and throws it away, with the best of several sizes and numbers of requests. The merge is linear,
-of three models: its output goes to the disk, or back to the server, a third more bytes. All are whole processes.
+of three models: its output goes to the disk, or back to the server, a third more bytes. All are whole processes. With
+``--beside DIR``, another version of modelfuse that lies there merges likewise.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 CLIENTS = ((8, 8 << 20), (16, 4 << 20), (16, 8 << 20), (32, 8 << 20), (8, 16 << 20), (16, 16 << 20))
 MODELS = ("model_1", "model_2", "model_3")
 #: What is compared: the client, and the merge that sends, too.
-ALONE, TO_S3 = "s3fs alone", "merge, output to S3"
+ALONE, TO_S3, OTHER = "obstore alone", "merge, output to S3", "other version"
 #: The bucket of the inputs is the folder of that name.
 BUCKET = "models"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -78,9 +79,20 @@ class Contest:
         urls = [f"s3://{BUCKET}/{name}/model.safetensors" for name in MODELS]
         return [sys.executable, str(HERE / "object_client.py"), str(requests), str(size), *urls]
 
-    def merge(self, output: str) -> list[str]:
-        """The command that merges."""
-        command = [sys.executable, "-m", "modelfuse", "merge", "--quiet", "--overwrite", "--merge_method", "linear"]
+    def merge(self, output: str, source: Path = HERE.parent) -> list[str]:
+        """The command that merges, with the version of modelfuse that lies in a folder."""
+        command = [
+            "env",
+            f"PYTHONPATH={source}",
+            sys.executable,
+            "-m",
+            "modelfuse",
+            "merge",
+            "--quiet",
+            "--overwrite",
+            "--merge_method",
+            "linear",
+        ]
         command += ["--model_path_list", *(f"s3://{BUCKET}/{name}" for name in MODELS), "--output_path", output]
         return [*command, *self._words]
 
@@ -107,6 +119,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=Shape().layers, help="of the models")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that the server holds every answer back")
     parser.add_argument("--bandwidth", type=float, default=math.inf, help="MB/s of the link to the server")
+    parser.add_argument("--beside", type=Path, help="where another version of modelfuse lies")
     parser.add_argument("words", nargs="*", help="settings of the merges, after --")
     options = parser.parse_args()
     console = Console(soft_wrap=True)
@@ -127,19 +140,26 @@ def main() -> None:
                     "merge, output on the disk": contest.merge(str(workdir / "output")),
                     TO_S3: contest.merge(f"s3://{BUCKET}/output"),
                 }
+                if options.beside:
+                    kinds[f"{OTHER}, output on the disk"] = contest.merge(str(workdir / "output"), options.beside)
+                    kinds[f"{OTHER}, output to S3"] = contest.merge(f"s3://{BUCKET}/output", options.beside)
                 for _ in range(options.repeat):
                     for name, command in kinds.items():
                         contest.run(name, command)
         finally:
             for left in (workdir / "output", workdir / BUCKET / "output", workdir / ".parts"):
                 shutil.rmtree(left, ignore_errors=True)
-        _print(console, contest.samples, {name: sum(sizes) + (sizes[-1] if name == TO_S3 else 0) for name in kinds})
+        carried = {name: sum(sizes) + (sizes[-1] if name.endswith("S3") else 0) for name in kinds}
+        _print(console, contest.samples, carried)
 
 
 def _print(console: Console, samples: Mapping[str, Sequence[Sample]], carried: Mapping[str, int]) -> None:
-    """The table: of everything, the bytes that the connections carried decide its throughput."""
-    console.print("| | median s | min s | × client | GB/s carried | client's by its own | peak memory |")
-    console.print("|---|---|---|---|---|---|---|")
+    """The table: of everything, the bytes that the connections carried decide its throughput.
+
+    Processor seconds are the command's own, without the server's: they say most where much else runs.
+    """
+    console.print("| | median s | min s | × client | GB/s carried | client's by its own | cpu s | peak memory |")
+    console.print("|---|---|---|---|---|---|---|---|")
     alone = [sample.seconds for sample in samples[ALONE]]
     for name, each in samples.items():
         seconds = [sample.seconds for sample in each]
@@ -149,7 +169,7 @@ def _print(console: Console, samples: Mapping[str, Sequence[Sample]], carried: M
         median, peak = statistics.median(seconds), max(sample.peak_bytes for sample in each)
         console.print(
             f"| {name} | {median:.2f} | {min(seconds):.2f} | {ratio:.2f} | {carried[name] / median / 1e9:.2f} | "
-            f"{slower:.2f} | {peak / 1e6:.0f} MB |"
+            f"{slower:.2f} | {statistics.median(sample.cpu_seconds for sample in each):.2f} | {peak / 1e6:.0f} MB |"
         )
 
 

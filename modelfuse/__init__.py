@@ -90,7 +90,9 @@ def merge(*, progress: Progress | None = None, **settings: Any) -> Result:
     from modelfuse.planning.hub import fetch
     from modelfuse.planning.plan import make_plan
     from modelfuse.recipe.recipe import Recipe
+    from modelfuse.storage.named_hosts import name_hosts
 
+    name_hosts(settings.values())
     return run_plan(make_plan(fetch(Recipe.parse(settings))), progress)
 
 
@@ -111,7 +113,9 @@ def check(**settings: Any) -> Plan:
     from modelfuse.planning.output_location import check_room
     from modelfuse.planning.plan import make_plan
     from modelfuse.recipe.recipe import Recipe
+    from modelfuse.storage.named_hosts import name_hosts
 
+    name_hosts(settings.values())
     with headers(Recipe.parse(settings)) as recipe:
         plan = make_plan(recipe)
     check_room(plan.recipe.output_path, plan.room)
@@ -136,7 +140,8 @@ def verify(
 
     Args:
         path: The output of a merge.
-        full: Merge every tensor again, not a sample; without the inputs, that is a problem.
+        full: Merge every tensor again, not a sample; without the inputs, that is a problem. Only so are inputs that are
+            in stores asked for.
         sample: How many tensors to merge again; by default as many as read and compare about 256 MB.
         n_process: Parallel workers; by default one a processor, up to eight.
         seed: Chooses the sample; another one each time if not given.
@@ -153,7 +158,9 @@ def verify(
     """
     from modelfuse.inspection.verify import verify_output
     from modelfuse.storage import place_of
+    from modelfuse.storage.named_hosts import name_hosts
 
+    name_hosts([path])
     return verify_output(
         place_of(path),
         full=full,

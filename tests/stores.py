@@ -18,6 +18,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 BUCKET = "bucket"
+AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 #: What the libraries are told where S3 is, and who asks.
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
                "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip
@@ -31,14 +32,26 @@ class Asked:
     path: str
     query: str
     range: str | None
+    condition: str | None = None
 
     @property
     def is_upload(self) -> bool:
         return self.method in ("PUT", "POST") and "delete" not in self.query
 
 
+Headers = dict[str, str]
+#: What an answer says instead.
+Twist = Callable[[Asked, Headers], Headers]
 #: What is to become of a request: a status instead of an answer, or None.
 Fault = Callable[[Asked], int | None]
+#: Instead of a status: the request is done, but its answer is an error.
+LOST = -1
+
+
+def length_of(asked: Asked) -> int:
+    """The bytes of a range."""
+    first, last = str(asked.range).removeprefix("bytes=").split("-")
+    return int(last) - int(first) + 1
 
 
 class _Quiet(WSGIRequestHandler):
@@ -55,6 +68,7 @@ class S3:
     Attributes:
         asked: All requests, in order.
         fault: Chooses requests that fail.
+        twist: Changes the headers of answers.
         delay: Seconds that each answer is held back.
         most: The most requests that were under way at a time.
         proof: The files of a certificate and its key, to be spoken to over TLS.
@@ -62,9 +76,12 @@ class S3:
 
     asked: list[Asked] = field(default_factory=list)
     fault: Fault = lambda _: None
+    twist: Twist = lambda _, headers: headers
     delay: float = 0.0
     most: int = 0
     proof: tuple[str, str] | None = None
+    #: Whether it takes anybody for its owner.
+    trusts: bool = False
 
     def __post_init__(self) -> None:
         self._application = DomainDispatcherApplication(create_backend_app)
@@ -83,19 +100,35 @@ class S3:
 
     def _answer(self, environ: dict[str, Any], start: Any) -> Any:
         asked = Asked(
-            environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"], environ.get("HTTP_RANGE")
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"],
+            environ["QUERY_STRING"],
+            environ.get("HTTP_RANGE"),
+            environ.get("HTTP_IF_MATCH"),
         )
+
+        def begin(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            return start(
+                status, list(self.twist(asked, {name.title(): value for name, value in headers}).items()), *rest
+            )
+
         with self._lock:
             self.asked.append(asked)
             self._now += 1
             self.most = max(self.most, self._now)
+        if self.trusts and not environ.get("HTTP_AUTHORIZATION", "").startswith("AWS4"):
+            environ["HTTP_AUTHORIZATION"] = AUTHORIZATION
         try:
             if self.delay:
                 time.sleep(self.delay)
             status = self.fault(asked)
             if status is None:
-                return self._application(environ, start)
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                return self._application(environ, begin)
+            if status == LOST:
+                b"".join(self._application(environ, lambda *_: None))
+                status = 500
+            else:
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             code = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}[status]
             body = f"<Error><Code>{code}</Code><Message>as the test asks</Message></Error>".encode()
             start(f"{status} {code}", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
@@ -144,7 +177,8 @@ class S3:
 
     def reset(self) -> None:
         """Empty, and without faults."""
-        self.fault, self.delay = (lambda _: None), 0.0
+        self.trusts = False
+        self.fault, self.twist, self.delay = (lambda _: None), (lambda _, headers: headers), 0.0
         with self.speaking() as client:
             for upload in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []):
                 client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
@@ -186,6 +220,10 @@ class Web:
         self.folder, self.ranges, self.asked = folder, True, list[Asked]()
         self.headers: list[Mapping[str, str]] = []
         self.fault: Fault = lambda _: None
+        self.twist: Twist = lambda _, headers: headers
+        #: Chooses answers that end early; whether bytes come one by one; what follows them.
+        self.cut: Callable[[Asked], bool] = lambda _: False
+        self.trickles, self.more = False, b""
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -213,7 +251,7 @@ class Web:
         path, _, query = handler.path.partition("?")
         asked = Asked(handler.command, path, query, handler.headers.get("Range"))
         self.asked.append(asked)
-        self.headers.append(dict(handler.headers))
+        self.headers.append({name.title(): value for name, value in handler.headers.items()})
         file = self.folder / path.lstrip("/")
         status = self.fault(asked) or (200 if file.is_file() else 404)
         content = file.read_bytes() if status == 200 else b""
@@ -221,12 +259,27 @@ class Web:
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked.range or "") if self.ranges else None
         if found and status == 200:
             whole, status = len(content), 206
-            content = content[int(found[1]) : int(found[2]) + 1]
-        handler.send_response(status)
+            content = content[int(found[1]) : int(found[2]) + 1] + self.more
+        headers = {"ETag": tag, "Content-Length": str(len(content))}
         if found and status == 206:
-            handler.send_header("Content-Range", f"bytes {found[1]}-{found[2]}/{whole}")
-        handler.send_header("ETag", tag)
-        handler.send_header("Content-Length", str(len(content)))
+            headers["Content-Range"] = f"bytes {found[1]}-{found[2]}/{whole}"
+        handler.send_response(status)
+        for name, value in self.twist(asked, headers).items():
+            handler.send_header(name, value)
         handler.end_headers()
         if asked.method == "GET":
-            handler.wfile.write(content)
+            self._send(handler, asked, content)
+
+    def _send(self, handler: BaseHTTPRequestHandler, asked: Asked, content: bytes) -> None:
+        if self.cut(asked):
+            handler.wfile.write(content[: len(content) // 2])
+            handler.close_connection = True
+            return
+        try:
+            for place in range(0, len(content), 1) if self.trickles else ():
+                handler.wfile.write(content[place : place + 1])
+                time.sleep(0.05)
+            if not self.trickles:
+                handler.wfile.write(content)
+        except ConnectionError:
+            handler.close_connection = True

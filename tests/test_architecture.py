@@ -161,17 +161,16 @@ THIRD_PARTY = {
     "huggingface_hub": {"planning.hub"},
     "yaml": {"recipe"},
     "fsspec": {"storage.remote"},
-    "aiohttp": {"storage.remote"},
-    "botocore": {"storage.remote"},
+    "obstore": {"storage.remote"},
     "rich": {"cli"},
     "xxhash": {"storage", "storage.local"},
     "ray": {"execution.ray"},
     "shtab": {"cli"},
 }
 #: Those of them that an extra of the same name installs: imported only where a request needs them.
-EXTRAS = {"hub", "ray", "remote", "s3"}
-#: What is imported of them, where that is called otherwise: s3fs is used through fsspec, and brings botocore.
-DISTRIBUTIONS = {"pyyaml": "yaml", "s3fs": "botocore"}
+EXTRAS = {"hub", "ray", "remote"}
+#: What is imported of them, where that is called otherwise.
+DISTRIBUTIONS = {"pyyaml": "yaml"}
 #: One module, as its functions call each other.
 LONGEST = {"modelfuse.kernels.compiled.merge_loops": 510}
 MAX_LINES = 310

@@ -672,7 +672,7 @@ SELDOM_NEEDED = {
     "checkpoints.output": ("remote",),
     "checkpoints.adapters": ("apply", "config", "as_adapter", "quantized_base"),
     "planning.hub": ("download", "client", "resolve"),
-    "storage.remote": ("open_store", "range_cache", "stores", "s3_and_http"),
+    "storage.remote": ("open_store", "range_cache", "stores", "object_stores", "web"),
     "kernels.arrays": ("",),
     "kernels.compiled": ("base_distance", "truncated_svd", "low_rank", "fp8"),
     "execution.ray": ("",),

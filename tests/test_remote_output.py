@@ -11,16 +11,19 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Said, make_model, random_tensors, snapshot, start
-from stores import S3, Asked
+from stores import LOST, S3, Asked
 from test_storage import large
 
 import modelfuse as package
 from modelfuse.errors import OutputError
+from modelfuse.execution import run
+from modelfuse.execution.worker import Worker
 from modelfuse.storage import Url, place_of
-from modelfuse.storage.remote import stores, uploads
-from modelfuse.storage.remote.uploads import Gate, S3Upload
+from modelfuse.storage.remote import uploads
+from modelfuse.storage.remote.uploads import Gate
 
 Run = Callable[..., Said]
 OUT = "s3://bucket/out"
@@ -71,7 +74,10 @@ def test_what_a_reader_starts_from_comes_last(merge: Run, s3: S3, models: list[P
         assert len({each.path for each in seen}) == len(seen) == len(s3.objects(f"out/{out}"))
         sent = [number for number, each in enumerate(s3.asked) if "partNumber" in each.query]
         assert len(sent) >= 3
-        assert max(sent) < min(s3.asked.index(each) for each in seen)
+        # All parts but the last one of each file have arrived by then; and all of them before the last file is seen.
+        first = min(s3.asked.index(each) for each in seen)
+        assert sum(number > first for number in sent) <= sum("uploads" in each.query for each in s3.asked)
+        assert max(sent) < s3.asked.index(seen[-1])
 
 
 def test_an_output_that_is_there(merge: Run, refuse: Callable[..., str], s3: S3, models: list[Path]) -> None:
@@ -162,19 +168,17 @@ def test_what_passes_is_tried_again(merge: Run, s3: S3, models: list[Path], part
     assert s3.uploads() == []
 
 
-def test_an_answer_that_is_lost(merge: Run, s3: S3, models: list[Path], parts: None, monkeypatch: Any) -> None:
-    """The store has completed an upload, but nobody has heard of it."""
-    real = S3Upload._call
-    lost: list[Any] = []
+def test_an_answer_that_is_lost(merge: Run, s3: S3, models: list[Path], parts: None) -> None:
+    """The store has completed an upload, but nobody has heard of it: the next attempt finds none."""
+    lost: list[Asked] = []
 
-    async def call(upload: S3Upload, method: str, **options: Any) -> Any:
-        answer = await real(upload, method, **options)
-        if method == "complete_multipart_upload" and not lost:
-            lost.append(upload.url)
-            raise ConnectionResetError
-        return answer
+    def fault(asked: Asked) -> int | None:
+        if asked.method == "POST" and "uploadId" in asked.query and not lost:
+            lost.append(asked)
+            return LOST
+        return None
 
-    monkeypatch.setattr(S3Upload, "_call", call)
+    s3.fault = fault
     merge("--model_path_list", *models, "--output_path", OUT)
     assert lost
     assert "model.safetensors" in s3.objects("out")
@@ -241,8 +245,46 @@ def test_parts_come_together_in_any_order(s3: S3, parts: None) -> None:
     upload.close()
     gate.drain()
     assert s3.objects("out") == {}
-    store.wait(url, upload.complete(), OutputError)
+    upload.begin_to_complete()
+    upload.complete()
     assert s3.objects("out") == {"file": content}
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_what_waits_for_its_turn_is_bounded(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Files go from front to back, however long the first tensor takes and wherever copied ones are."""
+    most, lock = 0, threading.Lock()
+    walk, move = Worker.walk, Gate.move
+
+    def slow(self: Worker, task: Any, *words: Any) -> Any:
+        if task.tensor is not None and "layers.0." in task.tensor.name:
+            time.sleep(0.5)
+        return walk(self, task, *words)
+
+    def watched(gate: Gate, nbytes: int) -> None:
+        nonlocal most
+        move(gate, nbytes)
+        with lock:
+            most = max(most, gate.ahead)
+
+    monkeypatch.setattr(Worker, "walk", slow)
+    monkeypatch.setattr(Gate, "move", watched)
+    monkeypatch.setattr(run, "MOST_WAITING", 2_000_000)
+    numbers = {"model.zeros": np.arange(3_000_000, dtype=np.int64)}
+    paths = [make_model(tmp_path / name, {**large(seed, 20), **numbers}) for seed, name in enumerate("ABC")]
+    settings: dict[str, Any] = {"merge_method": method, "model_path_list": paths[:2]}
+    settings |= {"base_model_path": paths[2]} if method == "ties" else {}
+    package.merge(**settings, output_path=tmp_path / "local")
+    package.merge(**settings, output_path=OUT, n_process=4)
+    assert s3.objects("out")["model.safetensors"] == (tmp_path / "local" / "model.safetensors").read_bytes()
+    # What may wait, and a span of each of the others that was given out before.
+    assert most <= 2_000_000 + 3 * 1_400_000 + uploads.PART
+    different = make_model(tmp_path / "D", {**large(5, 20), "model.zeros": -numbers["model.zeros"]})
+    with pytest.raises(package.MismatchError, match=r"model\.zeros"):
+        package.merge(model_path_list=[paths[0], different], output_path="s3://bucket/other")
+    assert s3.objects("other") == {}
 
 
 def test_what_is_under_way_is_bounded(s3: S3, models: list[Path], parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,18 +298,18 @@ def test_what_is_under_way_is_bounded(s3: S3, models: list[Path], parts: None, m
 def test_a_failing_output_in_any_other_store(models: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
-    real = stores.Store.call
+    real = type(memory).mv
 
-    async def call(store: stores.Store, method: str, *args: Any, **options: Any) -> Any:
-        if method == "mv" and "merge_report" in str(args):
+    def mv(self: Any, path: str, *args: Any, **options: Any) -> None:
+        if "merge_report" in path:
             raise PermissionError("full")
-        return await real(store, method, *args, **options)
+        real(self, path, *args, **options)
 
-    monkeypatch.setattr(stores.Store, "call", call)
+    monkeypatch.setattr(type(memory), "mv", mv)
     with pytest.raises(OutputError, match=r"merge_report.json: access is denied"):
         package.merge(model_path_list=models, output_path="memory://made/out")
     assert memory.find("/made") == []
-    monkeypatch.setattr(stores.Store, "call", real)
+    monkeypatch.setattr(type(memory), "mv", real)
     memory.pipe("/made/out/.modelfuse-model.safetensors", b"of a run that was killed")
     package.merge(model_path_list=models, output_path="memory://made/out", overwrite=True)
     assert [name for name in memory.find("/made") if ".modelfuse-" in name] == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modelfuse.execution.scheduler import Job, Scheduler
+from modelfuse.execution.scheduler import Job, Queue, Scheduler
 
 #: Far longer than any of these takes: a run that is still going on hangs.
 HANGS = 60.0
@@ -99,6 +99,43 @@ def test_spans_of_jobs_under_way_come_before_new_jobs() -> None:
     scheduler: Scheduler[int] = Scheduler(lambda _, owner, pass_, *__: begun.append((owner, pass_)), 1, 4)
     in_time(lambda: scheduler.run(Job(number, procedure(2, []), 10) for number in range(5)))
     assert begun == sorted(begun)
+
+
+def test_spans_of_the_job_begun_first_come_first() -> None:
+    queue: Queue[int] = Queue((Job(number, procedure(2, []), 8) for number in range(2)), 4)
+    taken = [queue.take() for _ in range(4)]
+    spans = [span for span in taken if span is not None]
+    assert [(span.job.owner, span.first) for span in spans] == [(0, 0), (0, 4), (1, 0), (1, 4)]
+    queue.done(spans[2:], [None, None])  # The second job begins its second pass before the first one does.
+    queue.done(spans[:2], [None, None])
+    assert [span.job.owner for _ in range(4) if (span := queue.take()) is not None] == [0, 0, 1, 1]
+
+
+def test_only_the_first_job_goes_on_while_nothing_may_go_ahead() -> None:
+    may = True
+    queue: Queue[int] = Queue((Job(number, procedure(2, []), 8) for number in range(3)), 4, lambda: may)
+    first, second, other = queue.take(), queue.take(), queue.take()
+    assert first is not None
+    assert second is not None
+    assert other is not None
+    assert other.job.owner == 1
+    may = False
+    assert queue.take(wait=False) is None  # Neither the rest of the second job nor the third one.
+    queue.done([first, second], [None, None])
+    following = [queue.take(wait=False), queue.take(wait=False), queue.take(wait=False)]
+    assert [span and (span.job.owner, span.pass_) for span in following] == [(0, 1), (0, 1), None]
+    queue.done([span for span in following if span is not None], [None, None])
+    rest = queue.take(wait=False)
+    assert rest is not None
+    assert (rest.job.owner, rest.first) == (1, 4)
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_nothing_hangs_while_nothing_may_go_ahead(workers: int) -> None:
+    log: list[list[Any]] = []
+    scheduler: Scheduler[int] = Scheduler(lambda *_: None, workers, 3, lambda: False)
+    in_time(lambda: scheduler.run(Job(number, procedure(3, log), 10) for number in range(6)))
+    assert len(log) == 6 * 3
 
 
 def test_jobs_are_begun_one_at_a_time_as_workers_need_them() -> None:

@@ -204,7 +204,7 @@ def test_a_plan_of_local_models_loads_no_store(pair: tuple[Path, Path], tmp_path
     code = (
         "import sys; import modelfuse;"
         f"modelfuse.merge(model_path_list=[{str(pair[0])!r}, {str(pair[1])!r}], output_path={str(tmp_path / 'C')!r});"
-        "print([each for each in sys.modules if each in ('fsspec', 's3fs', 'aiohttp', 'asyncio')"
+        "print([each for each in sys.modules if each in ('fsspec', 'obstore', 'asyncio')"
         " or each == 'modelfuse.storage.remote.stores'])"
     )
     said = call(code=code)
@@ -323,10 +323,11 @@ def test_a_server_that_does_not_answer(s3: S3, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("module", "url", "extra"),
     [
-        ("s3fs", "s3://b/A", "modelfuse[s3]"),
-        ("fsspec", "s3://b/A", "modelfuse[s3]"),
-        ("aiohttp", "https://b/A", "modelfuse[remote]"),
-        ("gcsfs", "gs://b/A", "gcsfs"),
+        ("obstore", "s3://b/A", "modelfuse[remote]"),
+        ("obstore", "https://b/A", "modelfuse[remote]"),
+        ("obstore", "gs://b/A", "modelfuse[remote]"),
+        ("obstore", "az://b/A", "modelfuse[remote]"),
+        ("fsspec", "hdfs://b/A", "fsspec"),
         ("pyarrow", "hdfs://b/A", "pyarrow"),
     ],
 )

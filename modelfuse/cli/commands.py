@@ -94,7 +94,7 @@ def _verify(words: list[str], _: Mapping[str, object]) -> int:
     console.begin_logs(options.verbose, options.log_file)
     folder = _place(given.pop("folder"))
     with progress.verifying(folder, options.quiet) as advance, announcing(_tell(options.quiet)):
-        found = verify_output(folder, **given, progress=advance)
+        found = verify_output(folder, **given, progress=advance, tell=_tell(options.quiet))
     render.verification(found, options.quiet or options.json)
     if options.json:
         from modelfuse.cli import documents

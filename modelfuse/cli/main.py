@@ -14,6 +14,7 @@ from modelfuse.cli.commands import COMMANDS, LISTED, show_help
 from modelfuse.cli.termination import terminable
 from modelfuse.errors import ModelfuseError, RecipeError
 from modelfuse.recipe.checks import closest
+from modelfuse.storage.named_hosts import name_hosts
 from modelfuse.version import __version__
 
 
@@ -121,4 +122,5 @@ def _run(words: list[str], defaults: Mapping[str, object]) -> int:
         raise RecipeError(f"There is no command {command!r}", f"{closest(command, COMMANDS)}{LISTED}".lstrip())
     if "-h" in words or "--help" in words:
         return show_help([command])
+    name_hosts(words)
     return COMMANDS[command](words, defaults)

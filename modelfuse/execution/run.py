@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
-from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import OutputError
 from modelfuse.execution.anomalies import Suspicious, find_suspicious
 from modelfuse.execution.copying import (
@@ -27,11 +25,12 @@ from modelfuse.execution.prefetch import Streaming
 from modelfuse.execution.report_writer import Outcome, SpanResult, write_config, write_index, write_report
 from modelfuse.execution.resume import Finished, bytes_of, entry_of, facts_of
 from modelfuse.execution.scheduler import Job, Scheduler
+from modelfuse.execution.sink import Sink
 from modelfuse.execution.worker import Room, Task, Tasks, Worker
 from modelfuse.kernels import Bytes, Pass, Procedure
 from modelfuse.kernels.backends import choose
 from modelfuse.kernels.jit.compile import announcing
-from modelfuse.planning.memory_budget import SPAN
+from modelfuse.planning.memory_budget import MOST_WAITING, SPAN
 from modelfuse.planning.operations import Action, Operation
 from modelfuse.planning.output_location import check_room
 from modelfuse.planning.plan import Plan
@@ -70,22 +69,6 @@ class Result:
     seconds: float
     bytes_kept: int = 0
     suspicious: tuple[Suspicious, ...] = ()
-
-
-class Sink(Protocol):
-    """Where the weight files go: a folder to write, or one to compare with."""
-
-    def create(self, name: str, frame: Frame) -> None:
-        """Begin a file; once for each, before anything is written to it."""
-
-    def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Take bytes of a file; safe from any thread."""
-
-    def keep(self, name: str, nbytes: int, entry: object) -> None:
-        """Take note that so many bytes of a file are finished; safe from any thread."""
-
-    def share(self) -> Path | None:
-        """The folder of the files, which other machines may now write to; None if only ``write`` reaches them."""
 
 
 @dataclass
@@ -162,15 +145,24 @@ class Run:
         if self.cluster is not None:
             self.cluster.walk(jobs, SPAN, self)
             return
-        self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN)
+        self._scheduler = Scheduler(self._walk, self.plan.workers, SPAN, self.may_go_ahead)
         with waiting_while(lambda: not self._scheduler.stopping):
             self._scheduler.run(jobs)
+
+    def may_go_ahead(self) -> bool:
+        """Whether tensors may be walked that come after one that has not ended."""
+        return (self._folder.ahead() or 0) <= MOST_WAITING
 
     def _in_order(self) -> Iterator[Task]:
         """All tasks in the order of the jobs."""
         yield from (task for task in self._tasks.equal_pairs if task.sources[0].size)
         yield from (task for _, task in self._unfinished("copy"))
-        yield from (task for _, task in self._unfinished("merge", "take"))
+        yield from (task for _, task in self._unfinished(*self._made_last))
+
+    @property
+    def _made_last(self) -> tuple[Action, ...]:
+        """What is written when all is compared: where files are written from front to back, copies in their turn."""
+        return ("merge", "take") if self._folder.ahead() is None else ("merge", "take", "copy")
 
     def _preparing_jobs(self) -> Iterator[Job[Pass]]:
         """What can show that the models do not fit comes first: tied tensors and those to be copied."""
@@ -182,10 +174,17 @@ class Run:
                 yield Job(task, procedure, pair.one.size)
         for tensor, task in self._unfinished("copy"):
             copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes, task.models)
-            yield self._job(tensor, task, copy_procedure(copy, self.differences))
+            if "copy" in self._made_last:
+                yield Job(task, compare_procedure(copy, self.differences), tensor.size)
+            else:
+                yield self._job(tensor, task, copy_procedure(copy, self.differences))
 
     def _merging_jobs(self) -> Iterator[Job[Pass]]:
-        for tensor, task in self._unfinished("merge", "take"):
+        for tensor, task in self._unfinished(*self._made_last):
+            if tensor.action == "copy":
+                copy = Copy(tensor.name, tensor.chosen, tensor.dtype.bytes, task.models)
+                yield self._job(tensor, task, copy_procedure(copy, self.differences))
+                continue
             work = tensor.work
             procedure = self._kernel.merge(work)
             if work.has_base:

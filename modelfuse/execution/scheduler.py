@@ -1,24 +1,27 @@
 """Workers that walk many procedures at once.
 
-A procedure (one tensor) yields passes; a pass is cut into spans. Spans of the tensors already begun come before
-new tensors, so few are under way at a time, and the next one starts while the last spans of a pass are still
-being walked. Which worker does what never changes a result: what the spans find is collected in their order, or, by a
-pass with a method ``fold(one, other)`` for which order means nothing, made one as soon as there are two. Workers are
-the threads of a :class:`Scheduler`, or whatever else takes spans from a :class:`Queue` and says what they found.
+A procedure (one tensor) yields passes; a pass is cut into spans. Spans of the tensors begun first come before those of
+others, and before new tensors, so few are under way at a time, and the next one starts while the last spans of a pass
+are still being walked. Which worker does what never changes a result: what the spans find is collected in their order,
+or, by a pass with a method ``fold(one, other)`` for which order means nothing, made one as soon as there are two.
+Workers are the threads of a :class:`Scheduler`, or whatever else takes spans from a :class:`Queue` and says what they
+found.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from heapq import heappop, heappush
 from typing import Any, Generic, TypeVar
 
 from modelfuse.storage.local.threads import join
 
 P = TypeVar("P")
+#: Seconds between two looks whether workers may go ahead again.
+LOOK = 0.05
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Job(Generic[P]):
     size: int
     found: list[Any] = field(default_factory=list)
     waiting: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +65,18 @@ class Queue(Generic[P]):
     Args:
         jobs: All of them; each is begun when nothing else is ready.
         span: Elements a span.
+        may_go_ahead: Whether spans may be given out of others than the first job that has not ended. While they may
+            not, it goes on alone.
     """
 
-    def __init__(self, jobs: Iterable[Job[P]], span: int) -> None:
-        self._jobs, self._span = iter(jobs), span
+    def __init__(self, jobs: Iterable[Job[P]], span: int, may_go_ahead: Callable[[], bool] = lambda: True) -> None:
+        self._jobs, self._span, self._may_go_ahead = iter(jobs), span, may_go_ahead
         self._changed = threading.Condition()
-        self._ready: deque[Span[P]] = deque()
-        self._under_way = 0
+        #: With the number of their job and their first element, by which they are ordered.
+        self._ready: list[tuple[int, int, Span[P]]] = []
+        #: The jobs that have begun and not ended, in their order.
+        self._under_way: dict[int, Job[P]] = {}
+        self._begun = 0
         #: Why nothing more is given out.
         self.failure: BaseException | None = None
 
@@ -82,16 +91,18 @@ class Queue(Generic[P]):
         """
         with self._changed:
             while self.failure is None:
-                if self._ready:
-                    return self._ready.popleft()
-                job = next(self._jobs, None)
+                goes_ahead = not self._under_way or self._may_go_ahead()
+                if self._ready and (goes_ahead or self._ready[0][0] == next(iter(self._under_way))):
+                    return heappop(self._ready)[2]
+                job = next(self._jobs, None) if goes_ahead else None
                 if job is not None:
-                    self._under_way += 1
+                    job.number, self._begun = self._begun, self._begun + 1
+                    self._under_way[job.number] = job
                     self._enqueue(job, next(job.procedure))
-                elif self._under_way == 0 or not wait:
+                elif not self._under_way or not wait:
                     return None
                 else:
-                    self._changed.wait()
+                    self._changed.wait(None if goes_ahead else LOOK)
             return None
 
     def done(self, spans: Sequence[Span[P]], found: Sequence[Any]) -> None:
@@ -114,7 +125,7 @@ class Queue(Generic[P]):
             if following is not None:
                 self._enqueue(job, following)
             else:
-                self._under_way -= 1
+                del self._under_way[job.number]
                 self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -126,7 +137,8 @@ class Queue(Generic[P]):
     def _enqueue(self, job: Job[P], pass_: P) -> None:
         spans = [(first, min(self._span, job.size - first)) for first in range(0, job.size, self._span)]
         job.found, job.waiting = [] if fold_of(pass_) else [None] * len(spans), len(spans)
-        self._ready.extendleft(Span(job, pass_, first, count) for first, count in reversed(spans))
+        for first, count in spans:
+            heappush(self._ready, (job.number, first, Span(job, pass_, first, count)))
         self._changed.notify_all()
 
     def _take_or_leave(self, job: Job[P], found: Any) -> Any:
@@ -146,10 +158,17 @@ class Scheduler(Generic[P]):
             job's owner, the pass, the first element and the number of elements.
         workers: How many threads.
         span: Elements a span.
+        may_go_ahead: See :class:`Queue`.
     """
 
-    def __init__(self, walk: Callable[[int, Any, P, int, int], Any], workers: int, span: int) -> None:
-        self._walk, self._workers, self._span = walk, workers, span
+    def __init__(
+        self,
+        walk: Callable[[int, Any, P, int, int], Any],
+        workers: int,
+        span: int,
+        may_go_ahead: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._walk, self._workers, self._span, self._may_go_ahead = walk, workers, span, may_go_ahead
         self._queue: Queue[P] = Queue((), span)
 
     def run(self, jobs: Iterable[Job[P]]) -> None:
@@ -158,7 +177,7 @@ class Scheduler(Generic[P]):
         Raises:
             BaseException: What the first failing worker raised; the others stop after their slice of work.
         """
-        self._queue = Queue(jobs, self._span)
+        self._queue = Queue(jobs, self._span, self._may_go_ahead)
         threads: list[threading.Thread] = []
         try:
             for number in range(self._workers):

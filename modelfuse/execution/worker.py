@@ -77,6 +77,9 @@ class ResultSink(Protocol):
     def has(self, task: Task, pass_: Pass, first: int, count: int) -> bool:
         """Whether there is nothing to do, as an earlier run has written the span."""
 
+    def may_go_ahead(self) -> bool:
+        """Whether spans may be walked of tensors that come after one that has not ended."""
+
     def write(self, tensor: Operation, start: int, data: Bytes) -> None:
         """Write a tensor's bytes from an element on; they count as progress."""
 

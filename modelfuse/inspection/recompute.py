@@ -19,12 +19,18 @@ from modelfuse.kernels import Bytes
 from modelfuse.planning.operations import Operation, method_numbers, methods_of
 from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, exists, is_dir, is_file, look_up, place_of, size_of
+from modelfuse.storage import Place, Url, exists, is_dir, is_file, look_up, place_of, size_of
 from modelfuse.storage.files import SourceFile
 
 #: A sample reads and compares about so many bytes, but never fewer tensors than the least.
 SAMPLE_BYTES = 256_000_000
 SAMPLE_LEAST = 4
+
+
+def in_stores(report: Report, recipe: Recipe | None) -> list[Url]:
+    """The inputs that are in stores: they are asked only if the user says so, as anybody may have written the files."""
+    places = [*(place_of(model.path) for model in report.inputs), *(recipe.inputs if recipe is not None else ())]
+    return [*dict.fromkeys(place for place in places if isinstance(place, Url))]
 
 
 def absent_inputs(report: Report, recipe: Recipe | None) -> list[str]:
@@ -212,6 +218,9 @@ class Comparison:
 
     def share(self) -> None:
         """Nothing: there are no files."""
+
+    def ahead(self) -> None:
+        """Nothing: bytes are compared in any order."""
 
     def problems(self) -> list[Problem]:
         """What deviates, in the order of the tensors."""

@@ -19,7 +19,15 @@ from modelfuse.checkpoints.made_files import CONFIG_NAME
 from modelfuse.errors import CheckpointError, ModelfuseError, RecipeError
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.inspection.output_checks import Contents
-from modelfuse.inspection.recompute import absent_inputs, bytes_of, choose, compare, modified_inputs, plan_again
+from modelfuse.inspection.recompute import (
+    absent_inputs,
+    bytes_of,
+    choose,
+    compare,
+    in_stores,
+    modified_inputs,
+    plan_again,
+)
 from modelfuse.inspection.report_reader import Problem, Report, read_recipe, read_report
 from modelfuse.planning.memory_budget import processors
 from modelfuse.planning.plan import Plan
@@ -27,6 +35,7 @@ from modelfuse.recipe.hosts_in_files import without_hosts
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, forget
 from modelfuse.storage.checksums import BLOCK_BYTES, Checksum
+from modelfuse.storage.named_hosts import hosts_of
 
 #: Called with the bytes done since the last call, and with the bytes that there are to do in all.
 Progress = Callable[[int, int], None]
@@ -79,8 +88,9 @@ def verify_output(
     hub_endpoint: str | None = None,
     hub_anonymous: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Verification:
-    """Check an output; see :func:`modelfuse.verify`."""
+    """Check an output; see :func:`modelfuse.verify`. Which stores are going to be asked is told before."""
     started = time.perf_counter()
     forget()
     for name, number, least in (("sample", sample, 1), ("n_process", n_process, 1), ("seed", seed, 0)):
@@ -96,7 +106,7 @@ def verify_output(
     stored = contents.tensors
     problems += contents.problems
     hub: dict[str, object] = {"hub_endpoint": hub_endpoint, "hub_anonymous": hub_anonymous}
-    plan, absent, found = _plan(contents, full, sample, seed, workers, hub)
+    plan, absent, found = _plan(contents, full, sample, seed, workers, hub, tell)
     problems += found
     again = plan.tensors if plan is not None else ()
     whole = sum(each.nbytes for each in stored.values()) + sum(bytes_of(each) for each in again)
@@ -111,7 +121,13 @@ def verify_output(
 
 
 def _plan(
-    contents: Contents, full: bool, sample: int | None, seed: int, workers: int, hub: Mapping[str, object]
+    contents: Contents,
+    full: bool,
+    sample: int | None,
+    seed: int,
+    workers: int,
+    hub: Mapping[str, object],
+    tell: Callable[[str], None],
 ) -> tuple[Plan | None, list[str], list[Problem]]:
     """What to merge again, what is missing for it, and what is wrong before any of it is done."""
     report = contents.report
@@ -119,6 +135,10 @@ def _plan(
     absent: list[str] = []
     if recipe is not None and recipe.hub_names:
         recipe, absent = _from_cache(recipe, full, hub)
+    if urls := in_stores(report, recipe):
+        if not full:
+            return None, [*absent, *(f"{url} is in a store, which only --full asks" for url in urls)], problems
+        tell(f"Asking {', '.join(hosts_of(urls))} for the inputs, as the files of {contents.folder} say.")
     absent = absent or absent_inputs(report, recipe)
     if absent:
         problems += [Problem("inputs", f"Not all can be merged again: {each}") for each in absent if full]

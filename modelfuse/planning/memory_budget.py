@@ -50,6 +50,8 @@ LEAST_GPU_ROOM = 44_000_000
 OUTPUT_BYTES, SOURCE_BYTES = 700, 300
 #: Tables of a tensor under way and of the worker that makes them, for each model.
 TABLE_BYTES = 2_500_000
+#: Bytes of an output in a store that may wait for what comes before them in their file; with more, workers wait, too.
+MOST_WAITING = 64_000_000
 #: What fsspec and the libraries of stores add to the interpreter, measured; what is on its way to a store.
 REMOTE_BYTES, SENT_BYTES = 95_000_000, 140_000_000
 #: The largest range of a file that is fetched by itself. Of what is fetched, a span of each source is worked on while

@@ -1,6 +1,6 @@
-"""Places that are named by a URL: what they hold, read by ranges and written by parts, through fsspec.
+"""Places that are named by a URL: what they hold, read by ranges and written by parts.
 
-fsspec, and the packages of each kind of store, are imported when the first URL is met.
+The packages of each kind of store are imported when the first URL is met.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ __all__ = [
 Place = Path | Url
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+#: How fsspec writes one place behind another: a cache of a store, a file in an archive.
+_CHAIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.:/-]*?::[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def place_of(word: str | Place) -> Place:
@@ -49,10 +51,12 @@ def place_of(word: str | Place) -> Place:
     PosixPath('/models/llama')
 
     Raises:
-        ValueError: If it is a URL that names nothing.
+        ValueError: If it is a URL that names nothing, or is of no store.
     """
     if isinstance(word, Url):
         return word
+    if isinstance(word, str) and _CHAIN.match(word):
+        raise ValueError("this is a chain of places; name the URL of the store alone")
     scheme = _SCHEME.match(word) if isinstance(word, str) else None
     if scheme is None:
         return Path(os.path.abspath(word))

@@ -9,6 +9,12 @@ from dataclasses import dataclass, field, replace
 QUERIED = ("http", "https")
 #: Two schemes of one kind of store.
 SAME = {"s3a": "s3", "gcs": "gs"}
+#: Azure's, where what stands before an @ is a container and no user.
+AZURE = ("az", "abfs", "abfss")
+#: Schemes that may be without a server: the one that is configured is meant.
+WITHOUT_SERVER = ("memory", "hdfs", "webhdfs")
+#: The kinds of stores. What else fsspec knows wraps other places (reference, dir, simplecache, …) and is no store.
+KINDS = ("s3", "gs", *AZURE, "http", "https", "hdfs", "webhdfs", "ftp", "sftp", "smb", "oss", "memory")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -19,7 +25,7 @@ class Url:
 
     Attributes:
         scheme: Which kind of store.
-        host: The bucket, or the server with its port.
+        host: The bucket, or the server with its port; of Azure, the container, with the account if the URL has it.
         path: What follows, without slashes around it.
         user: The user and the password, if the URL has them.
         query: What follows a question mark, such as a signature.
@@ -35,19 +41,24 @@ class Url:
     def parse(cls, text: str) -> Url:
         """The parts of a URL.
 
-        >>> str(Url.parse("https://me:secret@example.org/llama/model.safetensors?signature=1"))
+        >>> str(Url.parse("https://me:secret@example.org/llama/model.safetensors?signature=1#top"))
         'https://example.org/llama/model.safetensors'
 
         Raises:
-            ValueError: If it names no bucket or server.
+            ValueError: If it is of no store, or names no bucket or server.
         """
         scheme, _, rest = text.partition("://")
-        rest, _, query = rest.partition("?") if scheme.lower() in QUERIED else (rest, "", "")
+        scheme = SAME.get(scheme.lower(), scheme.lower())
+        if scheme not in KINDS:
+            raise ValueError(f"there is no kind of store that is called {scheme}; known are {', '.join(KINDS)}")
+        query = ""
+        if scheme in QUERIED:
+            rest, _, query = rest.partition("#")[0].partition("?")
         place, _, path = rest.partition("/")
-        user, at, host = place.rpartition("@")
-        if not host and scheme.lower() not in ("memory", "hdfs"):
+        user, at, host = ("", "", place) if scheme in AZURE else place.rpartition("@")
+        if not host and scheme not in WITHOUT_SERVER:
             raise ValueError("this URL names no bucket or server")
-        return cls(SAME.get(scheme.lower(), scheme.lower()), host, path.strip("/"), user + at, query)
+        return cls(scheme, host, path.strip("/"), user + at, query)
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.host}/{self.path}" if self.path else f"{self.scheme}://{self.host}"

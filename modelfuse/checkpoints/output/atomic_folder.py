@@ -159,6 +159,9 @@ class OutputFolder:
         except OSError as error:
             raise cannot_write(error, self.path / name) from error
 
+    def ahead(self) -> None:
+        """Nothing: files take bytes in any order."""
+
     def share(self) -> Path:
         """The folder of the files, which other machines may now write to.
 

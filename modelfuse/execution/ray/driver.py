@@ -93,7 +93,7 @@ class Cluster:
             ClusterError: If the cluster fails.
             Exception: What walking a span has ended with.
         """
-        queue: Queue[Pass] = Queue(jobs, span)
+        queue: Queue[Pass] = Queue(jobs, span, receiver.may_go_ahead)
         groups = Grouping(queue, lambda each: receiver.has(each.job.owner, each.pass_, each.first, each.count))
         flying: dict[Any, Group] = {}
         try:

@@ -1,55 +1,47 @@
-"""What holds objects: listed, asked and read through fsspec, with several requests at a time.
+"""What holds objects: listed, asked, read by ranges and written by parts, with several requests at a time.
 
-fsspec runs the requests of all stores on one thread; here they are handed to it as futures. Each is tried again while
-that may help, and none is waited for without end.
+Each request is tried again while that may help, and none is waited for without end.
 """
 
 from __future__ import annotations
 
-import asyncio
-import email.utils
 import functools
-import itertools
 import random
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import numpy as np
+
 from modelfuse.errors import CheckpointError, ModelfuseError
-from modelfuse.storage.remote.errors import Cut, Replaced, is_missing, is_passing, told
+from modelfuse.storage.remote.errors import Cut, Untrue, is_missing, is_passing, told
+from modelfuse.storage.remote.threads import ASKING, READING, pause, results
 from modelfuse.storage.url import Entry, Url
 
 T = TypeVar("T")
 #: Bytes that were fetched.
 Content = bytes | memoryview
-#: How often a request is made, how long the first pause is (each is twice the one before), and how long one may take.
-#: The libraries give up much sooner where nothing comes at all.
+#: Bytes to send: whoever holds one may not change it.
+Part = np.ndarray[Any, np.dtype[np.uint8]]
+#: How often a request is made, and how long the first pause is (each is twice the one before). How long one may take,
+#: which is also how long after the first one another may begin.
 ATTEMPTS = 6
 PAUSE = 0.2
 SECONDS = 300.0
-#: Requests to one store at a time, and the connections for them.
-REQUESTS = 32
-CONNECTIONS = 2 * REQUESTS
 
 
-class Store:
-    """A store that fsspec knows.
+class Store(ABC):
+    """A store, or one bucket of it."""
 
-    Args:
-        fs: fsspec's file system.
-    """
+    #: Whether it tells all names in a folder, and whether it takes files.
+    lists = writes = True
 
-    #: Whether it tells all names in a folder.
-    lists = True
-
-    def __init__(self, fs: Any) -> None:
-        self.fs = fs
+    def __init__(self) -> None:
         self._listings: dict[str, dict[str, Entry | None]] = {}
         self._lock = threading.Lock()
-        self._free = asyncio.Semaphore(REQUESTS)
-        self._pool = ThreadPoolExecutor(CONNECTIONS, "store") if not fs.async_impl else None
 
     # --- questions ---------------------------------------------------------------------------------------------
 
@@ -65,7 +57,7 @@ class Store:
         if known is None and around is not None and folder.name not in around:
             return {}
         if known is None:
-            known = self.wait(folder, self.list_now(folder))
+            known = self.list_now(folder)
             with self._lock:
                 self._listings[str(folder)] = known
         return known
@@ -80,15 +72,19 @@ class Store:
             known = self._listings.get(str(url.parent)) if url.path else None
         if known is not None:
             return known.get(url.name)
-        return self.wait(url, self.ask(url))
+        return self.ask(url)
 
-    async def ask(self, url: Url) -> Entry | None:
-        """The same, asked now; to be awaited on fsspec's thread."""
-        return await self.attempt(lambda: self._ask(url))
+    def ask(self, url: Url, kind: type[ModelfuseError] = CheckpointError) -> Entry | None:
+        """The same, asked now.
 
-    async def list_now(self, folder: Url) -> dict[str, Entry | None]:
-        """The listing as it is now; to be awaited on fsspec's thread."""
-        return await self.attempt(lambda: self._list(folder))
+        Raises:
+            ModelfuseError: Of the given kind, if the store cannot be asked.
+        """
+        return self.together(url, [lambda: self._ask(url)], kind)[0]
+
+    def list_now(self, folder: Url, kind: type[ModelfuseError] = CheckpointError) -> dict[str, Entry | None]:
+        """The listing as it is now; see :meth:`ask`."""
+        return dict(sorted(self.together(folder, [lambda: self._list(folder)], kind)[0].items()))
 
     def look_up(self, folder: Url, names: Iterable[str]) -> None:
         """Make sure that the listing of a folder knows these files, if they are there."""
@@ -99,48 +95,15 @@ class Store:
         with self._lock:
             self._listings.clear()
 
-    async def _list(self, folder: Url) -> dict[str, Entry | None]:
-        try:
-            found = await self.call("ls", self.address(folder), detail=True, refresh=True)
-        except Exception as error:
-            if is_missing(error) and not self._is_wrong(error):
-                return {}
-            raise
-        return self.entries(self.address(folder), found)
+    @abstractmethod
+    def _ask(self, url: Url) -> Entry | None:
+        """One attempt to ask for a file."""
 
-    @classmethod
-    def entries(cls, folder: str, found: Iterable[Mapping[str, Any]]) -> dict[str, Entry | None]:
-        """What fsspec says of the files and folders in one, by name."""
-        entries = {
-            each["name"].rstrip("/").rpartition("/")[2]: cls.entry_of(each) if each["type"] == "file" else None
-            for each in found
-            if each["name"].strip("/") != folder.strip("/")
-        }
-        return dict(sorted(entries.items()))
+    @abstractmethod
+    def _list(self, folder: Url) -> dict[str, Entry | None]:
+        """One attempt to list a folder; empty if there is none."""
 
-    async def _ask(self, url: Url) -> Entry | None:
-        try:
-            found = await self.call("info", self.address(url))
-        except Exception as error:
-            if is_missing(error) and not self._is_wrong(error):
-                return None
-            raise
-        return self.entry_of(found) if found["type"] == "file" else None
-
-    def _is_wrong(self, error: BaseException) -> bool:
-        """Whether something is missing that should be there whatever is in it."""
-        return False
-
-    @staticmethod
-    def entry_of(info: Mapping[str, Any]) -> Entry:
-        """What fsspec's description of a file comes to."""
-        modified = next((info[key] for key in ("LastModified", "mtime", "last_modified", "updated", "modified",
-                                               "created", "Last-Modified") if info.get(key)), 0)  # fmt: skip
-        versions = [str(info[key]) for key in ("ETag", "etag", "generation", "versionId") if info.get(key)]
-        modified_ns = _nanoseconds(modified)
-        return Entry(int(info["size"]), " ".join(versions) or str(modified_ns), modified_ns)
-
-    # --- ranges ------------------------------------------------------------------------------------------------
+    # --- bytes -------------------------------------------------------------------------------------------------
 
     def fetch(self, url: Url, entry: Entry, start: int, end: int) -> Future[Content]:
         """Send for some bytes of a file.
@@ -148,83 +111,77 @@ class Store:
         Returns:
             What fails with whatever the libraries raise; :func:`told` makes sense of it.
         """
-        attempts = itertools.count()
 
-        async def once() -> Content:
-            content = await self._range(url, entry, start, end, next(attempts))
-            if len(content) != end - start:
-                raise Cut(f"{len(content):,} bytes came instead of {end - start:,}")
+        def once() -> Content:
+            content = self._range(url, entry, start, end)
+            if len(content) < end - start:
+                raise Cut
+            if len(content) > end - start:
+                raise Untrue("more bytes came than were asked for")
             return content
 
-        return self.submit(self.in_turn(once))
+        return READING.submit(lambda: attempt(once))
 
-    async def _range(self, url: Url, entry: Entry, start: int, end: int, attempt: int) -> Content:
-        """The same, by a store that cannot be told which version is meant: it is asked for it afterwards."""
-        content: bytes = await self.call("cat_file", self.address(url), start=start, end=end)
-        if self.entry_of(await self.call("info", self.address(url))) != entry:
-            raise Replaced
-        return content
-
-    # --- requests ----------------------------------------------------------------------------------------------
-
-    def address(self, url: Url) -> str:
-        """What fsspec calls it."""
-        return str(self.fs._strip_protocol(url.address))
-
-    async def call(self, method: str, *args: Any, **options: Any) -> Any:
-        """One of the file system's methods, off this thread if it would hold it up."""
-        if self._pool is None:
-            return await getattr(self.fs, f"_{method}")(*args, **options)
-        work = functools.partial(getattr(self.fs, method), *args, **options)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-    async def attempt(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Make a request, and again after a pause while that may help."""
-        for number in range(ATTEMPTS):
-            try:
-                async with asyncio.timeout(SECONDS):
-                    return await request()
-            except Exception as error:
-                if number + 1 == ATTEMPTS or not is_passing(error):
-                    raise
-            await asyncio.sleep(PAUSE * 2**number * random.uniform(0.5, 1.5))
-        raise AssertionError("there is at least one attempt")
-
-    async def in_turn(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Make a large request when others have ended: what waits in a queue is not late."""
-        async with self._free:
-            return await self.attempt(request)
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start on fsspec's thread."""
-        from fsspec.asyn import get_loop
-
-        return asyncio.run_coroutine_threadsafe(work, get_loop())
-
-    def wait(self, url: Url, work: Coroutine[Any, Any, T], kind: type[ModelfuseError] = CheckpointError) -> T:
-        """The result of a request.
+    @abstractmethod
+    def _range(self, url: Url, entry: Entry, start: int, end: int) -> Content:
+        """One attempt to read some bytes of a version of a file.
 
         Raises:
-            ModelfuseError: Of the given kind, if it fails.
+            Replaced: If it is another version.
         """
-        future = self.submit(work)
+
+    @abstractmethod
+    def put(self, url: Url, content: bytes) -> None:
+        """Write a small file whole."""
+
+    @abstractmethod
+    def put_parts(self, url: Url, parts: Iterator[Part], size: int) -> None:
+        """Write a file as its parts come, of so many bytes each but for the last one.
+
+        It is seen when the parts have ended, and nothing is left of it if they end with an exception.
+        """
+
+    @abstractmethod
+    def _remove(self, url: Url) -> None:
+        """One attempt to remove a file."""
+
+    def remove(self, folder: Url, names: Iterable[str], kind: type[ModelfuseError] = CheckpointError) -> None:
+        """Remove files of a folder, those that are not there included; see :meth:`ask`."""
+
+        def one(url: Url) -> None:
+            try:
+                self._remove(url)
+            except Exception as error:
+                if not is_missing(error):
+                    raise
+
+        self.together(folder, [functools.partial(one, folder / name) for name in names], kind)
+
+    def clear(self, folder: Url) -> None:  # noqa: B027
+        """Remove what was written to a folder and never completed: by this run, or by one that was killed."""
+
+    def together(
+        self, url: Url, requests: Iterable[Callable[[], T]], kind: type[ModelfuseError] = CheckpointError
+    ) -> list[T]:
+        """Make small requests at the same time, with as many attempts as may help.
+
+        Raises:
+            ModelfuseError: Of the given kind, if one fails.
+        """
         try:
-            return future.result()
+            return results([ASKING.submit(functools.partial(attempt, request)) for request in requests])
         except Exception as error:
             raise told(url, error, kind) from error
-        finally:
-            future.cancel()
 
 
-def _nanoseconds(moment: object) -> int:
-    if isinstance(moment, str):
+def attempt(request: Callable[[], T]) -> T:
+    """Make a request, and again after a pause while that may help."""
+    until = time.monotonic() + SECONDS
+    for number in range(ATTEMPTS - 1):
         try:
-            moment = datetime.fromisoformat(moment)
-        except ValueError:
-            try:
-                moment = email.utils.parsedate_to_datetime(str(moment))
-            except ValueError:
-                return 0
-    if isinstance(moment, datetime):
-        return int(moment.timestamp()) * 10**9 + moment.microsecond * 1000
-    return round(moment * 1e6) * 1000 if isinstance(moment, int | float) else 0
+            return request()
+        except Exception as error:
+            seconds = PAUSE * 2**number * random.uniform(0.5, 1.5)
+            if not is_passing(error) or time.monotonic() + seconds >= until or not pause(seconds):
+                raise
+    return request()

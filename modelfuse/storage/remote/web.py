@@ -1,0 +1,176 @@
+"""Web servers, which list nothing: files are asked for by the names that they may have."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import ssl
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+import obstore
+from obstore.store import HTTPStore
+
+from modelfuse.errors import CheckpointError, ModelfuseError
+from modelfuse.storage.remote.errors import LeadsAway, Unranged, answer, is_unranged
+from modelfuse.storage.remote.object_stores import ObjectStore, attempts, connecting
+from modelfuse.storage.remote.stores import Part
+from modelfuse.storage.url import Entry, Url
+
+#: What is looked for on a server that lists nothing: weights, and what serves them.
+KNOWN = (
+    *(f"{stem}{suffix}{index}"
+      for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin"), ("model_state", ".pdparams"),
+                           ("master_weights", ".safetensors"), ("master_weights", ".bin"),
+                           ("master_weights", ".pdparams"), ("adapter_model", ".safetensors"),
+                           ("adapter_model", ".bin"), ("peft_model", ".safetensors"),
+                           ("lora_model_state", ".pdparams"), ("diffusion_pytorch_model", ".safetensors"),
+                           ("diffusion_pytorch_model", ".bin"))
+      for index in ("", ".index.json")),
+    "adapter_config.json", "lora_config.json", "config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model",
+    "merge_config.json", "merge_report.json",
+)  # fmt: skip
+#: How the names end of what is a file and no folder.
+FILES = (".safetensors", ".bin", ".pdparams", ".json")
+#: Answers to a question for the size after which a part of the file is asked for instead: servers that sign addresses
+#: allow one method only.
+ANOTHER_WAY = (403, 405, 501)
+#: Answers that name another address, and how many of them may follow one another.
+LEADS, MOST_LEADS = (301, 302, 303, 307, 308), 10
+#: Seconds that a server may take to say where an address leads.
+LOOK_SECONDS = 30.0
+
+
+class WebStore(ObjectStore):
+    """A web server.
+
+    Args:
+        url: An address on it, with the user and the query that all others have, too.
+        headers: What else every request has.
+        client: How to connect.
+    """
+
+    lists = writes = False
+
+    def __init__(self, url: Url, headers: Mapping[str, str], client: Mapping[str, Any]) -> None:
+        self._headers = {"Accept-Encoding": "identity", **headers}
+        if url.user:  # Not in the address: it would be in the library's errors, and in what is sent on.
+            user = unquote(url.user.removesuffix("@"))
+            self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+        base = replace(url, path="", user="")
+        options = connecting(allow_http=url.scheme == "http", default_headers=self._headers, **client)
+        super().__init__(HTTPStore(base.address, client_options=options, retry_config=attempts(1)))
+        self._others: dict[str, set[str]] = {}
+        self._stays: set[Url] = set()
+
+    def forget(self) -> None:
+        super().forget()
+        self._others.clear()
+        self._stays.clear()
+
+    def key(self, url: Url) -> str:
+        return unquote(url.path)
+
+    def _condition(self, entry: Entry) -> str | None:
+        return None  # Few of them know conditions; every answer has its tag.
+
+    def list_now(self, folder: Url, kind: type[ModelfuseError] = CheckpointError) -> dict[str, Entry | None]:
+        return {} if folder.path.endswith(FILES) else self._all(folder, KNOWN, kind)
+
+    def entry(self, url: Url) -> Entry | None:
+        if url.name not in KNOWN:
+            self.look_up(url.parent, [url.name])
+        return super().entry(url)
+
+    def look_up(self, folder: Url, names: Iterable[str]) -> None:
+        with self._lock:
+            listing, asked = self._listings.get(str(folder)), self._asked(folder)
+            wanted = [name for name in names if name not in asked]
+        if listing is None or not wanted:
+            return
+        found = self._all(folder, wanted)
+        with self._lock:
+            listing.update(found)
+            asked.update(wanted)
+
+    def _asked(self, folder: Url) -> set[str]:
+        return self._others.setdefault(str(folder), set(KNOWN))
+
+    def _all(
+        self, folder: Url, names: Iterable[str], kind: type[ModelfuseError] = CheckpointError
+    ) -> dict[str, Entry | None]:
+        names = list(names)
+        found = self.together(folder, [functools.partial(self._ask, folder / name) for name in names], kind)
+        return {name: entry for name, entry in zip(names, found, strict=True) if entry is not None}
+
+    def _ask(self, url: Url) -> Entry | None:
+        if url.query and url not in self._stays:
+            self._look_where_it_leads(url)
+            self._stays.add(url)
+        try:
+            return super()._ask(url)
+        except Exception as error:
+            if answer(error)[0] not in ANOTHER_WAY and "MissingContentLength" not in str(error):
+                raise
+        try:  # A byte tells the size, too.
+            result = obstore.get(self._reader, self.key(url), options={"range": (0, 1)})
+        except Exception as error:
+            if is_unranged(error):
+                raise Unranged from error
+            if answer(error)[0] in (404, 410):
+                return None
+            raise
+        return self.entry_of(result.meta)
+
+    def _look_where_it_leads(self, url: Url) -> None:
+        """Make sure that an address does not lead to another server.
+
+        The library would follow, and tell that server where it comes from: all of the address, signatures included.
+        """
+        address = replace(url, user="", path=quote(self.key(url))).address
+        for _ in range(MOST_LEADS):
+            request = urllib.request.Request(address, headers={**self._headers, "Range": "bytes=0-0"})
+            try:
+                _opener().open(request, timeout=LOOK_SECONDS).close()
+                return
+            except HTTPError as error:
+                error.close()
+                if error.code not in LEADS or "Location" not in error.headers:
+                    return
+                target = urljoin(address, error.headers["Location"])
+            except URLError as error:
+                raise ConnectionError(str(error.reason)) from error
+            if urlsplit(target).netloc != urlsplit(address).netloc:
+                raise LeadsAway(urlsplit(target).netloc.rpartition("@")[2])
+            address = target
+
+    def _list(self, folder: Url) -> dict[str, Entry | None]:
+        raise NotImplementedError
+
+    def put(self, url: Url, content: bytes) -> None:
+        raise NotImplementedError
+
+    def put_parts(self, url: Url, parts: Iterator[Part], size: int) -> None:
+        raise NotImplementedError
+
+    def _remove(self, url: Url) -> None:
+        raise NotImplementedError
+
+
+class _Staying(urllib.request.HTTPRedirectHandler):
+    """Follows nothing: where an address leads is an error that says so."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_Staying, urllib.request.HTTPSHandler(context=ssl.create_default_context()))
