@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from azure import Azure
+from azure_blobs import Azure
 from conftest import Said, make_model
 from stores import ENVIRONMENT, S3
 from test_storage import large, same_but_for_names

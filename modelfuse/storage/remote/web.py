@@ -107,7 +107,9 @@ class WebStore(ObjectStore):
         self, folder: Url, names: Iterable[str], kind: type[ModelfuseError] = CheckpointError
     ) -> dict[str, Entry | None]:
         names = list(names)
-        found = self.together(folder, [functools.partial(self._ask, folder / name) for name in names], kind)
+        requests = [functools.partial(self._ask, folder / name) for name in names]
+        # One goes first: a server that does not answer at all is asked once.
+        found = [*self.together(folder, requests[:1], kind), *self.together(folder, requests[1:], kind)]
         return {name: entry for name, entry in zip(names, found, strict=True) if entry is not None}
 
     def _ask(self, url: Url) -> Entry | None:
