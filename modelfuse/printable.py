@@ -15,8 +15,10 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 _OTHER_END = re.compile(r"\n(?!  )")
 _NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 #: Of a URL, the user and password; the query and fragment, which in some stores are letters of a name instead.
-_USER = re.compile(r"(?<=://)[^\s/?#'\"<>]*@")
-_QUERY = re.compile(r"\b((?!(?:s3a?|gc?s|hdfs|memory)://)[a-zA-Z][a-zA-Z0-9+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*")
+_USER = re.compile(r"(?<=://)(?<!\babfs://)(?<!\babfss://)[^\s/?#'\"<>]*@")
+_QUERY = re.compile(
+    r"\b((?!(?:s3a?|gc?s|az|abfss?|hdfs|memory)://)[a-zA-Z][a-zA-Z0-9+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*"
+)
 #: What is sent with a request to prove who asks.
 _TOKEN = re.compile(r"\b(Bearer|Basic) +[\w+/=.~-]{8,}|\bhf_\w{16,}")
 

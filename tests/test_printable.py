@@ -56,6 +56,7 @@ def test_nothing_but_ends_of_indented_lines_is_left(text: str) -> None:
         ("redirect loop: http://h.org/?key=1, http://h.org/?key=2", "redirect loop: http://h.org/ http://h.org/"),
         ("s3://key:pass@bucket/what?#1.bin", "s3://bucket/what?#1.bin"),
         ("Authorization: Bearer abcdefghijkl and hf_abcdefghijklmnopqrstu", "Authorization: … and …"),
+        ("abfss://box@account.dfs.core.windows.net/a?b", "abfss://box@account.dfs.core.windows.net/a?b"),
         ("nothing: a@b.c?d#e", "nothing: a@b.c?d#e"),
     ],
 )

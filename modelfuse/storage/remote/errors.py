@@ -1,7 +1,7 @@
 """What the libraries of stores raise, told apart without importing them, and in our words.
 
 What a library says has whole URLs in it, with users, passwords and signatures. Of obstore's errors only the status, the
-store's code and the kind of failure are taken, nothing else of them is shown; other libraries' texts are redacted.
+store's code and the kind of failure are taken, nothing else of them is shown.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)|(certificate verify failed)")
-_ADDRESS = re.compile(r"(\w[\w+.-]*://)[^\s'\"<>]*")
 
 
 class Cut(Exception):
@@ -213,20 +212,5 @@ def _why(error: BaseException) -> str:
 
 
 def _short(error: BaseException) -> str:
-    text = redacted(" ".join(str(error).split())) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"
-
-
-def redacted(text: str) -> str:
-    """A text without users, passwords, queries and fragments of the URLs in it.
-
-    >>> redacted("cannot open ftp://me:secret@host/a?sig=1#x: no")
-    'cannot open ftp://host/a no'
-    """
-
-    def bare(found: re.Match[str]) -> str:
-        rest = re.split(r"[?#]", found[0].removeprefix(found[1]))[0]
-        place, slash, path = rest.partition("/")
-        return f"{found[1]}{place.rpartition('@')[2]}{slash}{path}"
-
-    return _ADDRESS.sub(bare, text)
