@@ -209,6 +209,8 @@ def _tensor(outcome: Outcome, methods: Mapping[int, int], every: tuple[int, ...]
         entry["rule"] = tensor.rule + 1
     if tensor.inputs != every:
         entry["inputs"] = [number + 1 for number in tensor.inputs]
+    if any(source.name != tensor.name for source in tensor.sources):
+        entry["source_names"] = [source.name for source in tensor.sources]
     entry |= outcome.facts or {}
     if outcome.nonfinite is not None:
         nonfinite = np.sum(outcome.nonfinite, axis=0)
