@@ -66,7 +66,7 @@ def test_linear_is_exact_by_concatenation(tmp_path: Path, merge: Callable[..., S
     words = ["--model_path_list", first, second, "--base_model_path", base, "--weight_list", 0.5, -2]
     merge(*words, "--output_format", "lora", "--output_path", tmp_path / "A")
     assert sorted(path.name for path in (tmp_path / "A").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "merge_config.json", "merge_report.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "merge_config.json", "merge_report.json",
     ]  # fmt: skip
     want = 0.5 * one[f"{Q}.weight"] - 2.0 * two[f"{Q}.weight"]
     np.testing.assert_allclose(product(tmp_path / "A", Q), want, rtol=0, atol=1e-6)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.arcee.configuration import Configuration
 from modelfuse.recipe.arcee.documents import read_configurations, stages_of
-from modelfuse.recipe.arcee.grammar import is_configuration
 from modelfuse.recipe.arcee.methods import METHODS
 from modelfuse.recipe.arcee.parameters import depth_of
 from modelfuse.recipe.arcee.references import Reference, Stage
+from modelfuse.recipe.files import is_configuration
 from modelfuse.recipe.hub_names import HubName
 
 TIES = """
@@ -35,7 +35,7 @@ parameters: {density: 0.5}
 
 def read(text: str, **changes: Any) -> Configuration:
     content = yaml.safe_load(text) | changes
-    return read_configurations(yaml.safe_dump(content))[0]
+    return read_configurations(yaml.safe_dump(content)).result
 
 
 def refused(text: str, **changes: Any) -> str:
@@ -297,6 +297,22 @@ def test_models_are_written_in_two_ways() -> None:
     assert "override_architecture of models[0].model has no effect" in long.notes[0]
 
 
+def test_what_words_meant_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a file gives the same merge where other folders are around."""
+    text = "merge_method: linear\nmodels: [{model: org/a+org/l}, {model: org/a}, {model: ./org/b}]"
+    (tmp_path / "org/b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    first = read_configurations(text)
+    assert dict(first.models) == {"org/a": HubName("org/a"), "org/l": HubName("org/l"), "./org/b": tmp_path / "org/b"}
+    monkeypatch.chdir("/")
+    models = [HubName("org/a", "1" * 40), *list(first.models.values())[1:]]
+    again = read_configurations(text, models)
+    assert list(again.models.values()) == models
+    assert [each.model for each in again.result.references] == [models[0], models[0], models[2]]
+    with pytest.raises(RecipeError, match="names 3 models, but model_path_list has 1"):
+        read_configurations(text, models[:1])
+
+
 def test_dtypes_may_have_torchs_prefix() -> None:
     config = read(TIES, dtype="torch.float16", out_dtype="bfloat16")
     assert (config.dtype, config.out_dtype) == ("float16", "bfloat16")
@@ -341,11 +357,11 @@ models: [{model: org/a}]
 
 
 def test_documents_come_after_those_that_they_use() -> None:
-    documents = read_configurations(STAGES)
+    documents = read_configurations(STAGES).documents
     assert [each.name for each in documents] == ["first", "second", "last"]
     assert [stages_of(each) for each in documents] == [(), ("first",), ("first", "second")]
     assert documents[2].references[0].model == Stage("first")
-    unnamed = read_configurations(STAGES.replace("name: last\n", ""))
+    unnamed = read_configurations(STAGES.replace("name: last\n", "")).documents
     assert [each.name for each in unnamed] == ["first", "second", None]
 
 
@@ -377,7 +393,7 @@ def test_malformed_files_are_refused(text: str, message: str) -> None:
 def test_aliases_stand_for_what_they_name() -> None:
     config = read_configurations(
         "merge_method: linear\nmodels: [{model: org/a, parameters: &p {weight: 0.5}}, {model: org/b, parameters: *p}]"
-    )[0]
+    ).result
     assert of_model(config, 1, "x") == {"weight": 0.5}
 
 

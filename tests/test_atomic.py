@@ -174,7 +174,9 @@ def test_replacing_leaves_nothing_of_the_old(merge: Run, words: list[object], tm
     (out / "vocab.txt").write_text("of another merge")
     assert len(list(out.glob("*.safetensors"))) > 1
     merge(*words, "--overwrite")
-    assert sorted(os.listdir(out)) == ["config.json", "merge_config.json", "merge_report.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == [
+        "README.md", "config.json", "merge_config.json", "merge_report.json", "model.safetensors",
+    ]  # fmt: skip
     assert os.listdir(out.parent) == ["C"]
 
 

@@ -122,6 +122,8 @@ DEFAULTS = {
     "reserve_p": 0.7,
     "epsilon": 0.14,
     "copy_file_list": (),
+    "mergekit": None,
+    "model_card": True,
     "split_pieces": 8,
     "max_tensor_mem": 0.5,
     "seed": 0,

@@ -299,10 +299,11 @@ def test_files_to_serve_come_along(merge: Run, tmp_path: Path) -> None:
     models = [make_model(tmp_path / name, random_tensors(1), files={**SERVED, **NOT_SERVED}) for name in "AB"]
     base = make_model(tmp_path / "base", random_tensors(1), files={"tokenizer.json": '{"of": "the base"}'})
     merge("--model_path_list", *models, "--output_path", tmp_path / "C")
-    ours = {WEIGHTS, "config.json", "merge_config.json", "merge_report.json", "additional_chat_templates"}
+    ours = {WEIGHTS, "README.md", "config.json", "merge_config.json", "merge_report.json", "additional_chat_templates"}
     assert set(snapshot(tmp_path / "C")) == {*SERVED, *ours}
     for name, content in SERVED.items():
         assert (tmp_path / "C" / name).read_text() == content
+    assert "the base" not in (tmp_path / "C" / "README.md").read_text()
     assert set(report_of(tmp_path / "C")["copied_files"]) == {*SERVED, "config.json"}
     assert report_of(tmp_path / "C")["tensors"].keys() == random_tensors(1).keys()
     merge("--model_path_list", *models, "--base_model_path", base, "--output_path", tmp_path / "D")
@@ -502,7 +503,7 @@ def test_merge_config_holds_every_effective_setting(merge: Run, pair: Pair, tmp_
         "hub_endpoint": None, "hub_anonymous": False, "input_layout": None,
         "output_format": None, "convert_from_hf": None, "save_to_hf": None,
         "lora_rank": None, "merge_with_qdq_base_model": False,
-        "copy_file_list": [], "split_pieces": 8, "max_tensor_mem": 0.5,
+        "copy_file_list": [], "split_pieces": 8, "max_tensor_mem": 0.5, "mergekit": None, "model_card": True,
     }  # fmt: skip
 
 

@@ -85,10 +85,14 @@ def _device(plan: Plan) -> str:
 def plan(plan: Plan) -> None:
     """What a merge will do."""
     recipe = plan.recipe
-    steps = " → ".join(step for step in recipe.parameters.steps if step)
     models = counted(len(recipe.model_path_list), "model")
-    out.say("[bold]{}[/] ({}) of {}", recipe.parameters.name, steps, models)
-    out.table(("model", "format", "tensors", "weight"), _models(plan))
+    if recipe.mergekit is not None:
+        out.say("[bold]{}[/], as mergekit's configuration says, of {}", recipe.method_told[0], models)
+        out.table(("model", "format", "tensors"), ((name, kind, count) for name, kind, count, _ in _models(plan)))
+    else:
+        steps = " → ".join(step for step in recipe.parameters.steps if step)
+        out.say("[bold]{}[/] ({}) of {}", recipe.parameters.name, steps, models)
+        out.table(("model", "format", "tensors", "weight"), _models(plan))
     if recipe.rules:
         out.table(("rule", "tensors", "what", "count", "such as"), _rules(plan))
     ruled = ("rule",) if recipe.rules else ()

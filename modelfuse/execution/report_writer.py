@@ -127,12 +127,12 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequen
 
     All other files are written before, so that their checksums are in it: of a weight file, the header's.
     """
-    method, numbers = plan.recipe.method, method_numbers(plan.tensors)
+    (merge_type, sparsify_type, weights), numbers = plan.recipe.method_told, method_numbers(plan.tensors)
     every = tuple(range(len(plan.models)))
     report: dict[str, object] = {
         "modelfuse_version": __version__,
-        "method": {"merge_type": method.merge_type, "sparsify_type": method.sparsify_type,
-                   "effective_weights": list(plan.recipe.weights), "seed": method.seed},
+        "method": {"merge_type": merge_type, "sparsify_type": sparsify_type, "effective_weights": weights,
+                   "seed": plan.recipe.seed},
         "methods": [each.described() for each in methods_of(plan.tensors)],
         **({"rules": plan.recipe.effective()["rules"]} if plan.recipe.rules else {}),
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],

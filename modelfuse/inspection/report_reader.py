@@ -197,12 +197,12 @@ def read_recipe(folder: Place, report: Report) -> tuple[Recipe | None, list[Prob
     except RecipeError as error:
         message = f"{CONFIG_NAME} is not a recipe: {error.message}"
         return None, [Problem("recipe", message, file=CONFIG_NAME)]
-    method, said = recipe.method, report.method
+    (merge_type, sparsify_type, weights), said = recipe.method_told, report.method
     pairs: list[tuple[str, object, object]] = [
-        ("merge_type", method.merge_type, said.merge_type),
-        ("sparsify_type", method.sparsify_type, said.sparsify_type),
-        ("the weights", list(recipe.weights), said.effective_weights),
-        ("the seed", method.seed, said.seed),
+        ("merge_type", merge_type, said.merge_type),
+        ("sparsify_type", sparsify_type, said.sparsify_type),
+        ("the weights", weights, said.effective_weights),
+        ("the seed", recipe.seed, said.seed),
         ("the inputs", [str(each) for each in recipe.inputs], [each.path for each in report.inputs]),
     ]
     return recipe, [

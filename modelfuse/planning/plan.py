@@ -18,9 +18,11 @@ from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
 from modelfuse.methods.registry import TAKE
 from modelfuse.planning.adapter_inputs import copies
+from modelfuse.planning.drafts import Draft
 from modelfuse.planning.input_comparison import compare_inputs
 from modelfuse.planning.matching import EqualPair, Tied, find_equal_pairs, match_tensors
 from modelfuse.planning.memory_budget import demand_of, fit_memory
+from modelfuse.planning.model_card import CARD_FILE, model_card
 from modelfuse.planning.open_inputs import open_inputs
 from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.planning.optional_packages import need
@@ -159,6 +161,29 @@ def make_plan(recipe: Recipe) -> Plan:
     check_places(recipe)
     if recipe.engine == "ray":
         need("ray", "engine ray", "merge on this machine with --engine local")
+    draft = _configured(recipe) if recipe.mergekit is not None else _draft_of(recipe)
+    _check_kinds(draft.operations)
+    tensors, files, index = _lay_out(draft.operations, recipe, draft.format)
+    budget = fit_memory(recipe, demand_of(recipe, tensors))
+    made = dict(draft.made_files)
+    if recipe.model_card and all(file.name != CARD_FILE for file in draft.side_files):
+        made.setdefault(CARD_FILE, model_card(recipe, draft.models, draft.base))
+    notes = notes_on(recipe, draft.models, draft.tied, draft.format, budget, draft.side_files)
+    return Plan(
+        recipe, draft.models, tensors, draft.tied, draft.equal_pairs, files, draft.format, index, draft.side_files,
+        made, *budget, (*notes, *draft.notes), draft.warnings, {} if recipe.mergekit else special_tokens(recipe),
+    )  # fmt: skip
+
+
+def _configured(recipe: Recipe) -> Draft:
+    """What becomes of every tensor, by a configuration of mergekit's."""
+    from modelfuse.planning.arcee.draft import draft_of
+
+    return draft_of(recipe)
+
+
+def _draft_of(recipe: Recipe) -> Draft:
+    """What becomes of every tensor, by settings and rules."""
     models = open_inputs(recipe)
     reference = models[recipe.reference]
     warnings = compare_inputs(recipe, models)
@@ -166,16 +191,12 @@ def make_plan(recipe: Recipe) -> Plan:
     names, tied = match_tensors(models, reference, rules.inputs_of)
     equal_pairs = (*find_equal_pairs(models, tied), *copies(models))
     drafts, made_files = _drafts(recipe, rules, models, names)
-    _check_kinds(drafts)
     form = OutputFormat.of(recipe, reference)
-    tensors, files, index = _lay_out(drafts, recipe, form)
-    budget = fit_memory(recipe, demand_of(recipe, tensors))
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
-    return Plan(
-        recipe, models, tensors, tied, equal_pairs, files, form, index, side_files, made_files, *budget,
-        (*notes_on(recipe, models, tied, form, budget, side_files), *rules.notes(names)), warnings,
-        special_tokens(recipe),
-    )  # fmt: skip
+    base = len(models) - 1 if recipe.base_model_path is not None else None
+    return Draft(
+        models, drafts, tied, equal_pairs, form, side_files, made_files, tuple(rules.notes(names)), base, warnings
+    )
 
 
 def _drafts(

@@ -81,6 +81,19 @@ def is_inside(name: str) -> bool:
     return is_path(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
+def check_configured(others: Sequence[str], output_format: str | None) -> None:
+    """Refuse settings beside a configuration of mergekit's that it says itself."""
+    if others:
+        raise RecipeError(
+            f"{' and '.join(others)} cannot stand beside a configuration of mergekit's", "Say it in the configuration."
+        )
+    if output_format == "lora":
+        raise RecipeError(
+            "output_format lora cannot stand beside a configuration of mergekit's",
+            "Merge first, then extract the adapter with model_path_list and base_model_path.",
+        )
+
+
 def check_models(models: int, has_base: bool) -> None:
     """Refuse too few models to merge."""
     if models < 2 - has_base:

@@ -7,6 +7,7 @@ a list or a map; no key twice. Dates stay text, as they may be names of folders.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: A recipe is a page of text: more than this takes yaml seconds.
 MAX_BYTES = 200_000
+#: What is merged in mergekit's configurations: each has exactly one of these, and is known by them.
+CONTENT_KEYS = ("models", "slices", "modules")
 #: What aliases may make of it.
 MAX_VALUES = 100_000
 #: Settings are numbers, words, and lists of those.
@@ -32,12 +35,15 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "f
 def load_recipe(path: Place) -> dict[str, object]:
     """Read the settings in a .json or .yaml recipe; ``Recipe.parse`` checks them.
 
-    A merge_config.json says where its merge was written and what it replaced; that is left out.
+    A merge_config.json says where its merge was written and what it replaced; that is left out. A configuration of
+    mergekit's is one setting, its text.
 
     Raises:
         RecipeError: If the file cannot be read or is not a map of settings.
     """
     text = _read(path)
+    if _may_be_configuration(text) and any(map(is_configuration, load_documents(text))):
+        return {"mergekit": text}
     try:
         content = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else _load_yaml(text)
     except RecursionError as error:
@@ -78,6 +84,20 @@ def _twice(names: Iterable[str]) -> str:
     """The first name that was there before; there is one."""
     seen = set[str]()
     return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+
+
+def _may_be_configuration(text: str) -> bool:
+    """Whether one of its keys stands anywhere, so that a look at all of it is worth while."""
+    return re.search(rf"""(?m)^[\s{{,"']*(?:{"|".join(CONTENT_KEYS)})["']?\s*:""", text) is not None
+
+
+def is_configuration(content: object) -> bool:
+    """Whether what a file holds is a configuration of mergekit's, by its keys.
+
+    >>> is_configuration({"merge_method": "linear", "models": []}), is_configuration({"merge_method": "linear"})
+    (True, False)
+    """
+    return isinstance(content, dict) and any(key in content for key in CONTENT_KEYS)
 
 
 def load_documents(text: str) -> list[object]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from modelfuse.errors import RecipeError
 from modelfuse.methods.applied import Applied
 from modelfuse.recipe.checks import (
     check_adapter_output,
+    check_configured,
     check_copied,
     check_device,
     check_engine,
@@ -29,6 +31,9 @@ from modelfuse.recipe.schema import Setting, as_json, checked, settings_of
 from modelfuse.recipe.settings import Settings
 from modelfuse.recipe.tensor_rules import Rule, checked_rules, rule_as_json
 from modelfuse.storage import Place
+
+if TYPE_CHECKING:
+    from modelfuse.recipe.arcee.documents import Configurations
 
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
 INFORMATION = (RECORD,)
@@ -77,11 +82,18 @@ class Recipe(Settings):
         """The same with other values, which are not checked again."""
         other = copy(self)
         vars(other).update(changes)
+        vars(other).pop("configurations", None)  # What models are called is found in it.
         return other
 
     def _check(self) -> None:
         """Refuse settings that contradict each other."""
-        check_models(len(self.model_path_list), self.has_base)
+        if self.mergekit is None:
+            check_models(len(self.model_path_list), self.has_base)
+        else:
+            others = {**self.parameters.given, "base_model_path": self.base_model_path, "rules": self.rules or None,
+                      "merge_with_qdq_base_model": self.merge_with_qdq_base_model or None}  # fmt: skip
+            check_configured([name for name, value in others.items() if value is not None], self.output_format)
+            _ = self.configurations
         check_device(self.tensor_type, self.device)
         check_engine(self.engine, self.ray_address, self.tensor_type)
         self.parameters.check()
@@ -172,6 +184,21 @@ class Recipe(Settings):
         """All that the mathematics depends on, where no rule says otherwise."""
         return self.parameters.applied(range(len(self.model_path_list)), self.seed)
 
+    @cached_property
+    def configurations(self) -> Configurations:
+        """What the text of ``mergekit`` says."""
+        from modelfuse.recipe.arcee.documents import read_configurations
+
+        return read_configurations(self.mergekit or "", self.model_path_list)
+
+    @property
+    def method_told(self) -> tuple[str, str | None, list[float]]:
+        """What a report tells of the method: (merge_type, sparsify_type) and weights, or a configuration's method."""
+        if self.mergekit is not None:
+            return self.configurations.result.merge_method, None, []
+        sparsify_type, merge_type = self.parameters.steps
+        return merge_type, sparsify_type, list(self.weights)
+
     def parameters_of(self, rule: Rule) -> MethodSettings:
         """The settings of methods where a rule holds: its own, else the recipe's."""
         return self.parameters.overridden(dict(rule.own))
@@ -184,7 +211,11 @@ class Recipe(Settings):
         settings["rules"] = [rule_as_json(rule, self.inputs, self.parameters_of(rule).used()) for rule in self.rules]
         if not self.rules:
             del settings["rules"]
-        return settings
+        if self.mergekit is None:
+            return settings
+        # What the configuration says is said nowhere else.
+        own = (*METHOD_SETTINGS, "base_model_path", "merge_with_qdq_base_model")
+        return {name: value for name, value in settings.items() if name not in own}
 
 
 def _settings() -> dict[str, Setting]:
@@ -243,6 +274,11 @@ def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
         if named.get("base_model_path") is None:
             raise RecipeError("lora_model_path needs base_model_path", "Name the model that it was trained on.")
         named["model_path_list"] = [adapter]
+    text = named.get("mergekit")
+    if isinstance(text, str) and not named.get("model_path_list"):
+        from modelfuse.recipe.arcee.documents import read_configurations
+
+        named["model_path_list"] = list(read_configurations(text).models.values())
     for name in ("model_path_list", "weight_list", "rules", "copy_file_list"):
         if named.get(name) is None:
             named.pop(name, None)

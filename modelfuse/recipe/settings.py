@@ -26,6 +26,9 @@ class Settings:
         None, "The model they were fine-tuned from: methods then act on the differences to it.", "none"
     )
     output_path: AbsolutePath | None = setting(None, "The folder to create, or its URL.", "none; merge needs it")
+    mergekit: str | None = setting(
+        None, "The text of a configuration of mergekit's, which says what to merge and how.", "none"
+    )
     parameters: MethodSettings
     rules: tuple[RuleSetting, ...] = setting(
         (), "Settings of methods, or take, for tensors whose names match a glob; in a recipe file.", "none"
@@ -81,6 +84,7 @@ class Settings:
         None, "The model to take tokenizer, chat template, special tokens and generation settings from.",
         "the base, else the first model",
     )  # fmt: skip
+    model_card: bool = setting(True, "Write a model card, README.md, that says what was merged and how.")
     copy_file_list: tuple[str, ...] = setting(
         (), "More files to copy beside configuration, tokenizer and templates.", "none"
     )

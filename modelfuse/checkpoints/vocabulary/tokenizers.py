@@ -10,7 +10,7 @@ from modelfuse.checkpoints import read_json
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import Place, is_file
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: Files of tokenizers that this module does not understand.
 OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 #: More tokens than any model has rows.

@@ -65,13 +65,14 @@ def wanted(
     if weight_map is not None:
         settings.append(form.index_file)
     leads = name == recipe.inputs[recipe.reference]
-    if leads and recipe.output_format != "lora":
+    # A configuration may take the tokenizer of any model, and the union of all.
+    if (leads or recipe.mergekit is not None) and recipe.output_format != "lora":
         modules: tuple[str, ...] = ()
         if lists_modules(sizes):
             settings.append(MODULES_FILE)
             modules = modules_of(get(MODULES_FILE).read_bytes())
         served += usual_files(sizes, modules)
-        for file in map(os.path.normpath, recipe.copy_file_list):
+        for file in map(os.path.normpath, recipe.copy_file_list if leads else ()):
             if file not in sizes:
                 raise CheckpointError(f"copy_file_list names {file}, which is not in {place}")
             served.append(file)

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.arcee.configuration import Configuration
-from modelfuse.recipe.arcee.grammar import is_configuration, read_configuration
-from modelfuse.recipe.arcee.references import Stage
+from modelfuse.recipe.arcee.grammar import read_configuration
+from modelfuse.recipe.arcee.references import References, Stage, Weights
+from modelfuse.recipe.arcee.structure import check_configuration
 from modelfuse.recipe.files import load_documents
 
 #: A name is one of a folder, too.
 FORBIDDEN = ("/", "\\", "\0")
 
 
-def read_configurations(text: str) -> tuple[Configuration, ...]:
+@dataclass(frozen=True)
+class Configurations:
+    """A configuration file.
+
+    Attributes:
+        documents: In an order in which each comes after those that it uses; the last is the result.
+        models: What each word that names a model means: the base of the first document first, then as they are met.
+    """
+
+    documents: tuple[Configuration, ...]
+    models: Mapping[str, Weights]
+
+    @property
+    def result(self) -> Configuration:
+        """The document whose result is the output."""
+        return self.documents[-1]
+
+
+def read_configurations(text: str, models: Sequence[Weights] | None = None) -> Configurations:
     """Read a configuration file.
 
     Args:
         text: Its content.
-
-    Returns:
-        The documents in an order in which each comes after those that it uses; the last is the result.
+        models: What its words were found to mean before, in the order of ``Configurations.models``.
 
     Raises:
         RecipeError: If anything in it is not as it should be.
@@ -37,11 +55,21 @@ def read_configurations(text: str) -> tuple[Configuration, ...]:
             f"{len(contents) - len(stages)} documents of the configuration have no name",
             "Give each but the last a name:, by which others use its result.",
         )
-    known = stages if len(contents) > 1 else []
-    read = [read_configuration(each, known) for each in contents]
-    if not read:
+    if not contents:
         raise RecipeError("The configuration is empty")
-    return _in_order(read, names)
+    references = References(stages if len(contents) > 1 else ())
+    read = [read_configuration(each, references) for each in contents]
+    if models is not None:
+        if len(models) != len(references.found):
+            raise RecipeError(
+                f"The configuration names {len(references.found)} models, but model_path_list has {len(models)}",
+                "Leave model_path_list out: the configuration names the models.",
+            )
+        references = References(references.stages, dict(zip(references.found, models, strict=True)))
+        read = [read_configuration(each, references) for each in contents]
+    for each in read:
+        check_configuration(each)
+    return Configurations(_in_order(read, names), references.found)
 
 
 def _name(content: object) -> str | None:
@@ -73,6 +101,3 @@ def stages_of(configuration: Configuration) -> tuple[str, ...]:
     """The names of the documents whose results a configuration uses."""
     parts = [part for each in configuration.references for part in each.parts]
     return tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Stage)))
-
-
-__all__ = ["is_configuration", "read_configurations", "stages_of"]

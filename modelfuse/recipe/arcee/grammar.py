@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +19,11 @@ from modelfuse.recipe.arcee.configuration import (
 from modelfuse.recipe.arcee.methods import METHODS, WITHOUT_EFFECT, Parameter
 from modelfuse.recipe.arcee.notes import Notes
 from modelfuse.recipe.arcee.parameters import Parameters, read_setting
-from modelfuse.recipe.arcee.references import Reference, read_reference
-from modelfuse.recipe.arcee.structure import check_configuration
+from modelfuse.recipe.arcee.references import Reference, References
 from modelfuse.recipe.arcee.tokens import read_tokenizer
 from modelfuse.recipe.checks import nearest, shown
+from modelfuse.recipe.files import CONTENT_KEYS
 
-#: What is merged: exactly one of these is in a configuration, and by them it is known.
-CONTENT_KEYS = ("models", "slices", "modules")
 TOP_KEYS = ("merge_method", *CONTENT_KEYS, "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
             "tokenizer", "chat_template", "name")  # fmt: skip
 MODEL_KEYS, SOURCE_KEYS = ("model", "parameters"), ("model", "layer_range", "parameters")
@@ -34,35 +32,26 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 MOST_LAYERS = 1_000_000
 
 
-def is_configuration(content: object) -> bool:
-    """Whether what a recipe file holds is a configuration of mergekit's, by its keys.
-
-    >>> is_configuration({"merge_method": "linear", "models": []}), is_configuration({"merge_method": "linear"})
-    (True, False)
-    """
-    return isinstance(content, Mapping) and any(key in content for key in CONTENT_KEYS)
-
-
-def read_configuration(content: object, stages: Collection[str] = ()) -> Configuration:
-    """Read one document.
+def read_configuration(content: object, references: References) -> Configuration:
+    """Read one document; whether its models fit together is not checked.
 
     Args:
         content: What YAML has made of it.
-        stages: The names of all documents of the file.
+        references: Reads what names models.
 
     Raises:
         RecipeError: If anything in it is not as it should be.
     """
     if not isinstance(content, Mapping):
         raise RecipeError("The configuration is not a map of keys to values")
-    return _Reader(stages).configuration(content)
+    return _Reader(references).configuration(content)
 
 
 class _Reader:
     """Reads one document; keeps what all parts of it need."""
 
-    def __init__(self, stages: Collection[str]) -> None:
-        self._stages, self._notes = stages, Notes()
+    def __init__(self, references: References) -> None:
+        self._references, self._notes = references, Notes()
         self._grammar = METHODS["linear"]
 
     def configuration(self, content: Mapping[object, object]) -> Configuration:
@@ -78,7 +67,6 @@ class _Reader:
             self._parameters(content, "parameters"), _dtype(content, "dtype"), _dtype(content, "out_dtype"),
             self._tokenizer(content), _text(content, "chat_template"), (),
         )  # fmt: skip
-        check_configuration(read)
         return replace(read, notes=tuple(self._notes.lines))
 
     @property
@@ -87,7 +75,7 @@ class _Reader:
         return (*self._grammar.per_model, *self._grammar.whole)
 
     def _model(self, value: object, where: str) -> Reference:
-        return read_reference(value, where, self._stages, self._notes)
+        return self._references.read(value, where, self._notes)
 
     def _tokenizer(self, content: Mapping[object, object]) -> TokenizerSettings | None:
         return read_tokenizer(content, self._model, self._notes)

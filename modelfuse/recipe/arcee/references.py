@@ -42,15 +42,15 @@ class Reference:
     Attributes:
         model: The model.
         lora: An adapter to be applied to it.
-        text: How the configuration names it.
+        words: How the configuration names them.
     """
 
     model: Weights
     lora: Weights | None = None
-    text: str = field(default="", compare=False)
+    words: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
-        return self.text
+        return "+".join(self.words)
 
     @property
     def parts(self) -> tuple[Weights, ...]:
@@ -58,73 +58,93 @@ class Reference:
         return (self.model,) if self.lora is None else (self.model, self.lora)
 
 
-def read_reference(value: object, where: str, stages: Collection[str], notes: Notes) -> Reference:
-    """Read what names a model.
+@dataclass(slots=True)
+class References:
+    """Reads what names models.
 
-    >>> str(read_reference("org/model@main+org/adapter", "base_model", (), Notes()).lora)
-    'org/adapter'
-
-    Args:
-        value: Text, or the map that mergekit writes it out as.
-        where: Its place in the configuration, for errors.
+    Attributes:
         stages: The names of the file's documents.
-        notes: Takes what has no effect.
-
-    Raises:
-        RecipeError: If it names no model.
+        known: What words were found to mean before; a word that is not among them is looked for.
+        found: What each word means, in the order in which they were met.
     """
-    if isinstance(value, Mapping):
-        return _from_map(value, where, stages, notes)
-    if not isinstance(value, str) or not is_path(value.strip()):
-        raise RecipeError(f"{where} is {shown(value)}, which names no model", HINT)
-    text = value.strip()
-    if text in stages or "://" in text or os.path.lexists(text):
-        return Reference(_weights(text, None, where, stages, notes), None, text)
-    model, plus, lora = text.partition("+")
-    if "+" in lora or not model or (plus and not lora):
-        raise RecipeError(f"{where} is {text!r}: there is one + at most, between a model and an adapter", HINT)
-    parts = [_from_word(word, where, stages, notes) for word in ((model, lora) if plus else (model,))]
-    return Reference(parts[0], parts[1] if plus else None, text)
+
+    stages: Collection[str] = ()
+    known: Mapping[str, Weights] = field(default_factory=dict)
+    found: dict[str, Weights] = field(default_factory=dict)
+
+    def read(self, value: object, where: str, notes: Notes) -> Reference:
+        """Read what names a model.
+
+        >>> str(References().read("org/model@main+org/adapter", "base_model", Notes()).lora)
+        'org/adapter'
+
+        Args:
+            value: Text, or the map that mergekit writes it out as.
+            where: Its place in the configuration, for errors.
+            notes: Takes what has no effect.
+
+        Raises:
+            RecipeError: If it names no model.
+        """
+        if isinstance(value, Mapping):
+            return self._from_map(value, where, notes)
+        if not isinstance(value, str) or not is_path(value.strip()):
+            raise RecipeError(f"{where} is {shown(value)}, which names no model", HINT)
+        text = value.strip()
+        if text in self.stages or text in self.known or "://" in text or os.path.lexists(text):
+            return Reference(self._weights(text, None, text, where, notes), None, (text,))
+        model, plus, lora = text.partition("+")
+        if "+" in lora or not model or (plus and not lora):
+            raise RecipeError(f"{where} is {text!r}: there is one + at most, between a model and an adapter", HINT)
+        words = (model, lora) if plus else (model,)
+        parts = [self._from_word(word, where, notes) for word in words]
+        return Reference(parts[0], parts[1] if plus else None, words)
+
+    def _from_word(self, word: str, where: str, notes: Notes) -> Weights:
+        """A model from ``path`` or ``path@revision``."""
+        if word in self.known or os.path.lexists(word):
+            return self._weights(word, None, word, where, notes)
+        path, at, revision = word.partition("@")
+        if "@" in revision or not path or (at and not revision):
+            raise RecipeError(f"{where} is {word!r}: there is one @ at most, between a name and a revision", HINT)
+        return self._weights(path, revision or None, word, where, notes)
+
+    def _from_map(self, value: Mapping[object, object], where: str, notes: Notes) -> Reference:
+        notes.unknown(value, MODEL_KEYS, where)
+        if value.get("override_architecture") is not None:
+            notes.add(f"override_architecture of {where} has no effect: tensors are found by their names")
+        found = list[Weights]()
+        words = list[str]()
+        for key in ("model", "lora"):
+            part = value.get(key)
+            if part is None and key == "lora":
+                continue
+            if isinstance(part, str):
+                part = {"path": part}
+            if not isinstance(part, Mapping) or not isinstance(part.get("path"), str):
+                raise RecipeError(f"{where}.{key} names no model", "Write path: PATH below it, and perhaps revision.")
+            notes.unknown(part, PATH_KEYS, f"{where}.{key}")
+            revision = part.get("revision")
+            if revision is not None and not isinstance(revision, str):
+                raise RecipeError(f"{where}.{key}.revision is {shown(revision)}, which is no text")
+            words.append(part["path"] if revision is None else f"{part['path']}@{revision}")
+            found.append(self._weights(part["path"], revision, words[-1], f"{where}.{key}", notes))
+        return Reference(found[0], found[1] if len(found) > 1 else None, tuple(words))
+
+    def _weights(self, path: str, revision: str | None, word: str, where: str, notes: Notes) -> Weights:
+        """What a word means, which is remembered."""
+        if path in self.stages and revision is None:
+            return Stage(path)
+        found = self.known.get(word)
+        if found is None:
+            found = _look_for(path, revision, where, notes)
+        self.found.setdefault(word, found)
+        return found
 
 
-def _from_word(word: str, where: str, stages: Collection[str], notes: Notes) -> Weights:
-    """A model from ``path`` or ``path@revision``."""
-    if os.path.lexists(word):
-        return _weights(word, None, where, stages, notes)
-    path, at, revision = word.partition("@")
-    if "@" in revision or not path or (at and not revision):
-        raise RecipeError(f"{where} is {word!r}: there is one @ at most, between a name and a revision", HINT)
-    return _weights(path, revision or None, where, stages, notes)
-
-
-def _from_map(value: Mapping[object, object], where: str, stages: Collection[str], notes: Notes) -> Reference:
-    notes.unknown(value, MODEL_KEYS, where)
-    if value.get("override_architecture") is not None:
-        notes.add(f"override_architecture of {where} has no effect: tensors are found by their names")
-    found = list[Weights]()
-    words = list[str]()
-    for key in ("model", "lora"):
-        part = value.get(key)
-        if part is None and key == "lora":
-            continue
-        if isinstance(part, str):
-            part = {"path": part}
-        if not isinstance(part, Mapping) or not isinstance(part.get("path"), str):
-            raise RecipeError(f"{where}.{key} names no model", "Write path: PATH below it, and perhaps revision.")
-        notes.unknown(part, PATH_KEYS, f"{where}.{key}")
-        revision = part.get("revision")
-        if revision is not None and not isinstance(revision, str):
-            raise RecipeError(f"{where}.{key}.revision is {shown(revision)}, which is no text")
-        found.append(_weights(part["path"], revision, f"{where}.{key}", stages, notes))
-        words.append(part["path"] if revision is None else f"{part['path']}@{revision}")
-    return Reference(found[0], found[1] if len(found) > 1 else None, "+".join(words))
-
-
-def _weights(path: str, revision: str | None, where: str, stages: Collection[str], notes: Notes) -> Weights:
+def _look_for(path: str, revision: str | None, where: str, notes: Notes) -> Weights:
     if not is_path(path):
         raise RecipeError(f"{where} is {shown(path)}, which names no model", HINT)
-    if path in stages and revision is None:
-        return Stage(path)
     if "://" not in path and not os.path.lexists(path):
         named = hub_name(path if revision is None else f"{path}@{revision}")
         if named is not None:

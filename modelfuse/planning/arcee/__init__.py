@@ -1,0 +1,1 @@
+"""Configurations of arcee's mergekit become operations: which tensor is made of which, and what goes beside them."""

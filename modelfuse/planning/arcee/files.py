@@ -1,0 +1,137 @@
+"""What goes beside the weights: configuration, tokenizer and chat template of the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelfuse.checkpoints import CONFIG_FILE, read_json
+from modelfuse.checkpoints.side_files import SideFile, files_to_serve
+from modelfuse.checkpoints.vocabulary.chat_templates import TEMPLATE_FILE, template_of
+from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, TOKENIZER_FILE
+from modelfuse.errors import CheckpointError
+from modelfuse.planning.arcee.config_json import config_of_layers, config_of_words, dtype_of, encoded, with_token_ids
+from modelfuse.planning.arcee.models import OpenModel
+from modelfuse.planning.arcee.tensors import Arrangement
+from modelfuse.planning.arcee.vocabulary import Vocabulary, folder_of
+from modelfuse.planning.operations import Operation
+from modelfuse.planning.output_format import OutputFormat
+from modelfuse.recipe.arcee.configuration import Configuration
+from modelfuse.recipe.recipe import Recipe
+
+GENERATION_FILE = "generation_config.json"
+#: The files of a tokenizer, by how their names begin.
+TOKENIZER_FILES = ("tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab.", "merges.txt", "spiece.model",
+                   "sentencepiece.", "source.spm", "target.spm", "chat_template.", "additional_chat_templates/",
+                   "tekken.json")  # fmt: skip
+
+
+@dataclass
+class Files:
+    """What goes beside the weights.
+
+    Attributes:
+        copied: Files to copy as they are.
+        made: Files with their content.
+        notes: What the user should know.
+    """
+
+    copied: list[SideFile]
+    made: dict[str, bytes] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Make a file, in place of one that would be copied."""
+        self.copied = [each for each in self.copied if each.name != name]
+        self.made[name] = content
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this name is there."""
+        return name in self.made or any(each.name == name for each in self.copied)
+
+
+def files_beside(
+    recipe: Recipe,
+    configuration: Configuration,
+    models: Sequence[OpenModel],
+    donor: OpenModel,
+    arrangement: Arrangement,
+    operations: Sequence[Operation],
+    vocabulary: Vocabulary | None,
+    form: OutputFormat,
+) -> Files:
+    """The files beside the weights.
+
+    Args:
+        recipe: The settings beside the configuration.
+        configuration: What is asked for.
+        models: The models.
+        donor: The one whose files the output gets.
+        arrangement: The output's layers.
+        operations: The output's tensors.
+        vocabulary: Its vocabulary, if the configuration says anything of it.
+        form: How weights are stored.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+        RecipeError: If there is no such chat template.
+    """
+    files = Files(list(files_to_serve(recipe, donor.checkpoint)))
+    if files.has(CONFIG_FILE):
+        path = folder_of(donor) / CONFIG_FILE
+        dtype, said = dtype_of(configuration, operations), json.dumps(read_json(path)).encode()
+        config: dict[str, Any] = json.loads(form.config(said, dtype, donor.checkpoint.dequantized, {}))
+        config, notes = config_of_layers(arrangement, donor, config)
+        files.notes += notes
+        files.put(CONFIG_FILE, encoded(config_of_words(config, operations, donor, vocabulary)))
+    if vocabulary is not None:
+        if files.has(GENERATION_FILE):
+            generation = dict(read_json(folder_of(donor) / GENERATION_FILE))
+            files.put(GENERATION_FILE, encoded(with_token_ids(generation, donor, vocabulary)))
+        _take_tokenizer(recipe, files, donor, vocabulary)
+    if configuration.chat_template is not None:
+        _put_template(files, configuration.chat_template, models, vocabulary, donor)
+    return files
+
+
+def _take_tokenizer(recipe: Recipe, files: Files, donor: OpenModel, vocabulary: Vocabulary) -> None:
+    """The files of the tokenizer whose vocabulary it is, with the tokens that were added."""
+    output = vocabulary.output
+    owner = next(model for model in vocabulary.models if folder_of(model) == output.tokenizer.folder)
+    if owner is not donor:
+        theirs = files_to_serve(recipe.changed(copy_file_list=()), owner.checkpoint)
+        files.copied = [
+            *(each for each in files.copied if not each.name.startswith(TOKENIZER_FILES)),
+            *(each for each in theirs if each.name.startswith(TOKENIZER_FILES)),
+        ]
+    if output.conflicts:
+        shown = ", ".join(map(repr, output.conflicts[:5]))
+        files.notes.append(f"Added tokens whose settings differ between models have those of the first: {shown}.")
+    if not output.is_changed:
+        return
+    files.put(TOKENIZER_FILE, output.tokenizer_json())
+    if files.has(TOKENIZER_CONFIG):
+        content = output.tokenizer_config(read_json(output.tokenizer.folder / TOKENIZER_CONFIG))
+        files.put(TOKENIZER_CONFIG, encoded(content))
+
+
+def _put_template(
+    files: Files, wanted: str, models: Sequence[OpenModel], vocabulary: Vocabulary | None, donor: OpenModel
+) -> None:
+    text = template_of(wanted, [folder_of(model) for model in models])
+    if text is None:
+        files.notes.append("chat_template is auto, but no model has a chat template.")
+        return
+    if not files.has(TOKENIZER_CONFIG) and not files.has(TOKENIZER_FILE):
+        raise CheckpointError(
+            f"{donor.checkpoint.path} has no tokenizer, so the output cannot have a chat template",
+            "Name a model with a tokenizer as tokenizer: source.",
+        )
+    files.put(TEMPLATE_FILE, text.encode())
+    if files.has(TOKENIZER_CONFIG):  # Where older loaders look.
+        path = folder_of(donor) if vocabulary is None else vocabulary.output.tokenizer.folder
+        made = files.made.get(TOKENIZER_CONFIG)
+        content: Mapping[str, Any] = json.loads(made) if made is not None else read_json(path / TOKENIZER_CONFIG)
+        files.put(TOKENIZER_CONFIG, encoded({**content, "chat_template": text}))

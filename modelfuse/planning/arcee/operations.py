@@ -1,0 +1,157 @@
+"""Every tensor of the output as an operation: its sources, its method and its type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.tensor_names import HEADS, group_names
+from modelfuse.dtypes import F32, F64, OUTPUT_DTYPES, DType
+from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.methods.applied import Applied
+from modelfuse.methods.registry import TAKE
+from modelfuse.planning.arcee.methods import Request, Values, method_of
+from modelfuse.planning.arcee.models import OpenModel
+from modelfuse.planning.arcee.tensors import Arrangement, Slot
+from modelfuse.planning.arcee.vocabulary import Vocabulary
+from modelfuse.planning.matching import Tied
+from modelfuse.planning.operations import Operation, can_be_merged, merged, taken
+from modelfuse.recipe.arcee.configuration import Configuration
+from modelfuse.recipe.arcee.references import Reference
+from modelfuse.recipe.recipe import Recipe
+
+HINT = "Merge models that were fine-tuned from one base, or choose what fits with slices: or tokenizer:."
+
+
+@dataclass
+class Operations:
+    """Makes the operations of a configuration.
+
+    Attributes:
+        recipe: The settings beside it.
+        configuration: What is asked for.
+        models: The models.
+        vocabulary: Rearranges rows of embeddings and heads; None: they are taken as they are.
+        tied: Names that the output leaves out, as they are another tensor's.
+        problems: What does not fit.
+    """
+
+    recipe: Recipe
+    configuration: Configuration
+    models: Mapping[Reference, OpenModel]
+    vocabulary: Vocabulary | None
+    tied: list[Tied] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    _missing: dict[str, list[str]] = field(default_factory=dict)
+    _methods: dict[object, Applied] = field(default_factory=dict)
+
+    def made(self, arrangement: Arrangement) -> list[Operation]:
+        """The operations of all tensors.
+
+        Raises:
+            MismatchError: If models do not fit together; all differences are listed.
+            RecipeError: If a parameter is not given, or cannot be.
+        """
+        found = [operation for slot in arrangement.slots for operation in self._of(slot)]
+        for where, names in self._missing.items():
+            self.problems += [f"not in {where}: {group}" for group in group_names(names)]
+        if self.problems:
+            lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(self.problems))
+            raise MismatchError(f"The models do not have the same tensors:\n{lines}", HINT)
+        if not found:
+            raise MismatchError("The models have no tensors to merge", "Name the folders that hold the weights.")
+        return found
+
+    def _of(self, slot: Slot) -> Iterator[Operation]:
+        models = [self.models[source.model] for source in slot.sources]
+        if self._is_tied(slot, models):
+            return
+        tensors = [model.find(name) for model, name in zip(models, slot.names, strict=True)]
+        if absent := [str(model.reference) for model, tensor in zip(models, tensors, strict=True) if tensor is None]:
+            self._missing.setdefault(" and ".join(absent), []).append(slot.name)
+            return
+        whole = [tensor for tensor in tensors if tensor is not None]
+        if self.vocabulary is not None:
+            whole = self.vocabulary.rearranged(slot, whole)
+        if self._fits(slot, whole):
+            yield self._operation(slot, models, whole)
+
+    def _is_tied(self, slot: Slot, models: Sequence[OpenModel]) -> bool:
+        """Whether a head is not written, as every model ties it to the embedding."""
+        if not slot.name.endswith(HEADS) or not all(model.is_tied for model in models):
+            return False
+        embedding = models[0].embedding
+        if embedding is None or not all(model.embedding == embedding for model in models):
+            return False
+        self.tied.append(Tied(slot.name, embedding))
+        return True
+
+    def _fits(self, slot: Slot, tensors: list[StoredTensor]) -> bool:
+        """Whether all have one shape, and types that mix."""
+        if len({tensor.shape for tensor in tensors}) > 1:
+            shown = ", ".join(f"{list(tensor.shape)} in {source.model}"
+                              for tensor, source in zip(tensors, slot.sources, strict=True))  # fmt: skip
+            self.problems.append(f"{slot.name} has the shapes {shown}")
+            return False
+        return True
+
+    def _operation(self, slot: Slot, models: Sequence[OpenModel], tensors: Sequence[StoredTensor]) -> Operation:
+        base = self.configuration.base_of(slot.part)
+        order, has_base = self._order(slot, base)
+        sources = [tensors[place] for place in order]
+        for number, place in enumerate(order[:-1] if has_base else ()):
+            delta = models[place].delta(slot.names[place], base)
+            if delta is not None and sources[number] is models[place].find(slot.names[place]):
+                sources[number] = delta
+        inputs = tuple(models[place].number for place in order)
+        if not can_be_merged(slot.name, sources[-1]):
+            return merged(slot.name, tuple(sources), inputs, TAKE, has_base=False, preferred=self._preferred(inputs))
+        if has_base and len(order) == 1:
+            return taken(slot.name, sources[0], inputs[0], dtype=self._dtype(tensors))
+        method = self._method(slot, order[:-1] if has_base else order, inputs)
+        return merged(slot.name, tuple(sources), inputs, method, has_base=has_base, dtype=self._dtype(tensors))
+
+    def _order(self, slot: Slot, base: Reference | None) -> tuple[list[int], bool]:
+        """The places of the sources as methods take them, and whether the base is the last of them."""
+        grammar = self.configuration.grammar
+        places = list(range(len(slot.sources)))
+        at = next((place for place in places if slot.sources[place].model == base), None)
+        if at is None or grammar.base == "ignored":
+            return places, False
+        others = [place for place in places if place != at]
+        if grammar.counts_base:
+            return [at, *others], False
+        return [*others, at], True
+
+    def _method(self, slot: Slot, order: Sequence[int], inputs: Sequence[int]) -> Applied:
+        configuration = self.configuration
+        whole = configuration.whole_values(slot.module, slot.part, slot.name, slot.depth)
+        each: list[Values] = [
+            configuration.model_values(slot.module, slot.part, slot.sources[place], slot.names[place], slot.depth)
+            for place in order
+        ]
+        streams = inputs[: len(order)]
+        key = tuple(whole.values()), tuple(tuple(values.values()) for values in each), tuple(streams)
+        if key not in self._methods:
+            request = Request(configuration.merge_method, each, whole, self.recipe.seed, streams)
+            self._methods[key] = method_of(request)
+        return self._methods[key]
+
+    def _dtype(self, tensors: Sequence[StoredTensor]) -> DType:
+        """The type to store: what is asked for, else the widest of the inputs."""
+        named = self.recipe.output_dtype or self.configuration.out_dtype or self.configuration.dtype
+        if named is not None:
+            return OUTPUT_DTYPES[named]
+        kinds = list(dict.fromkeys(tensor.natural for tensor in tensors))
+        return kinds[0] if len(kinds) == 1 else F64 if F64 in kinds else F32
+
+    def _preferred(self, inputs: Sequence[int]) -> int | None:
+        """The input to take integers from where they differ."""
+        chosen = self.recipe.unmerged_from
+        if chosen is None:
+            return None
+        found = [number for number in inputs if self.recipe.inputs[number] == chosen]
+        if not found and chosen not in self.recipe.inputs:
+            raise RecipeError(f"unmerged_from is {chosen}, which is none of the models", "Name one of the models.")
+        return found[0] if found else None

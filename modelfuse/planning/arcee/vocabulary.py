@@ -1,0 +1,177 @@
+"""The output's vocabulary, as a configuration asks for it, and the rows of embeddings and heads that it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
+from modelfuse.checkpoints.vocabulary.rearranged_rows import rearranged
+from modelfuse.checkpoints.vocabulary.row_maps import RowMap, TokenRow, Vocabularies
+from modelfuse.checkpoints.vocabulary.tokenizers import Tokenizer, read_tokenizer
+from modelfuse.checkpoints.vocabulary.union import OutputVocabulary, one_of, union_of
+from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.planning.arcee.models import OpenModel
+from modelfuse.planning.arcee.tensors import Slot
+from modelfuse.recipe.arcee.configuration import TokenizerSettings, TokenSource
+from modelfuse.recipe.arcee.references import Reference
+from modelfuse.storage import Place, is_dir
+
+#: Names of tensors outside the layers with a row for each token, beside embeddings and heads.
+_ALSO = re.compile(r"(?:^|\.)(?:lm_head|embed_out|embed_tokens\w*|predictions(?:\.decoder)?|word_embeddings)\.\w+$")
+
+
+@dataclass
+class Vocabulary:
+    """The output's vocabulary.
+
+    Attributes:
+        output: Its tokens.
+        models: The models, in the order of their numbers in ``vocabularies``.
+        vocabularies: What rearranging rows takes.
+    """
+
+    output: OutputVocabulary
+    models: Sequence[OpenModel]
+    vocabularies: Vocabularies
+    notes: list[str] = field(default_factory=list)
+    _maps: dict[tuple[int, ...], dict[int, RowMap]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """How many rows embeddings and heads get."""
+        return self.vocabularies.length + self.vocabularies.padding
+
+    def rearranged(self, slot: Slot, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+        """The tensors of a slot with their rows in the output's order, if they have one for each token."""
+        numbers = [self._number(source.model) for source in slot.sources]
+        axes = [self._axis(number, slot.name, tensor) for number, tensor in zip(numbers, tensors, strict=True)]
+        if any(axis is None for axis in axes):
+            return list(tensors)
+        maps = self._maps_of(tuple(numbers))
+        own = dict(zip(numbers, tensors, strict=True))
+        found = []
+        for number, axis in zip(numbers, axes, strict=True):
+            row_map = maps[number]
+            donors = {each: own[each] if each in own else self._of_other(each, slot) for each in row_map.donors}
+            _check_widths(slot.name, [own[number], *donors.values()], axis or 0)
+            found.append(rearranged(number, {**donors, number: own[number]}, row_map, axis or 0))
+        return found
+
+    def _number(self, reference: Reference) -> int:
+        return next(number for number, model in enumerate(self.models) if model.reference == reference)
+
+    def _axis(self, number: int, name: str, tensor: StoredTensor) -> int | None:
+        """Along which axis a tensor has a row for each token; None if it has none."""
+        if not (name.endswith((*EMBEDDINGS, *HEADS)) or _ALSO.search(name)):
+            return None
+        rows = rows_of(self.models[number])
+        return next((axis for axis, length in enumerate(tensor.shape[:2]) if length == rows), None)
+
+    def _maps_of(self, present: tuple[int, ...]) -> dict[int, RowMap]:
+        if present not in self._maps:
+            self._maps[present] = self.vocabularies.row_maps(present)
+            if missing := self.vocabularies.missing(present):
+                shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+                self.notes.append(f"No model has these tokens, whose rows are zeros: {shown}.")
+        return self._maps[present]
+
+    def _of_other(self, number: int, slot: Slot) -> StoredTensor:
+        """The same tensor of a model that is not merged there, but gives rows of tokens."""
+        found = self.models[number].find(slot.name)
+        if found is None:
+            raise MismatchError(f"{self.models[number].reference} has no {slot.name}, from which tokens are to come")
+        return found
+
+
+def open_vocabulary(
+    settings: TokenizerSettings | None, models: Mapping[Reference, OpenModel], base: Reference | None
+) -> Vocabulary | None:
+    """Read the models' tokenizers and make the output's.
+
+    Args:
+        settings: What is asked for; None: nothing.
+        models: The models, the base first.
+        base: The base.
+
+    Raises:
+        CheckpointError: If a tokenizer is missing or malformed.
+        RecipeError: If a token is asked for that its source does not have.
+    """
+    if settings is None:
+        return None
+    opened = list(models.values())
+    tokenizers = [read_tokenizer(folder_of(model)) for model in opened]
+    limits = [limit_of(model) for model in opened]
+    number = 0 if base is None else list(models).index(base)
+    extra = list(settings.tokens)
+    if settings.source == "union":
+        order = [number, *(each for each in range(len(opened)) if each != number)]
+        output = union_of([tokenizers[each] for each in order], [limits[each] for each in order], extra)
+    elif settings.source == "base":
+        output = one_of(tokenizers[number], extra, limits[number])
+    else:
+        assert isinstance(settings.source, Reference)
+        output = one_of(tokenizers[list(models).index(settings.source)], extra)
+    wanted = {token: _row(token, source, models, tokenizers, limits)
+              for token, source in settings.tokens.items() if source is not None}  # fmt: skip
+    length = output.rows
+    padding = -length % settings.pad_to_multiple_of if settings.pad_to_multiple_of else 0
+    vocabularies = Vocabularies(
+        output.tokens, tokenizers, limits, None if base is None else number, wanted, length, padding
+    )
+    return Vocabulary(output, opened, vocabularies)
+
+
+def _row(
+    token: str,
+    source: TokenSource,
+    models: Mapping[Reference, OpenModel],
+    tokenizers: Sequence[Tokenizer],
+    limits: Sequence[int],
+) -> TokenRow:
+    if source.kind == "zero" or source.model is None:
+        return TokenRow(None, source.force)
+    number = list(models).index(source.model)
+    word = token if source.token is None else source.token
+    row = source.token_id if source.token_id is not None else tokenizers[number].tokens.get(word)
+    if row is None or row >= limits[number]:
+        what = f"row {source.token_id}" if source.token_id is not None else f"token {word!r}"
+        raise RecipeError(
+            f"tokenizer.tokens: {token!r} is to come from {source.model}, which has no {what}",
+            "Name another source, or kind: zero.",
+        )
+    return TokenRow((number, row), source.force)
+
+
+def folder_of(model: OpenModel) -> Place:
+    """The folder that a model's other files are in."""
+    path = model.checkpoint.path
+    return path if is_dir(path) else path.parent
+
+
+def rows_of(model: OpenModel) -> int | None:
+    """The rows of a model's embedding, else of its head."""
+    name = model.embedding or next((name for name in model.checkpoint if name.endswith(HEADS)), None)
+    return None if name is None else model.checkpoint[name].shape[0]
+
+
+def limit_of(model: OpenModel) -> int:
+    """The number from which on a model has no tokens."""
+    rows, said = rows_of(model), model.checkpoint.config.get("vocab_size")
+    text = model.checkpoint.config.get("text_config")
+    if type(said) is not int and isinstance(text, Mapping):
+        said = text.get("vocab_size")
+    limits = [each for each in (rows, said) if type(each) is int]
+    return min(limits) if limits else 1 << 24
+
+
+def _check_widths(name: str, tensors: Sequence[StoredTensor], axis: int) -> None:
+    widths = {tensor.shape[:axis] + tensor.shape[axis + 1 :] for tensor in tensors}
+    if len(widths) > 1:
+        raise MismatchError(
+            f"{name} has rows of different lengths: " + ", ".join(str(list(each.shape)) for each in tensors),
+            "Merge models of one width.",
+        )
