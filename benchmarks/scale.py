@@ -176,6 +176,7 @@ def plans(options: argparse.Namespace) -> Iterator[Row]:
             "files": files,
             "seconds": median(sample.seconds for sample in samples),
             "least": min(sample.seconds for sample in samples),
+            "ms a tensor": 1000 * median(sample.seconds for sample in samples) / len(shape.tensors()),
             "peak MB": max(sample.peak_bytes for sample in samples) / 1e6,
         }
 

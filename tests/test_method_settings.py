@@ -100,6 +100,16 @@ def test_lists_that_cannot_be(settings: dict[str, Any], message: str) -> None:
         Recipe.parse({**TWO, "merge_method": "ties", **settings})
 
 
+def test_some_of_the_models_keep_their_own() -> None:
+    """Where a tensor is of some models only: their values, weights relative to each other, their draws."""
+    settings = {**TWO, "model_path_list": ["A", "B", "C"], "merge_method": "dare_linear"}
+    recipe = Recipe.parse({**settings, "reserve_p": [0.1, 0.2, 0.3], "weight_list": [1, 2, 3], "normalize": True})
+    some = recipe.parameters.applied((0, 2), recipe.seed)
+    assert (some.weights, some.streams) == ((0.25, 0.75), (0, 2))
+    assert [some.of(model).reserve_p for model in range(2)] == [0.1, 0.3]
+    assert Recipe.parse(settings).parameters.applied((1, 2), 0).weights == (0.5, 0.5)
+
+
 # Names that people know
 
 
