@@ -78,6 +78,12 @@ def _value(given: Any) -> Any:
     return getattr(given, "value", given)
 
 
+def test_a_slice_without_a_chosen_block_adds_nothing() -> None:
+    chosen = plain._chosen(first=plain.BLOCK, count=100, stride=63)
+    assert chosen.size == 0
+    assert plain._add_squares(2.0, np.ones(100), chosen) == 2.0
+
+
 def test_low_rank_products_and_8_bit_floats_have_the_same_bits() -> None:
     draw = np.random.default_rng(3)
     left, right = draw.normal(size=(37, 5)).astype("f4"), draw.normal(size=(5, 129)).astype("f4")

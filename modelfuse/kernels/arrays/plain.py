@@ -67,7 +67,7 @@ def _chosen(first: int, count: int, stride: int) -> Array:
 def _add_squares(total: float, values: Array, chosen: Array) -> float:
     """In lanes folded in a fixed order, block by block."""
     squares = np.append(values * values, 0.0)[chosen]
-    lanes = np.add.reduce(squares.reshape(len(squares), -1, LANES), axis=1)
+    lanes = np.add.reduce(squares.reshape(len(squares), BLOCK // LANES, LANES), axis=1)
     blocks = np.cumsum(lanes, axis=1)[:, -1]
     return float(np.cumsum(np.append(total, blocks))[-1])
 
