@@ -421,3 +421,70 @@ def test_two_stacks_have_parameters_of_their_own(tmp_path: Path, monkeypatch: py
     }
     config = config_of(tmp_path / "out")
     assert (config["num_layers"], config["num_decoder_layers"]) == (2, 3)
+
+
+def test_mergekits_own_command_line(three: dict[str, Tensors], modelfuse: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(linear("a", "b")))
+    said = modelfuse("mergekit-yaml", "config.yml", "out", "--out-shard-size", "0.2K", "-j", 1, "--no-write-model-card",
+                     "--allow-crimes", "--lora-merge-cache", "x", "--lazy-unpickle", "--no-copy-tokenizer", "--cuda",
+                     "--allow_cpu_fallback")  # fmt: skip
+    if said.status == 2:
+        assert "torch" in said.err  # Where it is not installed.
+        return
+    assert said.status == 0, said.err
+    assert "--allow-crimes has no effect here: tensors are matched by their names" in said.err
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert not (tmp_path / "out" / "mergekit_config.yml").exists()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    close({name: array(each) for name, each in read_model(tmp_path / "out").items()},
+          {name: (three["a"][name] + three["b"][name]) / 2 for name in three["a"]})  # fmt: skip
+
+
+def test_a_quiet_command_says_nothing(three: dict[str, Tensors], modelfuse: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(linear("a", "b", normalise=1)))
+    said = modelfuse("mergekit-yaml", "config.yml", "out", "--quiet", "--allow-crimes", "--memory", "1GB")
+    assert (said.status, said.out, said.err) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("config.yml",), "mergekit-yaml needs a configuration and a folder"),
+        (("config.yml", "out", "--no-safe-serialization"), "--no-safe-serialization asks for pickles"),
+        (("config.yml", "out", "--out-shard-size", "many"), "--out-shard-size is 'many'"),
+        (("config.yml", "out", "--device", "tpu"), "--device is 'tpu'"),
+        (("config.yml", "out", "--densty", "1"), "There is no setting 'densty'"),
+    ],
+)
+def test_command_lines_that_cannot_be_meant(
+    three: dict[str, Tensors], refuse: Run, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(linear("a", "b")))
+    assert message in str(refuse("mergekit-yaml", *words))
+
+
+def test_embeddings_are_cut_on_demand(vocabularies: dict[str, Tensors], modelfuse: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(linear("a", "b")))
+    said = modelfuse("mergekit-yaml", "config.yml", "out", "--unsafe-truncate-embeddings", "--no-copy-tokenizer")
+    assert said.status == 0, said.err
+    a, b = (vocabularies[name] for name in "ab")
+    found = read_model(tmp_path / "out")
+    for name in (EMBEDDING, HEAD):
+        np.testing.assert_allclose(array(found[name]), (a[name][:5] + b[name]) / 2, rtol=1e-6)
+    assert config_of(tmp_path / "out")["vocab_size"] == 5
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_weight_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modelfuse: Run) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = {}
+    for seed, name in enumerate("ab"):
+        made[name] = {"x": np.random.default_rng(seed).standard_normal(5).astype("f4")}
+        make_model(tmp_path / name, made[name], config=None)
+    models = [{"model": f"{name}/model.safetensors", "parameters": {"weight": 1}} for name in "ab"]
+    (tmp_path / "config.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    said = modelfuse("mergekit-pytorch", "config.yml", "out")
+    assert said.status == 0, said.err
+    found = array(read_model(tmp_path / "out")["x"])
+    np.testing.assert_allclose(found, (made["a"]["x"] + made["b"]["x"]) / 2, rtol=1e-6)

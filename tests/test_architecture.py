@@ -166,6 +166,7 @@ THIRD_PARTY = {
         "checkpoints.adapters",
         "checkpoints.views",
         "checkpoints.vocabulary",
+        "planning.arcee",
         "execution",
         "execution.ray",
         "inspection",

@@ -123,6 +123,8 @@ DEFAULTS = {
     "epsilon": 0.14,
     "copy_file_list": (),
     "mergekit": None,
+    "copy_tokenizer": True,
+    "truncate_embeddings": False,
     "model_card": True,
     "split_pieces": 8,
     "max_tensor_mem": 0.5,

@@ -25,6 +25,7 @@ LEFTOVERS = (CONFIG_NAME, REPORT_NAME, "trainer_state.json", "trainer_log.jsonl"
              "README.md", "latest", "latest_checkpointed_iteration.txt", "zero_to_fp32.py", "saved_signal_*",
              "running_log.txt", "training_*.png", "llamaboard_config.yaml", "events.out.tfevents.*",
              "rng_state*", "*.log", "predict_results*", "generated_predictions*")  # fmt: skip
+GENERATION_FILE = "generation_config.json"
 TEMPLATES = "additional_chat_templates"
 #: What a tokenizer, its chat templates and the settings of generation are in.
 TOKENIZERS = re.compile(
@@ -73,6 +74,8 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
     if (other := tokenizer_folder(recipe)) is not None:
         files = {name: place for name, place in files.items() if name in named or not is_tokenizers(name)}
         files |= {name: other / name for name in _usual_of(other, ()) if is_tokenizers(name) and name not in named}
+    if not recipe.copy_tokenizer:
+        files = {name: place for name, place in files.items() if name in named or not belongs_to_tokenizer(name)}
     return tuple(SideFile(place, name, size_of(place)) for name, place in files.items())
 
 
@@ -116,6 +119,11 @@ def tokenizer_folder(recipe: Recipe) -> Place | None:
             f"tokenizer_from is {recipe.tokenizer_from}, which has no tokenizer", "Name a folder that has one."
         )
     return folder
+
+
+def belongs_to_tokenizer(name: str) -> bool:
+    """Whether a file is a tokenizer's or a chat template, by its name."""
+    return is_tokenizers(name) and name != GENERATION_FILE
 
 
 def is_tokenizers(name: str) -> bool:

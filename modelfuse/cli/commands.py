@@ -15,6 +15,8 @@ from modelfuse.storage import Place, place_of
 if TYPE_CHECKING:
     from modelfuse.planning.plan import Plan
 
+Command = Callable[[list[str], Mapping[str, object]], int]
+
 
 def show_help(words: list[str]) -> int:
     """What there is to say first, or of one command."""
@@ -73,6 +75,21 @@ def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
     return 0
 
 
+def _mergekit(command: str) -> Command:
+    """A command line of mergekit's."""
+
+    def run(words: list[str], defaults: Mapping[str, object]) -> int:
+        from modelfuse.cli.mergekit import translated
+
+        meant = translated(command, words)
+        if not {"--quiet", "-q"} & set(words):
+            for text in meant.notes:
+                _tell(False)(text)
+        return _merge(meant.words, defaults)
+
+    return run
+
+
 def _begin(settings: Mapping[str, object], options: Options, voice: console.Voice) -> Recipe:
     """Speak as was asked for, first of what can be said before anything is read."""
     from modelfuse.cli import render
@@ -125,8 +142,9 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 
 
 #: What each command does with the words behind it, and settings to take where those say nothing.
-COMMANDS: dict[str, Callable[[list[str], Mapping[str, object]], int]] = {
+COMMANDS: dict[str, Command] = {
     "merge": _merge, "check": _check, "verify": _verify, "methods": _methods, "completion": _completion,
+    **{name: _mergekit(name) for name in ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch")},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."
 

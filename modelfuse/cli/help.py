@@ -49,6 +49,18 @@ PLAIN = (
     "Settings of the machine may be variables, such as MODELFUSE_MEMORY, which override the recipe, too."
 )
 STATUS = "Exit status: 0 done, 2 the request or an input is wrong, 130 interrupted (143 by SIGTERM), 1 anything else."
+#: Options of mergekit-yaml that change what comes out, or how.
+MERGEKIT = (
+    ("--out-shard-size SIZE", "The largest weight file in bytes, with K, M or B behind; 0: one file."),
+    ("--random-seed N", "Which random draws. Default: 0."),
+    ("--[no-]copy-tokenizer", "Whether the tokenizer comes along where the configuration names none."),
+    ("--[no-]write-model-card", "Whether README.md and mergekit_config.yml are written."),
+    ("--unsafe-truncate-embeddings", "Cut embeddings and heads to the smallest number of rows."),
+    ("--cuda, --device cuda", "Compute on a GPU, with torch."),
+    ("--transformers-cache FOLDER", "Where the hub's library keeps its files."),
+    ("-j, --num-threads N", "Parallel workers."),
+)
+
 PAGES = {
     "merge": Page(
         "modelfuse merge [recipe.yaml|recipe.json] [--setting value ...]",
@@ -68,6 +80,24 @@ PAGES = {
         ("modelfuse check --merge_method slerp --model_path_list A B",),
         takes_settings=True,
         ending=f"{PLAIN} {STATUS}",
+    ),
+    "mergekit-yaml": Page(
+        "modelfuse mergekit-yaml CONFIG OUT [options of mergekit-yaml, flags of merge]",
+        "Merge as a configuration of arcee's mergekit says.",
+        ("modelfuse mergekit-yaml config.yml merged --random-seed 7",),
+        own=MERGEKIT,
+        ending=STATUS,
+    ),
+    "mergekit-multi": Page(
+        "modelfuse mergekit-multi CONFIG --out-path OUT [-I FOLDER] [options of mergekit-yaml, flags of merge]",
+        "The same of several documents that use each other's results.",
+        own=(("-I, --intermediate-dir FOLDER", "Keep the intermediate results there."),),
+        ending=STATUS,
+    ),
+    "mergekit-pytorch": Page(
+        "modelfuse mergekit-pytorch CONFIG OUT [options of mergekit-yaml, flags of merge]",
+        "The same of weight files alone.",
+        ending=STATUS,
     ),
     "verify": Page(
         "modelfuse verify FOLDER [--full] [--sample N] [--n_process N] [--seed N] [--hub_endpoint URL]",

@@ -85,6 +85,10 @@ class Settings:
         "the base, else the first model",
     )  # fmt: skip
     model_card: bool = setting(True, "Write a model card, README.md, that says what was merged and how.")
+    copy_tokenizer: bool = setting(True, "Copy the tokenizer's files beside the weights.")
+    truncate_embeddings: bool = setting(
+        False, "With a configuration of mergekit's: cut embeddings and heads to the smallest number of rows."
+    )
     copy_file_list: tuple[str, ...] = setting(
         (), "More files to copy beside configuration, tokenizer and templates.", "none"
     )

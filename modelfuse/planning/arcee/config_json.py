@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from modelfuse.checkpoints.layer_config import with_layers
-from modelfuse.checkpoints.tensor_names import HEADS
+from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.planning.arcee.models import OpenModel
 from modelfuse.planning.arcee.tensors import Arrangement
 from modelfuse.planning.arcee.vocabulary import Vocabulary
@@ -42,7 +42,11 @@ def config_of_layers(
 
 
 def config_of_words(
-    config: dict[str, Any], operations: Sequence[Operation], donor: OpenModel, vocabulary: Vocabulary | None
+    config: dict[str, Any],
+    operations: Sequence[Operation],
+    donor: OpenModel,
+    vocabulary: Vocabulary | None,
+    rows: int | None = None,
 ) -> dict[str, Any]:
     """The same with what it says of embeddings and heads.
 
@@ -51,13 +55,15 @@ def config_of_words(
         operations: The output's tensors.
         donor: The model whose config.json it is.
         vocabulary: The output's, if it is not the donor's.
+        rows: How many rows embeddings have, if not as many as the vocabulary says or as they had.
     """
+    rows = vocabulary.rows if vocabulary is not None else rows
     has_head = any(operation.name.endswith(HEADS) for operation in operations)
     for part in _text_parts(config):
         if has_head and part.get(TIES) is True:
             part[TIES] = False
-        if vocabulary is not None and type(part.get(VOCABULARY_SIZE)) is int:
-            part[VOCABULARY_SIZE] = vocabulary.rows
+        if rows is not None and type(part.get(VOCABULARY_SIZE)) is int:
+            part[VOCABULARY_SIZE] = rows
     if has_head and donor.is_tied:
         config[TIES] = False
     elif not has_head and not donor.is_tied and any(name.endswith(HEADS) for name in donor.checkpoint):
@@ -83,6 +89,11 @@ def with_token_ids(config: dict[str, Any], donor: OpenModel, vocabulary: Vocabul
             if key in part:
                 part[key] = translated(part[key])
     return config
+
+
+def rows_of_output(operations: Sequence[Operation]) -> int | None:
+    """How many rows the output's embedding has."""
+    return next((each.shape[0] for each in operations if each.name.endswith(EMBEDDINGS)), None)
 
 
 def dtype_of(configuration: Configuration, operations: Sequence[Operation]) -> str | None:

@@ -51,7 +51,8 @@ def draft_of(recipe: Recipe) -> Draft:
     pairs = (*find_equal_pairs([model.checkpoint for model in models.values()], tied), *copies(inputs))
     notes = (*configuration.notes, *files.notes, *(vocabulary.notes if vocabulary else ()), *_left_out(arrangement))
     told = _with_left_out(inputs, models, arrangement)
-    files.put(CONFIGURATION_FILE, (recipe.mergekit or "").encode(errors="backslashreplace"))
+    if recipe.model_card:
+        files.put(CONFIGURATION_FILE, (recipe.mergekit or "").encode(errors="backslashreplace"))
     base = None if configuration.base_model is None else models[configuration.base_model].number
     # mergekit merges whatever models differ in; where layers are chosen, they may well.
     warnings = compare_inputs(recipe.changed(allow_mismatch=True), inputs) if arrangement.is_whole else ()

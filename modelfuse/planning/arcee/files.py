@@ -8,11 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelfuse.checkpoints import CONFIG_FILE, read_json
-from modelfuse.checkpoints.side_files import SideFile, files_to_serve
+from modelfuse.checkpoints.side_files import GENERATION_FILE, SideFile, belongs_to_tokenizer, files_to_serve
 from modelfuse.checkpoints.vocabulary.chat_templates import TEMPLATE_FILE, template_of
 from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, TOKENIZER_FILE
 from modelfuse.errors import CheckpointError
-from modelfuse.planning.arcee.config_json import config_of_layers, config_of_words, dtype_of, encoded, with_token_ids
+from modelfuse.planning.arcee.config_json import (
+    config_of_layers,
+    config_of_words,
+    dtype_of,
+    encoded,
+    rows_of_output,
+    with_token_ids,
+)
 from modelfuse.planning.arcee.models import OpenModel
 from modelfuse.planning.arcee.tensors import Arrangement
 from modelfuse.planning.arcee.vocabulary import Vocabulary, folder_of
@@ -20,12 +27,6 @@ from modelfuse.planning.operations import Operation
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.recipe.arcee.configuration import Configuration
 from modelfuse.recipe.recipe import Recipe
-
-GENERATION_FILE = "generation_config.json"
-#: The files of a tokenizer, by how their names begin.
-TOKENIZER_FILES = ("tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab.", "merges.txt", "spiece.model",
-                   "sentencepiece.", "source.spm", "target.spm", "chat_template.", "additional_chat_templates/",
-                   "tekken.json")  # fmt: skip
 
 
 @dataclass
@@ -78,14 +79,16 @@ def files_beside(
         CheckpointError: If a file cannot be read.
         RecipeError: If there is no such chat template.
     """
-    files = Files(list(files_to_serve(recipe, donor.checkpoint)))
+    copies = recipe.copy_tokenizer or vocabulary is not None
+    files = Files(list(files_to_serve(recipe.changed(copy_tokenizer=copies), donor.checkpoint)))
     if files.has(CONFIG_FILE):
         path = folder_of(donor) / CONFIG_FILE
         dtype, said = dtype_of(configuration, operations), json.dumps(read_json(path)).encode()
         config: dict[str, Any] = json.loads(form.config(said, dtype, donor.checkpoint.dequantized, {}))
         config, notes = config_of_layers(arrangement, donor, config)
         files.notes += notes
-        files.put(CONFIG_FILE, encoded(config_of_words(config, operations, donor, vocabulary)))
+        rows = rows_of_output(operations) if recipe.truncate_embeddings else None
+        files.put(CONFIG_FILE, encoded(config_of_words(config, operations, donor, vocabulary, rows)))
     if vocabulary is not None:
         if files.has(GENERATION_FILE):
             generation = dict(read_json(folder_of(donor) / GENERATION_FILE))
@@ -101,10 +104,10 @@ def _take_tokenizer(recipe: Recipe, files: Files, donor: OpenModel, vocabulary: 
     output = vocabulary.output
     owner = next(model for model in vocabulary.models if folder_of(model) == output.tokenizer.folder)
     if owner is not donor:
-        theirs = files_to_serve(recipe.changed(copy_file_list=()), owner.checkpoint)
+        theirs = files_to_serve(recipe.changed(copy_file_list=(), copy_tokenizer=True), owner.checkpoint)
         files.copied = [
-            *(each for each in files.copied if not each.name.startswith(TOKENIZER_FILES)),
-            *(each for each in theirs if each.name.startswith(TOKENIZER_FILES)),
+            *(each for each in files.copied if not belongs_to_tokenizer(each.name)),
+            *(each for each in theirs if belongs_to_tokenizer(each.name)),
         ]
     if output.conflicts:
         shown = ", ".join(map(repr, output.conflicts[:5]))

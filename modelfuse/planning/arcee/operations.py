@@ -14,7 +14,7 @@ from modelfuse.methods.registry import TAKE
 from modelfuse.planning.arcee.methods import Request, Values, method_of
 from modelfuse.planning.arcee.models import OpenModel
 from modelfuse.planning.arcee.tensors import Arrangement, Slot
-from modelfuse.planning.arcee.vocabulary import Vocabulary
+from modelfuse.planning.arcee.vocabulary import Vocabulary, truncated
 from modelfuse.planning.matching import Tied
 from modelfuse.planning.operations import Operation, can_be_merged, merged, taken
 from modelfuse.recipe.arcee.configuration import Configuration
@@ -74,6 +74,8 @@ class Operations:
         whole = [tensor for tensor in tensors if tensor is not None]
         if self.vocabulary is not None:
             whole = self.vocabulary.rearranged(slot, whole)
+        elif self.recipe.truncate_embeddings:
+            whole = truncated(slot.name, whole)
         if self._fits(slot, whole):
             yield self._operation(slot, models, whole)
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.checkpoints.vocabulary.rearranged_rows import rearranged
@@ -65,7 +67,7 @@ class Vocabulary:
 
     def _axis(self, number: int, name: str, tensor: StoredTensor) -> int | None:
         """Along which axis a tensor has a row for each token; None if it has none."""
-        if not (name.endswith((*EMBEDDINGS, *HEADS)) or _ALSO.search(name)):
+        if not has_rows_of_tokens(name):
             return None
         rows = rows_of(self.models[number])
         return next((axis for axis, length in enumerate(tensor.shape[:2]) if length == rows), None)
@@ -84,6 +86,21 @@ class Vocabulary:
         if found is None:
             raise MismatchError(f"{self.models[number].reference} has no {slot.name}, from which tokens are to come")
         return found
+
+
+def has_rows_of_tokens(name: str) -> bool:
+    """Whether a tensor of this name has a row for each token."""
+    return name.endswith((*EMBEDDINGS, *HEADS)) or _ALSO.search(name) is not None
+
+
+def truncated(name: str, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """The first rows of embeddings and heads, as many as all models have."""
+    shapes = {tensor.shape for tensor in tensors}
+    if not has_rows_of_tokens(name) or len(shapes) == 1 or len({shape[1:] for shape in shapes}) > 1:
+        return list(tensors)
+    rows = min(shape[0] for shape in shapes)
+    first = RowMap(np.zeros(rows, np.int64), np.arange(rows))
+    return [rearranged(0, {0: tensor}, first) for tensor in tensors]
 
 
 def open_vocabulary(

@@ -1,0 +1,144 @@
+"""The command lines of arcee's mergekit, word for word, as those of ``modelfuse merge``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from modelfuse.cli.arguments import OPTIONS, Parser
+from modelfuse.errors import RecipeError
+from modelfuse.recipe.checks import shown
+
+#: Options that change nothing here, and why.
+_WITHOUT_EFFECT = {
+    "allow_crimes": "tensors are matched by their names, whatever the architectures",
+    "lora_merge_cache": "adapters are applied while they are read",
+    "lora_merge_dtype": "adapters are applied in float32",
+    "low_cpu_memory": "--memory says how much is used",
+    "read_to_gpu": "tensors are read slice by slice",
+    "multi_gpu": "one GPU is used",
+    "clone_tensors": "nothing is held",
+    "async_write": "writing never waits",
+    "write_threads": "writing never waits",
+    "lazy_unpickle": "pickles are read by an interpreter of their own, tensor by tensor",
+    "trust_remote_code": "no code of a model is ever run",
+    "lazy": "an intermediate result is made anew",
+}
+#: Switches, which have a ``--no-`` form each.
+_SWITCHES = ("allow_crimes", "unsafe_truncate_embeddings", "copy_tokenizer", "write_model_card", "safe_serialization",
+             "cuda", "gpu_rich", "low_cpu_memory", "read_to_gpu", "multi_gpu", "clone_tensors", "async_write",
+             "lazy_unpickle", "trust_remote_code", "lazy")  # fmt: skip
+_VALUES = ("lora_merge_cache", "lora_merge_dtype", "write_threads")
+_SHARD = re.compile(r"(-?\d+(?:\.\d+)?)\s*([KMB]?)", re.IGNORECASE)
+#: As that tool counts.
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+#: No file is larger.
+NO_LIMIT = 2**63 - 1
+
+
+class Translated(NamedTuple):
+    """A command line of ``modelfuse merge``.
+
+    Attributes:
+        words: The words behind the command.
+        notes: What changes nothing here.
+    """
+
+    words: list[str]
+    notes: list[str]
+
+
+def translated(command: str, words: Sequence[str]) -> Translated:
+    """The words behind ``mergekit-yaml`` and its like as those behind ``merge``.
+
+    >>> translated("mergekit-yaml", ["c.yml", "out", "--out-shard-size", "2B", "--random-seed", "3"]).words
+    ['c.yml', '--output_path', 'out', '--seed', '3', '--max_shard_size', '2000000000']
+
+    Args:
+        command: ``mergekit-yaml``, ``mergekit-multi`` or ``mergekit-pytorch``.
+        words: Those behind it; flags of ``merge`` may be among them.
+
+    Raises:
+        RecipeError: If one cannot be understood.
+    """
+    given, others = _parser(command).parse_known_args(list(words))
+    found = vars(given)
+    out = found.get("out_path") or found.get("out")
+    if found.get("config") is None or out is None:
+        raise RecipeError(f"{command} needs a configuration and a folder to create", f"`modelfuse help {command}`")
+    named = [str(found["config"]), "--output_path", str(out)]
+    notes = [f"--{name.replace('_', '-')} has no effect here: {why}." for name, why in _WITHOUT_EFFECT.items()
+             if name in found]  # fmt: skip
+    return Translated([*named, *_settings(found), *_options(found), *others], notes)
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one of these commands, for what completes it."""
+    return _parser(command)
+
+
+def _parser(command: str) -> Parser:
+    parser = Parser(command)
+    parser.add_argument("config", nargs="?")
+    if command == "mergekit-multi":
+        parser.add_argument("--out-path", "-o")
+        parser.add_argument("--intermediate-dir", "-I")
+    else:
+        parser.add_argument("out", nargs="?")
+    for name in _SWITCHES:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, f"--{name}", dest=name, action=argparse.BooleanOptionalAction)
+    for name in _VALUES:
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
+    parser.add_argument("--transformers-cache", "--transformers_cache")
+    parser.add_argument("--device")
+    parser.add_argument("--out-shard-size", "--out_shard_size")
+    parser.add_argument("--random-seed", "--random_seed", type=int)
+    parser.add_argument("--num-threads", "--num_threads", "-j", type=int)
+    return parser
+
+
+def _settings(found: dict[str, Any]) -> list[str]:
+    """What changes the output or how it is made, as flags of ``merge``."""
+    words = list[str]()
+    if found.get("safe_serialization") is False:
+        raise RecipeError(
+            "--no-safe-serialization asks for pickles", "modelfuse writes safetensors; every loader reads them."
+        )
+    if found.get("random_seed") is not None:
+        words += ["--seed", str(found["random_seed"])]
+    if found.get("out_shard_size") is not None:
+        words += ["--max_shard_size", str(_shard_size(str(found["out_shard_size"])))]
+    if found.get("num_threads") is not None:
+        words += ["--n_process", str(found["num_threads"])]
+    for name, setting in (("write_model_card", "model_card"), ("copy_tokenizer", "copy_tokenizer"),
+                          ("unsafe_truncate_embeddings", "truncate_embeddings")):  # fmt: skip
+        if name in found:
+            words.append(f"--{setting}={found[name]}")
+    device = str(found.get("device") or ("cuda" if found.get("cuda") or found.get("gpu_rich") else "cpu"))
+    if device.startswith("cuda"):
+        words += ["--tensor_type", "pt", "--device", "gpu"]
+    elif device not in ("cpu", "auto"):
+        raise RecipeError(f"--device is {shown(device)}", "Give cpu or cuda.")
+    if found.get("intermediate_dir") is not None:
+        words += ["--intermediate_dir", str(found["intermediate_dir"])]
+    if found.get("transformers_cache") is not None:
+        os.environ["HF_HUB_CACHE"] = str(found["transformers_cache"])  # Where the hub's own library keeps its files.
+    return words
+
+
+def _options(found: dict[str, Any]) -> list[str]:
+    """What every command takes, as it was given."""
+    given = [name for name in OPTIONS if found.get(name)]
+    return [word for name in given for word in (f"--{name}", *([str(found[name])] if name == "log_file" else []))]
+
+
+def _shard_size(text: str) -> int:
+    match = _SHARD.fullmatch(text.strip())
+    if match is None:
+        raise RecipeError(f"--out-shard-size is {shown(text)}", "Give bytes, such as 5B for 5 GB.")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    return size if size > 0 else NO_LIMIT
