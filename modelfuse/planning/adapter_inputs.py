@@ -53,13 +53,20 @@ def with_adapters(recipe: Recipe, models: Sequence[Checkpoint], paddle: bool | N
 
         models = (*models[:-1], quantize_base(models[-1], adapters, paddle))
 
+    if not adapters:
+        return tuple(models)
+    from modelfuse.checkpoints.adapters.tied_base import base_for_adapters, settle_adapters
+
+    # Of Paddle's layout, heads are stored in two ways: there, both ends change together.
+    base = models[-1] if paddle else base_for_adapters(models[-1])
+
     def opened() -> Iterator[Checkpoint]:
         full = iter(models)
         for path in recipe.input_paths:
             adapts = recipe.base_model_path is not None and is_adapter(path)
-            yield open_adapter(path, models[-1], paddle=paddle, strict=strict) if adapts else next(full)
+            yield open_adapter(path, base, paddle=paddle, strict=strict) if adapts else next(full)
 
-    return tuple(opened())
+    return tuple(opened()) if paddle else settle_adapters(tuple(opened()), models[-1])
 
 
 def copies(models: Sequence[Checkpoint]) -> Iterator[EqualPair]:

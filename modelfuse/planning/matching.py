@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
+from modelfuse.checkpoints.ties import TIED_CLASSES, says_tied
 from modelfuse.errors import MismatchError
 from modelfuse.storage import Place
 
 #: The numbers of the models that must have a tensor of the output, by its name.
 InputsOf = Callable[[str], Sequence[int]]
-#: Where a multimodal model's config.json keeps its language model's.
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,25 +109,12 @@ def _has(model: Checkpoint, name: str) -> bool:
     return name in model.tensors or name in model.aliases
 
 
-def says_tied(config: Mapping[str, object]) -> bool | None:
-    """Whether a config.json ties the output head to the input embedding; None if it does not say.
-
-    A multimodal model may say it at the top, of its language model, or both. Loaders differ in which they look at, so
-    where both disagree the answer is no: any loader takes a model that has both tensors. Where neither says it, the
-    default is the class's, and a shared storage shows which it was.
-
-    >>> says_tied({"text_config": {"tie_word_embeddings": True}})
-    True
-    """
-    parts = [config, *(config[key] for key in TEXT_CONFIGS if key in config)]
-    said = [part.get("tie_word_embeddings") for part in parts if isinstance(part, Mapping)]
-    return False if False in said else True if True in said else None
-
-
 def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:
     """For every name that shares its values with others in one model: all names of the group."""
     members: dict[str, set[str]] = {}
     ties = says_tied(model.config)
+    if ties is None and model.config.get("model_type") in TIED_CLASSES:
+        ties = True
     for alias, kept in model.aliases.items():
         if ties is False and alias.endswith(HEADS):
             continue  # A loader will want both, though they were equal when they were saved.

@@ -6,6 +6,7 @@ from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.checkpoints.buffers import without_strays
 from modelfuse.checkpoints.layouts.convert import bring_together
 from modelfuse.checkpoints.quantization import dequantized
+from modelfuse.checkpoints.ties import settle
 from modelfuse.planning.adapter_inputs import full_models, with_adapters, without_adapters
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage.concurrent import each_of
@@ -22,5 +23,6 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
     models = tuple(each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)), full_models(recipe)))
     models = bring_together(models, without_adapters(recipe))
     models = without_strays(models)
+    models = settle(models)
     layout = recipe.output_layout or models[-1].layout
     return with_adapters(recipe, models, None if layout is None else layout == "paddle")

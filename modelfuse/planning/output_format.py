@@ -85,7 +85,7 @@ class OutputFormat:
             content: config.json of the reference.
             dtype: Another type than it names, if it is another.
             dequantized: Whether the weights are no longer quantized as it declares.
-            changes: Other settings, where they stand: at the top, or in the language model's part.
+            changes: Other settings: at the top, and where the language model's part has them.
         """
         config: dict[str, Any] = json.loads(content)
         before = json.dumps(config)
@@ -94,8 +94,8 @@ class OutputFormat:
         elif self.layout == "hf" and config.get("source") == "paddle":
             del config["source"]
         for key, value in changes.items():
-            parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict) and key in part]
-            for part in parts or [config]:
+            text = config.get("text_config")
+            for part in (config, *([text] if isinstance(text, dict) and key in text else [])):
                 part[key] = value
         for part in _parts(config):
             said = [key for key in DTYPE_KEYS if isinstance(part.get(key), str)]

@@ -13,6 +13,7 @@ from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG, Adapter
 from modelfuse.checkpoints.side_files import SideFile, files_to_serve, special_tokens
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.checkpoints.tensors import Frame
+from modelfuse.checkpoints.ties import is_tied, pair_of
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES
 from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
@@ -169,9 +170,10 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.model_card and all(file.name != CARD_FILE for file in draft.side_files):
         made.setdefault(CARD_FILE, model_card(recipe, draft.models, draft.base))
     notes = notes_on(recipe, draft.models, draft.tied, draft.format, budget, draft.side_files)
+    changes = {**draft.models[recipe.reference].config_changes, **({} if recipe.mergekit else special_tokens(recipe))}
     return Plan(
         recipe, draft.models, tensors, draft.tied, draft.equal_pairs, files, draft.format, index, draft.side_files,
-        made, *budget, (*notes, *draft.notes), draft.warnings, {} if recipe.mergekit else special_tokens(recipe),
+        made, *budget, (*notes, *draft.notes), draft.warnings, changes,
     )  # fmt: skip
 
 
@@ -214,12 +216,17 @@ def _drafts(
         for name, each in whole.items()
         if base[name].dtype.compute is not None and any(source != base[name] for source in each.models)
     ]
+    pair = pair_of(base)
+    if pair is not None and is_tied(base):  # PEFT changes one end of a tied pair: the other is to change likewise.
+        changes += [
+            each._replace(name=pair.head, drawn_as=each.name) for each in changes if each.name == pair.embedding
+        ]
     adapter = as_adapter(recipe, models, changes)
     dtype, inputs = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None, (len(models) - 1,)
     tensors = [
         Operation(
             each.name, dtype or each.dtype, each.shape, "take", (each,), inputs,
-            method=change.method, rule=whole[change.name].rule,
+            method=change.method, rule=whole[change.drawn_as or change.name].rule,
         )
         for change, each in adapter.tensors
     ]  # fmt: skip

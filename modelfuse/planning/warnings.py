@@ -9,6 +9,7 @@ from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.buffers import STRAY
 from modelfuse.checkpoints.side_files import SideFile
 from modelfuse.checkpoints.tensor_names import group_names
+from modelfuse.checkpoints.ties import TIES
 from modelfuse.planning.matching import Tied
 from modelfuse.planning.memory_budget import Budget
 from modelfuse.planning.output_format import OutputFormat
@@ -71,6 +72,7 @@ def notes_on(
         notes.append(f"{reference.path} has no config.json, so none is copied; a server will need one.")
     if unmerged := [file.name for file in side_files if file.holds_weights]:
         notes.append(f"Copied from {reference.path}, not merged: the weights in {', '.join(unmerged)}.")
+    notes += _of_heads(reference)
     notes += [f"{model.path}: {text}." for model in models if isinstance(model, Adapter) for text in model.renamed]
     return (*notes, *form.notes(models), *_of_ties(models, tied))
 
@@ -84,6 +86,15 @@ def _of_dequantized(model: Checkpoint) -> str:
 def _of_strays(model: Checkpoint) -> Iterator[str]:
     if strays := [name for name, reason in model.left_out.items() if reason == STRAY]:
         yield f"{model.path}: left out, as {STRAY}: {', '.join(group_names(strays))}."
+
+
+def _of_heads(reference: Checkpoint) -> Iterator[str]:
+    """Where the output head is tied otherwise than the reference's config.json says."""
+    ties = reference.config_changes.get(TIES)
+    if ties is False:
+        yield f"Not all heads are their embeddings: the output has both, and {TIES} is false."
+    elif ties is True:
+        yield f"All heads equal their embeddings: the output has one tensor for both, and {TIES} is true."
 
 
 def _of_ties(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> Iterator[str]:

@@ -30,12 +30,14 @@ class Change(NamedTuple):
         sources: The models' tensors.
         base: The base's.
         method: What merges their differences.
+        drawn_as: The tensor whose random draws it has, if those are another one's.
     """
 
     name: str
     sources: tuple[StoredTensor, ...]
     base: StoredTensor
     method: Applied
+    drawn_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class _Output:
         return AdapterOutput(tuple(_in_runs(self.tensors)), self._config(self.models[-1]))
 
     def _convert(self, change: Change) -> Iterator[StoredTensor]:
-        name, sources, base, method = change
+        name, sources, base, method, _ = change
         layer, _, parameter = name.rpartition(".")
         module = next((each.modules[name] for each in self._adapters if name in each.modules), layer)
         if parameter == "weight" and len(base.shape) == 2 and base.size:
@@ -109,7 +111,7 @@ class _Output:
             self.impossible.append(name)
 
     def _factors(self, module: str, change: Change) -> Iterator[StoredTensor]:
-        name, sources, base, method = change
+        name, sources, base, method, drawn_as = change
         sources = tuple(difference(each, base) for each in sources)
         embedding = name.endswith(EMBEDDINGS)
         out_first = not embedding and not self._transposed
@@ -126,7 +128,9 @@ class _Output:
             rank = min(wanted, outputs, inputs)
         assert rank is not None
         self.ranks[module] = rank
-        factoring = Factoring(name, sources, method, None if exact else rank, out_first, self._shared, self._errors)
+        factoring = Factoring(
+            drawn_as or name, sources, method, None if exact else rank, out_first, self._shared, self._errors
+        )
         dtype = difference_type(*sources)
         form = f"{PEFT_PREFIX}{module}.lora_" + ("embedding_{}" if embedding else "{}.weight")
         yield FactorTensor(form.format("A"), dtype, (rank, inputs), base.file, 0, factoring, "A")
