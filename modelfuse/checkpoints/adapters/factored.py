@@ -225,6 +225,7 @@ def merge_whole(name: str, sources: Sequence[StoredTensor], method: Applied, str
     """
     from modelfuse.kernels import Work
     from modelfuse.kernels.compiled.passes import merge_procedure
+    from modelfuse.kernels.jit.compile import compiling
 
     size, dtypes = sources[0].size, tuple(source.dtype for source in sources)
     kind = difference_type(*sources)
@@ -232,6 +233,7 @@ def merge_whole(name: str, sources: Sequence[StoredTensor], method: Applied, str
     raws = np.empty((len(sources), PIECE * max(dtype.bytes for dtype in dtypes)), np.uint8)
     procedure = merge_procedure(Work(name, size, dtypes, False, kind, method))
     with ExitStack() as files:
+        files.enter_context(compiling(allowed=True))  # There is no other way to do it, however small it is.
         readers = [files.enter_context(source.open()) for source in sources]
         found = None
         while True:

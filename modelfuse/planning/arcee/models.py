@@ -13,8 +13,8 @@ from modelfuse.checkpoints.layer_stacks import Stack, find_stacks
 from modelfuse.checkpoints.layouts.convert import bring_together
 from modelfuse.checkpoints.quantization import dequantized
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
+from modelfuse.checkpoints.ties import says_tied
 from modelfuse.errors import RecipeError
-from modelfuse.planning.matching import says_tied
 from modelfuse.recipe.arcee.documents import Configurations
 from modelfuse.recipe.arcee.references import Reference
 from modelfuse.recipe.recipe import Recipe
