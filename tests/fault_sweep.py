@@ -27,6 +27,7 @@ from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.checkpoints.output.background_sync import Keeper
 from modelfuse.cli.main import main
 from modelfuse.execution import run
+from modelfuse.execution.result import Result
 
 #: What befalls a call: an error number, or what faults.c does besides; whether all later calls of its name fail too;
 #: and whether that begins with planning, or when there is a plan.
@@ -80,7 +81,7 @@ def merge(words: list[str], kind: str, number: int) -> Ended:
     what, lasts, from_the_start = KINDS[kind]
     run_plan, err = run.run_plan, io.StringIO()
 
-    def armed(*words: Any) -> run.Result:
+    def armed(*words: Any) -> Result:
         _shim.fault_arm(what, number, int(lasts))
         return run_plan(*words)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,12 +66,12 @@ def killed_at(moment: str, *words: object, number: signal.Signals = signal.SIGKI
 
 
 @pytest.fixture
-def words(pair: Pair, tmp_path: Path) -> list[object]:
+def words(pair: Pair, tmp_path: Path) -> list[Any]:
     return ["--model_path_list", *pair, "--output_path", tmp_path / "out" / "C"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed(merge: Run, words: list[object], tmp_path: Path, moment: str) -> None:
+def test_killed(merge: Run, words: list[Any], tmp_path: Path, moment: str) -> None:
     out = tmp_path / "out" / "C"
     assert killed_at(moment, *words).status == -signal.SIGKILL
     assert not out.exists()
@@ -80,7 +81,7 @@ def test_killed(merge: Run, words: list[object], tmp_path: Path, moment: str) ->
 
 
 @pytest.mark.parametrize("moment", ["before renaming"])
-def test_killed_while_replacing(merge: Run, words: list[object], tmp_path: Path, moment: str) -> None:
+def test_killed_while_replacing(merge: Run, words: list[Any], tmp_path: Path, moment: str) -> None:
     out = tmp_path / "out" / "C"
     merge(*words)
     before = snapshot(out)
@@ -95,7 +96,7 @@ def test_killed_while_replacing(merge: Run, words: list[object], tmp_path: Path,
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_interrupted(
-    merge: Run, words: list[object], tmp_path: Path, moment: str, number: signal.Signals, status: int
+    merge: Run, words: list[Any], tmp_path: Path, moment: str, number: signal.Signals, status: int
 ) -> None:
     """Nothing is left, or what the next run goes on from; it says which."""
     before = snapshot(tmp_path)
@@ -133,7 +134,7 @@ def test_killed_at_no_moment_in_particular(merge: Run, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "out")) == ["C"]
 
 
-def test_two_at_once(refuse: Refuse, merge: Run, words: list[object], tmp_path: Path) -> None:
+def test_two_at_once(refuse: Refuse, merge: Run, words: list[Any], tmp_path: Path) -> None:
     with start("merge", *words, code=STOP_AT.format(MOMENTS["between tensors"])) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
@@ -168,7 +169,7 @@ def test_many_at_once_one_after_the_other_or_refused(tmp_path: Path, pair: Pair)
     assert set(read_model(tmp_path / "out" / "C")) == set(random_tensors(0))
 
 
-def test_replacing_leaves_nothing_of_the_old(merge: Run, words: list[object], tmp_path: Path) -> None:
+def test_replacing_leaves_nothing_of_the_old(merge: Run, words: list[Any], tmp_path: Path) -> None:
     out = tmp_path / "out" / "C"
     merge(*words, "--max_shard_size", 200)
     (out / "vocab.txt").write_text("of another merge")
@@ -181,7 +182,7 @@ def test_replacing_leaves_nothing_of_the_old(merge: Run, words: list[object], tm
 
 
 def test_replacing_without_the_system_call(
-    merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    merge: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     merge(*words)
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
@@ -195,7 +196,7 @@ def test_replacing_without_the_system_call(
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_replacing_in_steps_that_fails(
-    modelfuse: Run, merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: int
+    modelfuse: Run, merge: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: int
 ) -> None:
     """The old output is there, or the new one; once killed between the steps, the next run puts it back."""
     merge(*words)
@@ -227,7 +228,7 @@ def test_replacing_in_steps_that_fails(
 
 
 def test_a_failing_replacement_leaves_the_old(
-    modelfuse: Run, merge: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    modelfuse: Run, merge: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     merge(*words)
     before = snapshot(tmp_path / "out" / "C")
@@ -243,14 +244,14 @@ def test_a_failing_replacement_leaves_the_old(
     assert snapshot(tmp_path / "out" / "C") == before
 
 
-def test_an_empty_folder_may_be_filled(merge: Run, words: list[object], tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_filled(merge: Run, words: list[Any], tmp_path: Path) -> None:
     (tmp_path / "out" / "C").mkdir(parents=True)
     merge(*words)
     assert (tmp_path / "out" / "C" / "model.safetensors").exists()
 
 
 def test_a_folder_filled_meanwhile_is_left_alone(
-    words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "out" / "C"
     out.mkdir(parents=True)
@@ -271,7 +272,7 @@ def test_a_folder_filled_meanwhile_is_left_alone(
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_link_stays_a_link(merge: Run, words: list[object], tmp_path: Path, exists: bool) -> None:
+def test_a_link_stays_a_link(merge: Run, words: list[Any], tmp_path: Path, exists: bool) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "disk").mkdir()
     real = tmp_path / "disk" / "real"
@@ -287,7 +288,7 @@ def test_a_link_stays_a_link(merge: Run, words: list[object], tmp_path: Path, ex
     assert os.listdir(tmp_path / "disk") == ["real"]
 
 
-def test_leftovers_of_others_are_not_touched(merge: Run, words: list[object], tmp_path: Path) -> None:
+def test_leftovers_of_others_are_not_touched(merge: Run, words: list[Any], tmp_path: Path) -> None:
     (tmp_path / "out" / ".D.modelfuse").mkdir(parents=True)
     (tmp_path / "out" / ".C.backup").mkdir()
     merge(*words)
@@ -301,7 +302,7 @@ def _a_link(path: Path, target: Path) -> None:
 @pytest.mark.parametrize("plant", [_a_link, Path.hardlink_to])
 @pytest.mark.parametrize("name", ["lock", "journal"])
 def test_planted_links_are_not_followed(
-    modelfuse: Run, words: list[object], tmp_path: Path, name: str, plant: Callable[[Path, Path], None]
+    modelfuse: Run, words: list[Any], tmp_path: Path, name: str, plant: Callable[[Path, Path], None]
 ) -> None:
     """Where others may write too, a link of a name that a merge uses must not have it empty what it leads to."""
     precious = tmp_path / "precious"
@@ -322,7 +323,7 @@ def test_planted_links_are_not_followed(
 
 @pytest.mark.parametrize("name", ["lock", "journal"])
 def test_pipes_in_the_place_of_our_files_are_not_waited_for(
-    modelfuse: Run, words: list[object], tmp_path: Path, name: str
+    modelfuse: Run, words: list[Any], tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "out").mkdir()
     os.mkfifo(tmp_path / "out" / f".C.modelfuse.{name}")
@@ -331,7 +332,7 @@ def test_pipes_in_the_place_of_our_files_are_not_waited_for(
 
 
 def test_a_journal_of_another_user_is_not_trusted(
-    modelfuse: Run, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    modelfuse: Run, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     (tmp_path / "out").mkdir()
@@ -341,7 +342,7 @@ def test_a_journal_of_another_user_is_not_trusted(
     assert "there is a file of another user" in said.err
 
 
-def test_links_in_the_place_of_unfinished_work(merge: Run, words: list[object], tmp_path: Path) -> None:
+def test_links_in_the_place_of_unfinished_work(merge: Run, words: list[Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "model.safetensors").write_text("of the user")
@@ -353,7 +354,7 @@ def test_links_in_the_place_of_unfinished_work(merge: Run, words: list[object], 
 
 
 def test_every_worker_that_fails_ends_the_merge(
-    modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from modelfuse.kernels.compiled.passes import Combine
 
@@ -377,7 +378,7 @@ def test_every_worker_that_fails_ends_the_merge(
 
 
 def test_a_procedure_that_fails_ends_the_merge(
-    modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from modelfuse.kernels.compiled import passes
 
@@ -395,7 +396,7 @@ def test_a_procedure_that_fails_ends_the_merge(
 
 
 def test_a_measuring_worker_that_fails_ends_the_merge(
-    modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from modelfuse.kernels.compiled.passes import TallyAll
 
@@ -466,7 +467,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, *failures: int) -> None:
 
 
 def test_a_disk_that_is_too_small_says_so_at_once(
-    refuse: Refuse, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refuse: Refuse, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic_folder.OutputFolder, "write", lambda *_: pytest.fail("nothing is to be written"))
     failing(monkeypatch, errno.ENOSPC)
@@ -475,7 +476,7 @@ def test_a_disk_that_is_too_small_says_so_at_once(
 
 @pytest.mark.parametrize("failures", [(), (errno.EOPNOTSUPP,), (errno.EINTR, errno.ENOSYS)])
 def test_filesystems_that_cannot_take_it(
-    merge: Run, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: tuple[int, ...]
+    merge: Run, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: tuple[int, ...]
 ) -> None:
     if failures:
         failing(monkeypatch, *failures)

@@ -706,7 +706,7 @@ def test_the_public_names_are_there() -> None:
     with pytest.raises(AttributeError, match="no attribute 'mrege'"):
         _ = package.mrege
     with pytest.raises(package.RecipeError, match="no setting 'reserve_q'"):
-        package.check(model_path_list=["A", "B"], reserve_q=1)
+        package.check(model_path_list=["A", "B"], reserve_q=1)  # type: ignore[call-arg]
 
 
 def test_merging_in_python_needs_an_output_path(pair: Pair) -> None:

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, Said
 from jsonschema import Draft202012Validator
 
-from docs import generate
 from modelfuse.cli.arguments import parse
 from modelfuse.errors import RecipeError
+from tools import generate
 
 Run = Callable[..., Said]
 Pair = tuple[Path, Path]
@@ -81,7 +81,7 @@ def test_the_environment_gives_what_is_the_machines(
     assert modelfuse("verify", tmp_path).status == 2
 
 
-@pytest.mark.parametrize("name", [name for name in generate.pages() if name.startswith("schemas/")])
-def test_pages_are_those_that_the_code_gives(name: str) -> None:
-    """Else run ``python docs/generate.py``."""
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == generate.pages()[name]
+@pytest.mark.parametrize("name", [name for name in generate.files() if not name.startswith("docs/reference")])
+def test_files_are_those_that_the_code_gives(name: str) -> None:
+    """Else run ``python tools/generate.py``."""
+    assert (ROOT / name).read_text(encoding="utf-8") == generate.files()[name]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ Pair = tuple[Path, Path]
 
 
 @pytest.fixture
-def words(pair: Pair, tmp_path: Path) -> list[object]:
+def words(pair: Pair, tmp_path: Path) -> list[Any]:
     return ["merge", "--model_path_list", *pair, "--output_path", tmp_path / "C"]
 
 
@@ -103,9 +104,7 @@ def words(pair: Pair, tmp_path: Path) -> list[object]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_setting(
-    refuse: Refuse, words: list[object], flags: list[str], says: list[str], hint: str | None
-) -> None:
+def test_a_wrong_setting(refuse: Refuse, words: list[Any], flags: list[str], says: list[str], hint: str | None) -> None:
     refuse(*words, *flags, says=says, hint=hint)
 
 
@@ -248,7 +247,7 @@ def test_output_beside_weight_files(merge: Run, pair: Pair, tmp_path: Path) -> N
     assert set(read_model(tmp_path / "C")) == set(random_tensors(1))
 
 
-def test_output_that_exists(refuse: Refuse, words: list[object], tmp_path: Path) -> None:
+def test_output_that_exists(refuse: Refuse, words: list[Any], tmp_path: Path) -> None:
     (tmp_path / "C").mkdir()
     (tmp_path / "C" / "precious").write_text("x")
     refuse(*words, says=[f"output_path {tmp_path / 'C'} exists"], hint="--overwrite")
@@ -258,7 +257,7 @@ def test_output_that_exists(refuse: Refuse, words: list[object], tmp_path: Path)
 def test_what_no_merge_has_written_is_never_replaced(
     refuse: Refuse,
     merge: Callable[..., Said],
-    words: list[object],
+    words: list[Any],
     pair: Pair,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -280,7 +279,7 @@ def test_what_no_merge_has_written_is_never_replaced(
 
 
 def test_what_came_into_an_output_is_never_replaced(
-    refuse: Refuse, merge: Callable[..., Said], words: list[object], tmp_path: Path
+    refuse: Refuse, merge: Callable[..., Said], words: list[Any], tmp_path: Path
 ) -> None:
     """Neither before a merge nor while it is under way; what it wrote itself is, with all that it copied."""
     (tmp_path / "A" / "README.md").write_text("x")  # Not copied unasked.
@@ -301,7 +300,7 @@ def test_what_came_into_an_output_is_never_replaced(
 
 
 def test_a_model_that_somebody_else_has_written_may_be_replaced(
-    merge: Callable[..., Said], words: list[object], tmp_path: Path
+    merge: Callable[..., Said], words: list[Any], tmp_path: Path
 ) -> None:
     make_model(tmp_path / "C", random_tensors(3), shards=2, files={"tokenizer_config.json": "{}", "vocab.txt": ""})
     merge(*words[1:], "--overwrite")
@@ -325,7 +324,7 @@ def test_output_where_nothing_may_be_written(refuse: Refuse, pair: Pair, tmp_pat
 
 
 def test_no_room_on_the_disk(
-    refuse: Refuse, modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    refuse: Refuse, modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked = []
 
@@ -362,7 +361,7 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_a_disk_that_fills_up(modelfuse: Run, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up(modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done is kept; test_resume.py shows how it is gone on with."""
     write = os.pwrite
 
@@ -378,7 +377,7 @@ def test_a_disk_that_fills_up(modelfuse: Run, words: list[object], monkeypatch: 
         assert part in said.err
 
 
-def test_a_disk_that_cannot_sync(refuse: Refuse, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_sync(refuse: Refuse, words: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: int) -> None:
         raise OSError(5, "Input/output error")
 

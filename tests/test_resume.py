@@ -24,7 +24,7 @@ from modelfuse.storage.local import journal, page_cache
 from modelfuse.storage.local.journal import Journal
 
 Command = Callable[..., Said]
-Words = list[object]
+Words = list[Any]
 
 #: The smallest span, so that small tensors have several.
 SPAN = 1 << 18

@@ -63,7 +63,7 @@ class Voice:
     @property
     def shows_bars(self) -> bool:
         """Whether progress is a bar: on a terminal and in a notebook, unless lines with times are wanted there."""
-        return not self.has_times and (self.is_terminal or "ipykernel" in sys.modules)
+        return not self.has_times and (self.is_terminal or in_notebook())
 
     @property
     def keeps_lines(self) -> bool:
@@ -140,6 +140,12 @@ class Voice:
 out = Voice("stdout")
 #: All else. No merge ends because the disk of its log is full.
 err = Voice("stderr", fails=False)
+
+
+def in_notebook() -> bool:
+    """Whether output goes to a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def begin_logs(verbose: bool, path: Path | None) -> None:

@@ -15,7 +15,7 @@ from modelfuse.planning.warnings import warnings_of
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from modelfuse.execution.run import Result
+    from modelfuse.execution.result import Result
     from modelfuse.inspection.verify import Verification
     from modelfuse.planning.plan import Plan
 

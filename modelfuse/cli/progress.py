@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING
 
+from modelfuse.cli import console
 from modelfuse.cli.console import err
-from modelfuse.cli.units import rate
+from modelfuse.cli.units import duration, rate
 from modelfuse.recipe.sizes import size
 from modelfuse.storage import Place
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two lines of progress in a log.
 LOG_INTERVAL = 10.0
+#: And between two looks of a bar in a notebook.
+NOTEBOOK_INTERVAL = 0.2
 #: The share that must be done before it tells how long the rest will take.
 LEAST_TOLD = 0.005
 
@@ -27,16 +31,22 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def merging(plan: Plan, quiet: bool) -> Iterator[Advance]:
-    """Show a merge; what the user should know of it comes first."""
+def merging(plan: Plan, quiet: bool, of_recipe: bool = False) -> Iterator[Advance]:
+    """Show a merge; what the user should know of it comes first.
+
+    Args:
+        plan: What is merged.
+        quiet: Whether to show nothing.
+        of_recipe: Whether to show the warnings of the recipe, too; the command line did before the plan was made.
+    """
     from modelfuse.planning.warnings import warnings_of
 
-    whole = plan.bytes_read + plan.bytes_written
-    if not quiet:
-        for text in plan.notes[len(warnings_of(plan.recipe)) :]:  # Those were shown before the plan was made.
-            err.tell("note", "{}", text)
-        for text in plan.warnings:
-            err.tell("warning", "{}", text)
+    whole, warnings = plan.bytes_read + plan.bytes_written, len(warnings_of(plan.recipe))
+    for number, text in enumerate(() if quiet else plan.notes):
+        if of_recipe or number >= warnings:
+            err.tell("note" if number >= warnings else "warning", "{}", text)
+    for text in () if quiet else plan.warnings:
+        err.tell("warning", "{}", text)
     what = f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(whole)}"
     with _shown("merging", what, quiet) as advance:
         yield lambda count: advance(count, whole)
@@ -65,7 +75,7 @@ def _shown(word: str, what: str, quiet: bool) -> Iterator[Callable[[int, int], N
     with ExitStack() as stack:
         shown: list[Callable[[int, int], None]] = []
         if err.shows_bars and not quiet:
-            shown.append(stack.enter_context(_bar(word)))
+            shown.append(stack.enter_context(_notebook_bar(word) if console.in_notebook() else _bar(word)))
         if err.keeps_lines and not quiet:
             err.tell("progress", "{}", what)
             shown.append(_Lines().advance)
@@ -95,25 +105,52 @@ def _bar(word: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda count, whole: bar.update(task, advance=count, total=whole)
 
 
+@contextmanager
+def _notebook_bar(word: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of HTML, which needs nothing but IPython."""
+    display = import_module("IPython.display")
+    lines, lock = _Lines(), threading.Lock()
+    handle = display.display(display.HTML(f"{word} …"), display_id=True)
+    shown = 0.0
+
+    def advance(count: int, whole: int) -> None:
+        nonlocal shown
+        with lock:
+            text, now = lines.count(count, whole), time.monotonic()
+            if now - shown >= NOTEBOOK_INTERVAL:
+                shown = now
+                bar = f"<progress value={lines.done} max={whole} style='width:40ch'></progress>"
+                handle.update(display.HTML(f"{word} {bar} {text}"))
+
+    try:
+        yield advance
+    finally:
+        handle.update(display.HTML(f"{word}: {size(lines.done)} in {duration(time.monotonic() - lines.started)}"))
+
+
 class _Lines:
     """A line of progress every few seconds."""
 
     def __init__(self) -> None:
-        self._done, self._lock = 0, threading.Lock()
-        self._started = self._shown = time.monotonic()
+        self.done, self._lock = 0, threading.Lock()
+        self.started = self._shown = time.monotonic()
         self._first: int | None = None
 
     def advance(self, count: int, whole: int) -> None:
         with self._lock:
-            self._done += count
-            now = time.monotonic()
-            if self._first is None:  # What an earlier run has done comes at once, and says nothing of the speed.
-                self._first, self._started = count, now
+            text, now = self.count(count, whole), time.monotonic()
             if now - self._shown < LOG_INTERVAL:
                 return
             self._shown = now
-        line, fresh = f"{self._done / whole:4.0%}  {size(self._done)}", self._done - self._first
+        err.tell("progress", "{}", text)
+
+    def count(self, count: int, whole: int) -> str:
+        """Take what was done since, and say how far it is; one thread at a time."""
+        self.done += count
+        if self._first is None:  # What an earlier run has done comes at once, and says nothing of the speed.
+            self._first, self.started = count, time.monotonic()
+        text, fresh = f"{self.done / whole:4.0%}  {size(self.done)}", self.done - self._first
         if fresh > LEAST_TOLD * whole:
-            passed = max(now - self._started, 1e-9)
-            line += f"  {rate(fresh, passed)}  {(whole - self._done) / fresh * passed:,.0f} s left"
-        err.tell("progress", "{}", line)
+            passed = max(time.monotonic() - self.started, 1e-9)
+            text += f"  {rate(fresh, passed)}  {(whole - self.done) / fresh * passed:,.0f} s left"
+        return text

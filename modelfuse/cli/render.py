@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import platform
 import traceback
-from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from modelfuse.checkpoints.made_files import REPORT_NAME
-from modelfuse.checkpoints.tensor_names import group_names, pattern
 from modelfuse.cli.console import Voice, err, out
 from modelfuse.cli.units import counted, duration, rate
 from modelfuse.errors import ModelfuseError
+from modelfuse.planning.tables import models_of, rules_of, tensors_of
 from modelfuse.planning.warnings import warnings_of
 from modelfuse.printable import Lines
 from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from modelfuse.execution.run import Result
+    from modelfuse.execution.result import Result
     from modelfuse.inspection.verify import Verification
     from modelfuse.planning.plan import Plan
     from modelfuse.recipe.recipe import Recipe
-    from modelfuse.recipe.tensor_rules import Rule
 
 #: Problems that are listed one by one.
 MOST_PROBLEMS = 50
-#: Names that are shown of the tensors that a rule takes.
-MOST_NAMES = 3
 
 
 def error(problem: ModelfuseError) -> None:
@@ -88,15 +83,13 @@ def plan(plan: Plan) -> None:
     models = counted(len(recipe.model_path_list), "model")
     if recipe.mergekit is not None:
         out.say("[bold]{}[/], as mergekit's configuration says, of {}", recipe.method_told[0], models)
-        out.table(("model", "format", "tensors"), ((name, kind, count) for name, kind, count, _ in _models(plan)))
     else:
         steps = " → ".join(step for step in recipe.parameters.steps if step)
         out.say("[bold]{}[/] ({}) of {}", recipe.parameters.name, steps, models)
-        out.table(("model", "format", "tensors", "weight"), _models(plan))
+    out.table(*models_of(plan))
     if recipe.rules:
-        out.table(("rule", "tensors", "what", "count", "such as"), _rules(plan))
-    ruled = ("rule",) if recipe.rules else ()
-    out.table(("what", "tensors", "dtype", "shape", "count", *ruled), _tensors(plan), head=2)
+        out.table(*rules_of(plan))
+    out.table(*tensors_of(plan), head=2)
     out.say(
         "\nreads {}, writes {} into {}, copies {}; {}, at most about {} of memory{}",
         size(plan.bytes_read),
@@ -111,47 +104,6 @@ def plan(plan: Plan) -> None:
         out.tell("note", "{}", text)
     for text in plan.warnings:
         out.tell("warning", "{}", text)
-
-
-def _models(plan: Plan) -> Iterator[tuple[object, ...]]:
-    """A row for each input."""
-    for number, model in enumerate(plan.models):
-        is_base = plan.has_base and number == len(plan.models) - 1
-        weight = f"{plan.recipe.weights[number - is_base]:.6g}" if plan.recipe.parameters.has_weights else "–"
-        yield plan.recipe.inputs[number], model.kind, len(model), "base" if is_base else weight
-
-
-def _rules(plan: Plan) -> Iterator[tuple[object, ...]]:
-    """A row for each rule: what it means, and which tensors it took."""
-    took: list[list[str]] = [[] for _ in plan.recipe.rules]
-    for tensor in plan.tensors:
-        if tensor.rule is not None:
-            took[tensor.rule].append(tensor.name)
-    for number, (rule, names) in enumerate(zip(plan.recipe.rules, took, strict=True), 1):
-        shown = "; ".join(group_names(names)[:MOST_NAMES]) or "–"
-        yield number, rule.tensors, _meaning(plan.recipe, rule), len(names), shown
-
-
-def _meaning(recipe: Recipe, rule: Rule) -> str:
-    """The method of a rule, and the settings that it names."""
-    if isinstance(rule.take, int):
-        return f"as in {recipe.inputs[rule.take]}"
-    own = ", ".join(f"{name} {_plain(value)}" for name, value in rule.own if name != "merge_method")
-    return f"{recipe.parameters_of(rule).name}{': ' if own else ''}{own}"
-
-
-def _plain(value: object) -> str:
-    return " ".join(f"{each:.6g}" for each in value) if isinstance(value, tuple) else str(value)
-
-
-def _tensors(plan: Plan) -> Iterator[tuple[object, ...]]:
-    """A row for the tensors that differ in the number of their layer only."""
-    groups = Counter((each.action, pattern(each.name), each.dtype, each.shape, each.rule) for each in plan.tensors)
-    for (action, name, dtype, shape, rule), count in groups.items():
-        ruled = ("–" if rule is None else rule + 1,) if plan.recipe.rules else ()
-        yield action, name, dtype, list(shape), count, *ruled
-    for tied in plan.tied:
-        yield "leave out", tied.name, "", f"tied to {tied.other}", 1, *(("",) if plan.recipe.rules else ())
 
 
 def checked(plan: Plan) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.errors import OutputError
-from modelfuse.execution.anomalies import Suspicious, find_suspicious
+from modelfuse.execution.anomalies import find_suspicious
 from modelfuse.execution.copying import (
     Copy,
     Difference,
@@ -23,6 +23,7 @@ from modelfuse.execution.copying import (
 )
 from modelfuse.execution.prefetch import Streaming
 from modelfuse.execution.report_writer import Outcome, SpanResult, write_config, write_index, write_report
+from modelfuse.execution.result import Result
 from modelfuse.execution.resume import Finished, bytes_of, entry_of, facts_of
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.execution.sink import Sink
@@ -44,31 +45,6 @@ if TYPE_CHECKING:
     from modelfuse.execution.ray.driver import Cluster
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a merge did.
-
-    Attributes:
-        output_path: Where the merged model is.
-        merged: Tensors merged.
-        copied: Tensors copied.
-        bytes_read: Bytes of the inputs' tensors.
-        bytes_written: Bytes of the weight files.
-        seconds: Wall time.
-        bytes_kept: Bytes, read and written, that an earlier run of the same request had done.
-        suspicious: The models with tensors that equal the base's, or are far from it.
-    """
-
-    output_path: Place
-    merged: int
-    copied: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    bytes_kept: int = 0
-    suspicious: tuple[Suspicious, ...] = ()
 
 
 @dataclass

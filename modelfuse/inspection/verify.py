@@ -31,6 +31,7 @@ from modelfuse.inspection.recompute import (
 from modelfuse.inspection.report_reader import Problem, Report, read_recipe, read_report
 from modelfuse.planning.memory_budget import processors
 from modelfuse.planning.plan import Plan
+from modelfuse.planning.tables import html
 from modelfuse.recipe.hosts_in_files import without_hosts
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, forget
@@ -46,7 +47,7 @@ READ_BYTES = 4 * BLOCK_BYTES
 SPAN_BYTES = 32 * BLOCK_BYTES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Verification:
     """What was checked, and what was found.
 
@@ -71,6 +72,17 @@ class Verification:
     problems: tuple[Problem, ...]
     nbytes: int
     seconds: float
+
+    def __repr__(self) -> str:
+        found = "holds" if self.holds else f"{len(self.problems)} problems"
+        return f"<Verification: {found}; {self.tensors} tensors, {self.recomputed} merged again; {self.path}>"
+
+    def _repr_html_(self) -> str:
+        numbers = (("holds", self.holds), ("tensors", self.tensors), ("merged again", self.recomputed),
+                   ("seconds", f"{self.seconds:.1f}"))  # fmt: skip
+        problems = (("kind", "problem"), [(each.kind, each.message) for each in self.problems])
+        row = [value for _, value in numbers]
+        return html(str(self.path), ([name for name, _ in numbers], [row]), *([problems] if self.problems else []))
 
     @property
     def holds(self) -> bool:

@@ -30,6 +30,7 @@ from modelfuse.planning.optional_packages import need
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.planning.output_location import check_places
 from modelfuse.planning.rules import Rules, operations_of
+from modelfuse.planning.tables import html, models_of, rules_of, summary, tensors_of
 from modelfuse.planning.warnings import notes_on
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import forget
@@ -48,7 +49,7 @@ class OutputFile:
         return self.frame.size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """All that a merge will do.
 
@@ -91,6 +92,13 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     config_changes: Mapping[str, object]
+
+    def __repr__(self) -> str:
+        return f"<Plan: {summary(self)}>"
+
+    def _repr_html_(self) -> str:
+        rules = [rules_of(self)] if self.recipe.rules else []
+        return html(summary(self), models_of(self), *rules, tensors_of(self), notes=(*self.notes, *self.warnings))
 
     @property
     def has_base(self) -> bool:

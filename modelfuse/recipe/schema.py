@@ -129,6 +129,7 @@ class Setting:
         choices: The values that it may have, if they can be listed.
         is_switch: Whether it is true or false.
         is_number: Whether it is a number.
+        is_fraction: Whether it is one that need not be whole.
         is_size: Whether it is a number of bytes.
         noun: What its value is called in capitals, if it is neither.
     """
@@ -146,7 +147,7 @@ class Setting:
         plain = get_args(one)[0] if get_origin(one) is Annotated else one
         self._readers = [each for each in getattr(one, "__metadata__", ()) if isinstance(each, Before)]
         self.choices = [str(each) for each in get_args(plain)] if get_origin(plain) is Literal else []
-        self.is_switch, self.is_number = plain is bool, plain in (int, float)
+        self.is_switch, self.is_number, self.is_fraction = plain is bool, plain in (int, float), plain is float
         self.is_size = any(each.read is parse_bytes for each in self._readers)
         self.noun = next((NOUNS[each.read] for each in self._readers if each.read in NOUNS), "TEXT")
 

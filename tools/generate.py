@@ -1,4 +1,4 @@
-"""Write the pages and schemas that follow from the code: ``python docs/generate.py``. A test holds them to it."""
+"""Write the files that follow from the code: ``python tools/generate.py``. Tests hold them to it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,57 @@ from modelfuse.cli.documents import DOCUMENTS
 from modelfuse.cli.groups import FROM_ENVIRONMENT, PREFIX, groups
 from modelfuse.cli.help import PAGES, default_of, steps
 from modelfuse.methods.registry import MERGE_METHODS
-from modelfuse.recipe.recipe import SETTINGS
+from modelfuse.recipe.recipe import SETTINGS, SYNONYMS
+from modelfuse.recipe.schema import Setting
 
-FOLDER = Path(__file__).parent
-WRITTEN = "<!-- Written by docs/generate.py; edit the code instead. -->\n"
+ROOT = Path(__file__).parent.parent
+WRITTEN = "<!-- Written by tools/generate.py; edit the code instead. -->\n"
 
 
-def pages() -> dict[str, str]:
-    """The content of every file that is written here, by its name in this folder."""
+def files() -> dict[str, str]:
+    """The content of every file that is written here, by its path."""
     return {
-        "reference/settings.md": "\n".join(_settings()) + "\n",
-        "reference/methods.md": "\n".join(_methods()) + "\n",
-        "reference/command-line.md": "\n".join(_command_line()) + "\n",
-        **{f"schemas/{kind.__name__.lower()}.json": _schema(kind) for kind in DOCUMENTS},
+        "docs/reference/settings.md": "\n".join(_settings()) + "\n",
+        "docs/reference/methods.md": "\n".join(_methods()) + "\n",
+        "docs/reference/command-line.md": "\n".join(_command_line()) + "\n",
+        "modelfuse/api/keywords.py": "\n".join(_keywords()) + "\n",
+        **{f"docs/schemas/{kind.__name__.lower()}.json": _schema(kind) for kind in DOCUMENTS},
     }
+
+
+def _keywords() -> Iterator[str]:
+    yield '"""The settings as keyword arguments, for type checkers and editors. Written by tools/generate.py."""'
+    yield "\n# fmt: off\n# ruff: noqa: E501"
+    yield "from collections.abc import Sequence"
+    yield "from os import PathLike"
+    yield "from typing import Any, Literal, TypedDict"
+    yield "\nfrom modelfuse.storage import Url"
+    yield "\nPath = str | PathLike[str] | Url"
+    yield "\n\nclass Keywords(TypedDict, total=False):"
+    yield '    """Every setting; see :class:`modelfuse.Recipe`."""\n'
+    yield from (f"    {name}: {_type(name, setting)}" for name, setting in SETTINGS.items())
+    yield "    model_path_str: str"
+    yield "    lora_model_path: Path"
+    yield from (f"    {name}: {_type(plain, SETTINGS[plain])}" for name, plain in SYNONYMS.items())
+
+
+def _type(name: str, setting: Setting) -> str:
+    """A setting's type, as Python has it."""
+    one = "str"
+    if setting.choices:
+        one = f"Literal[{', '.join(f'{chr(34)}{each}{chr(34)}' for each in setting.choices)}] | str"
+    elif setting.is_switch:
+        one = "bool"
+    elif setting.is_size:
+        one = "int | str"
+    elif setting.is_number:
+        one = "float" if setting.is_fraction else "int"
+    elif setting.noun in ("PATH", "MODEL"):
+        one = "Path"
+    if name == "rules":
+        one = "Any"
+    several = f"Sequence[{one}]" if setting.takes_several else one
+    return several if setting.default is not None else f"{several} | None"
 
 
 def _schema(kind: type) -> str:
@@ -104,6 +141,6 @@ def _link(name: str) -> str:
 
 
 if __name__ == "__main__":
-    for name, text in pages().items():
-        (FOLDER / name).parent.mkdir(exist_ok=True)
-        (FOLDER / name).write_text(text, encoding="utf-8")
+    for name, text in files().items():
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_text(text, encoding="utf-8")

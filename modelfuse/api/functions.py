@@ -1,0 +1,133 @@
+"""``modelfuse.merge``, ``check`` and ``verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Unpack
+
+from modelfuse.api.keywords import Keywords
+from modelfuse.api.signatures import with_settings
+from modelfuse.cli import progress as shown
+from modelfuse.cli.console import err
+from modelfuse.execution.result import Result
+from modelfuse.execution.run import run_plan
+from modelfuse.inspection.verify import Verification, verify_output
+from modelfuse.kernels.jit.compile import announcing
+from modelfuse.planning.hub import QUIET, fetch, headers
+from modelfuse.planning.output_location import check_room
+from modelfuse.planning.plan import Plan, make_plan
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Place, place_of
+from modelfuse.storage.named_hosts import name_hosts
+
+Count = Callable[[int], None]
+Tell = Callable[[str], None]
+
+
+@with_settings
+def merge(*, progress: Count | bool | None = None, **settings: Unpack[Keywords]) -> Result:
+    """Merge models into a new folder.
+
+    >>> import modelfuse
+    >>> modelfuse.merge(model_path_list=["a", "b"], output_path="c", merge_method="linear")  # doctest: +SKIP
+    <Result: merged 291 tensors, copied 0 in 9.8 s; /…/c>
+
+    Args:
+        progress: Whether to show notes and how far it is; None: on a terminal and in a notebook. Or what is called
+            with a number of bytes whenever so many more are done, from worker threads.
+
+    Returns:
+        Where the output is, and what was done.
+
+    Raises:
+        ModelfuseError: One of its kinds; nothing is then left at ``output_path`` that was not there before.
+            If the disk was full or failed, what is done is kept beside it, and the same call goes on from there.
+    """
+    name_hosts(settings.values())
+    plan = make_plan(fetch(Recipe.parse(settings), QUIET if progress is False else None))
+    with _merging(plan, progress) as (advance, tell):
+        return run_plan(plan, advance, tell)
+
+
+@with_settings
+def check(**settings: Unpack[Keywords]) -> Plan:
+    """Plan a merge from the checkpoints' headers, without reading a tensor or writing anything.
+
+    Returns:
+        The plan: what will be merged, copied and left out, and what it will cost. It is to be looked at: of models on
+        a hub that are not in the cache, no more than the headers was there while it was made.
+
+    Raises:
+        ModelfuseError: As :func:`merge` would, before any work.
+    """
+    name_hosts(settings.values())
+    with headers(Recipe.parse(settings)) as recipe:
+        plan = make_plan(recipe)
+    check_room(plan.recipe.output_path, plan.room)
+    return plan
+
+
+def verify(
+    path: Place | str,
+    full: bool = False,
+    *,
+    sample: int | None = None,
+    n_process: int | None = None,
+    seed: int | None = None,
+    hub_endpoint: str | None = None,
+    hub_anonymous: bool = False,
+    progress: Callable[[int, int], None] | bool | None = None,
+) -> Verification:
+    """Check that an output is what its merge wrote, and that the inputs give it.
+
+    >>> verify("c").holds  # doctest: +SKIP
+    True
+
+    Args:
+        path: The output of a merge.
+        full: Merge every tensor again, not a sample; without the inputs, that is a problem. Only so are inputs that are
+            in stores asked for.
+        sample: How many tensors to merge again; by default as many as read and compare about 256 MB.
+        n_process: Parallel workers; by default one a processor, up to eight.
+        seed: Chooses the sample; another one each time if not given.
+        hub_endpoint: Where models on a hub are fetched from, with ``full``; what the output says of it is not followed.
+        hub_anonymous: Send no token there, and ask also a hub that only the output names.
+        progress: Whether to show how far it is; None: on a terminal and in a notebook. Or what is called with the
+            bytes done since the last call and those to do in all, from worker threads.
+
+    Returns:
+        What was checked, and every problem found.
+
+    Raises:
+        CheckpointError: If the folder is no output of a merge, or its report cannot be understood.
+        RecipeError: If a number is out of range.
+    """
+    name_hosts([path])
+    folder = place_of(path)
+    with shown.verifying(folder, not _shows(progress)) as advance, announcing(_tell(progress)):
+        return verify_output(
+            folder,
+            full=full,
+            sample=sample,
+            n_process=n_process,
+            seed=seed,
+            hub_endpoint=hub_endpoint,
+            hub_anonymous=hub_anonymous,
+            progress=progress if callable(progress) else advance,
+        )
+
+
+@contextmanager
+def _merging(plan: Plan, progress: Count | bool | None) -> Iterator[tuple[Count, Tell]]:
+    with shown.merging(plan, not _shows(progress), of_recipe=True) as advance:
+        yield progress if callable(progress) else advance, _tell(progress)
+
+
+def _shows(progress: object) -> bool:
+    """Whether anything is to be shown; what is called instead shows it itself."""
+    return err.shows_bars if progress is None else progress is True
+
+
+def _tell(progress: object) -> Tell:
+    return (lambda text: err.tell("note", "{}", text)) if _shows(progress) else lambda _: None

@@ -1,0 +1,69 @@
+"""The settings as keyword arguments, for type checkers and editors. Written by tools/generate.py."""
+
+# fmt: off
+# ruff: noqa: E501
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, Literal, TypedDict
+
+from modelfuse.storage import Url
+
+Path = str | PathLike[str] | Url
+
+
+class Keywords(TypedDict, total=False):
+    """Every setting; see :class:`modelfuse.Recipe`."""
+
+    model_path_list: Sequence[Path]
+    base_model_path: Path | None
+    output_path: Path | None
+    merge_method: Literal["linear", "task_arithmetic", "slerp", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock"] | str | None
+    merge_type: Literal["linear", "slerp", "ties", "model_stock"] | str | None
+    sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs"] | str | None
+    weight_list: Sequence[float] | None
+    normalize: bool | None
+    lambda: float
+    slerp_alpha: float
+    slerp_normalize_eps: float
+    slerp_dot_threshold: float
+    reserve_p: float
+    rescale: bool
+    ties_elect_type: Literal["sum", "count"] | str
+    epsilon: float
+    gamma: float
+    rules: Sequence[Any]
+    seed: int
+    device: Literal["cpu", "gpu", "low_gpu_mem"] | str
+    tensor_type: Literal["np", "pd", "pt"] | str
+    gpu_memory: int | str
+    allow_cpu_fallback: bool
+    n_process: int | None
+    memory: int | str
+    merge_prefix: Literal["model", "master_weights"] | str
+    max_shard_size: int | str
+    output_dtype: Literal["float64", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] | str | None
+    input_layout: Sequence[Literal["hf", "paddle"] | str] | None
+    output_format: Literal["hf", "paddle", "pdparams", "lora"] | str | None
+    convert_from_hf: bool | None
+    save_to_hf: bool | None
+    lora_rank: int | None
+    merge_with_qdq_base_model: bool
+    engine: Literal["local", "ray"] | str
+    ray_address: str | None
+    ray_timeout: float
+    overwrite: bool
+    on_nonfinite: Literal["error", "propagate"] | str
+    unmerged_from: Path | None
+    hub_endpoint: str | None
+    hub_anonymous: bool
+    allow_mismatch: bool
+    tokenizer_from: Path | None
+    copy_file_list: Sequence[str]
+    split_pieces: int
+    max_tensor_mem: float
+    model_path_str: str
+    lora_model_path: Path
+    model_prefix: Literal["model", "master_weights"] | str
+    t: float
+    density: float
+    lambda_: float

@@ -1,0 +1,51 @@
+"""What a merge did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modelfuse.checkpoints.made_files import REPORT_NAME
+from modelfuse.execution.anomalies import Suspicious
+from modelfuse.planning.tables import html
+from modelfuse.recipe.sizes import size
+from modelfuse.storage import Place
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Result:
+    """What a merge did.
+
+    Attributes:
+        output_path: Where the merged model is.
+        merged: Tensors merged.
+        copied: Tensors copied.
+        bytes_read: Bytes of the inputs' tensors.
+        bytes_written: Bytes of the weight files.
+        seconds: Wall time.
+        bytes_kept: Bytes, read and written, that an earlier run of the same request had done.
+        suspicious: The models with tensors that equal the base's, or are far from it.
+    """
+
+    output_path: Place
+    merged: int
+    copied: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    bytes_kept: int = 0
+    suspicious: tuple[Suspicious, ...] = ()
+
+    def __repr__(self) -> str:
+        suspicious = f", {len(self.suspicious)} suspicious models" if self.suspicious else ""
+        return (
+            f"<Result: merged {self.merged} tensors, copied {self.copied} in {self.seconds:.1f} s{suspicious}; "
+            f"{self.output_path}>"
+        )
+
+    def _repr_html_(self) -> str:
+        numbers = (("merged", self.merged), ("copied", self.copied), ("seconds", f"{self.seconds:.1f}"),
+                   ("read", size(self.bytes_read)), ("written", size(self.bytes_written)))  # fmt: skip
+        notes = [f"{each.path}: {each.summary} (listed in {REPORT_NAME})" for each in self.suspicious]
+        return html(
+            str(self.output_path), ([name for name, _ in numbers], [[value for _, value in numbers]]), notes=notes
+        )
