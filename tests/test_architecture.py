@@ -143,6 +143,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "methods",
         "recipe",
         "kernels.jit",
+        "checkpoints",
         "planning",
         "planning.hub",
         "execution",

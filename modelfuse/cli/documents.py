@@ -169,7 +169,7 @@ DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Verify, Methods, Error)
 
 def write(document: Document) -> None:
     """Write a document to standard output."""
-    sys.stdout.write(json.format(json.encode(document), indent=2).decode() + "\n")
+    sys.stdout.write(json.format(json.encode(document, enc_hook=str), indent=2).decode() + "\n")
 
 
 def of_plan(plan: Plan) -> Check:
