@@ -15,6 +15,7 @@ from conftest import ROOT, make_model, random_tensors
 
 import modelfuse as package
 from modelfuse.api.keywords import Keywords
+from modelfuse.api.signatures import argument
 from modelfuse.cli.console import err
 from modelfuse.recipe.recipe import SETTINGS
 
@@ -24,15 +25,20 @@ Pair = tuple[Path, Path]
 @pytest.mark.parametrize("function", [package.merge, package.check])
 def test_signatures_and_docstrings_have_every_setting(function: Any) -> None:
     parameters = inspect.signature(function).parameters
-    assert list(SETTINGS) == [name for name in parameters if name != "progress"]
+    assert [*map(argument, SETTINGS)] == [name for name in parameters if name != "progress"]
     assert parameters["n_process"].default is None
     assert parameters["reserve_p"].default == 0.7
     assert parameters["model_path_list"].default is inspect.Parameter.empty
-    assert {*SETTINGS} <= {*Keywords.__annotations__}
+    assert {*map(argument, SETTINGS)} <= {*Keywords.__annotations__}
     text = inspect.getdoc(function) or ""
-    assert all(f"    {name}: " in text for name in SETTINGS)
+    assert all(f"    {name}: " in text for name in map(argument, SETTINGS))
     assert "Default: 0.7." in text
     assert "Raises:" in text
+
+
+def test_words_of_python_are_settings_with_an_underscore(pair: Pair) -> None:
+    plan = package.check(model_path_list=pair, base_model_path=pair[0], lambda_=0.5)
+    assert plan.recipe.effective()["lambda"] == 0.5
 
 
 def test_dir_shows_the_public_names_alone() -> None:

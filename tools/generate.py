@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from keyword import iskeyword
 from pathlib import Path
 
 from msgspec.json import schema
@@ -41,10 +42,13 @@ def _keywords() -> Iterator[str]:
     yield "\nPath = str | PathLike[str] | Url"
     yield "\n\nclass Keywords(TypedDict, total=False):"
     yield '    """Every setting; see :class:`modelfuse.Recipe`."""\n'
-    yield from (f"    {name}: {_type(name, setting)}" for name, setting in SETTINGS.items())
+    for name, setting in SETTINGS.items():
+        yield f"    {name}{'_' if iskeyword(name) else ''}: {_type(name, setting)}"
     yield "    model_path_str: str"
     yield "    lora_model_path: Path"
-    yield from (f"    {name}: {_type(plain, SETTINGS[plain])}" for name, plain in SYNONYMS.items())
+    for name, plain in SYNONYMS.items():
+        if not name.endswith("_"):
+            yield f"    {name}: {_type(plain, SETTINGS[plain])}"
 
 
 def _type(name: str, setting: Setting) -> str:

@@ -22,7 +22,7 @@ class Keywords(TypedDict, total=False):
     sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs"] | str | None
     weight_list: Sequence[float] | None
     normalize: bool | None
-    lambda: float
+    lambda_: float
     slerp_alpha: float
     slerp_normalize_eps: float
     slerp_dot_threshold: float
@@ -66,4 +66,3 @@ class Keywords(TypedDict, total=False):
     model_prefix: Literal["model", "master_weights"] | str
     t: float
     density: float
-    lambda_: float

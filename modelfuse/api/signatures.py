@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from keyword import iskeyword
 from typing import Any, ParamSpec, TypeVar
 
 from modelfuse.api.keywords import Keywords
@@ -37,8 +38,14 @@ def describe() -> None:
         function.__doc__ = f"{head}Args:\n{_listed()}\n{rest}"
 
 
+def argument(name: str) -> str:
+    """What a setting is called where Python's words are no names: ``lambda_``."""
+    return f"{name}_" if iskeyword(name) else name
+
+
 def _parameters() -> Iterator[inspect.Parameter]:
-    for name, setting in SETTINGS.items():
+    for plain, setting in SETTINGS.items():
+        name = argument(plain)
         default = inspect.Parameter.empty if setting.is_required else setting.default
         annotation = Keywords.__annotations__.get(name, inspect.Parameter.empty)
         if isinstance(annotation, str) or hasattr(annotation, "__forward_arg__"):
@@ -48,7 +55,7 @@ def _parameters() -> Iterator[inspect.Parameter]:
 
 def _listed() -> str:
     lines = []
-    for name, setting in SETTINGS.items():
+    for name, setting in zip(map(argument, SETTINGS), SETTINGS.values(), strict=True):
         default = "Required." if setting.is_required else f"Default: {default_of(setting)}."
         choices = f"One of {', '.join(setting.choices)}. " if setting.choices else ""
         lines.append(
