@@ -17,6 +17,7 @@ class Keywords(TypedDict, total=False):
     model_path_list: Sequence[Path]
     base_model_path: Path | None
     output_path: Path | None
+    mergekit: str | None
     merge_method: Literal["linear", "task_arithmetic", "slerp", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock"] | str | None
     merge_type: Literal["linear", "slerp", "ties", "model_stock"] | str | None
     sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs"] | str | None
@@ -58,6 +59,7 @@ class Keywords(TypedDict, total=False):
     hub_anonymous: bool
     allow_mismatch: bool
     tokenizer_from: Path | None
+    model_card: bool
     copy_file_list: Sequence[str]
     split_pieces: int
     max_tensor_mem: float

@@ -211,8 +211,10 @@ def of_plan(plan: Plan) -> Check:
 
 
 def _weight(plan: Plan, number: int) -> float | None:
-    weights = plan.recipe.weights
-    return weights[number] if number < len(weights) and plan.recipe.parameters.has_weights else None
+    recipe = plan.recipe
+    if recipe.mergekit is not None or not recipe.parameters.has_weights or number >= len(recipe.weights):
+        return None
+    return recipe.weights[number]
 
 
 def of_result(plan: Plan, result: Result) -> Merge:

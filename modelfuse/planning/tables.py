@@ -102,9 +102,13 @@ def summary(plan: Plan) -> str:
     number = len(plan.recipe.model_path_list)
     inputs = f"{number} model{'s' * (number != 1)}{' and a base' if plan.has_base else ''}"
     return (
-        f"{plan.recipe.method_told[0]} of {inputs}: "
+        f"{_method(plan)} of {inputs}: "
         f"{len(plan.tensors)} tensors, reads {size(plan.bytes_read)}, writes {size(plan.bytes_written)}"
     )
+
+
+def _method(plan: Plan) -> str:
+    return plan.recipe.method_told[0] if plan.recipe.mergekit is not None else plan.recipe.parameters.name
 
 
 def html(title: str, *tables: tuple[Sequence[str], Iterable[Row]], notes: Iterable[str] = ()) -> str:
