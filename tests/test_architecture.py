@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "recipe",
         "kernels",
         "kernels.compiled",
+        "kernels.jit",
         "checkpoints",
         "checkpoints.layouts",
     },
