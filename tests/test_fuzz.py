@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -158,6 +159,26 @@ def test_the_corpus_of_json(hostile: Hostile, modelfuse: Run, models: Path, cont
     (models / "r.json").write_text(content)
     assert hostile("check", "r.json") == 2
     assert says in modelfuse("check", "r.json").err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.json", json.dumps({"model_path_list": ["A"] * 60_000})),
+        ("r.json", json.dumps({"model_path_list": [f"m/{number}" for number in range(9000)]})),
+        ("r.json", json.dumps({"model_path_list": ["A", "B"], "weight_list": [1] * 60_000})),
+        ("r.yaml", "model_path_list: [" + "A," * 60_000 + "]"),
+        ("r.yaml", "model_path_list:\n" + "- A\n" * 40_000),
+        ("r.yaml", "---\n" * 40_000),
+        ("r.yaml", "merge_method: linear\nmodels:\n" + "- model: A\n" * 12_000),
+        ("r.yaml", "a: {" + "b: " * 60_000 + "}"),
+    ],
+)
+def test_what_is_refused_is_refused_soon(hostile: Hostile, models: Path, name: str, content: str) -> None:
+    (models / name).write_text(content)
+    started = time.process_time()
+    assert hostile("check", name) == 2
+    assert time.process_time() - started < 8, "with every allocation traced"
 
 
 def test_what_is_taken(modelfuse: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

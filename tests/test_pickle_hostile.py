@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import builtins
 import io
+import itertools
 import os
 import pickle
 import sys
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
@@ -223,6 +225,37 @@ def test_the_readers_cannot_run_anything() -> None:
 
 
 # Nothing is unbounded
+
+
+def test_tensors_whose_hashes_are_all_the_same(tmp_path: Path) -> None:
+    """Numbers that differ by a multiple of Python's prime have one hash; looked up by it, they took minutes."""
+
+    def number(value: int) -> bytes:
+        return b"\x8a\x09" + value.to_bytes(9, "little")
+
+    def text(value: str) -> bytes:
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x10tQ"
+    body = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x00" + storage + b"q\x0100}("
+    sizes = itertools.islice(itertools.product((1, 2**61, 2**62 - 1), repeat=9), 8000)
+    for at, shape in enumerate(sizes):
+        dimensions, strides = b"".join(map(number, shape)), b"K\x01" * len(shape)
+        body += text(f"{at:x}") + b"h\x00(h\x01K\x00(" + dimensions + b"t(" + strides + b"t\x89N}tR"
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        for name, content in (("data.pkl", body + b"u."), ("byteorder", b"little"), ("data/0", bytes(64))):
+            archive.writestr(f"x/{name}", content)
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match="claims the shape"):
+        read_torch(tmp_path / "x.bin")
+    assert time.process_time() - started < 3
+
+
+def test_very_many_names_are_refused(tmp_path: Path) -> None:
+    pairs = b"".join(b"\x8c\x05" + f"{number:05x}".encode() + b"K\x00" for number in range(260_000))
+    (tmp_path / "x.pdparams").write_bytes(b"\x80\x02}(" + pairs + b"u.")
+    with pytest.raises(CheckpointError, match="more than 250,000"):
+        read_paddle(tmp_path / "x.pdparams")
 
 
 @pytest.mark.parametrize(

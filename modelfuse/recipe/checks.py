@@ -37,6 +37,10 @@ ELSEWHERE = {
 }
 
 
+#: The models of a merge.
+MOST_MODELS = 1000
+
+
 def listed(problems: Sequence[str]) -> str:
     """What is wrong with single settings, a line each."""
     if len(problems) > MOST_LINES:
@@ -95,7 +99,9 @@ def check_configured(others: Sequence[str], output_format: str | None) -> None:
 
 
 def check_models(models: int, has_base: bool) -> None:
-    """Refuse too few models to merge."""
+    """Refuse too few models to merge, and too many: every one has files that stay open."""
+    if models > MOST_MODELS:
+        raise RecipeError(f"model_path_list names {models:,} models; a merge takes at most {MOST_MODELS:,}")
     if models < 2 - has_base:
         raise RecipeError(
             f"model_path_list names {models} model; a merge needs at least two, or one and a base",

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MAX_BYTES = 200_000
 #: What is merged in mergekit's configurations: each has exactly one of these, and is known by them.
 CONTENT_KEYS = ("models", "slices", "modules")
+#: Lines, and marks that values begin or end with: yaml takes a second for these.
+MOST_MARKS = 15_000
+_MARKS = re.compile(r"[\n\r,:\[{?&]")
 #: What aliases may make of it.
 MAX_VALUES = 100_000
 #: Settings are numbers, words, and lists of those.
@@ -139,6 +142,8 @@ def _load_yaml(text: str) -> object:
 def _documents(text: str, aliases: bool) -> list[object]:
     import yaml
 
+    if len(_MARKS.findall(text)) > MOST_MARKS:
+        raise ValueError(f"it has more than {MOST_MARKS:,} lines and values, too many for a recipe")
     try:
         loader, documents = _loader(aliases)(text), list[object]()
         try:

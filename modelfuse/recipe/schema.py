@@ -49,6 +49,10 @@ def _endpoint(value: object) -> object:
     return value.rstrip("/") if isinstance(value, str) else value
 
 
+#: The values of a setting that takes several: more are refused before any is looked at.
+MOST_VALUES = 10_000
+
+
 @dataclass(frozen=True, slots=True)
 class Before:
     """Metadata of a setting's type: what makes of a given value one that is checked.
@@ -174,6 +178,8 @@ class Setting:
             if self.is_per_model:
                 return self._read(value)
             raise Unfit(value, "give a list") from None
+        if len(several) > MOST_VALUES:
+            raise Unfit(several[:3], f"and {len(several) - 3:,} more values; give at most {MOST_VALUES:,}")
         read = tuple(map(self._read, several))
         return read[0] if self.is_per_model and len(read) == 1 else read
 

@@ -11,6 +11,8 @@ from modelfuse.checkpoints.tensor_names import OTHER_HEADS, TIED_HEADS
 T = TypeVar("T")
 
 _MAX_WRAPPERS = 4
+#: A model has a hundred thousand tensors; each name costs some microseconds in all that follows.
+MOST_NAMES = 250_000
 #: Parts of the names under which training programs keep what is not the model.
 _TRAINING_STATE = ("optim", "sched", "scaler", "rng_state")
 _SAVE_ALONE = "Save the model's state dict alone, or convert it to safetensors with the library that wrote it."
@@ -33,6 +35,8 @@ def find_state_dict(value: object, is_tensor: Callable[[object], bool]) -> dict[
         seen: set[int] = set()
         if type(value) is not dict:
             raise Refused("it does not hold a dict of tensors", _SAVE_ALONE)
+        if len(value) > MOST_NAMES:
+            raise Refused(f"it names {len(value):,} tensors or other values, more than {MOST_NAMES:,}")
         direct = [name for name, item in value.items() if is_tensor(item)]
         if unnamed := [name for name in direct if type(name) is not str]:
             raise Refused(f"it holds a tensor under {unnamed[0]!r} instead of a name", _SAVE_ALONE)

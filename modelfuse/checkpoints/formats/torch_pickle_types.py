@@ -54,6 +54,13 @@ class TorchTensor:
         """The number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def place(self) -> str:
+        """Tells it from tensors of other elements; text, as a file can choose numbers whose hashes are all the same."""
+        storage = self.storage
+        return repr((storage.key, storage.dtype, storage.size, storage.start, self.offset, self.shape, self.strides,
+                     self.dtype))  # fmt: skip
+
 
 def storage_of(saved_id: object) -> Storage:
     """Read a persistent id: ``("storage", type, key, location, size)``, in old streams with a view.

@@ -49,7 +49,7 @@ def read_torch(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             raise not_this_format(start, "torch")
         entries = find_state_dict(value, lambda item: isinstance(item, TorchTensor))
         tensors = {name: item for name, item in entries.items() if isinstance(item, TorchTensor)}
-        kept, aliases = split_aliases(tensors, lambda tensor: tensor if tensor.size else None)
+        kept, aliases = split_aliases(tensors, lambda tensor: tensor.place if tensor.size else None)
         return {name: _place(name, tensor, file, locate, big_endian) for name, tensor in kept.items()}, aliases
 
 
