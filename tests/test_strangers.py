@@ -108,17 +108,17 @@ models:
   - model: A
   - model: B
     parameters:
-      weight: [0.1, {filter: mlp, value: 0.9}]
+      weight: [{filter: mlp, value: 0.9}, {value: 0.1}]
       density: 0.5
 parameters:
   normalize: true
 dtype: float32
-tokenizer_source: base
+
 """
 OURS = {
     "model_path_list": ["A", "B"], "merge_method": "dare_ties", "base_model_path": "A", "weight_list": [1, 0.5],
     "reserve_p": 0.5, "seed": 3, "max_shard_size": "1kB", "output_dtype": "float32", "copy_file_list": ["vocab.txt"],
-    "tokenizer_from": "B", "unmerged_from": "A", "hub_endpoint": None, "memory": "300MB", "output_format": "hf",
+    "tokenizer_from": "B", "unmerged_from": "A", "hub_endpoint": None, "memory": "300MB",
     "rules": [{"tensors": "*mlp*", "take": "B"}, {"tensors": "model.norm.*", "reserve_p": 0.9}],
 }  # fmt: skip
 

@@ -88,7 +88,7 @@ def _of_classes(one: Config, other: Config) -> Iterator[ConfigDifference]:
     names = [each.get("architectures") for each in (one, other)]
     first = [str(each[0]) for each in names if isinstance(each, list) and each]
     families = {re.sub(r"(For[A-Z]\w*|LMHead\w*|Text)?(Model)?$", "", name) for name in first}
-    types = {one.get("model_type"), other.get("model_type")}
+    types = {str(each.get("model_type")) for each in (one, other)}
     if len(first) == 2 and len(families) > 1 and len(types) == 1:
         yield ConfigDifference("architectures", first[0], first[1], True)
 

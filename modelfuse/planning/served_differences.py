@@ -201,18 +201,18 @@ def _differ(name: str, one: Served, other: Served) -> bool:
         return True
     try:
         first, second = (json.loads(each or b"") for each in contents)
-    except ValueError:
+        skipped = ("transformers_version", "_processor_class", "processor_class", "image_processor_type")
+        both = first.keys() & second.keys() if isinstance(first, dict) and isinstance(second, dict) else ()
+        return any(first[key] != second[key] for key in both if key not in skipped)
+    except (ValueError, RecursionError):
         return True
-    skipped = ("transformers_version", "_processor_class", "processor_class", "image_processor_type")
-    both = first.keys() & second.keys() if isinstance(first, dict) and isinstance(second, dict) else ()
-    return any(first[key] != second[key] for key in both if key not in skipped)
 
 
 def _pairs(merges: object) -> object:
     """Merges as pairs: old releases write both with a space between."""
-    return [tuple(each.split(" ")) if isinstance(each, str) else tuple(each) for each in merges] if isinstance(
-        merges, list
-    ) else None  # fmt: skip
+    if not isinstance(merges, list):
+        return None
+    return [each.split(" ") if isinstance(each, str) else each for each in merges]
 
 
 def _some(words: Collection[str]) -> str:

@@ -127,7 +127,7 @@ def read_settings(file: Place) -> Settings:
 
 def _peft(file: Place, content: Mapping[str, object]) -> Settings:
     kind = content.get("peft_type", "LORA")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise _unsupported(file, f"peft_type {kind}")
     _refuse(file, content, PEFT_KINDS)
     start = content.get("init_lora_weights")
