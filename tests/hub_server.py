@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -126,6 +127,62 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(BrokenPipeError, ConnectionResetError):
             self.answer()
 
+    def do_POST(self) -> None:
+        """Making a repository, and a commit to it, which only those may who are let in."""
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.asked.append(Asked(self.command, path, {name.lower(): value for name, value in self.headers.items()}))
+        if self.hub.status is not None:
+            self.reply(self.hub.status)
+        elif not self.is_let_in():
+            self.refuse(401, "")
+        elif path == "/api/repos/create":
+            given = json.loads(body)
+            name = f"{given['organization']}/{given['name']}"
+            if name in self.hub.repositories:
+                self.tell_json({"error": "exists", "url": f"{self.hub.endpoint}/{name}"}, 409)
+                return
+            repository = self.hub.repositories[name] = Repository(
+                name, private="private" in (given.get("visibility"), given.get("private") and "private")
+            )
+            repository.commit({".gitattributes": b""})
+            self.tell_json({"url": f"{self.hub.endpoint}/{name}"})
+        elif path == "/api/validate-yaml":
+            self.tell_json({"errors": [], "warnings": []})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
+            files = [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                     for each in json.loads(body)["files"]]  # fmt: skip
+            self.tell_json({"files": files})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
+            repository = self.hub.repositories[match[1]]
+            repository.refs[match[2]] = repository.refs["main"]
+            self.tell_json({})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/(.+)", path):
+            self.commit(self.hub.repositories[match[1]], match[2], body)
+        else:
+            self.refuse(404, "")
+
+    def commit(self, repository: Repository, branch: str, body: bytes) -> None:
+        files = dict(repository.commits[repository.refs[branch]])
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "deletedFile":
+                files.pop(entry["value"]["path"])
+        sha = repository.commit(files, branch)
+        url = f"{self.hub.endpoint}/{repository.name}/commit/{sha}"
+        self.tell_json({"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": ""})
+
+    def list_tree(self, name: str, revision: str) -> None:
+        if found := self.find(name, revision):
+            repository, sha = found
+            self.tell_json([{"type": "file", "path": file, "size": len(content), "oid": _git(content)}
+                            for file, content in repository.commits[sha].items()])  # fmt: skip
+
+    def tell_json(self, answer: object, status: int = 200) -> None:
+        self.reply(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
@@ -135,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(self.hub.status)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self.tell(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
+            self.list_tree(match[1], match[2])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40}|[^/]+)/(.+)", path):
             self.resolve(match[1], match[2], match[3])
         elif match := re.fullmatch(r"/blobs/([0-9a-f]+)", path):

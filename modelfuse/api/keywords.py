@@ -60,6 +60,8 @@ class Keywords(TypedDict, total=False):
     allow_mismatch: bool
     tokenizer_from: Path | None
     model_card: bool
+    copy_tokenizer: bool
+    truncate_embeddings: bool
     copy_file_list: Sequence[str]
     split_pieces: int
     max_tensor_mem: float

@@ -124,6 +124,17 @@ def parse(
     return {**defaults, **settings, **own}, options
 
 
+def parse_push(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
+    """Turn the words behind ``push`` into its arguments.
+
+    Raises:
+        RecipeError: If a flag is unknown or lacks its value.
+    """
+    parser = push_parser()
+    given = {**from_environment(["hub_endpoint"]), **vars(parser.parse_args(_plain(words)))}
+    return given, parser.options_of(given)
+
+
 def parse_options(command: str, words: Sequence[str]) -> Options:
     """Turn the words behind a command that takes nothing else into its options.
 
@@ -146,6 +157,17 @@ def parse_verify(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
     parser = verify_parser()
     given = {**from_environment(["n_process", "hub_endpoint"]), **vars(parser.parse_args(_plain(words)))}
     return given, parser.options_of(given)
+
+
+def push_parser() -> Parser:
+    """The parser of ``push``."""
+    parser = Parser("push")
+    parser.add_argument("folder")
+    parser.add_argument("name")
+    for flag in ("--public", "--overwrite"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--hub_endpoint")
+    return parser
 
 
 def verify_parser() -> Parser:

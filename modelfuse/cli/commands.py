@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelfuse.cli import console
-from modelfuse.cli.arguments import Options, parse, parse_options, parse_verify
+from modelfuse.cli.arguments import Options, parse, parse_options, parse_push, parse_verify
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, place_of
@@ -120,6 +121,29 @@ def _verify(words: list[str], _: Mapping[str, object]) -> int:
     return 0 if found.holds else 2
 
 
+def _push(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli import render
+    from modelfuse.planning.hub.upload import push_folder
+
+    given, options = parse_push(words)
+    console.begin_logs(options.verbose, options.log_file)
+    pushed = push_folder(
+        Path(given["folder"]),
+        given["name"],
+        public=given.get("public", False),
+        overwrite=given.get("overwrite", False),
+        endpoint=given.get("hub_endpoint"),
+        tell=_tell(options.quiet),
+    )
+    if options.json:
+        from modelfuse.cli import documents
+
+        documents.write(documents.Push(name=pushed.name, url=pushed.url, commit=pushed.commit, private=pushed.private))
+    elif not options.quiet:
+        render.pushed(pushed)
+    return 0
+
+
 def _methods(words: list[str], _: Mapping[str, object]) -> int:
     if parse_options("methods", words).json:
         from modelfuse.cli import documents
@@ -143,7 +167,7 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
-    "merge": _merge, "check": _check, "verify": _verify, "methods": _methods, "completion": _completion,
+    "merge": _merge, "check": _check, "verify": _verify, "push": _push, "methods": _methods, "completion": _completion,
     **{name: _mergekit(name) for name in ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch")},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from modelfuse.cli.arguments import Parser, merge_parser, verify_parser
+from modelfuse.cli.arguments import Parser, merge_parser, push_parser, verify_parser
 from modelfuse.cli.help import PAGES
 from modelfuse.recipe.recipe import SETTINGS
 
@@ -19,8 +19,8 @@ def script(shell: str) -> str:
     commands = parser.add_subparsers()
     for name, page in PAGES.items():
         described = {"merge": merge_parser, "check": merge_parser}.get(name, Parser)(name)
-        if name == "verify":
-            described = verify_parser()
+        if name in ("verify", "push"):
+            described = verify_parser() if name == "verify" else push_parser()
         for action in described._actions:
             setting = SETTINGS.get(action.dest)
             if setting is not None and setting.choices:

@@ -126,6 +126,16 @@ class Verify(Document, frozen=True, kw_only=True):
     seconds: float
 
 
+class Push(Document, frozen=True, kw_only=True):
+    """Where an output is on a hub: ``modelfuse push --json``."""
+
+    document: Literal["push/1"] = "push/1"
+    name: str
+    url: str
+    commit: str
+    private: bool
+
+
 class Pair(Struct, frozen=True):
     """A name for a pair of steps."""
 
@@ -164,7 +174,7 @@ class Error(Document, frozen=True, kw_only=True):
     status: int
 
 
-DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Verify, Methods, Error)
+DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Verify, Push, Methods, Error)
 
 
 def write(document: Document) -> None:

@@ -113,6 +113,17 @@ PAGES = {
         ),
         ending="Exit status: 0 if all holds, 2 if anything is wrong.",
     ),
+    "push": Page(
+        "modelfuse push FOLDER ORG/NAME[@BRANCH] [--public] [--overwrite] [--hub_endpoint URL]",
+        "Send a merged model to the Hugging Face Hub, with its model card.",
+        ("modelfuse push merged me/merged",),
+        own=(
+            ("--public", "Let everybody see it. Default: private, if the repository is new."),
+            ("--overwrite", "Replace the weights of a repository that has files already."),
+            ("--hub_endpoint URL", "Another hub. Default: HF_ENDPOINT, else huggingface.co."),
+        ),
+        ending="It takes huggingface_hub's token: `hf auth login`, or HF_TOKEN.",
+    ),
     "methods": Page("modelfuse methods", "Show the methods, their settings, formulas and papers."),
     "completion": Page(
         "modelfuse completion {bash,zsh,tcsh}",

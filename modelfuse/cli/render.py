@@ -19,6 +19,7 @@ from modelfuse.version import __version__
 if TYPE_CHECKING:
     from modelfuse.execution.result import Result
     from modelfuse.inspection.verify import Verification
+    from modelfuse.planning.hub.upload import Pushed
     from modelfuse.planning.plan import Plan
     from modelfuse.recipe.recipe import Recipe
 
@@ -127,6 +128,12 @@ def result(plan: Plan, result: Result) -> None:
     out.say("next:")
     for command in next_steps(plan):
         out.command(command)
+
+
+def pushed(pushed: Pushed) -> None:
+    """Where an output is on a hub."""
+    seen = "private" if pushed.private else "public"
+    out.tell("info", "[green]pushed[/] to {}, {}, at commit {}", pushed.url, seen, pushed.commit)
 
 
 def verification(found: Verification, quiet: bool) -> None:
