@@ -488,3 +488,84 @@ def test_weight_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mod
     assert said.status == 0, said.err
     found = array(read_model(tmp_path / "out")["x"])
     np.testing.assert_allclose(found, (made["a"]["x"] + made["b"]["x"]) / 2, rtol=1e-6)
+
+
+STAGED = """
+name: half
+merge_method: slerp
+base_model: a
+dtype: bfloat16
+models: [{model: a}, {model: b}]
+parameters: {t: 0.5}
+---
+name: long
+merge_method: passthrough
+slices:
+  - sources: [{model: half, layer_range: [0, 3]}]
+  - sources: [{model: b, layer_range: [2, 4]}]
+---
+merge_method: task_arithmetic
+base_model: long
+models: [{model: long}, {model: other, parameters: {weight: 0.25}}]
+parameters: {weight: 3}
+---
+name: other
+merge_method: linear
+models: [{model: long, parameters: {weight: 0.5}}]
+parameters: {normalize: false}
+"""
+
+
+def by_steps(three: dict[str, Tensors], merge: Run, tmp_path: Path) -> dict[str, np.ndarray]:
+    """The same one after another: each document's result in a folder of its name."""
+    for document in sorted(
+        yaml.safe_load_all(STAGED), key=lambda each: ["half", "long", "other", None].index(each.get("name"))
+    ):
+        name = document.pop("name", "last")
+        (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(document))
+        merge(f"{name}.yml", "--output_path", name)
+    return {name: array(each) for name, each in read_model(tmp_path / "last").items()}
+
+
+def test_documents_use_each_others_results(
+    three: dict[str, Tensors], fuse: Any, merge: Run, modelfuse: Run, tmp_path: Path
+) -> None:
+    found = fuse(STAGED)
+    assert config_of(tmp_path / "out")["num_hidden_layers"] == 5
+    assert package.verify(tmp_path / "out", full=True).holds
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base", "config.yml", "out"]
+    assert modelfuse("check", "config.yml").status == 0
+    expected = by_steps(three, merge, tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    merge(tmp_path / "out" / "merge_config.json", "--output_path", "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_intermediate_results_are_kept_on_demand(
+    three: dict[str, Tensors], merge: Run, modelfuse: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yml").write_text(STAGED)
+    said = modelfuse("mergekit-multi", "config.yml", "--out-path", "out", "-I", "kept")
+    assert said.status == 0, said.err
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["half", "long", "other"]
+    assert package.verify(tmp_path / "kept" / "long", full=True).holds
+    by_steps(three, merge, tmp_path)
+    for name in ("half", "long", "other"):
+        assert (tmp_path / "kept" / name / "model.safetensors").read_bytes() == (
+            tmp_path / name / "model.safetensors"
+        ).read_bytes()
+
+
+def test_tokenizers_of_intermediate_results(vocabularies: dict[str, Tensors], fuse: Any, tmp_path: Path) -> None:
+    union = {**linear("a", "b", base_model="a"), "name": "both", "tokenizer": {"source": "union"}}
+    last = {**linear("both", "b"), "tokenizer": {"source": "union"}}
+    found = fuse(yaml.safe_dump_all([union, last]))
+    assert found[EMBEDDING].shape == (6, WIDTH)
+    assert config_of(tmp_path / "out")["vocab_size"] == 6
+    tokens = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert [each["content"] for each in tokens["added_tokens"]] == ["w", "v"]
+    a, b = (vocabularies[name][EMBEDDING] for name in "ab")
+    np.testing.assert_allclose(found[EMBEDDING][1], ((a[1] + b[3]) / 2 + b[3]) / 2, rtol=1e-5)

@@ -123,6 +123,8 @@ DEFAULTS = {
     "epsilon": 0.14,
     "copy_file_list": (),
     "mergekit": None,
+    "mergekit_document": None,
+    "intermediate_dir": None,
     "copy_tokenizer": True,
     "truncate_embeddings": False,
     "model_card": True,

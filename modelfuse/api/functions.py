@@ -10,6 +10,7 @@ from modelfuse.api.keywords import Keywords
 from modelfuse.api.signatures import with_settings
 from modelfuse.cli import progress as shown
 from modelfuse.cli.console import err
+from modelfuse.execution.intermediate import keep_intermediate
 from modelfuse.execution.result import Result
 from modelfuse.execution.run import run_plan
 from modelfuse.inspection.verify import Verification, verify_output
@@ -45,7 +46,9 @@ def merge(*, progress: Count | bool | None = None, **settings: Unpack[Keywords])
             If the disk was full or failed, what is done is kept beside it, and the same call goes on from there.
     """
     name_hosts(settings.values())
-    plan = make_plan(fetch(Recipe.parse(settings), QUIET if progress is False else None))
+    recipe = fetch(Recipe.parse(settings), QUIET if progress is False else None)
+    keep_intermediate(recipe)
+    plan = make_plan(recipe)
     with _merging(plan, progress) as (advance, tell):
         return run_plan(plan, advance, tell)
 

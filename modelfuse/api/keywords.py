@@ -18,6 +18,8 @@ class Keywords(TypedDict, total=False):
     base_model_path: Path | None
     output_path: Path | None
     mergekit: str | None
+    mergekit_document: str | None
+    intermediate_dir: Path | None
     merge_method: Literal["linear", "task_arithmetic", "slerp", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock"] | str | None
     merge_type: Literal["linear", "slerp", "ties", "model_stock"] | str | None
     sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs"] | str | None

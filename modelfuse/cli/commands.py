@@ -62,8 +62,12 @@ def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
         raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
     from modelfuse.planning.hub import fetch
 
-    plan = _plan(fetch(recipe, progress.watch(quiet)))
+    recipe = fetch(recipe, progress.watch(quiet))
+    from modelfuse.execution.intermediate import keep_intermediate
     from modelfuse.execution.run import run_plan
+
+    keep_intermediate(recipe)
+    plan = _plan(recipe)
 
     with progress.merging(plan, quiet) as advance:
         result = run_plan(plan, advance, _tell(quiet))

@@ -13,14 +13,15 @@ from modelfuse.recipe.schema import Unfit
 #: The settings by what they are about; all others say how to merge.
 GROUPS: Mapping[str, Sequence[str]] = {
     "What to merge": (
-        "model_path_list", "base_model_path", "mergekit", "merge_prefix", "input_layout", "convert_from_hf",
+        "model_path_list", "base_model_path", "mergekit", "mergekit_document",
+        "merge_prefix", "input_layout", "convert_from_hf",
         "merge_with_qdq_base_model", "unmerged_from", "allow_mismatch", "on_nonfinite", "hub_endpoint",
         "hub_anonymous",
     ),
     "How": (),
     "Where to": (
         "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "max_shard_size",
-        "copy_file_list", "tokenizer_from", "copy_tokenizer", "truncate_embeddings", "model_card",
+        "copy_file_list", "tokenizer_from", "copy_tokenizer", "truncate_embeddings", "model_card", "intermediate_dir",
     ),
     "Machine": (
         "n_process", "memory", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "engine", "ray_address",

@@ -31,7 +31,7 @@ MAX_VALUES = 100_000
 #: Settings are numbers, words, and lists of those.
 MAX_DEPTH = 50
 #: What tells that a recipe is a merge_config.json, and what it records of that merge that is no wish of the next one.
-RECORD, RECORDED = "modelfuse_version", ("output_path", "overwrite")
+RECORD, RECORDED = "modelfuse_version", ("output_path", "overwrite", "intermediate_dir")
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 

@@ -33,6 +33,7 @@ from modelfuse.recipe.tensor_rules import Rule, checked_rules, rule_as_json
 from modelfuse.storage import Place
 
 if TYPE_CHECKING:
+    from modelfuse.recipe.arcee.configuration import Configuration
     from modelfuse.recipe.arcee.documents import Configurations
 
 #: Keys that merge_config.json holds beside the settings; a recipe may carry them.
@@ -93,7 +94,7 @@ class Recipe(Settings):
             others = {**self.parameters.given, "base_model_path": self.base_model_path, "rules": self.rules or None,
                       "merge_with_qdq_base_model": self.merge_with_qdq_base_model or None}  # fmt: skip
             check_configured([name for name, value in others.items() if value is not None], self.output_format)
-            _ = self.configurations
+            _ = self.configuration
         check_device(self.tensor_type, self.device)
         check_engine(self.engine, self.ray_address, self.tensor_type)
         self.parameters.check()
@@ -192,10 +193,15 @@ class Recipe(Settings):
         return read_configurations(self.mergekit or "", self.model_path_list)
 
     @property
+    def configuration(self) -> Configuration:
+        """The document of ``mergekit`` whose result is the output."""
+        return self.configurations.named(self.mergekit_document)
+
+    @property
     def method_told(self) -> tuple[str, str | None, list[float]]:
         """What a report tells of the method: (merge_type, sparsify_type) and weights, or a configuration's method."""
         if self.mergekit is not None:
-            return self.configurations.result.merge_method, None, []
+            return self.configuration.merge_method, None, []
         sparsify_type, merge_type = self.parameters.steps
         return merge_type, sparsify_type, list(self.weights)
 

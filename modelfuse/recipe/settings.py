@@ -29,6 +29,12 @@ class Settings:
     mergekit: str | None = setting(
         None, "The text of a configuration of mergekit's, which says what to merge and how.", "none"
     )
+    mergekit_document: str | None = setting(
+        None, "The name of the document of that text whose result is asked for.", "the one that no other uses"
+    )
+    intermediate_dir: AbsolutePath | None = setting(
+        None, "A folder to keep the results of other documents in, too.", "none: they are merged while they are read"
+    )
     parameters: MethodSettings
     rules: tuple[RuleSetting, ...] = setting(
         (), "Settings of methods, or take, for tensors whose names match a glob; in a recipe file.", "none"

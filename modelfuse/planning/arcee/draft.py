@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints import CONFIG_FILE, Checkpoint
 from modelfuse.checkpoints.tensor_names import group_names
-from modelfuse.errors import RecipeError
 from modelfuse.planning.adapter_inputs import copies
 from modelfuse.planning.arcee.files import files_beside
-from modelfuse.planning.arcee.models import OpenModel, open_models
+from modelfuse.planning.arcee.intermediate import intermediate
+from modelfuse.planning.arcee.models import Inputs, OpenModel, stacks_of
 from modelfuse.planning.arcee.operations import Operations
 from modelfuse.planning.arcee.tensors import Arrangement, arrange
 from modelfuse.planning.arcee.vocabulary import open_vocabulary
@@ -18,6 +19,7 @@ from modelfuse.planning.drafts import Draft
 from modelfuse.planning.input_comparison import compare_inputs
 from modelfuse.planning.matching import find_equal_pairs
 from modelfuse.planning.output_format import OutputFormat
+from modelfuse.recipe.arcee.configuration import Configuration
 from modelfuse.recipe.arcee.references import Reference
 from modelfuse.recipe.recipe import Recipe
 
@@ -35,28 +37,60 @@ def draft_of(recipe: Recipe) -> Draft:
         MismatchError: If the models do not fit together; all differences are listed.
         RecipeError: If a parameter is not given, or cannot be.
     """
-    configurations = recipe.configurations
-    if len(configurations.documents) > 1:
-        raise RecipeError("The configuration has several documents", "Merge one after the other.")
-    configuration = configurations.result
-    inputs, models = open_models(recipe, configurations)
-    donor = next(iter(models.values()))
-    vocabulary = open_vocabulary(configuration.tokenizer, models, configuration.base_model)
-    arrangement = arrange(configuration, models, donor)
-    maker = Operations(recipe, configuration, models, vocabulary)
-    operations = maker.made(arrangement)
-    form = OutputFormat.of(recipe, donor.checkpoint)
-    files = files_beside(recipe, configuration, list(models.values()), donor, arrangement, operations, vocabulary, form)
-    tied = tuple(maker.tied)
-    pairs = (*find_equal_pairs([model.checkpoint for model in models.values()], tied), *copies(inputs))
-    notes = (*configuration.notes, *files.notes, *(vocabulary.notes if vocabulary else ()), *_left_out(arrangement))
-    told = _with_left_out(inputs, models, arrangement)
-    if recipe.model_card:
-        files.put(CONFIGURATION_FILE, (recipe.mergekit or "").encode(errors="backslashreplace"))
-    base = None if configuration.base_model is None else models[configuration.base_model].number
-    # mergekit merges whatever models differ in; where layers are chosen, they may well.
-    warnings = compare_inputs(recipe.changed(allow_mismatch=True), inputs) if arrangement.is_whole else ()
-    return Draft(told, operations, tied, pairs, form, tuple(files.copied), files.made, notes, base, warnings)
+    inputs = Inputs(recipe)
+    wanted = recipe.configuration
+    for document in recipe.configurations.documents:
+        merge = _Merge(recipe, document, inputs)
+        if document is wanted:
+            return merge.draft()
+        inputs.stages[document.name or ""] = merge.as_model()
+    raise AssertionError("the result is among the documents")
+
+
+class _Merge:
+    """One document, with all that follows from it and its models' headers."""
+
+    def __init__(self, recipe: Recipe, document: Configuration, inputs: Inputs) -> None:
+        self._recipe, self._document, self._inputs = recipe, document, inputs
+        self.models = inputs.models_of(document)
+        self.donor = next(iter(self.models.values()))
+        self._vocabulary = open_vocabulary(document.tokenizer, self.models, document.base_model)
+        self._arrangement = arrange(document, self.models, self.donor)
+        self._maker = Operations(recipe, document, self.models, self._vocabulary)
+        self.operations = self._maker.made(self._arrangement)
+        self._format = OutputFormat.of(recipe, self.donor.checkpoint)
+        self.files = files_beside(
+            recipe, document, list(self.models.values()), self.donor, self._arrangement, self.operations,
+            self._vocabulary, self._format,
+        )  # fmt: skip
+
+    def as_model(self) -> OpenModel:
+        """Its result as a model of other documents."""
+        config = json.loads(self.files.made.get(CONFIG_FILE, b"{}"))
+        checkpoint = intermediate(self.donor.checkpoint, self.operations, config)
+        return OpenModel(
+            self.donor.reference, self.donor.number, checkpoint, None, stacks_of(checkpoint),
+            {**self.donor.made, **self.files.made},
+        )  # fmt: skip
+
+    def draft(self) -> Draft:
+        """Its result as the output."""
+        recipe, document, arrangement = self._recipe, self._document, self._arrangement
+        tied, files = tuple(self._maker.tied), self.files
+        inputs = self._inputs.checkpoints
+        pairs = (*find_equal_pairs([model.checkpoint for model in self.models.values()], tied), *copies(inputs))
+        notes = (*document.notes, *files.notes, *(self._vocabulary.notes if self._vocabulary else ()),
+                 *_left_out(arrangement))  # fmt: skip
+        if recipe.model_card:
+            files.put(CONFIGURATION_FILE, (recipe.mergekit or "").encode(errors="backslashreplace"))
+        base = None if document.base_model is None else self.models[document.base_model].number
+        # mergekit merges whatever models differ in; where layers are chosen, they may well.
+        alone = len(recipe.configurations.documents) == 1
+        warnings = compare_inputs(recipe.changed(allow_mismatch=True), inputs) if alone and arrangement.is_whole else ()
+        told = _with_left_out(inputs, self.models, arrangement) if alone else inputs
+        return Draft(
+            told, self.operations, tied, pairs, self._format, tuple(files.copied), files.made, notes, base, warnings
+        )
 
 
 def _left_out(arrangement: Arrangement) -> list[str]:

@@ -81,9 +81,10 @@ def files_beside(
     """
     copies = recipe.copy_tokenizer or vocabulary is not None
     files = Files(list(files_to_serve(recipe.changed(copy_tokenizer=copies), donor.checkpoint)))
+    for name, content in donor.made.items():
+        files.put(name, content)
     if files.has(CONFIG_FILE):
-        path = folder_of(donor) / CONFIG_FILE
-        dtype, said = dtype_of(configuration, operations), json.dumps(read_json(path)).encode()
+        dtype, said = dtype_of(configuration, operations), json.dumps(dict(donor.checkpoint.config)).encode()
         config: dict[str, Any] = json.loads(form.config(said, dtype, donor.checkpoint.dequantized, {}))
         config, notes = config_of_layers(arrangement, donor, config)
         files.notes += notes
@@ -91,7 +92,7 @@ def files_beside(
         files.put(CONFIG_FILE, encoded(config_of_words(config, operations, donor, vocabulary, rows)))
     if vocabulary is not None:
         if files.has(GENERATION_FILE):
-            generation = dict(read_json(folder_of(donor) / GENERATION_FILE))
+            generation = _content(donor, GENERATION_FILE)
             files.put(GENERATION_FILE, encoded(with_token_ids(generation, donor, vocabulary)))
         _take_tokenizer(recipe, files, donor, vocabulary)
     if configuration.chat_template is not None:
@@ -102,13 +103,17 @@ def files_beside(
 def _take_tokenizer(recipe: Recipe, files: Files, donor: OpenModel, vocabulary: Vocabulary) -> None:
     """The files of the tokenizer whose vocabulary it is, with the tokens that were added."""
     output = vocabulary.output
-    owner = next(model for model in vocabulary.models if folder_of(model) == output.tokenizer.folder)
+    owner = vocabulary.owner
     if owner is not donor:
         theirs = files_to_serve(recipe.changed(copy_file_list=(), copy_tokenizer=True), owner.checkpoint)
         files.copied = [
             *(each for each in files.copied if not belongs_to_tokenizer(each.name)),
             *(each for each in theirs if belongs_to_tokenizer(each.name)),
         ]
+        files.made = {name: content for name, content in files.made.items() if not belongs_to_tokenizer(name)}
+        for name, content in owner.made.items():
+            if belongs_to_tokenizer(name):
+                files.put(name, content)
     if output.conflicts:
         shown = ", ".join(map(repr, output.conflicts[:5]))
         files.notes.append(f"Added tokens whose settings differ between models have those of the first: {shown}.")
@@ -116,8 +121,13 @@ def _take_tokenizer(recipe: Recipe, files: Files, donor: OpenModel, vocabulary: 
         return
     files.put(TOKENIZER_FILE, output.tokenizer_json())
     if files.has(TOKENIZER_CONFIG):
-        content = output.tokenizer_config(read_json(output.tokenizer.folder / TOKENIZER_CONFIG))
-        files.put(TOKENIZER_CONFIG, encoded(content))
+        files.put(TOKENIZER_CONFIG, encoded(output.tokenizer_config(_content(owner, TOKENIZER_CONFIG))))
+
+
+def _content(model: OpenModel, name: str) -> dict[str, Any]:
+    """What a file of a model holds."""
+    made = model.made.get(name)
+    return dict(read_json(folder_of(model) / name)) if made is None else dict(json.loads(made))
 
 
 def _put_template(
@@ -134,7 +144,7 @@ def _put_template(
         )
     files.put(TEMPLATE_FILE, text.encode())
     if files.has(TOKENIZER_CONFIG):  # Where older loaders look.
-        path = folder_of(donor) if vocabulary is None else vocabulary.output.tokenizer.folder
         made = files.made.get(TOKENIZER_CONFIG)
-        content: Mapping[str, Any] = json.loads(made) if made is not None else read_json(path / TOKENIZER_CONFIG)
+        owner = donor if vocabulary is None else vocabulary.owner
+        content: Mapping[str, Any] = json.loads(made) if made is not None else _content(owner, TOKENIZER_CONFIG)
         files.put(TOKENIZER_CONFIG, encoded({**content, "chat_template": text}))

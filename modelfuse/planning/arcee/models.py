@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor, open_checkpoint
 from modelfuse.checkpoints.adapters import Adapter, is_adapter, open_adapter
@@ -15,8 +15,8 @@ from modelfuse.checkpoints.quantization import dequantized
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.checkpoints.ties import says_tied
 from modelfuse.errors import RecipeError
-from modelfuse.recipe.arcee.documents import Configurations
-from modelfuse.recipe.arcee.references import Reference
+from modelfuse.recipe.arcee.configuration import Configuration
+from modelfuse.recipe.arcee.references import Reference, Stage, Weights
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage.concurrent import each_of
 
@@ -31,6 +31,7 @@ class OpenModel:
         checkpoint: Its tensors, an adapter applied.
         adapter: The adapter, laid over the base that it changes.
         stacks: Its layers.
+        made: Of another document's result, the files that it would have, with their content.
     """
 
     reference: Reference
@@ -38,6 +39,7 @@ class OpenModel:
     checkpoint: Checkpoint
     adapter: Adapter | None
     stacks: tuple[Stack, ...]
+    made: Mapping[str, bytes] = field(default_factory=dict)
 
     def find(self, name: str) -> StoredTensor | None:
         """The tensor of a name; of a head that is tied to the embedding, the embedding."""
@@ -78,54 +80,90 @@ class OpenModel:
         return next((stack for stack in self.stacks if stack.module == module), None)
 
 
-def open_models(
-    recipe: Recipe, configurations: Configurations
-) -> tuple[tuple[Checkpoint, ...], dict[Reference, OpenModel]]:
-    """Open all that the result's document names, headers only.
+@dataclass
+class Inputs:
+    """The inputs of all documents, opened, and the results of those that come before.
 
-    Returns:
-        Every input in the recipe's order, adapters over the base that they change; and the models.
-
-    Raises:
-        CheckpointError: If an input is missing, malformed, or quantized in a way that is not understood.
-        MismatchError: If a model's layout cannot be known, or an adapter does not fit.
-        RecipeError: If an adapter stands where a model should, or the other way round.
+    Args:
+        recipe: The settings.
     """
-    words = list(configurations.models)
-    references = configurations.result.references
-    _check_kinds(recipe, words, references)
-    full = sorted({words.index(each.words[0]) for each in references})
-    opened = each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)),
-                     [recipe.input_paths[number] for number in full])  # fmt: skip
-    paths = tuple(recipe.model_path_list[number] for number in full)
-    layouts = recipe.input_layout
-    if layouts is not None and len(layouts) > 1:
-        layouts = tuple(layouts[number] for number in full)
-    together = bring_together(tuple(opened), recipe.changed(model_path_list=paths, input_layout=layouts))
-    together = without_strays(together)
-    inputs: dict[int, Checkpoint] = dict(zip(full, together, strict=True))
-    models = {each: _open(recipe, each, words, inputs) for each in references}
-    return tuple(inputs[number] for number in range(len(words))), models
 
+    recipe: Recipe
+    stages: dict[str, OpenModel] = field(default_factory=dict)
 
-def _open(recipe: Recipe, reference: Reference, words: Sequence[str], inputs: dict[int, Checkpoint]) -> OpenModel:
-    number = words.index(reference.words[0])
-    checkpoint, adapter = inputs[number], None
-    if reference.lora is not None:
-        number = words.index(reference.words[1])
-        layout = recipe.output_layout or checkpoint.layout
+    def __post_init__(self) -> None:
+        """Open them, headers only.
+
+        Raises:
+            CheckpointError: If an input is missing, malformed, or quantized in a way that is not understood.
+            MismatchError: If a model's layout cannot be known.
+            RecipeError: If an adapter stands where a model should, or the other way round.
+        """
+        recipe, configurations = self.recipe, self.recipe.configurations
+        self._known = list(configurations.models.values())
+        references = [each for document in configurations.documents for each in document.references]
+        _check_kinds(recipe, self._known, references)
+        models = {self._number(each.model) for each in references if not isinstance(each.model, Stage)}
+        full = sorted(models or {0})
+        opened = each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)),
+                         [recipe.input_paths[number] for number in full])  # fmt: skip
+        paths, layouts = tuple(recipe.model_path_list[number] for number in full), recipe.input_layout
+        if layouts is not None and len(layouts) > 1:
+            layouts = tuple(layouts[number] for number in full)
+        together = bring_together(tuple(opened), recipe.changed(model_path_list=paths, input_layout=layouts))
+        self._opened: dict[int, Checkpoint] = dict(zip(full, without_strays(together), strict=True))
+
+    def _number(self, weights: Weights) -> int:
+        return self._known.index(weights)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Every input in the recipe's order; adapters over a base that they change."""
+        for number, path in enumerate(self.recipe.input_paths):
+            if number not in self._opened:  # An adapter of a document that is not asked for.
+                self._opened[number] = open_adapter(path, self._opened[min(self._opened)])
+        return tuple(self._opened[number] for number in range(len(self._known)))
+
+    def models_of(self, document: Configuration) -> dict[Reference, OpenModel]:
+        """The models that a document names.
+
+        Raises:
+            MismatchError: If an adapter does not fit.
+        """
+        return {each: self._open(each) for each in document.references}
+
+    def _open(self, reference: Reference) -> OpenModel:
+        recipe = self.recipe
+        if isinstance(reference.model, Stage):
+            found = replace(self.stages[reference.model.name], reference=reference)
+        else:
+            number = self._number(reference.model)
+            found = _opened(reference, number, self._opened[number])
+        if reference.lora is None:
+            return found
+        number, base = self._number(reference.lora), found.checkpoint
+        layout = recipe.output_layout or base.layout
         paddle, strict = None if layout is None else layout == "paddle", recipe.on_nonfinite == "error"
-        adapter = open_adapter(recipe.input_paths[number], checkpoint, paddle=paddle, strict=strict)
-        inputs[number] = adapter
-        checkpoint = applied(adapter, checkpoint)
-    shapes: Mapping[str, object] = {**checkpoint.tensors, **checkpoint.aliases}
-    return OpenModel(reference, number, checkpoint, adapter, find_stacks(list(shapes), checkpoint.config))
+        adapter = open_adapter(recipe.input_paths[number], base, paddle=paddle, strict=strict)
+        self._opened[number] = adapter
+        return replace(found, number=number, checkpoint=applied(adapter, base), adapter=adapter)
 
 
-def _check_kinds(recipe: Recipe, words: Sequence[str], references: Sequence[Reference]) -> None:
+def _opened(reference: Reference, number: int, checkpoint: Checkpoint) -> OpenModel:
+    return OpenModel(reference, number, checkpoint, None, stacks_of(checkpoint))
+
+
+def stacks_of(checkpoint: Checkpoint) -> tuple[Stack, ...]:
+    """The layers of a model."""
+    return find_stacks([*checkpoint.tensors, *checkpoint.aliases], checkpoint.config)
+
+
+def _check_kinds(recipe: Recipe, known: Sequence[Weights], references: Sequence[Reference]) -> None:
     for reference in references:
-        for place, word in enumerate(reference.words):
-            path = recipe.input_paths[words.index(word)]
+        for place, (part, word) in enumerate(zip(reference.parts, reference.words, strict=True)):
+            if isinstance(part, Stage):
+                continue
+            path = recipe.input_paths[known.index(part)]
             adapts = is_adapter(path)
             if adapts and place == 0:
                 raise RecipeError(f"{path} is an adapter, which changes a base", f"Write BASE+{word}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.checkpoints.vocabulary.rearranged_rows import rearranged
 from modelfuse.checkpoints.vocabulary.row_maps import RowMap, TokenRow, Vocabularies
-from modelfuse.checkpoints.vocabulary.tokenizers import Tokenizer, read_tokenizer
+from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_FILE, Tokenizer, read_tokenizer, tokenizer_of
 from modelfuse.checkpoints.vocabulary.union import OutputVocabulary, one_of, union_of
 from modelfuse.errors import MismatchError, RecipeError
 from modelfuse.planning.arcee.models import OpenModel
@@ -45,6 +46,12 @@ class Vocabulary:
     def rows(self) -> int:
         """How many rows embeddings and heads get."""
         return self.vocabularies.length + self.vocabularies.padding
+
+    @property
+    def owner(self) -> OpenModel:
+        """The model whose tokenizer the output has."""
+        tokenizers = self.vocabularies.tokenizers
+        return next(model for model, each in zip(self.models, tokenizers, strict=True) if each is self.output.tokenizer)
 
     def rearranged(self, slot: Slot, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
         """The tensors of a slot with their rows in the output's order, if they have one for each token."""
@@ -120,7 +127,7 @@ def open_vocabulary(
     if settings is None:
         return None
     opened = list(models.values())
-    tokenizers = [read_tokenizer(folder_of(model)) for model in opened]
+    tokenizers = [_tokenizer_of(model) for model in opened]
     limits = [limit_of(model) for model in opened]
     number = 0 if base is None else list(models).index(base)
     extra = list(settings.tokens)
@@ -140,6 +147,11 @@ def open_vocabulary(
         output.tokens, tokenizers, limits, None if base is None else number, wanted, length, padding
     )
     return Vocabulary(output, opened, vocabularies)
+
+
+def _tokenizer_of(model: OpenModel) -> Tokenizer:
+    made, folder = model.made.get(TOKENIZER_FILE), folder_of(model)
+    return read_tokenizer(folder) if made is None else tokenizer_of(json.loads(made), folder / TOKENIZER_FILE)
 
 
 def _row(

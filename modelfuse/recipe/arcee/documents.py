@@ -34,6 +34,19 @@ class Configurations:
         """The document whose result is the output."""
         return self.documents[-1]
 
+    def named(self, name: str | None) -> Configuration:
+        """The document of a name; without one, that of the result.
+
+        Raises:
+            RecipeError: If there is none.
+        """
+        if name is None:
+            return self.result
+        found = next((each for each in self.documents if each.name == name), None)
+        if found is None:
+            raise RecipeError(f"mergekit_document is {name!r}, but no document has this name")
+        return found
+
 
 def read_configurations(text: str, models: Sequence[Weights] | None = None) -> Configurations:
     """Read a configuration file.
