@@ -58,7 +58,33 @@ class OutputError(ModelfuseError):
 
 
 class MissingExtraError(ModelfuseError):
-    """Raised when a device or tensor type needs a library that is not installed."""
+    """Raised when a device or tensor type needs a library that is not installed.
+
+    What its hint calls ``'modelfuse[extra]'`` is shown as pip installs it here, which may be from a folder.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        if hint is not None and "'modelfuse[" in hint:
+            hint = hint.replace("'modelfuse[", f"'{_installed_from()}[")
+        super().__init__(message, hint)
+
+
+def _installed_from() -> str:
+    """What pip is to be given for another extra of what runs here: a folder, or the name."""
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution
+    from pathlib import Path
+    from urllib.parse import unquote, urlsplit
+
+    clone = Path(__file__).resolve().parent.parent
+    if (clone / "pyproject.toml").is_file():
+        return str(clone)
+    try:
+        direct = json.loads(distribution("modelfuse").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return "modelfuse"
+    folder = unquote(urlsplit(direct.get("url", "")).path) if "dir_info" in direct else ""
+    return folder if folder and (Path(folder) / "pyproject.toml").is_file() else "modelfuse"
 
 
 class ClusterError(ModelfuseError):

@@ -139,12 +139,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         "printable",
         "errors",
+        "dtypes",
         "version",
         "storage",
         "methods",
         "recipe",
         "kernels.jit",
         "checkpoints",
+        "checkpoints.formats",
         "planning",
         "planning.hub",
         "execution",
@@ -167,6 +169,7 @@ LAZY = {"modelfuse"}
 #: Packages from outside, and the only packages here that may import them.
 THIRD_PARTY = {
     "numpy": {
+        "cli",
         "methods",
         "kernels",
         "kernels.arrays",

@@ -135,6 +135,18 @@ def parse_push(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
     return given, parser.options_of(given)
 
 
+def parse_demo(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
+    """Turn the words behind ``demo`` into its arguments.
+
+    Raises:
+        RecipeError: If there are others than a folder.
+    """
+    parser = Parser("demo")
+    parser.add_argument("folder", nargs="?", default="models")
+    given = vars(parser.parse_args(_plain(words)))
+    return given, parser.options_of(given)
+
+
 def parse_options(command: str, words: Sequence[str]) -> Options:
     """Turn the words behind a command that takes nothing else into its options.
 

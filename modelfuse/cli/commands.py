@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelfuse.cli import console
-from modelfuse.cli.arguments import Options, parse, parse_options, parse_push, parse_verify
+from modelfuse.cli.arguments import Options, parse, parse_demo, parse_options, parse_push, parse_verify
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, place_of
@@ -148,6 +148,19 @@ def _push(words: list[str], _: Mapping[str, object]) -> int:
     return 0
 
 
+def _demo(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli import render
+    from modelfuse.cli.demo import make_models
+
+    given, options = parse_demo(words)
+    console.begin_logs(options.verbose, options.log_file)
+    folder = Path(given["folder"])
+    commands = make_models(folder)
+    if not options.quiet:
+        render.demo(folder, commands)
+    return 0
+
+
 def _methods(words: list[str], _: Mapping[str, object]) -> int:
     if parse_options("methods", words).json:
         from modelfuse.cli import documents
@@ -171,7 +184,8 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
-    "merge": _merge, "check": _check, "verify": _verify, "push": _push, "methods": _methods, "completion": _completion,
+    "merge": _merge, "check": _check, "verify": _verify, "push": _push, "demo": _demo, "methods": _methods,
+    "completion": _completion,
     **{name: _mergekit(name) for name in ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch")},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."

@@ -124,6 +124,11 @@ PAGES = {
         ),
         ending="It takes huggingface_hub's token: `hf auth login`, or HF_TOKEN.",
     ),
+    "demo": Page(
+        "modelfuse demo [FOLDER]",
+        "Make tiny models to try every command on, in a new folder (default: models).",
+        ("modelfuse demo",),
+    ),
     "methods": Page("modelfuse methods", "Show the methods, their settings, formulas and papers."),
     "completion": Page(
         "modelfuse completion {bash,zsh,tcsh}",

@@ -17,6 +17,9 @@ from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from modelfuse.execution.result import Result
     from modelfuse.inspection.verify import Verification
     from modelfuse.planning.hub.upload import Pushed
@@ -134,6 +137,14 @@ def pushed(pushed: Pushed) -> None:
     """Where an output is on a hub."""
     seen = "private" if pushed.private else "public"
     out.tell("info", "[green]pushed[/] to {}, {}, at commit {}", pushed.url, seen, pushed.commit)
+
+
+def demo(folder: Path, commands: Sequence[str]) -> None:
+    """What there is to try, on what."""
+    out.say("[green]made[/] a base, three fine-tunes of it and an adapter in [bold]{}[/], tiny and random", folder)
+    out.say("try, in this order:")
+    for command in commands:
+        out.command(command)
 
 
 def verification(found: Verification, quiet: bool) -> None:
