@@ -196,6 +196,7 @@ THIRD_PARTY = {
     "xxhash": {"storage", "storage.local"},
     "ray": {"execution.ray"},
     "shtab": {"cli"},
+    "threadpoolctl": {"kernels"},
 }
 #: Those of them that an extra of the same name installs: imported only where a request needs them.
 EXTRAS = {"hub", "ray", "remote"}

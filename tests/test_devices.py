@@ -26,7 +26,7 @@ TENSOR_TYPES = [*LIBRARIES]
 #: What a machine with a GPU has; imports nothing.
 GPU = ("pt", "gpu"), ("pt", "low_gpu_mem"), ("pd", "gpu"), ("pd", "low_gpu_mem")
 #: Three models of a large tensor, eight bytes an element in all.
-DEMAND = MemoryDemand(outputs=10, sources=3, sizes=frozenset({(1 << 24, 8)}), a_reader=0, held=0, double=False)
+DEMAND = MemoryDemand(outputs=10, sources=3, sizes=frozenset({(1 << 24, 0, 8)}), a_reader=0, held=0, double=False)
 
 
 def without_gpu(tensor_type: str) -> bool:

@@ -205,6 +205,8 @@ def _tensor(outcome: Outcome, methods: Mapping[int, int], every: tuple[int, ...]
     }
     if tensor.method is not None:
         entry["method"] = methods[id(tensor.method)]
+    if tensor.tolerance is not None:
+        entry["tolerance"] = tensor.tolerance
     if tensor.rule is not None:
         entry["rule"] = tensor.rule + 1
     if tensor.inputs != every:

@@ -17,6 +17,7 @@ from functools import reduce
 from heapq import heappop, heappush
 from typing import Any, Generic, TypeVar
 
+from modelfuse.kernels import span_of
 from modelfuse.storage.local.threads import join
 
 P = TypeVar("P")
@@ -116,7 +117,7 @@ class Queue(Generic[P]):
         with self._changed:
             if not fold:
                 for span, each in zip(spans, found, strict=True):
-                    job.found[span.first // self._span] = each
+                    job.found[span.first // span_of(pass_, self._span)] = each
             job.waiting -= len(spans)
             if job.waiting:
                 return
@@ -135,7 +136,8 @@ class Queue(Generic[P]):
             self._changed.notify_all()
 
     def _enqueue(self, job: Job[P], pass_: P) -> None:
-        spans = [(first, min(self._span, job.size - first)) for first in range(0, job.size, self._span)]
+        span = span_of(pass_, self._span)
+        spans = [(first, min(span, job.size - first)) for first in range(0, job.size, span)]
         job.found, job.waiting = [] if fold_of(pass_) else [None] * len(spans), len(spans)
         for first, count in spans:
             heappush(self._ready, (job.number, first, Span(job, pass_, first, count)))

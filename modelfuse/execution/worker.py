@@ -14,7 +14,7 @@ from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensors import PlainReader, Reader
 from modelfuse.errors import CheckpointError
 from modelfuse.execution.report_writer import Counts, SpanResult
-from modelfuse.kernels import Bytes, Extent, Measured, Pass, Unread
+from modelfuse.kernels import Bytes, Extent, Measured, Pass, Unread, span_of, steps_of
 from modelfuse.kernels.kernel import Kernel
 from modelfuse.planning.memory_budget import SPAN
 from modelfuse.planning.operations import Operation
@@ -45,6 +45,11 @@ class Task:
     tensor: Operation | None = None
     strict: bool = False
     begun: int = 0
+
+    @property
+    def window(self) -> int:
+        """The most elements that a pass is given together, where that is no slice."""
+        return self.tensor.window if self.tensor is not None else 0
 
 
 class Tasks(NamedTuple):
@@ -111,10 +116,10 @@ class Room(NamedTuple):
     def of(cls, plan: Plan) -> Room:
         """What the tensors of a plan need."""
         slices = plan.slice_elements
-        pairs = [(pair.one, pair.other) for pair in plan.equal_pairs if pair.one.size]
-        everything = [*(tensor.sources for tensor in plan.tensors), *pairs]
-        rows = max(_row_bytes(sources, slices) * len(sources) for sources in everything)
-        out = max(tensor.dtype.nbytes(min(slices, tensor.size)) for tensor in plan.tensors)
+        pairs = [((pair.one, pair.other), slices) for pair in plan.equal_pairs if pair.one.size]
+        everything = [*((tensor.sources, max(slices, tensor.window)) for tensor in plan.tensors), *pairs]
+        rows = max(_row_bytes(sources, elements) * len(sources) for sources, elements in everything)
+        out = max(tensor.dtype.nbytes(min(max(slices, tensor.window), tensor.size)) for tensor in plan.tensors)
         return cls(slices, rows, out, plan.fetched, plan.reads_twice)
 
 
@@ -136,7 +141,7 @@ class Worker:
         self._raws, self._out = kernel.buffer((room.rows,)), kernel.buffer((room.out,))
         self._last_rows = self._raws.reshape(1, -1)
         #: What the buffers hold: a tensor of one slice is read once, however many passes walk it.
-        self._held: tuple[Task, int] | None = None
+        self._held: tuple[Task, int, int] | None = None
 
     def walk(self, task: Task, pass_: Pass, first: int, count: int, write: Write) -> SpanResult:
         """Read each slice of every source, let the pass work on it, give away what it made.
@@ -169,30 +174,30 @@ class Worker:
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
             reads_itself = self._reads_itself(pass_, state, readers)
-            for source in task.sources if self._held != (task, first) else ():
+            for source in task.sources if self._held is None or self._held[:2] != (task, first) else ():
                 source.expect(first, count)
             filled = [
                 (reader, source.dtype.nbytes, row)
                 for reader, source, row in zip(readers, task.sources, rows, strict=True)
             ]
-            for start in range(first, first + count, self._slice_elements):
+            for start, length, writes in steps_of(pass_, state, first, count, self._slice_elements):
                 if self._stopping():
                     raise Stopped
-                length = min(self._slice_elements, first + count - start)
                 if reads_itself:
                     self._held = None
-                elif self._held != (task, start):
+                elif self._held != (task, start, length):
                     self._held = None
                     for read, nbytes, row in filled:
                         read(start, row[: nbytes(length)].data)
-                    self._held = task, start
+                    self._held = task, start, length
                 try:
                     pass_.apply(state, start, length, rows, self._out)
                 except Unread as unread:
                     read, nbytes, row = filled[unread.source]
                     read(start, row[: nbytes(length)].data)  # Whatever is wrong is told.
                     raise _lost(task.sources[unread.source]) from unread
-                yield start, length
+                if writes:
+                    yield start, length
 
     def _reads_itself(self, pass_: Pass, state: Any, readers: Sequence[Reader]) -> bool:
         """Have the pass read what lies in files as it is."""
@@ -202,7 +207,7 @@ class Worker:
 
     def _rows(self, task: Task) -> Bytes:
         """The buffer as the rows of a task's sources. Often they are the last one's, which kernels know already."""
-        shape = len(task.sources), _row_bytes(task.sources, self._slice_elements)
+        shape = len(task.sources), _row_bytes(task.sources, max(self._slice_elements, task.window))
         if self._last_rows.shape != shape:
             self._last_rows = self._raws[: math.prod(shape)].reshape(shape)
         return self._last_rows
@@ -210,9 +215,9 @@ class Worker:
     def _count_bad(self, task: Task, pass_: Pass) -> Counts:
         """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
         size, bad = task.sources[0].size, []
-        for first in range(0, size, SPAN):
+        for first in range(0, size, span := span_of(pass_, SPAN)):
             state = pass_.start()
-            for _ in self._apply(task, pass_, state, first, min(SPAN, size - first)):
+            for _ in self._apply(task, pass_, state, first, min(span, size - first)):
                 pass
             bad.append(state.bad.copy())
             pass_.finish(state)

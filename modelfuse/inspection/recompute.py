@@ -16,6 +16,7 @@ from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import ModelfuseError
 from modelfuse.inspection.report_reader import Problem, Report, ReportedInput
 from modelfuse.kernels import Bytes
+from modelfuse.kernels.tolerance import apart
 from modelfuse.planning.operations import Operation, method_numbers, methods_of
 from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.recipe import Recipe
@@ -107,7 +108,7 @@ def _compare_methods(plan: Plan, report: Report) -> Iterator[Problem]:
         told = report.tensors.get(tensor.name)
         number = None if tensor.method is None else numbers[id(tensor.method)]
         rule = None if tensor.rule is None else tensor.rule + 1
-        if told is not None and (told.method, told.rule) != (number, rule):
+        if told is not None and (told.method, told.rule, told.tolerance) != (number, rule, tensor.tolerance):
             yield Problem("recipe", f"{CONFIG_NAME} gives it another method than {REPORT_NAME} tells", tensor.name)
     if planned != report.methods:
         yield Problem("recipe", f"{CONFIG_NAME} gives other methods than {REPORT_NAME} tells", file=CONFIG_NAME)
@@ -205,7 +206,13 @@ class Comparison:
         if np.array_equal(made, there):
             return
         itemsize = tensor.dtype.bytes
-        number = int(np.argmax(made != there)) // itemsize
+        if tensor.tolerance is None:
+            number = int(np.argmax(made != there)) // itemsize
+        else:
+            differ = apart(made, there, tensor.dtype, tensor.tolerance)
+            if not differ.any():
+                return
+            number = int(np.argmax(differ))
         place = slice(number * itemsize, (number + 1) * itemsize)
         element = (offset - tensor.offset) // itemsize + number
         with self._lock:

@@ -49,7 +49,10 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class ReportedTensor(Struct, frozen=True, rename={"dtype_name": "dtype", "dimensions": "shape"}):
-    """A tensor of the output: its type, shape and file, the checksum of its bytes, its method's and rule's numbers."""
+    """A tensor of the output: its type, shape and file, the checksum of its bytes, its method's and rule's numbers.
+
+    Of one whose bytes depend on the machine that merged it, how far those of others may be apart.
+    """
 
     dtype_name: Literal[*BY_NAME]  # type: ignore[valid-type]
     dimensions: Annotated[list[Count], Meta(max_length=64)]
@@ -57,6 +60,7 @@ class ReportedTensor(Struct, frozen=True, rename={"dtype_name": "dtype", "dimens
     checksum: str
     method: Count | None = None
     rule: Count | None = None
+    tolerance: Annotated[float, Meta(ge=0, lt=1)] | None = None
 
     @property
     def dtype(self) -> DType:

@@ -8,13 +8,14 @@ what is done.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from modelfuse.dtypes import DType, computed_in
+from modelfuse.kernels.matrices import Matrices
 from modelfuse.methods.applied import Applied
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -32,6 +33,7 @@ class Work:
         out: The type to store.
         method: What to do.
         deltas: Which models are differences to the base already, one a model; empty: none.
+        matrices: How it is cut into matrices, if the method works on whole ones.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Work:
     out: DType
     method: Applied
     deltas: tuple[bool, ...] = ()
+    matrices: Matrices | None = None
 
     @property
     def models(self) -> int:
@@ -90,7 +93,8 @@ class Pass(Protocol):
 
     A pass may have a method ``fold(one, other)`` that makes one of what two spans found, in any order and exactly.
     Whoever drives it may fold as spans end, so that however large the tensor is, only one such finding a worker is
-    kept; the procedure folds what it is sent.
+    kept; the procedure folds what it is sent. A pass that needs more than slices in their order may say what it needs:
+    see :func:`steps_of` and :func:`span_of`.
     """
 
     @property
@@ -127,6 +131,38 @@ class Pass(Protocol):
 
     def finish(self, state: Any) -> Any:
         """End a span: what the procedure is to be sent."""
+
+
+class Step(NamedTuple):
+    """Elements that a pass is given together.
+
+    Attributes:
+        first: The number of the first one.
+        size: How many.
+        writes: Of a pass that writes: whether the result of just these elements is there afterwards.
+    """
+
+    first: int
+    size: int
+    writes: bool = True
+
+
+def steps_of(pass_: Pass, state: Any, first: int, count: int, most: int) -> Iterator[Step]:
+    """What a pass is to be given in a span, one step after the other; each is taken once the last one is done.
+
+    That is all elements in slices of ``most``, unless the pass has a method ``steps`` of these parameters.
+    """
+    own = getattr(pass_, "steps", None)
+    if own is not None:
+        yield from own(state, first, count, most)
+        return
+    for start in range(first, first + count, most):
+        yield Step(start, min(most, first + count - start))
+
+
+def span_of(pass_: object, span: int) -> int:
+    """How many elements a worker is to walk at a time: ``span``, unless the pass has an attribute of that name."""
+    return getattr(pass_, "span", None) or span
 
 
 class Measured(NamedTuple):

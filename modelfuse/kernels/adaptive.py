@@ -113,7 +113,8 @@ class AdaptiveKernel(Kernel):
         return nothing_compiled()
 
     def merge(self, work: Work) -> Procedure:
-        chosen = self._compiled if self._is_ready(work) else self._arrays
+        # Whole matrices are numpy's work in any case.
+        chosen = self._compiled if work.matrices is None and self._is_ready(work) else self._arrays
         return chosen.merge(work)
 
     def _is_ready(self, work: Work) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from modelfuse.kernels import Pass, Procedure, Work
 from modelfuse.kernels.measures import Element, Tallies, measure_element
-from modelfuse.methods.arrays import total
+from modelfuse.kernels.whole_matrix import MatrixPass
 
 Array = np.ndarray[Any, Any]
 
@@ -57,6 +57,9 @@ class ProductsPass(Pass, Protocol):
 def merge_procedure(work: Work, backend: Backend) -> Procedure:
     """The passes that merge one tensor."""
     method, combination = work.method, work.method.combination
+    if work.matrices is not None:
+        yield MatrixPass(work)
+        return
     element = yield from measure_element(work, backend)
     each = [method.numbers_of(model) for model in range(work.models)]
     if combination.measure is not None:
@@ -65,17 +68,3 @@ def merge_procedure(work: Work, backend: Backend) -> Procedure:
         each = [{**own, "weight": weight} for own, weight in zip(each, weights, strict=True)]
     shared = {**each[0], **combination.numbers(method.shared)}
     yield backend.combine(work, element, Coefficients(each, shared, method.factor))
-
-
-def pairs_of(models: int) -> list[tuple[int, int]]:
-    """Which dot products there are, in their order: every model's with itself, then those of two models."""
-    own = [(model, model) for model in range(models)]
-    return own + [(one, other) for one in range(models) for other in range(one + 1, models)]
-
-
-def gram_of(models: int, parts: Sequence[Array]) -> Array:
-    """The Gram matrix of dot products that are given in parts, in the order of :func:`pairs_of`."""
-    gram = np.empty((models, models))
-    for (one, other), part in zip(pairs_of(models), parts, strict=True):
-        gram[one, other] = gram[other, one] = total(part)
-    return gram

@@ -149,7 +149,8 @@ class Applied:
     def coefficients(self) -> tuple[float, ...] | None:
         """The models' factors where the result is a weighted sum of them, whatever they hold; None if it is not."""
         weighted_sum = total(array("x") * number("weight"))
-        if self.sparsifier is not None or self.combination.measure is not None or self.chain.combine != weighted_sum:
+        measured = self.combination.measure is not None or self.combination.matrix is not None
+        if self.sparsifier is not None or measured or self.chain.combine != weighted_sum:
             return None
         return tuple(weight * self.factor for weight in self.weights)
 
@@ -176,4 +177,4 @@ class Applied:
     @property
     def reads_twice(self) -> bool:
         """Whether tensors are measured before they are merged."""
-        return self.counts_magnitudes or self.combination.measure is not None
+        return self.counts_magnitudes or self.combination.measure is not None or self.combination.matrix is not None

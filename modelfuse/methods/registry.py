@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from modelfuse.methods import breadcrumbs, dare, linear, magprune, model_stock, slerp, trim
+from modelfuse.methods import breadcrumbs, dare, iso_c, linear, magprune, model_stock, slerp, trim
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.spec import Combination, Method, Parameter, Sparsifier, Value
 
 #: The files of methods, in the order in which help lists them.
-MODULES = (linear, slerp, trim, magprune, dare, breadcrumbs, model_stock)
+MODULES = (linear, slerp, trim, magprune, dare, breadcrumbs, model_stock, iso_c)
 
 METHODS: dict[str, Method] = {}
 SPARSIFIERS: dict[str, Sparsifier] = {}

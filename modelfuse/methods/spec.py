@@ -3,7 +3,8 @@
 A merge of one tensor takes up to four kinds of steps. *Measures* learn something of whole tensors: magnitudes at given
 ranks, each magnitude's rank, or the Gram matrix of the inputs. The *element* step of a :class:`Sparsifier` acts on each
 model alone. A :class:`Combination` makes one element of the models' elements. Both are written as expressions
-(:mod:`modelfuse.methods.expressions`). A :class:`Method` names a pair of them, with defaults of its own.
+(:mod:`modelfuse.methods.expressions`). What works on whole matrices says what to multiply them by
+(:class:`WholeMatrix`). A :class:`Method` names a pair of them, with defaults of its own.
 
 Everything else follows from the declarations: settings, help, checks, passes, memory, compiled loops, array code.
 """
@@ -110,6 +111,29 @@ class Gram:
 
 
 @dataclass(frozen=True, eq=False)
+class WholeMatrix:
+    """Works on whole matrices: the merged difference is Σ τᵢ·Kᵢ, τᵢ = xᵢ − b, with K made of Gram matrices of the τᵢ.
+
+    All is float64. Kᵢ multiplies from the right if Gram matrices are τᵢᵀτⱼ, of the columns; where they are taken of the
+    rows, all is as if the matrix were transposed. Decompositions differ in their last bits between processors and
+    versions of libraries, so the bytes are the same on one machine and with one version of numpy.
+
+    Attributes:
+        factors: Of the Gram matrices, the weights and the settings: K, shape (models, k, k); (1, k, k) for ``sum``.
+        gram: Which Gram matrices there are: of the weighted ``sum`` M = Σ wᵢτᵢ, which the result then is a multiple of,
+            shape (k, k); of ``each`` model, shape (models, k, k); of all ``pairs``, shape (models, models, k, k).
+        side: Which side of the matrix they are of: the ``smaller`` one, or that of the ``inputs`` of a Linear layer.
+        tolerance: How far results of other machines may be apart beside one rounding, relative to a tensor's largest
+            element.
+    """
+
+    factors: Callable[[Floats, Sequence[float], Any], Floats]
+    gram: Literal["sum", "each", "pairs"] = "sum"
+    side: Literal["smaller", "inputs"] = "smaller"
+    tolerance: float = 1e-5
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Step:
     """What the two kinds of steps have in common.
 
@@ -130,8 +154,12 @@ class Step:
     parameters: tuple[Parameter, ...] = ()
     check: Callable[[Any], None] = lambda settings: None
 
+    def __repr__(self) -> str:
+        # The same in every process, as what a merge depends on is compared with what an earlier one has left.
+        return f"{type(self).__name__}({self.name!r})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Sparsifier(Step):
     """What is done to the elements of each model alone.
 
@@ -150,7 +178,7 @@ class Sparsifier(Step):
         return find_sparsifier, (self.name,)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Combination(Step):
     """What makes one element of the models' elements.
 
@@ -159,6 +187,7 @@ class Combination(Step):
             settings, and all numbers by name: an element.
         numbers: Of the settings: numbers for ``combine`` that are the same for all models, by name.
         measure: What must be known of the whole tensors before; it gives the weights.
+        matrix: What is done to whole matrices; ``combine`` is not used then. Other tensors are averaged.
         models: The least and the most number of models; None for any.
         base: Whether it acts on differences to a base.
         weights: What weights are: ``given`` ones are absolute or, with ``normalize``, divided by their sum;
@@ -168,6 +197,7 @@ class Combination(Step):
     combine: Callable[[Any], Expression] = lambda each: each.x
     numbers: Callable[[Any], Mapping[str, float]] = lambda settings: {}
     measure: Gram | None = None
+    matrix: WholeMatrix | None = None
     models: tuple[int, int | None] = (1, None)
     base: Base = "optional"
     weights: Literal["given", "relative", "none"] = "given"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from modelfuse.dtypes import F64, computed_in
 from modelfuse.kernels.backends import GPU_ROOM, Device, find_gpu
 from modelfuse.kernels.kernel import CPU_ROOM
+from modelfuse.kernels.matrices import memory_of
 from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Url
@@ -72,28 +73,31 @@ class MemoryDemand(NamedTuple):
     Attributes:
         outputs: The number of output tensors.
         sources: The number of models, the base included.
-        sizes: For each kind of tensor, the number of its elements, and the bytes of one in all sources and the output.
+        sizes: For each kind of tensor, the number of its elements, how many are needed at a time though slices are
+            smaller, and the bytes of one in all sources and the output.
         a_reader: Bytes that reading takes beside that, at most.
         held: Bytes that computing the sources of one tensor keeps resident, at most.
         double: Whether any is computed in float64.
         remote: The most bytes of an element in all sources that are in stores.
         counted: The most sources of a tensor whose magnitudes are counted; zero if there is none.
         twice: Whether any tensor is read twice.
+        whole: The most bytes that a worker takes for a tensor of which it needs whole matrices, beside its buffers.
     """
 
     outputs: int
     sources: int
-    sizes: frozenset[tuple[int, int]]
+    sizes: frozenset[tuple[int, int, int]]
     a_reader: int
     held: int
     double: bool
     remote: int = 0
     counted: int = 0
     twice: bool = False
+    whole: int = 0
 
     def slice_bytes(self, elements: int) -> int:
         """What a worker holds of the largest slice of so many elements."""
-        return max(min(elements, size) * an_element for size, an_element in self.sizes)
+        return max(min(max(elements, window), size) * an_element for size, window, an_element in self.sizes)
 
 
 class Budget(NamedTuple):
@@ -142,7 +146,7 @@ def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
 
     def a_worker(elements: int) -> int:
         buffers = demand.slice_bytes(elements) * (PINNED_SHARE if gpu else 1)
-        return buffers + demand.a_reader + demand.held + tables + scratch + fetched
+        return buffers + demand.whole + demand.a_reader + demand.held + tables + scratch + fetched
 
     most = _most_workers(recipe, gpu, demand.remote > 0)
     elements = SLICE_LARGE if demand.a_reader or demand.held or gpu else SLICE
@@ -161,7 +165,7 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
     sources = [part for each in operations for part in each.sources]
     # A slice's rows are as wide as the widest of its sources.
     sizes = {
-        (each.size, len(each.sources) * max(part.dtype.bytes for part in each.sources) + each.dtype.bytes)
+        (each.size, each.window, len(each.sources) * max(part.dtype.bytes for part in each.sources) + each.dtype.bytes)
         for each in operations
     }
     # Of files in stores, an element's bytes in all of its sources have to be there at a time.
@@ -178,7 +182,15 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
         remote=fetched,
         counted=max(_counted(each) for each in operations),
         twice=any(method.reads_twice for method in methods_of(operations)),
+        whole=max(_whole(each) for each in operations),
     )
+
+
+def _whole(operation: Operation) -> int:
+    how = operation.method.combination.matrix if operation.method is not None else None
+    if operation.matrices is None or how is None or operation.action != "merge":
+        return 0
+    return memory_of(operation.matrices, how, len(operation.models))
 
 
 def _counted(operation: Operation) -> int:

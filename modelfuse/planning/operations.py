@@ -14,6 +14,7 @@ from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.buffers import is_buffer
 from modelfuse.dtypes import DType
 from modelfuse.kernels import Work
+from modelfuse.kernels.matrices import Matrices
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.registry import TAKE
 
@@ -37,6 +38,7 @@ class Operation:
             but for what was computed by a method before.
         chosen: For a copy, the position of the source to take where they differ; None: they must not differ.
         rule: The number of the recipe's rule that decided, from 0 on; None if no rule did.
+        matrices: How it is cut into matrices, if its method works on whole ones.
         file: The output file it goes to.
         offset: Its first byte in that file.
     """
@@ -51,6 +53,7 @@ class Operation:
     method: Applied | None = None
     chosen: int | None = None
     rule: int | None = None
+    matrices: Matrices | None = None
     file: str = ""
     offset: int = 0
 
@@ -77,15 +80,28 @@ class Operation:
     @property
     def work(self) -> Work:
         """What a kernel is to do, if it is merged or taken."""
-        method = self.method if self.action == "merge" and self.method is not None else TAKE
+        merges = self.action == "merge" and self.method is not None
+        method, matrices = (self.method or TAKE, self.matrices) if merges else (TAKE, None)
         dtypes, deltas = tuple(each.dtype for each in self.sources), tuple(each.is_delta for each in self.models)
-        return Work(self.name, self.size, dtypes, self.has_base, self.dtype, method, deltas)
+        return Work(self.name, self.size, dtypes, self.has_base, self.dtype, method, deltas, matrices)
+
+    @property
+    def window(self) -> int:
+        """The most elements that are read together where slices are not enough; zero where they are."""
+        return self.matrices.window if self.matrices is not None and self.action == "merge" else 0
+
+    @property
+    def tolerance(self) -> float | None:
+        """How far another machine's result may be apart, relative to its largest element; None: not by one bit."""
+        if self.matrices is None or self.method is None or self.method.combination.matrix is None:
+            return None
+        return self.method.combination.matrix.tolerance
 
     def at(self, file: str, offset: int) -> Operation:
         """The same with its place in the output."""
         return Operation(
             self.name, self.dtype, self.shape, self.action, self.sources, self.inputs, self.has_base, self.method,
-            self.chosen, self.rule, file, offset,
+            self.chosen, self.rule, self.matrices, file, offset,
         )  # fmt: skip
 
 
@@ -99,6 +115,7 @@ def merged(
     dtype: DType | None = None,
     preferred: int | None = None,
     rule: int | None = None,
+    matrices: Matrices | None = None,
 ) -> Operation:
     """What a method makes of the sources; less where less gives the same, and a copy where nothing can be merged.
 
@@ -111,6 +128,7 @@ def merged(
         dtype: The type to store; None: that of the base's tensor, else of the first model's.
         preferred: For a copy, the number of the input to take where the sources differ; None: they must not differ.
         rule: As in :class:`Operation`.
+        matrices: As in :class:`Operation`.
     """
     reference = sources[-1 if has_base else 0]
     merges = can_be_merged(name, reference)
@@ -120,10 +138,11 @@ def merged(
         sources, inputs, has_base = (sources[only],), (inputs[only],), False
         action: Action = "take" if merges else "copy"
         return Operation(name, stored, reference.shape, action, sources, inputs, rule=rule)
+    shape = reference.shape
     if merges:
-        return Operation(name, stored, reference.shape, "merge", sources, inputs, has_base, method, None, rule)
+        return Operation(name, stored, shape, "merge", sources, inputs, has_base, method, None, rule, matrices)
     chosen = inputs.index(preferred) if preferred in inputs else None
-    return Operation(name, stored, reference.shape, "copy", sources, inputs, has_base, None, chosen, rule)
+    return Operation(name, stored, shape, "copy", sources, inputs, has_base, None, chosen, rule)
 
 
 def taken(

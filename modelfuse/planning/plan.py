@@ -220,7 +220,7 @@ def _drafts(
     base = models[-1]
     whole = {each.name: each for each in operations_of(recipe, rules, models, list(base.tensors))}
     changes = [
-        Change(name, each.models, base[name], each.method or TAKE)
+        Change(name, each.models, base[name], each.method or TAKE, matrices=each.matrices)
         for name, each in whole.items()
         if base[name].dtype.compute is not None and any(source != base[name] for source in each.models)
     ]
@@ -234,7 +234,7 @@ def _drafts(
     tensors = [
         Operation(
             each.name, dtype or each.dtype, each.shape, "take", (each,), inputs,
-            method=change.method, rule=whole[change.drawn_as or change.name].rule,
+            method=change.method, rule=whole[change.drawn_as or change.name].rule, matrices=change.matrices,
         )
         for change, each in adapter.tensors
     ]  # fmt: skip

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
 from modelfuse.methods.applied import Applied
-from modelfuse.planning.operations import Operation, merged, taken
+from modelfuse.methods.linear import LINEAR
+from modelfuse.methods.registry import apply
+from modelfuse.planning.operations import Operation, can_be_merged, merged, taken
+from modelfuse.planning.whole_matrices import Cuts
+from modelfuse.recipe.method_settings import STEPS
 from modelfuse.recipe.recipe import Recipe
+
+#: Weights whose sum is nearer to zero have no mean.
+LEAST_SUM = 1e-8
 
 
 class Rules:
@@ -24,6 +32,9 @@ class Rules:
         self._matchers = [rule.matcher() for rule in recipe.rules]
         self._inputs = tuple(range(len(recipe.inputs)))
         self._methods: dict[tuple[int | None, tuple[int, ...]], Applied] = {}
+        #: What is to be told of the tensors that were cut into matrices, and of those that are none.
+        self.told: tuple[str, ...] = ()
+        self._means: dict[tuple[int | None, tuple[int, ...]], Applied] = {}
 
     def of(self, name: str) -> int | None:
         """The number of the rule that holds for a tensor of the output, from 0 on; None if none does."""
@@ -43,7 +54,7 @@ class Rules:
         return self._inputs if take is None else (take,)
 
     def notes(self, names: Sequence[str]) -> Iterator[str]:
-        """Which rules hold for none of the output's tensors, and why.
+        """Which rules hold for none of the output's tensors, and why; what methods of whole matrices do otherwise.
 
         Args:
             names: The output's tensors; where it is an adapter, the base's.
@@ -54,6 +65,7 @@ class Rules:
                 meant = sum(matches(name) is not None for name in names)
                 why = f"the rules before it hold for all {meant} that it matches" if meant else "no name matches"
                 yield f"Rule {number + 1} ({rule.tensors!r}) takes no tensor: {why}."
+        yield from self.told
 
     def method(self, rule: int | None, models: tuple[int, ...]) -> Applied:
         """What merges some of the models, by their numbers, where a rule holds."""
@@ -63,6 +75,30 @@ class Rules:
             parameters = recipe.parameters if rule is None else recipe.parameters_of(recipe.rules[rule])
             self._methods[key] = parameters.applied(models, recipe.seed)
         return self._methods[key]
+
+    def mean(self, rule: int | None, models: tuple[int, ...]) -> Applied:
+        """The weighted mean, for what is no matrix where the method works on whole ones.
+
+        Raises:
+            RecipeError: If the weights have none.
+        """
+        key = rule, models
+        if key not in self._means:
+            method = self.method(rule, models)
+            whole = math.fsum(method.weights)
+            if abs(whole) < LEAST_SUM:
+                raise RecipeError(
+                    f"{method.merge_type} takes the weighted mean of tensors that are no matrices, "
+                    "but weight_list sums to zero",
+                    "Have a rule merge or take those tensors, or give other weights.",
+                )
+            weights = [weight / whole for weight in method.weights]
+            self._means[key] = apply(None, LINEAR, weights, {}, seed=method.seed, streams=models)
+        return self._means[key]
+
+    def names_method(self, rule: int | None) -> bool:
+        """Whether a rule itself says which method it is."""
+        return rule is not None and bool({*STEPS} & {name for name, _ in self._recipe.rules[rule].own})
 
 
 def operations_of(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], names: Sequence[str]) -> list[Operation]:
@@ -83,16 +119,22 @@ def operations_of(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], na
     inputs = tuple(range(len(models)))
     merging = inputs[:-1] if has_base else inputs
     found = [(model.tensors, model.aliases) for model in models]
+    cuts = Cuts((models[recipe.reference], *models), recipe.output_layout or models[recipe.reference].layout)
     operations = []
     for name in names:
         rule = rules.of(name)
         take = rules.input_to_take(rule)
         if take is None:
             sources = tuple([tensors[aliases.get(name, name)] for tensors, aliases in found])
-            method = rules.method(rule, merging)
+            method, matrices = rules.method(rule, merging), None
+            if method.combination.matrix is not None:
+                if can_be_merged(name, sources[-1]):
+                    matrices = cuts.of(name, sources[-1].shape, rules.names_method(rule))
+                method = method if matrices is not None else rules.mean(rule, merging)
             operation = merged(
-                name, sources, inputs, method, has_base=has_base, dtype=dtype, preferred=preferred, rule=rule
-            )
+                name, sources, inputs, method,
+                has_base=has_base, dtype=dtype, preferred=preferred, rule=rule, matrices=matrices,
+            )  # fmt: skip
         else:
             tensors, aliases = found[take]
             source = tensors[aliases.get(name, name)]
@@ -100,6 +142,7 @@ def operations_of(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], na
             base = tensors[aliases.get(name, name)] if source.is_delta else None  # Of an adapter, there is one.
             operation = taken(name, source, take, base=base, base_input=inputs[-1], dtype=dtype, rule=rule)
         operations.append(operation)
+    rules.told = tuple(cuts.notes())
     return operations
 
 

@@ -17,6 +17,7 @@ from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_typ
 from modelfuse.checkpoints.adapters.tensor_roles import PEFT_PREFIX
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, group_names
 from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.kernels.matrices import Matrices
 from modelfuse.methods.applied import Applied
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
@@ -31,6 +32,7 @@ class Change(NamedTuple):
         base: The base's.
         method: What merges their differences.
         drawn_as: The tensor whose random draws it has, if those are another one's.
+        matrices: How it is cut into matrices, if the method works on whole ones.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Change(NamedTuple):
     base: StoredTensor
     method: Applied
     drawn_as: str = ""
+    matrices: Matrices | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class _Output:
         return AdapterOutput(tuple(_in_runs(self.tensors)), self._config(self.models[-1]))
 
     def _convert(self, change: Change) -> Iterator[StoredTensor]:
-        name, sources, base, method, _ = change
+        name, sources, base, method, *_ = change
         layer, _, parameter = name.rpartition(".")
         module = next((each.modules[name] for each in self._adapters if name in each.modules), layer)
         if parameter == "weight" and len(base.shape) == 2 and base.size:
@@ -111,7 +114,7 @@ class _Output:
             self.impossible.append(name)
 
     def _factors(self, module: str, change: Change) -> Iterator[StoredTensor]:
-        name, sources, base, method, drawn_as = change
+        name, sources, base, method, drawn_as, matrices = change
         sources = tuple(difference(each, base) for each in sources)
         embedding = name.endswith(EMBEDDINGS)
         out_first = not embedding and not self._transposed
@@ -129,7 +132,14 @@ class _Output:
         assert rank is not None
         self.ranks[module] = rank
         factoring = Factoring(
-            drawn_as or name, sources, method, None if exact else rank, out_first, self._shared, self._errors
+            drawn_as or name,
+            sources,
+            method,
+            None if exact else rank,
+            out_first,
+            matrices,
+            self._shared,
+            self._errors,
         )
         dtype = difference_type(*sources)
         form = f"{PEFT_PREFIX}{module}.lora_" + ("embedding_{}" if embedding else "{}.weight")

@@ -15,6 +15,7 @@ from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
 from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.errors import CheckpointError
+from modelfuse.kernels.matrices import Matrices, memory_of
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.random import stream_key
 from modelfuse.storage.files import Buffer
@@ -72,6 +73,7 @@ class Factoring:
         method: How they are merged.
         rank: The rank to find, None for that of all products together, which is exact.
         out_first: Whether the base stores the weight as [out, in].
+        matrices: How it is cut into matrices, if the method works on whole ones.
         shared: What is shared with the other factorings.
         errors: Where the relative error goes, by name.
     """
@@ -81,6 +83,7 @@ class Factoring:
     method: Applied
     rank: int | None
     out_first: bool
+    matrices: Matrices | None
     shared: Shared = field(compare=False, repr=False)
     errors: dict[str, float] = field(compare=False, repr=False)
 
@@ -108,7 +111,7 @@ class Factoring:
         from modelfuse.kernels.compiled.low_rank import add_low_rank
         from modelfuse.kernels.compiled.truncated_svd import factorize
 
-        whole = merge_whole(self.name, self.sources, self.method, self.shared.strict)
+        whole = merge_whole(self.name, self.sources, self.method, self.shared.strict, self.matrices)
         matrix = whole.reshape(self.sources[0].shape[0], -1)
         left, right = (
             each.astype(whole.dtype) for each in factorize(matrix, self.rank or 1, stream_key(0, 0, self.name))
@@ -142,7 +145,12 @@ class FactorTensor(StoredTensor):
         """The difference in float32 and in float64, what its models hold, and factors: those of a run are kept."""
         sources = sum(source.held for source in self.factoring.sources)
         pieces = PIECE * 4 * (len(self.factoring.sources) + 1) if self.factoring.elements else 0
-        return 12 * self.factoring.elements + pieces + sources + (24 + 2 * RUN) * self.size
+        return 12 * self.factoring.elements + pieces + sources + (24 + 2 * RUN) * self.size + self._matrices
+
+    @property
+    def _matrices(self) -> int:
+        how, matrices = self.factoring.method.combination.matrix, self.factoring.matrices
+        return memory_of(matrices, how, len(self.factoring.sources)) if matrices is not None and how is not None else 0
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -217,21 +225,24 @@ def difference(source: StoredTensor, base: StoredTensor) -> StoredTensor:
     )  # fmt: skip
 
 
-def merge_whole(name: str, sources: Sequence[StoredTensor], method: Applied, strict: bool) -> Array:
+def merge_whole(
+    name: str, sources: Sequence[StoredTensor], method: Applied, strict: bool, matrices: Matrices | None = None
+) -> Array:
     """Merge one tensor's differences in memory, in one thread; returns float32 or float64, shape (elements,).
 
     Raises:
         CheckpointError: If it is ``strict`` and a difference is not finite.
     """
-    from modelfuse.kernels import Work
+    from modelfuse.kernels import Work, span_of, steps_of
     from modelfuse.kernels.compiled.passes import merge_procedure
     from modelfuse.kernels.jit.compile import compiling
 
     size, dtypes = sources[0].size, tuple(source.dtype for source in sources)
     kind = difference_type(*sources)
     merged = np.empty(kind.nbytes(size), np.uint8)
-    raws = np.empty((len(sources), PIECE * max(dtype.bytes for dtype in dtypes)), np.uint8)
-    procedure = merge_procedure(Work(name, size, dtypes, False, kind, method))
+    most = max(PIECE, matrices.window if matrices is not None else 0)
+    raws = np.empty((len(sources), most * max(dtype.bytes for dtype in dtypes)), np.uint8)
+    procedure = merge_procedure(Work(name, size, dtypes, False, kind, method, matrices=matrices))
     with ExitStack() as files:
         files.enter_context(compiling(allowed=True))  # There is no other way to do it, however small it is.
         readers = [files.enter_context(source.open()) for source in sources]
@@ -242,11 +253,12 @@ def merge_whole(name: str, sources: Sequence[StoredTensor], method: Applied, str
             except StopIteration:
                 return merged.view(np.dtype(kind.compute))
             found = []
-            for start in range(0, size, PIECE):
-                state, count = pass_.start(), min(PIECE, size - start)
-                for reader, source, raw in zip(readers, sources, raws, strict=True):
-                    reader(start, raw[: source.dtype.nbytes(count)].data)
-                pass_.apply(state, start, count, raws, merged[kind.nbytes(start) : kind.nbytes(start + count)])
+            for first in range(0, size, span := span_of(pass_, PIECE)):
+                state = pass_.start()
+                for start, count, _ in steps_of(pass_, state, first, min(span, size - first), PIECE):
+                    for reader, source, raw in zip(readers, sources, raws, strict=True):
+                        reader(start, raw[: source.dtype.nbytes(count)].data)
+                    pass_.apply(state, start, count, raws, merged[kind.nbytes(start) : kind.nbytes(start + count)])
                 if strict and state.bad.any():
                     raise CheckpointError(f"Tensor {name!r}: a difference holds NaN or infinite values")
                 found.append(pass_.finish(state))

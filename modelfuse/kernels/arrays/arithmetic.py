@@ -13,8 +13,8 @@ import numpy as np
 
 from modelfuse.dtypes import F16, DType
 from modelfuse.kernels.arrays.library import INTEGERS, Library, Tensor
+from modelfuse.kernels.gram import pairs_of
 from modelfuse.kernels.order_statistics import RANK_BITS, RANKS
-from modelfuse.kernels.procedures import pairs_of
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 
 #: Elements a partial sum. Fixed, so that sums do not depend on slices and blocks.

@@ -12,9 +12,10 @@ from modelfuse.kernels.arrays.blocks import State, Walk
 from modelfuse.kernels.arrays.evaluate import Evaluation
 from modelfuse.kernels.arrays.histograms import TallyAll, TallyWithin
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
+from modelfuse.kernels.gram import gram_of
 from modelfuse.kernels.measures import Element
 from modelfuse.kernels.order_statistics import BINS, LAYOUTS
-from modelfuse.kernels.procedures import Coefficients, gram_of
+from modelfuse.kernels.procedures import Coefficients
 from modelfuse.kernels.procedures import merge_procedure as procedure_over
 
 

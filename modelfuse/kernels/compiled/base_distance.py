@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Extent, Measured, Pass, Procedure, SpanState, Work
+from modelfuse.kernels import Bytes, Extent, Measured, Pass, Procedure, SpanState, Step, Work, steps_of
 from modelfuse.kernels.arrays import plain
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.direct_reads import Files, block_of
@@ -98,6 +98,7 @@ class MeasuredState:
     inner: SpanState
     seen: Any
     first: int | None = None
+    step: Step | None = None
 
     @property
     def bad(self) -> Array:
@@ -117,6 +118,17 @@ class MeasuredPass:
         """As the pass."""
         return self._inner.writes
 
+    @property
+    def span(self) -> int | None:
+        """As the pass, if it has any."""
+        return getattr(self._inner, "span", None)
+
+    def steps(self, state: MeasuredState, first: int, count: int, most: int) -> Iterator[Step]:
+        """As the pass; what it does not write is not looked at."""
+        for step in steps_of(self._inner, state.inner, first, count, most):
+            state.step = step
+            yield step
+
     def start(self) -> MeasuredState:
         """Begin a span."""
         files = Files.of(len(self._sources))
@@ -132,9 +144,10 @@ class MeasuredPass:
 
     def apply(self, state: MeasuredState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         """Look at the slice, and let the pass work on it."""
-        state.first = first if state.first is None else state.first
-        with state.seen.value.files.at(first):
-            measure(lay_out(self._inputs, raws, out), self._stride, first, count, state.seen)
+        if state.step is None or state.step.writes:
+            state.first = first if state.first is None else state.first
+            with state.seen.value.files.at(first):
+                measure(lay_out(self._inputs, raws, out), self._stride, first, count, state.seen)
         self._inner.apply(state.inner, first, count, raws, out)
 
     def finish(self, state: MeasuredState) -> Measured:

@@ -14,10 +14,11 @@ from modelfuse.kernels.compiled import histograms, merge_loops
 from modelfuse.kernels.compiled.dot_products import LANES
 from modelfuse.kernels.compiled.generate import ChainKernels, kernels_of
 from modelfuse.kernels.compiled.scratch import RAW_CODES, Scratch, give_back, inputs_of, lay_out, take_scratch
+from modelfuse.kernels.gram import gram_of, pairs_of
 from modelfuse.kernels.jit.code_cache import prepare
 from modelfuse.kernels.measures import Element, add_up_models
 from modelfuse.kernels.order_statistics import LAYOUTS, LEAD_BITS, Layout
-from modelfuse.kernels.procedures import Coefficients, gram_of, pairs_of
+from modelfuse.kernels.procedures import Coefficients
 from modelfuse.kernels.procedures import merge_procedure as procedure_over
 
 Array = np.ndarray[Any, Any]

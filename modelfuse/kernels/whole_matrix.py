@@ -1,0 +1,287 @@
+"""The pass over a tensor of a method that works on whole matrices: Gram matrices, a solve, then the result.
+
+One worker does all of a tensor, in one span; others do other tensors. Elements come by whole rows and are not kept: of
+a matrix there is no more than Gram matrices, and what is made of them. Gram matrices of columns are sums over rows. For
+those of rows, a panel of rows is held against all that follow, and the result is made panel by panel; panels are no
+larger than a Gram matrix, or small. The shape alone decides what is multiplied together, so that slices change no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from modelfuse.errors import ModelfuseError
+from modelfuse.kernels import Bytes, Extent, Step, Work
+from modelfuse.kernels.arrays.arithmetic import Arithmetic
+from modelfuse.kernels.arrays.numpy import NumpyLibrary
+from modelfuse.kernels.blas_threads import one_thread
+from modelfuse.kernels.matrices import PANEL, SLICE, Part, panel_of
+from modelfuse.methods.spec import Floats, WholeMatrix
+
+#: Steps, whose generator returns float64 values.
+Steps = Generator[Step, None, Floats]
+
+
+@dataclass
+class MatrixState:
+    """A span under way.
+
+    Attributes:
+        bad: As of every span.
+        writes: Whether the step is one that writes.
+        values: Of the last step that does not: differences, float64, shape (matrices, elements).
+        result: The merged difference of the slice that is filled, float64.
+    """
+
+    bad: np.ndarray[Any, np.dtype[np.int64]]
+    result: Floats
+    writes: bool = False
+    values: Floats = field(default_factory=lambda: np.empty((0, 0)))
+    library: NumpyLibrary = field(default_factory=lambda: NumpyLibrary(0, 0))
+    arithmetic: Arithmetic = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arithmetic = Arithmetic(self.library, "float64")
+
+
+class MatrixPass:
+    """Measures, solves and writes a whole tensor."""
+
+    writes = True
+
+    def __init__(self, work: Work) -> None:
+        assert work.matrices is not None
+        assert work.method.combination.matrix is not None
+        self._work, self._matrices = work, work.matrices
+        self._how: WholeMatrix = work.method.combination.matrix
+
+    @property
+    def span(self) -> int:
+        """The whole tensor."""
+        return self._work.size
+
+    def start(self) -> MatrixState:
+        result = np.empty(min(SLICE, self._work.size))
+        return MatrixState(np.zeros(len(self._work.sources) + 1, np.int64), result)
+
+    def read_from(self, state: MatrixState, extents: Sequence[Extent]) -> bool:
+        """Rows are given to it."""
+        return False
+
+    def finish(self, state: MatrixState) -> None:
+        return None
+
+    def apply(self, state: MatrixState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        with np.errstate(all="ignore"):
+            if state.writes:
+                self._write(state, count, raws, out)
+            else:
+                state.values = self._differences(state, count, raws)
+
+    def steps(self, state: MatrixState, first: int, count: int, most: int) -> Iterator[Step]:
+        """All that is read, and when; between two steps everything is computed."""
+        for unit in range(self._matrices.units):
+            begin = unit * self._matrices.unit
+            parts = [Part(self._matrices, each, self._how.side) for each in range(len(self._matrices.outputs))]
+            factors = []
+            for part in parts:
+                gram = yield from (self._of_columns if part.of_columns else self._of_rows)(state, begin, part)
+                factors.append(self._solve(gram, part.of_columns))
+                del gram
+            yield from self._emit(state, begin, parts, factors)
+
+    # Elements ---------------------------------------------------------------------------------------------------------
+
+    def _decode(self, state: MatrixState, raws: Bytes, source: int, count: int) -> Floats:
+        dtype = self._work.sources[source]
+        values: Floats = state.arithmetic.decode(state.library.load(raws[source, : dtype.nbytes(count)], dtype))
+        return values
+
+    def _differences(self, state: MatrixState, count: int, raws: Bytes) -> Floats:
+        """Each model's difference to the base, or their weighted sum: shape (matrices, elements)."""
+        work, summed = self._work, self._how.gram == "sum"
+        base = self._decode(state, raws, work.models, count) if work.has_base else None
+        found = np.zeros((1 if summed else work.models, count))
+        for model, is_delta in enumerate(work.deltas or (False,) * work.models):
+            own = self._decode(state, raws, model, count)
+            if base is not None and not is_delta:
+                own = own - base
+            if summed:
+                found[0] += own * work.method.weights[model]
+            else:
+                found[model] = own
+        return found
+
+    def _write(self, state: MatrixState, count: int, raws: Bytes, out: Bytes) -> None:
+        work, arithmetic = self._work, state.arithmetic
+        for source in range(len(work.sources)):
+            values = self._decode(state, raws, source, count)
+            state.bad[source] += count - np.count_nonzero(np.isfinite(values))
+        result = state.result[:count] * work.method.factor
+        if work.has_base:
+            result += values  # The last source's.
+        stored = arithmetic.encode(result, work.out)
+        state.bad[-1] += arithmetic.count_bad(stored)
+        state.library.store(stored, out[: work.out.nbytes(count)])
+
+    def _windows(self, state: MatrixState, begin: int, first: int, stop: int) -> Iterator[Step | tuple[int, Floats]]:
+        """Steps over some rows of the matrix that begins with an element; after each, its first row and its values."""
+        columns = self._matrices.columns
+        fits = (stop - first) * columns <= self._matrices.window
+        rows = stop - first if fits else max(1, SLICE // columns)
+        for start in range(first, stop, rows):
+            count = min(rows, stop - start)
+            state.writes = False
+            yield Step(begin + start * columns, count * columns, False)
+            yield start, state.values.reshape(-1, count, columns)
+            state.values = np.empty((0, 0))
+
+    # Gram matrices ----------------------------------------------------------------------------------------------------
+
+    def _grams(self, k: int) -> dict[tuple[int, int], Floats]:
+        """Room for the Gram matrices that are added up, by the numbers of their matrices."""
+        models, kind = self._work.models, self._how.gram
+        if kind == "pairs":
+            return {(i, j): np.zeros((k, k)) for i in range(models) for j in range(models)}
+        return {(i, i): np.zeros((k, k)) for i in range(1 if kind == "sum" else models)}
+
+    def _of_columns(self, state: MatrixState, begin: int, part: Part) -> Steps:
+        """Gram matrices of the columns: products of a few hundred rows, or thousands, are added up."""
+        grams = self._grams(part.k)
+        height = max(1, SLICE // self._matrices.columns, part.k // 2)
+        panel, filled = np.empty((1 + max(i for i, _ in grams), height, part.k)), 0
+
+        def add() -> None:
+            with one_thread(), np.errstate(all="ignore"):
+                for (i, j), gram in grams.items():
+                    if i <= j:
+                        gram += panel[i, :filled].T @ panel[j, :filled]
+
+        for each in self._windows(state, begin, int(part.rows[0]), int(part.rows[-1]) + 1):
+            if isinstance(each, Step):
+                yield each
+                continue
+            first, last, values = part.take(each[1], each[0])
+            if filled + last - first > height:
+                add()
+                filled = 0
+            for number, own in enumerate(values):
+                panel[number, filled : filled + last - first] = own
+            filled += last - first
+        add()
+        for (i, j), gram in grams.items():
+            if i > j:
+                gram[:] = grams[j, i].T
+        return self._stacked(grams)
+
+    def _of_rows(self, state: MatrixState, begin: int, part: Part) -> Steps:
+        """Gram matrices of the rows: a panel of rows is multiplied by itself and by all that follow."""
+        grams = self._grams(part.k)
+        number, width = 1 + max(i for i, _ in grams), part.columns.size
+        height = min(max(1, max(part.k**2, PANEL) // (number * width)), part.k)
+        panel = np.empty((number, height, width))
+        for top in range(0, part.k, height):
+            bottom = min(top + height, part.k)
+            for each in self._windows(state, begin, int(part.rows[top]), int(part.rows[-1]) + 1):
+                if isinstance(each, Step):
+                    yield each
+                    continue
+                first, last, values = part.take(each[1], each[0])
+                known = min(last, bottom)
+                for own, room in zip(values, panel, strict=True):
+                    room[first - top : known - top] = own[: max(known - first, 0)]
+                with one_thread(), np.errstate(all="ignore"):
+                    for (i, j), gram in grams.items():
+                        gram[top:known, first:last] = panel[i, : known - top] @ values[j].T
+        for row in range(part.k):
+            for (i, j), gram in grams.items():
+                gram[row + 1 :, row] = grams[j, i][row, row + 1 :]
+        return self._stacked(grams)
+
+    def _stacked(self, grams: dict[tuple[int, int], Floats]) -> Floats:
+        """Gram matrices as a method takes them."""
+        every = list(grams.values())
+        if len(every) == 1:
+            return every[0] if self._how.gram == "sum" else every[0][None]
+        models = self._work.models
+        shape = (models, models) if self._how.gram == "pairs" else (models,)
+        return np.stack(every).reshape(*shape, *every[0].shape)
+
+    def _solve(self, gram: Floats, of_columns: bool) -> Floats:
+        """What the matrices are to be multiplied by; of what is not finite, nothing that is."""
+        method = self._work.method
+        if not np.isfinite(gram).all():
+            k = gram.shape[-1]
+            return np.full((1 if self._how.gram == "sum" else self._work.models, k, k), np.nan)
+        try:
+            with one_thread(), np.errstate(all="ignore"):
+                factors = self._how.factors(gram, method.weights, method.shared)
+        except np.linalg.LinAlgError as error:
+            raise ModelfuseError(
+                f"Tensor {self._work.name!r}: {method.merge_type} cannot be computed: {error}",
+                "Have a rule merge it by another method.",
+            ) from error
+        return factors if of_columns else factors.transpose(0, 2, 1)
+
+    # The result -------------------------------------------------------------------------------------------------------
+
+    def _emit(self, state: MatrixState, begin: int, parts: Sequence[Part], factors: Sequence[Floats]) -> Iterator[Step]:
+        """Make and write the elements of one matrix; of slices that lie in several, once they are full."""
+        matrices, size = self._matrices, self._work.size
+        most = panel_of(max([part.k for part in parts if not part.of_columns], default=0))
+        stop = begin + matrices.unit
+        for start in range(begin // most * most, stop, most):
+            first, last = max(start, begin), min(start + most, stop)
+            top, bottom = (first - begin) // matrices.columns, -((begin - last) // matrices.columns)
+            block = np.zeros((bottom - top, matrices.columns))
+            yield from self._multiply(state, begin, top, bottom, parts, factors, block)
+            values = block.ravel()[first - begin - top * matrices.columns :]
+            for slice_ in range(first // SLICE * SLICE, last, SLICE):
+                left, right = max(slice_, first), min(slice_ + SLICE, last)
+                state.result[left - slice_ : right - slice_] = values[left - first : right - first]
+                if right == min(slice_ + SLICE, size):
+                    state.writes = True
+                    yield Step(slice_, right - slice_)
+
+    def _multiply(
+        self, state: MatrixState, begin: int, top: int, bottom: int, parts: Sequence[Part],
+        factors: Sequence[Floats], block: Floats,
+    ) -> Iterator[Step]:  # fmt: skip
+        """Add to the rows from ``top`` to ``bottom`` what the parts' matrices come to."""
+        for of_columns in (True, False):
+            chosen = [(part, own) for part, own in zip(parts, factors, strict=True) if part.of_columns == of_columns]
+            chosen = [(part, own) for part, own in chosen if part.place(top, bottom)[0] < part.place(top, bottom)[1]]
+            if not chosen:
+                continue
+            rows = (top, bottom) if of_columns else (0, self._matrices.rows)
+            for each in self._windows(state, begin, *rows):
+                if isinstance(each, Step):
+                    yield each
+                    continue
+                with one_thread(), np.errstate(all="ignore"):
+                    for part, own in chosen:
+                        first, last, values = part.take(each[1], each[0])
+                        if of_columns:
+                            _, _, place = part.place(each[0], each[0] + each[1].shape[1])
+                            target = block[each[0] - top : each[0] - top + each[1].shape[1]]
+                            products = [x @ factor for x, factor in zip(values, own, strict=True)]
+                        else:
+                            begins, ends, place = part.place(top, bottom)
+                            target = block
+                            products = [
+                                factor[begins:ends, first:last] @ x for x, factor in zip(values, own, strict=True)
+                            ]
+                        rows_, columns = place
+                        for product in products:
+                            _add(target, rows_, columns, product)
+
+
+def _add(target: Floats, rows: Any, columns: Any, values: Floats) -> None:
+    if isinstance(rows, slice) or isinstance(columns, slice):
+        target[rows, columns] += values
+    else:
+        target[np.ix_(rows, columns)] += values
