@@ -81,6 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "methods",
         "recipe",
         "recipe.arcee",
+        "kernels",
         "checkpoints",
         "checkpoints.adapters",
         "checkpoints.layouts",
