@@ -18,6 +18,7 @@ from heapq import heappop, heappush
 from typing import Any, Generic, TypeVar
 
 from modelfuse.kernels import span_of
+from modelfuse.storage.files import keeping_open
 from modelfuse.storage.local.threads import join
 
 P = TypeVar("P")
@@ -106,8 +107,17 @@ class Queue(Generic[P]):
                     self._changed.wait(None if goes_ahead else LOOK)
             return None
 
-    def done(self, spans: Sequence[Span[P]], found: Sequence[Any]) -> None:
-        """Say what spans of one pass have found, one after another; of a pass that folds, perhaps folded already."""
+    def done(self, spans: Sequence[Span[P]], found: Sequence[Any], *, goes_on: bool = False) -> Span[P] | None:
+        """Say what spans of one pass have found, one after another; of a pass that folds, perhaps folded already.
+
+        Args:
+            spans: Spans of one pass.
+            found: What each has found.
+            goes_on: Whether the caller walks the job's next pass if that is one span: it has the elements at hand.
+
+        Returns:
+            That span, if there is one.
+        """
         job, pass_ = spans[0].job, spans[0].pass_
         if fold := fold_of(pass_):
             own = reduce(fold, found)
@@ -120,14 +130,18 @@ class Queue(Generic[P]):
                     job.found[span.first // span_of(pass_, self._span)] = each
             job.waiting -= len(spans)
             if job.waiting:
-                return
+                return None
         following = _advance(job)
+        if goes_on and following is not None and job.size <= self._span and self.failure is None:
+            job.found, job.waiting = [] if fold_of(following) else [None], 1
+            return Span(job, following, 0, job.size)
         with self._changed:
             if following is not None:
                 self._enqueue(job, following)
             else:
                 del self._under_way[job.number]
                 self._changed.notify_all()
+        return None
 
     def fail(self, error: BaseException) -> None:
         """Give out nothing more; the first error counts."""
@@ -206,11 +220,16 @@ class Scheduler(Generic[P]):
 
     def _work(self, number: int) -> None:
         try:
-            while (span := self._queue.take()) is not None:
-                found = self._walk(number, span.job.owner, span.pass_, span.first, span.count)
-                self._queue.done((span,), (found,))
+            with keeping_open():
+                self._walk_all(number)
         except BaseException as error:
             self._queue.fail(error)
+
+    def _walk_all(self, number: int) -> None:
+        span: Span[P] | None = None
+        while (span := span or self._queue.take()) is not None:
+            found = self._walk(number, span.job.owner, span.pass_, span.first, span.count)
+            span = self._queue.done((span,), (found,), goes_on=True)
 
 
 def fold_of(pass_: object) -> Callable[[Any, Any], Any] | None:

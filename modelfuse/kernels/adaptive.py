@@ -30,11 +30,12 @@ from modelfuse.kernels.jit.compile import (
     nothing_compiled,
 )
 from modelfuse.kernels.kernel import CPU_BLOCK, CPU_ROOM, ArrayKernel, CompiledKernel, Kernel
+from modelfuse.kernels.sorted_magnitudes import MOST
 
 #: Work of fewer stored bytes than this never starts a compiler.
 SMALL = 256_000_000
-#: Elements of the tensor that is merged to have everything compiled that larger ones take.
-REHEARSED = 1500
+#: Elements of the tensors that are merged to have everything compiled: magnitudes of small ones are sorted.
+REHEARSED = (1500, MOST + 1)
 #: What the other process runs: with the modules that this one has.
 PROGRAM = "import sys; sys.path[:] = {!r}; from modelfuse.kernels.adaptive import compile_told; compile_told()"
 SAYS = "Kernels are compiled for this processor, once, while numpy begins with the work."
@@ -52,13 +53,18 @@ def rehearse(work: Work) -> None:
     Raises:
         NotCompiledError: If one of them was not compiled before, and may not be now.
     """
+    for size in REHEARSED if work.method.counts_magnitudes else REHEARSED[:1]:
+        _merge_some(work, size)
+
+
+def _merge_some(work: Work, size: int) -> None:
     from modelfuse.kernels.compiled.base_distance import measured
 
     dtype = F32 if work.compute == "float32" else F64
-    small = replace(work, size=REHEARSED, sources=(dtype,) * len(work.sources), out=dtype)
+    small = replace(work, size=size, sources=(dtype,) * len(work.sources), out=dtype)
     draw = np.random.default_rng(0)
-    raws = np.stack([draw.standard_normal(REHEARSED).astype(work.compute).view(np.uint8) for _ in small.sources])
-    out = np.empty(REHEARSED * dtype.bytes, np.uint8)
+    raws = np.stack([draw.standard_normal(size).astype(work.compute).view(np.uint8) for _ in small.sources])
+    out = np.empty(size * dtype.bytes, np.uint8)
     procedure = CompiledKernel().merge(small)
     if small.has_base:
         procedure = measured(procedure, small)
@@ -67,7 +73,7 @@ def rehearse(work: Work) -> None:
         while True:
             pass_ = next(procedure) if found is None else procedure.send(found)
             state = pass_.start()
-            pass_.apply(state, 0, REHEARSED, raws, out)
+            pass_.apply(state, 0, size, raws, out)
             end = pass_.finish(state)
             found = [end[0] if pass_.writes and small.has_base else end]
 
@@ -178,5 +184,5 @@ def every_kind(models: int = 2) -> list[Work]:
     for method in every_chain(models):
         for dtype, has_base in ((F32, True), (F32, False), (F64, True), (F64, False)):
             sources = tuple(repeat(dtype, models + has_base))
-            works.append(Work("tensor", REHEARSED, sources, has_base, dtype, method))
+            works.append(Work("tensor", REHEARSED[0], sources, has_base, dtype, method))
     return works

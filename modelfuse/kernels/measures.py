@@ -24,7 +24,9 @@ from modelfuse.kernels.order_statistics import (
     RankTable,
     Tally,
     first_within,
+    shares_no_ranks,
 )
+from modelfuse.kernels.sorted_magnitudes import MOST, SortedMagnitudes
 from modelfuse.methods.random import stream_key
 from modelfuse.methods.spec import OrderStatistics, Ranks
 
@@ -39,8 +41,18 @@ class TallyPass(Pass, Protocol):
         """The sums of two spans."""
 
 
+class GatherPass(Pass, Protocol):
+    """A pass that finds the bits of all magnitudes of a tensor that is one span.
+
+    They are uint32 or uint64, shape (models, elements).
+    """
+
+
 class Tallies(Protocol):
     """The passes of one backend that count magnitudes."""
+
+    def gather(self, work: Work) -> GatherPass:
+        """Finds the magnitudes of a small tensor."""
 
     def all(self, work: Work) -> TallyPass:
         """Counts all magnitudes; finds, for each model, what :func:`add_up` adds up."""
@@ -60,11 +72,13 @@ class KeepTables(NamedTuple):
             float64; −(slot + 1) for a subtable.
         subtables: The same by the next digit, for each bin that was counted again, shape (bins, RANKS).
         levels: How often bins were counted again.
+        exact: Of a small tensor, each element's own instead: float64, shape (models, elements).
     """
 
     tables: list[tuple[Array, Array]]
     subtables: Array
     levels: int
+    exact: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,9 @@ def measure_element(work: Work, passes: Tallies) -> Passes:
 def _measure_magnitudes(work: Work, passes: Tallies, measure: OrderStatistics) -> Passes:
     """What was asked for of each model's magnitudes."""
     layout, sums = LAYOUTS[work.compute], work.method.needs_sums
+    if work.size <= MOST:
+        gathered = yield from _gather(work, passes)
+        return [each.at_ranks(measure.ranks(work.size, work.method.of(model))) for model, each in enumerate(gathered)]
     tallies = yield from _tally_all(work, passes)
     searches = [
         [RankSearch(tally, rank, sums) for rank in measure.ranks(work.size, work.method.of(model))]
@@ -132,9 +149,17 @@ def _measure_magnitudes(work: Work, passes: Tallies, measure: OrderStatistics) -
 
 def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
     """The probability of keeping each magnitude."""
+    gathered = (yield from _gather(work, passes)) if work.size <= MOST else []
+    every = [work.method.of(model) for model in range(work.models)]
+    if gathered and all(shares_no_ranks(work.size, measure.spread(settings)) for settings in every):
+        exact = [
+            measure.probability(each.ranks(), work.size, settings) if each.active else np.ones(work.size)
+            for each, settings in zip(gathered, every, strict=True)
+        ]
+        return KeepTables([], np.ones((0, RANKS)), 0, np.stack(exact))
     models = []
-    for model, tally in enumerate((yield from _tally_all(work, passes))):
-        settings = work.method.of(model)
+    tallies = [each.tally() for each in gathered] or (yield from _tally_all(work, passes))
+    for tally, settings in zip(tallies, every, strict=True):
 
         def probability(ranks: Any, size: int, settings: Any = settings) -> Any:
             return measure.probability(ranks, size, settings)
@@ -142,7 +167,11 @@ def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
         models.append(RankTable(tally, probability, measure.spread(settings)))
     shift, levels = LAYOUTS[work.compute].shift, 0
     while sum(map(len, prefixes := [model.prefixes for model in models])):
-        tables = yield from _tally_within(work, passes, prefixes, shift, RANK_BITS)
+        if gathered:
+            within = [each.within(own, shift) for each, own in zip(gathered, prefixes, strict=True)]
+            tables = np.concatenate(within)
+        else:
+            tables = yield from _tally_within(work, passes, prefixes, shift, RANK_BITS)
         parts = np.split(tables, np.cumsum([len(own) for own in prefixes[:-1]]))
         for one, part in zip(models, parts, strict=True):
             one.narrow(part, shift)
@@ -155,6 +184,12 @@ def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
         found.append((bins, keeps if one.active else np.ones_like(keeps)))  # A tensor of zeros stays as it is.
         subtables.append(one.subtables(slots))
     return KeepTables(found, np.concatenate(subtables), levels)
+
+
+def _gather(work: Work, passes: Tallies) -> Passes:
+    layout = LAYOUTS[work.compute]
+    (bits,) = yield passes.gather(work)
+    return [SortedMagnitudes(layout, each) for each in bits]
 
 
 def _tally_all(work: Work, passes: Tallies) -> Passes:

@@ -221,6 +221,16 @@ class Found:
         return self._layout.amount(max(low.above + low.own - above, 0))
 
 
+def _most_in_a_bin(size: int, spread: float) -> float:
+    """How many different magnitudes may share a probability; one magnitude's rank is exact."""
+    return max(PROBABILITY_ERROR * size / spread, 1.0) if spread else math.inf
+
+
+def shares_no_ranks(size: int, spread: float) -> bool:
+    """Whether a tensor is so small that all different magnitudes have ranks of their own."""
+    return _most_in_a_bin(size, spread) == 1.0
+
+
 class Crowded(NamedTuple):
     """Bins that hold too many ranks, ascending.
 
@@ -294,8 +304,6 @@ class RankTable:
         """Probabilities by bin, and which bins hold too many ranks: each is one more subtable."""
         ranks = larger + (counts.astype(np.float64) - 1) / 2
         keeps = np.asarray(self._probability(ranks, self._size), np.float64)
-        # One magnitude's rank is exact.
-        most = max(PROBABILITY_ERROR * self._size / self._spread, 1.0) if self._spread else math.inf
-        index = np.flatnonzero((counts > most) & mixed)
+        index = np.flatnonzero((counts > _most_in_a_bin(self._size, self._spread)) & mixed)
         keeps[index] = -1.0 - slots - np.arange(index.size)
         return keeps, index

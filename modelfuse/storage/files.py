@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,22 +69,32 @@ class SourceFile:
 
     @contextmanager
     def open(self) -> Iterator[OpenFile]:
-        """Open for positioned reads.
+        """Open for positioned reads; kept open for later where :func:`keeping_open` says so.
 
         Raises:
             CheckpointError: If the file is gone or is no longer the one that was recorded,
                 at the opening or at the end of the reading.
         """
+        kept = _kept.files
+        if kept is not None and self in kept:
+            yield OpenFile(self.path, self.size, kept[self])
+            self._check_unchanged(kept[self])
+            return
         try:
             descriptor = os.open(str(self.path), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
+        keeps = False
         try:
             self._check_unchanged(descriptor)
             yield OpenFile(self.path, self.size, descriptor)
             self._check_unchanged(descriptor)
+            keeps = kept is not None and len(kept) < MOST_KEPT_OPEN and self not in kept
+            if kept is not None and keeps:
+                kept[self] = descriptor
         finally:
-            os.close(descriptor)
+            if not keeps:
+                os.close(descriptor)
 
     def _check_unchanged(self, descriptor: int) -> None:
         try:
@@ -92,11 +103,32 @@ class SourceFile:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
         found = status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
         known = self.size, self.mtime_ns, self.inode, self.ctime_ns
-        if any(one is not None and one != other for one, other in zip(known, found, strict=True)):
+        if found != known and any(one is not None and one != other for one, other in zip(known, found, strict=True)):
             raise CheckpointError(
                 f"{self.path} was changed while it was being read",
                 "Wait until nothing writes to it any more, then merge again.",
             )
+
+
+class _Kept(threading.local):
+    files: dict[SourceFile, int] | None = None
+
+
+_kept = _Kept()
+#: Files that a thread keeps open.
+MOST_KEPT_OPEN = 64
+
+
+@contextmanager
+def keeping_open() -> Iterator[None]:
+    """Have this thread keep files open meanwhile, as opening one takes longer than reading a small tensor."""
+    before, _kept.files = _kept.files, {}
+    try:
+        yield
+    finally:
+        for descriptor in _kept.files.values():
+            os.close(descriptor)
+        _kept.files = before
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,23 @@ def _rest_sums(library: Library, arithmetic: Arithmetic, bins: Tensor, rest: Ten
     return tuple(library.bincount(bins, 0, library.cast(part, "float64")) for part in (low, high))
 
 
+class Gather(Walk):
+    """The pass that finds the bits of all magnitudes, int32 or int64 as the compute type, shape (models, elements)."""
+
+    scratch = 40
+
+    def start(self) -> State:
+        return self._state([])
+
+    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+        bits = [self._library.fetch(self._arithmetic.magnitude_bits(x)) for x in xs]
+        state.found.append(np.stack(bits))
+
+    def finish(self, state: State) -> Array:
+        found = np.concatenate(state.found, axis=1)
+        return found.view(f"u{found.itemsize}")
+
+
 class TallyAll(Walk):
     """The pass that tallies all magnitudes; finds, for each model, the bins that hold any and their rows."""
 

@@ -10,7 +10,7 @@ from modelfuse.kernels import Bytes, Procedure, Work
 from modelfuse.kernels.arrays.arithmetic import Tables
 from modelfuse.kernels.arrays.blocks import State, Walk
 from modelfuse.kernels.arrays.evaluate import Evaluation
-from modelfuse.kernels.arrays.histograms import TallyAll, TallyWithin
+from modelfuse.kernels.arrays.histograms import Gather, TallyAll, TallyWithin
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.gram import gram_of
 from modelfuse.kernels.measures import Element
@@ -24,6 +24,9 @@ class ArrayBackend:
 
     def __init__(self, library: Library) -> None:
         self._library = library
+
+    def gather(self, work: Work) -> Gather:
+        return Gather(work, self._library)
 
     def all(self, work: Work) -> TallyAll:
         return TallyAll(work, self._library)
@@ -79,9 +82,15 @@ class _Chained(Walk):
             if chain.draws:
                 arrays["draw"] = [arithmetic.draws(counters, self._element.keys[model], count)] * len(xs)
             if chain.keeps:
-                arrays["keep"] = [arithmetic.keep_probabilities(xs[model], state.placed, model)] * len(xs)
+                arrays["keep"] = [self._keep(state, first, xs[model], model)] * len(xs)
             evaluation = Evaluation(self._library, arithmetic, arrays, self._element.numbers, {})
             xs[model] = evaluation.of_model(chain.element, model)
+
+    def _keep(self, state: State, first: int, x: Tensor, model: int) -> Tensor:
+        exact = self._element.keep.exact
+        if exact is None:
+            return self._arithmetic.keep_probabilities(x, state.placed, model)
+        return self._library.place(exact[model, first : first + x.shape[0]].astype(self._work.compute))
 
 
 class Combine(_Chained):

@@ -194,16 +194,13 @@ def distances(spans: Sequence[SpanDistances]) -> list[Distance]:
     """
     if not spans:
         return []
+    # Of a small tensor this is done as often as merging: Python's own numbers are faster than numpy's few.
     ordered = sorted(spans, key=lambda span: span.first)
-    differs = np.any([span.differs for span in ordered], axis=0)
-    squares = np.zeros_like(ordered[0].squares)
-    for span in ordered:
-        squares += span.squares
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.sqrt(squares[:-1]) / np.sqrt(squares[-1])
+    differs = [any(own) for own in zip(*(span.differs.tolist() for span in ordered), strict=True)]
+    *squares, base = map(sum, zip(*(span.squares.tolist() for span in ordered), strict=True))
     return [
-        Distance(not differ, float(ratio) if np.isfinite(ratio) else None)
-        for differ, ratio in zip(differs.tolist(), ratios, strict=True)
+        Distance(not differ, math.sqrt(square) / math.sqrt(base) if base and math.isfinite(square / base) else None)
+        for differ, square in zip(differs, squares, strict=True)
     ]
 
 

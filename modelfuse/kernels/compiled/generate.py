@@ -135,7 +135,7 @@ def element_source(chain: Chain) -> str:
     if chain.draws:
         lines.append("uniform(how.keys[model], first, count, room.bits, room.words, draws)")
     if chain.keeps:
-        lines.append("keep_probabilities(how, model, count, room, keep)")
+        lines.append("keep_probabilities(how, model, first, count, room, keep)")
     lines += ["for i in range(count):", *(STEP + line for line in writer.lines), f"{STEP}x[i] = {result}"]
     return _function("apply_element(how, model, first, count, room)", lines)
 

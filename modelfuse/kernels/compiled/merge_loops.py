@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.kernels.compiled.direct_reads import Files, place_of
+from modelfuse.kernels.compiled.direct_reads import BLOCK, Files, place_of
 from modelfuse.kernels.jit.compile import compile_kernel
 from modelfuse.kernels.order_statistics import LEAD_BITS, RANK_BITS, RANKS
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
@@ -111,6 +111,7 @@ class Element(NamedTuple):
         ends: int64, shape (models,): where those of each model end.
         keeps: Compute type, shape (bins,): their probabilities of being kept; −(slot + 1) where a subtable says more.
         subtables: Compute type, shape (slots, RANKS): the same for bins that needed more bits.
+        exact: Compute type, shape (models, elements): of a small tensor, each element's probability; else no rows.
     """
 
     keys: Array
@@ -120,6 +121,7 @@ class Element(NamedTuple):
     ends: Array
     keeps: Array
     subtables: Array
+    exact: Array
 
 
 class Numbers(NamedTuple):
@@ -344,6 +346,18 @@ def magnitude_bits(room: Room, model: int, count: int) -> None:
 
 
 @compile_kernel
+def gather(data: Stored, length: int, room: Room, out: Array) -> None:
+    """Leave the bits of all models' magnitudes in ``out``, uint64, shape (models, length)."""
+    for start in range(0, length, BLOCK):
+        size = min(BLOCK, length - start)
+        load(data, start, size, room, length)
+        for model in range(data.inputs.models):
+            magnitude_bits(room, model, size)
+            for i in range(size):
+                out[model, start + i] = room.bits[i]
+
+
+@compile_kernel
 def find_bins(room: Room, model: int, count: int, shift: int, row: int) -> None:
     """Leave the bin of each magnitude in a row of ``room.bins``; for float64, its bits are left in ``room.bits``."""
     bins, bits = room.bins[row], room.bits
@@ -372,8 +386,13 @@ def spread(how: Element, room: Room) -> None:
 
 
 @compile_kernel
-def keep_probabilities(how: Element, model: int, count: int, room: Room, out: Array) -> None:
+def keep_probabilities(how: Element, model: int, first: int, count: int, room: Room, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
+    if how.exact.shape[0] > 0:
+        exact = how.exact[model]
+        for i in range(count):
+            out[i] = exact[first + i]
+        return
     table, bins = room.tables[model], room.bins[0]
     find_bins(room, model, count, how.shift, 0)
     for i in range(count):

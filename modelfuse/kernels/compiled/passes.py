@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from modelfuse.kernels.compiled.generate import ChainKernels, kernels_of
 from modelfuse.kernels.compiled.scratch import RAW_CODES, Scratch, give_back, inputs_of, lay_out, take_scratch
 from modelfuse.kernels.gram import gram_of, pairs_of
 from modelfuse.kernels.jit.code_cache import prepare
-from modelfuse.kernels.measures import Element, add_up_models
-from modelfuse.kernels.order_statistics import LAYOUTS, LEAD_BITS, Layout
+from modelfuse.kernels.measures import Element, KeepTables, add_up_models
+from modelfuse.kernels.order_statistics import LAYOUTS, LEAD_BITS, RANKS, Layout
 from modelfuse.kernels.procedures import Coefficients
 from modelfuse.kernels.procedures import merge_procedure as procedure_over
 
@@ -26,6 +27,9 @@ Array = np.ndarray[Any, Any]
 
 class CompiledBackend:
     """The passes that are compiled loops over stored bytes."""
+
+    def gather(self, work: Work) -> Gather:
+        return Gather(work)
 
     def all(self, work: Work) -> TallyAll:
         return TallyAll(work, LAYOUTS[work.compute])
@@ -52,19 +56,33 @@ def chain_kernels(work: Work) -> ChainKernels:
 
 def _laid_out(work: Work, element: Element) -> Any:
     """What the element step must know, as the kernels take it."""
-    tables = element.keep.tables or [(np.empty(0, np.uint64), np.empty(0))]
-    bins = np.concatenate([bins for bins, _ in tables])
-    return prepare(
-        merge_loops.Element(
-            np.array(element.keys, np.uint64),
-            element.table(work.method.chain.element_numbers, work.compute),
-            LAYOUTS[work.compute].shift,
-            ((bins >> np.uint64(1)) | (bins & np.uint64(1)) << np.uint64(LEAD_BITS)).astype(np.uint16),
-            np.cumsum([bins.size for bins, _ in tables]),
-            np.concatenate([keeps for _, keeps in tables]).astype(work.compute),
-            element.keep.subtables.astype(work.compute),
-        )
+    keys, numbers = (
+        np.array(element.keys, np.uint64),
+        element.table(work.method.chain.element_numbers, work.compute),
     )
+    keep = _laid_out_keep(element.keep, work.compute) if work.method.chain.keeps else _no_keep(work.compute)
+    return prepare(merge_loops.Element(keys, numbers, *keep))
+
+
+def _laid_out_keep(keep: KeepTables, compute: str) -> list[Any]:
+    """The fields of :class:`modelfuse.kernels.compiled.merge_loops.Element` that say what is kept of each rank."""
+    tables = keep.tables or [(np.empty(0, np.uint64), np.empty(0))]
+    bins = np.concatenate([bins for bins, _ in tables])
+    exact = np.empty((0, 1)) if keep.exact is None else keep.exact
+    return [
+        LAYOUTS[compute].shift,
+        ((bins >> np.uint64(1)) | (bins & np.uint64(1)) << np.uint64(LEAD_BITS)).astype(np.uint16),
+        np.cumsum([bins.size for bins, _ in tables]),
+        np.concatenate([keeps for _, keeps in tables]).astype(compute),
+        keep.subtables.astype(compute),
+        exact.astype(compute),
+    ]
+
+
+@cache
+def _no_keep(compute: str) -> list[Any]:
+    """The same where ranks do not matter, laid out once."""
+    return [prepare(each) for each in _laid_out_keep(KeepTables([], np.ones((0, RANKS)), 0), compute)]
 
 
 @dataclass
@@ -176,6 +194,16 @@ class DotProducts(_Chained):
         sums = np.concatenate(found)
         products = range(self._products)
         return gram_of(self._work.models, [sums[:, [each, each + self._products]] for each in products])
+
+
+class Gather(_Walk):
+    """The pass that finds the bits of all magnitudes, uint64, shape (models, elements)."""
+
+    writes = False
+
+    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+        state.found = np.empty((self._work.models, count), np.uint64)
+        merge_loops.gather(data, count, state.scratch.room, state.found)
 
 
 class TallyAll(_Walk):

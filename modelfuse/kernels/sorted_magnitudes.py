@@ -1,0 +1,151 @@
+"""Magnitudes of small tensors, sorted: order statistics, sums and ranks without counting in bins.
+
+What is found has the bits that :mod:`modelfuse.kernels.order_statistics` finds for tensors of any size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from modelfuse.kernels.order_statistics import HALF_BITS, RANK_BITS, Layout, Tally
+
+Array = np.ndarray[Any, Any]
+
+#: The most elements of a tensor whose magnitudes are sorted.
+MOST = 1 << 14
+
+
+class SortedMagnitudes:
+    """The magnitudes of one model's tensor.
+
+    Args:
+        layout: How their bits are read.
+        bits: uint32 or uint64, shape (elements,): the bits of the magnitudes, in the order of the elements.
+    """
+
+    def __init__(self, layout: Layout, bits: Array) -> None:
+        self._layout, self._bits = layout, bits
+
+    @cached_property
+    def _sorted(self) -> Array:
+        return np.sort(self._bits)
+
+    def at_ranks(self, ranks: Sequence[int]) -> FoundSorted:
+        """What is known of the magnitudes at these ranks, ascending from 0."""
+        return FoundSorted(self._layout, self._sorted, ranks)
+
+    def tally(self) -> Tally:
+        """The same as counting them by their leading bits and whether any of the others is set."""
+        bits, shift = self._sorted, self._layout.shift
+        one = bits.dtype.type
+        bins = (bits >> one(shift)) << one(1) | ((bits & one((1 << shift) - 1)) != 0)
+        starts = np.flatnonzero(np.concatenate([[True], bins[1:] != bins[:-1]]))
+        counts = np.diff(np.append(starts, bins.size)).astype(np.uint64)
+        return Tally(self._layout, shift, bins[starts].astype(np.uint64), counts[:, None], sticky=True)
+
+    def within(self, prefixes: Array, parent_shift: int) -> Array:
+        """The same as counting those in some bins by their next RANK_BITS digits.
+
+        Args:
+            prefixes: uint64, ascending: the bins' leading bits.
+            parent_shift: The bits that remain below them.
+
+        Returns:
+            uint64, shape (bins, digits, 3): counts; the last two are not zero where any of the other bits is set.
+        """
+        tables = np.zeros((len(prefixes), 1 << RANK_BITS, 3), np.uint64)
+        if not len(prefixes):
+            return tables
+        bits, shift = self._sorted.astype(np.uint64), np.uint64(max(parent_shift - RANK_BITS, 0))
+        leading = bits >> np.uint64(parent_shift)
+        rows = np.minimum(np.searchsorted(prefixes, leading), len(prefixes) - 1)
+        hits = prefixes[rows] == leading
+        chosen = bits[hits]
+        digits = ((chosen >> shift) & np.uint64((1 << RANK_BITS) - 1)).astype(np.int64)
+        slots = (rows[hits] << RANK_BITS) + digits
+        size = len(prefixes) << RANK_BITS
+        tables[:, :, 0] = np.bincount(slots, minlength=size).reshape(len(prefixes), -1)
+        rest = (chosen & ((np.uint64(1) << shift) - np.uint64(1))) != 0
+        tables[:, :, 1] = np.bincount(slots, rest, size).reshape(len(prefixes), -1)
+        return tables
+
+    def ranks(self) -> Array:
+        """Every element's rank, descending by magnitude from 0; equal ones share their mean: float64."""
+        order = np.argsort(self._bits, kind="stable")
+        bits = self._bits[order]
+        starts = np.flatnonzero(np.concatenate([[True], bits[1:] != bits[:-1]]))
+        counts = np.diff(np.append(starts, bits.size))
+        larger = bits.size - (starts + counts)
+        ranks = np.empty(bits.size)
+        ranks[order] = np.repeat(larger + (counts - 1) / 2, counts)
+        return ranks
+
+    @property
+    def active(self) -> bool:
+        """Whether any of them is not zero."""
+        return bool(self._bits.any())
+
+
+class FoundSorted:
+    """What was asked for of sorted magnitudes: :class:`modelfuse.methods.spec.Magnitudes`.
+
+    Args:
+        layout: How their bits are read.
+        bits: Their bits, ascending.
+        ranks: The ranks that were asked for.
+    """
+
+    def __init__(self, layout: Layout, bits: Array, ranks: Sequence[int]) -> None:
+        self._layout, self._bits, self._ranks = layout, bits, ranks
+
+    @property
+    def total(self) -> float:
+        """The sum of all magnitudes; NaN if any is not finite."""
+        return self._sum(0, self._bits.size)
+
+    def at(self, number: int) -> float:
+        """The magnitude at one of the ranks."""
+        return self._layout.value(int(self._bits[self._ranks[number]]))
+
+    def between(self, first: int, last: int | None = None) -> float:
+        """The sum of the magnitudes from one of them to another one, or to the largest; NaN if any is not finite."""
+        return self._sum(self._edges[first][0], self._bits.size if last is None else self._edges[last][1])
+
+    @cached_property
+    def _edges(self) -> list[tuple[int, int]]:
+        """Where those that equal each of the magnitudes at the ranks begin and end."""
+        values = [self._bits[rank] for rank in self._ranks]
+        return [
+            (int(np.searchsorted(self._bits, value)), int(np.searchsorted(self._bits, value, "right")))
+            for value in values
+        ]
+
+    def _sum(self, start: int, end: int) -> float:
+        units = self._units
+        return math.nan if units is None else self._layout.amount(max(units[end] - units[start], 0))
+
+    @cached_property
+    def _units(self) -> dict[int, int] | None:
+        """The exact sums of all magnitudes below each edge, in smallest subnormals; None if any is not finite."""
+        layout, bits = self._layout, self._bits.astype(np.uint64)
+        exponents = bits >> np.uint64(layout.mantissa)
+        if exponents[-1] == layout.infinite:
+            return None
+        hidden = np.uint64(1 << layout.mantissa)
+        values = (bits & (hidden - np.uint64(1))) | np.where(exponents > 0, hidden, np.uint64(0))
+        edges = sorted({0, bits.size, *(edge for pair in self._edges for edge in pair)})
+        begins = np.flatnonzero(exponents[1:] != exponents[:-1]) + 1
+        begins = np.unique(np.concatenate([begins, edges[:-1]]))
+        low = np.add.reduceat(values & np.uint64((1 << HALF_BITS) - 1), begins).tolist()
+        high = np.add.reduceat(values >> np.uint64(HALF_BITS), begins).tolist()
+        units, known = 0, dict[int, int]()
+        for begin, exponent, one, more in zip(begins.tolist(), exponents[begins].tolist(), low, high, strict=True):
+            known[begin] = units
+            units += (one + (more << HALF_BITS)) << max(exponent - 1, 0)
+        known[bits.size] = units
+        return known
