@@ -58,7 +58,7 @@ def some(dtypes: Sequence[DType], seed: int = 0) -> list[Array]:
 def test_passes_read_what_they_would_be_given(tmp_path: Path, mixture: str, name: str) -> None:
     dtypes = [FLOATS[each] for each in MIXTURES[mixture]]
     stored = some(dtypes)
-    weights = () if name == "slerp" else (0.6, 0.3)
+    weights = (0.6, 0.3)
     sparsify_type, merge_type = MERGE_METHODS[name]
     work = work_on(stored, dtypes, applied(merge_type, sparsify_type, weights), True, BF16)
     found = []

@@ -173,6 +173,29 @@ def _methods(words: list[str], _: Mapping[str, object]) -> int:
     return 0
 
 
+def _warm(words: list[str], _: Mapping[str, object]) -> int:
+    """Compile the kernels of some methods, or of all."""
+    from modelfuse.kernels.adaptive import every_kind, warm
+    from modelfuse.kernels.jit.code_cache import kept_in
+    from modelfuse.kernels.jit.compile import compiler_missing
+    from modelfuse.methods.registry import METHODS
+    from modelfuse.recipe.checks import nearest
+
+    options = parse_options("warm", [word for word in words if word.startswith("-")])
+    names = [word for word in words if not word.startswith("-")]
+    for name in names:
+        if name not in METHODS:
+            raise RecipeError(f"There is no method {name!r}", nearest(name, METHODS))
+    if missing := compiler_missing():
+        raise RecipeError(f"Nothing can be compiled: {missing}", "Merges use numpy then, to the same bytes.")
+    works = every_kind(names or METHODS)
+    total = str(len(works))
+    warm(works, lambda done: None if options.quiet else console.err.say("compiled {} of {}", str(done), total))
+    if not options.quiet:
+        console.out.say("compiled kernels are kept in {}", str(kept_in() or "no folder: none can be written to"))
+    return 0
+
+
 def _completion(words: list[str], _: Mapping[str, object]) -> int:
     from modelfuse.cli.completion import SHELLS, script
 
@@ -185,7 +208,7 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
     "merge": _merge, "check": _check, "verify": _verify, "push": _push, "demo": _demo, "methods": _methods,
-    "completion": _completion,
+    "warm": _warm, "completion": _completion,
     **{name: _mergekit(name) for name in ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch")},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."

@@ -99,6 +99,14 @@ PAGES = {
         "The same of weight files alone.",
         ending=STATUS,
     ),
+    "warm": Page(
+        "modelfuse warm [METHOD ...]",
+        "Compile the kernels of these methods, or of all, ahead: for images of containers.",
+        ("modelfuse warm linear ties dare_ties",),
+        ending="They are kept in the package, else in ~/.cache/modelfuse (XDG_CACHE_HOME), or in "
+        "NUMBA_CACHE_DIR/modelfuse. A merge whose kernels were not compiled begins with numpy, to the same bytes. "
+        + STATUS,
+    ),
     "verify": Page(
         "modelfuse verify FOLDER [--full] [--sample N] [--n_process N] [--seed N] [--hub_endpoint URL]",
         "Check a merged model: every checksum, and a sample merged again from the inputs.",

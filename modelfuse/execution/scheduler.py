@@ -132,7 +132,7 @@ class Queue(Generic[P]):
             if job.waiting:
                 return None
         following = _advance(job)
-        if goes_on and following is not None and job.size <= self._span and self.failure is None:
+        if goes_on and following is not None and job.size <= span_of(following, self._span) and self.failure is None:
             job.found, job.waiting = [] if fold_of(following) else [None], 1
             return Span(job, following, 0, job.size)
         with self._changed:

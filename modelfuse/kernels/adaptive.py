@@ -11,16 +11,17 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cache
 from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from modelfuse.dtypes import F32, F64
-from modelfuse.kernels import Procedure, Work
+from modelfuse.kernels import Measured, Pass, Procedure, Work
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.jit.compile import (
     NotCompiledError,
@@ -30,6 +31,7 @@ from modelfuse.kernels.jit.compile import (
     nothing_compiled,
 )
 from modelfuse.kernels.kernel import CPU_BLOCK, CPU_ROOM, ArrayKernel, CompiledKernel, Kernel
+from modelfuse.kernels.procedures import run_through
 from modelfuse.kernels.sorted_magnitudes import MOST
 
 #: Work of fewer stored bytes than this never starts a compiler.
@@ -40,6 +42,12 @@ REHEARSED = (1500, MOST + 1)
 PROGRAM = "import sys; sys.path[:] = {!r}; from modelfuse.kernels.adaptive import compile_told; compile_told()"
 SAYS = "Kernels are compiled for this processor, once, while numpy begins with the work."
 SAYS_MISSING = "{}: numpy does all the work, to the same bytes, but slower."
+
+
+@cache
+def shared_kernel(is_small: bool) -> AdaptiveKernel:
+    """One kernel for all tensors that are merged while others are read: small work, or large."""
+    return AdaptiveKernel(0 if is_small else SMALL)
 
 
 def numpy_kernel() -> ArrayKernel:
@@ -68,14 +76,14 @@ def _merge_some(work: Work, size: int) -> None:
     procedure = CompiledKernel().merge(small)
     if small.has_base:
         procedure = measured(procedure, small)
-    found: Any = None
-    with contextlib.suppress(StopIteration):
-        while True:
-            pass_ = next(procedure) if found is None else procedure.send(found)
-            state = pass_.start()
-            pass_.apply(state, 0, size, raws, out)
-            end = pass_.finish(state)
-            found = [end[0] if pass_.writes and small.has_base else end]
+
+    def walk(pass_: Pass) -> list[Any]:
+        state = pass_.start()
+        pass_.apply(state, 0, size, raws, out)
+        end = pass_.finish(state)
+        return [end.found if isinstance(end, Measured) else end]
+
+    run_through(procedure, walk)
 
 
 class Compilation:
@@ -176,12 +184,12 @@ def warm(works: list[Work], said: Callable[[int], None] = lambda _: None) -> Non
         said(number)
 
 
-def every_kind(models: int = 2) -> list[Work]:
-    """A tensor of every kind that the registered methods have: with and without a base, in both compute types."""
+def every_kind(methods: Iterable[str], models: int = 2) -> list[Work]:
+    """A tensor of every kind that these methods have: with and without a base, in both compute types."""
     from modelfuse.methods.registry import every_chain
 
     works = []
-    for method in every_chain(models):
+    for method in every_chain(methods, models):
         for dtype, has_base in ((F32, True), (F32, False), (F64, True), (F64, False)):
             sources = tuple(repeat(dtype, models + has_base))
             works.append(Work("tensor", REHEARSED[0], sources, has_base, dtype, method))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -68,3 +68,18 @@ def merge_procedure(work: Work, backend: Backend) -> Procedure:
         each = [{**own, "weight": weight} for own, weight in zip(each, weights, strict=True)]
     shared = {**each[0], **combination.numbers(method.shared)}
     yield backend.combine(work, element, Coefficients(each, shared, method.factor))
+
+
+def run_through(procedure: Procedure, walk: Callable[[Pass], list[Any]]) -> None:
+    """Run a procedure to its end in this thread.
+
+    Args:
+        procedure: Merges one tensor.
+        walk: Walks a pass over the whole tensor; returns what its spans have found, in their order.
+    """
+    pass_ = next(procedure, None)
+    while pass_ is not None:
+        try:
+            pass_ = procedure.send(walk(pass_))
+        except StopIteration:
+            return

@@ -83,10 +83,11 @@ def apply(
     return Applied(combination, sparsifier, tuple(weights), tuple(own), seed, tuple(streams), factor)
 
 
-def every_chain(models: int) -> list[Applied]:
-    """All methods with all switches and choices: one of each chain of expressions that there is."""
+def every_chain(methods: Iterable[str], models: int) -> list[Applied]:
+    """Methods with all their switches and choices: one of each chain of expressions that there is."""
     found: dict[str, Applied] = {}
-    for method in METHODS.values():
+    for name in methods:
+        method = METHODS[name]
         static = [each for each in parameters_of(method.sparsifier, method.combination) if each.is_static]
         options: list[tuple[Value, ...]] = [each.choices or (False, True) for each in static]
         for values in product(*options):

@@ -206,7 +206,7 @@ class Combination(Step):
         return find_combination, (self.name,)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Method:
     """A name for a combination, with or without a sparsifier, and defaults.
 
@@ -223,6 +223,9 @@ class Method:
     sparsifier: Sparsifier | None = None
     defaults: Mapping[str, Value] = field(default_factory=dict)
     base: Base | None = None
+
+    def __repr__(self) -> str:
+        return self.name
 
     @property
     def steps(self) -> tuple[str | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from modelfuse.storage.files import Buffer
 RUN = 16
 #: Elements of a tensor that are merged together.
 PIECE = 1 << 20
+#: Tensors of a model, roughly.
+TENSORS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,25 +235,23 @@ def merge_whole(
     Raises:
         CheckpointError: If it is ``strict`` and a difference is not finite.
     """
-    from modelfuse.kernels import Work, span_of, steps_of
-    from modelfuse.kernels.compiled.passes import merge_procedure
-    from modelfuse.kernels.jit.compile import compiling
+    from modelfuse.kernels import Pass, Work, span_of, steps_of
+    from modelfuse.kernels.adaptive import SMALL, shared_kernel
+    from modelfuse.kernels.procedures import run_through
 
     size, dtypes = sources[0].size, tuple(source.dtype for source in sources)
     kind = difference_type(*sources)
     merged = np.empty(kind.nbytes(size), np.uint8)
     most = max(PIECE, matrices.window if matrices is not None else 0)
     raws = np.empty((len(sources), most * max(dtype.bytes for dtype in dtypes)), np.uint8)
-    procedure = merge_procedure(Work(name, size, dtypes, False, kind, method, matrices=matrices))
+    # A model has hundreds of such tensors: large ones are worth compiling for.
+    kernel = shared_kernel(TENSORS * sum(dtype.nbytes(size) for dtype in dtypes) < SMALL)
+    work = Work(name, size, dtypes, False, kind, method, matrices=matrices)
     with ExitStack() as files:
-        files.enter_context(compiling(allowed=True))  # There is no other way to do it, however small it is.
+        files.enter_context(kernel.running())
         readers = [files.enter_context(source.open()) for source in sources]
-        found = None
-        while True:
-            try:
-                pass_ = next(procedure) if found is None else procedure.send(found)
-            except StopIteration:
-                return merged.view(np.dtype(kind.compute))
+
+        def walk(pass_: Pass) -> list[Any]:
             found = []
             for first in range(0, size, span := span_of(pass_, PIECE)):
                 state = pass_.start()
@@ -262,3 +262,7 @@ def merge_whole(
                 if strict and state.bad.any():
                     raise CheckpointError(f"Tensor {name!r}: a difference holds NaN or infinite values")
                 found.append(pass_.finish(state))
+            return found
+
+        run_through(kernel.merge(work), walk)
+    return merged.view(np.dtype(kind.compute))

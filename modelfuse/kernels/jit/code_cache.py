@@ -167,6 +167,14 @@ def keep(symbol: str, content: bytes) -> None:
             return
 
 
+def kept_in() -> Path | None:
+    """The folder that machine code is written to; None if there is none."""
+    for path in _folders():
+        with contextlib.suppress(OSError), private_folder(path, make=True):
+            return path
+    return None
+
+
 def folder_for_numba() -> Path | None:
     """Where numba may keep what it has made: it runs whatever it finds there, so only this user may look into it."""
     for path in (each / "numba" for each in _folders()):
