@@ -228,7 +228,7 @@ def test_parts_of_a_multimodal_model_find_their_places(tmp_path: Path) -> None:
     hub = {name: re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name) for name in tensors}
     save_file(file, {hub[name]: each for name, each in tensors.items()})
     plan = modelfuse.check(lora_model_path=tmp_path / "adapter", base_model_path=tmp_path / "base")
-    told = [note for note in plan.notes if "in the base" in note]
+    told = [note for note in plan.notes if "in the output" in note]
     assert any("model.language_model.… is language_model.model.…" in note for note in told)
     modelfuse.merge(
         lora_model_path=tmp_path / "adapter", base_model_path=tmp_path / "base", output_path=tmp_path / "out"

@@ -90,7 +90,7 @@ def told(renamed: Mapping[str, str]) -> list[str]:
     """What is called otherwise, as few lines: the names without what both have at their end.
 
     >>> told({"model.layers.0.q": "layers.0.q", "model.layers.1.q": "layers.1.q"})
-    ['model.… is … in the base (2 tensors)']
+    ['model.… is … in the output (2 tensors)']
     """
     groups = Counter(_heads(one.split("."), other.split(".")) for one, other in renamed.items() if one != other)
     return [

@@ -193,6 +193,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
         dequantized: Whether config.json declares a quantization that is undone here.
         layout: ``hf`` or ``paddle``: how its Linear weights are stored, once that is known.
         stem: What its weight files are called, where that is not as usual.
+        renamed: What was called otherwise than in the model whose names the output has, in words.
         config_changes: Settings of config.json in its file that are no longer true of these tensors, and what is.
     """
 
@@ -206,6 +207,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
     dequantized: bool = False
     layout: Literal["hf", "paddle"] | None = None
     stem: str | None = None
+    renamed: tuple[str, ...] = ()
     config_changes: Mapping[str, object] = field(default_factory=dict)
 
     @property

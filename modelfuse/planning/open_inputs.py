@@ -6,6 +6,7 @@ from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.checkpoints.buffers import without_strays
 from modelfuse.checkpoints.layouts.convert import bring_together
 from modelfuse.checkpoints.quantization import dequantized
+from modelfuse.checkpoints.same_names import with_same_names
 from modelfuse.checkpoints.ties import settle
 from modelfuse.planning.adapter_inputs import full_models, with_adapters, without_adapters
 from modelfuse.recipe.recipe import Recipe
@@ -22,6 +23,7 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
     """
     models = tuple(each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)), full_models(recipe)))
     models = bring_together(models, without_adapters(recipe))
+    models = with_same_names(models, -1 if recipe.has_base else 0)
     models = without_strays(models)
     models = settle(models)
     layout = recipe.output_layout or models[-1].layout

@@ -73,7 +73,7 @@ def notes_on(
     if unmerged := [file.name for file in side_files if file.holds_weights]:
         notes.append(f"Copied from {reference.path}, not merged: the weights in {', '.join(unmerged)}.")
     notes += _of_heads(reference)
-    notes += [f"{model.path}: {text}." for model in models if isinstance(model, Adapter) for text in model.renamed]
+    notes += [f"{model.path}: {text}." for model in models for text in model.renamed]
     return (*notes, *form.notes(models), *_of_ties(models, tied))
 
 

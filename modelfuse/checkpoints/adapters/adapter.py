@@ -23,7 +23,6 @@ class Adapter(Checkpoint):
         changed: The names of the tensors of the base that it changes.
         modules: For a changed tensor, the layer's name in the model, where the adapter gives it.
         transposed: Whether the base stores Linear weights as [in, out].
-        renamed: What it calls otherwise than the base, in words.
     """
 
     own: tuple[SourceFile, ...] = ()
@@ -32,7 +31,6 @@ class Adapter(Checkpoint):
     changed: frozenset[str] = frozenset()
     modules: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
-    renamed: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
