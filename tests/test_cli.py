@@ -146,6 +146,7 @@ DEFAULTS = {
     "overwrite": False,
     "on_nonfinite": "error",
     "unmerged_from": None,
+    "missing": (),
     "allow_mismatch": False,
     "tokenizer_from": None,
     "hub_endpoint": None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from modelfuse.checkpoints import Checkpoint
 
-#: How their names end: frequencies and numbers of positions, and the value that masks attention.
-ENDINGS = (".inv_freq", ".position_ids", ".masked_bias")
+#: How their names end: frequencies, their sines and cosines, numbers of positions, and the value that masks attention.
+ENDINGS = (".inv_freq", ".original_inv_freq", ".cos_cached", ".sin_cached", ".embed_positions", ".position_ids",
+           ".token_type_ids", ".relative_position_index", ".masked_bias")  # fmt: skip
 #: The same of masks, which are tensors of one matrix; anything else of that name is a bias.
 MASKS, MASK_DIMENSIONS = (".attn.bias", ".attention.bias"), 4
 STRAY = "computed from config.json, and not alike in every model"
@@ -32,12 +33,15 @@ def without_strays(models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
         alike = len(held) == len(models) and len({(each.dtype, each.shape) for each in held}) == 1
         if not alike and all(is_buffer(name, each.shape) for each in held):
             strays.add(name)
-    return tuple(_without(model, strays) for model in models) if strays else tuple(models)
+    return tuple(without(model, strays, STRAY) for model in models) if strays else tuple(models)
 
 
-def _without(model: Checkpoint, strays: set[str]) -> Checkpoint:
-    aliases = {name: kept for name, kept in model.aliases.items() if name not in strays}
-    out = strays - set(aliases.values())
-    left_out = {**model.left_out, **{name: STRAY for name in (*model, *model.aliases) if name in out}}
+def without(model: Checkpoint, names: Collection[str], reason: str) -> Checkpoint:
+    """A model without some tensors, which it tells as left out for a reason."""
+    if not names:
+        return model
+    aliases = {name: kept for name, kept in model.aliases.items() if name not in names}
+    out = set(names) - set(aliases.values())
+    left_out = {**model.left_out, **{name: reason for name in (*model, *model.aliases) if name in out}}
     tensors = {name: tensor for name, tensor in model.items() if name not in out}
     return replace(model, tensors=tensors, aliases=aliases, left_out=left_out)

@@ -94,7 +94,7 @@ def told(renamed: Mapping[str, str]) -> list[str]:
     """
     groups = Counter(_heads(one.split("."), other.split(".")) for one, other in renamed.items() if one != other)
     return [
-        f"{one} is {other} in the base ({count} tensor{'s' * (count > 1)})" for (one, other), count in groups.items()
+        f"{one} is {other} in the output ({count} tensor{'s' * (count > 1)})" for (one, other), count in groups.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""The same tensors under other names: every model's in those of one, by rules, by a common prefix, experts by their form.
+"""The same tensors under other names: every model's in those of one, by rules, a common prefix, or the form of experts.
 
 Nothing is read or copied: a tensor gets another name, a part of one becomes a tensor, or several become one.
 """
@@ -109,11 +109,9 @@ class _Renaming:
         best: dict[str, str] = {}
         for prefix in dict.fromkeys((*_prefixes(own), *_prefixes(left))):
             for on in (True, False):
-                change = (lambda key, p=prefix: p + key) if on else (lambda key, p=prefix: key.removeprefix(p))
-                found = {
-                    name: left[changed] for key, name in own.items()
-                    if (changed := change(key)) != key and changed in left and self._alike(name, left[changed])
-                }  # fmt: skip
+                changed = {name: f"{prefix}{key}" if on else key.removeprefix(prefix) for key, name in own.items()}
+                found = {name: left[key] for name, key in changed.items()
+                         if key in left and self._alike(name, left[key])}  # fmt: skip
                 best = max(best, found, key=len)
         return best if len(best) >= max(LEAST * len(names), 2) and len({*best.values()}) == len(best) else {}
 

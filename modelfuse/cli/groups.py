@@ -15,7 +15,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "What to merge": (
         "model_path_list", "base_model_path", "mergekit", "mergekit_document",
         "merge_prefix", "input_layout", "convert_from_hf",
-        "merge_with_qdq_base_model", "unmerged_from", "allow_mismatch", "on_nonfinite", "hub_endpoint",
+        "merge_with_qdq_base_model", "unmerged_from", "missing", "allow_mismatch", "on_nonfinite", "hub_endpoint",
         "hub_anonymous",
     ),
     "How": (),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
-from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
+from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.checkpoints.ties import TIED_CLASSES, says_tied
 from modelfuse.errors import MismatchError
+from modelfuse.planning.mismatch import InputsOf, Mismatch
+from modelfuse.recipe.missing import MissingRule, policy_of
 from modelfuse.storage import Place
-
-#: The numbers of the models that must have a tensor of the output, by its name.
-InputsOf = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,50 +55,78 @@ def find_equal_pairs(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> tupl
     )
 
 
+class Match(NamedTuple):
+    """Which tensors the output has.
+
+    Attributes:
+        names: Their names.
+        tied: Names that are left out because they are tied.
+        partial: For tensors that not all models have, the numbers of the inputs that they are made of.
+        dropped: Tensors that are left out because not all models have them.
+    """
+
+    names: list[str]
+    tied: tuple[Tied, ...]
+    partial: Mapping[str, tuple[int, ...]]
+    dropped: tuple[str, ...]
+
+
 def match_tensors(
-    models: Sequence[Checkpoint], reference: Checkpoint, inputs_of: InputsOf
-) -> tuple[list[str], tuple[Tied, ...]]:
+    models: Sequence[Checkpoint], has_base: bool, inputs_of: InputsOf, rules: tuple[MissingRule, ...] = ()
+) -> Match:
     """Match the models' tensors by name.
 
     Args:
-        models: All checkpoints, the base included.
-        reference: The one whose order of tensors the output keeps.
+        models: The models in order, then the base if there is one. The output keeps the base's order of tensors, else
+            the first one's.
+        has_base: Whether there is one.
         inputs_of: The numbers of the models that must have a tensor of the output.
-
-    Returns:
-        The names of the output's tensors, and the names that are left out because they are tied.
+        rules: What becomes of tensors that only some of these have.
 
     Raises:
         MismatchError: If a tensor is not in every model that must have it, or has different shapes; lists all.
     """
     everywhere = set.intersection(*(_names(model) for model in models))
     groups = [_tied_groups(model) for model in models]
-    union = list(dict.fromkeys(name for model in (reference, *models) for name in (*model, *model.aliases)))
+    base = len(models) - 1
+    in_order = (models[base if has_base else 0], *models)
+    union = list(dict.fromkeys(name for model in in_order for name in (*model, *model.aliases)))
     order = {name: number for number, name in enumerate(union)}
-    names, tied, missing = [], [], []
+    names, tied, missing, dropped = [], [], [], []
+    partial: dict[str, tuple[int, ...]] = {}
     for name in union:
         holders = [group.get(name, set()) for model, group in zip(models, groups, strict=True) if _has(model, name)]
         partners = set.intersection(*holders) & everywhere
         kept = min(partners, key=lambda each: (each.endswith(HEADS), not each.endswith(EMBEDDINGS), order[each]),
                    default=name)  # fmt: skip
+        policy = policy_of(rules, name) if rules else "error"
         if kept != name:
             tied.append(Tied(name, kept))
         elif name in everywhere or all(_has(models[number], name) for number in inputs_of(name)):
             names.append(name)
-        else:
+        elif policy == "error":
             missing.append(name)
-    problems = [
-        *_describe_missing(missing, models, inputs_of), *_describe_shapes(names, models, inputs_of),
-        *_describe_untied(tied, models),
-    ]  # fmt: skip
-    if not names and not problems:
+        elif policy == "drop":
+            dropped.append(name)
+        else:
+            names.append(name)
+            own = tuple(number for number in range(len(models)) if _has(models[number], name))
+            partial[name] = (base,) if has_base and base in own else own
+
+    def wanted(name: str) -> tuple[int, ...]:
+        return partial.get(name) or inputs_of(name)
+
+    misshapen = [name for name in names if len({_shape(models[number], name) for number in wanted(name)}) > 1]
+    untied = _describe_untied(tied, models)
+    if missing or misshapen or untied:
+        raise Mismatch(models, missing, misshapen, untied, wanted).error()
+    if not names:
         raise MismatchError("The models have no tensors to merge", "Name the folders that hold the weights.")
-    if problems:
-        raise MismatchError(
-            "The models do not have the same tensors:\n" + "\n".join(f"  {problem}" for problem in problems),
-            "Merge models that were fine-tuned from one base, without added tokens or layers.",
-        )
-    return names, tuple(tied)
+    return Match(names, tuple(tied), partial, tuple(dropped))
+
+
+def _shape(model: Checkpoint, name: str) -> tuple[int, ...]:
+    return model.tensors[model.aliases.get(name, name)].shape
 
 
 def _names(model: Checkpoint) -> set[str]:
@@ -125,27 +153,6 @@ def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:
         if len(embeddings) == 1:
             members.setdefault(embeddings[0], {embeddings[0]}).update(heads)
     return {name: group for group in members.values() for name in group}
-
-
-def _describe_missing(missing: Sequence[str], models: Sequence[Checkpoint], inputs_of: InputsOf) -> list[str]:
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for name in missing:
-        absent = tuple(str(models[number].path) for number in inputs_of(name) if not _has(models[number], name))
-        lines.setdefault(absent, []).append(name)
-    return [
-        f"not in {' and '.join(absent)}: {group}" for absent, names in lines.items() for group in group_names(names)
-    ]
-
-
-def _describe_shapes(names: Sequence[str], models: Sequence[Checkpoint], inputs_of: InputsOf) -> list[str]:
-    lines: dict[str, list[str]] = {}
-    for name in names:
-        holders = [models[number] for number in inputs_of(name)]
-        shapes = [model.tensors[model.aliases.get(name, name)].shape for model in holders]
-        if len(set(shapes)) > 1:
-            shown = ", ".join(f"{list(shape)} in {model.path}" for shape, model in zip(shapes, holders, strict=True))
-            lines.setdefault(shown, []).append(name)
-    return [f"{group} has the shapes {shown}" for shown, names in lines.items() for group in group_names(names)]
 
 
 def _describe_untied(tied: Sequence[Tied], models: Sequence[Checkpoint]) -> list[str]:

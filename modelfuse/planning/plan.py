@@ -5,11 +5,12 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG, Adapter
+from modelfuse.checkpoints.buffers import without
 from modelfuse.checkpoints.side_files import SideFile, files_to_serve, special_tokens
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.checkpoints.tensors import Frame
@@ -21,7 +22,7 @@ from modelfuse.methods.registry import TAKE
 from modelfuse.planning.adapter_inputs import copies
 from modelfuse.planning.drafts import Draft
 from modelfuse.planning.input_comparison import compare_inputs
-from modelfuse.planning.matching import EqualPair, Tied, find_equal_pairs, match_tensors
+from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs, match_tensors
 from modelfuse.planning.memory_budget import demand_of, fit_memory
 from modelfuse.planning.model_card import CARD_FILE, model_card
 from modelfuse.planning.open_inputs import open_inputs
@@ -195,30 +196,49 @@ def _configured(recipe: Recipe) -> Draft:
 def _draft_of(recipe: Recipe) -> Draft:
     """What becomes of every tensor, by settings and rules."""
     models = open_inputs(recipe)
-    reference = models[recipe.reference]
     warnings = compare_inputs(recipe, models)
     rules = Rules(recipe)
-    names, tied = match_tensors(models, reference, rules.inputs_of)
+    match = match_tensors(models, recipe.has_base, rules.inputs_of, recipe.missing)
+    models = tuple(without(model, match.dropped, "not in every model") for model in models)
+    reference = models[recipe.reference]
+    names, tied = match.names, match.tied
     equal_pairs = (*find_equal_pairs(models, tied), *copies(models))
-    drafts, made_files = _drafts(recipe, rules, models, names)
+    drafts, made_files = _drafts(recipe, rules, models, match)
     form = OutputFormat.of(recipe, reference)
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
     base = len(models) - 1 if recipe.base_model_path is not None else None
-    return Draft(
-        models, drafts, tied, equal_pairs, form, side_files, made_files, tuple(rules.notes(names)), base, warnings
-    )
+    notes = (*rules.notes(names), *_of_missing(recipe, match))
+    return Draft(models, drafts, tied, equal_pairs, form, side_files, made_files, notes, base, warnings)
+
+
+def _of_missing(recipe: Recipe, match: Match) -> Iterator[str]:
+    """What becomes of tensors that only some inputs have."""
+    if match.dropped:
+        yield f"Left out, as only some models have them: {', '.join(group_names(match.dropped))}."
+    copied: dict[tuple[int, ...], list[str]] = {}
+    for name, numbers in match.partial.items():
+        copied.setdefault(numbers, []).append(name)
+    for numbers, names in copied.items():
+        owners = " and ".join(str(recipe.inputs[number]) for number in numbers)
+        how = "merged of" if len(numbers) > 1 else "taken from"
+        yield f"Not in all models, {how} {owners}: {', '.join(group_names(names))}."
 
 
 def _drafts(
-    recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], names: Sequence[str]
+    recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], match: Match
 ) -> tuple[list[Operation], Mapping[str, bytes]]:
     """The output's tensors, before they have a place; and the content of files that come with them."""
     if recipe.output_format != "lora":
-        return operations_of(recipe, rules, models, names), {}
+        return operations_of(recipe, rules, models, match.names, match.partial), {}
     from modelfuse.checkpoints.adapters.as_adapter import Change, as_adapter
 
     base = models[-1]
-    whole = {each.name: each for each in operations_of(recipe, rules, models, list(base.tensors))}
+    if added := [name for name in match.partial if name not in base.tensors]:
+        raise MismatchError(
+            "An adapter cannot hold tensors that the base lacks: " + ", ".join(group_names(added)),
+            "Leave them out with --missing drop, or merge into a model: leave output_format out.",
+        )
+    whole = {each.name: each for each in operations_of(recipe, rules, models, list(base.tensors), match.partial)}
     changes = [
         Change(name, each.models, base[name], each.method or TAKE, matrices=each.matrices)
         for name, each in whole.items()

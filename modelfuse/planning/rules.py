@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.dtypes import OUTPUT_DTYPES
@@ -101,7 +101,13 @@ class Rules:
         return rule is not None and bool({*STEPS} & {name for name, _ in self._recipe.rules[rule].own})
 
 
-def operations_of(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], names: Sequence[str]) -> list[Operation]:
+def operations_of(
+    recipe: Recipe,
+    rules: Rules,
+    models: Sequence[Checkpoint],
+    names: Sequence[str],
+    partial: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[Operation]:
     """How each tensor of a full model is made.
 
     Args:
@@ -109,6 +115,7 @@ def operations_of(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], na
         rules: Its rules.
         models: The models in order, then the base if there is one.
         names: The output's tensors.
+        partial: For those that not all models have, the inputs that they are made of.
 
     Raises:
         RecipeError: If ``unmerged_from`` is none of the models.
@@ -124,7 +131,18 @@ def operations_of(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], na
     for name in names:
         rule = rules.of(name)
         take = rules.input_to_take(rule)
-        if take is None:
+        own = partial.get(name) if partial else None
+        if take is None and own is not None:
+            sources = tuple([found[number][0][found[number][1].get(name, name)] for number in own])
+            if len(own) == 1:
+                operation = taken(name, sources[0], own[0], dtype=dtype, rule=rule)
+            else:
+                method = rules.method(rule, own)
+                method = method if method.combination.matrix is None else rules.mean(rule, own)
+                operation = merged(
+                    name, sources, own, method, has_base=False, dtype=dtype, preferred=preferred, rule=rule
+                )
+        elif take is None:
             sources = tuple([tensors[aliases.get(name, name)] for tensors, aliases in found])
             method, matrices = rules.method(rule, merging), None
             if method.combination.matrix is not None:

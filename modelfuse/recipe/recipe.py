@@ -264,6 +264,8 @@ def by_canonical_name(settings: Mapping[str, object]) -> dict[str, object]:
 
 def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
     named = {name: value for name, value in by_canonical_name(settings).items() if name not in INFORMATION}
+    if isinstance(named.get("missing"), str):
+        named["missing"] = [named["missing"]]
     joined = named.pop("model_path_str", None)
     if joined is not None:
         if named.get("model_path_list"):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.recipe.method_settings import MethodSettings
+from modelfuse.recipe.missing import MissingSetting
 from modelfuse.recipe.schema import AbsolutePath, Bytes, Endpoint, Input, setting
 from modelfuse.recipe.tensor_rules import RuleSetting
 
@@ -83,6 +84,10 @@ class Settings:
         None, "Where hub names are looked up, such as a mirror.", "HF_ENDPOINT, else huggingface.co"
     )
     hub_anonymous: bool = setting(False, "Send no token to the hub; one that only a recipe file names is asked so.")
+    missing: tuple[MissingSetting, ...] = setting(
+        (), "Tensors that only some models have: error, copy (the base's, else merged of those there are) or drop; "
+        "or a list of PATTERN=POLICY, the first match counts.", "error",
+    )  # fmt: skip
     allow_mismatch: bool = setting(
         False, "Merge models whose config.json files or tokenizers contradict each other in what decides the result."
     )
