@@ -171,7 +171,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize("name", sorted({*DEFAULTS, "model_path_list"}))
 def test_every_setting_is_a_flag_with_either_dash(name: str) -> None:
     several = {"model_path_list": ["A", "B"], "weight_list": ["1", "2"], "copy_file_list": ["a", "b"]}
-    several |= {"input_layout": ["hf", "paddle"], "rules": ["a", "b"]}
+    several |= {"input_layout": ["hf", "paddle"], "rules": ["a", "b"], "missing": ["a", "b"]}
     value = several.get(name, ["False"])
     for flag in (f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('_', '-', 1)}"):
         settings, options = parse([flag, *value])

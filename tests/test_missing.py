@@ -14,12 +14,13 @@ from conftest import Said, array, make_model, read_model
 import modelfuse
 
 CONFIG = {"model_type": "made-up"}
-SHAPES = {"model.layers.0.w.weight": (3, 2), "model.layers.1.w.weight": (3, 2), "model.norm.weight": (2,)}
-MORE = {"mtp.layers.0.w.weight": (3, 2), "mtp.norm.weight": (2,)}
+Shapes = dict[str, tuple[int, ...]]
+SHAPES: Shapes = {"model.layers.0.w.weight": (3, 2), "model.layers.1.w.weight": (3, 2), "model.norm.weight": (2,)}
+MORE: Shapes = {"mtp.layers.0.w.weight": (3, 2), "mtp.norm.weight": (2,)}
 Tensors = dict[str, np.ndarray]
 
 
-def noise(seed: int, shapes: dict[str, tuple[int, ...]]) -> Tensors:
+def noise(seed: int, shapes: Shapes) -> Tensors:
     random = np.random.default_rng(seed)
     return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
@@ -81,7 +82,10 @@ def test_what_the_hint_says_works(tmp_path: Path, refuse: Callable[..., str], me
 
 
 def test_a_text_model_goes_into_the_language_part_of_a_multimodal_one(tmp_path: Path) -> None:
-    vision = {"model.visual.blocks.0.w.weight": (3, 2), "model.visual.merger.weight": (2, 2)}
+    vision: Shapes = {
+        "model.visual.blocks.0.w.weight": (3, 2),
+        "model.visual.merger.weight": (2, 2),
+    }
     language = {name.replace("model.", "model.language_model."): shape for name, shape in SHAPES.items()}
     base, text = noise(1, language | vision), noise(2, SHAPES)
     paths = [make_model(tmp_path / name, each, config=CONFIG) for name, each in (("V", base), ("T", text))]
@@ -112,7 +116,7 @@ def refused(tmp_path: Path, refuse: Callable[..., str], one: Tensors, other: Ten
 
 
 def test_other_depths(tmp_path: Path, refuse: Callable[..., str]) -> None:
-    layers = {f"model.layers.{number}.w.weight": (3, 2) for number in range(4)}
+    layers: Shapes = {f"model.layers.{number}.w.weight": (3, 2) for number in range(4)}
     said = refused(tmp_path, refuse, noise(1, layers), noise(2, SHAPES | {"model.norm.weight": (2,)} | layers | {
         "model.layers.4.w.weight": (3, 2), "model.layers.5.w.weight": (3, 2)}) | {})  # fmt: skip
     assert "not in" in said
@@ -130,14 +134,18 @@ def test_weights_that_were_not_gathered(tmp_path: Path, refuse: Callable[..., st
 
 
 def test_rows_of_embeddings(tmp_path: Path, refuse: Callable[..., str]) -> None:
-    rows = [{"model.embed_tokens.weight": (count, 2), "lm_head.weight": (count, 2)} for count in (64, 67)]
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    rows: list[Shapes] = [dict.fromkeys(names, (count, 2)) for count in (64, 67)]
     said = refused(tmp_path, refuse, noise(1, SHAPES | rows[0]), noise(2, SHAPES | rows[1]))
     assert "Rows 64 and 67: added tokens, or padding" in said
     assert "resize_token_embeddings" in said
 
 
 def test_an_adapter_inside_a_model(tmp_path: Path, refuse: Callable[..., str]) -> None:
-    inside = {"model.layers.0.w.lora_A.default.weight": (2, 2), "model.layers.0.w.lora_B.default.weight": (3, 2)}
+    inside: Shapes = {
+        "model.layers.0.w.lora_A.default.weight": (2, 2),
+        "model.layers.0.w.lora_B.default.weight": (3, 2),
+    }
     said = refused(tmp_path, refuse, noise(1, SHAPES), noise(2, SHAPES | inside))
     assert f"{tmp_path / 'B'} holds an adapter's tensors beside the model's" in said
     assert "merge_and_unload" in said
@@ -146,12 +154,12 @@ def test_an_adapter_inside_a_model(tmp_path: Path, refuse: Callable[..., str]) -
 def test_a_classifier_beside_a_language_model(tmp_path: Path, refuse: Callable[..., str]) -> None:
     said = refused(tmp_path, refuse, noise(1, SHAPES | {"score.weight": (3, 2)}),
                    noise(2, SHAPES | {"lm_head.weight": (9, 2)}))  # fmt: skip
-    assert "--missing 'score.weight=copy' with 'lm_head.weight=drop'" in said
+    assert "--missing 'score.*=copy' with 'lm_head.*=drop'" in said
 
 
 def test_no_hint_where_none_is_known(tmp_path: Path, refuse: Callable[..., str]) -> None:
     said = refused(tmp_path, refuse, noise(1, SHAPES), noise(2, {"a.weight": (2,), "b.weight": (3,)}))
-    assert "hint" not in said
+    assert "\nhint:" not in said
 
 
 @pytest.mark.parametrize("policy", ["copy", "drop"])

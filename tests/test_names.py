@@ -13,7 +13,7 @@ from conftest import array, make_model, read_model
 import modelfuse
 
 CONFIG = {"model_type": "made-up"}
-SHAPES = {
+SHAPES: dict[str, tuple[int, ...]] = {
     "embed_tokens.weight": (7, 4), "layers.0.self_attn.q_proj.weight": (4, 4), "layers.0.mlp.up_proj.weight": (6, 4),
     "layers.1.self_attn.q_proj.weight": (4, 4), "layers.1.mlp.up_proj.weight": (6, 4), "norm.weight": (4,),
 }  # fmt: skip
@@ -34,7 +34,7 @@ def average(tmp_path: Path, one: Tensors, other: Tensors, **settings: Any) -> tu
     return {name: array(each) for name, each in read_model(tmp_path / "out").items()}, [*plan.notes]
 
 
-PLAIN = {f"model.{name}": shape for name, shape in SHAPES.items()}
+PLAIN: dict[str, tuple[int, ...]] = {f"model.{name}": shape for name, shape in SHAPES.items()}
 OTHERS: dict[str, Callable[[str], str]] = {
     "DDP": lambda name: f"module.{name}",
     "torch.compile": lambda name: f"_orig_mod.{name}",
@@ -71,7 +71,8 @@ def test_what_loaders_rename(tmp_path: Path) -> None:
     }  # fmt: skip
     one, two = noise(1, shapes), noise(2, shapes)
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta",
-           "parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}  # fmt: skip
+           "parametrizations.weight.original0": "weight_g",
+           "parametrizations.weight.original1": "weight_v"}  # fmt: skip
 
     def renamed(name: str) -> str:
         return next((name.replace(new, each) for new, each in old.items() if new in name), name)
@@ -90,12 +91,12 @@ def experts(seed: int) -> tuple[Tensors, Tensors]:
     for expert in range(3):
         for part, shape in (("gate_proj", (5, 4)), ("up_proj", (5, 4)), ("down_proj", (4, 5))):
             apart[f"{layer}.experts.{expert}.{part}.weight"] = random.standard_normal(shape).astype(np.float32)
-    part = [{name.rpartition(".weight")[0].rpartition(".")[2]: each for name, each in apart.items()
-             if f".experts.{expert}." in name} for expert in range(3)]  # fmt: skip
+    parts = [{name.removesuffix(".weight").rpartition(".")[2]: each for name, each in apart.items()
+              if f".experts.{expert}." in name} for expert in range(3)]  # fmt: skip
     fused = {f"{layer}.gate.weight": apart[f"{layer}.gate.weight"],
              f"{layer}.experts.gate_up_proj": np.stack([np.concatenate([each["gate_proj"], each["up_proj"]])
-                                                        for each in part]),
-             f"{layer}.experts.down_proj": np.stack([each["down_proj"] for each in part])}  # fmt: skip
+                                                        for each in parts]),
+             f"{layer}.experts.down_proj": np.stack([each["down_proj"] for each in parts])}  # fmt: skip
     return apart, fused
 
 

@@ -59,6 +59,7 @@ class Keywords(TypedDict, total=False):
     unmerged_from: Path | None
     hub_endpoint: str | None
     hub_anonymous: bool
+    missing: Sequence[str]
     allow_mismatch: bool
     tokenizer_from: Path | None
     model_card: bool

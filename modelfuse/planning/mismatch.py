@@ -17,6 +17,7 @@ LEAST_SHARED = 0.5
 _LAYER = re.compile(r"(?P<stack>.*?(?<![^.])(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
 _CLASSIFIER = re.compile(r"(?:.*\.)?(score|classifier|cls|v_head|value_head|reward_head)\..*")
 _ADAPTER = re.compile(r"\blora_[AB]\b|\.base_layer\.|\bhada_|\blokr_|\.modules_to_save\.")
+ONE_BASE = "Merge models that were fine-tuned from one base."
 ROWS_HINT = (
     "Give all the same rows (resize_token_embeddings of transformers), or merge by a configuration with "
     "tokenizer_source: union."
@@ -115,7 +116,9 @@ class Mismatch:
 
     def _hint(self) -> str | None:
         """What to do about tensors that only some have; None where the models have little in common."""
-        if not self.missing or self.misshapen or self.untied:
+        if self.misshapen:
+            return ONE_BASE
+        if not self.missing or self.untied:
             return None
         shared = set.intersection(*({*model, *model.aliases} for model in self.models))
         if len(shared) < LEAST_SHARED * min(len(model) for model in self.models):
