@@ -20,8 +20,8 @@ class Keywords(TypedDict, total=False):
     mergekit: str | None
     mergekit_document: str | None
     intermediate_dir: Path | None
-    merge_method: Literal["linear", "task_arithmetic", "slerp", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock"] | str | None
-    merge_type: Literal["linear", "slerp", "ties", "model_stock"] | str | None
+    merge_method: Literal["linear", "task_arithmetic", "slerp", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "iso_c"] | str | None
+    merge_type: Literal["linear", "slerp", "ties", "model_stock", "iso_c"] | str | None
     sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs"] | str | None
     weight_list: Sequence[float] | None
     normalize: bool | None
@@ -34,6 +34,7 @@ class Keywords(TypedDict, total=False):
     ties_elect_type: Literal["sum", "count"] | str
     epsilon: float
     gamma: float
+    rank_tolerance: float
     rules: Sequence[Any]
     seed: int
     device: Literal["cpu", "gpu", "low_gpu_mem"] | str

@@ -131,10 +131,8 @@ class Mismatch:
                 f"{_missing_flag(_patterns(classifiers, shared), 'copy')} with "
                 f"{_missing_flag(_patterns(heads, shared), 'drop', flag=False)} keeps the first one's, or the reverse."
             )
-        patterns = _patterns(self.missing, shared)
-        return (
-            f"To keep them as they are: {_missing_flag(patterns, 'copy')}; to leave them out: =drop instead of =copy."
-        )
+        keep = _missing_flag(_patterns(self.missing, shared), "copy")
+        return f"{ONE_BASE} To keep them as they are: {keep}; to leave them out: drop instead of copy."
 
     # --- lines -------------------------------------------------------------------------------------------------
 
