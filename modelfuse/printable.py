@@ -61,6 +61,11 @@ def one_line(text: object) -> str:
     return str(printable(str(text).replace("\n", r"\n")))
 
 
+def printable_json(text: str) -> str:
+    """JSON with no raw control characters but the ends of its own lines: those in its texts become escapes."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def is_printable(name: str) -> bool:
     """Whether a name has no control characters; no model's, tensor's or file's does, unless to deceive."""
     return "\n" not in name and _CONTROL.search(name) is None

@@ -119,6 +119,18 @@ def test_values_in_a_configuration(modelfuse: Run, tmp_path: Path, attack: str) 
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
+def test_documents(modelfuse: Run, tmp_path: Path, attack: str) -> None:
+    """JSON says the same in escapes, which its readers undo."""
+    if "\0" in attack:
+        return
+    models = [make_model(tmp_path / f"{attack} {name}", random_tensors(1)) for name in "AB"]
+    said = modelfuse("check", "--json", "--model_path_list", *models)
+    assert said.status == 0, said.err
+    assert is_clean(said.out)
+    assert json.loads(said.out)["inputs"][0]["path"] == str(models[0])
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_an_edited_report(modelfuse: Run, merge: Run, pair: tuple[Path, Path], tmp_path: Path, attack: str) -> None:
     merge("--model_path_list", *pair, "--output_path", tmp_path / "C")
     path = tmp_path / "C" / "merge_report.json"
@@ -147,3 +159,22 @@ def test_bugs_are_told_without_secrets(
     assert said.status == 1
     assert "https://h.org/a \\x1b[2J" in said.err
     assert "signature" not in said.err
+
+
+def test_verify_asks_nobody_whom_only_a_file_names(
+    modelfuse: Run, merge: Run, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for inputs nor for a tokenizer."""
+    merge("--model_path_list", *pair, "--output_path", tmp_path / "C")
+    path = tmp_path / "C" / "merge_config.json"
+    good = json.loads(path.read_text())
+
+    def ask(url: object) -> None:
+        raise AssertionError(f"{url} is asked")
+
+    monkeypatch.setattr("modelfuse.storage.remote.open_store.store_of", ask)
+    for change in ({"tokenizer_from": "https://h.org/a"}, {"model_path_list": ["s3://bucket/a", str(pair[1])]}):
+        path.write_text(json.dumps({**good, **change}))
+        said = modelfuse("verify", tmp_path / "C")
+        assert said.status == 2
+        assert "asked" not in said.err

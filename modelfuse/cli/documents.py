@@ -12,6 +12,7 @@ from modelfuse.cli.help import steps
 from modelfuse.errors import ModelfuseError
 from modelfuse.methods.registry import MERGE_METHODS
 from modelfuse.planning.warnings import warnings_of
+from modelfuse.printable import printable_json
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Verify, Push, Methods, Erro
 
 def write(document: Document) -> None:
     """Write a document to standard output."""
-    sys.stdout.write(json.format(json.encode(document, enc_hook=str), indent=2).decode() + "\n")
+    text = json.format(json.encode(document, enc_hook=str), indent=2).decode()
+    sys.stdout.write(printable_json(text) + "\n")
 
 
 def of_plan(plan: Plan) -> Check:

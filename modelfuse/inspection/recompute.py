@@ -30,7 +30,8 @@ SAMPLE_LEAST = 4
 
 def in_stores(report: Report, recipe: Recipe | None) -> list[Url]:
     """The inputs that are in stores: they are asked only if the user says so, as anybody may have written the files."""
-    places = [*(place_of(model.path) for model in report.inputs), *(recipe.inputs if recipe is not None else ())]
+    places: list[object] = [place_of(model.path) for model in report.inputs]
+    places += [] if recipe is None else [*recipe.inputs, recipe.tokenizer_from]
     return [*dict.fromkeys(place for place in places if isinstance(place, Url))]
 
 
