@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import call, make_model, random_tensors, snapshot
-from definitions import MERGE_METHODS, applied
+from definitions import MERGE_METHODS, applied, merge_tensor
 from driving import drive, work_on
 from test_kernels import SOURCES, SPARSIFY_TYPES, a_method, distributions, same_values, some_models
 
@@ -200,3 +200,18 @@ def test_numpy_counts_magnitudes_that_strain_tallies() -> None:
             work = work_on(stored, [F32] * 2, method, False, F32)
             ours, _ = drive(work, stored, procedure=numpy_kernel().merge(work))
             assert ours.tobytes() == drive(work, stored)[0].tobytes(), name
+
+
+@pytest.mark.parametrize("elect", ["sum", "count"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_nan_in_one_model_is_one_in_the_output_of_ties(elect: str, normalize: bool) -> None:
+    """As defined, for infinities and differences that overflow too."""
+    rows = [[np.nan, 1, 3e38, np.inf, -np.inf, 0], [1, np.nan, 3e38, 1, np.inf, -1], [2, -2, -1, -np.inf, 1, np.nan]]
+    stored = [np.array(row, "f4") for row in rows]
+    method = applied("ties", None, (1.0, 1.0, 1.0), normalize, ties_elect_type=elect)
+    work = work_on(stored, [F32] * 3, method, False, F32)
+    with np.errstate(all="ignore"):
+        defined = merge_tensor(stored, None, method, "w")
+    assert np.isnan(defined[[0, 1, 5]]).all()
+    same_values(drive(work, stored)[0], defined)
+    same_values(drive(work, stored, procedure=numpy_kernel().merge(work))[0], defined)
