@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORE := .venv/core
 FULL := .venv/full
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs dist clean
 
 demo: $(CORE)/ready  ## Merge trained models with every method and show how good the results are.
 	$(CORE)/bin/python -m demo.run
@@ -19,6 +19,14 @@ lint: $(FULL)/ready
 bench: $(FULL)/ready  ## The reference work beside a plain copy; see benchmarks/README.md for the options.
 	$(FULL)/bin/python benchmarks/run.py
 
+docs: $(FULL)/ready  ## The documentation as a site, in site/.
+	NO_MKDOCS_2_WARNING=1 $(FULL)/bin/python -m mkdocs build --strict
+
+dist: $(FULL)/ready  ## What a release consists of, in dist/.
+	rm -rf dist
+	$(FULL)/bin/python -m build --no-isolation
+	$(FULL)/bin/python -m twine check --strict dist/*
+
 $(CORE)/ready: pyproject.toml
 	$(PYTHON) -m venv --clear $(CORE)
 	$(CORE)/bin/python -m pip install --quiet --disable-pip-version-check -e .
@@ -26,8 +34,8 @@ $(CORE)/ready: pyproject.toml
 
 $(FULL)/ready: pyproject.toml
 	$(PYTHON) -m venv --clear $(FULL)
-	$(FULL)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,bench]'
+	$(FULL)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,bench,docs,release]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

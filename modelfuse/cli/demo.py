@@ -50,7 +50,7 @@ def make_models(folder: Path) -> list[str]:
     base |= {name: np.ones(each.shape, np.float32) for name, each in base.items() if each.ndim == 1}
     _write_model(folder / "base", base)
     for name in FINE_TUNES:
-        _write_model(folder / name, {key: _tuned(key, each, random) for key, each in base.items()})
+        _write_model(folder / name, {key: _tuned(each, random) for key, each in base.items()})
     _write_adapter(folder / "lora", str(folder / "base"), random)
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder.as_posix()), encoding="utf-8")
     name = shlex.quote(folder.as_posix())
@@ -78,11 +78,10 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _tuned(name: str, weights: Any, random: np.random.Generator) -> Any:
-    """What fine-tuning would make of them: small changes of matrices, the rest as it was."""
-    if weights.ndim == 1 or "embed" in name:
-        return weights
-    return weights + random.normal(0, 0.002, weights.shape).astype(np.float32)
+def _tuned(weights: Any, random: np.random.Generator) -> Any:
+    """What fine-tuning would make of them: small changes."""
+    scale = 0.02 if weights.ndim == 1 else 0.002
+    return weights + random.normal(0, scale, weights.shape).astype(np.float32)
 
 
 def _write_model(folder: Path, weights: Arrays) -> None:
