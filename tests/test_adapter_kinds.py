@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Said, array, read_model, save_file
+from conftest import Said, array, make_model, read_model, save_file
 
 import modelfuse
 
@@ -302,3 +302,127 @@ def test_what_an_adapter_changed_counts_as_merged(tmp_path: Path, merge: Callabl
     said = merge(*words, "--output_path", tmp_path / "out")
     changed = {"IA3": 6, "DoRA": 2}[case]
     assert f"merged {changed} tensors, copied {21 - changed} in" in said.out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("task", "kind"), [
+    ("SEQ_CLS", "LlamaForSequenceClassification"), ("TOKEN_CLS", "LlamaForTokenClassification"),
+])  # fmt: skip
+def test_the_head_of_a_task_over_a_language_model(tmp_path: Path, task: str, kind: str, tied: bool) -> None:
+    """The output's config.json says class and labels, so that it loads without being told."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DIMS, tie_word_embeddings=tied, pad_token_id=0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    cls = getattr(transformers, kind)
+    model = cls.from_pretrained(tmp_path / "base", num_labels=3)
+    trained = peft.get_peft_model(model, peft.LoraConfig(task_type=task, r=2, target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    trained.save_pretrained(tmp_path / "adapter")
+    modelfuse.merge(
+        lora_model_path=tmp_path / "adapter", base_model_path=tmp_path / "base", output_path=tmp_path / "out"
+    )
+    assert modelfuse.verify(tmp_path / "out", full=True).holds
+    made, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["architectures"] == [kind]
+    assert len(content["id2label"]) == 3
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        want, got = trained(input_ids=ids).logits, made.eval()(input_ids=ids).logits
+    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=0, atol=1e-6)
+
+
+def test_whole_matrices_with_rows_for_added_tokens(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    torch.manual_seed(0)
+    cls, config = llama()
+    cls(config).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(51, mean_resizing=False)
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    both = peft.LoraConfig(**settings, modules_to_save=["embed_tokens", "lm_head"])
+    trained = peft.get_peft_model(model, both).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    trained.save_pretrained(tmp_path / "adapter")
+    words: dict[str, Any] = {"lora_model_path": tmp_path / "adapter", "base_model_path": tmp_path / "base"}
+    modelfuse.merge(**words, output_path=tmp_path / "out")
+    assert modelfuse.verify(tmp_path / "out", full=True).holds
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 51
+    ids = torch.tensor([[1, 50, 49, 2]])
+    with torch.no_grad():
+        want, got = trained(input_ids=ids).logits, cls.from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
+    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=0, atol=1e-6)
+    from safetensors.numpy import load_file
+
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(file, {name: each for name, each in load_file(file).items() if "lm_head" not in name})
+    refuse("check", "--lora_model_path", tmp_path / "adapter", "--base_model_path", tmp_path / "base",
+           says=["has other rows for tokens than its base", "lm_head.weight has 48"], hint="resize")  # fmt: skip
+
+
+@pytest.mark.parametrize("base_is", ["paddle", "one tensor", "apart"])
+def test_paddle_s_lora_of_experts(tmp_path: Path, base_is: str) -> None:
+    """``experts.gate_up_proj_lora_A`` [experts, in, r] and ``_lora_B`` [experts, r, out], in any layout of the base."""
+    random = np.random.default_rng(0)
+
+    def noise(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    experts, hidden, inner, rank = 3, 4, 5, 2
+    layer = "model.layers.0.mlp.experts"
+    weights = {"gate_up_proj": noise(experts, hidden, 2 * inner), "down_proj": noise(experts, inner, hidden)}
+    factors: dict[str, np.ndarray] = {}
+    deltas: dict[str, np.ndarray] = {}
+    for name, each in weights.items():
+        a, b = noise(experts, each.shape[1], rank), noise(experts, rank, each.shape[2])
+        factors |= {f"{layer}.{name}_lora_A": a, f"{layer}.{name}_lora_B": b}
+        deltas[name] = 1.5 * (a @ b)
+    own = {f"{layer}.{name}": each for name, each in weights.items()}
+    changed = {f"{layer}.{name}": weights[name] + deltas[name] for name in weights}
+    config: dict[str, object] = {"model_type": "qwen3_moe"}
+    if base_is == "paddle":
+        config["source"] = "paddle"
+    else:
+        own, changed = ({name: np.ascontiguousarray(each.transpose(0, 2, 1)) for name, each in group.items()}
+                        for group in (own, changed))  # fmt: skip
+    if base_is == "apart":
+        own, changed = (_apart(group, layer) for group in (own, changed))
+    make_model(tmp_path / "base", own | {"model.norm.weight": noise(hidden)}, config=config)
+    (tmp_path / "adapter").mkdir()
+    save_file(tmp_path / "adapter" / "peft_model.safetensors", factors, {"format": "np"})
+    (tmp_path / "adapter" / "lora_config.json").write_text(json.dumps({"r": rank, "lora_alpha": 3}))
+    modelfuse.merge(
+        lora_model_path=tmp_path / "adapter", base_model_path=tmp_path / "base", output_path=tmp_path / "out"
+    )
+    got = read_model(tmp_path / "out")
+    for name, want in changed.items():
+        np.testing.assert_allclose(array(got[name]), want, rtol=0, atol=2e-6, err_msg=name)
+
+
+def _apart(tensors: dict[str, np.ndarray], layer: str) -> dict[str, np.ndarray]:
+    gate_up, down = tensors[f"{layer}.gate_up_proj"], tensors[f"{layer}.down_proj"]
+    inner, found = gate_up.shape[1] // 2, dict[str, np.ndarray]()
+    for number, (both, last) in enumerate(zip(gate_up, down, strict=True)):
+        parts = {"gate_proj": both[:inner], "up_proj": both[inner:], "down_proj": last}
+        found |= {f"{layer}.{number}.{name}.weight": np.ascontiguousarray(each) for name, each in parts.items()}
+    return found
+
+
+def test_an_adapter_names_its_own_base(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    train(llama, CASES["LoHa"][1](), tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"base_model_name_or_path": "org/model"}))
+    refuse("check", "--lora_model_path", tmp_path / "adapter",
+           says=["lora_model_path needs base_model_path", "was trained on org/model"],
+           hint="--base_model_path org/model")  # fmt: skip
+    file.write_text(json.dumps(content | {"base_model_name_or_path": str(tmp_path / "base")}))
+    plan = modelfuse.check(lora_model_path=tmp_path / "adapter")
+    assert plan.recipe.base_model_path == tmp_path / "base"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,8 +72,9 @@ class Match(NamedTuple):
 
 
 def match_tensors(
-    models: Sequence[Checkpoint], has_base: bool, inputs_of: InputsOf, rules: tuple[MissingRule, ...] = ()
-) -> Match:
+    models: Sequence[Checkpoint], has_base: bool, inputs_of: InputsOf, rules: tuple[MissingRule, ...] = (),
+    alone: Collection[str] = (),
+) -> Match:  # fmt: skip
     """Match the models' tensors by name.
 
     Args:
@@ -82,6 +83,7 @@ def match_tensors(
         has_base: Whether there is one.
         inputs_of: The numbers of the models that must have a tensor of the output.
         rules: What becomes of tensors that only some of these have.
+        alone: Tensors that need nothing of the base's.
 
     Raises:
         MismatchError: If a tensor is not in every model that must have it, or has different shapes; lists all.
@@ -102,6 +104,9 @@ def match_tensors(
         policy = policy_of(rules, name) if rules else "error"
         if kept != name:
             tied.append(Tied(name, kept))
+        elif name in alone:
+            names.append(name)
+            partial[name] = tuple(range(base))
         elif name in everywhere or all(_has(models[number], name) for number in inputs_of(name)):
             names.append(name)
         elif policy == "error":

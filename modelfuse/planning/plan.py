@@ -197,8 +197,14 @@ def _draft_of(recipe: Recipe) -> Draft:
     """What becomes of every tensor, by settings and rules."""
     models = open_inputs(recipe)
     warnings = compare_inputs(recipe, models)
-    rules = Rules(recipe)
-    match = match_tensors(models, recipe.has_base, rules.inputs_of, recipe.missing)
+    rules, policies, own = Rules(recipe), recipe.missing, tuple[str, ...]()
+    if any(isinstance(model, Adapter) for model in models):
+        from modelfuse.checkpoints.adapters.heads import resized_rows, with_new_heads
+
+        models, heads = with_new_heads(models)
+        models, own = resized_rows(models)
+        policies = (*policies, *heads)
+    match = match_tensors(models, recipe.has_base, rules.inputs_of, policies, own)
     models = tuple(without(model, match.dropped, "not in every model") for model in models)
     reference = models[recipe.reference]
     names, tied = match.names, match.tied

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modelfuse.errors import RecipeError
 from modelfuse.methods.applied import Applied
+from modelfuse.recipe.adapter_base import base_of
 from modelfuse.recipe.checks import (
     check_adapter_output,
     check_configured,
@@ -280,7 +281,7 @@ def _canonical(settings: Mapping[str, object]) -> dict[str, object]:
                 "lora_model_path and models are both given", "Name adapters in model_path_list, beside other models."
             )
         if named.get("base_model_path") is None:
-            raise RecipeError("lora_model_path needs base_model_path", "Name the model that it was trained on.")
+            named["base_model_path"] = base_of(adapter)
         named["model_path_list"] = [adapter]
     text = named.get("mergekit")
     if isinstance(text, str) and not named.get("model_path_list"):

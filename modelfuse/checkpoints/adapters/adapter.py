@@ -23,6 +23,9 @@ class Adapter(Checkpoint):
         changed: The names of the tensors of the base that it changes.
         modules: For a changed tensor, the layer's name in the model, where the adapter gives it.
         transposed: Whether the base stores Linear weights as [in, out].
+        added: The names of tensors that the base lacks: the head of a task.
+        resized: The names of matrices that have other rows than the base's.
+        task: What it was trained for, as PEFT calls it.
     """
 
     own: tuple[SourceFile, ...] = ()
@@ -31,6 +34,9 @@ class Adapter(Checkpoint):
     changed: frozenset[str] = frozenset()
     modules: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
+    added: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+    task: str = ""
 
     @property
     def files(self) -> tuple[SourceFile, ...]:

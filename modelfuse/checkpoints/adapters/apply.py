@@ -13,6 +13,7 @@ from modelfuse.checkpoints.adapters.computed_tensors import ComputedTensor, LowR
 from modelfuse.checkpoints.adapters.config import Settings
 from modelfuse.checkpoints.adapters.dora import DoraTensor
 from modelfuse.checkpoints.adapters.fitting import Fitting
+from modelfuse.checkpoints.adapters.heads import has_other_rows, new_heads
 from modelfuse.checkpoints.adapters.low_rank_terms import Cut, Shared, Term, difference_type
 from modelfuse.checkpoints.adapters.products import product
 from modelfuse.checkpoints.adapters.tensor_roles import Contents, Module, sort_out
@@ -55,10 +56,14 @@ class _Laying:
     account: dict[str, list[str]] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
 
     def done(self) -> Adapter:
         self.names = Names(self.base)
         contents = sort_out(self.weights, self.settings, self.names.has)
+        added = new_heads(contents, self.settings, self.names.has)
+        contents.whole = {name: tensor for name, tensor in contents.whole.items() if name not in added}
+        self.account |= {tensor.name: [name] for name, tensor in added.items()}
         places = self._find(contents)
         self._fitting = Fitting(self.weights, self.settings, self.base, self.paddle, contents, places)
         for module in contents.modules.values():
@@ -75,7 +80,7 @@ class _Laying:
         return Adapter(
             self.weights.path,
             f"{self.settings.kind} adapter",
-            {name: self.tensors.get(name, tensor) for name, tensor in self.base.tensors.items()},
+            {**{name: self.tensors.get(name, tensor) for name, tensor in self.base.tensors.items()}, **added},
             self.base.aliases,
             self.weights.metadata,
             self.base.config,
@@ -86,6 +91,9 @@ class _Laying:
             modules=self.modules,
             renamed=tuple(told(dict(renamed_by(places)))),
             transposed=not self._fitting.out_first,
+            added=tuple(added),
+            resized=tuple(self.resized),
+            task=self.settings.task,
         )
 
     def _configs(self) -> Iterator[SourceFile]:
@@ -176,6 +184,10 @@ class _Laying:
             self.account.setdefault(tensor.name, []).append(place.name)
             if place.name in self.tensors:
                 self.problems.append(f"{place.name} of the base is changed by {tensor.name} and by another tensor")
+            if place.share is None and has_other_rows(place.name, tensor, self.base[place.name]):
+                self.resized.append(place.name)
+                self.tensors[place.name] = replace(tensor, name=place.name)
+                continue
             self.tensors[place.name] = self._computed(tensor, place.name, place.share, None)
 
     def _computed(self, tensor: StoredTensor, name: str, share: Share | None, scale: float | None) -> StoredTensor:
@@ -221,6 +233,8 @@ class _Laying:
             for place in places[name]:
                 base = self.base[place.name]
                 self.account[tensor.name] = [f"a copy of {place.name}"]
+                if place.name in self.resized and tensor.shape == self.tensors[place.name].shape:
+                    continue  # Of the rows that it was trained with.
                 if tensor.shape != base.shape or place.share is not None:
                     self._misfit([tensor], base)
                 yield (tensor, base) if tensor.dtype == base.dtype else (Widened.of(tensor), Widened.of(base))

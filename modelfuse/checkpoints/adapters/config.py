@@ -85,6 +85,7 @@ class Settings:
         trains_biases: Whether biases of the base were trained, so that the adapter's replace them.
         parameters: How the names of parameters end that have factors of their own, as fused experts have.
         adapts: Which of PEFT's kinds it is.
+        task: What it was trained for, as PEFT calls it, such as ``SEQ_CLS``.
         tokens: The rows of embeddings that were trained, by how the layer's name ends; "" is any layer.
     """
 
@@ -100,6 +101,7 @@ class Settings:
     parameters: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     adapts: Kind = LORA
+    task: str = ""
 
     def rank_of(self, module: str) -> int:
         """The rank of one module."""
@@ -151,6 +153,7 @@ def _peft(file: Place, content: Mapping[str, object]) -> Settings:
         read.words("target_parameters"),
         read.rows("token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"),
         own,
+        str(content.get("task_type") or ""),
     )
 
 

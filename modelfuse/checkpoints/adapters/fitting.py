@@ -80,7 +80,8 @@ class Fitting:
             return (False,)
         first = self.out_first
         if place.block is not None:
-            first = self.settings.kind == "peft" and self.base.config.get("model_type") not in TRANSPOSED_EXPERTS
+            paddle = self.settings.kind == "paddle" if self.paddle is None else self.paddle
+            first = not paddle and self.base.config.get("model_type") not in TRANSPOSED_EXPERTS
         return first, not first
 
     def fits(self, term: Term | None, place: Target, out_first: bool) -> bool:

@@ -46,7 +46,7 @@ def settle_adapters(models: Sequence[Checkpoint], base: Checkpoint) -> tuple[Che
 def _stays_tied(adapter: Adapter, base: Checkpoint, pair: Pair) -> bool:
     one, other = adapter.tensors[pair.embedding], adapter.tensors[pair.head]
     changed = [one != base.tensors[pair.embedding], other != base.tensors[pair.head]]
-    if not any(changed):
+    if not any(changed) or adapter.added:
         return True
     if not changed[1]:  # PEFT ties rows by itself; a class without a head has nothing to untie.
         return isinstance(one, RowsTensor) or not has_head(base)
