@@ -53,6 +53,16 @@ RULES = (
     _rule("Mixtral's gate_proj", r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
     _rule("Mixtral's down_proj", r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
     _rule("Mixtral's up_proj", r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
+    _rule("GPT-NeoX's head", r"^embed_out\.", "lm_head."),
+    # What vision transformers of transformers are called inside, and under which names it saves them.
+    _rule("layers of an encoder", r"(?<![^.])encoder\.layer\.", "layers."),
+    _rule("queries", r"\.attention\.(?:attention|self)\.query\.", ".attention.q_proj."),
+    _rule("keys", r"\.attention\.(?:attention|self)\.key\.", ".attention.k_proj."),
+    _rule("values", r"\.attention\.(?:attention|self)\.value\.", ".attention.v_proj."),
+    _rule("what attention gives", r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    _rule("the wide layer", r"\.intermediate\.dense\.", ".mlp.fc1."),
+    _rule("the layer back", r"(?<!\.attention)\.output\.dense\.", ".mlp.fc2."),
+    _rule("Swin's table", r"\.(?:self|relative_position_bias)\.(relative_position_bias_table)$", r".\1"),
 )
 #: Parts of a model that are not its language model: nothing of one is ever looked for in another.
 PARTS = re.compile(
