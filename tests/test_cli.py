@@ -123,6 +123,7 @@ DEFAULTS = {
     "epsilon": 0.14,
     "copy_file_list": (),
     "mergekit": None,
+    "tokenizer": None,
     "mergekit_document": None,
     "intermediate_dir": None,
     "copy_tokenizer": True,

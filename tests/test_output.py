@@ -505,7 +505,7 @@ def test_merge_config_holds_every_effective_setting(merge: Run, pair: Pair, tmp_
         "output_format": None, "convert_from_hf": None, "save_to_hf": None,
         "lora_rank": None, "merge_with_qdq_base_model": False,
         "copy_file_list": [], "split_pieces": 8, "max_tensor_mem": 0.5, "mergekit": None,
-        "mergekit_document": None, "intermediate_dir": None, "model_card": True,
+        "mergekit_document": None, "tokenizer": None, "intermediate_dir": None, "model_card": True,
         "copy_tokenizer": True, "truncate_embeddings": False,
     }  # fmt: skip
 

@@ -64,6 +64,7 @@ class Keywords(TypedDict, total=False):
     allow_mismatch: bool
     tokenizer_from: Path | None
     model_card: bool
+    tokenizer: str | None
     copy_tokenizer: bool
     truncate_embeddings: bool
     copy_file_list: Sequence[str]

@@ -121,6 +121,11 @@ def tokenizer_folder(recipe: Recipe) -> Place | None:
     return folder
 
 
+def encoded_json(content: Mapping[str, object]) -> bytes:
+    """A small JSON file, as people read it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
 def belongs_to_tokenizer(name: str) -> bool:
     """Whether a file is a tokenizer's or a chat template, by its name."""
     return is_tokenizers(name) and name != GENERATION_FILE

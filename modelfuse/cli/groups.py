@@ -21,7 +21,8 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "How": (),
     "Where to": (
         "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "max_shard_size",
-        "copy_file_list", "tokenizer_from", "copy_tokenizer", "truncate_embeddings", "model_card", "intermediate_dir",
+        "copy_file_list", "tokenizer", "tokenizer_from", "copy_tokenizer", "truncate_embeddings", "model_card",
+        "intermediate_dir",
     ),
     "Machine": (
         "n_process", "memory", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "engine", "ray_address",

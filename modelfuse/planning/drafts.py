@@ -10,6 +10,7 @@ from modelfuse.checkpoints.side_files import SideFile
 from modelfuse.planning.matching import EqualPair, Tied
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.output_format import OutputFormat
+from modelfuse.recipe.recipe import Recipe
 
 
 class Draft(NamedTuple):
@@ -38,3 +39,14 @@ class Draft(NamedTuple):
     notes: tuple[str, ...] = ()
     base: int | None = None
     warnings: tuple[str, ...] = ()
+
+
+def with_vocabulary(
+    recipe: Recipe, models: tuple[Checkpoint, ...]
+) -> tuple[tuple[Checkpoint, ...], tuple[Checkpoint, ...], Mapping[str, bytes], tuple[str, ...]]:
+    """The models with the vocabulary that is asked for, and as they are; its files, and what the user should know."""
+    if recipe.tokenizer is None:
+        return models, models, {}, ()
+    from modelfuse.planning.output_vocabulary import rearranged_models
+
+    return rearranged_models(recipe, models)

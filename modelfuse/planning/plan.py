@@ -20,7 +20,7 @@ from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
 from modelfuse.methods.registry import TAKE
 from modelfuse.planning.adapter_inputs import copies
-from modelfuse.planning.drafts import Draft
+from modelfuse.planning.drafts import Draft, with_vocabulary
 from modelfuse.planning.input_comparison import compare_inputs
 from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs, match_tensors
 from modelfuse.planning.memory_budget import demand_of, fit_memory
@@ -204,17 +204,21 @@ def _draft_of(recipe: Recipe) -> Draft:
         models, heads = with_new_heads(models)
         models, own = resized_rows(models)
         policies = (*policies, *heads)
+    models, told, tokenizer_files, words = with_vocabulary(recipe, models)
     match = match_tensors(models, recipe.has_base, rules.inputs_of, policies, own)
-    models = tuple(without(model, match.dropped, "not in every model") for model in models)
+    models, told = (
+        tuple(without(model, match.dropped, "not in every model") for model in each) for each in (models, told)
+    )
     reference = models[recipe.reference]
     names, tied = match.names, match.tied
     equal_pairs = (*find_equal_pairs(models, tied), *copies(models))
     drafts, made_files = _drafts(recipe, rules, models, match)
     form = OutputFormat.of(recipe, reference)
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
+    side_files = tuple(file for file in side_files if file.name not in tokenizer_files)
+    made_files, notes = {**made_files, **tokenizer_files}, (*words, *rules.notes(names), *_of_missing(recipe, match))
     base = len(models) - 1 if recipe.base_model_path is not None else None
-    notes = (*rules.notes(names), *_of_missing(recipe, match))
-    return Draft(models, drafts, tied, equal_pairs, form, side_files, made_files, notes, base, warnings)
+    return Draft(told, drafts, tied, equal_pairs, form, side_files, made_files, notes, base, warnings)
 
 
 def _of_missing(recipe: Recipe, match: Match) -> Iterator[str]:

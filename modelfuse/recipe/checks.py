@@ -223,6 +223,22 @@ def check_adapter_output(output_format: str | None, rank: int | None, has_base: 
         raise RecipeError("lora_rank is given, but output_format is not lora", "Add --output_format lora.")
 
 
+def check_tokenizer(
+    tokenizer: object, tokenizer_from: object, inputs: Sequence[object], output_format: str | None
+) -> None:
+    """Refuse a vocabulary that is none of the models', or that other settings contradict."""
+    if tokenizer is None:
+        return
+    if output_format == "lora":
+        raise RecipeError("tokenizer rearranges rows, but an adapter has none of its own", "Leave tokenizer out.")
+    if not isinstance(tokenizer, str) and tokenizer not in inputs:
+        raise RecipeError(f"tokenizer is {tokenizer}, which is none of the models", "Give union, base or one of them.")
+    if tokenizer_from not in (None, tokenizer):
+        raise RecipeError(
+            f"tokenizer is {tokenizer}, but tokenizer_from is {tokenizer_from}", "Leave tokenizer_from out."
+        )
+
+
 def check_copied(names: Iterable[str]) -> None:
     """Refuse files to copy that lie outside the model's folder."""
     for name in names:

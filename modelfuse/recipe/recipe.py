@@ -23,6 +23,7 @@ from modelfuse.recipe.checks import (
     check_input_layout,
     check_models,
     check_output_format,
+    check_tokenizer,
     nearest,
 )
 from modelfuse.recipe.files import RECORD
@@ -93,7 +94,8 @@ class Recipe(Settings):
             check_models(len(self.model_path_list), self.has_base)
         else:
             others = {**self.parameters.given, "base_model_path": self.base_model_path, "rules": self.rules or None,
-                      "merge_with_qdq_base_model": self.merge_with_qdq_base_model or None}  # fmt: skip
+                      "merge_with_qdq_base_model": self.merge_with_qdq_base_model or None,
+                      "tokenizer": self.tokenizer}  # fmt: skip
             check_configured([name for name, value in others.items() if value is not None], self.output_format)
             _ = self.configuration
         check_device(self.tensor_type, self.device)
@@ -104,6 +106,9 @@ class Recipe(Settings):
         check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
         check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
         check_adapter_output(self.output_format, self.lora_rank, self.has_base)
+        check_tokenizer(self.tokenizer, self.tokenizer_from, self.inputs, self.output_format)
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            vars(self)["tokenizer_from"] = self.tokenizer
 
     @property
     def inputs(self) -> tuple[Place | HubName, ...]:
@@ -152,7 +157,7 @@ class Recipe(Settings):
     def at_hand(self, found: Mapping[object, HubName]) -> Recipe:
         """The same with what hub names have become: a commit, and a folder."""
         update: dict[str, object] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
-        for name in ("base_model_path", "unmerged_from", "tokenizer_from"):
+        for name in ("base_model_path", "unmerged_from", "tokenizer_from", "tokenizer"):
             update[name] = found.get(getattr(self, name), getattr(self, name))
         return self.changed(**update)
 
@@ -221,7 +226,7 @@ class Recipe(Settings):
         if self.mergekit is None:
             return settings
         # What the configuration says is said nowhere else.
-        own = (*METHOD_SETTINGS, "base_model_path", "merge_with_qdq_base_model")
+        own = (*METHOD_SETTINGS, "base_model_path", "merge_with_qdq_base_model", "tokenizer")
         return {name: value for name, value in settings.items() if name not in own}
 
 

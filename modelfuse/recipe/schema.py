@@ -77,9 +77,15 @@ Weight = Annotated[float, Meta(ge=-3e38, le=3e38)]
 Endpoint = Annotated[str, Before(_endpoint)]
 #: A model to merge: where it is, or what it is called on a hub.
 Input = Annotated[Place | HubName, Instead(read_input)]
+#: A word, or a model.
+TokenizerChoice = Annotated[Place | HubName | str, Instead(lambda value: _word_or_input(value))]
 
 
 NOUNS: Mapping[object, str] = {_absolute: "PATH", read_input: "MODEL", _endpoint: "URL"}
+
+
+def _word_or_input(value: object) -> object:
+    return value if value in ("union", "base") else read_input(value)
 
 
 def setting(default: object, description: str, otherwise: str = "", **bounds: Any) -> Any:

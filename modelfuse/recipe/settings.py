@@ -8,7 +8,7 @@ from typing import Literal
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.recipe.method_settings import MethodSettings
 from modelfuse.recipe.missing import MissingSetting
-from modelfuse.recipe.schema import AbsolutePath, Bytes, Endpoint, Input, setting
+from modelfuse.recipe.schema import AbsolutePath, Bytes, Endpoint, Input, TokenizerChoice, setting
 from modelfuse.recipe.tensor_rules import RuleSetting
 
 
@@ -96,6 +96,10 @@ class Settings:
         "the base, else the first model",
     )  # fmt: skip
     model_card: bool = setting(True, "Write a model card, README.md, that says what was merged and how.")
+    tokenizer: TokenizerChoice | None = setting(
+        None, "The vocabulary of the output: union (of all models), base, or one of the models; rows of embeddings "
+        "and heads are rearranged token by token.", "none: all models have one",
+    )  # fmt: skip
     copy_tokenizer: bool = setting(True, "Copy the tokenizer's files beside the weights.")
     truncate_embeddings: bool = setting(
         False, "With a configuration of mergekit's: cut embeddings and heads to the smallest number of rows."

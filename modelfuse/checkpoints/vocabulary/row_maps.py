@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,11 @@ class RowMap:
     means: Mapping[int, tuple[Row, ...]] = field(default_factory=dict)
     padding: int = 0
 
+    def __repr__(self) -> str:
+        """What tells it from others in a journal, however many rows there are."""
+        digest = hashlib.sha256(self.inputs.tobytes() + self.rows.tobytes() + repr(sorted(self.means.items())).encode())
+        return f"RowMap({digest.hexdigest()}, {self.padding})"
+
     def __len__(self) -> int:
         return len(self.inputs) + self.padding
 
@@ -41,6 +47,11 @@ class RowMap:
         """The inputs that rows come from."""
         among = {number for rows in self.means.values() for number, _ in rows}
         return tuple(sorted(among | {int(each) for each in np.unique(self.inputs) if each >= 0}))
+
+    def of_difference(self, number: int) -> RowMap:
+        """The same for an adapter's difference: what is not its own row is no difference."""
+        own = self.inputs == number
+        return RowMap(np.where(own, number, ZEROS), np.where(own, self.rows, 0))
 
     def is_identity(self, number: int, rows: int) -> bool:
         """Whether it changes nothing of an input with so many rows."""

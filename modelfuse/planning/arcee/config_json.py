@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from modelfuse.checkpoints.layer_config import with_layers
@@ -100,11 +99,6 @@ def dtype_of(configuration: Configuration, operations: Sequence[Operation]) -> s
     """The type that config.json is to name: what all merged tensors have; None if they differ."""
     named = {operation.dtype for operation in operations if operation.action != "copy"}
     return str(next(iter(named))) if len(named) == 1 else configuration.out_dtype or configuration.dtype
-
-
-def encoded(content: Mapping[str, Any]) -> bytes:
-    """A file's content."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _text_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelfuse.checkpoints import CONFIG_FILE, read_json
-from modelfuse.checkpoints.side_files import GENERATION_FILE, SideFile, belongs_to_tokenizer, files_to_serve
+from modelfuse.checkpoints.side_files import (
+    GENERATION_FILE,
+    SideFile,
+    belongs_to_tokenizer,
+    encoded_json,
+    files_to_serve,
+)
 from modelfuse.checkpoints.vocabulary.chat_templates import TEMPLATE_FILE, template_of
 from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, TOKENIZER_FILE
 from modelfuse.errors import CheckpointError
@@ -16,7 +22,6 @@ from modelfuse.planning.arcee.config_json import (
     config_of_layers,
     config_of_words,
     dtype_of,
-    encoded,
     rows_of_output,
     with_token_ids,
 )
@@ -89,11 +94,11 @@ def files_beside(
         config, notes = config_of_layers(arrangement, donor, config)
         files.notes += notes
         rows = rows_of_output(operations) if recipe.truncate_embeddings else None
-        files.put(CONFIG_FILE, encoded(config_of_words(config, operations, donor, vocabulary, rows)))
+        files.put(CONFIG_FILE, encoded_json(config_of_words(config, operations, donor, vocabulary, rows)))
     if vocabulary is not None:
         if files.has(GENERATION_FILE):
             generation = _content(donor, GENERATION_FILE)
-            files.put(GENERATION_FILE, encoded(with_token_ids(generation, donor, vocabulary)))
+            files.put(GENERATION_FILE, encoded_json(with_token_ids(generation, donor, vocabulary)))
         _take_tokenizer(recipe, files, donor, vocabulary)
     if configuration.chat_template is not None:
         _put_template(files, configuration.chat_template, models, vocabulary, donor)
@@ -121,7 +126,7 @@ def _take_tokenizer(recipe: Recipe, files: Files, donor: OpenModel, vocabulary: 
         return
     files.put(TOKENIZER_FILE, output.tokenizer_json())
     if files.has(TOKENIZER_CONFIG):
-        files.put(TOKENIZER_CONFIG, encoded(output.tokenizer_config(_content(owner, TOKENIZER_CONFIG))))
+        files.put(TOKENIZER_CONFIG, encoded_json(output.tokenizer_config(_content(owner, TOKENIZER_CONFIG))))
 
 
 def _content(model: OpenModel, name: str) -> dict[str, Any]:
@@ -147,4 +152,4 @@ def _put_template(
         made = files.made.get(TOKENIZER_CONFIG)
         owner = donor if vocabulary is None else vocabulary.owner
         content: Mapping[str, Any] = json.loads(made) if made is not None else _content(owner, TOKENIZER_CONFIG)
-        files.put(TOKENIZER_CONFIG, encoded({**content, "chat_template": text}))
+        files.put(TOKENIZER_CONFIG, encoded_json({**content, "chat_template": text}))

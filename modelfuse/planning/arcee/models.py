@@ -12,8 +12,9 @@ from modelfuse.checkpoints.buffers import without_strays
 from modelfuse.checkpoints.layer_stacks import Stack, find_stacks
 from modelfuse.checkpoints.layouts.convert import bring_together
 from modelfuse.checkpoints.quantization import dequantized
-from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
+from modelfuse.checkpoints.tensor_names import HEADS
 from modelfuse.checkpoints.ties import says_tied
+from modelfuse.checkpoints.vocabulary.token_rows import embedding_of
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.arcee.configuration import Configuration
 from modelfuse.recipe.arcee.references import Reference, Stage, Weights
@@ -72,8 +73,7 @@ class OpenModel:
     @property
     def embedding(self) -> str | None:
         """The name of the embedding that a head can be tied to."""
-        found = [name for name in self.checkpoint if name.endswith(EMBEDDINGS)]
-        return min(found, key=len) if found else None
+        return embedding_of(self.checkpoint)
 
     def stack(self, module: str) -> Stack | None:
         """Its layers in one part of the model."""

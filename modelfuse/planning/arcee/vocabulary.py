@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.checkpoints.vocabulary.rearranged_rows import rearranged
 from modelfuse.checkpoints.vocabulary.row_maps import RowMap, TokenRow, Vocabularies
+from modelfuse.checkpoints.vocabulary.token_rows import axis_of_tokens, has_rows_of_tokens, limit_of, rows_of
 from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_FILE, Tokenizer, read_tokenizer, tokenizer_of
 from modelfuse.checkpoints.vocabulary.union import OutputVocabulary, one_of, union_of
 from modelfuse.errors import MismatchError, RecipeError
@@ -21,9 +20,6 @@ from modelfuse.planning.arcee.tensors import Slot
 from modelfuse.recipe.arcee.configuration import TokenizerSettings, TokenSource
 from modelfuse.recipe.arcee.references import Reference
 from modelfuse.storage import Place, is_dir
-
-#: Names of tensors outside the layers with a row for each token, beside embeddings and heads.
-_ALSO = re.compile(r"(?:^|\.)(?:lm_head|embed_out|embed_tokens\w*|predictions(?:\.decoder)?|word_embeddings)\.\w+$")
 
 
 @dataclass
@@ -74,10 +70,7 @@ class Vocabulary:
 
     def _axis(self, number: int, name: str, tensor: StoredTensor) -> int | None:
         """Along which axis a tensor has a row for each token; None if it has none."""
-        if not has_rows_of_tokens(name):
-            return None
-        rows = rows_of(self.models[number])
-        return next((axis for axis, length in enumerate(tensor.shape[:2]) if length == rows), None)
+        return axis_of_tokens(name, tensor, rows_of(self.models[number].checkpoint))
 
     def _maps_of(self, present: tuple[int, ...]) -> dict[int, RowMap]:
         if present not in self._maps:
@@ -93,11 +86,6 @@ class Vocabulary:
         if found is None:
             raise MismatchError(f"{self.models[number].reference} has no {slot.name}, from which tokens are to come")
         return found
-
-
-def has_rows_of_tokens(name: str) -> bool:
-    """Whether a tensor of this name has a row for each token."""
-    return name.endswith((*EMBEDDINGS, *HEADS)) or _ALSO.search(name) is not None
 
 
 def truncated(name: str, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
@@ -128,7 +116,7 @@ def open_vocabulary(
         return None
     opened = list(models.values())
     tokenizers = [_tokenizer_of(model) for model in opened]
-    limits = [limit_of(model) for model in opened]
+    limits = [limit_of(model.checkpoint) for model in opened]
     number = 0 if base is None else list(models).index(base)
     extra = list(settings.tokens)
     if settings.source == "union":
@@ -179,22 +167,6 @@ def folder_of(model: OpenModel) -> Place:
     """The folder that a model's other files are in."""
     path = model.checkpoint.path
     return path if is_dir(path) else path.parent
-
-
-def rows_of(model: OpenModel) -> int | None:
-    """The rows of a model's embedding, else of its head."""
-    name = model.embedding or next((name for name in model.checkpoint if name.endswith(HEADS)), None)
-    return None if name is None else model.checkpoint[name].shape[0]
-
-
-def limit_of(model: OpenModel) -> int:
-    """The number from which on a model has no tokens."""
-    rows, said = rows_of(model), model.checkpoint.config.get("vocab_size")
-    text = model.checkpoint.config.get("text_config")
-    if type(said) is not int and isinstance(text, Mapping):
-        said = text.get("vocab_size")
-    limits = [each for each in (rows, said) if type(each) is int]
-    return min(limits) if limits else 1 << 24
 
 
 def _check_widths(name: str, tensors: Sequence[StoredTensor], axis: int) -> None:
