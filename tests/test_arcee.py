@@ -569,3 +569,41 @@ def test_tokenizers_of_intermediate_results(vocabularies: dict[str, Tensors], fu
     assert [each["content"] for each in tokens["added_tokens"]] == ["w", "v"]
     a, b = (vocabularies[name][EMBEDDING] for name in "ab")
     np.testing.assert_allclose(found[EMBEDDING][1], ((a[1] + b[3]) / 2 + b[3]) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("flag", "kept"), [("-i", ["x"]), ("-u", ["x", "y", "z"])])
+def test_tensors_that_only_some_files_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modelfuse: Run, flag: str, kept: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = np.ones(3, np.float32), np.full(3, 2, np.float32)
+    for name, tensors_of in (("a", {"x": one, "y": one}), ("b", {"x": two, "z": two})):
+        make_model(tmp_path / name, tensors_of, config=None)
+    models = [{"model": f"{name}/model.safetensors", "parameters": {"weight": 1}} for name in "ab"]
+    (tmp_path / "config.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    said = modelfuse("mergekit-pytorch", "config.yml", "out", flag)
+    assert said.status == 0, said.err
+    found = {name: array(each)[0] for name, each in read_model(tmp_path / "out").items()}
+    assert found == {name: {"x": 1.5, "y": 1.0, "z": 2.0}[name] for name in kept}
+    assert ("only some models have them: y, z" in said.err) == (flag == "-i")
+    said = modelfuse("mergekit-pytorch", "config.yml", "other")
+    assert said.status == 2
+    assert "not in b/model.safetensors: y" in said.err
+
+
+def test_the_difference_of_two_models_as_an_adapter(three: dict[str, Tensors], modelfuse: Run, tmp_path: Path) -> None:
+    said = modelfuse(
+        "mergekit-extract-lora", "--model", "a", "--base-model", "base", "--out-path", "lora", "--max-rank", 4
+    )
+    assert said.status == 0, said.err
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] <= 4
+    config = {"merge_method": "task_arithmetic", "base_model": "base+lora", "models": listed("base+lora")}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    assert modelfuse("merge", "config.yml", "--output_path", "out").status == 0
+    query = in_layer(0)[1]
+    np.testing.assert_allclose(array(read_model(tmp_path / "out")[query]), three["a"][query], rtol=1e-4, atol=1e-5)
+    said = modelfuse(
+        "mergekit-extract-lora", "--model", "a", "--base-model", "base", "--out-path", "x", "--sv-epsilon", 1
+    )
+    assert said.status == 2
+    assert "--sv-epsilon is not taken here" in said.err

@@ -84,9 +84,9 @@ def _mergekit(command: str) -> Command:
     """A command line of mergekit's."""
 
     def run(words: list[str], defaults: Mapping[str, object]) -> int:
-        from modelfuse.cli.mergekit import translated
+        from modelfuse.cli.mergekit import extracted, translated
 
-        meant = translated(command, words)
+        meant = extracted(words) if command == "mergekit-extract-lora" else translated(command, words)
         if not {"--quiet", "-q"} & set(words):
             for text in meant.notes:
                 _tell(False)(text)
@@ -205,11 +205,13 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
     return 0
 
 
+#: Command lines of arcee's mergekit.
+MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-extract-lora")
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
     "merge": _merge, "check": _check, "verify": _verify, "push": _push, "demo": _demo, "methods": _methods,
     "warm": _warm, "completion": _completion,
-    **{name: _mergekit(name) for name in ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch")},
+    **{name: _mergekit(name) for name in MERGEKIT},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."
 

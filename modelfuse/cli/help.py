@@ -97,6 +97,10 @@ PAGES = {
     "mergekit-pytorch": Page(
         "modelfuse mergekit-pytorch CONFIG OUT [options of mergekit-yaml, flags of merge]",
         "The same of weight files alone.",
+        own=(
+            ("-i, --intersection", "Leave out tensors that only some have."),
+            ("-u, --union", "Take those as they are."),
+        ),
         ending=STATUS,
     ),
     "warm": Page(
@@ -106,6 +110,11 @@ PAGES = {
         ending="They are kept in the package, else in ~/.cache/modelfuse (XDG_CACHE_HOME), or in "
         "NUMBA_CACHE_DIR/modelfuse. A merge whose kernels were not compiled begins with numpy, to the same bytes. "
         + STATUS,
+    ),
+    "mergekit-extract-lora": Page(
+        "modelfuse mergekit-extract-lora --model M --base-model B --out-path OUT [--max-rank 128]",
+        "The difference of two models as a PEFT adapter.",
+        ending=STATUS,
     ),
     "verify": Page(
         "modelfuse verify FOLDER [--full] [--sample N] [--n_process N] [--seed N] [--hub_endpoint URL]",

@@ -75,9 +75,47 @@ def translated(command: str, words: Sequence[str]) -> Translated:
     return Translated([*named, *_settings(found), *_options(found), *others], notes)
 
 
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of one of these commands, for what completes it."""
-    return _parser(command)
+#: What mergekit-extract-lora takes beside these is another adapter than modelfuse makes.
+_UNKNOWN_HERE = ("sv_epsilon", "include_regex", "exclude_regex", "save_module", "skip_undecomposable")
+
+
+def extracted(words: Sequence[str]) -> Translated:
+    """The words behind ``mergekit-extract-lora`` as those behind ``merge``: the difference of two models as an adapter.
+
+    >>> extracted(["--model", "m", "--base-model", "b", "--out-path", "o", "--max-rank", "8"]).words[-4:]
+    ['--output_format', 'lora', '--lora_rank', '8']
+
+    Args:
+        words: Those behind it; flags of ``merge`` may be among them.
+
+    Raises:
+        RecipeError: If one cannot be understood, or asks for what is not made here.
+    """
+    parser = Parser("mergekit-extract-lora")
+    for name in ("model", "base_model", "out_path", *_UNKNOWN_HERE):
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, nargs="?", const="")
+    parser.add_argument("--max-rank", "--max_rank", type=int, default=128)
+    for name in ("embed_lora", "distribute_scale", *_SWITCHES):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", f"--{name}", dest=name, action=argparse.BooleanOptionalAction
+        )
+    parser.add_argument("--device")
+    given, others = parser.parse_known_args(list(words))
+    found = vars(given)
+    if missing := [name for name in ("model", "base_model", "out_path") if not found.get(name)]:
+        raise RecipeError(
+            f"mergekit-extract-lora needs --{missing[0].replace('_', '-')}", "Name two models and a folder."
+        )
+    if asked := [name for name in _UNKNOWN_HERE if name in found]:
+        raise RecipeError(
+            f"--{asked[0].replace('_', '-')} is not taken here", "Leave it out: every weight is decomposed."
+        )
+    notes = [f"--{name.replace('_', '-')} has no effect here: {why}." for name, why in {
+        **_WITHOUT_EFFECT, "embed_lora": "embeddings are decomposed, too",
+        "distribute_scale": "the scale is distributed"}.items() if name in found]  # fmt: skip
+    words = ["--model_path_list", str(found["model"]), "--base_model_path", str(found["base_model"]), "--output_path",
+             str(found["out_path"]), "--output_format", "lora", "--lora_rank", str(found["max_rank"])]  # fmt: skip
+    return Translated([*words, *_settings(found), *_options(found), *others], notes)
 
 
 def _parser(command: str) -> Parser:
@@ -88,6 +126,9 @@ def _parser(command: str) -> Parser:
         parser.add_argument("--intermediate-dir", "-I")
     else:
         parser.add_argument("out", nargs="?")
+    if command == "mergekit-pytorch":
+        parser.add_argument("--intersection", "-i", action="store_true")
+        parser.add_argument("--union", "-u", action="store_true")
     for name in _SWITCHES:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, f"--{name}", dest=name, action=argparse.BooleanOptionalAction)
@@ -123,6 +164,9 @@ def _settings(found: dict[str, Any]) -> list[str]:
         words += ["--tensor_type", "pt", "--device", "gpu"]
     elif device not in ("cpu", "auto"):
         raise RecipeError(f"--device is {shown(device)}", "Give cpu or cuda.")
+    for name, policy in (("intersection", "drop"), ("union", "copy")):
+        if found.get(name):
+            words += ["--missing", policy]
     if found.get("intermediate_dir") is not None:
         words += ["--intermediate_dir", str(found["intermediate_dir"])]
     if found.get("transformers_cache") is not None:

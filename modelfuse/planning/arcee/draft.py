@@ -80,7 +80,7 @@ class _Merge:
         inputs = self._inputs.checkpoints
         pairs = (*find_equal_pairs([model.checkpoint for model in self.models.values()], tied), *copies(inputs))
         notes = (*document.notes, *files.notes, *(self._vocabulary.notes if self._vocabulary else ()),
-                 *_left_out(arrangement))  # fmt: skip
+                 *_left_out(arrangement), *_dropped(self._maker.dropped))  # fmt: skip
         if recipe.model_card:
             files.put(CONFIGURATION_FILE, (recipe.mergekit or "").encode(errors="backslashreplace"))
         base = None if document.base_model is None else self.models[document.base_model].number
@@ -91,6 +91,10 @@ class _Merge:
         return Draft(
             told, self.operations, tied, pairs, self._format, tuple(files.copied), files.made, notes, base, warnings
         )
+
+
+def _dropped(names: list[str]) -> list[str]:
+    return [f"Left out, as only some models have them: {', '.join(group_names(names))}."] if names else []
 
 
 def _left_out(arrangement: Arrangement) -> list[str]:

@@ -13,6 +13,8 @@ from modelfuse.methods.spec import Combination, Sparsifier, Value
 
 #: Parameters by name, None where one is not given.
 Values = Mapping[str, float | int | bool | None]
+#: What drops at random, and restores the sum of magnitudes there.
+RANDOM = ("dare", "magprune")
 #: Sums of weights below this are not divided by.
 SMALLEST_SUM = 1e-8
 
@@ -92,17 +94,29 @@ def _passthrough(request: Request) -> Applied:
     return request.applied("linear", (1.0 if scale is None else float(scale),))
 
 
-def _family(sparsifier: str | None, elects: bool) -> Callable[[Request], Applied]:
-    """A method that sparsifies differences, perhaps elects signs, and adds up."""
+def _family(sparsifier: str | None, elects: bool, gamma: float | None = None) -> Callable[[Request], Applied]:
+    """A method that sparsifies differences, perhaps elects signs, and adds up.
+
+    Args:
+        sparsifier: Acts on models whose density is below 1. The largest elements are kept by ``breadcrumbs`` that cuts
+            none of them.
+        elects: Whether signs are elected.
+        gamma: The share of the largest elements that is cut; None: as the configuration says.
+    """
 
     def make(request: Request) -> Applied:
         weights, density = request.column("weight"), request.column("density")
         settings: dict[str, Value | Sequence[Value]] = {
-            "reserve_p": density, "gamma": request.column("gamma"), "rescale": bool(request.whole["rescale"]),
-            "normalize": bool(request.whole["normalize"]),
+            "reserve_p": density, "gamma": request.column("gamma") if gamma is None else gamma,
+            "rescale": bool(request.whole["rescale"]), "normalize": bool(request.whole["normalize"]),
         }  # fmt: skip
         step = None if sparsifier is None or all(each >= 1 for each in density) else SPARSIFIERS[sparsifier]
         factor = request.number("lambda")
+        if step is not None and sparsifier in RANDOM and (sparsifier == "magprune" or request.whole["rescale"]):
+            raise RecipeError(
+                f"merge_method {request.name} with a density below 1 is not there yet",
+                "Use dare_linear or dare_ties with rescale: false, or settings of modelfuse's own.",
+            )
         if elects:
             return request.applied("ties", weights, settings, step, factor)
         total = math.fsum(weights)
@@ -124,6 +138,11 @@ MAKERS: Mapping[str, Callable[[Request], Applied]] = {
     "slerp": _slerp,
     "passthrough": _passthrough,
     "task_arithmetic": _family(None, elects=False),
+    "ties": _family("breadcrumbs", elects=True, gamma=0.0),
+    "dare_linear": _family("dare", elects=False),
+    "dare_ties": _family("dare", elects=True),
+    "della_linear": _family("magprune", elects=False),
+    "della": _family("magprune", elects=True),
     "breadcrumbs": _family("breadcrumbs", elects=False),
     "breadcrumbs_ties": _family("breadcrumbs", elects=True),
     "model_stock": _model_stock,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensor_names import HEADS, group_names
@@ -19,9 +19,10 @@ from modelfuse.planning.matching import Tied
 from modelfuse.planning.operations import Operation, can_be_merged, merged, taken
 from modelfuse.recipe.arcee.configuration import Configuration
 from modelfuse.recipe.arcee.references import Reference
+from modelfuse.recipe.missing import policy_of
 from modelfuse.recipe.recipe import Recipe
 
-HINT = "Merge models that were fine-tuned from one base, or choose what fits with slices: or tokenizer:."
+HINT = "Choose what fits with slices: or tokenizer:, or say with --missing copy or drop what becomes of the others."
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Operations:
         models: The models.
         vocabulary: Rearranges rows of embeddings and heads; None: they are taken as they are.
         tied: Names that the output leaves out, as they are another tensor's.
+        dropped: Names that the output leaves out, as only some models have them.
         problems: What does not fit.
     """
 
@@ -42,6 +44,7 @@ class Operations:
     models: Mapping[Reference, OpenModel]
     vocabulary: Vocabulary | None
     tied: list[Tied] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _missing: dict[str, list[str]] = field(default_factory=dict)
     _methods: dict[object, Applied] = field(default_factory=dict)
@@ -69,7 +72,7 @@ class Operations:
             return
         tensors = [model.find(name) for model, name in zip(models, slot.names, strict=True)]
         if absent := [str(model.reference) for model, tensor in zip(models, tensors, strict=True) if tensor is None]:
-            self._missing.setdefault(" and ".join(absent), []).append(slot.name)
+            yield from self._of_some(slot, absent, [number for number, each in enumerate(tensors) if each is not None])
             return
         whole = [tensor for tensor in tensors if tensor is not None]
         if self.vocabulary is not None:
@@ -78,6 +81,25 @@ class Operations:
             whole = truncated(slot.name, whole)
         if self._fits(slot, whole):
             yield self._operation(slot, models, whole)
+
+    def _of_some(self, slot: Slot, absent: Sequence[str], places: Sequence[int]) -> Iterator[Operation]:
+        """A tensor that only some models have, as the recipe's ``missing`` says."""
+        policy = policy_of(self.recipe.missing, slot.name)
+        sources = tuple(slot.sources[place] for place in places)
+        base, (fewest, _) = self.configuration.base_of(slot.part), self.configuration.grammar.models
+        has_base = self.configuration.grammar.base != "required" or any(each.model == base for each in sources)
+        if policy == "drop":
+            self.dropped.append(slot.name)
+        elif policy == "copy" and len(sources) == 1:
+            model = self.models[sources[0].model]
+            found = model.find(slot.names[places[0]])
+            assert found is not None
+            yield taken(slot.name, found, model.number, dtype=self._dtype([found]))
+        elif policy == "copy" and has_base and len(sources) >= fewest:
+            part = replace(slot.part, sources=sources)
+            yield from self._of(replace(slot, part=part, names=tuple(slot.names[place] for place in places)))
+        else:
+            self._missing.setdefault(" and ".join(absent), []).append(slot.name)
 
     def _is_tied(self, slot: Slot, models: Sequence[OpenModel]) -> bool:
         """Whether a head is not written, as every model ties it to the embedding."""
