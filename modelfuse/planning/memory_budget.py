@@ -53,8 +53,8 @@ OUTPUT_BYTES, SOURCE_BYTES = 700, 300
 TABLE_BYTES = 2_500_000
 #: Bytes of an output in a store that may wait for what comes before them in their file; with more, workers wait, too.
 MOST_WAITING = 64_000_000
-#: What fsspec and the libraries of stores add to the interpreter, measured; what is on its way to a store.
-REMOTE_BYTES, SENT_BYTES = 95_000_000, 140_000_000
+#: What obstore and its threads add to the interpreter, measured; what is on its way to a store or waits for its turn.
+REMOTE_BYTES, SENT_BYTES = 35_000_000, 140_000_000
 #: The largest range of a file that is fetched by itself. Of what is fetched, a span of each source is worked on while
 #: the next one comes; with the ends of the ranges that it begins and ends in.
 RANGE_BYTES = 1 << 23
