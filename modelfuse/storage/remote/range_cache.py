@@ -119,8 +119,9 @@ class Ranges:
             self._release(run, stop - max(offset, run.start))
 
     def forget(self) -> None:
-        """Keep nothing."""
+        """Keep nothing, and have the room of before any plan: the next one is made before it says how much it needs."""
         with self._lock:
+            self.room, self.keeps = ROOM, True
             self._expected.clear()
             self._refused.clear()
             for run in list(self._runs):
