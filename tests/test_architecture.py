@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoints.adapters",
         "checkpoints.views",
     },
-    "checkpoints.views": {"errors", "dtypes", "storage", "kernels.compiled", "checkpoints"},
+    "checkpoints.views": {"errors", "dtypes", "storage", "kernels", "kernels.compiled", "checkpoints"},
     "planning": {
         "errors",
         "version",

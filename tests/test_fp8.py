@@ -386,12 +386,12 @@ def test_memory_and_bytes_are_counted_as_they_are(tmp_path: Path) -> None:
     for seed, path in enumerate(paths):
         make_model(path, {"w": stored(codes_of((64, 64), seed)), "w_scale": stored(torch.ones(()))},
                    config={"quantization_config": STATIC})  # fmt: skip
-    plan = package.check(model_path_list=paths)
+    plan = package.check(model_path_list=paths, n_process=1)
     assert plan.bytes_read == 2 * 64 * 64
     done: list[int] = []
     package.merge(model_path_list=paths, output_path=tmp_path / "C", progress=done.append)
     assert sum(done) == 4 * 64 * 64
-    assert math.isclose(plan.memory - package.check(model_path_list=paths, output_dtype="float32").memory,
+    assert math.isclose(plan.memory - package.check(model_path_list=paths, output_dtype="float32", n_process=1).memory,
                         -2 * 64 * 64)  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import BF16, DType
 from modelfuse.errors import CheckpointError
+from modelfuse.kernels.bfloat16 import from_bfloat16, halves_of, to_bfloat16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -21,7 +22,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def widen(dtype: DType, raw: Array) -> Array:
     """Stored bytes as numbers of the type that ``dtype`` computes in."""
     if dtype == BF16:
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return from_bfloat16(raw.view(np.uint16))
     values: Array = raw.view(np.dtype(dtype.numpy))
     return values.astype(dtype.compute or "float32", copy=False)
 
@@ -30,9 +31,7 @@ def narrow(dtype: DType, values: Array) -> Array:
     """float32 values rounded to a 16-bit type, to nearest even, as the numbers that are stored."""
     if dtype != BF16:
         return values.astype(np.float16).view(np.uint16)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), halves_of(to_bfloat16(np.ascontiguousarray(values))))
 
 
 def read_values(read: Reader, dtype: DType, start: int, count: int) -> Array:

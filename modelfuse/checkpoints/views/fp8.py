@@ -19,6 +19,7 @@ import numpy as np
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import BF16, F32, DType
+from modelfuse.kernels.bfloat16 import from_bfloat16
 from modelfuse.storage.files import Buffer
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def scales_of(dtype: DType, content: bytes) -> Array:
         powers = np.ldexp(np.float32(1), np.minimum(codes, 254).astype(np.int32) - 127)
         return np.where(codes == 255, np.float32(np.nan), powers)
     if dtype is BF16:
-        return (np.frombuffer(content, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return from_bfloat16(np.frombuffer(content, "<u2"))
     return np.frombuffer(content, "<f2" if dtype.name == "F16" else "<f4").astype(np.float32)
 
 

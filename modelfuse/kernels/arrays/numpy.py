@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
 from modelfuse.dtypes import BF16, DType
 from modelfuse.kernels import Bytes
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
+from modelfuse.kernels.bfloat16 import from_bfloat16, halves_of, to_bfloat16
 
 
 class NumpyLibrary(Library):
@@ -34,14 +34,14 @@ class NumpyLibrary(Library):
 
     def load(self, raw: Bytes, dtype: DType) -> Tensor:
         if dtype is BF16:
-            return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return from_bfloat16(raw.view(np.uint16))
         return raw.view(str(dtype.torch))
 
     def store(self, x: Tensor, out: Bytes) -> None:
         if x.nbytes == out.nbytes:
             out.view(x.dtype)[:] = x
         else:
-            out.view(np.uint16)[:] = (x.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+            out.view(np.uint16)[:] = halves_of(x)
 
     def place(self, values: Array) -> Tensor:
         return np.array(values)
@@ -50,7 +50,7 @@ class NumpyLibrary(Library):
         return np.asarray(x)
 
     def cast(self, x: Tensor, dtype: str) -> Tensor:
-        return _to_bfloat16(x) if dtype == "bfloat16" else np.asarray(x).astype(dtype, copy=False)
+        return to_bfloat16(x) if dtype == "bfloat16" else np.asarray(x).astype(dtype, copy=False)
 
     def view(self, x: Tensor, dtype: str) -> Tensor:
         return np.asarray(x).view(dtype)
@@ -73,11 +73,3 @@ class NumpyLibrary(Library):
 
     def bincount(self, x: Tensor, length: int, weights: Tensor | None = None) -> Tensor:
         return np.bincount(x, weights, length)
-
-
-def _to_bfloat16(x: Any) -> Any:
-    """The nearest bfloat16 of float32 values, ties to even, as float32; NaN stays NaN."""
-    bits = np.asarray(x, np.float32).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    rounded = np.where((bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000), bits | np.uint32(0x400000), rounded)
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

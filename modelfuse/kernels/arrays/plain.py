@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from modelfuse.kernels.bfloat16 import from_bfloat16
+
 Array = np.ndarray[Any, Any]
 
 #: Storage codes, as compiled kernels know them, and numpy's types that hold the bytes.
@@ -27,7 +29,7 @@ def _values(code: int, raw: Array, count: int) -> Array:
     """Stored elements as float64."""
     stored = _elements(code, raw, count)
     if code == 2:
-        stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        stored = from_bfloat16(stored)
     return stored.astype(np.float64)
 
 
