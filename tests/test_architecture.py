@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernels",
         "kernels.compiled",
         "checkpoints",
+        "checkpoints.formats",
         "checkpoints.layouts",
     },
     "checkpoints.formats": {"errors", "dtypes", "storage", "checkpoints", "checkpoints.views"},

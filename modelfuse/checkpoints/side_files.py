@@ -234,3 +234,8 @@ def _is_usual(name: str, size: int, names: Collection[str], modules: Collection[
     own = [each for each in names if each.startswith(f"{folder}/")]
     form = MODULE_WEIGHTS[not any(each.endswith(MODULE_WEIGHTS[0]) for each in own)]
     return file.endswith((form, f"{form}.index.json")) or not is_weights(file)
+
+
+def weights_of_modules(sizes: Mapping[str, int], modules: Collection[str]) -> list[str]:
+    """Of a model's files, those with weights of modules."""
+    return [name for name in sizes if name.partition("/")[0] in modules and "/" in name and is_weights(name)]

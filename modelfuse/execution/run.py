@@ -262,6 +262,8 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
             if file.name == CONFIG_FILE:
                 content = plan.config(content)
             folder.write_file(file.name, content)
+        for module in plan.modules:
+            folder.write_file(module.name, module.content())
         for name, made in plan.made_files.items():
             folder.write_file(name, made)
         write_index(plan, folder)

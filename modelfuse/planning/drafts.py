@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.side_files import SideFile
@@ -11,6 +11,9 @@ from modelfuse.planning.matching import EqualPair, Tied
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from modelfuse.checkpoints.adapters.module_file import ModuleFile
 
 
 class Draft(NamedTuple):
@@ -27,6 +30,7 @@ class Draft(NamedTuple):
         notes: What the user should know.
         base: The number of the input that differences are taken to, if there is one.
         warnings: What they should look at.
+        modules: Weight files of modules, merged when they are written.
     """
 
     models: tuple[Checkpoint, ...]
@@ -39,6 +43,7 @@ class Draft(NamedTuple):
     notes: tuple[str, ...] = ()
     base: int | None = None
     warnings: tuple[str, ...] = ()
+    modules: tuple[ModuleFile, ...] = ()
 
 
 def with_vocabulary(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
-from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
+from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
 from modelfuse.checkpoints.ties import TIED_CLASSES, says_tied
 from modelfuse.errors import MismatchError
 from modelfuse.planning.mismatch import InputsOf, Mismatch
@@ -174,3 +174,16 @@ def _describe_untied(tied: Sequence[Tied], models: Sequence[Checkpoint]) -> list
                     f"{list(one.shape)} and the other {other.dtype} {list(other.shape)}"
                 )
     return lines
+
+
+def of_missing(inputs: Sequence[object], match: Match) -> Iterator[str]:
+    """What becomes of tensors that only some inputs have, a sentence each; ``inputs`` are what these are called."""
+    if match.dropped:
+        yield f"Left out, as only some models have them: {', '.join(group_names(match.dropped))}."
+    copied: dict[tuple[int, ...], list[str]] = {}
+    for name, numbers in match.partial.items():
+        copied.setdefault(numbers, []).append(name)
+    for numbers, names in copied.items():
+        owners = " and ".join(str(inputs[number]) for number in numbers)
+        how = "merged of" if len(numbers) > 1 else "taken from"
+        yield f"Not in all models, {how} {owners}: {', '.join(group_names(names))}."

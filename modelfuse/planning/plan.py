@@ -5,8 +5,9 @@ No tensor data is read. The plan is frozen data; running it decides nothing but 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG, Adapter
@@ -22,7 +23,7 @@ from modelfuse.methods.registry import TAKE
 from modelfuse.planning.adapter_inputs import copies
 from modelfuse.planning.drafts import Draft, with_vocabulary
 from modelfuse.planning.input_comparison import compare_inputs
-from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs, match_tensors
+from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs, match_tensors, of_missing
 from modelfuse.planning.memory_budget import demand_of, fit_memory
 from modelfuse.planning.model_card import CARD_FILE, model_card
 from modelfuse.planning.open_inputs import open_inputs
@@ -35,6 +36,9 @@ from modelfuse.planning.tables import html, models_of, rules_of, summary, tensor
 from modelfuse.planning.warnings import notes_on
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import forget
+
+if TYPE_CHECKING:
+    from modelfuse.checkpoints.adapters.module_file import ModuleFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ class Plan:
         notes: What the user should know.
         warnings: What the inputs contradict each other in, and whose is taken.
         config_changes: Settings of config.json that are not the reference's.
+        modules: Weight files of modules, merged when they are written.
     """
 
     recipe: Recipe
@@ -93,6 +98,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     config_changes: Mapping[str, object]
+    modules: tuple[ModuleFile, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Plan: {summary(self)}>"
@@ -154,7 +160,8 @@ class Plan:
     @property
     def room(self) -> int:
         """Bytes of the whole output."""
-        return self.bytes_written + sum(file.size for file in self.side_files)
+        beside = sum(file.size for file in self.side_files) + sum(file.size for file in self.modules)
+        return self.bytes_written + beside
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -182,7 +189,7 @@ def make_plan(recipe: Recipe) -> Plan:
     changes = {**draft.models[recipe.reference].config_changes, **({} if recipe.mergekit else special_tokens(recipe))}
     return Plan(
         recipe, draft.models, tensors, draft.tied, draft.equal_pairs, files, draft.format, index, draft.side_files,
-        made, *budget, (*notes, *draft.notes), draft.warnings, changes,
+        made, *budget, (*notes, *draft.notes), draft.warnings, changes, draft.modules,
     )  # fmt: skip
 
 
@@ -216,22 +223,14 @@ def _draft_of(recipe: Recipe) -> Draft:
     form = OutputFormat.of(recipe, reference)
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
     side_files = tuple(file for file in side_files if file.name not in tokenizer_files)
-    made_files, notes = {**made_files, **tokenizer_files}, (*words, *rules.notes(names), *_of_missing(recipe, match))
+    made_files, notes = {**made_files, **tokenizer_files}, (*words, *rules.notes(names), *of_missing(recipe.inputs, match))
     base = len(models) - 1 if recipe.base_model_path is not None else None
-    return Draft(told, drafts, tied, equal_pairs, form, side_files, made_files, notes, base, warnings)
+    modules: tuple[ModuleFile, ...] = ()
+    if any(file.holds_weights for file in side_files):
+        from modelfuse.planning.modules import merge_modules
 
-
-def _of_missing(recipe: Recipe, match: Match) -> Iterator[str]:
-    """What becomes of tensors that only some inputs have."""
-    if match.dropped:
-        yield f"Left out, as only some models have them: {', '.join(group_names(match.dropped))}."
-    copied: dict[tuple[int, ...], list[str]] = {}
-    for name, numbers in match.partial.items():
-        copied.setdefault(numbers, []).append(name)
-    for numbers, names in copied.items():
-        owners = " and ".join(str(recipe.inputs[number]) for number in numbers)
-        how = "merged of" if len(numbers) > 1 else "taken from"
-        yield f"Not in all models, {how} {owners}: {', '.join(group_names(names))}."
+        modules, side_files = merge_modules(recipe, rules, models, side_files)
+    return Draft(told, drafts, tied, equal_pairs, form, side_files, made_files, notes, base, warnings, modules)
 
 
 def _drafts(

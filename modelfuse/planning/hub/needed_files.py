@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.adapters.adapter import PADDLE_CONFIG, PEFT_CONFIG
-from modelfuse.checkpoints.side_files import MODULES_FILE, is_tokenizers, lists_modules, modules_of, usual_files
+from modelfuse.checkpoints.side_files import (
+    MODULES_FILE,
+    is_tokenizers,
+    lists_modules,
+    modules_of,
+    usual_files,
+    weights_of_modules,
+)
 from modelfuse.checkpoints.weight_files import find_files
 from modelfuse.errors import CheckpointError
 from modelfuse.planning.served_differences import wanted_beside
@@ -64,6 +71,9 @@ def wanted(
         settings += wanted_beside(sizes)
     if weight_map is not None:
         settings.append(form.index_file)
+    if recipe.output_format != "lora" and lists_modules(sizes):
+        settings.append(MODULES_FILE)
+        settings += weights_of_modules(sizes, modules_of(get(MODULES_FILE).read_bytes()))
     leads = name == recipe.inputs[recipe.reference]
     # A configuration may take the tokenizer of any model, and the union of all.
     if (leads or recipe.mergekit is not None) and recipe.output_format != "lora":

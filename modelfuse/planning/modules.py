@@ -1,0 +1,78 @@
+"""Modules of sentence-transformers that have weights: merged like the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modelfuse.checkpoints import Checkpoint, StoredTensor, open_checkpoint
+from modelfuse.checkpoints.adapters import Adapter
+from modelfuse.checkpoints.adapters.module_file import ModuleFile, ModuleTensor
+from modelfuse.checkpoints.side_files import SideFile
+from modelfuse.checkpoints.weight_files import is_weights
+from modelfuse.errors import MismatchError
+from modelfuse.planning.operations import Operation
+from modelfuse.planning.rules import Rules, operations_of
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Place, children, is_dir, is_file
+
+
+def merge_modules(
+    recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], side_files: Sequence[SideFile]
+) -> tuple[tuple[ModuleFile, ...], tuple[SideFile, ...]]:
+    """Merge the modules that all models have; those of the others are copied as they are.
+
+    Args:
+        recipe: The settings.
+        rules: Its rules.
+        models: The models in order, then the base if there is one.
+        side_files: The files to copy, those of modules among them.
+
+    Returns:
+        The merged files, and those that are still to be copied.
+
+    Raises:
+        MismatchError: If a module's tensors differ between the models.
+    """
+    held = [file.name.partition("/") for file in side_files
+            if file.holds_weights and file.name not in recipe.copy_file_list]  # fmt: skip
+    folders = dict.fromkeys(folder for folder, inside, _ in held if inside)
+    full = [model for model in models if not isinstance(model, Adapter)]
+    made: list[ModuleFile] = []
+    for folder in folders:
+        places = {id(model): _folder_of(model) / folder for model in full}
+        if not all(_has_weights(place) for place in places.values()) or len(full) < len(models):
+            continue
+        made.append(_merged(recipe, rules, folder, [open_checkpoint(places[id(model)]) for model in models]))
+    done = {file.name.partition("/")[0] for file in made}
+    left = tuple(file for file in side_files if not (file.holds_weights and file.name.partition("/")[0] in done))
+    return tuple(made), left
+
+
+def _folder_of(model: Checkpoint) -> Place:
+    return model.path if is_dir(model.path) else model.path.parent
+
+
+def _has_weights(folder: Place) -> bool:
+    return is_dir(folder) and any(is_weights(each.name) and is_file(each) for each in children(folder))
+
+
+def _merged(recipe: Recipe, rules: Rules, folder: str, modules: Sequence[Checkpoint]) -> ModuleFile:
+    names = list(modules[recipe.reference])
+    for module in modules:
+        other = {name: tensor.shape for name, tensor in module.items()}
+        if other != {name: tensor.shape for name, tensor in modules[recipe.reference].items()}:
+            raise MismatchError(
+                f"The module {module.path} has other tensors than {modules[recipe.reference].path}",
+                "Merge models with the same modules.",
+            )
+    operations = operations_of(recipe, rules, modules, names)
+    return ModuleFile(
+        f"{folder}/model.safetensors", tuple(map(_tensor, operations)), recipe.on_nonfinite == "error"
+    )  # fmt: skip
+
+
+def _tensor(operation: Operation) -> ModuleTensor:
+    sources: tuple[StoredTensor, ...] = operation.sources
+    method = operation.method if operation.action == "merge" else None
+    dtype = operation.dtype if method is not None else sources[0].dtype
+    return ModuleTensor(operation.name, dtype, operation.shape, sources, operation.has_base, method)
