@@ -8,6 +8,7 @@ from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters import Adapter, is_adapter, open_adapter
 from modelfuse.errors import RecipeError
 from modelfuse.planning.matching import EqualPair
+from modelfuse.recipe.missing import MissingRule
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place
 
@@ -74,3 +75,21 @@ def copies(models: Sequence[Checkpoint]) -> Iterator[EqualPair]:
     for model in models:
         if isinstance(model, Adapter):
             yield from (EqualPair(one, other, model.path, False) for one, other in model.copies)
+
+
+def with_what_adapters_bring(
+    models: tuple[Checkpoint, ...],
+) -> tuple[tuple[Checkpoint, ...], tuple[MissingRule, ...], tuple[str, ...]]:
+    """Heads of tasks and rows of tokens that the base lacks.
+
+    Returns:
+        The models with them; what becomes of heads that only some have; and the matrices that need nothing of the
+        base's.
+    """
+    if not any(isinstance(model, Adapter) for model in models):
+        return models, (), ()
+    from modelfuse.checkpoints.adapters.heads import resized_rows, with_new_heads
+
+    models, heads = with_new_heads(models)
+    models, own = resized_rows(models)
+    return models, heads, own

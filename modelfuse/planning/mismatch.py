@@ -19,8 +19,8 @@ _CLASSIFIER = re.compile(r"(?:.*\.)?(score|classifier|cls|v_head|value_head|rewa
 _ADAPTER = re.compile(r"\blora_[AB]\b|\.base_layer\.|\bhada_|\blokr_|\.modules_to_save\.")
 ONE_BASE = "Merge models that were fine-tuned from one base."
 ROWS_HINT = (
-    "Give all the same rows (resize_token_embeddings of transformers), or merge by a configuration with "
-    "tokenizer_source: union."
+    "Say whose tokens the output is to have, such as --tokenizer union; or give all the same rows "
+    "(resize_token_embeddings of transformers)."
 )
 
 

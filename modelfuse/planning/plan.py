@@ -20,7 +20,7 @@ from modelfuse.dtypes import BF16, OUTPUT_DTYPES
 from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
 from modelfuse.methods.registry import TAKE
-from modelfuse.planning.adapter_inputs import copies
+from modelfuse.planning.adapter_inputs import copies, with_what_adapters_bring
 from modelfuse.planning.drafts import Draft, with_vocabulary
 from modelfuse.planning.input_comparison import compare_inputs
 from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs, match_tensors, of_missing
@@ -204,15 +204,10 @@ def _draft_of(recipe: Recipe) -> Draft:
     """What becomes of every tensor, by settings and rules."""
     models = open_inputs(recipe)
     warnings = compare_inputs(recipe, models)
-    rules, policies, own = Rules(recipe), recipe.missing, tuple[str, ...]()
-    if any(isinstance(model, Adapter) for model in models):
-        from modelfuse.checkpoints.adapters.heads import resized_rows, with_new_heads
-
-        models, heads = with_new_heads(models)
-        models, own = resized_rows(models)
-        policies = (*policies, *heads)
+    rules = Rules(recipe)
+    models, policies, own = with_what_adapters_bring(models)
     models, told, tokenizer_files, words = with_vocabulary(recipe, models)
-    match = match_tensors(models, recipe.has_base, rules.inputs_of, policies, own)
+    match = match_tensors(models, recipe.has_base, rules.inputs_of, (*recipe.missing, *policies), own)
     models, told = (
         tuple(without(model, match.dropped, "not in every model") for model in each) for each in (models, told)
     )
@@ -223,7 +218,10 @@ def _draft_of(recipe: Recipe) -> Draft:
     form = OutputFormat.of(recipe, reference)
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
     side_files = tuple(file for file in side_files if file.name not in tokenizer_files)
-    made_files, notes = {**made_files, **tokenizer_files}, (*words, *rules.notes(names), *of_missing(recipe.inputs, match))
+    made_files, notes = (
+        {**made_files, **tokenizer_files},
+        (*words, *rules.notes(names), *of_missing(recipe.inputs, match)),
+    )
     base = len(models) - 1 if recipe.base_model_path is not None else None
     modules: tuple[ModuleFile, ...] = ()
     if any(file.holds_weights for file in side_files):
