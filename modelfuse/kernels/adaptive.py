@@ -86,6 +86,15 @@ def _merge_some(work: Work, size: int) -> None:
     run_through(procedure, walk)
 
 
+def are_compiled(works: Iterable[Work]) -> bool:
+    """Whether all that tensors like these take was compiled before."""
+    with nothing_compiled(), contextlib.suppress(NotCompiledError):
+        for work in works:
+            rehearse(work)
+        return True
+    return False
+
+
 class Compilation:
     """One process that compiles the kernels of one kind of tensors.
 

@@ -31,6 +31,8 @@ SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules, the library, and kernels that were compiled just now, as in the
 #: first merge on a machine; from the next one on their machine code is all that is loaded, for half of it.
 INTERPRETER_BYTES = {"np": 230_000_000, "pt": 330_000_000, "pd": 400_000_000}
+#: The same with numpy where all that the merge takes was compiled before.
+COMPILED_BYTES = 60_000_000
 #: What Ray adds to it in its worker processes, measured.
 RAY_BYTES = 70_000_000
 #: More of it where kernels tally, and where some compute in float64.
@@ -79,6 +81,8 @@ class MemoryDemand(NamedTuple):
         held: Bytes that computing the sources of one tensor keeps resident, at most.
         double: Whether any is computed in float64.
         remote: The most bytes of an element in all sources that are in stores.
+        spans: How many there are: more workers never hold slices at a time.
+        compiled: Whether all kernels that it takes were compiled before.
         counted: The most sources of a tensor whose magnitudes are counted; zero if there is none.
         twice: Whether any tensor is read twice.
         whole: The most bytes that a worker takes for a tensor of which it needs whole matrices, beside its buffers.
@@ -91,6 +95,8 @@ class MemoryDemand(NamedTuple):
     held: int
     double: bool
     remote: int = 0
+    spans: int = 1 << 62
+    compiled: bool = False
     counted: int = 0
     twice: bool = False
     whole: int = 0
@@ -121,7 +127,7 @@ class Budget(NamedTuple):
 def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
     """Choose slices, and as many workers as the budget and the recipe allow, at least one.
 
-    The memory is what the first merge on a machine may take, when the kernels are not compiled yet.
+    The first merge of a kind on a machine takes more, as its kernels are not compiled yet.
 
     Raises:
         MissingExtraError: If the library that ``tensor_type`` needs is not installed, or not the one for GPUs.
@@ -131,8 +137,8 @@ def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
     tables = TABLE_BYTES * demand.counted
     scratch = 0 if gpu or recipe.tensor_type == "np" else SCRATCH_BYTES
     fixed = (
-        INTERPRETER_BYTES[recipe.tensor_type]
-        + (demand.counted > 0) * TALLYING_BYTES
+        (COMPILED_BYTES if demand.compiled else INTERPRETER_BYTES[recipe.tensor_type])
+        + (demand.counted > 0 and not demand.compiled) * TALLYING_BYTES
         + demand.double * DOUBLE_BYTES
         + tables
     )
@@ -154,7 +160,7 @@ def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
         elements //= 2
     workers = max(1, min(most, (recipe.memory - fixed) // max(a_worker(elements), 1)))
     device = Device(recipe.tensor_type, gpu, _room(recipe, gpu, workers))
-    memory = fixed + workers * a_worker(elements)
+    memory = fixed + min(workers, demand.spans) * a_worker(elements)
     most = MOST_KEPT if demand.twice else MOST_AHEAD
     more = min(max(recipe.memory - memory, 0), most) if fetched else 0
     return Budget(workers, elements, memory + more, device, workers * fetched + more)
@@ -180,6 +186,8 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
         held=max(sum(part.held for part in each.sources) for each in operations),
         double=computed_in(*{part.dtype for part in sources}) is F64,
         remote=fetched,
+        spans=sum(-(-each.size // SPAN) for each in operations),
+        compiled=_compiled(recipe, operations),
         counted=max(_counted(each) for each in operations),
         twice=any(method.reads_twice for method in methods_of(operations)),
         whole=max(_whole(each) for each in operations),
@@ -191,6 +199,16 @@ def _whole(operation: Operation) -> int:
     if operation.matrices is None or how is None or operation.action != "merge":
         return 0
     return memory_of(operation.matrices, how, len(operation.models))
+
+
+def _compiled(recipe: Recipe, operations: Sequence[Operation]) -> bool:
+    """Whether all kernels that a merge on this machine takes were compiled before."""
+    if recipe.tensor_type != "np" or recipe.engine != "local":
+        return False
+    from modelfuse.kernels.adaptive import are_compiled
+
+    works = (each.work for each in operations if each.action != "copy")
+    return are_compiled({(work.method.chain, work.compute, work.has_base): work for work in works}.values())
 
 
 def _counted(operation: Operation) -> int:
