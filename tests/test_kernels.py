@@ -15,8 +15,10 @@ from definitions import MERGE_METHODS, MERGES, SPARSIFIERS, applied, merge_tenso
 from driving import FLOATS, GRAIN, bfloat16, drive, load, store, work_on
 
 from modelfuse.dtypes import BF16, F16, F32, F64
+from modelfuse.kernels import measures
 from modelfuse.kernels.compiled import direct_reads, merge_loops, passes
 from modelfuse.kernels.order_statistics import LAYOUTS, Tally
+from modelfuse.kernels.sorted_magnitudes import MOST
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.random import draws, stream_key
 from modelfuse.methods.slerp import coefficients
@@ -537,7 +539,8 @@ def test_a_model_or_span_of_zeros_alone(dtype: str, sparsify_type: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_thresholds_far_apart_in_float64_take_little_memory(dtype: str) -> None:
+def test_thresholds_far_apart_in_float64_take_little_memory(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "MOST", 0)  # However small, it is counted.
     random = np.random.default_rng(2)
     stored = [(random.normal(size=5000) * scale).astype(dtype) for scale in (1e-30, 1.0, 1e30)]
     method = applied("ties", "trim", (1.0, 1.0, 1.0))
@@ -548,7 +551,8 @@ def test_thresholds_far_apart_in_float64_take_little_memory(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_tally_adds_up_exactly(name: str, dtype: str) -> None:
+def test_a_tally_adds_up_exactly(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "MOST", 0)
     layout = LAYOUTS[dtype]
     x = np.abs(distributions(4001, dtype)[name].astype(dtype))
     work = work_on([x, x], [FLOATS[dtype]] * 2, applied("linear", "trim", (1.0, 1.0)), False, FLOATS[dtype])
@@ -572,12 +576,35 @@ def test_a_tally_adds_up_exactly(name: str, dtype: str) -> None:
         assert Fraction(part, 1 << layout.least) == exact
 
 
-def test_sums_that_are_not_finite_are_none() -> None:
+def test_sums_that_are_not_finite_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "MOST", 0)
     x = np.array([1.0, np.inf, 2.0], np.float32)
     found: list[tuple[Any, Any]] = []
     drive(work_on([x, x], [F32, F32], applied("linear", "trim", (1.0, 1.0)), False, F32), [x, x], passes=found)
     (numbers, table), _ = found[0][1][0]
     assert Tally(LAYOUTS["float32"], LAYOUTS["float32"].shift, numbers, table, sticky=True).units(0) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sparsify_type", ["trim", "magprune", "breadcrumbs"])
+def test_small_tensors_are_sorted_to_the_bits_that_counting_gives(
+    sparsify_type: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the size at which ranks are shared, and beyond; with zeros, ties and infinities."""
+    sizes = (1, 2, 1000, 1400, 5000, MOST)
+    for number, name in enumerate(NAMES):
+        x = distributions(sizes[number % len(sizes)], dtype)[name].astype(dtype)
+        other = np.zeros_like(x) if number % 3 == 0 else x[::-1].copy()
+        if number % 4 == 1:
+            other[-1] = np.inf
+        method = applied("linear", sparsify_type, (1.0, 0.5), reserve_p=0.55, epsilon=0.14, rescale=number % 2 == 0)
+        work = work_on([x, other], [FLOATS[dtype]] * 2, method, False, FLOATS[dtype])
+        with np.errstate(all="ignore"):
+            monkeypatch.setattr(measures, "MOST", MOST)
+            ours, _ = drive(work, [x, other])
+            monkeypatch.setattr(measures, "MOST", 0)
+            theirs, _ = drive(work, [x, other])
+        same_values(ours, theirs)
 
 
 def test_slices_start_where_sums_and_blocks_do() -> None:

@@ -104,7 +104,8 @@ def test_a_file_that_could_not_be_read_once(
     @contextmanager
     def fail(files: direct_reads.Files, first: int) -> Iterator[None]:
         yield
-        raise Unread(1)
+        if files.slice[1]:  # It reads by itself.
+            raise Unread(1)
 
     monkeypatch.setattr(direct_reads.Files, "at", fail)
     refuse("merge", "--model_path_list", *models, "--output_path", tmp_path / "C",
