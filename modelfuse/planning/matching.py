@@ -63,12 +63,14 @@ class Match(NamedTuple):
         tied: Names that are left out because they are tied.
         partial: For tensors that not all models have, the numbers of the inputs that they are made of.
         dropped: Tensors that are left out because not all models have them.
+        alone: Those of ``partial`` that the base has, but that need nothing of it.
     """
 
     names: list[str]
     tied: tuple[Tied, ...]
     partial: Mapping[str, tuple[int, ...]]
     dropped: tuple[str, ...]
+    alone: frozenset[str] = frozenset()
 
 
 def match_tensors(
@@ -127,7 +129,7 @@ def match_tensors(
         raise Mismatch(models, missing, misshapen, untied, wanted).error()
     if not names:
         raise MismatchError("The models have no tensors to merge", "Name the folders that hold the weights.")
-    return Match(names, tuple(tied), partial, tuple(dropped))
+    return Match(names, tuple(tied), partial, tuple(dropped), frozenset(alone))
 
 
 def _shape(model: Checkpoint, name: str) -> tuple[int, ...]:
@@ -180,8 +182,12 @@ def of_missing(inputs: Sequence[object], match: Match) -> Iterator[str]:
     """What becomes of tensors that only some inputs have, a sentence each; ``inputs`` are what these are called."""
     if match.dropped:
         yield f"Left out, as only some models have them: {', '.join(group_names(match.dropped))}."
+    if match.alone:
+        yield f"With other rows than the base's, of which nothing is taken: {', '.join(sorted(match.alone))}."
     copied: dict[tuple[int, ...], list[str]] = {}
     for name, numbers in match.partial.items():
+        if name in match.alone:
+            continue
         copied.setdefault(numbers, []).append(name)
     for numbers, names in copied.items():
         owners = " and ".join(str(inputs[number]) for number in numbers)

@@ -125,6 +125,9 @@ def served_differences(taken: Served, other: Served) -> Iterator[ServedDifferenc
 
 
 def _of_tokenizers(taken: Served, other: Served) -> Iterator[ServedDifference]:
+    same = other.content(TOKENIZER_FILE)
+    if same is not None and same == taken.content(TOKENIZER_FILE):
+        return
     ours, theirs = taken.tokenizer, other.tokenizer
     if ours is None or theirs is None:
         differ = [name for name in VOCABULARIES if _differ(name, taken, other)]
