@@ -125,7 +125,7 @@ def some_work() -> tuple[Any, list[Any]]:
 
 @pytest.mark.usefixtures("empty_cache")
 def test_small_work_starts_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "Popen", lambda *given, **more: pytest.fail("a process was started"))
+    monkeypatch.setattr(adaptive, "Compilation", lambda work: pytest.fail("a process was started"))
     work, stored = some_work()
     assert isinstance(last_pass(AdaptiveKernel(10_000), work, stored), ArrayCombine)
 
@@ -144,6 +144,15 @@ def test_large_work_begins_with_numpy_and_goes_on_with_what_another_process_comp
     assert isinstance(last_pass(kernel, work, stored), Combine)
     assert said == [adaptive.SAYS]
     assert isinstance(last_pass(AdaptiveKernel(0), work, stored), Combine)  # What is at hand is used for small work.
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_without_memory_for_another_process_large_work_is_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "Compilation", lambda work: pytest.fail("a process was started"))
+    work, stored = some_work()
+    kernel = AdaptiveKernel(adaptive.SMALL, adaptive.COMPILER_BYTES - 1)
+    assert isinstance(last_pass(kernel, work, stored), Combine)
+    assert isinstance(last_pass(AdaptiveKernel(0, 0), work, stored), Combine)
 
 
 @pytest.mark.usefixtures("empty_cache")

@@ -67,7 +67,8 @@ class Run:
     def __post_init__(self) -> None:
         # The nodes of a cluster compile for themselves.
         nbytes = sum(each.bytes_read for each in self.plan.tensors) if self.cluster is None else None
-        self._kernel = choose(self.plan.device, nbytes)
+        spare = self.plan.recipe.memory - self.plan.memory
+        self._kernel = choose(self.plan.device, nbytes, spare)
         self._tasks, self._room = Tasks.of(self.plan), Room.of(self.plan)
         hold(self._room.fetched, self._room.keeps)
         workers = self.plan.workers if self.cluster is None else 0

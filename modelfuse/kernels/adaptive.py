@@ -38,6 +38,8 @@ from modelfuse.kernels.sorted_magnitudes import MOST
 SMALL = 256_000_000
 #: Elements of the tensors that are merged to have everything compiled: magnitudes of small ones are sorted.
 REHEARSED = (1500, MOST + 1)
+#: Resident memory of a process that compiles, measured.
+COMPILER_BYTES = 300_000_000
 #: What the other process runs: with the modules that this one has.
 PROGRAM = "import sys; sys.path[:] = {!r}; from modelfuse.kernels.adaptive import compile_told; compile_told()"
 SAYS = "Kernels are compiled for this processor, once, while numpy begins with the work."
@@ -124,11 +126,12 @@ class AdaptiveKernel(Kernel):
 
     Args:
         nbytes: The stored bytes of all the work.
+        spare: Bytes of memory that may be used beside the merge's own.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, spare: int = COMPILER_BYTES) -> None:
         self._arrays, self._compiled = numpy_kernel(), CompiledKernel()
-        self._is_small = nbytes < SMALL
+        self._is_small, self._beside = nbytes < SMALL, spare >= COMPILER_BYTES
         self._known: dict[object, bool | Compilation] = {}
         self._lock = threading.Lock()
 
@@ -152,7 +155,8 @@ class AdaptiveKernel(Kernel):
         """Whether all that a tensor takes was compiled, or who does it."""
         try:
             # What another process could not compile or keep, as of a method that only this one knows, is compiled here.
-            with compiling(tried):
+            # So it is where there is no room for another process: a compiler within this one takes less.
+            with compiling(tried or not (self._is_small or self._beside)):
                 rehearse(work)
         except NotCompiledError:
             if missing := compiler_missing():

@@ -116,12 +116,13 @@ def import_library(module: str) -> Any:
         ) from error
 
 
-def choose(device: Device, nbytes: int | None = None) -> Kernel:
+def choose(device: Device, nbytes: int | None = None, spare: int = 0) -> Kernel:
     """The kernel for a device; loads the library, if it takes one.
 
     Args:
         device: Where to merge.
         nbytes: The stored bytes of all that is to be merged; with it, nothing waits for a compiler.
+        spare: Bytes of memory for a compiler beside the merge.
 
     Raises:
         MissingExtraError: If the library cannot be imported.
@@ -131,7 +132,7 @@ def choose(device: Device, nbytes: int | None = None) -> Kernel:
             return CompiledKernel()
         from modelfuse.kernels.adaptive import AdaptiveKernel
 
-        return AdaptiveKernel(nbytes)
+        return AdaptiveKernel(nbytes, spare)
     library = import_library(device.library)
     most = GPU_BLOCK if device.gpu else CPU_BLOCK
     if device.tensor_type == "pt":
