@@ -327,6 +327,15 @@ def test_what_is_written_beside(three: dict[str, Tensors], fuse: Any, tmp_path: 
     assert not (tmp_path / "out" / "README.md").exists()
 
 
+def test_a_card_has_no_text_of_strangers_but_words(three: dict[str, Tensors], fuse: Any, tmp_path: Path) -> None:
+    (tmp_path / "a" / "README.md").write_text('---\nlicense: "mit\\n# Run this"\nlanguage: [en, "<script>", 3]\n---\n')
+    (tmp_path / "b" / "README.md").write_text("---\nlicense: [\n---\n")
+    fuse(linear("a", "b"))
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert (front.get("license"), front["language"]) == (None, ["en"])
+    assert "Run this" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_record_of_a_merge_gives_the_same_bytes(
     three: dict[str, Tensors], fuse: Any, merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "checkpoints.views": {"errors", "dtypes", "storage", "kernels", "kernels.compiled", "checkpoints"},
     "planning": {
+        "printable",
         "errors",
         "version",
         "dtypes",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, read_json
 from modelfuse.errors import ModelfuseError
+from modelfuse.printable import one_line
 from modelfuse.recipe.files import load_documents
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
@@ -23,6 +24,7 @@ LARGEST = 1_000_000
 MOST_NAMED = 4
 #: What YAML takes for text as it is.
 _PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|nan|inf)$)[A-Za-z][\w./@-]*", re.IGNORECASE | re.ASCII)
+_WORD = re.compile(r"[\w][\w .+-]{0,99}", re.ASCII)
 #: What a hub calls a licence that it has no word for.
 OTHER = "other"
 #: Settings that say nothing of what the output is.
@@ -108,9 +110,12 @@ def facts_of(folder: Place) -> CardFacts:
     if licence == OTHER and isinstance(found.get("license_name"), str):
         licence = found["license_name"]
     spoken = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
-    return CardFacts(
-        licence if isinstance(licence, str) else None, tuple(each for each in spoken if isinstance(each, str))
-    )
+    return CardFacts(licence if _is_word(licence) else None, tuple(each for each in spoken if _is_word(each)))
+
+
+def _is_word(value: object) -> bool:
+    """Whether a stranger's word is one that a hub has for licences and languages."""
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
 def folder_of(path: Place) -> Place:
@@ -149,7 +154,9 @@ def _method(recipe: Recipe) -> str:
 
 def _models(recipe: Recipe, base: int | None, facts: Sequence[CardFacts]) -> Iterator[str]:
     for number, each in enumerate(recipe.inputs):
-        name = f"[{each.name}](https://huggingface.co/{each.name})" if isinstance(each, HubName) else f"`{each.name}`"
+        name = (
+            f"[{each.name}](https://huggingface.co/{each.name})" if isinstance(each, HubName) else f"`{_short(each)}`"
+        )
         commit = f" at `{each.revision}`" if isinstance(each, HubName) and each.revision else ""
         licence = f", licence {facts[number].licence}" if facts[number].licence else ""
         yield f"- {name}{commit}{' (base)' if number == base else ''}{licence}"
@@ -169,4 +176,4 @@ def _configuration(recipe: Recipe) -> str:
 
 
 def _short(each: Place | HubName) -> str:
-    return str(each) if isinstance(each, HubName) else each.name
+    return str(each) if isinstance(each, HubName) else one_line(each.name).replace("`", "'")
