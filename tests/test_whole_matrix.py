@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,149 @@ def test_each_matrix_is_merged_as_defined(cut: Matrices) -> None:
     found, bad = walk(work_on(cut), [each.ravel() for each in (*models, base)])
     np.testing.assert_allclose(found.reshape(base.shape), base + merged(cut, differences), atol=1e-9)
     assert not bad.any()
+
+
+# The other methods, by definitions over the differences τᵢ, [out, in], as their papers have them. ---------------------
+
+
+def polar(matrix: Array) -> Array:
+    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+    polar_: Array = u @ vt
+    return polar_
+
+
+def defined_iso_cts(taus: Sequence[Array], weights: Sequence[float]) -> Array:
+    taus, rank = [weight * each for weight, each in zip(weights, taus, strict=True)], min(taus[0].shape)
+    own = round((rank - int(0.8 * rank)) / len(taus))
+    u, sigma, vt = np.linalg.svd(np.sum(taus, 0), full_matrices=False)
+    shared = rank - own * len(taus)
+    found = [(u[:, :shared], sigma[:shared], vt[:shared])]
+    for tau in taus:
+        left, size, right = np.linalg.svd(tau - found[0][0] @ (found[0][0].T @ tau), full_matrices=False)
+        found.append((left[:, :own], size[:own], right[:own]))
+    lefts, sizes, rights = zip(*found, strict=True)
+    result: Array = np.concatenate(sizes).mean() * polar(np.hstack(lefts)) @ polar(np.vstack(rights))
+    return result
+
+
+def defined_tsv_m(taus: Sequence[Array], weights: Sequence[float]) -> Array:
+    number = min(taus[0].shape) // len(taus)
+    parts = [np.linalg.svd(weight * each, full_matrices=False) for weight, each in zip(weights, taus, strict=True)]
+    left, right = np.hstack([u[:, :number] for u, _, _ in parts]), np.vstack([vt[:number] for _, _, vt in parts])
+    result: Array = polar(left) * np.concatenate([sigma[:number] for _, sigma, _ in parts]) @ polar(right)
+    return result
+
+
+def quadratic(taus: Sequence[Array], weights: Sequence[float]) -> tuple[Array, Array, Array]:
+    """C, D and m₀."""
+    squares = [each.T @ each / np.sum(each**2) for each in taus]
+    scaled = [weight * each for weight, each in zip(weights, taus, strict=True)]
+    return np.sum(squares, 0), np.sum([x @ c for x, c in zip(scaled, squares, strict=True)], 0), np.sum(scaled, 0)
+
+
+def defined_ridge(taus: Sequence[Array], weights: Sequence[float]) -> Array:
+    c, d, start = quadratic(taus, weights)
+    ridge = 0.3 * len(taus) / len(c)
+    result: Array = (d + ridge * start) @ np.linalg.inv(c + ridge * np.eye(len(c)))
+    return result
+
+
+def defined_swudi(taus: Sequence[Array], weights: Sequence[float]) -> Array:
+    c, d, start = quadratic(taus, weights)
+    eigenvalues, vectors = np.linalg.eigh(c)
+    eigenvalues = np.maximum(eigenvalues, 1e-8)
+    kept = 1 - np.exp(-1.5 * len(c) / len(taus) * eigenvalues)
+    kept[: len(c) - math.ceil(0.85 * len(c))] = 0
+    result: Array = start - start @ vectors * kept @ vectors.T + d @ vectors * (kept / eigenvalues) @ vectors.T
+    return result
+
+
+def defined_swudi_a(taus: Sequence[Array], weights: Sequence[float]) -> Array:
+    c, d, start = quadratic(taus, weights)
+    eigenvalues, vectors = np.linalg.eigh(c)
+    eigenvalues = np.maximum(eigenvalues, 1e-8)
+    number = math.ceil(np.sum(np.sqrt(eigenvalues)) ** 2 / np.sum(eigenvalues))
+    strong = vectors[:, len(c) - number :]
+    result: Array = start - start @ strong @ strong.T + d @ strong / eigenvalues[len(c) - number :] @ strong.T
+    return result
+
+
+def defined_iso_c(taus: Sequence[Array], weights: Sequence[float]) -> Array:
+    return iso_c(weighted(weights, taus))
+
+
+DEFINED = {
+    "iso_c": defined_iso_c, "iso_cts": defined_iso_cts, "tsv_m": defined_tsv_m, "ridge": defined_ridge,
+    "swudi": defined_swudi, "swudi_a": defined_swudi_a,
+}  # fmt: skip
+LAYERS = {
+    "tall": Matrices(1, 70, 40), "wide": Matrices(1, 40, 70), "square": Matrices(1, 50, 50),
+    "few outputs": Matrices(1, 12, 64), "transposed": Matrices(1, 70, 40, False),
+    "transposed, few outputs": Matrices(1, 64, 12, False),
+    "parts": Matrices(1, 60, 48, parts=(((0, 40),), ((40, 10),), ((50, 10),))),
+}  # fmt: skip
+
+
+def made_of(name: str, cut: Matrices, base: Array, differences: Sequence[Array], **more: Any) -> Array:
+    method = registry.apply(None, registry.COMBINATIONS[name], more.pop("weights", WEIGHTS), {}, **more)
+    work = Work("w", base.size, (F64,) * (len(differences) + 1), True, F64, method, (), cut)
+    found, _ = walk(work, [each.ravel() for each in (*(base + each for each in differences), base)])
+    made: Array = found.reshape(base.shape) - base
+    return made
+
+
+def layers_of(cut: Matrices, tensor: Array) -> list[Array]:
+    """Each part of a tensor of one matrix, as [out, in]."""
+    matrix = tensor[0] if cut.out_first else tensor[0].T
+    return [matrix[outputs] for outputs in cut.outputs]
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("cut", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("name", DEFINED)
+def test_methods_are_as_defined(name: str, cut: Matrices) -> None:
+    differences, base = tensors(cut)
+    made = made_of(name, cut, base, differences, factor=0.9)
+    taus = [layers_of(cut, each) for each in differences]
+    for number, layer in enumerate(layers_of(cut, made)):
+        expected = 0.9 * DEFINED[name]([each[number] for each in taus], WEIGHTS)
+        np.testing.assert_allclose(layer, expected, atol=1e-9)
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("cut", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("name", DEFINED)
+def test_lambda_may_be_a_share_of_the_sums_norm(name: str, cut: Matrices) -> None:
+    """Whatever the size of the weights is, only their proportions count."""
+    differences, base = tensors(cut)
+    made = made_of(name, cut, base, differences, norm=0.8)
+    plain = made_of(name, cut, base, differences)
+    mean = sum(WEIGHTS) / len(WEIGHTS)
+    total = weighted([weight / mean for weight in WEIGHTS], differences)
+    for layer, same, whole in zip(*(layers_of(cut, each) for each in (made, plain, total)), strict=True):
+        np.testing.assert_allclose(np.linalg.norm(layer), 0.8 * np.linalg.norm(whole), rtol=1e-9)
+        np.testing.assert_allclose(layer / np.linalg.norm(layer), same / np.linalg.norm(same), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize("norm", [None, 0.6])
+def test_a_model_that_is_the_base_and_none_that_is_not(name: str, norm: float | None) -> None:
+    cut = LAYERS["wide"]
+    differences, base = tensors(cut)
+    differences[1][:] = 0
+    assert np.isfinite(made_of(name, cut, base, differences, norm=norm)).all()
+    assert not made_of(name, cut, base, [0 * each for each in differences], norm=norm).any()
+
+
+@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_low_ranks_stay_low(name: str, shape: tuple[int, int]) -> None:
+    """As of adapters: no method makes anything of directions that no model has."""
+    draw, cut = np.random.default_rng(5), Matrices(1, *shape)
+    pairs = [(draw.standard_normal((1, shape[0], 3)), draw.standard_normal((1, 3, shape[1]))) for _ in range(3)]
+    made = made_of(name, cut, np.zeros((1, *shape)), [b @ a for b, a in pairs])[0]
+    sigma = np.linalg.svd(made)[1]
+    assert sigma[9:].max() < 1e-6 * sigma[0]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
@@ -239,7 +383,7 @@ def request_(tmp_path: Path) -> dict[str, Any]:
     """Three models and their base, as settings of a merge by iso_c."""
     config = {"model_type": "llama", "hidden_size": 16, "tie_word_embeddings": False}
     folders = [make_model(tmp_path / f"m{seed}", values_of(seed), config=config) for seed in range(4)]
-    return {"model_path_list": folders[1:], "base_model_path": folders[0], "merge_method": "iso_c"}
+    return {"model_path_list": folders[1:], "base_model_path": folders[0], "merge_method": "iso_c", "lambda": 1}
 
 
 def expected(weights: Sequence[float] = (1 / 3,) * 3, factor: float = 1.0) -> dict[str, Array]:
@@ -296,7 +440,7 @@ def test_the_layout_does_not_matter(tmp_path: Path, request_: dict[str, Any]) ->
     ]
     found = []
     for kind, group in (("hf", folders), ("paddle", turned)):
-        request = {"model_path_list": group[1:], "base_model_path": group[0], "merge_method": "iso_c"}
+        request = {"model_path_list": group[1:], "base_model_path": group[0], "merge_method": "iso_c", "lambda": 1}
         found.append(outcome(tmp_path / f"out_{kind}", request, input_layout=[kind]))
     for name in names:
         np.testing.assert_allclose(array(found[0][name]), array(found[1][name]).T, atol=2e-7)
@@ -384,12 +528,12 @@ def test_a_merge_that_failed_goes_on(tmp_path: Path, request_: dict[str, Any], m
 def test_memory_is_in_the_plan(tmp_path: Path) -> None:
     folders = []
     for name in "xyz":
-        shapes = {"model.layers.0.mlp.up_proj.weight": (4000, 2000)}
+        shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (4000, 2000) for layer in range(2)}
         folders.append(make_model(tmp_path / name, {each: bf16(np.zeros(shape)) for each, shape in shapes.items()}))
     usual = {"model_path_list": folders[1:], "base_model_path": folders[0], "n_process": 2, "memory": "10GB"}
-    linear, whole = (make_plan(Recipe.parse({**usual, "merge_method": each})) for each in ("linear", "iso_c"))
-    assert whole.memory - linear.memory > 2 * 5 * 8 * 2000**2
-    assert make_plan(Recipe.parse({**usual, "merge_method": "iso_c", "memory": "700MB"})).workers == 1
+    plan = make_plan(Recipe.parse({**usual, "merge_method": "iso_c"}))
+    assert (plan.workers, plan.memory > 2 * 5 * 8 * 2000**2) == (2, True)
+    assert make_plan(Recipe.parse({**usual, "merge_method": "iso_c", "memory": plan.memory - 1})).workers == 1
 
 
 def test_adapters_are_models_as_any(tmp_path: Path) -> None:
@@ -397,7 +541,7 @@ def test_adapters_are_models_as_any(tmp_path: Path) -> None:
     base, values = make_base(tmp_path / "base")
     made = [adapter_of(tmp_path / f"a{seed}", seed, Q, UP, DOWN) for seed in (1, 2)]
     models = [folder for folder, _ in made]
-    request: dict[str, Any] = {"model_path_list": models, "base_model_path": base, "merge_method": "iso_c"}
+    request: dict[str, Any] = {"model_path_list": models, "base_model_path": base, "merge_method": "iso_c", "lambda": 1}
     found = outcome(tmp_path / "out", request, weight_list=[1, 0.5])
     for name, wide in values.items():
         one, other = (changes.get(name, np.zeros_like(wide)) for _, changes in made)
@@ -481,3 +625,40 @@ def test_fused_layers_that_nothing_tells_how_to_cut_are_told() -> None:
 def test_what_counts_as_apart(one: list[float], other: list[float], tolerance_: float, apart: list[bool]) -> None:
     raws = [np.array(each, np.float32).view(np.uint8) for each in (one, other)]
     assert tolerance.apart(raws[0], raws[1], F32, tolerance_).tolist() == apart
+
+
+# lambda ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "share"), [(None, 0.6), ("norm 0.25", 0.25), ("norm:1", 1.0)])
+def test_a_recipe_may_say_a_share_of_the_norm(
+    tmp_path: Path, request_: dict[str, Any], given: str | None, share: float
+) -> None:
+    """Where it says nothing, methods of whole matrices have one of their own."""
+    found = outcome(tmp_path / "out", request_, merge_method="ridge", **{"lambda": given})
+    base, *models = (values_of(seed) for seed in range(4))
+    for name in MATRICES:
+        if "experts" in name:
+            continue
+        total = np.sum([each[name].astype(float) - base[name] for each in models], 0)
+        made = array(found[name]).astype(float) - base[name]
+        np.testing.assert_allclose(np.linalg.norm(made), share * np.linalg.norm(total), rtol=1e-5)
+    np.testing.assert_allclose(array(found["model.norm.weight"]), expected()["model.norm.weight"], atol=3e-7)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["methods"][1]["lambda"] == f"norm {share:g}"
+    assert json.loads((tmp_path / "out" / "merge_config.json").read_text())["lambda"] == f"norm {share:g}"
+    assert package.verify(tmp_path / "out", full=True).holds
+
+
+@pytest.mark.parametrize("text", ["norm", "norm x", "norm 0", "norm -1", "nor 0.6", "1e39"])
+def test_no_other_text_is_a_factor(request_: dict[str, Any], text: str) -> None:
+    with pytest.raises(package.RecipeError, match="lambda is"):
+        package.check(**{**request_, "lambda": text})
+
+
+def test_other_methods_take_no_share_of_a_norm(request_: dict[str, Any]) -> None:
+    with pytest.raises(package.RecipeError, match="only methods of whole matrices"):
+        package.check(**{**request_, "merge_method": "ties", "lambda": "norm 0.6"})
+    # What a recipe says for its matrices is not what rules of other methods have.
+    rules = [{"tensors": "*norm*", "merge_method": "ties"}]
+    assert package.check(**{**request_, "lambda": "norm 0.6", "rules": rules})

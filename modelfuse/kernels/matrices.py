@@ -46,6 +46,11 @@ class Matrices:
         """The most elements that are looked at together: a slice, and what is left of the rows at its ends."""
         return min(SLICE + 2 * self.columns, self.units * self.unit)
 
+    @property
+    def inputs(self) -> int:
+        """The inputs of the layer."""
+        return self.columns if self.out_first else self.rows
+
     @cached_property
     def outputs(self) -> tuple[Numbers, ...]:
         """The outputs of each part, ascending."""
@@ -58,11 +63,10 @@ class Matrices:
 
         Args:
             part: Its number.
-            name: ``smaller`` or ``inputs``.
+            name: ``smaller``, ``inputs`` or ``outputs``.
         """
-        outputs = self.outputs[part].size
-        inputs = self.columns if self.out_first else self.rows
-        of_inputs = name == "inputs" or inputs <= outputs
+        outputs, inputs = self.outputs[part].size, self.inputs
+        of_inputs = name == "inputs" or (name == "smaller" and inputs <= outputs)
         return of_inputs == self.out_first, inputs if of_inputs else outputs
 
 
@@ -70,14 +74,18 @@ class Part:
     """Some rows or columns of a matrix that are a matrix themselves.
 
     Attributes:
+        how: What is done to it.
         of_columns: Whether Gram matrices are of its columns.
         k: Of how many.
+        inputs: The inputs of the layer.
         rows: Which rows of the matrix it has, ascending.
     """
 
-    def __init__(self, matrices: Matrices, number: int, side: str) -> None:
-        self.of_columns, self.k = matrices.side(number, side)
+    def __init__(self, matrices: Matrices, number: int, how: WholeMatrix, models: int) -> None:
         outputs = matrices.outputs[number]
+        self.how = how.for_shape(outputs.size, matrices.inputs, models)
+        self.of_columns, self.k = matrices.side(number, self.how.side)
+        self.inputs = matrices.inputs
         self.rows = outputs if matrices.out_first else np.arange(matrices.rows)
         self.columns = np.arange(matrices.columns) if matrices.out_first else outputs
 
@@ -106,14 +114,17 @@ def panel_of(k: int) -> int:
 
 def memory_of(matrices: Matrices, how: WholeMatrix, models: int) -> int:
     """The most bytes that a worker needs for a tensor, beside its buffers."""
-    number, grams = {"sum": (1, 1), "each": (models, models), "pairs": (models, models**2)}[how.gram]
-    sides = [matrices.side(part, how.side) for part in range(len(matrices.outputs))]
-    squares, most = [k * k for _, k in sides], max(k * k for _, k in sides)
-    by_rows = [k for of_columns, k in sides if not of_columns]
-    # Decompositions take as much as four matrices; panels and products beside Gram matrices are smaller.
-    solving = sum(squares) * number + most * (grams + max(4, 2 * number))
-    block = panel_of(max(by_rows, default=0)) + 2 * matrices.columns
-    panel = max(most, PANEL) * number
-    emitting = sum(squares) * number + 2 * block
-    measuring = sum(squares[:-1]) * number + most * (grams + 1) + panel
-    return 8 * (max(solving, emitting, measuring) + (number + 3) * matrices.window + SLICE)
+    parts = [Part(matrices, part, how, models) for part in range(len(matrices.outputs))]
+    number, kept, most, panel, by_rows = 1, 0, 0, 0, 0
+    for part in parts:
+        own, grams = {"sum": (1, 1), "each": (models, models), "pairs": (models, models**2)}[part.how.gram]
+        # Decompositions take as much as four matrices; methods of several Gram matrices hold them up to five times.
+        square = part.k**2
+        work = 4 + {"sum": 0, "each": 5 * own, "pairs": 4 * grams}[part.how.gram]
+        most = max(most, kept + square * (grams + work), kept + square * (grams + 1) + max(square, PANEL) * own)
+        kept += square * own
+        number = max(number, own)
+        by_rows = max(by_rows, 0 if part.of_columns else part.k)
+        panel = max(panel, panel_of(by_rows) + 2 * matrices.columns)
+    most = max(most, kept + 2 * panel)
+    return 8 * (most + (number + 3) * matrices.window + SLICE)

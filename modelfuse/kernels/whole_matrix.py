@@ -19,6 +19,7 @@ from modelfuse.kernels import Bytes, Extent, Step, Work
 from modelfuse.kernels.arrays.arithmetic import Arithmetic
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.blas_threads import one_thread
+from modelfuse.kernels.gram_matrices import even_weights, ratio, ratio_by_gram, room_for
 from modelfuse.kernels.matrices import PANEL, SLICE, Part, panel_of
 from modelfuse.methods.spec import Floats, WholeMatrix
 
@@ -86,12 +87,18 @@ class MatrixPass:
         """All that is read, and when; between two steps everything is computed."""
         for unit in range(self._matrices.units):
             begin = unit * self._matrices.unit
-            parts = [Part(self._matrices, each, self._how.side) for each in range(len(self._matrices.outputs))]
+            numbers, models = range(len(self._matrices.outputs)), self._work.models
+            parts = [Part(self._matrices, each, self._how, models) for each in numbers]
             factors = []
             for part in parts:
                 gram = yield from (self._of_columns if part.of_columns else self._of_rows)(state, begin, part)
-                factors.append(self._solve(gram, part.of_columns))
+                factors.append(self._solve(gram, part))
                 del gram
+            share = self._work.method.norm
+            unscaled = [each for each in zip(parts, factors, strict=True) if each[0].how.gram == "each"]
+            if share is not None and unscaled:
+                some, own = [part for part, _ in unscaled], [each for _, each in unscaled]
+                yield from self._scale_by_norm(state, begin, some, own, share)
             yield from self._emit(state, begin, parts, factors)
 
     # Elements ---------------------------------------------------------------------------------------------------------
@@ -142,16 +149,9 @@ class MatrixPass:
 
     # Gram matrices ----------------------------------------------------------------------------------------------------
 
-    def _grams(self, k: int) -> dict[tuple[int, int], Floats]:
-        """Room for the Gram matrices that are added up, by the numbers of their matrices."""
-        models, kind = self._work.models, self._how.gram
-        if kind == "pairs":
-            return {(i, j): np.zeros((k, k)) for i in range(models) for j in range(models)}
-        return {(i, i): np.zeros((k, k)) for i in range(1 if kind == "sum" else models)}
-
     def _of_columns(self, state: MatrixState, begin: int, part: Part) -> Steps:
         """Gram matrices of the columns: products of a few hundred rows, or thousands, are added up."""
-        grams = self._grams(part.k)
+        room, grams = room_for(part, self._work.models)
         height = max(1, SLICE // self._matrices.columns, part.k // 2)
         panel, filled = np.empty((1 + max(i for i, _ in grams), height, part.k)), 0
 
@@ -176,11 +176,11 @@ class MatrixPass:
         for (i, j), gram in grams.items():
             if i > j:
                 gram[:] = grams[j, i].T
-        return self._stacked(grams)
+        return room
 
     def _of_rows(self, state: MatrixState, begin: int, part: Part) -> Steps:
         """Gram matrices of the rows: a panel of rows is multiplied by itself and by all that follow."""
-        grams = self._grams(part.k)
+        room, grams = room_for(part, self._work.models)
         number, width = 1 + max(i for i, _ in grams), part.columns.size
         height = min(max(1, max(part.k**2, PANEL) // (number * width)), part.k)
         panel = np.empty((number, height, width))
@@ -192,40 +192,59 @@ class MatrixPass:
                     continue
                 first, last, values = part.take(each[1], each[0])
                 known = min(last, bottom)
-                for own, room in zip(values, panel, strict=True):
-                    room[first - top : known - top] = own[: max(known - first, 0)]
+                for own, place in zip(values, panel, strict=True):
+                    place[first - top : known - top] = own[: max(known - first, 0)]
                 with one_thread(), np.errstate(all="ignore"):
                     for (i, j), gram in grams.items():
                         gram[top:known, first:last] = panel[i, : known - top] @ values[j].T
         for row in range(part.k):
             for (i, j), gram in grams.items():
                 gram[row + 1 :, row] = grams[j, i][row, row + 1 :]
-        return self._stacked(grams)
+        return room
 
-    def _stacked(self, grams: dict[tuple[int, int], Floats]) -> Floats:
-        """Gram matrices as a method takes them."""
-        every = list(grams.values())
-        if len(every) == 1:
-            return every[0] if self._how.gram == "sum" else every[0][None]
-        models = self._work.models
-        shape = (models, models) if self._how.gram == "pairs" else (models,)
-        return np.stack(every).reshape(*shape, *every[0].shape)
-
-    def _solve(self, gram: Floats, of_columns: bool) -> Floats:
+    def _solve(self, gram: Floats, part: Part) -> Floats:
         """What the matrices are to be multiplied by; of what is not finite, nothing that is."""
         method = self._work.method
         if not np.isfinite(gram).all():
             k = gram.shape[-1]
-            return np.full((1 if self._how.gram == "sum" else self._work.models, k, k), np.nan)
+            return np.full((1 if part.how.gram == "sum" else self._work.models, k, k), np.nan)
         try:
             with one_thread(), np.errstate(all="ignore"):
-                factors = self._how.factors(gram, method.weights, method.shared)
+                factors = part.how.factors(gram, method.weights, method.shared, part.inputs)
+                if method.norm is not None and part.how.gram != "each":
+                    factors *= method.norm * ratio_by_gram(gram, factors, part.how.gram, method.weights)
         except np.linalg.LinAlgError as error:
             raise ModelfuseError(
                 f"Tensor {self._work.name!r}: {method.merge_type} cannot be computed: {error}",
                 "Have a rule merge it by another method.",
             ) from error
-        return factors if of_columns else factors.transpose(0, 2, 1)
+        return factors if part.of_columns else factors.transpose(0, 2, 1)
+
+    def _scale_by_norm(
+        self, state: MatrixState, begin: int, parts: Sequence[Part], factors: Sequence[Floats], share: float
+    ) -> Iterator[Step]:
+        """Have what is made of each part the share of the norm of the sum of its differences.
+
+        Where there are Gram matrices of single models only, that takes the result itself, which is made once more.
+        """
+        squares, matrices, weights = np.zeros((len(parts), 2)), self._matrices, even_weights(self._work.method.weights)
+        for each in self._windows(state, begin, 0, matrices.rows):
+            if isinstance(each, Step):
+                yield each
+                continue
+            for square, part in zip(squares, parts, strict=True):
+                whole = np.tensordot(weights, part.take(each[1], each[0])[2], 1)
+                square[0] += np.vdot(whole, whole)
+        most = panel_of(max([part.k for part in parts if not part.of_columns], default=0))
+        for start in range(0, matrices.unit, most):
+            top, bottom = (-(-place // matrices.columns) for place in (start, min(start + most, matrices.unit)))
+            block = np.zeros((bottom - top, matrices.columns))
+            yield from self._multiply(state, begin, top, bottom, parts, factors, block)
+            for square, part in zip(squares, parts, strict=True):
+                made = part.take(block[None], top)[2][0]
+                square[1] += np.vdot(made, made)
+        for own, (whole, made) in zip(factors, squares, strict=True):
+            own *= share * ratio(whole, made)
 
     # The result -------------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,8 @@ class Applied:
         seed: The seed of all random draws.
         streams: Each model's number in the recipe, which its draws depend on; empty: 0, 1, 2, …
         factor: What the merged difference (without a base: the merged tensor) is multiplied by: λ.
+        norm: Of a method of whole matrices: what is made of each matrix is multiplied so that its norm is this share of
+            that of the sum of the differences, weights having a mean of 1. None: it stays as it is.
     """
 
     combination: Combination
@@ -100,6 +102,7 @@ class Applied:
     seed: int = 0
     streams: tuple[int, ...] = ()
     factor: float = 1.0
+    norm: float | None = None
     _cache: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
@@ -158,7 +161,9 @@ class Applied:
         """All that it depends on by name, for a report; the seed, which is the recipe's, apart."""
         weights = {"weights": list(self.weights)} if self.combination.weights != "none" else {}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings}
-        factor = {"lambda": self.factor} if self.factor != 1 else {}
+        factor: dict[str, object] = {"lambda": self.factor} if self.factor != 1 else {}
+        if self.norm is not None:
+            factor = {"lambda": f"norm {self.norm:g}"}
         return {"merge_type": self.merge_type, "sparsify_type": self.sparsify_type, **weights, **own, **factor}
 
     @property

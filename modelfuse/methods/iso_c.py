@@ -16,7 +16,7 @@ RANK_TOLERANCE = Parameter(
 )  # fmt: skip
 
 
-def _factors(gram: Floats, weights: Sequence[float], settings: Any) -> Floats:
+def _factors(gram: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
     """mean(σ)·(MᵀM)^(−1/2), over the singular values that count."""
     squares, vectors = np.linalg.eigh(gram)
     sigma = np.sqrt(np.maximum(squares, 0))

@@ -10,12 +10,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from modelfuse.methods import breadcrumbs, dare, iso_c, linear, magprune, model_stock, slerp, trim
+from modelfuse.methods import (
+    breadcrumbs,
+    dare,
+    iso_c,
+    iso_cts,
+    linear,
+    magprune,
+    model_stock,
+    ridge,
+    slerp,
+    swudi,
+    trim,
+    tsv_m,
+)
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.spec import Combination, Method, Parameter, Sparsifier, Value
 
 #: The files of methods, in the order in which help lists them.
-MODULES = (linear, slerp, trim, magprune, dare, breadcrumbs, model_stock, iso_c)
+MODULES = (linear, slerp, trim, magprune, dare, breadcrumbs, model_stock, iso_c, iso_cts, tsv_m, ridge, swudi)
 
 METHODS: dict[str, Method] = {}
 SPARSIFIERS: dict[str, Sparsifier] = {}
@@ -63,6 +76,7 @@ def apply(
     seed: int = 0,
     streams: Sequence[int] = (),
     factor: float = 1.0,
+    norm: float | None = None,
 ) -> Applied:
     """A pair of steps with all that they need.
 
@@ -75,12 +89,13 @@ def apply(
         seed: The seed of all random draws.
         streams: Each model's number in the recipe; empty: in order.
         factor: What the merged difference is multiplied by.
+        norm: Of methods of whole matrices, the norm of what they make, relative to that of the sum.
     """
     own: list[tuple[str, Value | tuple[Value, ...]]] = []
     for parameter in parameters_of(sparsifier, combination):
         value = settings.get(parameter.name, parameter.default)
         own.append((parameter.name, value if isinstance(value, bool | int | float | str) else tuple(value)))
-    return Applied(combination, sparsifier, tuple(weights), tuple(own), seed, tuple(streams), factor)
+    return Applied(combination, sparsifier, tuple(weights), tuple(own), seed, tuple(streams), factor, norm)
 
 
 def every_chain(methods: Iterable[str], models: int) -> list[Applied]:

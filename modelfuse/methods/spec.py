@@ -119,18 +119,26 @@ class WholeMatrix:
     versions of libraries, so the bytes are the same on one machine and with one version of numpy.
 
     Attributes:
-        factors: Of the Gram matrices, the weights and the settings: K, shape (models, k, k); (1, k, k) for ``sum``.
+        factors: Of the Gram matrices, the weights, the settings and the number of inputs: K, shape (models, k, k);
+            (1, k, k) for ``sum``.
         gram: Which Gram matrices there are: of the weighted ``sum`` M = Σ wᵢτᵢ, which the result then is a multiple of,
             shape (k, k); of ``each`` model, shape (models, k, k); of all ``pairs``, shape (models, models, k, k).
-        side: Which side of the matrix they are of: the ``smaller`` one, or that of the ``inputs`` of a Linear layer.
+        side: Which side of the matrix they are of: the ``smaller`` one, or that of the ``inputs`` or ``outputs`` of a
+            Linear layer.
+        dual: The same computed otherwise, where all models' outputs together are fewer than the inputs.
         tolerance: How far results of other machines may be apart beside one rounding, relative to a tensor's largest
             element.
     """
 
-    factors: Callable[[Floats, Sequence[float], Any], Floats]
+    factors: Callable[[Floats, Sequence[float], Any, int], Floats]
     gram: Literal["sum", "each", "pairs"] = "sum"
-    side: Literal["smaller", "inputs"] = "smaller"
+    side: Literal["smaller", "inputs", "outputs"] = "smaller"
+    dual: WholeMatrix | None = None
     tolerance: float = 1e-5
+
+    def for_shape(self, outputs: int, inputs: int, models: int) -> WholeMatrix:
+        """This, or its dual where that is less work."""
+        return self.dual if self.dual is not None and models * outputs < inputs else self
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -186,7 +186,7 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
         held=max(sum(part.held for part in each.sources) for each in operations),
         double=computed_in(*{part.dtype for part in sources}) is F64,
         remote=fetched,
-        spans=sum(-(-each.size // SPAN) for each in operations),
+        spans=sum(1 if each.window else -(-each.size // SPAN) for each in operations),
         compiled=_compiled(recipe, operations),
         counted=max(_counted(each) for each in operations),
         twice=any(method.reads_twice for method in methods_of(operations)),
@@ -207,7 +207,7 @@ def _compiled(recipe: Recipe, operations: Sequence[Operation]) -> bool:
         return False
     from modelfuse.kernels.adaptive import are_compiled
 
-    works = (each.work for each in operations if each.action != "copy")
+    works = (each.work for each in operations if each.action != "copy" and not each.window)
     return are_compiled({(work.method.chain, work.compute, work.has_base): work for work in works}.values())
 
 

@@ -20,7 +20,7 @@ from modelfuse.methods.registry import (
 )
 from modelfuse.methods.spec import Combination, Parameter, Sparsifier
 from modelfuse.recipe.checks import check_method, check_models_of, check_step, check_weights
-from modelfuse.recipe.schema import PerModel, Setting, Weight, as_json, setting
+from modelfuse.recipe.schema import Factor, PerModel, Setting, Weight, as_json, setting
 
 #: What chooses a method.
 STEPS = ("merge_method", "merge_type", "sparsify_type")
@@ -30,6 +30,8 @@ WEIGHTS = ("weight_list", "normalize")
 
 #: The factor on what methods make of differences to a base.
 FACTOR = "lambda"
+#: Of methods of whole matrices: nobody knows a factor before, and this share is good for all of them.
+USUAL_NORM = "norm 0.6"
 
 
 def _settings() -> dict[str, Setting]:
@@ -59,7 +61,9 @@ def _settings() -> dict[str, Setting]:
         "normalize": Setting(bool | None, setting(
             None, "Divide weights by their sum, for ties by those that agree.",
             "true without weight_list, else false")),
-        FACTOR: Setting(Weight, setting(1.0, "With a base: what the merged difference is multiplied by.")),
+        FACTOR: Setting(Factor | None, setting(
+            None, "With a base: what the merged difference is multiplied by; 'norm 0.6' for methods of whole matrices: "
+            "so that its norm is that share of the sum's.", f"1; {USUAL_NORM} for methods of whole matrices")),
     }  # fmt: skip
     return {**found, **{name: declared(each) for name, each in PARAMETERS.items() if name not in found}}
 
@@ -94,6 +98,8 @@ class MethodSettings:
 
     def _default(self, name: str) -> object:
         """That of the method, if it has one of its own."""
+        if name == FACTOR:
+            return USUAL_NORM if self.declared[1].matrix is not None else 1.0
         method = self.given.get("merge_method")
         usual = METHOD_SETTINGS[name].default
         return METHODS[str(method)].defaults.get(name, usual) if method is not None else usual
@@ -108,6 +114,8 @@ class MethodSettings:
                 given.update(zip(("sparsify_type", "merge_type"), self.steps, strict=True))
         given.update(own)
         changed = MethodSettings(given, self.models, self.has_base)
+        if isinstance(given.get(FACTOR), str) and FACTOR not in own and changed.declared[1].matrix is None:
+            given.pop(FACTOR)
         if not changed.has_weights:
             for name in WEIGHTS:
                 if name not in own:
@@ -125,9 +133,14 @@ class MethodSettings:
         needs_base = METHODS[method].needs_base if method is not None else combination.base == "required"
         check_models_of(self.name, combination, needs_base, self.models, self.has_base)
         check_weights(combination, self.models, self["weight_list"], self["normalize"])
+        if isinstance(self[FACTOR], str) and combination.matrix is None:
+            raise RecipeError(
+                f"{FACTOR} is {self[FACTOR]!r}, which only methods of whole matrices can do; {self.name} is none",
+                f"Give a number, or use one of {', '.join(_of_matrices())}.",
+            )
         if self[FACTOR] != 1 and not self.has_base:
             raise RecipeError(
-                f"{FACTOR} is {self[FACTOR]:g}, a factor on differences to a base, but base_model_path is not given",
+                f"{FACTOR} is {self[FACTOR]}, a factor on differences to a base, but base_model_path is not given",
                 "Name the base, or give weight_list.",
             )
         for name, value in self.given.items():
@@ -194,7 +207,9 @@ class MethodSettings:
             if isinstance(value, tuple):
                 settings[name] = tuple(value[model] for model in models)
         settings["normalize"] = self.normalizes
-        return apply(sparsifier, combination, weights, settings, seed=seed, streams=models, factor=self[FACTOR])
+        share = float(self[FACTOR].split()[1]) if isinstance(self[FACTOR], str) else None
+        factor = self[FACTOR] if share is None else 1.0
+        return apply(sparsifier, combination, weights, settings, seed=seed, streams=models, factor=factor, norm=share)
 
     def effective(self) -> dict[str, object]:
         """Every setting as it takes effect, ready for JSON."""
@@ -211,3 +226,7 @@ class MethodSettings:
         names = {*STEPS, *(each.name for each in parameters_of(*self.declared))}
         names |= {*(WEIGHTS if self.has_weights else ()), *((FACTOR,) if self.has_base else ())}
         return {name: value for name, value in self.effective().items() if name in names}
+
+
+def _of_matrices() -> list[str]:
+    return [name for name, method in METHODS.items() if method.combination.matrix is not None]

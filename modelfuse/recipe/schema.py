@@ -49,6 +49,23 @@ def _endpoint(value: object) -> object:
     return value.rstrip("/") if isinstance(value, str) else value
 
 
+def read_factor(value: object) -> float | str:
+    """A number; or ``norm`` and a share, as text.
+
+    >>> read_factor("0.5"), read_factor("norm 0.80")
+    (0.5, 'norm 0.8')
+    """
+    word = re.fullmatch(r"\s*norm[\s:=]+(\S+)\s*", value) if isinstance(value, str) else None
+    number = _number(_plain(word[1] if word is not None else value))
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError("give a number, or norm and a share, such as 'norm 0.6'")
+    if word is not None and number <= 0:
+        raise ValueError("the share of the norm should be above 0")
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"give a number within ±{LARGEST:g}")
+    return float(number) if word is None else f"norm {float(number):g}"
+
+
 #: The values of a setting that takes several: more are refused before any is looked at.
 MOST_VALUES = 10_000
 
@@ -73,7 +90,10 @@ Bytes = Annotated[int, Before(parse_bytes), Meta(le=2**63 - 1)]
 #: A path, made absolute, or a URL.
 AbsolutePath = Annotated[Place, Instead(_absolute)]
 #: Most tensors are merged in float32, so their weights have its range.
-Weight = Annotated[float, Meta(ge=-3e38, le=3e38)]
+LARGEST = 3e38
+Weight = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+#: What a merged difference is multiplied by.
+Factor = Annotated[float | str, Instead(read_factor)]
 Endpoint = Annotated[str, Before(_endpoint)]
 #: A model to merge: where it is, or what it is called on a hub.
 Input = Annotated[Place | HubName, Instead(read_input)]
@@ -81,7 +101,7 @@ Input = Annotated[Place | HubName, Instead(read_input)]
 TokenizerChoice = Annotated[Place | HubName | str, Instead(lambda value: _word_or_input(value))]
 
 
-NOUNS: Mapping[object, str] = {_absolute: "PATH", read_input: "MODEL", _endpoint: "URL"}
+NOUNS: Mapping[object, str] = {_absolute: "PATH", read_input: "MODEL", _endpoint: "URL", read_factor: "N"}
 
 
 def _word_or_input(value: object) -> object:

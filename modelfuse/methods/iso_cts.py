@@ -1,0 +1,59 @@
+"""Directions that models share and directions of their own, with as much in every one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from modelfuse.methods.decompositions import directions, weighted, whitened
+from modelfuse.methods.expressions import total
+from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
+
+COMMON_FRACTION = Parameter(
+    "common_fraction", 0.8, "iso_cts: the share of the directions that are the sum's, not single models'.",
+    bounds={"gt": 0, "le": 1},
+)  # fmt: skip
+
+
+def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+    grams, models, k = weighted(grams, weights), len(weights), grams.shape[-1]
+    own = max(0, round((k - int(k * settings.common_fraction)) / models))
+    vectors, sigma = directions(grams.sum((0, 1)), k - own * models)
+    rights, lefts, sizes = [vectors], [[vectors / sigma] for _ in range(models)], [sigma]
+    for model in range(models) if own else ():
+        # In what the shared directions of the outputs leave of it: (I − UUᵀ)τ, so that where Gram matrices are of the
+        # outputs, it is these vectors that are taken out, else what the sum makes of them.
+        gram = grams[model, model]
+        if k == inputs:
+            shared = (vectors / sigma).T @ grams[:, model].sum(0)
+            mine, size = directions(gram - shared.T @ shared, own)
+            shared_lean = (vectors / sigma) @ (shared @ (mine / size))
+        else:
+            rest = np.eye(k) - vectors @ vectors.T
+            mine, size = directions(rest @ gram @ rest, own)
+            shared_lean = np.zeros_like(mine)
+        for other, left in enumerate(lefts):
+            left.append(mine / size * (other == model) - shared_lean)
+        rights.append(mine)
+        sizes.append(size)
+    every = np.concatenate(sizes)
+    left = [np.hstack(each) for each in lefts]
+    mean = np.full(every.size, every.mean() if every.size else 0.0)
+    factors: Floats = whitened(grams, left, np.hstack(rights), mean) * np.array(weights)[:, None, None]
+    return factors
+
+
+ISO_CTS = Combination(
+    name="iso_cts",
+    summary="As iso_c, but a share of the directions is kept for what single models have beside those of the sum.",
+    formula="b + mean(σ)·Ũ·Ṽᵀ, of the sum's first directions and each model's first ones outside of them",
+    paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging, arXiv:2502.04959",
+    parameters=(COMMON_FRACTION,),
+    matrix=WholeMatrix(_factors, gram="pairs"),
+    base="required",
+    combine=lambda each: total(each.x * each.weight),
+)
+
+METHODS = (Method("iso_cts", ISO_CTS),)

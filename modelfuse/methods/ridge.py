@@ -1,0 +1,75 @@
+"""The difference that does to each model's own inputs what the model does, as far as they can be told from weights.
+
+Rows of a difference stand for the inputs that its model saw. With C = Σ τᵢᵀτᵢ/‖τᵢ‖² and D = Σ wᵢτᵢ(τᵢᵀτᵢ)/‖τᵢ‖², the
+quadratic Σ ‖(m − τᵢ)τᵢᵀ‖²/‖τᵢ‖² has the gradient 2(mC − D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from modelfuse.methods.expressions import total
+from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
+
+RIDGE = Parameter(
+    "ridge_mu", 0.3, "ridge: how strongly the result is held at the plain sum, beside the mean eigenvalue.",
+    bounds={"gt": 0},
+)  # fmt: skip
+
+
+def normalized(grams: Floats) -> tuple[Floats, Floats]:
+    """Gram matrices divided by their traces, and the traces; of a model that is the base, zero."""
+    traces: Floats = np.trace(grams, axis1=-2, axis2=-1)
+    return grams / np.where(traces > 0, traces, 1)[:, None, None], traces
+
+
+def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+    """wᵢ(Gᵢ + μ̄)(C + μ̄)⁻¹, of normalized Gram matrices."""
+    grams, _ = normalized(grams)
+    whole = grams.sum(0)
+    ridge = settings.ridge_mu * np.trace(whole) / inputs * np.eye(len(whole))
+    if not ridge.any():
+        return np.zeros_like(grams)
+    solved = np.linalg.solve(whole + ridge, np.hstack([gram + ridge for gram in grams]))
+    return np.stack([
+        part.T * weight for part, weight in zip(np.hsplit(solved, len(grams)), weights, strict=True)
+    ])  # fmt: skip
+
+
+def _dual(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+    """The same from products of outputs: with S = [τ₁/‖τ₁‖; …] and P = SSᵀ, m = R(P + μ̄)⁻¹S, R = [wᵢ‖τᵢ‖(Pᵢᵢ + μ̄)]ᵢ."""
+    models, k = len(weights), grams.shape[-1]
+    sizes = np.sqrt([np.trace(grams[model, model]) for model in range(models)])
+    if not sizes.any():
+        return np.zeros((models, k, k))
+    inverse = np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    scaled = grams * (inverse[:, None] * inverse)[:, :, None, None]
+    ridge = settings.ridge_mu * np.count_nonzero(sizes) / inputs
+    whole = scaled.transpose(0, 2, 1, 3).reshape(models * k, models * k)
+    right = np.vstack([
+        weights[model] * sizes[model] * (scaled[model, model] + ridge * np.eye(k)) for model in range(models)
+    ])  # fmt: skip
+    whole[np.diag_indices(models * k)] += ridge
+    solved = np.linalg.solve(whole, right).reshape(models, k, k)
+    factors: Floats = solved * inverse[:, None, None]
+    return factors
+
+
+RIDGE_MERGE = Combination(
+    name="ridge",
+    summary="The difference nearest to each model's own in the directions that it uses: one linear system a matrix.",
+    formula="b + (D + μ̄Σwᵢτᵢ)(C + μ̄)⁻¹, C = Σ τᵢᵀτᵢ/‖τᵢ‖², D = Σ wᵢτᵢ(τᵢᵀτᵢ)/‖τᵢ‖², μ̄ = μT/inputs",
+    paper=(
+        "after Cheng et al. 2025, Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via "
+        "Task Vectors, arXiv:2503.08099"
+    ),
+    parameters=(RIDGE,),
+    matrix=WholeMatrix(_factors, gram="each", side="inputs", dual=WholeMatrix(_dual, gram="pairs", side="outputs")),
+    base="required",
+    combine=lambda each: total(each.x * each.weight),
+)
+
+METHODS = (Method("ridge", RIDGE_MERGE),)

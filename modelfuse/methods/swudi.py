@@ -1,0 +1,81 @@
+"""The same quadratic as ridge's, by the flow of its gradient, or in its strongest directions alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from modelfuse.methods.expressions import total
+from modelfuse.methods.ridge import normalized
+from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
+
+TIME = Parameter(
+    "swudi_time", 1.5, "swudi: how long the gradient is followed, times the mean eigenvalue.", bounds={"gt": 0}
+)
+SHARE = Parameter(
+    "swudi_share", 0.85, "swudi: the share of the directions, the strongest ones, in which anything is changed.",
+    bounds={"gt": 0, "le": 1},
+)  # fmt: skip
+#: Eigenvalues are at least this.
+LEAST = 1e-8
+PAPER = "SWUDI 2026, arXiv:2606.07289; Cheng et al. 2025, arXiv:2503.08099"
+
+
+def _filtered(grams: Floats, weights: Sequence[float], filter_: Callable[[Floats], Floats]) -> Floats:
+    """Σwᵢτᵢ but for C's directions, as far as the filter says, and there D·C⁻¹."""
+    grams, _ = normalized(grams)
+    whole = grams.sum(0)
+    if not whole.any():
+        return np.zeros_like(grams)
+    eigenvalues, vectors = np.linalg.eigh(whole)
+    eigenvalues = np.maximum(eigenvalues, LEAST)
+    kept = filter_(eigenvalues)
+    staying = np.eye(len(whole)) - vectors * kept @ vectors.T
+    inverse = vectors * (kept / eigenvalues) @ vectors.T
+    return np.stack([weight * (staying + gram @ inverse) for gram, weight in zip(grams, weights, strict=True)])
+
+
+def _swudi(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+    models = int(np.count_nonzero(np.trace(grams, axis1=1, axis2=2)))
+
+    def filter_(eigenvalues: Floats) -> Floats:
+        kept: Floats = 1 - np.exp(-settings.swudi_time * inputs / models * eigenvalues)
+        kept[: inputs - max(1, math.ceil(settings.swudi_share * inputs))] = 0
+        return kept
+
+    return _filtered(grams, weights, filter_)
+
+
+def _swudi_a(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+    def filter_(eigenvalues: Floats) -> Floats:
+        number = math.ceil(np.sqrt(eigenvalues).sum() ** 2 / eigenvalues.sum())
+        kept: Floats = (np.arange(inputs) >= inputs - number).astype(np.float64)
+        return kept
+
+    return _filtered(grams, weights, filter_)
+
+
+SWUDI = Combination(
+    name="swudi",
+    summary="The sum of the differences, moved along the gradient of their interference, in its strongest directions.",
+    formula="b + m₀ − m₀VfVᵀ + DV(f/λ)Vᵀ, C = VλVᵀ and D as for ridge, m₀ = Σ wᵢτᵢ, f = 1 − exp(−tλ/mean λ)",
+    paper=PAPER,
+    parameters=(TIME, SHARE),
+    matrix=WholeMatrix(_swudi, gram="each", side="inputs"),
+    base="required",
+    combine=lambda each: total(each.x * each.weight),
+)
+SWUDI_A = Combination(
+    name="swudi_a",
+    summary="As swudi, without interference at all in as many directions as the spectrum says there are.",
+    formula="as swudi, with f = 1 for the first (Σ√λ)²/Σλ directions, else 0",
+    paper=PAPER,
+    matrix=WholeMatrix(_swudi_a, gram="each", side="inputs"),
+    base="required",
+    combine=lambda each: total(each.x * each.weight),
+)
+
+METHODS = (Method("swudi", SWUDI), Method("swudi_a", SWUDI_A))
