@@ -2,7 +2,7 @@
 
 >>> import modelfuse
 >>> sorted(modelfuse.__all__)[-3:]
-['check', 'merge', 'verify']
+['merge', 'register', 'verify']
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from modelfuse.errors import (
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from modelfuse.api.functions import check, merge, verify
+    from modelfuse.api.functions import check, merge, register, verify
     from modelfuse.execution.result import Result
     from modelfuse.inspection.report_reader import Problem
     from modelfuse.inspection.verify import Verification
@@ -46,6 +46,7 @@ __all__ = [
     "__version__",
     "check",
     "merge",
+    "register",
     "verify",
 ]
 
@@ -56,7 +57,7 @@ _LATER = {
     "Recipe": "modelfuse.recipe.recipe",
     "Result": "modelfuse.execution.result",
     "Verification": "modelfuse.inspection.verify",
-    **dict.fromkeys(("check", "merge", "verify"), "modelfuse.api.functions"),
+    **dict.fromkeys(("check", "merge", "register", "verify"), "modelfuse.api.functions"),
 }
 
 

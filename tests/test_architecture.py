@@ -157,6 +157,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "api": {
         "storage",
+        "methods",
         "recipe",
         "kernels.jit",
         "planning",

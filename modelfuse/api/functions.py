@@ -1,4 +1,4 @@
-"""``modelfuse.merge``, ``check`` and ``verify``."""
+"""``modelfuse.merge``, ``check``, ``verify`` and ``register``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Unpack
 
 from modelfuse.api.keywords import Keywords
-from modelfuse.api.signatures import with_settings
+from modelfuse.api.signatures import describe, with_settings
 from modelfuse.cli import progress as shown
 from modelfuse.cli.console import err
 from modelfuse.execution.intermediate import keep_intermediate
@@ -15,10 +15,12 @@ from modelfuse.execution.result import Result
 from modelfuse.execution.run import run_plan
 from modelfuse.inspection.verify import Verification, verify_output
 from modelfuse.kernels.jit.compile import announcing
+from modelfuse.methods.spec import Method
 from modelfuse.planning.hub import QUIET, fetch, headers
 from modelfuse.planning.output_location import check_room
 from modelfuse.planning.plan import Plan, make_plan
-from modelfuse.recipe.recipe import Recipe
+from modelfuse.recipe.installed_methods import register_all
+from modelfuse.recipe.recipe import Recipe, renew
 from modelfuse.storage import Place, place_of
 from modelfuse.storage.named_hosts import name_hosts
 
@@ -69,6 +71,28 @@ def check(**settings: Unpack[Keywords]) -> Plan:
         plan = make_plan(recipe)
     check_room(plan.recipe.output_path, plan.room)
     return plan
+
+
+def register(*methods: Method) -> None:
+    """Make methods of one's own known by their names, for ``merge_method`` in this process.
+
+    >>> from modelfuse.methods.expressions import total
+    >>> from modelfuse.methods.spec import Combination, Method
+    >>> plain_sum = Combination("plain_sum", "The sum of the models.", "Σ xᵢ", combine=lambda each: total(each.x))
+    >>> register(Method("plain_sum", plain_sum))  # doctest: +SKIP
+
+    A package makes methods known to every process, the command line's too, by an entry point of the group
+    ``modelfuse.methods``.
+
+    Args:
+        methods: Declarations, as ``docs/adding_a_method.md`` describes them.
+
+    Raises:
+        RecipeError: If a name is that of something else.
+    """
+    register_all(methods)
+    renew()
+    describe()
 
 
 def verify(

@@ -106,8 +106,9 @@ def parse(
     Raises:
         RecipeError: If a flag is unknown or lacks its value, or the recipe cannot be read.
     """
-    parser = merge_parser(command)
-    given = vars(parser.parse_args(_switched([part for word in words for part in _normal(word)])))
+    plain = _switched([part for word in words for part in _normal(word)])
+    parser = merge_parser(command)  # Now that it is known whether any setting is of a method of another package.
+    given = vars(parser.parse_args(plain))
     options = parser.options_of(given)
     for name in given.keys() & SETTINGS.keys():
         if _takes_words(SETTINGS[name]):

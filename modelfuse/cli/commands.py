@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from modelfuse.cli import console
 from modelfuse.cli.arguments import Options, parse, parse_demo, parse_options, parse_push, parse_verify
 from modelfuse.errors import RecipeError
-from modelfuse.recipe.recipe import Recipe
+from modelfuse.recipe.installed_methods import register_installed
+from modelfuse.recipe.recipe import Recipe, renew
 from modelfuse.storage import Place, place_of
 
 if TYPE_CHECKING:
@@ -162,7 +163,10 @@ def _demo(words: list[str], _: Mapping[str, object]) -> int:
 
 
 def _methods(words: list[str], _: Mapping[str, object]) -> int:
-    if parse_options("methods", words).json:
+    options = parse_options("methods", words)
+    if register_installed():
+        renew()
+    if options.json:
         from modelfuse.cli import documents
 
         documents.write(documents.of_methods())

@@ -33,6 +33,8 @@ MODULES = (linear, slerp, trim, magprune, dare, breadcrumbs, model_stock, iso_c,
 METHODS: dict[str, Method] = {}
 SPARSIFIERS: dict[str, Sparsifier] = {}
 COMBINATIONS: dict[str, Combination] = {}
+#: merge_method → (sparsify_type, merge_type)
+MERGE_METHODS: dict[str, tuple[str | None, str]] = {}
 #: Every setting of any method.
 PARAMETERS: dict[str, Parameter] = {}
 #: Other names of settings.
@@ -47,6 +49,7 @@ def register(method: Method) -> None:
     """
     parts: list[tuple[dict[str, Any], str, Any]] = [
         (METHODS, method.name, method),
+        (MERGE_METHODS, method.name, method.steps),
         (COMBINATIONS, method.combination.name, method.combination),
     ]
     if method.sparsifier is not None:
@@ -118,7 +121,5 @@ def _register_all(methods: Iterable[Method]) -> None:
 
 
 _register_all(method for module in MODULES for method in module.METHODS)
-#: merge_method → (sparsify_type, merge_type)
-MERGE_METHODS: dict[str, tuple[str | None, str]] = {name: method.steps for name, method in METHODS.items()}
 #: What makes one tensor of itself.
 TAKE = apply(None, linear.LINEAR, (1.0,), {})

@@ -74,6 +74,12 @@ METHOD_SETTINGS = _settings()
 METHOD_SYNONYMS = {**PARAMETER_ALIASES, f"{FACTOR}_": FACTOR}
 
 
+def take_up() -> None:
+    """Take up what was registered since."""
+    METHOD_SETTINGS.update(_settings())
+    METHOD_SYNONYMS.update(PARAMETER_ALIASES)
+
+
 @dataclass(frozen=True, slots=True)
 class MethodSettings:
     """What was given of the settings of methods.

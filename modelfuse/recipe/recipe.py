@@ -5,7 +5,7 @@ Flags, recipe files and the Python API all become a :class:`Recipe`; nothing dow
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,8 @@ from modelfuse.recipe.checks import (
 )
 from modelfuse.recipe.files import RECORD
 from modelfuse.recipe.hub_names import HubName
-from modelfuse.recipe.method_settings import METHOD_SETTINGS, METHOD_SYNONYMS, MethodSettings
+from modelfuse.recipe.installed_methods import register_installed
+from modelfuse.recipe.method_settings import METHOD_SETTINGS, METHOD_SYNONYMS, STEPS, MethodSettings, take_up
 from modelfuse.recipe.schema import Setting, as_json, checked, settings_of
 from modelfuse.recipe.settings import Settings
 from modelfuse.recipe.tensor_rules import Rule, checked_rules, rule_as_json
@@ -79,6 +80,8 @@ class Recipe(Settings):
         Raises:
             RecipeError: As the class says; an unknown name is answered with the nearest one.
         """
+        words = {name: settings.get(name) for name in STEPS}
+        _look_further(isinstance(each, str) and each not in SETTINGS[name].choices for name, each in words.items())
         return cls(**_canonical(settings))
 
     def changed(self, **changes: object) -> Recipe:
@@ -240,6 +243,19 @@ def _settings() -> dict[str, Setting]:
 SETTINGS = _settings()
 
 
+def _look_further(unknown: Iterable[bool]) -> None:
+    """Take up methods of other packages, if any name is not known."""
+    if any(unknown) and register_installed():
+        renew()
+
+
+def renew() -> None:
+    """Take up methods that were registered since, and their settings."""
+    take_up()
+    SETTINGS.update(_settings())
+    SYNONYMS.update(METHOD_SYNONYMS)
+
+
 def canonical_name(name: str) -> str:
     """A setting's name with dashes made underscores and synonyms resolved.
 
@@ -248,7 +264,8 @@ def canonical_name(name: str) -> str:
     """
     plain = name.replace("-", "_")
     plain = SYNONYMS.get(plain, plain)
-    if plain not in SETTINGS and plain not in (*INFORMATION, *ANOTHER_WAY):
+    _look_further([plain not in (*SETTINGS, *INFORMATION, *ANOTHER_WAY)])
+    if (plain := SYNONYMS.get(plain, plain)) not in (*SETTINGS, *INFORMATION, *ANOTHER_WAY):
         raise RecipeError(f"There is no setting {name!r}", nearest(plain, (*SETTINGS, *ANOTHER_WAY)))
     return plain
 
