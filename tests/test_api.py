@@ -17,7 +17,7 @@ import modelfuse as package
 from modelfuse.api.keywords import Keywords
 from modelfuse.api.signatures import argument
 from modelfuse.cli.console import err
-from modelfuse.recipe.recipe import SETTINGS
+from modelfuse.recipe.names import SETTINGS
 
 Pair = tuple[Path, Path]
 

@@ -29,7 +29,8 @@ from modelfuse.cli.commands import COMMANDS
 from modelfuse.cli.groups import groups
 from modelfuse.planning import memory_budget
 from modelfuse.recipe.method_settings import METHOD_SETTINGS
-from modelfuse.recipe.recipe import SETTINGS, Recipe
+from modelfuse.recipe.names import SETTINGS
+from modelfuse.recipe.recipe import Recipe
 
 Run = Callable[..., Said]
 Pair = tuple[Path, Path]

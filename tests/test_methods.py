@@ -30,7 +30,8 @@ from modelfuse.methods.magprune import keep_probability
 from modelfuse.methods.random import draws, stream_key
 from modelfuse.methods.slerp import coefficients
 from modelfuse.methods.trim import kept_from, scale
-from modelfuse.recipe.recipe import SETTINGS, Recipe
+from modelfuse.recipe.names import SETTINGS
+from modelfuse.recipe.recipe import Recipe
 
 Array = npt.NDArray[Any]
 #: A draw that keeps whatever can be kept, and one that drops whatever can be dropped.

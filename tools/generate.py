@@ -14,7 +14,7 @@ from modelfuse.cli.documents import DOCUMENTS
 from modelfuse.cli.groups import FROM_ENVIRONMENT, PREFIX, groups
 from modelfuse.cli.help import PAGES, default_of, steps
 from modelfuse.methods.registry import MERGE_METHODS
-from modelfuse.recipe.recipe import SETTINGS, SYNONYMS
+from modelfuse.recipe.names import SETTINGS, SYNONYMS
 from modelfuse.recipe.schema import Setting
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,8 @@ from modelfuse.planning.hub import QUIET, fetch, headers
 from modelfuse.planning.output_location import check_room
 from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.installed_methods import register_all
-from modelfuse.recipe.recipe import Recipe, renew
+from modelfuse.recipe.names import renew
+from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, place_of
 from modelfuse.storage.named_hosts import name_hosts
 

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from modelfuse.api.keywords import Keywords
 from modelfuse.cli.help import default_of
-from modelfuse.recipe.recipe import SETTINGS
+from modelfuse.recipe.names import SETTINGS
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")

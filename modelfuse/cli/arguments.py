@@ -16,7 +16,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import closest
 from modelfuse.recipe.files import load_recipe
 from modelfuse.recipe.hosts_in_files import without_hosts
-from modelfuse.recipe.recipe import ANOTHER_WAY, SETTINGS, by_canonical_name, canonical_name
+from modelfuse.recipe.names import ANOTHER_WAY, SETTINGS, by_canonical_name, canonical_name
 from modelfuse.recipe.schema import Setting
 
 #: More than any float has before or behind its point.

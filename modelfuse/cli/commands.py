@@ -11,7 +11,8 @@ from modelfuse.cli import console
 from modelfuse.cli.arguments import Options, parse, parse_demo, parse_options, parse_push, parse_verify
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.installed_methods import register_installed
-from modelfuse.recipe.recipe import Recipe, renew
+from modelfuse.recipe.names import renew
+from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, place_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import argparse
 
 from modelfuse.cli.arguments import Parser, merge_parser, push_parser, verify_parser
 from modelfuse.cli.help import PAGES
-from modelfuse.recipe.recipe import SETTINGS
+from modelfuse.recipe.names import SETTINGS
 
 SHELLS = ("bash", "zsh", "tcsh")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import shown
-from modelfuse.recipe.recipe import SETTINGS
+from modelfuse.recipe.names import SETTINGS
 from modelfuse.recipe.schema import Unfit
 
 #: The settings by what they are about; all others say how to merge.

@@ -12,7 +12,7 @@ from modelfuse.cli.console import out
 from modelfuse.cli.groups import groups
 from modelfuse.methods.registry import COMBINATIONS, MERGE_METHODS, SPARSIFIERS
 from modelfuse.methods.spec import Step
-from modelfuse.recipe.recipe import SETTINGS
+from modelfuse.recipe.names import SETTINGS
 from modelfuse.recipe.schema import Setting
 from modelfuse.recipe.sizes import size
 
