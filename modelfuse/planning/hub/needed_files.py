@@ -10,6 +10,7 @@ from typing import NamedTuple
 from modelfuse.checkpoints import CONFIG_FILE
 from modelfuse.checkpoints.adapters.adapter import PADDLE_CONFIG, PEFT_CONFIG
 from modelfuse.checkpoints.side_files import (
+    MODULE_WEIGHTS,
     MODULES_FILE,
     is_tokenizers,
     lists_modules,
@@ -71,8 +72,8 @@ def wanted(
         settings += wanted_beside(sizes)
     if weight_map is not None:
         settings.append(form.index_file)
-    if recipe.output_format != "lora" and lists_modules(sizes):
-        settings.append(MODULES_FILE)
+    inside = any("/" in file and file.endswith(MODULE_WEIGHTS) for file in sizes)
+    if inside and recipe.output_format != "lora" and lists_modules(sizes):
         settings += weights_of_modules(sizes, modules_of(get(MODULES_FILE).read_bytes()))
     leads = name == recipe.inputs[recipe.reference]
     # A configuration may take the tokenizer of any model, and the union of all.
