@@ -64,8 +64,11 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import os
     from importlib import import_module
 
+    if os.name == "nt":
+        raise ModelfuseError("modelfuse runs on Linux and macOS", "On Windows, use it in WSL.")
     return getattr(import_module(_LATER[name]), name)
 
 

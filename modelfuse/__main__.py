@@ -14,6 +14,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 def main(words: Sequence[str] | None = None, **defaults: object) -> int:
     """Run the command line; see :func:`modelfuse.cli.main.main`."""
+    if os.name == "nt":
+        print("modelfuse runs on Linux and macOS. On Windows, use it in WSL, the Windows Subsystem for Linux.",
+              file=sys.stderr)  # fmt: skip
+        return 2
     from modelfuse.cli.main import main as run
 
     try:
