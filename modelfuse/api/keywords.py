@@ -20,12 +20,12 @@ class Keywords(TypedDict, total=False):
     mergekit: str | None
     mergekit_document: str | None
     intermediate_dir: Path | None
-    merge_method: Literal["linear", "task_arithmetic", "slerp", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "iso_c"] | str | None
-    merge_type: Literal["linear", "slerp", "ties", "model_stock", "iso_c"] | str | None
+    merge_method: Literal["linear", "task_arithmetic", "slerp", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a"] | str | None
+    merge_type: Literal["linear", "slerp", "ties", "model_stock", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a"] | str | None
     sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs"] | str | None
     weight_list: Sequence[float] | None
     normalize: bool | None
-    lambda_: float
+    lambda_: str | None
     slerp_alpha: float
     slerp_normalize_eps: float
     slerp_dot_threshold: float
@@ -35,6 +35,10 @@ class Keywords(TypedDict, total=False):
     epsilon: float
     gamma: float
     rank_tolerance: float
+    common_fraction: float
+    ridge_mu: float
+    swudi_time: float
+    swudi_share: float
     rules: Sequence[Any]
     seed: int
     device: Literal["cpu", "gpu", "low_gpu_mem"] | str

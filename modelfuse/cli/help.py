@@ -158,7 +158,7 @@ PAGES = {
 
 def usage() -> None:
     """What there is to say first."""
-    out.say("usage: modelfuse {} [...]\n", "{" + ",".join(PAGES) + "}")
+    out.say("usage: modelfuse COMMAND [...]\n")
     for name, page in PAGES.items():
         out.say("  [bold]{}[/]", name)
         out.say("      {}", page.summary)

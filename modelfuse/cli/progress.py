@@ -48,7 +48,7 @@ def merging(plan: Plan, quiet: bool, of_recipe: bool = False) -> Iterator[Advanc
     for text in () if quiet else plan.warnings:
         err.tell("warning", "{}", text)
     what = f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(whole)}"
-    with _shown("merging", what, quiet) as advance:
+    with _shown("merging", what, quiet, whole) as advance:
         yield lambda count: advance(count, whole)
 
 
@@ -63,19 +63,19 @@ def watch(quiet: bool) -> Watch:
 
     @contextmanager
     def fetching(whole: int) -> Iterator[Advance]:
-        with _shown("fetching", f"fetching {size(whole)}", quiet) as advance:
+        with _shown("fetching", f"fetching {size(whole)}", quiet, whole) as advance:
             yield lambda count: advance(count, whole)
 
     return Watch(fetching, lambda text: err.tell("note", "{}", text))
 
 
 @contextmanager
-def _shown(word: str, what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def _shown(word: str, what: str, quiet: bool, whole: int | None = None) -> Iterator[Callable[[int, int], None]]:
     """Called with bytes that are done since the last call, and all there are to do."""
     with ExitStack() as stack:
         shown: list[Callable[[int, int], None]] = []
         if err.shows_bars and not quiet:
-            shown.append(stack.enter_context(_notebook_bar(word) if console.in_notebook() else _bar(word)))
+            shown.append(stack.enter_context(_notebook_bar(word) if console.in_notebook() else _bar(word, whole)))
         if err.keeps_lines and not quiet:
             err.tell("progress", "{}", what)
             shown.append(_Lines().advance)
@@ -88,7 +88,7 @@ def _shown(word: str, what: str, quiet: bool) -> Iterator[Callable[[int, int], N
 
 
 @contextmanager
-def _bar(word: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(word: str, whole: int | None) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -101,7 +101,7 @@ def _bar(word: str) -> Iterator[Callable[[int, int], None]]:
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err.console, transient=True, expand=True) as bar:
-        task = bar.add_task(word, total=None)
+        task = bar.add_task(word, total=whole)
         yield lambda count, whole: bar.update(task, advance=count, total=whole)
 
 
