@@ -160,3 +160,29 @@ def test_processors_and_code(tmp_path: Path) -> None:
         f"{tmp_path / 'b'}: its preprocessor_config.json is another one",
         f"{tmp_path / 'b'}: its code is another one: modeling_x.py",
     ]
+
+
+def test_values_of_any_type_are_compared_or_refused(tmp_path: Path) -> None:
+    """Never a traceback, whatever the files say."""
+    import random
+
+    values = [None, True, -1, 1.5, "x", [], [[1]], [1, "a", None], {}, {"a": 1}, [{"id": 1}], ["a b", 3]]
+    keys = {
+        "config.json": ["model_type", "architectures", "rope_theta", "rope_scaling", "num_attention_heads", "hidden_size",
+                        "text_config", "rms_norm_eps", "tie_word_embeddings", "eos_token_id", "dtype"],
+        "generation_config.json": ["eos_token_id", "temperature"], "tokenizer_config.json": ["eos_token", "chat_template"],
+        "tokenizer.json": ["model", "added_tokens", "normalizer"], "preprocessor_config.json": ["size"],
+    }  # fmt: skip
+    draw = random.Random(7)
+    for number in range(60):
+        models = []
+        for name in "ab":
+            made = {
+                file: {key: draw.choice(values) for key in own if draw.random() < 0.6} for file, own in keys.items()
+            }
+            files = {file: json.dumps(content) for file, content in made.items() if file != "config.json"}
+            models.append(make_model(tmp_path / f"{number}{name}", TENSORS, config=made["config.json"], files=files))
+        try:
+            modelfuse.check(model_path_list=models, allow_mismatch=draw.random() < 0.5)
+        except modelfuse.ModelfuseError:
+            continue

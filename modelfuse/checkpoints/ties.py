@@ -60,9 +60,15 @@ def is_tied(model: Checkpoint) -> bool:
     said = says_tied(model.config)
     if said is not None:
         return said
-    if model.config.get("model_type") in TIED_CLASSES:
+    if is_tied_class(model.config):
         return True
     return any(alias.endswith(HEADS) and kept.endswith(EMBEDDINGS) for alias, kept in model.aliases.items())
+
+
+def is_tied_class(config: Mapping[str, object]) -> bool:
+    """Whether a model is of a class that ties unless config.json says otherwise."""
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in TIED_CLASSES
 
 
 def pair_of(model: Checkpoint) -> Pair | None:

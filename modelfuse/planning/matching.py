@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
-from modelfuse.checkpoints.ties import TIED_CLASSES, says_tied
+from modelfuse.checkpoints.ties import is_tied_class, says_tied
 from modelfuse.errors import MismatchError
 from modelfuse.planning.mismatch import InputsOf, Mismatch
 from modelfuse.recipe.missing import MissingRule, policy_of
@@ -148,7 +148,7 @@ def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:
     """For every name that shares its values with others in one model: all names of the group."""
     members: dict[str, set[str]] = {}
     ties = says_tied(model.config)
-    if ties is None and model.config.get("model_type") in TIED_CLASSES:
+    if ties is None and is_tied_class(model.config):
         ties = True
     for alias, kept in model.aliases.items():
         if ties is False and alias.endswith(HEADS):

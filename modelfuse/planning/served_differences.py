@@ -90,10 +90,10 @@ class Served:
         return self.json(TEMPLATES).get("chat_template") or self.json(TOKENIZER_CONFIG).get("chat_template")
 
     @cached_property
-    def stops(self) -> frozenset[object]:
+    def stops(self) -> frozenset[int]:
         """What generation ends with: numbers of tokens, and the token that the tokenizer's settings name."""
         ends = self.json(GENERATION).get("eos_token_id", self.json("config.json").get("eos_token_id"))
-        return frozenset(ends if isinstance(ends, list) else [ends]) - {None}
+        return frozenset(each for each in (ends if isinstance(ends, list) else [ends]) if isinstance(each, int))
 
     @cached_property
     def end(self) -> str | None:
@@ -140,7 +140,7 @@ def _of_tokenizers(taken: Served, other: Served) -> Iterator[ServedDifference]:
         yield from _of_tokens(ours, theirs)
     keys = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     changed = [key for key in keys if ours.content.get(key) != theirs.content.get(key)]
-    merges = [each.content["model"].get("merges") for each in (ours, theirs)]
+    merges = [each.content["model"].get("merges") for each in (ours, theirs)]  # A map, or it were no tokenizer.
     changed += ["merges"] if _pairs(merges[0]) != _pairs(merges[1]) and ours.tokens == theirs.tokens else []
     if changed:
         yield ServedDifference(f"its tokenizer.json has another {', '.join(changed)}")
