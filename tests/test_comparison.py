@@ -168,9 +168,10 @@ def test_values_of_any_type_are_compared_or_refused(tmp_path: Path) -> None:
 
     values = [None, True, -1, 1.5, "x", [], [[1]], [1, "a", None], {}, {"a": 1}, [{"id": 1}], ["a b", 3]]
     keys = {
-        "config.json": ["model_type", "architectures", "rope_theta", "rope_scaling", "num_attention_heads", "hidden_size",
-                        "text_config", "rms_norm_eps", "tie_word_embeddings", "eos_token_id", "dtype"],
-        "generation_config.json": ["eos_token_id", "temperature"], "tokenizer_config.json": ["eos_token", "chat_template"],
+        "config.json": ["model_type", "architectures", "rope_theta", "rope_scaling", "num_attention_heads",
+                        "hidden_size", "text_config", "rms_norm_eps", "tie_word_embeddings", "eos_token_id", "dtype"],
+        "generation_config.json": ["eos_token_id", "temperature"],
+        "tokenizer_config.json": ["eos_token", "chat_template"],
         "tokenizer.json": ["model", "added_tokens", "normalizer"], "preprocessor_config.json": ["size"],
     }  # fmt: skip
     draw = random.Random(7)
