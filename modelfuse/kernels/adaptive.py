@@ -68,8 +68,6 @@ def rehearse(work: Work) -> None:
 
 
 def _merge_some(work: Work, size: int) -> None:
-    from modelfuse.kernels.compiled.base_distance import measured
-
     dtype = F32 if work.compute == "float32" else F64
     small = replace(work, size=size, sources=(dtype,) * len(work.sources), out=dtype)
     draw = np.random.default_rng(0)
@@ -77,6 +75,8 @@ def _merge_some(work: Work, size: int) -> None:
     out = np.empty(size * dtype.bytes, np.uint8)
     procedure = CompiledKernel().merge(small)
     if small.has_base:
+        from modelfuse.kernels.compiled.base_distance import measured
+
         procedure = measured(procedure, small)
 
     def walk(pass_: Pass) -> list[Any]:
