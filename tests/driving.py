@@ -13,7 +13,7 @@ import numpy.typing as npt
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.kernels import Extent, Pass, Procedure, Work
 from modelfuse.kernels.compiled import merge_loops
-from modelfuse.kernels.compiled.passes import merge_procedure
+from modelfuse.kernels.compiled.backend import merge_procedure
 from modelfuse.methods.applied import Applied
 
 Array = npt.NDArray[Any]

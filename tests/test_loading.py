@@ -336,7 +336,7 @@ import numpy as np
 from modelfuse.dtypes import BF16
 from modelfuse.kernels import Work
 from modelfuse.kernels.compiled.base_distance import measured
-from modelfuse.kernels.compiled.passes import merge_procedure
+from modelfuse.kernels.compiled.backend import merge_procedure
 from modelfuse.methods.registry import METHODS, apply
 
 size, results = 5000, {}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from modelfuse.dtypes import F64, DType
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.kernels import Pass, Work
-from modelfuse.kernels.compiled.passes import merge_procedure
+from modelfuse.kernels.compiled.backend import merge_procedure
 from modelfuse.methods.applied import Applied
 
 Array = npt.NDArray[Any]

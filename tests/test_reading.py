@@ -17,8 +17,8 @@ from driving import FLOATS, GRAIN, Array, drive, store, work_on
 from modelfuse.dtypes import BF16, DType
 from modelfuse.kernels import Extent, Pass, Unread
 from modelfuse.kernels.compiled import direct_reads
+from modelfuse.kernels.compiled.backend import merge_procedure
 from modelfuse.kernels.compiled.base_distance import measured
-from modelfuse.kernels.compiled.passes import merge_procedure
 
 SIZE = 5 * GRAIN + 1234
 MIXTURES = {

@@ -20,8 +20,8 @@ from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.execution import run as running
 from modelfuse.execution.report_writer import Outcome, SpanResult
 from modelfuse.kernels.compiled import base_distance as module
+from modelfuse.kernels.compiled.backend import merge_procedure
 from modelfuse.kernels.compiled.base_distance import BLOCK, Distance, distances, measured, stride_of
-from modelfuse.kernels.compiled.passes import merge_procedure
 from modelfuse.methods.applied import Applied
 
 Run = Callable[..., Said]

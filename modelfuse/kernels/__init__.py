@@ -20,6 +20,10 @@ from modelfuse.methods.applied import Applied
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
+#: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
+CPU_ROOM = 32_000_000
+CPU_BLOCK = 1 << 17
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -34,6 +38,7 @@ class Work:
         method: What to do.
         deltas: Which models are differences to the base already, one a model; empty: none.
         matrices: How it is cut into matrices, if the method works on whole ones.
+        shape: The tensor's shape, for methods that look at rows or columns; empty: one dimension.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Work:
     method: Applied
     deltas: tuple[bool, ...] = ()
     matrices: Matrices | None = None
+    shape: tuple[int, ...] = ()
 
     @property
     def models(self) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.dtypes import F32, F64
-from modelfuse.kernels import Measured, Pass, Procedure, Work
+from modelfuse.kernels import CPU_BLOCK, CPU_ROOM, Measured, Pass, Procedure, Work
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.jit.compile import (
     NotCompiledError,
@@ -30,7 +30,7 @@ from modelfuse.kernels.jit.compile import (
     compiling,
     nothing_compiled,
 )
-from modelfuse.kernels.kernel import CPU_BLOCK, CPU_ROOM, ArrayKernel, CompiledKernel, Kernel
+from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Kernel
 from modelfuse.kernels.procedures import run_through
 from modelfuse.kernels.sorted_magnitudes import MOST
 
@@ -69,7 +69,7 @@ def rehearse(work: Work) -> None:
 
 def _merge_some(work: Work, size: int) -> None:
     dtype = F32 if work.compute == "float32" else F64
-    small = replace(work, size=size, sources=(dtype,) * len(work.sources), out=dtype)
+    small = replace(work, size=size, sources=(dtype,) * len(work.sources), out=dtype, shape=())
     draw = np.random.default_rng(0)
     raws = np.stack([draw.standard_normal(size).astype(work.compute).view(np.uint8) for _ in small.sources])
     out = np.empty(size * dtype.bytes, np.uint8)
@@ -144,7 +144,8 @@ class AdaptiveKernel(Kernel):
         return chosen.merge(work)
 
     def _is_ready(self, work: Work) -> bool:
-        kind = (work.method.chain, work.compute, work.has_base, work.method.combination.measure is None)
+        measures = tuple(map(type, work.method.merged_measures))
+        kind = (work.method.chain, work.compute, work.has_base, measures)
         with self._lock:
             known = self._known.get(kind)
             if known is None or (isinstance(known, Compilation) and known.is_done):

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelfuse.errors import MissingExtraError, ModelfuseError, RecipeError
-from modelfuse.kernels.kernel import CPU_BLOCK, CPU_ROOM, ArrayKernel, CompiledKernel, Kernel
+from modelfuse.kernels import CPU_BLOCK, CPU_ROOM
+from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Kernel
 
 if TYPE_CHECKING:
     pass

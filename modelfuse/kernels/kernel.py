@@ -13,10 +13,6 @@ from modelfuse.kernels import Bytes, Procedure, Work
 if TYPE_CHECKING:
     from modelfuse.kernels.arrays.library import Library
 
-#: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
-CPU_ROOM = 32_000_000
-CPU_BLOCK = 1 << 17
-
 
 class Kernel(ABC):
     """What merges tensors: one seam between the run and every kind of kernel."""
@@ -38,7 +34,7 @@ class CompiledKernel(Kernel):
     """Compiled loops over the bytes as they are stored."""
 
     def merge(self, work: Work) -> Procedure:
-        from modelfuse.kernels.compiled.passes import merge_procedure
+        from modelfuse.kernels.compiled.backend import merge_procedure
 
         return merge_procedure(work)
 

@@ -1,19 +1,20 @@
-"""What the element step must know of whole tensors: which passes count magnitudes, and what is made of their counts.
+"""What must be known of whole tensors before the element step: which passes measure, and what is made of it.
 
-Written once for all backends: what differs is the two passes. Those that fold leave what spans found to be added up
-by whoever drives them, or here.
+Written once for all backends: what differs is the passes. Those that fold leave what spans found to be added up by
+whoever drives them, or here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from modelfuse.kernels import Pass, Work
+from modelfuse.kernels.lines import LineKeep, Lines
 from modelfuse.kernels.order_statistics import (
     DIGIT_BITS,
     LAYOUTS,
@@ -27,8 +28,9 @@ from modelfuse.kernels.order_statistics import (
     shares_no_ranks,
 )
 from modelfuse.kernels.sorted_magnitudes import MOST, SortedMagnitudes
+from modelfuse.methods.expressions import Expression
 from modelfuse.methods.random import stream_key
-from modelfuse.methods.spec import OrderStatistics, Ranks
+from modelfuse.methods.spec import LineRanks, Magnitudes, OrderStatistics, Ranks
 
 Array = np.ndarray[Any, Any]
 Passes = Generator[Pass, list[Any], Any]
@@ -48,20 +50,49 @@ class GatherPass(Pass, Protocol):
     """
 
 
+class SumsPass(Pass, Protocol):
+    """A pass that adds up."""
+
+    def sums(self, found: list[Any]) -> Array:
+        """The sums, float64, shape (models, terms), from what the spans found in their order."""
+
+
+class FragmentsPass(Pass, Protocol):
+    """A pass that finds the pieces of groups of lines that slices cut, a list of those of each span."""
+
+
 class Tallies(Protocol):
-    """The passes of one backend that count magnitudes."""
+    """The passes of one backend that count magnitudes: the models' own or, if given, what is made of all of them."""
 
     def gather(self, work: Work) -> GatherPass:
         """Finds the magnitudes of a small tensor."""
 
-    def all(self, work: Work) -> TallyPass:
+    def all(self, work: Work, merged: Merged | None = None) -> TallyPass:
         """Counts all magnitudes; finds, for each model, what :func:`add_up` adds up."""
 
-    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyPass:
+    def within(
+        self,
+        work: Work,
+        prefixes: list[Array],
+        parent_shift: int,
+        shift: int,
+        digit_bits: int,
+        merged: Merged | None = None,
+    ) -> TallyPass:
         """Counts the magnitudes in chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3).
 
         ``prefixes`` are the bins' leading bits, uint64, ascending, one array a model.
         """
+
+
+class ElementPasses(Tallies, Protocol):
+    """The passes of one backend that measure what the element step must know."""
+
+    def element_sums(self, work: Work, element: Element, terms: Sequence[Expression]) -> SumsPass:
+        """Adds up terms of each model's elements, before the element step."""
+
+    def fragments(self, work: Work, lines: Lines) -> FragmentsPass:
+        """Finds what slices cut."""
 
 
 class KeepTables(NamedTuple):
@@ -89,11 +120,13 @@ class Element:
         keys: The random streams, one a model.
         numbers: Its numbers by name, one mapping a model.
         keep: The probabilities that depend on ranks, if it takes any.
+        lines: Those that depend on ranks in lines.
     """
 
     keys: Sequence[int] = ()
     numbers: Sequence[Mapping[str, float]] = ()
     keep: KeepTables = field(default_factory=lambda: KeepTables([], np.ones((0, RANKS)), 0))
+    lines: LineKeep | None = None
 
     def table(self, names: Sequence[str], compute: str) -> Array:
         """The numbers of these names in the compute type, shape (models, names)."""
@@ -101,32 +134,66 @@ class Element:
         return np.array(rows, compute).reshape(len(self.numbers), len(names))
 
 
-def measure_element(work: Work, passes: Tallies) -> Passes:
+class Merged(NamedTuple):
+    """An element that is made of all models', and what it takes.
+
+    Attributes:
+        expression: What is made.
+        element: What the element step must know.
+        numbers: The combination's :class:`~modelfuse.kernels.procedures.Coefficients`.
+        sums: Whether sums of its magnitudes are asked for.
+    """
+
+    expression: Expression
+    element: Element
+    numbers: Any
+    sums: bool
+
+
+def measure_element(work: Work, passes: ElementPasses) -> Passes:
     """The :class:`Element` of a tensor."""
     method, sparsifier = work.method, work.method.sparsifier
     if sparsifier is None:
         return Element(numbers=[{}] * work.models)
     keys = [stream_key(method.seed, method.stream(model), work.name) for model in range(work.models)]
-    numbers = [{**method.numbers_of(model), **sparsifier.numbers(method.of(model))} for model in range(work.models)]
-    if isinstance(sparsifier.measure, OrderStatistics):
-        found = yield from _measure_magnitudes(work, passes, sparsifier.measure)
-        for model, magnitudes in enumerate(found):
-            numbers[model].update(sparsifier.measure.numbers(work.size, method.of(model), magnitudes))
-    if isinstance(sparsifier.measure, Ranks):
-        return Element(keys, numbers, (yield from _measure_ranks(work, passes, sparsifier.measure)))
-    return Element(keys, numbers)
+    settings = [method.of(model) for model in range(work.models)]
+    numbers = [{**method.numbers_of(model), **sparsifier.numbers(own)} for model, own in enumerate(settings)]
+    element = Element(keys, numbers)
+    for measure in method.element_measures:
+        if isinstance(measure, OrderStatistics):
+            found = yield from measure_magnitudes(work, passes, measure, settings, method.needs_sums)
+            for own, known, magnitudes in zip(numbers, settings, found, strict=True):
+                own.update(measure.numbers(work.size, known, magnitudes))
+        elif isinstance(measure, Ranks):
+            element = replace(element, keep=(yield from _measure_ranks(work, passes, measure)))
+        elif isinstance(measure, LineRanks):
+            element = replace(element, lines=(yield from _measure_lines(work, passes, measure)))
+        else:
+            pass_ = passes.element_sums(work, element, method.traced(measure.terms, merged=False))
+            sums = pass_.sums((yield pass_))
+            for name, values in measure.numbers(sums, work.size, method.shared).items():
+                for own, value in zip(numbers, values, strict=True):
+                    own[name] = value
+    return element
 
 
-def _measure_magnitudes(work: Work, passes: Tallies, measure: OrderStatistics) -> Passes:
-    """What was asked for of each model's magnitudes."""
-    layout, sums = LAYOUTS[work.compute], work.method.needs_sums
-    if work.size <= MOST:
+def measure_magnitudes(
+    work: Work,
+    passes: Tallies,
+    measure: OrderStatistics,
+    settings: Sequence[Any],
+    sums: bool,
+    merged: Merged | None = None,
+) -> Generator[Pass, list[Any], list[Magnitudes]]:
+    """What was asked for of each model's magnitudes or, if given, of an element that is made of all."""
+    layout = LAYOUTS[work.compute]
+    if work.size <= MOST and merged is None:
         gathered = yield from _gather(work, passes)
-        return [each.at_ranks(measure.ranks(work.size, work.method.of(model))) for model, each in enumerate(gathered)]
-    tallies = yield from _tally_all(work, passes)
+        return [each.at_ranks(measure.ranks(work.size, own)) for each, own in zip(gathered, settings, strict=True)]
+    tallies = yield from _tally_all(work, passes, merged)
     searches = [
-        [RankSearch(tally, rank, sums) for rank in measure.ranks(work.size, work.method.of(model))]
-        for model, tally in enumerate(tallies)
+        [RankSearch(tally, rank, sums) for rank in measure.ranks(work.size, known)]
+        for known, tally in zip(settings, tallies, strict=True)
     ]
     units = [tally.units(0) if sums else None for tally in tallies]
     while pending := [[each for each in own if each.value is None] for own in searches]:
@@ -135,7 +202,7 @@ def _measure_magnitudes(work: Work, passes: Tallies, measure: OrderStatistics) -
         # Bins that several ranks lie in are counted once.
         prefixes = [np.unique(np.array([each.prefix for each in own], np.uint64)) for own in pending]
         parent_shift = next(each.parent_shift for own in pending for each in own)
-        tables = yield from _tally_within(work, passes, prefixes, parent_shift, DIGIT_BITS)
+        tables = yield from _tally_within(work, passes, prefixes, parent_shift, DIGIT_BITS, merged)
         parts = np.split(tables, np.cumsum([len(own) for own in prefixes[:-1]]))
         for own, known, part in zip(pending, prefixes, parts, strict=True):
             for search in own:
@@ -145,6 +212,15 @@ def _measure_magnitudes(work: Work, passes: Tallies, measure: OrderStatistics) -
                 bins = first + digits.astype(np.uint64)
                 search.narrow(Tally(layout, max(parent_shift - DIGIT_BITS, 0), bins, table[digits]))
     return [Found(layout, own, own_units) for own, own_units in zip(searches, units, strict=True)]
+
+
+def _measure_lines(work: Work, passes: ElementPasses, measure: LineRanks) -> Passes:
+    """The probability of keeping each magnitude by its rank in its line."""
+    lines = Lines.along(work.shape, work.size, measure.axis(len(work.shape) or 1))
+    found = yield passes.fragments(work, lines)
+    settings = [work.method.of(model) for model in range(work.models)]
+    probabilities = [lambda ranks, length, own=own: measure.probability(ranks, length, own) for own in settings]
+    return LineKeep(lines, probabilities, work.compute, [each for span in found for each in span])
 
 
 def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
@@ -158,7 +234,7 @@ def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
         ]
         return KeepTables([], np.ones((0, RANKS)), 0, np.stack(exact))
     models = []
-    tallies = [each.tally() for each in gathered] or (yield from _tally_all(work, passes))
+    tallies = [each.tally() for each in gathered] or (yield from _tally_all(work, passes, None))
     for tally, settings in zip(tallies, every, strict=True):
 
         def probability(ranks: Any, size: int, settings: Any = settings) -> Any:
@@ -171,7 +247,7 @@ def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
             within = [each.within(own, shift) for each, own in zip(gathered, prefixes, strict=True)]
             tables = np.concatenate(within)
         else:
-            tables = yield from _tally_within(work, passes, prefixes, shift, RANK_BITS)
+            tables = yield from _tally_within(work, passes, prefixes, shift, RANK_BITS, None)
         parts = np.split(tables, np.cumsum([len(own) for own in prefixes[:-1]]))
         for one, part in zip(models, parts, strict=True):
             one.narrow(part, shift)
@@ -192,14 +268,16 @@ def _gather(work: Work, passes: Tallies) -> Passes:
     return [SortedMagnitudes(layout, each) for each in bits]
 
 
-def _tally_all(work: Work, passes: Tallies) -> Passes:
-    layout, pass_ = LAYOUTS[work.compute], passes.all(work)
+def _tally_all(work: Work, passes: Tallies, merged: Merged | None) -> Passes:
+    layout, pass_ = LAYOUTS[work.compute], passes.all(work, merged)
     spans = yield pass_
     return [Tally(layout, layout.shift, numbers, rows, sticky=True) for numbers, rows in reduce(pass_.fold, spans)]
 
 
-def _tally_within(work: Work, passes: Tallies, prefixes: list[Array], parent_shift: int, digit_bits: int) -> Passes:
-    pass_ = passes.within(work, prefixes, parent_shift, max(parent_shift - digit_bits, 0), digit_bits)
+def _tally_within(
+    work: Work, passes: Tallies, prefixes: list[Array], parent_shift: int, digit_bits: int, merged: Merged | None
+) -> Passes:
+    pass_ = passes.within(work, prefixes, parent_shift, max(parent_shift - digit_bits, 0), digit_bits, merged)
     return reduce(pass_.fold, (yield pass_))
 
 

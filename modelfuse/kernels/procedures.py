@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import numpy as np
 
+from modelfuse.errors import RecipeError
 from modelfuse.kernels import Pass, Procedure, Work
-from modelfuse.kernels.measures import Element, Tallies, measure_element
+from modelfuse.kernels.gram import pairs_of
+from modelfuse.kernels.lines import Lines
+from modelfuse.kernels.measures import (
+    Element,
+    ElementPasses,
+    Merged,
+    Passes,
+    SumsPass,
+    measure_element,
+    measure_magnitudes,
+)
 from modelfuse.kernels.whole_matrix import MatrixPass
+from modelfuse.methods.expressions import Expression
+from modelfuse.methods.spec import Divergence, Gram, OrderStatistics, Sums
 
 Array = np.ndarray[Any, Any]
 
 
-class Coefficients(NamedTuple):
+@dataclass(frozen=True)
+class Coefficients:
     """The numbers that a combination takes.
 
     Attributes:
         each: Those that are one a model, by name: one mapping a model.
         shared: Those that are the same for all models, by name.
         factor: What the result is multiplied by before the base is added.
+        lined: Those that each line has of its own.
     """
 
     each: list[dict[str, float]]
     shared: dict[str, float]
     factor: float
+    lined: dict[str, tuple[Lines, Array]] = field(default_factory=dict)
 
     def table(self, names: Sequence[str], compute: str) -> Array:
         """Those of each model, in the order of their names: the compute type, shape (models, names)."""
@@ -37,11 +55,20 @@ class Coefficients(NamedTuple):
         return np.array([self.shared[name] for name in names], compute)
 
 
-class Backend(Tallies, Protocol):
+class Backend(ElementPasses, Protocol):
     """The passes of one kind of kernels."""
 
     def products(self, work: Work, element: Element) -> ProductsPass:
         """The pass that measures the dot products of all pairs of models."""
+
+    def line_products(self, work: Work, element: Element, lines: Lines) -> LinePass:
+        """The same along lines; rows are in the order of :func:`pairs_of`."""
+
+    def merged_sums(self, work: Work, element: Element, numbers: Coefficients, terms: Sequence[Expression]) -> SumsPass:
+        """Adds up terms that are made of all models' elements."""
+
+    def divergence(self, work: Work, lines: Lines, least: float) -> Passes:
+        """The passes that measure each line's divergence; their result is float64, shape (lines,)."""
 
     def combine(self, work: Work, element: Element, numbers: Coefficients) -> Pass:
         """The pass that merges and writes."""
@@ -54,6 +81,13 @@ class ProductsPass(Pass, Protocol):
         """The Gram matrix, float64, shape (models, models), from what the spans found in their order."""
 
 
+class LinePass(Pass, Protocol):
+    """A pass that adds up along lines."""
+
+    def sums(self, found: list[Any]) -> Array:
+        """The sums, float64, shape (rows, lines), from what the spans found in their order."""
+
+
 def merge_procedure(work: Work, backend: Backend) -> Procedure:
     """The passes that merge one tensor."""
     method, combination = work.method, work.method.combination
@@ -62,12 +96,78 @@ def merge_procedure(work: Work, backend: Backend) -> Procedure:
         return
     element = yield from measure_element(work, backend)
     each = [method.numbers_of(model) for model in range(work.models)]
-    if combination.measure is not None:
+    shared = {**each[0], "models": float(work.models), **combination.numbers(method.shared)}
+    numbers = Coefficients(each, shared, method.factor)
+    for measure in method.merged_measures:
+        yield from MEASURES[type(measure)](work, backend, element, numbers, measure)
+    yield backend.combine(work, element, numbers)
+
+
+def _measure_gram(work: Work, backend: Backend, element: Element, numbers: Coefficients, measure: Gram) -> Passes:
+    """Weights from dot products: one a model, or one a model and line."""
+    settings = work.method.shared
+    if (axis := measure.axis(settings)) is None:
         pass_ = backend.products(work, element)
-        weights = combination.measure.weights(pass_.gram((yield pass_)), method.shared)
-        each = [{**own, "weight": weight} for own, weight in zip(each, weights, strict=True)]
-    shared = {**each[0], **combination.numbers(method.shared)}
-    yield backend.combine(work, element, Coefficients(each, shared, method.factor))
+        weights = _weights(work, measure, pass_.gram((yield pass_)))
+        for own, weight in zip(numbers.each, weights, strict=True):
+            own["weight"] = weight
+        return
+    lines = Lines.along(work.shape, work.size, axis)
+    by_line = backend.line_products(work, element, lines)
+    sums = by_line.sums((yield by_line))
+    gram = np.empty((lines.number, work.models, work.models))
+    for (one, other), row in zip(pairs_of(work.models), sums, strict=True):
+        gram[:, one, other] = gram[:, other, one] = row
+    numbers.lined["weight"] = lines, np.array([_weights(work, measure, own) for own in gram]).T
+
+
+def _weights(work: Work, measure: Gram, gram: Array) -> Sequence[float]:
+    try:
+        return measure.weights(gram, work.method.shared)
+    except ValueError as error:
+        raise RecipeError(f"Tensor {work.name!r}: {error}", "Merge it otherwise, or take it from one model.") from error
+
+
+def _measure_sums(work: Work, backend: Backend, element: Element, numbers: Coefficients, measure: Sums) -> Passes:
+    pass_ = backend.merged_sums(work, element, numbers, work.method.traced(measure.terms, merged=True))
+    found = measure.numbers(pass_.sums((yield pass_)), work.size, _known(work, numbers))
+    for name, values in found.items():
+        for own, value in zip(numbers.each, values, strict=True):
+            own[name] = value
+        numbers.shared[name] = values[0]
+
+
+def _measure_order(
+    work: Work, backend: Backend, element: Element, numbers: Coefficients, measure: OrderStatistics
+) -> Passes:
+    assert measure.of is not None
+    settings = _known(work, numbers)
+    sums = measure.sums(settings)
+    merged = Merged(work.method.traced(measure.of, merged=True), element, numbers, sums)
+    found = yield from measure_magnitudes(work, backend, measure, [settings], sums, merged)
+    numbers.shared.update(measure.numbers(work.size, settings, found[0]))
+
+
+def _measure_divergence(
+    work: Work, backend: Backend, element: Element, numbers: Coefficients, measure: Divergence
+) -> Passes:
+    del element
+    lines = Lines.along(work.shape, work.size, -1)
+    numbers.lined["divergence"] = lines, (yield from backend.divergence(work, lines, measure.least))[None]
+
+
+#: What measures, and adds what was found to the numbers.
+MEASURES: Mapping[type, Callable[..., Passes]] = {
+    Gram: _measure_gram,
+    Sums: _measure_sums,
+    OrderStatistics: _measure_order,
+    Divergence: _measure_divergence,
+}
+
+
+def _known(work: Work, numbers: Coefficients) -> Any:
+    """All settings, and the numbers that are the same for all models, as attributes."""
+    return SimpleNamespace(**{**vars(work.method.shared), **numbers.shared})
 
 
 def run_through(procedure: Procedure, walk: Callable[[Pass], list[Any]]) -> None:

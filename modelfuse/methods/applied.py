@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from modelfuse.methods.expressions import Expression, array, number, numbers_of, total, uses
-from modelfuse.methods.spec import Combination, OrderStatistics, Sparsifier, Value
+from modelfuse.methods.spec import (
+    Combination,
+    Divergence,
+    Gram,
+    LineRanks,
+    OrderStatistics,
+    Ranks,
+    Sparsifier,
+    Step,
+    Sums,
+    Value,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +32,12 @@ class Chain:
     Attributes:
         element: What becomes of a model's element before; None: nothing.
         combine: What becomes of all.
+        terms: What is added up of each model's elements before that.
     """
 
     element: Expression | None
     combine: Expression
+    terms: tuple[Expression, ...] = ()
 
     @cached_property
     def element_numbers(self) -> tuple[str, ...]:
@@ -68,15 +83,24 @@ class _Names(SimpleNamespace):
         return number(name, each=self._each)
 
 
-@lru_cache(maxsize=256)
-def _trace(sparsifier: Sparsifier | None, combination: Combination, static: tuple[tuple[str, Value], ...]) -> Chain:
-    known = dict(static)
-    element = None
-    if sparsifier is not None:
-        arrays = {"x": array("x"), "draw": array("draw", kind="single"), "keep": array("keep")}
-        element = sparsifier.element(_Names(True, {**known, **arrays}))
-    merged = {"x": array("x"), "base": array("base", each=False), "weight": number("weight")}
-    return Chain(element, combination.combine(_Names(False, {**known, **merged})))
+@lru_cache(maxsize=1024)
+def _trace(
+    function: Callable[[Any], T], merged: bool, static: tuple[tuple[str, Value], ...], lined: tuple[str, ...]
+) -> T:
+    """What a declaration's function makes of the names of elements and numbers.
+
+    Args:
+        function: Of a sparsifier or, ``merged``, a combination.
+        merged: Whether it is given all models' elements, after the element step.
+        static: The switches and choices.
+        lined: Numbers that each line has of its own.
+    """
+    known: dict[str, object] = dict(static)
+    if merged:
+        known |= {"x": array("x"), "base": array("base", each=False), "weight": number("weight")}
+    else:
+        known |= {"x": array("x"), "draw": array("draw", kind="single"), "keep": array("keep")}
+    return function(_Names(not merged, {**known, **{name: array(name) for name in lined}}))
 
 
 @dataclass(frozen=True)
@@ -105,6 +129,10 @@ class Applied:
     norm: float | None = None
     _cache: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        own = self.combination, self.sparsifier, self.weights, self.settings, self.seed, self.streams, self.factor
+        return Applied, own
+
     @property
     def merge_type(self) -> str:
         """The combination's name."""
@@ -119,12 +147,45 @@ class Applied:
     def chain(self) -> Chain:
         """The expressions to evaluate."""
         if "chain" not in self._cache:
-            parameters = (*self.combination.parameters, *(self.sparsifier.parameters if self.sparsifier else ()))
-            static = {each.name for each in parameters if each.is_static}
-            known = tuple((name, value) for name, value in self.settings if name in static)
-            self._cache["chain"] = _trace(self.sparsifier, self.combination, known)
+            element = self.traced(self.sparsifier.element, merged=False) if self.sparsifier is not None else None
+            sums = [each for each in self._needed(self.sparsifier) if isinstance(each, Sums)]
+            terms = [term for each in sums for term in self.traced(each.terms, merged=False)]
+            self._cache["chain"] = Chain(element, self.traced(self.combination.combine, merged=True), tuple(terms))
         chain: Chain = self._cache["chain"]
         return chain
+
+    def traced(self, function: Callable[[Any], T], *, merged: bool) -> T:
+        """What a declaration's function makes of the names of elements and numbers, for these switches and choices."""
+        parameters = (*self.combination.parameters, *(self.sparsifier.parameters if self.sparsifier else ()))
+        static = {each.name for each in parameters if each.is_static}
+        known = tuple((name, value) for name, value in self.settings if name in static and not isinstance(value, tuple))
+        lined = []
+        for each in self._needed(self.combination) if merged else ():
+            if isinstance(each, Divergence):
+                lined.append("divergence")
+            elif isinstance(each, Gram) and each.axis(self.shared) is not None:
+                lined.append("weight")
+        traced: T = _trace(function, merged, known, tuple(lined))
+        return traced
+
+    def _needed(self, step: Step | None) -> list[Any]:
+        """The measures of a step that are taken, in their order."""
+        known = self._cache.setdefault("measures", {})
+        if step not in known:
+            measures = step.measures if isinstance(step, Sparsifier | Combination) else ()
+            known[step] = [each for each in measures if each.needed(self.shared)]
+        found: list[Any] = known[step]
+        return found
+
+    @property
+    def element_measures(self) -> list[OrderStatistics | Ranks | LineRanks | Sums]:
+        """What is measured before the element step, in this order."""
+        return self._needed(self.sparsifier)
+
+    @property
+    def merged_measures(self) -> list[Gram | Sums | OrderStatistics | Divergence]:
+        """What is measured after it, in this order."""
+        return self._needed(self.combination)
 
     def of(self, model: int) -> Any:
         """The settings of one model, as attributes."""
@@ -141,8 +202,8 @@ class Applied:
 
     @property
     def shared(self) -> Any:
-        """All settings, as attributes."""
-        return SimpleNamespace(**dict(self.settings))
+        """All settings, and the weights, as attributes."""
+        return SimpleNamespace(weights=self.weights, **dict(self.settings))
 
     def stream(self, model: int) -> int:
         """The number that a model's draws depend on."""
@@ -152,7 +213,7 @@ class Applied:
     def coefficients(self) -> tuple[float, ...] | None:
         """The models' factors where the result is a weighted sum of them, whatever they hold; None if it is not."""
         weighted_sum = total(array("x") * number("weight"))
-        measured = self.combination.measure is not None or self.combination.matrix is not None
+        measured = bool(self.merged_measures) or self.combination.matrix is not None
         if self.sparsifier is not None or measured or self.chain.combine != weighted_sum:
             return None
         return tuple(weight * self.factor for weight in self.weights)
@@ -169,17 +230,20 @@ class Applied:
     @property
     def needs_sums(self) -> bool:
         """Whether sums of magnitudes are measured."""
-        measure = self.sparsifier.measure if self.sparsifier else None
-        return isinstance(measure, OrderStatistics) and any(
-            measure.sums(self.of(model)) for model in range(len(self.weights))
+        models = range(len(self.weights))
+        return any(
+            isinstance(each, OrderStatistics) and any(each.sums(self.of(model)) for model in models)
+            for each in self.element_measures
         )
 
     @property
     def counts_magnitudes(self) -> bool:
         """Whether magnitudes are counted before tensors are merged."""
-        return self.sparsifier is not None and self.sparsifier.measure is not None
+        measures = (*self.element_measures, *self.merged_measures)
+        return any(isinstance(each, OrderStatistics | Ranks) for each in measures)
 
     @property
     def reads_twice(self) -> bool:
         """Whether tensors are measured before they are merged."""
-        return self.counts_magnitudes or self.combination.measure is not None or self.combination.matrix is not None
+        measured = bool(self.element_measures or self.merged_measures)
+        return measured or self.combination.matrix is not None

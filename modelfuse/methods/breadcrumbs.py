@@ -8,7 +8,7 @@ from typing import Any
 
 from modelfuse.methods.expressions import where
 from modelfuse.methods.linear import LINEAR
-from modelfuse.methods.parameters import RESCALE, RESERVE_P
+from modelfuse.methods.parameters import MIN_L1, RESCALE, RESERVE_P
 from modelfuse.methods.spec import Magnitudes, Method, OrderStatistics, Parameter, Sparsifier
 from modelfuse.methods.ties import TIES
 from modelfuse.methods.trim import scale
@@ -21,15 +21,15 @@ GAMMA = Parameter(
 
 def _ranks(size: int, settings: Any) -> Sequence[int]:
     """The smallest and the largest rank that are kept, ascending from 0; none if nothing is kept."""
-    kept, top = math.floor(settings.reserve_p * size), math.floor(settings.gamma * size)
+    kept, top = math.floor(min(settings.reserve_p, 1) * size), math.floor(settings.gamma * size)
     bottom = max(0, size - kept - top)
-    return (bottom, bottom + kept - 1) if kept else ()
+    return (bottom, bottom + kept - 1) if kept > 0 else ()
 
 
 def _numbers(size: int, settings: Any, magnitudes: Magnitudes) -> Mapping[str, float]:
     if not _ranks(size, settings):
         return {"low": math.inf, "high": 0.0, "factor": 1.0}
-    factor = scale(magnitudes.total, magnitudes.between(0, 1)) if settings.rescale else 1.0
+    factor = scale(magnitudes.total, magnitudes.between(0, 1), MIN_L1) if settings.rescale else 1.0
     return {"low": magnitudes.at(0), "high": magnitudes.at(1), "factor": factor}
 
 
@@ -39,7 +39,7 @@ BREADCRUMBS = Sparsifier(
     formula="of n by |x| ascending, drop the last ⌊γn⌋ as far as p allows, keep ⌊pn⌋ before them, drop the rest",
     paper="Davari and Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795",
     parameters=(RESERVE_P, GAMMA, RESCALE),
-    measure=OrderStatistics(ranks=_ranks, numbers=_numbers, sums=lambda settings: bool(settings.rescale)),
+    measures=(OrderStatistics(ranks=_ranks, numbers=_numbers, sums=lambda settings: bool(settings.rescale)),),
     element=lambda each: where((abs(each.x) >= each.low) & (abs(each.x) <= each.high), each.x, 0.0) * each.factor,
 )
 

@@ -46,9 +46,13 @@ MAGPRUNE = Sparsifier(
     paper="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617",
     parameters=(RESERVE_P, EPSILON, RESCALE),
     check=_check,
-    measure=Ranks(
-        probability=lambda ranks, size, settings: keep_probability(ranks, size, settings.reserve_p, settings.epsilon),
-        spread=lambda settings: float(settings.epsilon),
+    measures=(
+        Ranks(
+            probability=lambda ranks, size, settings: keep_probability(
+                ranks, size, settings.reserve_p, settings.epsilon
+            ),
+            spread=lambda settings: float(settings.epsilon),
+        ),
     ),
     element=_element,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.methods.expressions import total
-from modelfuse.methods.spec import Combination, Floats, Gram, Method
+from modelfuse.methods.spec import Combination, Floats, Gram, Method, Parameter
 
 #: Products of norms below this count as this, and sums of cosines nearer to zero leave the base as it is.
 MIN_PRODUCT = 1e-6
@@ -27,6 +27,9 @@ def share(gram: Floats) -> float:
     return 0.0 if abs(divisor) < MIN_PRODUCT else models * cosine / divisor
 
 
+FILTER_WISE = Parameter("filter_wise", False, "model_stock: one angle for each row instead of each tensor.")
+
+
 def _weights(gram: Floats, settings: Any) -> list[float]:
     return [share(gram) / gram.shape[0]] * gram.shape[0]
 
@@ -36,7 +39,8 @@ MODEL_STOCK = Combination(
     summary="Move from the base towards the models' mean as far as the angle between the models says.",
     formula="b + t·(mean x − b), t = Nc/(1 + (N−1)c), c the mean cosine of the pairs of differences",
     paper="Jang et al. 2024, Model Stock, arXiv:2403.19522",
-    measure=Gram(_weights),
+    parameters=(FILTER_WISE,),
+    measures=(Gram(_weights, lambda settings: -1 if settings.filter_wise else None),),
     models=(2, None),
     base="required",
     weights="none",

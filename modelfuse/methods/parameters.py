@@ -10,3 +10,6 @@ RESERVE_P = Parameter(
 )  # fmt: skip
 RESCALE = Parameter("rescale", True, "Make up for what was dropped.")
 NORMALIZE = Parameter("normalize", False, "Divide the weights by their sum (false by default when weights are given).")
+
+#: Arcee's methods rescale to the sum of magnitudes there was where neither it nor the new one is below this.
+MIN_L1 = 1e-7

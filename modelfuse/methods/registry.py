@@ -11,16 +11,26 @@ from itertools import product
 from typing import Any
 
 from modelfuse.methods import (
+    arcee_fusion,
     breadcrumbs,
     dare,
     iso_c,
     iso_cts,
+    karcher,
+    largest,
     linear,
     magprune,
     model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
+    ram,
+    random_keep,
     ridge,
+    sce,
     slerp,
     swudi,
+    ties,
     trim,
     tsv_m,
 )
@@ -28,7 +38,14 @@ from modelfuse.methods.applied import Applied
 from modelfuse.methods.spec import Combination, Method, Parameter, Sparsifier, Value
 
 #: The files of methods, in the order in which help lists them.
-MODULES = (linear, slerp, trim, magprune, dare, breadcrumbs, model_stock, iso_c, iso_cts, tsv_m, ridge, swudi)
+MODULES = (
+    linear, slerp, nuslerp, multislerp, karcher, trim, magprune, dare, breadcrumbs, model_stock, nearswap, arcee_fusion,
+    sce, ram, iso_c, iso_cts, tsv_m, ridge, swudi,
+)  # fmt: skip
+#: Steps that flat recipes have no name for: configurations mean them (:mod:`modelfuse.methods.arcee`).
+UNNAMED: tuple[Sparsifier | Combination, ...] = (
+    largest.LARGEST, random_keep.RANDOM, random_keep.RANDOM_BY_RANK, ties.ELECT,
+)  # fmt: skip
 
 METHODS: dict[str, Method] = {}
 SPARSIFIERS: dict[str, Sparsifier] = {}
@@ -121,5 +138,8 @@ def _register_all(methods: Iterable[Method]) -> None:
 
 
 _register_all(method for module in MODULES for method in module.METHODS)
+for step in UNNAMED:
+    table: dict[str, Any] = SPARSIFIERS if isinstance(step, Sparsifier) else COMBINATIONS
+    table[step.name] = step
 #: What makes one tensor of itself.
 TAKE = apply(None, linear.LINEAR, (1.0,), {})

@@ -46,7 +46,7 @@ SLERP = Combination(
     formula="sin((1−α)θ)/sin θ · x₁ + sin(αθ)/sin θ · x₂, with cos θ = x₁·x₂ / (‖x₁‖‖x₂‖)",
     paper="Shoemake 1985, Animating rotation with quaternion curves, SIGGRAPH",
     parameters=(ALPHA, NORMALIZE_EPS, DOT_THRESHOLD),
-    measure=Gram(_weights),
+    measures=(Gram(_weights),),
     models=(2, 2),
     weights="none",
     combine=lambda each: total(each.x * each.weight),

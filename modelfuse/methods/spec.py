@@ -1,10 +1,11 @@
 """What a declaration of a method consists of.
 
-A merge of one tensor takes up to four kinds of steps. *Measures* learn something of whole tensors: magnitudes at given
-ranks, each magnitude's rank, or the Gram matrix of the inputs. The *element* step of a :class:`Sparsifier` acts on each
-model alone. A :class:`Combination` makes one element of the models' elements. Both are written as expressions
-(:mod:`modelfuse.methods.expressions`). What works on whole matrices says what to multiply them by
-(:class:`WholeMatrix`). A :class:`Method` names a pair of them, with defaults of its own.
+A merge of one tensor takes up to four kinds of steps. *Measures* learn something of whole tensors, or of each of their
+lines (rows, columns): magnitudes at given ranks, each magnitude's rank, sums, or the Gram matrix of the inputs. They
+are taken one after the other, and what one has found may be used by the next. The *element* step of a
+:class:`Sparsifier` acts on each model alone. A :class:`Combination` makes one element of the models' elements. Both are
+written as expressions (:mod:`modelfuse.methods.expressions`). What works on whole matrices says what to multiply them
+by (:class:`WholeMatrix`). A :class:`Method` names a pair of them, with defaults of its own.
 
 Everything else follows from the declarations: settings, help, checks, passes, memory, compiled loops, array code.
 """
@@ -78,11 +79,16 @@ class OrderStatistics:
         ranks: Of a tensor's size and the model's settings: ranks from 0, the smallest magnitude's, on.
         numbers: Of the tensor's size, the model's settings and its magnitudes: numbers for the element step, by name.
         sums: Of the settings: whether ``numbers`` asks for sums of magnitudes.
+        of: Of a combination: the element, made of all models', whose magnitudes are meant. Settings are then those of
+            the combination, with all numbers known by then.
+        needed: Of all settings: whether it is measured.
     """
 
     ranks: Callable[[int, Any], Sequence[int]]
     numbers: Callable[[int, Any, Magnitudes], Mapping[str, float]]
     sums: Callable[[Any], bool] = lambda settings: True
+    of: Callable[[Any], Expression] | None = None
+    needed: Callable[[Any], bool] = lambda settings: True
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +103,40 @@ class Ranks:
 
     probability: Callable[[Floats, int, Any], Floats]
     spread: Callable[[Any], float]
+    needed: Callable[[Any], bool] = lambda settings: True
+
+
+@dataclass(frozen=True, eq=False)
+class LineRanks:
+    """Measures every magnitude's rank in its line: the element step has a probability ``keep`` that depends on it.
+
+    Attributes:
+        axis: Of the number of dimensions: the axis that lines lie along.
+        probability: Of ranks from 0, the smallest magnitude's, on (float64, any shape; equal magnitudes share their
+            mean rank), a line's length and the model's settings: float64, the same shape.
+        needed: Of all settings: whether it is measured.
+    """
+
+    axis: Callable[[int], int]
+    probability: Callable[[Floats, int, Any], Floats]
+    needed: Callable[[Any], bool] = lambda settings: True
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Measures sums over the whole tensor, in float64, as good as exact.
+
+    Attributes:
+        terms: Of what ``element`` (of a combination: ``combine``) is given: the elements to add up, one a model or made
+            of all of them.
+        numbers: Of the sums (float64, shape (models, terms)), the tensor's size and all settings: numbers by name, one
+            a model.
+        needed: Of all settings: whether it is measured.
+    """
+
+    terms: Callable[[Any], Sequence[Expression]]
+    numbers: Callable[[Floats, int, Any], Mapping[str, Sequence[float]]]
+    needed: Callable[[Any], bool] = lambda settings: True
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +145,29 @@ class Gram:
 
     Attributes:
         weights: Of the Gram matrix (float64, shape (models, models)) and the settings: one factor a model.
+        axis: Of the settings: the axis along whose lines products are added up, each line having factors of its own;
+            None for one product of whole tensors.
+        needed: Of all settings: whether it is measured.
     """
 
     weights: Callable[[Floats, Any], Sequence[float]]
+    axis: Callable[[Any], int | None] = lambda settings: None
+    needed: Callable[[Any], bool] = lambda settings: True
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """Measures, for each row, how far the only model's softmax is from the base's: ``divergence``, an element's factor.
+
+    It is the Kullback-Leibler divergence Σ p ln(p/q), p and q the softmax over the row plus a small number.
+
+    Attributes:
+        least: That number.
+        needed: Of all settings: whether it is measured.
+    """
+
+    least: float
+    needed: Callable[[Any], bool] = lambda settings: True
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,13 +234,13 @@ class Sparsifier(Step):
     Attributes:
         element: Of a namespace with the element ``x``, a uniform ``draw`` in [0, 1) (float32), the probability ``keep``
             of a :class:`Ranks`, the switches and choices among the settings, and all numbers by name: an element.
-        numbers: Of a model's settings: numbers for ``element`` that need no measuring, by name.
-        measure: What must be known of the whole tensor before.
+        numbers: Of a model's settings: numbers for ``element`` that are not measured (there, or at all), by name.
+        measures: What must be known of the whole tensor before, in this order.
     """
 
     element: Callable[[Any], Expression] = lambda each: each.x
     numbers: Callable[[Any], Mapping[str, float]] = lambda settings: {}
-    measure: OrderStatistics | Ranks | None = None
+    measures: tuple[OrderStatistics | Ranks | LineRanks | Sums, ...] = ()
 
     def __reduce__(self) -> tuple[Callable[[str], Sparsifier], tuple[str]]:
         return find_sparsifier, (self.name,)
@@ -192,9 +252,9 @@ class Combination(Step):
 
     Attributes:
         combine: Of a namespace with every model's element ``x`` and ``weight``, the switches and choices among the
-            settings, and all numbers by name: an element.
-        numbers: Of the settings: numbers for ``combine`` that are the same for all models, by name.
-        measure: What must be known of the whole tensors before; it gives the weights.
+            settings, and all numbers by name (``models`` is how many there are): an element.
+        numbers: Of the settings: the same for ``combine``, one for all models.
+        measures: What must be known of the whole tensors before, in this order.
         matrix: What is done to whole matrices; ``combine`` is not used then. Other tensors are averaged.
         models: The least and the most number of models; None for any.
         base: Whether it acts on differences to a base.
@@ -204,7 +264,7 @@ class Combination(Step):
 
     combine: Callable[[Any], Expression] = lambda each: each.x
     numbers: Callable[[Any], Mapping[str, float]] = lambda settings: {}
-    measure: Gram | None = None
+    measures: tuple[Gram | Sums | OrderStatistics | Divergence, ...] = ()
     matrix: WholeMatrix | None = None
     models: tuple[int, int | None] = (1, None)
     base: Base = "optional"

@@ -14,16 +14,23 @@ MIN_DIVISOR = 1e-8
 ELECT_TYPE = Parameter("ties_elect_type", "sum", "ties: elect signs by value or by number.", choices=("sum", "count"))
 
 
-def _combine(each: Any) -> Expression:
+def _sum(each: Any) -> tuple[Expression, Expression]:
+    """The sum of those that agree, and the sum of their weights."""
     y = each.x * each.weight
     elected = total(y if each.ties_elect_type == "sum" else sign(y))
     # Compared so that a NaN agrees with every sign: it must reach the output.
     agrees = ~(y * where(elected >= 0.0, 1.0, -1.0) <= 0.0)
-    result = total(where(agrees, y, 0.0))
-    if not each.normalize:
-        return result
-    divisor = total(where(agrees, each.weight, 0.0))
-    return result / where(abs(divisor) >= MIN_DIVISOR, divisor, 1.0)
+    return total(where(agrees, y, 0.0)), total(where(agrees, each.weight, 0.0))
+
+
+def _combine(each: Any) -> Expression:
+    result, divisor = _sum(each)
+    return result / where(abs(divisor) >= MIN_DIVISOR, divisor, 1.0) if each.normalize else result
+
+
+def _elect(each: Any) -> Expression:
+    result, divisor = _sum(each)
+    return result / where(abs(divisor) > 0.0, divisor, 1.0) if each.normalize else result
 
 
 TIES = Combination(
@@ -37,4 +44,14 @@ TIES = Combination(
     parameters=(ELECT_TYPE, NORMALIZE),
     weights="relative",
     combine=_combine,
+)
+
+ELECT = Combination(
+    name="elect",
+    summary="The same as ties, which is divided by the agreeing weights unless they sum to exactly zero.",
+    formula=TIES.formula,
+    paper=TIES.paper,
+    parameters=(ELECT_TYPE, NORMALIZE),
+    weights="relative",
+    combine=_elect,
 )

@@ -33,9 +33,9 @@ def _dropped(reserve_p: float) -> tuple[int, int]:
     return (1 - Fraction(repr(reserve_p))).as_integer_ratio()
 
 
-def scale(before: float, after: float) -> float:
-    """The factor that restores the sum of magnitudes; 1 where a sum is too small or not finite."""
-    return before / after if MIN_SUM <= before < math.inf and after >= MIN_SUM else 1.0
+def scale(before: float, after: float, least: float = MIN_SUM) -> float:
+    """The factor that restores the sum of magnitudes; 1 where a sum is below ``least`` or not finite."""
+    return before / after if least <= before < math.inf and after >= least else 1.0
 
 
 def _numbers(size: int, settings: Any, magnitudes: Magnitudes) -> Mapping[str, float]:
@@ -49,9 +49,11 @@ TRIM = Sparsifier(
     formula="keep |x| ≥ the (1−p) quantile of |x|; × Σ|x| before ÷ Σ|x| after",
     paper="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708",
     parameters=(RESERVE_P, RESCALE),
-    measure=OrderStatistics(
-        ranks=lambda size, settings: (kept_from(size, settings.reserve_p),),
-        numbers=_numbers,
+    measures=(
+        OrderStatistics(
+            ranks=lambda size, settings: (kept_from(size, settings.reserve_p),),
+            numbers=_numbers,
+        ),
     ),
     element=lambda each: where(abs(each.x) >= each.threshold, each.x, 0.0) * each.factor,
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modelfuse.dtypes import F64, computed_in
+from modelfuse.kernels import CPU_ROOM
 from modelfuse.kernels.backends import GPU_ROOM, Device, find_gpu
-from modelfuse.kernels.kernel import CPU_ROOM
 from modelfuse.kernels.matrices import memory_of
 from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.recipe.recipe import Recipe

@@ -83,7 +83,7 @@ class Operation:
         merges = self.action == "merge" and self.method is not None
         method, matrices = (self.method or TAKE, self.matrices) if merges else (TAKE, None)
         dtypes, deltas = tuple(each.dtype for each in self.sources), tuple(each.is_delta for each in self.models)
-        return Work(self.name, self.size, dtypes, self.has_base, self.dtype, method, deltas, matrices)
+        return Work(self.name, self.size, dtypes, self.has_base, self.dtype, method, deltas, matrices, self.shape)
 
     @property
     def window(self) -> int:

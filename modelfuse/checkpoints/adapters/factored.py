@@ -246,7 +246,7 @@ def merge_whole(
     raws = np.empty((len(sources), most * max(dtype.bytes for dtype in dtypes)), np.uint8)
     # A model has hundreds of such tensors: large ones are worth compiling for.
     kernel = shared_kernel(TENSORS * sum(dtype.nbytes(size) for dtype in dtypes) < SMALL)
-    work = Work(name, size, dtypes, False, kind, method, matrices=matrices)
+    work = Work(name, size, dtypes, False, kind, method, matrices=matrices, shape=sources[0].shape)
     with ExitStack() as files:
         files.enter_context(kernel.running())
         readers = [files.enter_context(source.open()) for source in sources]

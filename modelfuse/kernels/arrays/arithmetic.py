@@ -7,6 +7,7 @@ roundings and none adds up in an order of its own, so the bits are those of the 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,13 @@ class Tables(NamedTuple):
     models: list[Tensor]
     subtables: Tensor
     levels: int
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum, and what it lost."""
+    added = a + b
+    of_b = added - a
+    return added, (a - (added - of_b)) + (b - of_b)
 
 
 class Arithmetic:
@@ -169,27 +177,55 @@ class Arithmetic:
 
         Shape (products, 2, chunks), in the order of :func:`modelfuse.kernels.procedures.pairs_of`.
         """
-        library, size = self._library, xs[0].shape[0]
-        wide = [library.cast(each, "float64") for each in xs]
-        if short := -size % CHUNK:
-            zeros = library.cast(library.arange(0, short), "float64") * self._number(0.0, "float64")
-            wide = [library.join(each, zeros) for each in wide]
-        products = (wide[one] * wide[other] for one, other in pairs_of(len(xs)))
-        return library.stack(*(self._fold(each.reshape([-1, CHUNK])) for each in products))
+        wide = self._padded(xs)
+        return self._folded(wide[one] * wide[other] for one, other in pairs_of(len(xs)))
 
-    def _fold(self, sums: Tensor) -> Tensor:
-        """The sum of each row, and what its additions lost: halves are added to each other until one is left.
+    def sums(self, xs: list[Tensor]) -> Tensor:
+        """The sums in float64 of every CHUNK elements, and what their additions lost, shape (tensors, 2, chunks)."""
+        return self._folded(self._padded([each])[0] for each in xs)
+
+    def _padded(self, xs: list[Tensor]) -> list[Tensor]:
+        """In float64, zeros added up to a multiple of CHUNK."""
+        wide = [self._library.cast(each, "float64") for each in xs]
+        if short := -xs[0].shape[0] % CHUNK:
+            zeros = self.zeros(short)
+            wide = [self._library.join(each, zeros) for each in wide]
+        return wide
+
+    def zeros(self, count: int) -> Tensor:
+        """So many zeros, float64."""
+        return self._library.cast(self._library.arange(0, count), "float64") * self._number(0.0, "float64")
+
+    def _folded(self, terms: Iterable[Tensor]) -> Tensor:
+        folded = (self.fold(each.reshape([-1, CHUNK])) for each in terms)
+        return self._library.stack(*(self._library.stack(*each) for each in folded))
+
+    def fold(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums along axis 1, and what their additions lost: halves are added until one is left.
 
         Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2) finds each addition's error, so
-        that the two together are as good as exact.
+        that the two together are as good as exact. Where halves are not equal, the first element is added first.
         """
-        lost: Tensor = None
-        width = CHUNK
+        width, lost = sums.shape[1], None
         while width > 1:
-            width //= 2
-            a, b = sums[:, :width], sums[:, width:]
-            sums = a + b
-            of_b = sums - a
-            error = (a - (sums - of_b)) + (b - of_b)
-            lost = error if lost is None else lost[:, :width] + lost[:, width:] + error
-        return self._library.stack(sums[:, 0], lost[:, 0])
+            odd, half = width % 2, width // 2
+            a, b = sums[:, odd : odd + half], sums[:, odd + half :]
+            added, error = _two_sum(a, b)
+            if lost is not None:
+                error = lost[:, odd : odd + half] + lost[:, odd + half :] + error
+            if odd:
+                added, error = self._add_first(sums, added, error, lost)
+            sums, lost, width = added, error, half
+        return sums[:, 0], self._without_loss(sums)[:, 0] if lost is None else lost[:, 0]
+
+    def _add_first(self, sums: Tensor, added: Tensor, error: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+        """Add what stands first of an odd number to the first of those that were added."""
+        first, more = _two_sum(added[:, :1], sums[:, :1])
+        more = more if lost is None else more + lost[:, :1]
+        if added.shape[1] == 1:
+            return first, error + more
+        concatenated = self._library.join_columns
+        return concatenated(first, added[:, 1:]), concatenated(error[:, :1] + more, error[:, 1:])
+
+    def _without_loss(self, sums: Tensor) -> Tensor:
+        return sums * self._number(0.0, "float64")

@@ -20,7 +20,11 @@ class State:
     bad: Array
     found: Any = None
     placed: Any = None
+    prefixes: Any = None
     counts: list[Tensor] = field(default_factory=list)
+    #: The probability of keeping each element of a slice, one row a model, and the slice's first element.
+    keep: Array | None = None
+    first: int = 0
 
 
 class Walk:

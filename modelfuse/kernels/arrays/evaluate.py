@@ -65,8 +65,12 @@ class Evaluation:
     def of_model(self, one: Expression, model: int) -> Tensor:
         """The same, when nothing else is asked of this model."""
         value = self.value(one, model)
-        self._own.clear()
+        self.forget()
         return value
+
+    def forget(self) -> None:
+        """End with a model, before anything is asked of another one."""
+        self._own.clear()
 
     def _leaf(self, one: Expression, model: int) -> Tensor:
         if one.operation == "constant":

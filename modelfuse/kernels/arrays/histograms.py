@@ -11,8 +11,9 @@ import numpy as np
 from modelfuse.kernels import Bytes, Work
 from modelfuse.kernels.arrays.arithmetic import Arithmetic
 from modelfuse.kernels.arrays.blocks import State, Walk
+from modelfuse.kernels.arrays.chained import Chained
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
-from modelfuse.kernels.measures import add_up, add_up_models
+from modelfuse.kernels.measures import Element, Merged, add_up, add_up_models
 from modelfuse.kernels.order_statistics import BINS, LAYOUTS, LOW_BITS
 
 #: A tally's tables on the device: counts and two sums for each bin, and what it takes to gather those in use.
@@ -48,22 +49,43 @@ class Gather(Walk):
         return found.view(f"u{found.itemsize}")
 
 
-class TallyAll(Walk):
+class _Counting(Chained):
+    """A pass that counts magnitudes: the models' own or, if given, of what is made of all of them."""
+
+    def __init__(self, work: Work, library: Library, merged: Merged | None) -> None:
+        super().__init__(work, library, merged.element if merged else Element())
+        self._made = merged
+
+    def _magnitudes(self, state: State, first: int, xs: list[Tensor], base: Tensor | None) -> list[Tensor]:
+        """The tensors whose magnitudes are counted."""
+        if self._made is None:
+            return xs
+        self._apply_element(state, first, xs)
+        return [self._merged(first, xs, base, self._made.numbers).value(self._made.expression)]
+
+    @property
+    def _counted(self) -> int:
+        """How many tensors those are."""
+        return self._work.models if self._made is None else 1
+
+
+class TallyAll(_Counting):
     """The pass that tallies all magnitudes; finds, for each model, the bins that hold any and their rows."""
 
-    fixed = TABLE_BYTES
-    scratch = 40
-
-    def __init__(self, work: Work, library: Library) -> None:
-        super().__init__(work, library)
+    def __init__(self, work: Work, library: Library, merged: Merged | None = None) -> None:
+        super().__init__(work, library, merged)
         self._shift = LAYOUTS[work.compute].shift
-        self._sums = work.method.needs_sums
+        self._sums = merged.sums if merged else work.method.needs_sums
+        self.fixed, self.scratch = TABLE_BYTES, 40 if merged is None else Chained.scratch
 
     def start(self) -> State:
-        return self._state([[] for _ in range(self._work.models)])
+        state = super().start()
+        state.found = [[] for _ in range(self._counted)]
+        return state
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         library, arithmetic = self._library, self._arithmetic
+        xs = self._magnitudes(state, first, xs, base)
         for model, parts in enumerate(state.found):
             bits = arithmetic.magnitude_bits(xs[model])
             xs[model] = None
@@ -85,33 +107,39 @@ class TallyAll(Walk):
         return add_up_models(one, other)
 
 
-class TallyWithin(Walk):
+class TallyWithin(_Counting):
     """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3)."""
 
     once = False
-    scratch = 80
 
     def __init__(
-        self, work: Work, library: Library, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int
+        self,
+        work: Work,
+        library: Library,
+        prefixes: list[Array],
+        shifts: tuple[int, int],
+        digit_bits: int,
+        merged: Merged | None = None,
     ) -> None:
-        super().__init__(work, library)
-        self._prefixes, self._shifts, self._digits = prefixes, (parent_shift, shift), 1 << digit_bits
+        super().__init__(work, library, merged)
+        self._prefixes, self._shifts, self._digits = prefixes, shifts, 1 << digit_bits
         self.fixed = max(map(len, prefixes)) * self._digits * 32
 
     def start(self) -> State:
-        found = np.zeros((sum(map(len, self._prefixes)), self._digits, 3), np.uint64)
+        state = super().start()
+        state.found = np.zeros((sum(map(len, self._prefixes)), self._digits, 3), np.uint64)
         with self._library.working():
-            placed = [self._library.place(own.astype(np.int64)) for own in self._prefixes]
-        return self._state(found, placed)
+            state.prefixes = [self._library.place(own.astype(np.int64)) for own in self._prefixes]
+        return state
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         library, arithmetic = self._library, self._arithmetic
-        row = 0
+        row, xs = 0, self._magnitudes(state, first, xs, base)
         for model, own in enumerate(self._prefixes):
             bits = arithmetic.magnitude_bits(xs[model])
             xs[model] = None
             if own.size:
-                slots, chosen = self._slots(library.cast(bits, "int64"), state.placed[model])
+                slots, chosen = self._slots(library.cast(bits, "int64"), state.prefixes[model])
                 if slots.shape[0]:
                     self._count(state.found[row : row + len(own)], slots, chosen)
             row += len(own)

@@ -131,6 +131,10 @@ class Library(ABC):
     def join(self, *parts: Tensor) -> Tensor:
         """One-dimensional tensors, one after another."""
 
+    @abstractmethod
+    def join_columns(self, *parts: Tensor) -> Tensor:
+        """Tensors side by side, along axis 1."""
+
     def stack(self, *parts: Tensor) -> Tensor:
         """Tensors of one shape along a new first axis."""
         return self._module.stack(list(parts))

@@ -71,5 +71,8 @@ class NumpyLibrary(Library):
     def join(self, *parts: Tensor) -> Tensor:
         return np.concatenate(parts)
 
+    def join_columns(self, *parts: Tensor) -> Tensor:
+        return np.concatenate(parts, axis=1)
+
     def bincount(self, x: Tensor, length: int, weights: Tensor | None = None) -> Tensor:
         return np.bincount(x, weights, length)

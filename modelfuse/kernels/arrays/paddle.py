@@ -79,3 +79,6 @@ class PaddleLibrary(Library):
 
     def join(self, *parts: Tensor) -> Tensor:
         return self._module.concat(list(parts))
+
+    def join_columns(self, *parts: Tensor) -> Tensor:
+        return self._module.concat(list(parts), 1)

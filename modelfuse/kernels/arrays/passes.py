@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from modelfuse.kernels import Bytes, Procedure, Work
-from modelfuse.kernels.arrays.arithmetic import Tables
-from modelfuse.kernels.arrays.blocks import State, Walk
-from modelfuse.kernels.arrays.evaluate import Evaluation
+from modelfuse.kernels.arrays.blocks import State
+from modelfuse.kernels.arrays.chained import Added, Chained, Fragments
+from modelfuse.kernels.arrays.divergence import divergence
 from modelfuse.kernels.arrays.histograms import Gather, TallyAll, TallyWithin
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
+from modelfuse.kernels.arrays.line_products import LineProducts
 from modelfuse.kernels.gram import gram_of
-from modelfuse.kernels.measures import Element
-from modelfuse.kernels.order_statistics import BINS, LAYOUTS
+from modelfuse.kernels.lines import Lines
+from modelfuse.kernels.measures import Element, Merged, Passes
 from modelfuse.kernels.procedures import Coefficients
 from modelfuse.kernels.procedures import merge_procedure as procedure_over
+from modelfuse.methods.arrays import total
+from modelfuse.methods.expressions import Expression
 
 
 class ArrayBackend:
@@ -28,14 +32,39 @@ class ArrayBackend:
     def gather(self, work: Work) -> Gather:
         return Gather(work, self._library)
 
-    def all(self, work: Work) -> TallyAll:
-        return TallyAll(work, self._library)
+    def all(self, work: Work, merged: Merged | None = None) -> TallyAll:
+        return TallyAll(work, self._library, merged)
 
-    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyWithin:
-        return TallyWithin(work, self._library, prefixes, parent_shift, shift, digit_bits)
+    def within(
+        self,
+        work: Work,
+        prefixes: list[Array],
+        parent_shift: int,
+        shift: int,
+        digit_bits: int,
+        merged: Merged | None = None,
+    ) -> TallyWithin:
+        return TallyWithin(work, self._library, prefixes, (parent_shift, shift), digit_bits, merged)
+
+    def element_sums(self, work: Work, element: Element, terms: Sequence[Expression]) -> ElementSums:
+        return ElementSums(work, self._library, element, terms)
+
+    def fragments(self, work: Work, lines: Lines) -> Fragments:
+        return Fragments(work, lines)
 
     def products(self, work: Work, element: Element) -> DotProducts:
         return DotProducts(work, self._library, element)
+
+    def line_products(self, work: Work, element: Element, lines: Lines) -> LineProducts:
+        return LineProducts(work, self._library, element, lines)
+
+    def merged_sums(
+        self, work: Work, element: Element, numbers: Coefficients, terms: Sequence[Expression]
+    ) -> MergedSums:
+        return MergedSums(work, self._library, element, numbers, terms)
+
+    def divergence(self, work: Work, lines: Lines, least: float) -> Passes:
+        return divergence(work, lines, least)
 
     def combine(self, work: Work, element: Element, numbers: Coefficients) -> Combine:
         return Combine(work, self._library, element, numbers)
@@ -46,54 +75,7 @@ def merge_procedure(work: Work, library: Library) -> Procedure:
     return procedure_over(work, ArrayBackend(library))
 
 
-class _Chained(Walk):
-    """A pass over what the element step leaves."""
-
-    scratch = 80
-
-    def __init__(self, work: Work, library: Library, element: Element) -> None:
-        super().__init__(work, library)
-        self._element = element
-        self.fixed = 8 * (BINS * len(element.keep.tables) + element.keep.subtables.size)
-
-    def start(self) -> State:
-        with self._library.working():
-            return self._state([], self._place_tables())
-
-    def _place_tables(self) -> Tables:
-        library, compute, keep = self._library, self._work.compute, self._element.keep
-        tables = []
-        for bins, keeps in keep.tables:
-            table = np.ones(BINS)
-            table[bins] = keeps
-            tables.append(library.place(table.astype(compute)))
-        subtables = library.place(keep.subtables.astype(compute).ravel())
-        return Tables(LAYOUTS[compute].shift, tables, subtables, keep.levels)
-
-    def _apply_element(self, state: State, first: int, xs: list[Tensor]) -> None:
-        """Apply the element step to all models, in place."""
-        chain, arithmetic = self._work.method.chain, self._arithmetic
-        if chain.element is None:
-            return
-        count = xs[0].shape[0]
-        counters = arithmetic.counters(first, count) if chain.draws else None
-        for model in range(len(xs)):
-            arrays: dict[str, list[Tensor]] = {"x": xs}
-            if chain.draws:
-                arrays["draw"] = [arithmetic.draws(counters, self._element.keys[model], count)] * len(xs)
-            if chain.keeps:
-                arrays["keep"] = [self._keep(state, first, xs[model], model)] * len(xs)
-            evaluation = Evaluation(self._library, arithmetic, arrays, self._element.numbers, {})
-            xs[model] = evaluation.of_model(chain.element, model)
-
-    def _keep(self, state: State, first: int, x: Tensor, model: int) -> Tensor:
-        exact = self._element.keep.exact
-        if exact is None:
-            return self._arithmetic.keep_probabilities(x, state.placed, model)
-        return self._library.place(exact[model, first : first + x.shape[0]].astype(self._work.compute))
-
-
-class Combine(_Chained):
+class Combine(Chained):
     """The pass that merges and writes."""
 
     writes = True
@@ -105,9 +87,7 @@ class Combine(_Chained):
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         arithmetic, numbers = self._arithmetic, self._numbers
         self._apply_element(state, first, xs)
-        arrays = {"x": xs, "base": base}
-        evaluation = Evaluation(self._library, arithmetic, arrays, numbers.each, numbers.shared)
-        result = evaluation.value(self._work.method.chain.combine)
+        result = self._merged(first, xs, base, numbers).value(self._work.method.chain.combine)
         if numbers.factor != 1.0:
             result = result * arithmetic.number(numbers.factor)
         stored = arithmetic.encode(result if base is None else result + base, self._work.out)
@@ -118,7 +98,7 @@ class Combine(_Chained):
         return None
 
 
-class DotProducts(_Chained):
+class DotProducts(Chained):
     """The pass that measures dot products of models; finds float64 sums, shape (products, numbers to add up)."""
 
     def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
@@ -132,3 +112,47 @@ class DotProducts(_Chained):
     def gram(self, found: list[Any]) -> Array:
         """The Gram matrix, float64, shape (models, models)."""
         return gram_of(self._work.models, list(np.concatenate(found, axis=1)))
+
+
+class ElementSums(Added):
+    """The pass that adds up terms of each model's elements."""
+
+    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+        counters, found = self._counters(first, xs[0].shape[0]), []
+        for model in range(len(xs)):
+            evaluation = self._elements(state, first, xs, model, counters)
+            found += [evaluation.value(term, model) for term in self._terms]
+        self._add(state, found)
+
+    def sums(self, found: list[Any]) -> Array:
+        """The sums, float64, shape (models, terms)."""
+        sums = [total(each) for each in np.concatenate(found, axis=1)]
+        return np.array(sums).reshape(self._work.models, len(self._terms))
+
+
+class MergedSums(Added):
+    """The pass that adds up terms that are made of all models' elements."""
+
+    def __init__(
+        self, work: Work, library: Library, element: Element, numbers: Coefficients, terms: Sequence[Expression]
+    ) -> None:
+        super().__init__(work, library, element, terms)
+        self._numbers = numbers
+
+    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+        self._apply_element(state, first, xs)
+        evaluation = self._merged(first, xs, base, self._numbers)
+        found = []
+        for model in range(len(xs)):
+            found += [evaluation.value(term, model) for term in self._terms if term.each or not model]
+            evaluation.forget()
+        self._add(state, found)
+
+    def sums(self, found: list[Any]) -> Array:
+        """The sums, float64, shape (models, terms); of what is the same for all models, the same for each."""
+        sums = iter([total(each) for each in np.concatenate(found, axis=1)])
+        table = np.empty((self._work.models, len(self._terms)))
+        for model in range(self._work.models):
+            for column, term in enumerate(self._terms):
+                table[model, column] = next(sums) if term.each or not model else table[0, column]
+        return table

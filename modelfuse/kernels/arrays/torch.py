@@ -87,3 +87,6 @@ class TorchLibrary(Library):
 
     def join(self, *parts: Tensor) -> Tensor:
         return self._module.cat(parts)
+
+    def join_columns(self, *parts: Tensor) -> Tensor:
+        return self._module.cat(parts, 1)

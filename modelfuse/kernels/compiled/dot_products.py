@@ -1,4 +1,4 @@
-"""Dot products of models, for Gram matrices: compiled loops over blocks."""
+"""Dot products of models, for Gram matrices, and sums of terms: compiled loops over blocks."""
 
 from __future__ import annotations
 
@@ -94,6 +94,43 @@ def _add_exactly(one: Array, other: Array, size: int, lanes: Array, losses: Arra
                 lost += _error_of(total, product, added)
                 total = added
             lanes[lane], losses[lane] = total, lost
+
+
+@compile_kernel
+def add_terms(rows: Array, terms: int, model: int, size: int, lanes: Array) -> None:
+    """Add a block of a model's terms to the lanes, and what each addition loses to others.
+
+    Args:
+        rows: The terms, from the second row on, shape (1 + terms, BLOCK); set to zero beyond ``size``.
+        terms: The number of terms.
+        model: The model's number.
+        size: The number of elements.
+        lanes: float64, shape (models · terms, 2, LANES): sums, and what was lost.
+    """
+    whole = -(-size // LANES) * LANES
+    for term in range(terms):
+        values, own, losses = rows[1 + term], lanes[model * terms + term, 0], lanes[model * terms + term, 1]
+        for i in range(size, whole):
+            values[i] = 0
+        for start in range(0, whole, LANES):
+            for lane in range(LANES):
+                value = np.float64(values[start + lane])
+                added = own[lane] + value
+                losses[lane] += _error_of(own[lane], value, added)
+                own[lane] = added
+
+
+@compile_kernel
+def fold_terms(lanes: Array, sums: Array) -> None:
+    """Fold the lanes of each term into one sum and what was lost, float64, shape (models · terms, 2)."""
+    for term in range(lanes.shape[0]):
+        total = lost = 0.0
+        for lane in range(LANES):
+            value = lanes[term, 0, lane]
+            added = total + value
+            lost += _error_of(total, value, added) + lanes[term, 1, lane]
+            total = added
+        sums[term, 0], sums[term, 1] = total, lost
 
 
 @compile_kernel

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelfuse.kernels.compiled.direct_reads import BLOCK
-from modelfuse.kernels.compiled.dot_products import add_products
+from modelfuse.kernels.compiled.dot_products import add_products, add_terms, fold_terms
 from modelfuse.kernels.compiled.merge_loops import CHUNK, finish, keep_probabilities, load, uniform
 from modelfuse.kernels.jit.compile import compile_kernel
 from modelfuse.methods.applied import Chain
-from modelfuse.methods.expressions import INFIX, Expression, walk
+from modelfuse.methods.expressions import INFIX, Expression, numbers_of, uses, walk
 
 #: Models that a loop takes at a time.
 TOGETHER = 3
@@ -52,6 +52,20 @@ def multiply(data, first, length, room, how, lanes, sums):
 """
 
 
+SUMS = """
+def add_up(data, first, length, room, how, terms, lanes, sums):
+    for chunk in range(0, length, CHUNK):
+        lanes[:] = 0.0
+        for start in range(chunk, min(chunk + CHUNK, length), BLOCK):
+            size = min(BLOCK, length - start)
+            load(data, start, size, room, length)
+            for model in range(data.inputs.models):
+                evaluate_terms(how, model, first + start, size, room)
+                add_terms(room.rows, terms, model, size, lanes)
+        fold_terms(lanes, sums[chunk // CHUNK])
+"""
+
+
 class ChainKernels(NamedTuple):
     """The kernels of a chain.
 
@@ -61,11 +75,14 @@ class ChainKernels(NamedTuple):
             code.
         multiply: The dot products of all pairs of models: takes Stored, the first element's number, the slice's length,
             Room, Element, lanes and sums.
+        add_up: The sums of the chain's terms: takes Stored, the first element's number, the slice's length, Room,
+            Element, the number of terms, lanes and sums.
     """
 
     rows: int
     combine: Callable[..., None]
     multiply: Callable[..., None]
+    add_up: Callable[..., None]
 
 
 class _Writer:
@@ -115,11 +132,26 @@ def _constant_lines(constants: Mapping[Expression, str]) -> list[str]:
 
 def element_source(chain: Chain) -> str:
     """The source of the function that applies the element step to a block of one model, in place."""
-    expression = chain.element
-    if expression is None:
-        return "def apply_element(how, model, first, count, room):\n    pass\n"
-    constants = _constants(expression)
-    columns = {name: f"n{column}" for column, name in enumerate(chain.element_numbers)}
+    signature = "apply_element(how, model, first, count, room)"
+    if chain.element is None:
+        return f"def {signature}:\n    pass\n"
+    return _loop_source(signature, (chain.element,), ("x",))
+
+
+def terms_source(chain: Chain) -> str:
+    """The source of the function that leaves the chain's terms of a block of one model in ``room.rows``."""
+    signature = "evaluate_terms(how, model, first, count, room)"
+    if not chain.terms:
+        return f"def {signature}:\n    pass\n"
+    # The first row holds probabilities.
+    places = [f"rows[{row}]" for row in range(1, 1 + len(chain.terms))]
+    return _loop_source(signature, chain.terms, places)
+
+
+def _loop_source(signature: str, expressions: Sequence[Expression], places: Sequence[str]) -> str:
+    """A function with one loop over a block of one model's elements, of which expressions are put in places."""
+    constants = _constants(*expressions)
+    columns = {name: f"n{column}" for column, name in enumerate(element_numbers(expressions))}
     arrays = {"x": "x[i]", "draw": "draws[i]", "keep": "keep[i]"}
 
     def leaf(one: Expression) -> str:
@@ -128,16 +160,23 @@ def element_source(chain: Chain) -> str:
         return columns[str(one.value)] if one.operation == "number" else arrays[str(one.value)]
 
     writer = _Writer(leaf)
-    result = writer.name_of(expression)
-    lines = ["x, draws, keep = room.x[model], room.draws, room.rows[0]", "kind = x.dtype.type"]
+    results = [writer.name_of(each) for each in expressions]
+    lines = ["x, draws, keep, rows = room.x[model], room.draws, room.rows[0], room.rows", "kind = x.dtype.type"]
+    lines += [f"o{number} = {place}" for number, place in enumerate(places)]
     lines += _constant_lines(constants)
     lines += [f"{name} = how.numbers[model, {column}]" for column, name in enumerate(columns.values())]
-    if chain.draws:
+    if any(uses(each, "draw") for each in expressions):
         lines.append("uniform(how.keys[model], first, count, room.bits, room.words, draws)")
-    if chain.keeps:
+    if any(uses(each, "keep") for each in expressions):
         lines.append("keep_probabilities(how, model, first, count, room, keep)")
-    lines += ["for i in range(count):", *(STEP + line for line in writer.lines), f"{STEP}x[i] = {result}"]
-    return _function("apply_element(how, model, first, count, room)", lines)
+    lines += ["for i in range(count):", *(STEP + line for line in writer.lines)]
+    lines += [f"{STEP}o{number}[i] = {result}" for number, result in enumerate(results)]
+    return _function(signature, lines)
+
+
+def element_numbers(expressions: Sequence[Expression]) -> tuple[str, ...]:
+    """The numbers that expressions of a model's element take, in the order of their columns."""
+    return tuple(dict.fromkeys(name for each in expressions for name in numbers_of(each, each=True)))
 
 
 def _level(one: Expression) -> int:
@@ -230,17 +269,22 @@ def combination_source(chain: Chain) -> tuple[str, int]:
 def kernels_of(chain: Chain) -> ChainKernels:
     """The kernels of a chain; they are compiled when they are first called."""
     element, (combination, rows) = element_source(chain), combination_source(chain)
+    terms = terms_source(chain)
     digest = hashlib.blake2b((element + combination).encode(), digest_size=6).hexdigest()
     element_digest = hashlib.blake2b(element.encode(), digest_size=6).hexdigest()
     known: dict[str, Any] = {
         "__name__": MODULE, "np": np, "BLOCK": BLOCK, "CHUNK": CHUNK, "load": load, "uniform": uniform,
         "keep_probabilities": keep_probabilities, "finish": finish, "add_products": add_products,
+        "add_terms": add_terms, "fold_terms": fold_terms,
     }  # fmt: skip
     known["apply_element"] = _compile(element, "apply_element", element_digest, known)
     known["combine_block"] = _compile(combination, "combine_block", digest, known)
     combine = _compile(COMBINE, "combine", digest, known)
     multiply = _compile(PRODUCTS, "multiply", element_digest, known)
-    return ChainKernels(max(rows, 1), combine, multiply)
+    terms_digest = hashlib.blake2b(terms.encode(), digest_size=6).hexdigest()
+    known["evaluate_terms"] = _compile(terms, "evaluate_terms", terms_digest, known)
+    add_up = _compile(SUMS, "add_up", terms_digest, known)
+    return ChainKernels(max(rows, 1 + len(chain.terms)), combine, multiply, add_up)
 
 
 def _compile(source: str, name: str, digest: str, known: Mapping[str, Any]) -> Any:

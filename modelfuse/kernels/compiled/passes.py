@@ -10,43 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Extent, Procedure, Work
+from modelfuse.kernels import Bytes, Extent, Work
 from modelfuse.kernels.compiled import histograms, merge_loops
 from modelfuse.kernels.compiled.dot_products import LANES
-from modelfuse.kernels.compiled.generate import ChainKernels, kernels_of
+from modelfuse.kernels.compiled.generate import ChainKernels, element_numbers, kernels_of
 from modelfuse.kernels.compiled.scratch import RAW_CODES, Scratch, give_back, inputs_of, lay_out, take_scratch
 from modelfuse.kernels.gram import gram_of, pairs_of
 from modelfuse.kernels.jit.code_cache import prepare
-from modelfuse.kernels.measures import Element, KeepTables, add_up_models
+from modelfuse.kernels.measures import (
+    Element,
+    KeepTables,
+    add_up_models,
+)
 from modelfuse.kernels.order_statistics import LAYOUTS, LEAD_BITS, RANKS, Layout
 from modelfuse.kernels.procedures import Coefficients
-from modelfuse.kernels.procedures import merge_procedure as procedure_over
+from modelfuse.methods.arrays import total
 
 Array = np.ndarray[Any, Any]
-
-
-class CompiledBackend:
-    """The passes that are compiled loops over stored bytes."""
-
-    def gather(self, work: Work) -> Gather:
-        return Gather(work)
-
-    def all(self, work: Work) -> TallyAll:
-        return TallyAll(work, LAYOUTS[work.compute])
-
-    def within(self, work: Work, prefixes: list[Array], parent_shift: int, shift: int, digit_bits: int) -> TallyWithin:
-        return TallyWithin(work, prefixes, (LAYOUTS[work.compute].shift, parent_shift, shift), digit_bits)
-
-    def products(self, work: Work, element: Element) -> DotProducts:
-        return DotProducts(work, element)
-
-    def combine(self, work: Work, element: Element, numbers: Coefficients) -> Combine:
-        return Combine(work, element, numbers)
-
-
-def merge_procedure(work: Work) -> Procedure:
-    """The passes that merge one tensor on the CPU."""
-    return procedure_over(work, CompiledBackend())
 
 
 def chain_kernels(work: Work) -> ChainKernels:
@@ -54,11 +34,11 @@ def chain_kernels(work: Work) -> ChainKernels:
     return kernels_of(work.method.chain)
 
 
-def _laid_out(work: Work, element: Element) -> Any:
-    """What the element step must know, as the kernels take it."""
+def _laid_out(work: Work, element: Element, names: Sequence[str]) -> Any:
+    """What the element step must know, as the kernels take it, with the numbers of these names."""
     keys, numbers = (
         np.array(element.keys, np.uint64),
-        element.table(work.method.chain.element_numbers, work.compute),
+        element.table(names, work.compute),
     )
     keep = _laid_out_keep(element.keep, work.compute) if work.method.chain.keeps else _no_keep(work.compute)
     return prepare(merge_loops.Element(keys, numbers, *keep))
@@ -129,9 +109,9 @@ class _Walk:
 class _Chained(_Walk):
     """A pass over what the element step leaves."""
 
-    def __init__(self, work: Work, element: Element) -> None:
+    def __init__(self, work: Work, element: Element, names: Sequence[str] | None = None) -> None:
         super().__init__(work)
-        self._how = _laid_out(work, element)
+        self._how = _laid_out(work, element, work.method.chain.element_numbers if names is None else names)
 
     def start(self) -> State:
         state = super().start()
@@ -204,6 +184,40 @@ class Gather(_Walk):
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
         state.found = np.empty((self._work.models, count), np.uint64)
         merge_loops.gather(data, count, state.scratch.room, state.found)
+
+
+class ElementSums(_Chained):
+    """The pass that adds up terms of each model's elements.
+
+    Finds float64 sums and what they lost, a row for every CHUNK elements: shape (chunks, models · terms, 2).
+    """
+
+    writes = False
+
+    def __init__(self, work: Work, element: Element) -> None:
+        terms = work.method.chain.terms
+        super().__init__(work, element, element_numbers(terms))
+        self._terms = len(terms)
+
+    def start(self) -> State:
+        state = super().start()
+        state.found = []
+        return state
+
+    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+        rows = self._work.models * self._terms
+        sums, lanes = np.empty((math.ceil(count / merge_loops.CHUNK), rows, 2)), np.empty((rows, 2, LANES))
+        chain_kernels(self._work).add_up(data, first, count, state.scratch.room, self._how, self._terms, lanes, sums)
+        state.found.append(sums)
+
+    def _found(self, state: State) -> Array:
+        return np.concatenate(state.found)
+
+    def sums(self, found: list[Any]) -> Array:
+        """The sums, float64, shape (models, terms)."""
+        parts = np.concatenate(found)
+        sums = [total(parts[:, row]) for row in range(parts.shape[1])]
+        return np.array(sums).reshape(self._work.models, self._terms)
 
 
 class TallyAll(_Walk):

@@ -1,0 +1,102 @@
+"""How far the rows of a model are from those of its base, as distributions: with numpy, whatever merges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from modelfuse.kernels import Bytes, Work
+from modelfuse.kernels.arrays.blocks import State
+from modelfuse.kernels.arrays.chained import Host
+from modelfuse.kernels.arrays.library import Array, Tensor
+from modelfuse.kernels.elementary import exp, log
+from modelfuse.kernels.lines import Accumulated, Lines, accumulate, add_exactly, line_sums
+from modelfuse.kernels.measures import Passes
+
+
+def divergence(work: Work, lines: Lines, least: float) -> Passes:
+    """Σ p ln(p/q) of each line, not below 0: p and q the model's softmax and the base's, plus ``least``."""
+    largest = np.full((2, lines.number), -np.inf)
+    for first, found in (each for span in (yield Largest(work, lines)) for each in span):
+        here = largest[:, first : first + found.shape[1]]
+        np.maximum(here, found, out=here)
+    sums = line_sums((yield Exponentials(work, lines, largest)))
+    return np.maximum(line_sums((yield Divergences(work, lines, largest, sums, least)))[0], 0.0)
+
+
+class _Rows(Host):
+    """A pass over rows: what is stored of the model and of its base, in float64."""
+
+    def __init__(self, work: Work, lines: Lines) -> None:
+        super().__init__(work)
+        self._lines = lines
+
+    def start(self) -> State:
+        return self._state([])
+
+    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+        wide = [np.zeros(xs[0].size) if base is None else base.astype(np.float64)]
+        wide.insert(0, xs[0].astype(np.float64) + wide[0])
+        for part in self._lines.parts(first, xs[0].size):
+            here = slice(part.start - first, part.stop - first)
+            rows = -1 if part.whole else 1
+            groups = [each[here].reshape(rows, self._lines.length if part.whole else part.stop - part.start)
+                      for each in wide]  # fmt: skip
+            state.found.append(self._found(part.start // self._lines.group, np.stack(groups)))
+
+    def _found(self, line: int, rows: Array) -> Any:
+        """What is found of consecutive lines, or of a piece of one: float64, shape (2, lines, elements)."""
+        raise NotImplementedError
+
+    def finish(self, state: State) -> Any:
+        return state.found
+
+
+class Largest(_Rows):
+    """Finds the largest element of each line."""
+
+    def _found(self, line: int, rows: Array) -> tuple[int, Array]:
+        return line, rows.max(axis=2)
+
+
+class Exponentials(_Rows):
+    """Adds up e to the power of each element, less the largest one."""
+
+    def __init__(self, work: Work, lines: Lines, largest: Array) -> None:
+        super().__init__(work, lines)
+        self._largest = largest
+
+    def _powers(self, line: int, rows: Array) -> Array:
+        return exp(rows - self._largest[:, line : line + rows.shape[1], None])
+
+    def _found(self, line: int, rows: Array) -> Accumulated:
+        return _added(line, self._powers(line, rows))
+
+    def finish(self, state: State) -> Accumulated:
+        return accumulate(state.found)
+
+
+class Divergences(Exponentials):
+    """Adds up p ln(p/q)."""
+
+    def __init__(self, work: Work, lines: Lines, largest: Array, sums: Array, least: float) -> None:
+        super().__init__(work, lines, largest)
+        self._sums, self._least = sums, least
+
+    def _found(self, line: int, rows: Array) -> Accumulated:
+        shares = self._powers(line, rows) / self._sums[:, line : line + rows.shape[1], None] + self._least
+        return _added(line, (shares[0] * log(shares[0] / shares[1]))[None])
+
+
+def _added(line: int, values: Array) -> Accumulated:
+    """Sums along the last axis, halves added to each other until one is left."""
+    lost = np.zeros_like(values)
+    while (width := values.shape[-1]) > 1:
+        if width % 2:
+            pad = [(0, 0)] * (values.ndim - 1) + [(0, 1)]
+            values, lost = np.pad(values, pad), np.pad(lost, pad)
+        half = values.shape[-1] // 2
+        values, error = add_exactly(values[..., :half], values[..., half:])
+        lost = lost[..., :half] + lost[..., half:] + error
+    return Accumulated(line, values, lost)

@@ -1,0 +1,73 @@
+"""What one model alone changed is kept whole, what several changed is averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from modelfuse.methods.expressions import Expression, most, number, total, where
+from modelfuse.methods.spec import Combination, Floats, Method, Parameter, Sums
+
+EPSILON = Parameter("ram_epsilon", 1e-5, "ram: an element was changed where it differs by more.", bounds={"ge": 0})
+R = Parameter("ram_r", 0.1, "ramplus_tl: how much a model's own elements grow with its share of common ones.")
+ALPHA = Parameter("ram_alpha", 0.2, "ramplus_tl: the most that this share counts.", bounds={"ge": 0})
+PAPER = "Yuan et al. 2026, Behavior knowledge merge in reinforced agentic models (RAM), arXiv:2601.13572"
+
+
+def _active(each: Any) -> Expression:
+    # Compared so that a NaN is active: it must reach the output.
+    same: Expression = abs(each.x) <= each.ram_epsilon
+    return ~same
+
+
+def _count(each: Any) -> Expression:
+    """How many models changed an element."""
+    return total(where(_active(each), 1.0, 0.0))
+
+
+def _mean(each: Any) -> Expression:
+    return total(where(_active(each), each.x, 0.0)) / most(_count(each), 1.0)
+
+
+def _terms(each: Any) -> tuple[Expression, ...]:
+    """Which elements a model shares with others, and which are its own."""
+    shared = _count(each) > 1.0
+    return where(_active(each) & shared, 1.0, 0.0), where(_active(each) & ~shared, 1.0, 0.0)
+
+
+def _gains(sums: Floats, size: int, settings: Any) -> Mapping[str, Sequence[float]]:
+    del size
+    shares = sums[:, 0] / np.maximum(sums[:, 1], settings.ram_epsilon)
+    return {"gain": (1 + settings.ram_r * np.clip(shares, 0, settings.ram_alpha)).tolist()}
+
+
+def _combine_gained(each: Any) -> Expression:
+    own = total(where(_active(each), each.x * number("gain"), 0.0))
+    return where(_count(each) > 1.0, _mean(each), own)
+
+
+RAM = Combination(
+    name="ram",
+    summary="The mean, element by element, of the models that differ from the base there.",
+    formula="Σ dᵢ / c over the c models with |dᵢ| > ε",
+    paper=PAPER,
+    parameters=(EPSILON,),
+    base="required",
+    weights="none",
+    combine=_mean,
+)
+RAMPLUS_TL = Combination(
+    name="ramplus_tl",
+    summary="The same, where what one model alone changed grows with the share of what it changed as others did.",
+    formula="dᵢ·(1 + r·min(ρᵢ, α)) where model i alone differs, ρᵢ = its shared elements ÷ its own; else as ram",
+    paper=PAPER,
+    parameters=(EPSILON, R, ALPHA),
+    measures=(Sums(_terms, _gains),),
+    base="required",
+    weights="none",
+    combine=_combine_gained,
+)
+
+METHODS = (Method("ram", RAM), Method("ramplus_tl", RAMPLUS_TL))

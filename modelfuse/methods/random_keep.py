@@ -1,0 +1,83 @@
+"""Dropping elements at random, and making up for it by the sum of magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modelfuse.methods.dare import DARE
+from modelfuse.methods.expressions import Expression, single, where
+from modelfuse.methods.magprune import EPSILON, MAGPRUNE
+from modelfuse.methods.parameters import MIN_L1, RESCALE, RESERVE_P
+from modelfuse.methods.spec import Floats, LineRanks, Sparsifier, Sums
+from modelfuse.methods.trim import scale
+
+
+def _factors(sums: Floats, size: int, settings: Any) -> Mapping[str, Sequence[float]]:
+    del size, settings
+    return {"factor": [scale(before, after, MIN_L1) for before, after in sums.tolist()]}
+
+
+def _rescaled(kept: Any) -> Sums:
+    """What is measured to restore the sum of magnitudes after some were dropped."""
+    return Sums(lambda each: (abs(each.x), abs(kept(each))), _factors, needed=lambda settings: bool(settings.rescale))
+
+
+def _kept(each: Any) -> Expression:
+    return where(each.draw < single(each.probability), each.x, 0.0)
+
+
+RANDOM = Sparsifier(
+    name="random",
+    summary="Keep each element with one probability and restore the sum of magnitudes.",
+    formula="x with probability p, else 0; × Σ|x| before ÷ Σ|x| after",
+    paper=DARE.paper,
+    parameters=(RESERVE_P, RESCALE),
+    numbers=lambda settings: {"probability": settings.reserve_p, "factor": 1.0},
+    measures=(_rescaled(_kept),),
+    element=lambda each: _kept(each) * each.factor,
+)
+
+
+def keep_probability(ranks: Floats, length: int, density: float, epsilon: float) -> Floats:
+    """The probability of keeping elements of these ranks (ascending by magnitude, from 0) of a row."""
+    if density >= 1:
+        return ranks * 0 + 1
+    shares = ranks / (length - 1) if length > 1 else ranks + 0.5
+    probabilities: Floats = density - epsilon + 2 * epsilon * shares
+    return probabilities
+
+
+def _check(settings: Any) -> None:
+    low, high = settings.reserve_p - settings.epsilon, settings.reserve_p + settings.epsilon
+    if settings.reserve_p < 1 and (low <= 0 or high >= 1):
+        raise ValueError(
+            f"della keeps elements with probabilities from density − epsilon = {low:g} to density + epsilon = "
+            f"{high:g}; both must lie between 0 and 1"
+        )
+
+
+def _kept_by_rank(each: Any) -> Expression:
+    return where(each.draw < single(each.keep), each.x, 0.0)
+
+
+RANDOM_BY_RANK = Sparsifier(
+    name="random_by_rank",
+    summary="Keep each element with a probability that grows with its rank in its row, restore the sum of magnitudes.",
+    formula="x with probability p − ε + 2ε·r/(n − 1), r the rank by |x| in a row of n from 0, the smallest; else 0",
+    paper=MAGPRUNE.paper,
+    parameters=(RESERVE_P, EPSILON, RESCALE),
+    numbers=lambda settings: {"factor": 1.0},
+    check=_check,
+    measures=(
+        LineRanks(
+            # The last axis of a matrix; of more dimensions the second one.
+            axis=lambda dimensions: min(dimensions - 1, 1),
+            probability=lambda ranks, length, settings: keep_probability(
+                ranks, length, settings.reserve_p, settings.epsilon
+            ),
+        ),
+        _rescaled(_kept_by_rank),
+    ),
+    element=lambda each: _kept_by_rank(each) * each.factor,
+)
