@@ -64,6 +64,8 @@ def _type(name: str, setting: Setting) -> str:
         one = "float" if setting.is_fraction else "int"
     elif setting.noun in ("PATH", "MODEL"):
         one = "Path"
+    if name == "lambda":
+        one = "float | str"
     if name == "rules":
         one = "Any"
     several = f"Sequence[{one}]" if setting.takes_several else one

@@ -25,7 +25,7 @@ class Keywords(TypedDict, total=False):
     sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs"] | str | None
     weight_list: Sequence[float] | None
     normalize: bool | None
-    lambda_: str | None
+    lambda_: float | str | None
     slerp_alpha: float
     slerp_normalize_eps: float
     slerp_dot_threshold: float
