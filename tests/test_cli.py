@@ -168,7 +168,8 @@ def test_defaults() -> None:
     recipe = Recipe.parse({"model_path_list": ["A", "B"]})
     general = {name: value for name, value in vars(recipe).items() if name != "parameters"}
     settings = {**general, **{name: recipe.parameters[name] for name in METHOD_SETTINGS}}
-    assert settings == {**DEFAULTS, "model_path_list": recipe.model_path_list}
+    declared = {name: each.default for name, each in PARAMETERS.items()}
+    assert settings == {**declared, **DEFAULTS, "model_path_list": recipe.model_path_list}
     assert recipe.model_path_list == (Path("A").absolute(), Path("B").absolute())
     methods = recipe.parameters
     assert (methods.steps, recipe.weights, methods.normalizes) == ((None, "linear"), (0.5, 0.5), True)

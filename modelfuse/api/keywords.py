@@ -20,20 +20,31 @@ class Keywords(TypedDict, total=False):
     mergekit: str | None
     mergekit_document: str | None
     intermediate_dir: Path | None
-    merge_method: Literal["linear", "task_arithmetic", "slerp", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a"] | str | None
-    merge_type: Literal["linear", "slerp", "ties", "model_stock", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a"] | str | None
-    sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs"] | str | None
+    merge_method: Literal["linear", "task_arithmetic", "slerp", "nuslerp", "multislerp", "karcher", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "nearswap", "arcee_fusion", "sce", "ram", "ramplus_tl", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a"] | str | None
+    merge_type: Literal["linear", "slerp", "nuslerp", "multislerp", "karcher", "ties", "model_stock", "nearswap", "arcee_fusion", "sce", "ram", "ramplus_tl", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a", "elect"] | str | None
+    sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs", "largest", "random", "random_by_rank"] | str | None
     weight_list: Sequence[float] | None
     normalize: bool | None
     lambda_: float | str | None
     slerp_alpha: float
     slerp_normalize_eps: float
     slerp_dot_threshold: float
+    nuslerp_flatten: bool
+    nuslerp_row_wise: bool
+    multislerp_eps: float
+    karcher_max_iter: int
+    karcher_tol: float
     reserve_p: float
     rescale: bool
     ties_elect_type: Literal["sum", "count"] | str
     epsilon: float
     gamma: float
+    filter_wise: bool
+    nearswap_t: float
+    select_topk: float
+    ram_epsilon: float
+    ram_r: float
+    ram_alpha: float
     rank_tolerance: float
     common_fraction: float
     ridge_mu: float

@@ -10,7 +10,7 @@ import numpy as np
 from modelfuse.methods.expressions import total
 from modelfuse.methods.spec import Combination, Floats, Gram, Method, Parameter
 
-MAX_ITER = Parameter("karcher_max_iter", 10, "karcher: the most iterations.", bounds={"ge": 0})
+MAX_ITER = Parameter("karcher_max_iter", 10, "karcher: the most iterations.", bounds={"ge": 0, "le": 10**6})
 TOL = Parameter("karcher_tol", 1e-5, "karcher: norms, angles and steps below this count as nothing.", bounds={"ge": 0})
 
 
