@@ -27,6 +27,7 @@ from modelfuse.cli import help as help_pages
 from modelfuse.cli.arguments import Options, parse
 from modelfuse.cli.commands import COMMANDS
 from modelfuse.cli.groups import groups
+from modelfuse.methods.registry import PARAMETERS
 from modelfuse.planning import memory_budget
 from modelfuse.recipe.method_settings import METHOD_SETTINGS
 from modelfuse.recipe.names import SETTINGS
