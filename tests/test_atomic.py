@@ -135,7 +135,7 @@ def test_killed_at_no_moment_in_particular(merge: Run, tmp_path: Path) -> None:
 
 
 def test_two_at_once(refuse: Refuse, merge: Run, words: list[Any], tmp_path: Path) -> None:
-    with start("merge", *words, code=STOP_AT.format(MOMENTS["between tensors"])) as process:
+    with start("merge", "--n_process", 1, *words, code=STOP_AT.format(MOMENTS["between tensors"])) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
         says = ["Another merge is writing to", "C", f"process {process.pid}"]
@@ -398,7 +398,8 @@ def test_a_procedure_that_fails_ends_the_merge(
 def test_a_measuring_worker_that_fails_ends_the_merge(
     modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from modelfuse.kernels.compiled.passes import TallyAll
+    from modelfuse.kernels.arrays.histograms import Gather
+    from modelfuse.kernels.compiled.passes import Gather as CompiledGather
 
     def failing(*_: object) -> None:
         raise ZeroDivisionError("injected")
@@ -406,7 +407,8 @@ def test_a_measuring_worker_that_fails_ends_the_merge(
     before = snapshot(tmp_path)
     for method in ("apply", "finish"):
         with monkeypatch.context() as patch:
-            patch.setattr(TallyAll, method, failing)
+            patch.setattr(Gather, method, failing)
+            patch.setattr(CompiledGather, method, failing)
             said = modelfuse("merge", *words, "--n_process", 2, "--merge_method", "ties")
         assert said.status == 1
         assert "injected" in said.err

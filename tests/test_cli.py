@@ -701,7 +701,8 @@ def test_a_plain_merge_loads_what_it_needs(pair: Pair, tmp_path: Path) -> None:
         "print(*sys.modules); sys.exit(status)"
     )  # fmt: skip
     words = ("merge", "--model_path_list", *pair, "--quiet", "--output_path")
-    assert call(*words, tmp_path / "C").status == 0  # Now all kernels are compiled.
+    assert call("warm", "linear", "--quiet").status == 0
+    assert call(*words, tmp_path / "C").status == 0
     said = call(*words, tmp_path / "D", code=code)
     assert said.status == 0, said.err
     loaded = said.out.split()

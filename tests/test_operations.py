@@ -84,7 +84,7 @@ def expected(models: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 @pytest.fixture(autouse=True)
 def _stacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever decides what each tensor is made of, here it is a list."""
-    monkeypatch.setattr(planning, "operations_of", lambda recipe, rules, models, names: stacked(models))
+    monkeypatch.setattr(planning, "operations_of", lambda recipe, rules, models, *more: stacked(models))
 
 
 @pytest.mark.parametrize("tensor_type", ["np", "pt", "pd"])
@@ -158,7 +158,7 @@ def test_it_goes_on_where_it_was_ended(
 
 def test_memory_is_that_of_the_operations(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     counting = package.check(**settings).memory
-    plain = lambda recipe, rules, models, names: [each for each in stacked(models) if each.method is not TRIM]  # noqa: E731
+    plain = lambda recipe, rules, models, *more: [each for each in stacked(models) if each.method is not TRIM]  # noqa: E731
     monkeypatch.setattr(planning, "operations_of", plain)
     assert package.check(**settings).memory < counting
 

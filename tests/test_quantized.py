@@ -172,8 +172,9 @@ def test_scales_of_activations_are_left_out_of_fp8_models_only(merge: Callable[.
     assert read_model(tmp_path / "C").keys() == {WEIGHT, "layer_scale", "norm.k_scale"}
 
 
-def test_a_configuration_as_deep_as_json_goes(merge: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_configuration_deeper_than_any_is_refused(refuse: Callable[..., str], tmp_path: Path) -> None:
     models = [make_model(tmp_path / name, PLAIN, config=None) for name in "AB"]
     for model in models:
         (model / "config.json").write_text('{"a": ' * 900 + "{}" + "}" * 900)
-    merge("--model_path_list", *models, "--output_path", tmp_path / "C")
+    words = ("merge", "--model_path_list", *models, "--output_path", tmp_path / "C")
+    refuse(*words, says=[models[0] / "config.json", "nested more than 100 levels deep"])

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import repeat
 from typing import Any
 
@@ -22,7 +22,6 @@ import numpy as np
 
 from modelfuse.dtypes import F32, F64
 from modelfuse.kernels import CPU_BLOCK, CPU_ROOM, Measured, Pass, Procedure, Work
-from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.jit.compile import (
     NotCompiledError,
     announce,
@@ -54,6 +53,8 @@ def shared_kernel(is_small: bool) -> AdaptiveKernel:
 
 def numpy_kernel() -> ArrayKernel:
     """numpy's arrays in blocks that stay in the cache."""
+    from modelfuse.kernels.arrays.numpy import NumpyLibrary
+
     return ArrayKernel(NumpyLibrary(CPU_ROOM, CPU_BLOCK))
 
 
@@ -130,10 +131,14 @@ class AdaptiveKernel(Kernel):
     """
 
     def __init__(self, nbytes: int, spare: int = COMPILER_BYTES) -> None:
-        self._arrays, self._compiled = numpy_kernel(), CompiledKernel()
+        self._compiled = CompiledKernel()
         self._is_small, self._beside = nbytes < SMALL, spare >= COMPILER_BYTES
         self._known: dict[object, bool | Compilation] = {}
         self._lock = threading.Lock()
+
+    @cached_property
+    def _arrays(self) -> ArrayKernel:
+        return numpy_kernel()
 
     def running(self) -> AbstractContextManager[None]:
         return nothing_compiled()

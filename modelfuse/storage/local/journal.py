@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from modelfuse.storage.local.own_files import open_new, open_own
+from modelfuse.storage.local.own_files import open_or_create, open_own
 
 #: No entry is longer; a file without ends of lines is not read into memory.
 LONGEST_LINE = 1 << 26
@@ -68,7 +68,8 @@ class Journal:
             lines += b"%016x %s\n" % (checksum, text)
         is_new = self._descriptor < 0
         if is_new:
-            self._descriptor = (open_own if self._end else open_new)(self.path, os.O_WRONLY)
+            # One that is there and cannot be trusted, as the disk has failed, is written afresh.
+            self._descriptor = open_or_create(self.path, os.O_WRONLY)
             os.truncate(self._descriptor, self._end)
         write_all(self._descriptor, memoryview(lines), self._end)
         sync_data(self._descriptor)
