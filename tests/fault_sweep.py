@@ -130,6 +130,7 @@ def prepare(folder: Path) -> list[str]:
         models.append(make_model(folder / name, {**tensors, "ids": np.arange(3)}, shards=1 + seed))
     out = folder / "out" / "C"
     words = ["merge", "--model_path_list", *map(str, models), "--output_path", str(out), "--overwrite", "--quiet"]
+    words += ["--n_process", "1"]  # What is kept at once is kept by one thread, as in a merge.
     words += ["--merge_method", "slerp", "--max_shard_size", "300"]
     for alpha in "0", "2":  # The second is a mistake, which loads what shows one.
         with contextlib.redirect_stderr(io.StringIO()):
