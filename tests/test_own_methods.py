@@ -114,3 +114,21 @@ def test_a_package_that_is_broken_is_named(models: list[Path], tmp_path: Path) -
 def test_what_is_no_method_is_refused() -> None:
     with pytest.raises(package.RecipeError, match="is no method"):
         package.register(3)  # type: ignore[arg-type]
+
+
+def test_the_other_declaration_of_the_page(models: list[Path], tmp_path: Path) -> None:
+    """Weights that are a function of the Gram matrix: each tensor is that of the nearest model."""
+    page = (ROOT / "docs" / "adding_a_method.md").read_text(encoding="utf-8")
+    program = DECLARATION + page.split("```python\n")[2].split("```")[0]
+    base, *others = map(str, models)
+    program += (
+        f"modelfuse.merge(merge_method='shortest', base_model_path={base!r}, model_path_list={others!r}, "
+        "output_path='out', progress=False)\n"
+    )
+    done = run(tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+    start, *inputs = ({name: array(each) for name, each in read_model(path).items()} for path in models)
+    for name, stored in read_model(tmp_path / "out").items():
+        changes = [(each[name] - start[name]).astype(np.float64) for each in inputs]
+        nearest = inputs[int(np.argmin([np.sum(change * change) for change in changes]))][name]
+        np.testing.assert_allclose(array(stored), nearest, atol=1e-6)
