@@ -43,6 +43,7 @@ def words(pair: Pair, tmp_path: Path) -> list[Any]:
         (["--weight_list", "1"], ["weight_list has 1 weights for 2 models"], "one weight a model"),
         (["--weight_list", "1", "1", "1"], ["weight_list has 3 weights for 2 models"], "one weight a model"),
         (["--weight_list", "1", "-1", "--normalize"], ["weight_list sums to zero"], "--no_normalize"),
+        (["--weight_list", "1", "-2", "--normalize"], ["weight_list sums to -1"], "--no_normalize"),
         (["--weight_list", "1e308", "1e308", "--normalize"], ["weight_list"], None),
         (["--weight_list", "1e39", "1"], ["weight_list"], None),
         (["--weight_list", "nan", "1"], ["weight_list is 'nan'"], "--help"),

@@ -176,8 +176,15 @@ def check_weights(
         raise RecipeError(f"{combination.name} takes no weight_list", *(ways or ["It finds its weights itself."]))
     if len(weights) != models:
         raise RecipeError(f"weight_list has {len(weights)} weights for {models} models", "Give one weight a model.")
-    if normalize and abs(math.fsum(weights)) < 1e-8:
+    total = math.fsum(weights)
+    if normalize and abs(total) < 1e-8:
         raise RecipeError("weight_list sums to zero, so it cannot be normalized", "Use --no_normalize.")
+    if normalize and total < 0:
+        # Divided by it, every weight would change its sign: votes for one sign would count for the other one.
+        raise RecipeError(
+            f"weight_list sums to {total:g}: normalized, each weight would change its sign",
+            "Use --no_normalize, or the opposite weights.",
+        )
 
 
 def check_step(step: Step, settings: object) -> None:
