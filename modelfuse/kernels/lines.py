@@ -15,6 +15,9 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+#: Elements that are ranked at a time, if groups are smaller.
+TOGETHER = 1 << 17
+
 
 class Part(NamedTuple):
     """Consecutive elements: of one group, or of several whole ones.
@@ -55,6 +58,12 @@ class Lines:
     def group(self) -> int:
         """The elements of a group."""
         return self.length * self.inner
+
+    def cut_by(self, slice_elements: int, size: int) -> int:
+        """The most elements of groups that slices of so many elements cut, or of multiples of that."""
+        if slice_elements % self.group == 0:
+            return 0
+        return min(size, size // slice_elements * self.group)
 
     def numbers(self, first: int, count: int) -> Array:
         """The line that each element belongs to, int64, shape (count,)."""
@@ -139,12 +148,13 @@ class LineKeep:
         return keep
 
     def _keep(self, magnitudes: Array) -> Array:
-        """The same of whole groups."""
+        """The same of whole groups, a few at a time."""
         keep = np.empty(magnitudes.shape, self._compute)
-        length = self.lines.length
+        length, step = self.lines.length, max(TOGETHER // self.lines.group, 1) * self.lines.group
         for own, values, probability in zip(keep, magnitudes, self._probabilities, strict=True):
-            ranks = mean_ranks(values.reshape(-1, length, self.lines.inner))
-            own[:] = probability(ranks, length).ravel()
+            for start in range(0, values.size, step):
+                ranks = mean_ranks(values[start : start + step].reshape(-1, length, self.lines.inner))
+                own[start : start + step] = probability(ranks, length).ravel()
         return keep
 
 

@@ -214,9 +214,14 @@ def measure_magnitudes(
     return [Found(layout, own, own_units) for own, own_units in zip(searches, units, strict=True)]
 
 
+def ranked_lines(work: Work, measure: LineRanks) -> Lines:
+    """The lines in which magnitudes are ranked."""
+    return Lines.along(work.shape, work.size, measure.axis(len(work.shape) or 1))
+
+
 def _measure_lines(work: Work, passes: ElementPasses, measure: LineRanks) -> Passes:
     """The probability of keeping each magnitude by its rank in its line."""
-    lines = Lines.along(work.shape, work.size, measure.axis(len(work.shape) or 1))
+    lines = ranked_lines(work, measure)
     found = yield passes.fragments(work, lines)
     settings = [work.method.of(model) for model in range(work.models)]
     probabilities = [lambda ranks, length, own=own: measure.probability(ranks, length, own) for own in settings]

@@ -187,6 +187,13 @@ class Applied:
         """What is measured after it, in this order."""
         return self._needed(self.combination)
 
+    @property
+    def by_arrays(self) -> bool:
+        """Whether arrays do some of it on every backend: there are no compiled loops for lines and merged elements."""
+        lined = any(isinstance(each, LineRanks) for each in self.element_measures)
+        grams = [each for each in self.merged_measures if isinstance(each, Gram) and each.axis(self.shared) is None]
+        return lined or len(grams) < len(self.merged_measures)
+
     def of(self, model: int) -> Any:
         """The settings of one model, as attributes."""
         return SimpleNamespace(

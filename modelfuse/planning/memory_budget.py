@@ -12,6 +12,8 @@ from modelfuse.dtypes import F64, computed_in
 from modelfuse.kernels import CPU_ROOM
 from modelfuse.kernels.backends import GPU_ROOM, Device, find_gpu
 from modelfuse.kernels.matrices import memory_of
+from modelfuse.kernels.measures import ranked_lines
+from modelfuse.methods.spec import LineRanks
 from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Url
@@ -85,7 +87,8 @@ class MemoryDemand(NamedTuple):
         compiled: Whether all kernels that it takes were compiled before.
         counted: The most sources of a tensor whose magnitudes are counted; zero if there is none.
         twice: Whether any tensor is read twice.
-        whole: The most bytes that a worker takes for a tensor of which it needs whole matrices, beside its buffers.
+        whole: The most bytes that a worker takes for a tensor of which it needs whole matrices or lines, beside its
+            buffers.
     """
 
     outputs: int
@@ -190,7 +193,7 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
         compiled=_compiled(recipe, operations),
         counted=max(_counted(each) for each in operations),
         twice=any(method.reads_twice for method in methods_of(operations)),
-        whole=max(_whole(each) for each in operations),
+        whole=max(_whole(each) + _lines(each) for each in operations),
     )
 
 
@@ -199,6 +202,17 @@ def _whole(operation: Operation) -> int:
     if operation.matrices is None or how is None or operation.action != "merge":
         return 0
     return memory_of(operation.matrices, how, len(operation.models))
+
+
+def _lines(operation: Operation) -> int:
+    """What arrays take where loops are compiled for the rest, and the ranks of lines that slices cut."""
+    method = operation.method
+    if method is None or operation.action != "merge" or not method.by_arrays:
+        return 0
+    work = operation.work
+    ranked = [ranked_lines(work, each) for each in method.element_measures if isinstance(each, LineRanks)]
+    elements = sum(min(work.size, SLICE) + each.cut_by(GRAIN, work.size) for each in ranked)
+    return SCRATCH_BYTES + elements * work.models * 2 * (8 if work.compute == "float64" else 4)
 
 
 def _compiled(recipe: Recipe, operations: Sequence[Operation]) -> bool:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Work
-from modelfuse.kernels.arrays.blocks import State
-from modelfuse.kernels.arrays.chained import Host
+from modelfuse.kernels import CPU_BLOCK, CPU_ROOM, Bytes, Work
+from modelfuse.kernels.arrays.blocks import State, Walk
 from modelfuse.kernels.arrays.library import Array, Tensor
+from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.elementary import exp, log
 from modelfuse.kernels.lines import Accumulated, Lines, accumulate, add_exactly, line_sums
 from modelfuse.kernels.measures import Passes
@@ -25,11 +25,14 @@ def divergence(work: Work, lines: Lines, least: float) -> Passes:
     return np.maximum(line_sums((yield Divergences(work, lines, largest, sums, least)))[0], 0.0)
 
 
-class _Rows(Host):
+class _Rows(Walk):
     """A pass over rows: what is stored of the model and of its base, in float64."""
 
+    #: Elements of both, and what exponentials and logarithms take.
+    scratch = 200
+
     def __init__(self, work: Work, lines: Lines) -> None:
-        super().__init__(work)
+        super().__init__(work, NumpyLibrary(CPU_ROOM, CPU_BLOCK))
         self._lines = lines
 
     def start(self) -> State:
