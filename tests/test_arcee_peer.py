@@ -12,15 +12,9 @@ import pytest
 import yaml
 from conftest import Said, array, make_model, read_file, read_model
 
-from modelfuse.planning.arcee import methods
-from modelfuse.recipe.arcee.methods import METHODS
-
 PEERS = Path(__file__).parent / "fixtures" / "peers"
 KNOWN = json.loads((PEERS / "arcee_configurations.json").read_text(encoding="utf-8"))
-THERE = getattr(methods, "MAKERS", METHODS)
-CASES = {case["name"]: case for case in KNOWN["cases"] if case["configuration"]["merge_method"] in THERE}
-if THERE is not METHODS:
-    CASES.pop("model_stock_rows")
+CASES = {case["name"]: case for case in KNOWN["cases"]}
 #: Differences that are of the peer's float32: relative to a tensor's largest element.
 NEAR = 2e-6
 
