@@ -135,7 +135,7 @@ def element_source(chain: Chain) -> str:
     signature = "apply_element(how, model, first, count, room)"
     if chain.element is None:
         return f"def {signature}:\n    pass\n"
-    return _loop_source(signature, (chain.element,), ("x",))
+    return _loop_source(signature, (chain.element,), {"x": "x"})
 
 
 def terms_source(chain: Chain) -> str:
@@ -144,12 +144,12 @@ def terms_source(chain: Chain) -> str:
     if not chain.terms:
         return f"def {signature}:\n    pass\n"
     # The first row holds probabilities.
-    places = [f"rows[{row}]" for row in range(1, 1 + len(chain.terms))]
+    places = {f"o{row}": f"rows[{row}]" for row in range(1, 1 + len(chain.terms))}
     return _loop_source(signature, chain.terms, places)
 
 
-def _loop_source(signature: str, expressions: Sequence[Expression], places: Sequence[str]) -> str:
-    """A function with one loop over a block of one model's elements, of which expressions are put in places."""
+def _loop_source(signature: str, expressions: Sequence[Expression], places: Mapping[str, str]) -> str:
+    """A function with one loop over a block of one model's elements, of which expressions are put in places by name."""
     constants = _constants(*expressions)
     columns = {name: f"n{column}" for column, name in enumerate(element_numbers(expressions))}
     arrays = {"x": "x[i]", "draw": "draws[i]", "keep": "keep[i]"}
@@ -162,7 +162,7 @@ def _loop_source(signature: str, expressions: Sequence[Expression], places: Sequ
     writer = _Writer(leaf)
     results = [writer.name_of(each) for each in expressions]
     lines = ["x, draws, keep, rows = room.x[model], room.draws, room.rows[0], room.rows", "kind = x.dtype.type"]
-    lines += [f"o{number} = {place}" for number, place in enumerate(places)]
+    lines += [f"{name} = {place}" for name, place in places.items() if name != place]
     lines += _constant_lines(constants)
     lines += [f"{name} = how.numbers[model, {column}]" for column, name in enumerate(columns.values())]
     if any(uses(each, "draw") for each in expressions):
@@ -170,7 +170,7 @@ def _loop_source(signature: str, expressions: Sequence[Expression], places: Sequ
     if any(uses(each, "keep") for each in expressions):
         lines.append("keep_probabilities(how, model, first, count, room, keep)")
     lines += ["for i in range(count):", *(STEP + line for line in writer.lines)]
-    lines += [f"{STEP}o{number}[i] = {result}" for number, result in enumerate(results)]
+    lines += [f"{STEP}{name}[i] = {result}" for name, result in zip(places, results, strict=True)]
     return _function(signature, lines)
 
 
