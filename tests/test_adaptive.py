@@ -26,7 +26,8 @@ from modelfuse.kernels.compiled import base_distance, fp8, low_rank, truncated_s
 from modelfuse.kernels.compiled.base_distance import measured
 from modelfuse.kernels.compiled.passes import Combine
 from modelfuse.kernels.jit import code_cache
-from modelfuse.kernels.jit.compile import NotCompiledError, announcing, compiling
+from modelfuse.kernels.jit import compile as compile_module
+from modelfuse.kernels.jit.compile import NotCompiledError, announcing, compiling, nothing_compiled
 
 
 @pytest.fixture
@@ -224,3 +225,15 @@ def test_a_nan_in_one_model_is_one_in_the_output_of_ties(elect: str, normalize: 
     assert np.isnan(defined[[0, 1, 5]]).all()
     same_values(drive(work, stored)[0], defined)
     same_values(drive(work, stored, procedure=numpy_kernel().merge(work))[0], defined)
+
+
+def test_merges_at_the_same_time_leave_compiling_allowed() -> None:
+    """Whichever of them ends first."""
+    one, other = nothing_compiled(), nothing_compiled()
+    one.__enter__()
+    other.__enter__()
+    assert compile_module._forbidding
+    one.__exit__(None, None, None)
+    assert compile_module._forbidding
+    other.__exit__(None, None, None)
+    assert not compile_module._forbidding

@@ -62,7 +62,8 @@ class _Policy(threading.local):
 
 
 _policy = _Policy()
-_compiles = True
+#: One for each that has nothing compiled.
+_forbidding: list[None] = []
 
 
 def compiler_missing() -> str | None:
@@ -87,12 +88,11 @@ def compiling(allowed: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def nothing_compiled() -> Iterator[None]:
     """Have nothing compiled meanwhile, by threads that say nothing themselves."""
-    global _compiles
-    before, _compiles = _compiles, False
+    _forbidding.append(None)  # Several merges may run at the same time, and end in any order.
     try:
         yield
     finally:
-        _compiles = before
+        _forbidding.pop()
 
 
 @contextlib.contextmanager
@@ -162,7 +162,8 @@ class Kernel:
         try:
             content = code_cache.find(symbol)
             if content is None:
-                if not (_compiles if _policy.compiles is None else _policy.compiles) or compiler_missing():
+                allowed = not _forbidding if _policy.compiles is None else _policy.compiles
+                if not allowed or compiler_missing():
                     raise NotCompiledError(symbol)
                 announce(COMPILING)
                 content = _export(self._compiler, symbol, arguments)
