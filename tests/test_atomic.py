@@ -380,14 +380,16 @@ def test_every_worker_that_fails_ends_the_merge(
 def test_a_procedure_that_fails_ends_the_merge(
     modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from modelfuse.kernels.compiled import passes
+    from modelfuse.kernels.arrays import passes
+    from modelfuse.kernels.compiled import backend
 
-    def failing(_: object) -> object:
+    def failing(*_: object) -> object:
         yield from ()
         raise MemoryError("injected")
 
     before = snapshot(tmp_path)
-    monkeypatch.setattr(passes, "merge_procedure", failing)
+    for module in (passes, backend):
+        monkeypatch.setattr(module, "merge_procedure", failing)
     for workers in (1, 3):
         said = modelfuse("merge", *words, "--n_process", workers)
         assert said.status == 1

@@ -8,7 +8,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from modelfuse.checkpoints import name_patterns
@@ -41,9 +41,11 @@ patterns = st.recursive(
 names = st.one_of(st.sampled_from(NAMES), st.text("aab.0_qx-", max_size=12))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.lists(patterns, min_size=1, max_size=3), st.lists(names, min_size=1, max_size=4))
 def test_they_fit_as_in_python(texts: list[str], given: list[str]) -> None:
+    # With more that may repeat without end, Python's own engine could take years.
+    assume(all(sum(map(text.count, ("*", "+", "{1,}", "{2}"))) <= 3 for text in texts))
     try:
         for text in texts:
             re.compile(text)

@@ -19,8 +19,8 @@ ODD = tuple(1 / (2 * n + 1) for n in range(12))
 def exp(x: Array) -> Array:
     """e to the power of each element; 0 below −700.
 
-    >>> float(exp(np.array([1.0]))[0])
-    2.718281828459045
+    >>> round(float(exp(np.array([1.0]))[0]), 14)
+    2.71828182845905
     """
     with np.errstate(all="ignore"):
         finite = np.where(np.isfinite(x), x, 0.0)
@@ -36,8 +36,8 @@ def exp(x: Array) -> Array:
 def log(x: Array) -> Array:
     """The natural logarithm of positive, normal numbers; NaN of all others.
 
-    >>> float(log(np.array([10.0]))[0])
-    2.302585092994046
+    >>> round(float(log(np.array([10.0]))[0]), 14)
+    2.30258509299405
     """
     with np.errstate(all="ignore"):
         known = np.isfinite(x) & (x > 0)
