@@ -15,6 +15,7 @@ from pretended_gpu import PretendedGpu
 from pretended_paddle_gpu import PretendedPaddleGpu
 
 import modelfuse as package
+from modelfuse.errors import _installed_from
 from modelfuse.kernels import backends
 from modelfuse.kernels.backends import LIBRARIES, Device, choose
 from modelfuse.planning.memory_budget import GPU_WORKERS, GRAIN, LEAST_GPU_ROOM, MemoryDemand, fit_memory
@@ -130,7 +131,7 @@ def test_a_library_that_is_not_installed(
     name = LIBRARIES[tensor_type].module
     refuse(command, "--model_path_list", *pair, "--output_path", tmp_path / "C", "--tensor_type", tensor_type,
            says=[f"tensor_type {tensor_type} needs {name}, which is not installed"],
-           hint=f"pip install 'modelfuse[{name}]'")  # fmt: skip
+           hint=f"pip install '{_installed_from()}[{name}]'")  # fmt: skip
 
 
 def test_a_library_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +173,7 @@ def test_a_library_that_was_built_without_gpus_names_what_to_install(
     pretend(monkeypatch, 0, built=False)
     with pytest.raises(package.MissingExtraError, match=r"built without support for GPUs") as raised:
         package.check(model_path_list=pair, tensor_type="pt", device="low_gpu_mem")
-    assert "modelfuse[torch]" in str(raised.value.hint)
+    assert f"'{_installed_from()}[torch]'" in str(raised.value.hint)
 
 
 @pytest.mark.parametrize(("tensor_type", "device"), GPU)

@@ -27,7 +27,7 @@ from hub_server import Hub, serving
 import modelfuse as package
 from modelfuse.checkpoints.output import atomic_folder
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
-from modelfuse.errors import HubError, MissingExtraError
+from modelfuse.errors import HubError, MissingExtraError, _installed_from
 from modelfuse.planning.hub import Watch, client, fetch, parallel_jobs
 from modelfuse.recipe.hub_names import HubName, hub_name
 from modelfuse.recipe.recipe import Recipe
@@ -828,7 +828,7 @@ def test_a_cache_that_cannot_be_written_to(published: Hub, refuse: Run, cache: P
 def test_without_the_library(published: Hub, refuse: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refuse("merge", *words(published, "org/a", "models/mistrl"),
-           says=["There is no folder org/a here", "huggingface_hub"], hint="pip install 'modelfuse[hub]'")  # fmt: skip
+           says=["There is no folder org/a here", "huggingface_hub"], hint=f"pip install '{_installed_from()}[hub]'")  # fmt: skip
     with pytest.raises(MissingExtraError):
         package.check(model_path_list=["org/a", "org/b"])
 

@@ -306,7 +306,7 @@ def test_a_file_too_many(sharded: Path) -> None:
 def test_side_files(out: Path) -> None:
     (out / "tokenizer.json").write_text("{ }")
     (out / "config.json").unlink()
-    (out / "README.md").write_text("Written by the user, so none of our business.")
+    (out / "NOTES.md").write_text("Written by the user, so none of our business.")
     found = problems(out)
     assert found == {
         "file": [
