@@ -283,11 +283,11 @@ def test_what_came_into_an_output_is_never_replaced(
     refuse: Refuse, merge: Callable[..., Said], words: list[Any], tmp_path: Path
 ) -> None:
     """Neither before a merge nor while it is under way; what it wrote itself is, with all that it copied."""
-    (tmp_path / "A" / "NOTES.md").write_text("x")  # Not copied unasked.
-    merge(*words[1:], "--copy_file_list", "NOTES.md")
-    assert (tmp_path / "C" / "NOTES.md").exists()
+    (tmp_path / "A" / "zero_to_fp32.py").write_text("x")  # Not copied unasked.
+    merge(*words[1:], "--copy_file_list", "zero_to_fp32.py")
+    assert (tmp_path / "C" / "zero_to_fp32.py").exists()
     merge(*words[1:], "--overwrite")
-    assert not (tmp_path / "C" / "NOTES.md").exists()
+    assert not (tmp_path / "C" / "zero_to_fp32.py").exists()
     (tmp_path / "C" / "results.csv").write_text("mine")
     refuse("merge", *words[1:], "--overwrite", says=["results.csv"])
     (tmp_path / "C" / "results.csv").unlink()

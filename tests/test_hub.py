@@ -828,7 +828,8 @@ def test_a_cache_that_cannot_be_written_to(published: Hub, refuse: Run, cache: P
 def test_without_the_library(published: Hub, refuse: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refuse("merge", *words(published, "org/a", "models/mistrl"),
-           says=["There is no folder org/a here", "huggingface_hub"], hint=f"pip install '{_installed_from()}[hub]'")  # fmt: skip
+           says=["There is no folder org/a here", "huggingface_hub"],
+           hint=f"pip install '{_installed_from()}[hub]'")  # fmt: skip
     with pytest.raises(MissingExtraError):
         package.check(model_path_list=["org/a", "org/b"])
 
