@@ -230,7 +230,8 @@ def test_an_output_verifies_where_there_is_no_cluster(
 ) -> None:
     merge(*words, *on(simulated))
     settings = json.loads((tmp_path / "C" / CONFIG_NAME).read_text())
-    assert (settings["engine"], settings["ray_address"]) == ("ray", simulated.address)
+    # Which cluster it was changes no byte, and a file is not to say where code runs.
+    assert (settings["engine"], settings["ray_address"]) == ("ray", None)
     said = modelfuse("verify", tmp_path / "C", "--full")
     assert said.status == 0, said.err
 
