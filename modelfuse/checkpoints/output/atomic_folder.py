@@ -120,7 +120,8 @@ class OutputFolder:
     def create(self, name: str, frame: Frame) -> None:
         """Create a weight file of its final size and write all that is no tensor's, or open what a run has left."""
         path = self._temporary / name
-        allow_open_files(len(self._descriptors) + SPARE_FILES)
+        # Numbers are given out from the lowest on: the last one tells what else the process has open.
+        allow_open_files(max(self._descriptors.values(), default=0) + SPARE_FILES)
         made = name not in self._left
         try:
             self._descriptors[name] = descriptor = (open_new if made else open_own)(path, os.O_RDWR)
