@@ -27,6 +27,7 @@ from modelfuse.checkpoints.formats.paddle_tensors import Landmarks
 from modelfuse.checkpoints.made_files import CONFIG_NAME, REPORT_NAME
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.dtypes import BY_NAME
+from modelfuse.errors import _installed_from
 from modelfuse.execution import run as running
 from modelfuse.execution.ray import batches, driver, node_checks
 from modelfuse.execution.ray.batches import Group
@@ -173,14 +174,10 @@ def test_every_tensor_has_its_rule_on_the_nodes_too(
     assert content(tmp_path / "C") == expected
 
 
-def test_whole_matrices_are_merged_on_the_nodes_too(merge: Command, simulated: Simulated, tmp_path: Path) -> None:
-    shapes = {f"layers.{layer}.up_proj.weight": (60, 40) for layer in range(3)}
-    base, *models = base_and_two(tmp_path, {**shapes, "layers.3.down_proj.weight": (40, 60), "norm.weight": 40}, 9)
+def test_whole_matrices_are_not_merged_on_nodes(refuse: Callable[..., str], tmp_path: Path) -> None:
+    base, *models = base_and_two(tmp_path, {"layers.0.up_proj.weight": (60, 40), "norm.weight": 40}, 9)
     words = ["--model_path_list", *models, "--base_model_path", base, "--output_path", tmp_path / "C"]
-    words += ["--merge_method", "iso_c"]
-    expected = on_one_machine(merge, words, tmp_path)
-    merge(*words, *on(simulated))
-    assert content(tmp_path / "C") == expected
+    refuse("merge", *words, "--merge_method", "iso_c", "--engine", "ray", says=["iso_c", "engine ray"], hint="local")
 
 
 @pytest.mark.parametrize(
@@ -451,7 +448,14 @@ def test_without_ray_the_extra_is_named(
     refuse: Callable[..., str], words: Words, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(optional_packages, "find_spec", lambda module: None)
-    refuse(command, *words, "--engine", "ray", says=["engine ray needs ray"], hint="pip install 'modelfuse[ray]'")
+    refuse(
+        command,
+        *words,
+        "--engine",
+        "ray",
+        says=["engine ray needs ray"],
+        hint=f"pip install '{_installed_from()}[ray]'",
+    )
 
 
 # Nodes and drivers that are lost -------------------------------------------------------------------------------------
