@@ -66,7 +66,7 @@ class Run:
 
     def __post_init__(self) -> None:
         # The nodes of a cluster compile for themselves.
-        nbytes = sum(each.bytes_read for each in self.plan.tensors) if self.cluster is None else None
+        nbytes = self.plan.bytes_read if self.cluster is None else None
         spare = self.plan.recipe.memory - self.plan.memory
         self._kernel = choose(self.plan.device, nbytes, spare)
         self._tasks, self._room = Tasks.of(self.plan), Room.of(self.plan)

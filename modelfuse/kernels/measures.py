@@ -130,8 +130,7 @@ class Element:
 
     def table(self, names: Sequence[str], compute: str) -> Array:
         """The numbers of these names in the compute type, shape (models, names)."""
-        rows = [[numbers[name] for name in names] for numbers in self.numbers]
-        return np.array(rows, compute).reshape(len(self.numbers), len(names))
+        return table_of(self.numbers, names, compute)
 
 
 class Merged(NamedTuple):
@@ -302,3 +301,8 @@ def add_up_models(
 ) -> list[tuple[Array, Array]]:
     """The same of two spans, model by model."""
     return [add_up(pair) for pair in zip(one, other, strict=True)]
+
+
+def table_of(each: Sequence[Mapping[str, float]], names: Sequence[str], compute: str) -> Array:
+    """The numbers of these names in the compute type, a row for each mapping: shape (mappings, names)."""
+    return np.array([[numbers[name] for name in names] for numbers in each], compute).reshape(len(each), len(names))

@@ -21,6 +21,7 @@ from modelfuse.kernels.measures import (
     SumsPass,
     measure_element,
     measure_magnitudes,
+    table_of,
 )
 from modelfuse.kernels.whole_matrix import MatrixPass
 from modelfuse.methods.expressions import Expression
@@ -47,8 +48,7 @@ class Coefficients:
 
     def table(self, names: Sequence[str], compute: str) -> Array:
         """Those of each model, in the order of their names: the compute type, shape (models, names)."""
-        rows = [[numbers[name] for name in names] for numbers in self.each]
-        return np.array(rows, compute).reshape(len(self.each), len(names))
+        return table_of(self.each, names, compute)
 
     def row(self, names: Sequence[str], compute: str) -> Array:
         """Those that are the same for all models, in the order of their names: the compute type, shape (names,)."""

@@ -23,7 +23,7 @@ from modelfuse.methods.expressions import INFIX, Expression, numbers_of, uses, w
 
 #: Models that a loop takes at a time.
 TOGETHER = 3
-#: How often each name that the source refers to is indented.
+#: How the source is indented.
 STEP = "    "
 #: What a chain's kernels are called in files that keep compiled code.
 MODULE = "modelfuse.kernels.compiled.generated"
