@@ -47,9 +47,9 @@ def _check(words: list[str], defaults: Mapping[str, object]) -> int:
         render.plan(plan)
     check_room(plan.recipe.output_path, plan.room)
     if options.json:
-        from modelfuse.cli import documents
+        from modelfuse.cli import documents, json_output
 
-        documents.write(documents.of_plan(plan))
+        json_output.write(documents.of_plan(plan))
     else:
         render.checked(plan)
     return 0
@@ -74,9 +74,9 @@ def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
     with progress.merging(plan, quiet) as advance:
         result = run_plan(plan, advance, _tell(quiet))
     if options.json:
-        from modelfuse.cli import documents
+        from modelfuse.cli import documents, json_output
 
-        documents.write(documents.of_result(plan, result))
+        json_output.write(documents.of_result(plan, result))
     elif not quiet:
         render.result(plan, result)
     return 0
@@ -121,9 +121,9 @@ def _verify(words: list[str], _: Mapping[str, object]) -> int:
         found = verify_output(folder, **given, progress=advance, tell=_tell(options.quiet))
     render.verification(found, options.quiet or options.json)
     if options.json:
-        from modelfuse.cli import documents
+        from modelfuse.cli import documents, json_output
 
-        documents.write(documents.of_verification(found))
+        json_output.write(documents.of_verification(found))
     return 0 if found.holds else 2
 
 
@@ -142,9 +142,11 @@ def _push(words: list[str], _: Mapping[str, object]) -> int:
         tell=_tell(options.quiet),
     )
     if options.json:
-        from modelfuse.cli import documents
+        from modelfuse.cli import documents, json_output
 
-        documents.write(documents.Push(name=pushed.name, url=pushed.url, commit=pushed.commit, private=pushed.private))
+        json_output.write(
+            documents.Push(name=pushed.name, url=pushed.url, commit=pushed.commit, private=pushed.private)
+        )
     elif not options.quiet:
         render.pushed(pushed)
     return 0
@@ -168,9 +170,9 @@ def _methods(words: list[str], _: Mapping[str, object]) -> int:
     if register_installed():
         renew()
     if options.json:
-        from modelfuse.cli import documents
+        from modelfuse.cli import documents, json_output
 
-        documents.write(documents.of_methods())
+        json_output.write(documents.of_methods())
         return 0
     from modelfuse.cli import help as help_pages
 

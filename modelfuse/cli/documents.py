@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from msgspec import Struct, json
+from msgspec import Struct
 
+from modelfuse.cli.diff_document import Diff
 from modelfuse.cli.help import steps
+from modelfuse.cli.json_output import Document
 from modelfuse.errors import ModelfuseError
 from modelfuse.methods.registry import MERGE_METHODS
 from modelfuse.planning.warnings import warnings_of
-from modelfuse.printable import printable_json
-from modelfuse.version import __version__
 
 if TYPE_CHECKING:
     from modelfuse.execution.result import Result
     from modelfuse.inspection.verify import Verification
     from modelfuse.planning.plan import Plan
-
-
-class Document(Struct, kw_only=True, frozen=True):
-    """What all documents have.
-
-    Attributes:
-        modelfuse_version: The version that wrote it.
-    """
-
-    modelfuse_version: str = __version__
 
 
 class Input(Struct, frozen=True):
@@ -175,13 +164,7 @@ class Error(Document, frozen=True, kw_only=True):
     status: int
 
 
-DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Verify, Push, Methods, Error)
-
-
-def write(document: Document) -> None:
-    """Write a document to standard output."""
-    text = json.format(json.encode(document, enc_hook=str), indent=2).decode()
-    sys.stdout.write(printable_json(text) + "\n")
+DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Diff, Verify, Push, Methods, Error)
 
 
 def of_plan(plan: Plan) -> Check:

@@ -51,9 +51,9 @@ def _status_of(given: list[str], defaults: Mapping[str, object]) -> int:
     except BaseException as error:
         status, told = _failed(error)
         if "--json" in given and told is not None:
-            from modelfuse.cli import documents
+            from modelfuse.cli import documents, json_output
 
-            documents.write(documents.of_error(type(error).__name__, told, status))
+            json_output.write(documents.of_error(type(error).__name__, told, status))
         return status
 
 
