@@ -22,8 +22,9 @@ from modelfuse.errors import (
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from modelfuse.api.functions import check, merge, register, verify
+    from modelfuse.api.functions import check, inspect, merge, register, verify
     from modelfuse.execution.result import Result
+    from modelfuse.inspection.inspected_model import Inspection
     from modelfuse.inspection.report_reader import Problem
     from modelfuse.inspection.verify import Verification
     from modelfuse.planning.plan import Plan
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "ClusterError",
     "HubError",
+    "Inspection",
     "MismatchError",
     "MissingExtraError",
     "ModelfuseError",
@@ -45,6 +47,7 @@ __all__ = [
     "Verification",
     "__version__",
     "check",
+    "inspect",
     "merge",
     "register",
     "verify",
@@ -52,12 +55,13 @@ __all__ = [
 
 #: Imported when first used: importing modelfuse loads neither numpy nor msgspec nor a compiler.
 _LATER = {
+    "Inspection": "modelfuse.inspection.inspected_model",
     "Plan": "modelfuse.planning.plan",
     "Problem": "modelfuse.inspection.report_reader",
     "Recipe": "modelfuse.recipe.recipe",
     "Result": "modelfuse.execution.result",
     "Verification": "modelfuse.inspection.verify",
-    **dict.fromkeys(("check", "merge", "register", "verify"), "modelfuse.api.functions"),
+    **dict.fromkeys(("check", "inspect", "merge", "register", "verify"), "modelfuse.api.functions"),
 }
 
 

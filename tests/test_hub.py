@@ -456,6 +456,17 @@ def test_check_reads_headers_only(published: Hub, modelfuse: Run, cache: Path, t
     assert published.fetched("org/b") <= {"model.safetensors", "modules.json", *SETTINGS, *COMPARED}
 
 
+def test_inspect_reads_headers_only(published: Hub, modelfuse: Run, cache: Path) -> None:
+    said = modelfuse("inspect", "org/a", "--hub_endpoint", published.endpoint)
+    assert said.status == 0, said.err
+    assert said.out.startswith(f"org/a@{head(published, 'org/a')}\n")
+    assert "embed_tokens.weight" in said.out
+    weights = [path for path in published.sent if path.endswith(".safetensors")]
+    assert sum(published.sent[path] for path in weights) <= len(weights) * 100_000
+    assert not [*cache.rglob("*.safetensors")]
+    assert modelfuse("inspect", "org/absent", "--hub_endpoint", published.endpoint).status == 2
+
+
 def test_check_reads_long_headers_and_from_servers_without_ranges(hub: Hub, modelfuse: Run, tmp_path: Path) -> None:
     tensors = {f"model.layers.{number}.mlp.up_proj.weight": np.ones((64, 8), np.float32) for number in range(2000)}
     hub.add("org/a", make_model(tmp_path / "a", tensors))

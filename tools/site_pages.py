@@ -30,12 +30,14 @@ PYTHON = """# Python
 ::: modelfuse.api.functions
     options:
       show_root_heading: false
-      members: [merge, check, verify, register]
+      members: [merge, check, inspect, verify, register]
 
 ::: modelfuse.planning.plan.Plan
     options: {members: [bytes_read, bytes_written, room]}
 
 ::: modelfuse.execution.result.Result
+
+::: modelfuse.inspection.inspected_model.Inspection
 
 ::: modelfuse.inspection.verify.Verification
 
@@ -114,7 +116,8 @@ def on_config(config: Any) -> Any:
     config.nav = [
         {"Begin": [{"First merge": "index.md"}, {"Tutorial": "tutorial.md"}, {"The demo": "demo.md"},
                    {"The demo's data": "demo-data.md"}]},
-        {"How to": [*how, {"Examples": "examples/index.md"}, {"Add a method": "adding_a_method.md"}]},
+        {"How to": [*how, {"See what is in a model": "inspect.md"},
+                    {"Examples": "examples/index.md"}, {"Add a method": "adding_a_method.md"}]},
         {"Reference": [
             {"Settings": "reference/settings.md"}, {"Methods": "reference/methods.md"},
             {"Command line": "reference/command-line.md"}, {"Python": "reference/python.md"},

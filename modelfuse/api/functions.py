@@ -1,4 +1,4 @@
-"""``modelfuse.merge``, ``check``, ``verify`` and ``register``."""
+"""``modelfuse.merge``, ``check``, ``inspect``, ``verify`` and ``register``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from modelfuse.cli.console import err
 from modelfuse.execution.intermediate import keep_intermediate
 from modelfuse.execution.result import Result
 from modelfuse.execution.run import run_plan
+from modelfuse.inspection.inspect_model import inspect_named
+from modelfuse.inspection.inspected_model import Inspection
 from modelfuse.inspection.verify import Verification, verify_output
 from modelfuse.kernels.jit.compile import announcing
 from modelfuse.methods.spec import Method
@@ -94,6 +96,36 @@ def register(*methods: Method) -> None:
     register_all(methods)
     renew()
     describe()
+
+
+def inspect(
+    model: Place | str,
+    *,
+    merge_prefix: str | None = None,
+    hub_endpoint: str | None = None,
+    hub_anonymous: bool = False,
+) -> Inspection:
+    """See what is in a model, from the headers of its files alone.
+
+    >>> inspect("a")  # doctest: +SKIP
+    <Inspection of a: LlamaForCausalLM, 291 tensors, 6,738,415,616 parameters, 13.5 GB in 3 files>
+
+    Args:
+        model: A folder, a weight file, a URL, or a name on a hub; an adapter, too.
+        merge_prefix: Which weights of a folder: ``model`` (default) or ``master_weights``.
+        hub_endpoint: Where a model on a hub is; by default HF_ENDPOINT, else huggingface.co.
+        hub_anonymous: Send no token there.
+
+    Returns:
+        Its modules, types, layout, ties and configuration, and what stands in the way of a merge.
+
+    Raises:
+        ModelfuseError: If there is no model, or its files cannot be read.
+    """
+    name_hosts([model])
+    return inspect_named(
+        model, merge_prefix=merge_prefix, hub_endpoint=hub_endpoint, hub_anonymous=hub_anonymous, watch=QUIET
+    )
 
 
 def verify(

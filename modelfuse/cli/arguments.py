@@ -132,7 +132,7 @@ def parse_push(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
         RecipeError: If a flag is unknown or lacks its value.
     """
     parser = push_parser()
-    given = {**from_environment(["hub_endpoint"]), **vars(parser.parse_args(_plain(words)))}
+    given = {**from_environment(["hub_endpoint"]), **vars(parser.parse_args(plain_flags(words)))}
     return given, parser.options_of(given)
 
 
@@ -144,7 +144,7 @@ def parse_demo(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
     """
     parser = Parser("demo")
     parser.add_argument("folder", nargs="?", default="models")
-    given = vars(parser.parse_args(_plain(words)))
+    given = vars(parser.parse_args(plain_flags(words)))
     return given, parser.options_of(given)
 
 
@@ -155,7 +155,7 @@ def parse_options(command: str, words: Sequence[str]) -> Options:
         RecipeError: If there are others.
     """
     parser = Parser(command)
-    given, rest = parser.parse_known_args(_plain(words))
+    given, rest = parser.parse_known_args(plain_flags(words))
     if rest:
         raise RecipeError(f"{command} takes nothing, but {rest[0]!r} is given", f"`{parser.prog} --help` tells more.")
     return parser.options_of(vars(given))
@@ -168,7 +168,7 @@ def parse_verify(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
         RecipeError: If a flag is unknown or lacks its value.
     """
     parser = verify_parser()
-    given = {**from_environment(["n_process", "hub_endpoint"]), **vars(parser.parse_args(_plain(words)))}
+    given = {**from_environment(["n_process", "hub_endpoint"]), **vars(parser.parse_args(plain_flags(words)))}
     return given, parser.options_of(given)
 
 
@@ -195,7 +195,7 @@ def verify_parser() -> Parser:
     return parser
 
 
-def _plain(words: Sequence[str]) -> list[str]:
+def plain_flags(words: Sequence[str]) -> list[str]:
     """Flags with underscores, short ones at full length."""
     return [f"--{word[2:].replace('-', '_')}" if word.startswith("--") else SHORT.get(word, word) for word in words]
 

@@ -127,6 +127,30 @@ def _verify(words: list[str], _: Mapping[str, object]) -> int:
     return 0 if found.holds else 2
 
 
+def _inspect(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli import progress
+    from modelfuse.cli.inspect_arguments import parse_inspect
+    from modelfuse.inspection.inspect_model import inspect_named
+
+    given, options = parse_inspect(words)
+    console.begin_logs(options.verbose, options.log_file)
+    gc.disable()  # As for a plan.
+    try:
+        found = inspect_named(given.pop("model"), **given, watch=progress.watch(options.quiet))
+    finally:
+        gc.enable()
+    if options.json:
+        from modelfuse.cli.inspect_document import of_inspection
+        from modelfuse.cli.json_output import write
+
+        write(of_inspection(found))
+    else:
+        from modelfuse.cli.inspect_view import show
+
+        show(found)
+    return 0
+
+
 def _push(words: list[str], _: Mapping[str, object]) -> int:
     from modelfuse.cli import render
     from modelfuse.planning.hub.upload import push_folder
@@ -216,8 +240,8 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-extract-lora")
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
-    "merge": _merge, "check": _check, "verify": _verify, "push": _push, "demo": _demo, "methods": _methods,
-    "warm": _warm, "completion": _completion,
+    "merge": _merge, "check": _check, "verify": _verify, "inspect": _inspect, "push": _push, "demo": _demo,
+    "methods": _methods, "warm": _warm, "completion": _completion,
     **{name: _mergekit(name) for name in MERGEKIT},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."

@@ -6,9 +6,12 @@ import argparse
 
 from modelfuse.cli.arguments import Parser, merge_parser, push_parser, verify_parser
 from modelfuse.cli.help import PAGES
+from modelfuse.cli.inspect_arguments import inspect_parser
 from modelfuse.recipe.names import SETTINGS
 
 SHELLS = ("bash", "zsh", "tcsh")
+#: Of commands that take neither settings nor options alone.
+OWN_PARSERS = {"verify": verify_parser, "push": push_parser, "inspect": inspect_parser}
 
 
 def script(shell: str) -> str:
@@ -19,14 +22,14 @@ def script(shell: str) -> str:
     commands = parser.add_subparsers()
     for name, page in PAGES.items():
         described = {"merge": merge_parser, "check": merge_parser}.get(name, Parser)(name)
-        if name in ("verify", "push"):
-            described = verify_parser() if name == "verify" else push_parser()
+        if name in OWN_PARSERS:
+            described = OWN_PARSERS[name]()
         for action in described._actions:
             setting = SETTINGS.get(action.dest)
             if setting is not None and setting.choices:
                 action.choices = setting.choices
             action.help = setting.description.replace("%", "%%") if setting is not None else action.help
-            if action.dest.endswith(("path", "path_list", "folder", "recipe", "log_file")):
+            if action.dest.endswith(("path", "path_list", "folder", "model", "recipe", "log_file")):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         if name in ("completion", "help"):
             described.add_argument("what", choices=SHELLS if name == "completion" else [*PAGES])

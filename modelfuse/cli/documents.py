@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from modelfuse.cli.diff_document import Diff
 from modelfuse.cli.help import steps
+from modelfuse.cli.inspect_document import Inspect
 from modelfuse.cli.json_output import Document
 from modelfuse.errors import ModelfuseError
 from modelfuse.methods.registry import MERGE_METHODS
@@ -164,7 +165,7 @@ class Error(Document, frozen=True, kw_only=True):
     status: int
 
 
-DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Diff, Verify, Push, Methods, Error)
+DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Diff, Inspect, Verify, Push, Methods, Error)
 
 
 def of_plan(plan: Plan) -> Check:

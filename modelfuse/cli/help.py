@@ -130,6 +130,18 @@ PAGES = {
         ),
         ending="Exit status: 0 if all holds, 2 if anything is wrong.",
     ),
+    "inspect": Page(
+        "modelfuse inspect MODEL [--merge_prefix PREFIX] [--hub_endpoint URL] [--hub_anonymous]",
+        "Show what is in a model, from its headers: modules, layout, ties, tokenizer, and what stands in the way.",
+        ("modelfuse inspect models/base", "modelfuse inspect org/model"),
+        own=(
+            ("--merge_prefix PREFIX", "model or master_weights: which weights of a folder. Default: model."),
+            ("--hub_endpoint URL", "Where a model on a hub is. Default: HF_ENDPOINT, else huggingface.co."),
+            ("--hub_anonymous", "Send no token there."),
+        ),
+        ending="MODEL is a folder, a weight file, a URL, or a name on a hub. Numbers of modules that are repeated "
+        "are those of all of them together. " + STATUS,
+    ),
     "push": Page(
         "modelfuse push FOLDER ORG/NAME[@BRANCH] [--public] [--overwrite] [--hub_endpoint URL]",
         "Send a merged model to the Hugging Face Hub, with its model card.",

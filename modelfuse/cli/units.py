@@ -35,3 +35,15 @@ def counted(number: int, noun: str) -> str:
     ('1 worker', '2 workers')
     """
     return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def many(number: int) -> str:
+    """A number of elements, in three digits.
+
+    >>> many(70), many(14_200), many(405_853_388_800)
+    ('70', '14.2 k', '406 B')
+    """
+    for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= factor * 0.9995:
+            return f"{float(f'{number / factor:.3g}'):g} {unit}"
+    return str(number)
