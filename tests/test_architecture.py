@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "methods",
         "recipe",
         "planning.arcee",
+        "planning.mixture",
         "kernels",
         "checkpoints",
         "checkpoints.adapters",
@@ -88,6 +89,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoints.layouts",
         "checkpoints.vocabulary",
         "planning",
+    },
+    "planning.mixture": {
+        "errors",
+        "dtypes",
+        "storage",
+        "methods",
+        "recipe",
+        "recipe.arcee",
+        "kernels",
+        "checkpoints",
+        "checkpoints.adapters",
+        "checkpoints.vocabulary",
+        "planning",
+        "planning.arcee",
     },
     "planning.hub": {
         "errors",
@@ -187,6 +202,7 @@ THIRD_PARTY = {
         "checkpoints.views",
         "checkpoints.vocabulary",
         "planning.arcee",
+        "planning.mixture",
         "execution",
         "execution.ray",
         "inspection",
@@ -203,9 +219,12 @@ THIRD_PARTY = {
     "ray": {"execution.ray"},
     "shtab": {"cli"},
     "threadpoolctl": {"kernels"},
+    "tokenizers": {"planning.mixture"},
+    "torch": {"planning.mixture"},
+    "transformers": {"planning.mixture"},
 }
 #: Those of them that an extra of the same name installs: imported only where a request needs them.
-EXTRAS = {"hub", "ray", "remote"}
+EXTRAS = {"hub", "ray", "remote", "tokenizers", "transformers"}
 #: What is imported of them, where that is called otherwise.
 DISTRIBUTIONS = {"pyyaml": "yaml"}
 #: One module, as its functions call each other.
@@ -307,7 +326,7 @@ def third_party(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", FILES)
 def test_packages_from_outside_are_used_where_they_belong(module: str) -> None:
-    """So nothing here needs torch, paddle, safetensors or transformers: checkpoints are read by our own code."""
+    """So nothing here needs paddle or safetensors, and torch and transformers are for running a model alone."""
     for package in third_party(module):
         assert package in THIRD_PARTY, f"{module} imports {package}"
         assert package_of(module) in THIRD_PARTY[package], f"{module} imports {package}"

@@ -56,10 +56,26 @@ def _check(words: list[str], defaults: Mapping[str, object]) -> int:
 
 
 def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
+    return _run(*_begun(words, "merge", defaults))
+
+
+def _moe(words: list[str], defaults: Mapping[str, object]) -> int:
+    """The same of a configuration with experts only."""
+    recipe, options = _begun(words, "moe", defaults)
+    if recipe.mergekit is None or recipe.configurations.mixture is None:
+        raise RecipeError("moe takes a configuration with experts:", "`modelfuse help moe` shows one.")
+    return _run(recipe, options)
+
+
+def _begun(words: list[str], command: str, defaults: Mapping[str, object]) -> tuple[Recipe, Options]:
+    settings, options = parse(words, command, defaults)
+    return _begin(settings, options, console.err), options
+
+
+def _run(recipe: Recipe, options: Options) -> int:
     from modelfuse.cli import progress, render
 
-    settings, options = parse(words, "merge", defaults)
-    recipe, quiet = _begin(settings, options, console.err), options.quiet
+    quiet = options.quiet
     if recipe.output_path is None:
         raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
     from modelfuse.planning.hub import fetch
@@ -237,11 +253,11 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 
 
 #: Command lines of arcee's mergekit.
-MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-extract-lora")
+MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe", "mergekit-extract-lora")
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
-    "merge": _merge, "check": _check, "verify": _verify, "inspect": _inspect, "push": _push, "demo": _demo,
-    "methods": _methods, "warm": _warm, "completion": _completion,
+    "merge": _merge, "check": _check, "verify": _verify, "inspect": _inspect, "moe": _moe, "push": _push,
+    "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
     **{name: _mergekit(name) for name in MERGEKIT},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."

@@ -49,6 +49,13 @@ PLAIN = (
     "Settings of the machine may be variables, such as MODELFUSE_MEMORY, which override the recipe, too."
 )
 STATUS = "Exit status: 0 done, 2 the request or an input is wrong, 130 interrupted (143 by SIGTERM), 1 anything else."
+MIXTURES = (
+    "CONFIG has base_model, whose attention and embeddings are taken, and experts: a list of source_model, "
+    "positive_prompts, negative_prompts, noise_scale and residual_scale; also shared_experts, experts_per_token, "
+    "dtype, architecture (mixtral, deepseek, qwen2_moe, qwen3_moe) and gate_mode: hidden, hidden_avg and "
+    "hidden_last run the base on the prompts (modelfuse[transformers]), cheap_embed takes their embeddings "
+    "(modelfuse[tokenizers]), random and uniform_random need training. "
+)
 #: Options of mergekit-yaml that change what comes out, or how.
 MERGEKIT = (
     ("--out-shard-size SIZE", "The largest weight file in bytes, with K, M or B behind; 0: one file."),
@@ -101,6 +108,18 @@ PAGES = {
             ("-i, --intersection", "Leave out tensors that only some have."),
             ("-u, --union", "Take those as they are."),
         ),
+        ending=STATUS,
+    ),
+    "moe": Page(
+        "modelfuse moe CONFIG --output_path OUT [flags of merge]",
+        "Make a mixture of experts of dense models, as a configuration with experts: says.",
+        ("modelfuse moe experts.yml --output_path mixture",),
+        ending=MIXTURES + STATUS,
+    ),
+    "mergekit-moe": Page(
+        "modelfuse mergekit-moe CONFIG OUT [options of mergekit-yaml, flags of merge]",
+        "The same with mergekit-moe's command line.",
+        own=(("--i-understand-this-is-not-useful-without-training", "Make experts with equal prompts, too."),),
         ending=STATUS,
     ),
     "warm": Page(

@@ -26,6 +26,8 @@ _WITHOUT_EFFECT = {
     "lazy_unpickle": "pickles are read by an interpreter of their own, tensor by tensor",
     "trust_remote_code": "no code of a model is ever run",
     "lazy": "an intermediate result is made anew",
+    "load_in_4bit": "the base is run in bfloat16",
+    "load_in_8bit": "the base is run in bfloat16",
 }
 #: Switches, which have a ``--no-`` form each.
 _SWITCHES = ("allow_crimes", "unsafe_truncate_embeddings", "copy_tokenizer", "write_model_card", "safe_serialization",
@@ -58,7 +60,7 @@ def translated(command: str, words: Sequence[str]) -> Translated:
     ['c.yml', '--output_path', 'out', '--seed', '3', '--max_shard_size', '2000000000']
 
     Args:
-        command: ``mergekit-yaml``, ``mergekit-multi`` or ``mergekit-pytorch``.
+        command: ``mergekit-yaml``, ``mergekit-multi``, ``mergekit-pytorch`` or ``mergekit-moe``.
         words: Those behind it; flags of ``merge`` may be among them.
 
     Raises:
@@ -126,6 +128,11 @@ def _parser(command: str) -> Parser:
         parser.add_argument("--intermediate-dir", "-I")
     else:
         parser.add_argument("out", nargs="?")
+    if command == "mergekit-moe":
+        parser.add_argument("--i-understand-this-is-not-useful-without-training", dest="allow_mismatch",
+                            action="store_true")  # fmt: skip
+        for name in ("load_in_4bit", "load_in_8bit"):
+            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, action="store_true")
     if command == "mergekit-pytorch":
         parser.add_argument("--intersection", "-i", action="store_true")
         parser.add_argument("--union", "-u", action="store_true")
@@ -164,6 +171,8 @@ def _settings(found: dict[str, Any]) -> list[str]:
         words += ["--tensor_type", "pt", "--device", "gpu"]
     elif device not in ("cpu", "auto"):
         raise RecipeError(f"--device is {shown(device)}", "Give cpu or cuda.")
+    if found.get("allow_mismatch"):
+        words.append("--allow_mismatch")
     for name, policy in (("intersection", "drop"), ("union", "copy")):
         if found.get(name):
             words += ["--missing", policy]

@@ -95,7 +95,7 @@ class Operation:
     def tolerance(self) -> float | None:
         """How far another machine's result may be apart, relative to its largest element; None: not by one bit."""
         if self.matrices is None or self.method is None or self.method.combination.matrix is None:
-            return None
+            return max((each.tolerance for each in self.sources if each.tolerance is not None), default=None)
         return self.method.combination.matrix.tolerance
 
     def at(self, file: str, offset: int) -> Operation:

@@ -21,6 +21,7 @@ from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
 from modelfuse.methods.registry import TAKE
 from modelfuse.planning.adapter_inputs import copies, with_what_adapters_bring
+from modelfuse.planning.configured import configured_draft
 from modelfuse.planning.drafts import Draft, with_vocabulary
 from modelfuse.planning.input_comparison import compare_inputs
 from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs, match_tensors, of_missing
@@ -178,7 +179,7 @@ def make_plan(recipe: Recipe) -> Plan:
     check_places(recipe)
     if recipe.engine == "ray":
         need("ray", "engine ray", "merge on this machine with --engine local")
-    draft = _configured(recipe) if recipe.mergekit is not None else _draft_of(recipe)
+    draft = configured_draft(recipe) if recipe.mergekit is not None else _draft_of(recipe)
     _check_kinds(draft.operations)
     refuse_on_nodes(recipe.engine, draft.operations)
     tensors, files, index = _lay_out(draft.operations, recipe, draft.format)
@@ -192,13 +193,6 @@ def make_plan(recipe: Recipe) -> Plan:
         recipe, draft.models, tensors, draft.tied, draft.equal_pairs, files, draft.format, index, draft.side_files,
         made, *budget, (*notes, *draft.notes), draft.warnings, changes, draft.modules,
     )  # fmt: skip
-
-
-def _configured(recipe: Recipe) -> Draft:
-    """What becomes of every tensor, by a configuration of mergekit's."""
-    from modelfuse.planning.arcee.draft import draft_of
-
-    return draft_of(recipe)
 
 
 def _draft_of(recipe: Recipe) -> Draft:

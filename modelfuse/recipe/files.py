@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MAX_BYTES = 200_000
 #: What is merged in mergekit's configurations: each has exactly one of these, and is known by them.
 CONTENT_KEYS = ("models", "slices", "modules")
+#: The key by which one of mergekit-moe's is known.
+EXPERTS_KEY = "experts"
+_KNOWN_BY = (*CONTENT_KEYS, EXPERTS_KEY)
 #: Lines, and marks that values begin or end with: yaml takes a second for these.
 MOST_MARKS = 15_000
 _MARKS = re.compile(r"[\n\r,:\[{?&]")
@@ -91,7 +94,7 @@ def _twice(names: Iterable[str]) -> str:
 
 def _may_be_configuration(text: str) -> bool:
     """Whether one of its keys stands anywhere, so that a look at all of it is worth while."""
-    return re.search(rf"""(?m)^[\s{{,"']*(?:{"|".join(CONTENT_KEYS)})["']?\s*:""", text) is not None
+    return re.search(rf"""(?m)^[\s{{,"']*(?:{"|".join(_KNOWN_BY)})["']?\s*:""", text) is not None
 
 
 def is_configuration(content: object) -> bool:
@@ -100,7 +103,12 @@ def is_configuration(content: object) -> bool:
     >>> is_configuration({"merge_method": "linear", "models": []}), is_configuration({"merge_method": "linear"})
     (True, False)
     """
-    return isinstance(content, dict) and any(key in content for key in CONTENT_KEYS)
+    return isinstance(content, dict) and any(key in content for key in _KNOWN_BY)
+
+
+def is_mixture(content: Mapping[object, object]) -> bool:
+    """Whether a configuration is one of mergekit-moe's, by its keys."""
+    return EXPERTS_KEY in content and not any(key in content for key in CONTENT_KEYS)
 
 
 def load_documents(text: str) -> list[object]:

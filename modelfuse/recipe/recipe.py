@@ -88,7 +88,7 @@ class Recipe(Settings):
                       "merge_with_qdq_base_model": self.merge_with_qdq_base_model or None,
                       "tokenizer": self.tokenizer}  # fmt: skip
             check_configured([name for name, value in others.items() if value is not None], self.output_format)
-            _ = self.configuration
+            _ = self.configurations.mixture or self.configuration
         check_device(self.tensor_type, self.device)
         check_engine(self.engine, self.ray_address, self.tensor_type)
         self.parameters.check()
@@ -198,7 +198,8 @@ class Recipe(Settings):
     def method_told(self) -> tuple[str, str | None, list[float]]:
         """What a report tells of the method: (merge_type, sparsify_type) and weights, or a configuration's method."""
         if self.mergekit is not None:
-            return self.configuration.merge_method, None, []
+            mixture = self.configurations.mixture
+            return self.configuration.merge_method if mixture is None else mixture.merge_method, None, []
         sparsify_type, merge_type = self.parameters.steps
         return merge_type, sparsify_type, list(self.weights)
 

@@ -17,6 +17,7 @@ from modelfuse.checkpoints.ties import says_tied
 from modelfuse.checkpoints.vocabulary.token_rows import embedding_of
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.arcee.configuration import Configuration
+from modelfuse.recipe.arcee.mixture import Mixture
 from modelfuse.recipe.arcee.references import Reference, Stage, Weights
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage.concurrent import each_of
@@ -101,7 +102,7 @@ class Inputs:
         """
         recipe, configurations = self.recipe, self.recipe.configurations
         self._known = list(configurations.models.values())
-        references = [each for document in configurations.documents for each in document.references]
+        references = configurations.references
         _check_kinds(recipe, self._known, references)
         models = {self._number(each.model) for each in references if not isinstance(each.model, Stage)}
         full = sorted(models or {0})
@@ -124,7 +125,7 @@ class Inputs:
                 self._opened[number] = open_adapter(path, self._opened[min(self._opened)])
         return tuple(self._opened[number] for number in range(len(self._known)))
 
-    def models_of(self, document: Configuration) -> dict[Reference, OpenModel]:
+    def models_of(self, document: Configuration | Mixture) -> dict[Reference, OpenModel]:
         """The models that a document names.
 
         Raises:

@@ -9,9 +9,10 @@ from graphlib import CycleError, TopologicalSorter
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.arcee.configuration import Configuration
 from modelfuse.recipe.arcee.grammar import read_configuration
-from modelfuse.recipe.arcee.references import References, Stage, Weights
+from modelfuse.recipe.arcee.mixture import Mixture, read_mixture
+from modelfuse.recipe.arcee.references import Reference, References, Stage, Weights
 from modelfuse.recipe.arcee.structure import check_configuration
-from modelfuse.recipe.files import load_documents
+from modelfuse.recipe.files import is_mixture, load_documents
 
 #: A name is one of a folder, too.
 FORBIDDEN = ("/", "\\", "\0")
@@ -24,10 +25,18 @@ class Configurations:
     Attributes:
         documents: In an order in which each comes after those that it uses; the last is the result.
         models: What each word that names a model means: the base of the first document first, then as they are met.
+        mixture: What mergekit-moe makes, if that is what the file is about; there are no documents then.
     """
 
     documents: tuple[Configuration, ...]
     models: Mapping[str, Weights]
+    mixture: Mixture | None = None
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """All models that are named, each once."""
+        parts = self.documents if self.mixture is None else (self.mixture,)
+        return tuple(dict.fromkeys(each for part in parts for each in part.references))
 
     @property
     def result(self) -> Configuration:
@@ -71,15 +80,28 @@ def read_configurations(text: str, models: Sequence[Weights] | None = None) -> C
     if not contents:
         raise RecipeError("The configuration is empty")
     references = References(stages if len(contents) > 1 else ())
-    read = [read_configuration(each, references) for each in contents]
-    if models is not None:
-        if len(models) != len(references.found):
+    found = _read(contents, names, references)
+    if models is None:
+        return found
+    if len(models) != len(references.found):
+        raise RecipeError(
+            f"The configuration names {len(references.found)} models, but model_path_list has {len(models)}",
+            "Leave model_path_list out: the configuration names the models.",
+        )
+    known = dict(zip(references.found, models, strict=True))
+    return _read(contents, names, References(references.stages, known))
+
+
+def _read(contents: Sequence[object], names: Sequence[str | None], references: References) -> Configurations:
+    mixtures = [each for each in contents if isinstance(each, Mapping) and is_mixture(each)]
+    if mixtures:
+        if len(contents) > 1:
             raise RecipeError(
-                f"The configuration names {len(references.found)} models, but model_path_list has {len(models)}",
-                "Leave model_path_list out: the configuration names the models.",
+                "A configuration with experts: stands beside other documents", "Give it a file of its own."
             )
-        references = References(references.stages, dict(zip(references.found, models, strict=True)))
-        read = [read_configuration(each, references) for each in contents]
+        mixture = read_mixture(mixtures[0], references)
+        return Configurations((), references.found, mixture)
+    read = [read_configuration(each, references) for each in contents]
     for each in read:
         check_configuration(each)
     return Configurations(_in_order(read, names), references.found)

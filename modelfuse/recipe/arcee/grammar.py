@@ -63,9 +63,9 @@ class _Reader:
         self._notes.unknown(content, TOP_KEYS, "", self._names)
         base = None if content.get("base_model") is None else self._model(content["base_model"], "base_model")
         read = Configuration(
-            _text(content, "name"), method, self._modules(content, base), content.get("modules") is None, base,
-            self._parameters(content, "parameters"), _dtype(content, "dtype"), _dtype(content, "out_dtype"),
-            self._tokenizer(content), _text(content, "chat_template"), (),
+            read_text(content, "name"), method, self._modules(content, base), content.get("modules") is None, base,
+            self._parameters(content, "parameters"), read_dtype(content, "dtype"), read_dtype(content, "out_dtype"),
+            self._tokenizer(content), read_text(content, "chat_template"), (),
         )  # fmt: skip
         return replace(read, notes=tuple(self._notes.lines))
 
@@ -102,7 +102,7 @@ class _Reader:
     def _slices(
         self, content: Mapping[object, object], key: str, where: str, base: Reference | None
     ) -> tuple[Slice, ...]:
-        listed = _list(content, key, where + key)
+        listed = read_list(content, key, where + key)
         if key == "slices":
             return tuple(self._slice(each, f"{where}slices[{number}]") for number, each in enumerate(listed))
         sources = [self._source(each, f"{where}models[{number}]", False) for number, each in enumerate(listed)]
@@ -116,7 +116,7 @@ class _Reader:
         self._notes.unknown(content, SLICE_KEYS, where, self._names)
         if "residual_weight" in content:
             self._notes.add(f"residual_weight of {where} has no effect")
-        listed = _list(content, "sources", f"{where}.sources")
+        listed = read_list(content, "sources", f"{where}.sources")
         base = content.get("base_model")
         return Slice(
             tuple(self._source(each, f"{where}.sources[{number}]", True) for number, each in enumerate(listed)),
@@ -163,7 +163,8 @@ def _layers(value: object, where: str) -> tuple[int, int]:
     return ends[0], ends[1]
 
 
-def _dtype(content: Mapping[object, object], key: str) -> str | None:
+def read_dtype(content: Mapping[object, object], key: str) -> str | None:
+    """The name of a type that weights are merged in, if one is given."""
     value = content.get(key)
     if value is None:
         return None
@@ -175,14 +176,16 @@ def _dtype(content: Mapping[object, object], key: str) -> str | None:
     return name
 
 
-def _text(content: Mapping[object, object], key: str) -> str | None:
+def read_text(content: Mapping[object, object], key: str) -> str | None:
+    """The text that stands under a key, if any does."""
     value = content.get(key)
     if value is not None and not isinstance(value, str):
         raise RecipeError(f"{key} is {shown(value)}, which is no text")
     return value
 
 
-def _list(content: Mapping[object, object], key: str, where: str) -> Sequence[object]:
+def read_list(content: Mapping[object, object], key: str, where: str) -> Sequence[object]:
+    """The list that stands under a key."""
     value = content.get(key)
     if not isinstance(value, list) or not value:
         raise RecipeError(f"{where} is {shown(value)}", "Give a list, each entry after a dash.")

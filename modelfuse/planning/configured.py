@@ -1,0 +1,22 @@
+"""Configurations of mergekit's as drafts of plans: merges, and mixtures of experts."""
+
+from __future__ import annotations
+
+from modelfuse.planning.drafts import Draft
+from modelfuse.recipe.recipe import Recipe
+
+
+def configured_draft(recipe: Recipe) -> Draft:
+    """What becomes of every tensor, by a configuration of mergekit's.
+
+    Raises:
+        ModelfuseError: As :func:`~modelfuse.planning.plan.make_plan`.
+    """
+    mixture = recipe.configurations.mixture
+    if mixture is not None:
+        from modelfuse.planning.mixture.draft import draft_of_mixture
+
+        return draft_of_mixture(recipe, mixture)
+    from modelfuse.planning.arcee.draft import draft_of
+
+    return draft_of(recipe)

@@ -1,0 +1,1 @@
+"""Mixtures of experts made of dense models: mergekit-moe's configurations become operations."""

@@ -1,0 +1,68 @@
+"""Prompts as tokens, by the base's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modelfuse.checkpoints import read_json
+from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, TOKENIZER_FILE, read_tokenizer
+from modelfuse.errors import CheckpointError, MismatchError
+from modelfuse.planning.mixture.tensors import Prompts, Tokens
+from modelfuse.planning.optional_packages import need
+from modelfuse.recipe.arcee.mixture import Expert
+from modelfuse.storage import Place, has_file
+from modelfuse.storage.files import read_whole
+
+INSTEAD = "use gate_mode: random"
+
+
+class PromptReader:
+    """Reads prompts: the token that begins a text, if the tokenizer has one, then those of the prompt.
+
+    Args:
+        folder: The base's.
+        rows: How many rows its embedding has.
+        mode: The gate mode, for errors.
+
+    Raises:
+        CheckpointError: If there is no tokenizer, or it cannot be read.
+        MissingExtraError: If the library that reads it is not installed.
+    """
+
+    def __init__(self, folder: Place, rows: int, mode: str) -> None:
+        self._folder, self._rows = folder, rows
+        read_tokenizer(folder)  # Whatever is wrong with it is told.
+        need("tokenizers", f"gate_mode {mode}", INSTEAD)
+        import tokenizers
+
+        path = folder / TOKENIZER_FILE
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(read_whole(path).decode())
+        except Exception as error:  # The library raises nothing more particular.
+            raise CheckpointError(f"{path} cannot be read by the tokenizers library: {error}") from error
+        self._first = self._begin()
+
+    def tokens(self, experts: Sequence[Expert]) -> Prompts:
+        """For each expert, the tokens of its prompts and of its negative ones."""
+        return tuple(
+            (tuple(map(self._tokens, each.prompts)), tuple(map(self._tokens, each.negative))) for each in experts
+        )
+
+    def _begin(self) -> Tokens:
+        path = self._folder / TOKENIZER_CONFIG
+        said = read_json(path).get("bos_token") if has_file(path) else None
+        text = said.get("content") if isinstance(said, dict) else said
+        number = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        return () if number is None else (number,)
+
+    def _tokens(self, prompt: str) -> Tokens:
+        found = (*self._first, *self._tokenizer.encode(prompt, add_special_tokens=False).ids)
+        if not found:
+            raise MismatchError(f"The prompt {prompt!r} has no tokens", "Write some text.")
+        if (beyond := max(found)) >= self._rows:
+            raise MismatchError(
+                f"The prompt {prompt!r} has the token {beyond}, but the embedding has {self._rows} rows",
+                f"The tokenizer in {self._folder} is not this model's.",
+            )
+        return found
