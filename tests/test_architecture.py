@@ -155,6 +155,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planning.hub",
         "execution",
     },
+    "inspection.pictures": {"printable", "errors", "version", "recipe", "inspection"},
     "cli": {
         "printable",
         "errors",
@@ -222,11 +223,12 @@ THIRD_PARTY = {
     "tokenizers": {"planning.mixture"},
     "torch": {"planning.mixture"},
     "transformers": {"planning.mixture"},
+    "vl_convert": {"inspection.pictures"},
 }
 #: Those of them that an extra of the same name installs: imported only where a request needs them.
-EXTRAS = {"hub", "ray", "remote", "tokenizers", "transformers"}
+EXTRAS = {"hub", "ray", "remote", "report", "tokenizers", "transformers"}
 #: What is imported of them, where that is called otherwise.
-DISTRIBUTIONS = {"pyyaml": "yaml"}
+DISTRIBUTIONS = {"pyyaml": "yaml", "vl-convert-python": "vl_convert"}
 #: One module, as its functions call each other.
 LONGEST = {"modelfuse.kernels.compiled.merge_loops": 510}
 MAX_LINES = 310

@@ -1,0 +1,171 @@
+"""Pictures for papers and slides: SVG and PNG, without a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modelfuse.errors import MissingExtraError, RecipeError
+from modelfuse.inspection.diff_result import Diff, Group
+from modelfuse.inspection.pictures.measures import MEASURES, Measure, Number
+from modelfuse.inspection.pictures.page import MISSING
+from modelfuse.inspection.pictures.page_data import labels
+from modelfuse.inspection.pictures.picture_files import check_replaceable, marked_png, replace_file
+from modelfuse.inspection.pictures.specs import CONFIG, FONT, NOTHING, ROW, Spec, map_spec, matrix_spec
+from modelfuse.version import __version__
+
+#: How the names of images end.
+ENDINGS = (".svg", ".png")
+#: What text is drawn in on paper, and how wide a map is.
+INK, PAPER, WIDTH = "#1d2127", "#ffffff", 720
+#: Pixels of a PNG for one of the picture.
+SCALE = 2.0
+#: Maps in a picture.
+MOST_MAPS = 12
+OUTSIDE = "–"
+
+
+def check_image(path: Path, measure: str, overwrite: bool = False) -> Measure:
+    """Refuse, before any work, what cannot be drawn.
+
+    Raises:
+        RecipeError: If the file's name has another ending, or there is no such measure.
+        OutputError: If another file is there.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise RecipeError(f"{path} is no name of an image", f"It should end with {' or '.join(ENDINGS)}.")
+    if measure not in MEASURES:
+        raise RecipeError(f"There is no measure {measure!r}", f"There are {', '.join(MEASURES)}.")
+    check_replaceable(path, overwrite)
+    return MEASURES[measure]
+
+
+def write_image(found: Diff, path: Path, measure: str = "relative", overwrite: bool = False) -> None:
+    """Draw maps of layers × modules, one a model, and all pairs of models beneath.
+
+    Args:
+        found: How models differ.
+        path: The file, .svg or .png; one that modelfuse has written is replaced.
+        measure: What is drawn, one of ``MEASURES``.
+        overwrite: Whether any other file is replaced, too.
+
+    Raises:
+        MissingExtraError: If the extra is not installed.
+        RecipeError: If the file's name has another ending, or there is no such measure.
+        OutputError: If another file is there.
+    """
+    chosen = check_image(path, measure, overwrite)
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise MissingExtraError(*MISSING) from error
+    spec = json.dumps(image_spec(found, chosen))
+    if path.suffix.lower() == ".png":
+        content = marked_png(vl_convert.vegalite_to_png(spec, scale=SCALE))
+    else:
+        svg: str = vl_convert.vegalite_to_svg(spec)
+        content = re.sub(r"(?=<svg )", f"<!-- modelfuse {__version__} -->", svg, count=1).encode()
+    replace_file(path, content, overwrite)
+
+
+def image_spec(found: Diff, measure: Measure) -> Spec:
+    """The picture as one specification of Vega-Lite, data included."""
+    names = labels(found.models)
+    series = _series(names, found, measure)[:MOST_MAPS]
+    values = [measure.values(group) for group in found.cells]
+    domain = _domain([row[column] for row in values for _, column in series], measure)
+    maps = [_map(found.cells, label, [row[column] for row in values], measure, domain) for label, column in series]
+    if maps:
+        maps[0]["encoding"]["color"]["legend"] = {**maps[0]["encoding"]["color"]["legend"], **_axis(measure)}
+    for each in maps[1:]:
+        each["encoding"]["color"]["legend"] = None
+    pictures: list[Spec] = [*maps]
+    if len(names) > 1 and (pairs := _matrix(names, found, measure)) is not None:
+        pictures.append(pairs)
+    config = json.loads(json.dumps(CONFIG).replace("currentColor", INK))
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "config": {**config, "background": PAPER, "font": FONT},
+        "spacing": 14,
+        "vconcat": pictures,
+        "resolve": {"scale": {"color": "independent", "x": "independent", "y": "independent"}},
+    }
+
+
+def _series(names: Sequence[str], found: Diff, measure: Measure) -> list[tuple[str, int]]:
+    """What each map is of: a model, or a pair, by its number among the measure's values."""
+    if measure.of == "model":
+        return [(name, number) for number, name in enumerate(names)]
+    pairs = [(each.model, each.other) for each in found.whole.pairs]
+    mark = "←" if measure.of == "order" else "·"
+    return [
+        (f"{names[model]} {mark} {names[other]}", number)
+        for number, (model, other) in enumerate(pairs)
+        if measure.of == "order" or model < other
+    ]
+
+
+def _map(cells: Sequence[Group], label: str, values: Sequence[Number], measure: Measure, domain: list[float]) -> Spec:
+    spec = map_spec()
+    rows = [
+        {"column": column_of(each), "module": each.module, "value": value}
+        for each, value in zip(cells, values, strict=True)
+    ]
+    columns = list(dict.fromkeys(row["column"] for row in rows))
+    order = [each for each in columns if each == OUTSIDE] + [each for each in columns if each != OUTSIDE]
+    spec["encoding"].pop("tooltip")
+    spec["encoding"]["x"]["sort"] = order
+    spec["encoding"]["color"] |= {"scale": {"scheme": measure.scheme, "domain": domain}, "title": measure.title}
+    spec["encoding"]["color"]["condition"]["value"] = NOTHING
+    return {**spec, "title": label, "width": WIDTH, "height": {"step": ROW}, "data": {"values": rows}}
+
+
+def _matrix(names: Sequence[str], found: Diff, measure: Measure) -> Spec | None:
+    """All pairs of models: of the measure, or of interference, else cosine, where it is none of pairs."""
+    wanted = [measure.key] if measure.of != "model" else ["interference", "cosine"]
+    for key in wanted:
+        shown = MEASURES[key]
+        values = shown.values(found.whole)
+        if any(value is not None for value in values):
+            break
+    else:
+        return None
+    domain = _domain(values, shown)
+    rows: list[dict[str, Any]] = []
+    for pair, value in zip(found.whole.pairs, values, strict=True):
+        share = 0.0 if value is None else (value - domain[0]) / (domain[1] - domain[0])
+        bright = value is not None and (share > 0.6 if shown.middle is None else abs(share - 0.5) < 0.3)
+        rows.append({"model": names[pair.model], "other": names[pair.other], "value": value,
+                     "shown": "" if value is None else f"{value:.2g}", "bright": bright})  # fmt: skip
+    spec = matrix_spec()
+    spec["layer"][0]["encoding"].pop("tooltip")
+    spec["layer"][0]["encoding"]["color"]["scale"] = {"scheme": shown.scheme, "domain": domain}
+    spec["encoding"]["x"] |= {"scale": {"domain": [*names]}, "title": "disturbed by" if shown.of == "order" else None}
+    spec["encoding"]["y"] |= {"scale": {"domain": [*names]}}
+    return {**spec, "title": shown.title, "width": {"step": 52}, "height": {"step": 28}, "data": {"values": rows}}
+
+
+def column_of(group: Group) -> str:
+    """What the layer of a group is called."""
+    if group.layer is None:
+        return OUTSIDE
+    return f"{group.stack} {group.layer}" if group.stack else str(group.layer)
+
+
+def _domain(values: Sequence[Number], measure: Measure) -> list[float]:
+    """The smallest and the largest value that colours are for."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return [0.0, 1.0]
+    if measure.middle is not None:
+        far = max(abs(value - measure.middle) for value in there) or 1.0
+        return [measure.middle - far, measure.middle + far]
+    low, high = min(0.0, *there), max(there)
+    return [low, high if high > low else low + 1.0]
+
+
+def _axis(measure: Measure) -> dict[str, object]:
+    return {"format": ".3~p" if measure.percent else ".3~g"}

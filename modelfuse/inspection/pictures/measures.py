@@ -1,0 +1,112 @@
+"""The numbers that pictures show: what each is called, what it says, and in which colours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from modelfuse.inspection.diff_result import Change, Group, Pair
+
+Number = float | None
+#: Colours for numbers from nothing to much, and for those with a middle.
+SEQUENTIAL, DIVERGING = "viridis", "purpleorange"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A number of every model, or of every ordered pair of models, in a group of tensors.
+
+    Attributes:
+        key: What it is called in data.
+        short: What its column is called.
+        title: What it is called on a page.
+        about: What it says.
+        of: ``model``, ``pair`` for an unordered pair, or ``order`` for an ordered one.
+        values: The number of each model or pair of a group, in their order.
+        percent: Whether it is a share, shown in percent.
+        domain: The smallest and the largest value that it can have; None to take those that there are.
+        middle: The value in the middle of colours that have one.
+        sums: How the numbers of several groups become one: a root of sums of squares over that of the base, the same
+            of itself, a sum, the largest, or a mean weighted by elements.
+    """
+
+    key: str
+    short: str
+    title: str
+    about: str
+    of: Literal["model", "pair", "order"]
+    values: Callable[[Group], Sequence[Number]]
+    percent: bool = False
+    domain: tuple[float, float] | None = None
+    middle: float | None = None
+    sums: Literal["relative", "norm", "sum", "largest", "mean"] = "mean"
+
+    @property
+    def scheme(self) -> str:
+        """The name of its colours."""
+        return SEQUENTIAL if self.middle is None else DIVERGING
+
+    def described(self) -> dict[str, object]:
+        """What a page must know of it."""
+        return {
+            "key": self.key, "short": self.short, "title": self.title, "about": self.about, "of": self.of,
+            "percent": self.percent, "domain": self.domain, "middle": self.middle, "scheme": self.scheme,
+            "sums": self.sums,
+        }  # fmt: skip
+
+
+def _changes(get: Callable[[Change], Number]) -> Callable[[Group], Sequence[Number]]:
+    return lambda group: [get(each) for each in group.models]
+
+
+def _pairs(get: Callable[[Pair], Number]) -> Callable[[Group], Sequence[Number]]:
+    return lambda group: [get(each) for each in group.pairs]
+
+
+def _kept(density: float) -> Callable[[Change], Number]:
+    return lambda change: next((each.trim_squares for each in change.kept if each.density == density), None)
+
+
+def _outlying(group: Group) -> Sequence[Number]:
+    return [each.outliers / group.elements * 1e6 if group.elements else None for each in group.models]
+
+
+_ALL = (
+    Measure("relative", "‖τ‖ / ‖b‖", "Size of the change, ‖τ‖ / ‖b‖",
+            "Norm of the difference over the norm of the base.",
+            "model", _changes(lambda each: each.relative), percent=True, sums="relative"),
+    Measure("norm", "‖τ‖", "Norm of the change, ‖τ‖", "Norm of the difference.",
+            "model", _changes(lambda each: each.norm), sums="norm"),
+    Measure("unchanged", "unchanged", "Unchanged elements", "Share of elements that equal the base's.",
+            "model", _changes(lambda each: each.unchanged), percent=True, domain=(0, 1)),
+    Measure("density_90", "90 % in", "Elements with 90 % of the change",
+            "The smallest share of elements that holds 90 % of ‖τ‖². Small: trimming loses little.",
+            "model", _changes(lambda each: each.density_90), percent=True, domain=(0, 1)),
+    Measure("kept_10", "trim 0.1", "What trim keeps at density 0.1",
+            "Share of ‖τ‖² in the largest tenth of the elements.",
+            "model", _changes(_kept(0.1)), percent=True, domain=(0, 1)),
+    Measure("along_base", "cos(τ, b)", "Along the base, cos(τ, b)",
+            "Near −1 or 1 where the model is mostly the base scaled.",
+            "model", _changes(lambda each: each.along_base), domain=(-1, 1), middle=0),
+    Measure("largest", "max |τ|", "Largest change, max |τ|", "The largest difference of an element.",
+            "model", _changes(lambda each: each.largest), sums="largest"),
+    Measure("outliers", "outliers/M", "Outlying elements in a million",
+            "Elements whose difference is at least 8 times the root mean square of its block.", "model", _outlying),
+    Measure("nonfinite", "not finite", "Values that are not finite", "Number of elements that are NaN or infinite.",
+            "model", _changes(lambda each: each.nonfinite), sums="sum"),
+    Measure("interference", "interference", "Interference, ‖τⱼτᵢᵀ‖ / ‖τᵢτᵢᵀ‖",
+            "How strongly the other's difference acts on the inputs that this one's uses; 1: as its own.",
+            "order", _pairs(lambda each: each.interference)),
+    Measure("cosine", "cosine", "Cosine of the changes", "1: the same direction, 0: unrelated, −1: opposite.",
+            "pair", _pairs(lambda each: each.cosine), domain=(-1, 1), middle=0),
+    Measure("sign_conflict", "sign conflicts", "Sign conflicts",
+            "Of the elements that both change, the share that they change in opposite directions; a half if unrelated.",
+            "pair", _pairs(lambda each: each.sign_conflict), percent=True, domain=(0, 1), middle=0.5),
+    Measure("sign_conflict_large", "among large", "Sign conflicts among large changes",
+            "The same of the elements whose change is large in both.",
+            "pair", _pairs(lambda each: each.sign_conflict_large), percent=True, domain=(0, 1), middle=0.5),
+    Measure("both_changed", "both change", "Changed by both", "Share of elements that both change.",
+            "pair", _pairs(lambda each: each.both_changed), percent=True, domain=(0, 1)),
+)  # fmt: skip
+MEASURES: Mapping[str, Measure] = {each.key: each for each in _ALL}

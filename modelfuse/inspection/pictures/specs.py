@@ -1,0 +1,119 @@
+"""Pictures as Vega-Lite's specifications without data: a page fills them in as it is used, an image once.
+
+A page changes its colours with the reader's, so that text and axes have the colour of the text around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Spec = dict[str, Any]
+
+TEXT = "currentColor"
+FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', 'Liberation Sans', sans-serif"
+#: What has no value, on light and on dark.
+NOTHING = "#88888833"
+#: Heights of a row of a map, of a map's axis and title, and of a chart, in pixels; colours of models.
+ROW, CHART, SERIES = 15, 260, "tableau20"
+CONFIG: Spec = {
+    "background": None,
+    "font": FONT,
+    "view": {"stroke": None},
+    "axis": {"labelColor": TEXT, "titleColor": TEXT, "tickColor": TEXT, "domainColor": TEXT, "gridColor": "#88888844",
+             "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12},
+    "legend": {"labelColor": TEXT, "titleColor": TEXT, "titleFontWeight": "normal", "labelLimit": 260,
+               "titleLimit": 320},
+    "title": {"color": TEXT, "subtitleColor": TEXT, "anchor": "start", "fontSize": 13, "fontWeight": 600},
+}  # fmt: skip
+
+
+def _tip(field: str, title: str, **more: object) -> Spec:
+    return {"field": field, "title": title, **more}
+
+
+def map_spec() -> Spec:
+    """Layers × modules of one model or pair: rows ``column``, ``module``, ``value``, ``series``, ``norm``."""
+    return {
+        "mark": {"type": "rect", "invalid": None},
+        "encoding": {
+            "x": {"field": "column", "type": "ordinal", "sort": None, "title": "layer",
+                  "axis": {"labelAngle": 0, "labelOverlap": True, "domain": False, "ticks": False}},
+            "y": {"field": "module", "type": "ordinal", "sort": None, "title": None,
+                  "axis": {"labelLimit": 200, "domain": False, "ticks": False}},
+            "color": {"condition": {"test": "datum.value === null", "value": NOTHING}, "field": "value",
+                      "type": "quantitative", "legend": {"gradientLength": 220, "orient": "top", "direction":
+                                                         "horizontal"}},
+            "tooltip": [_tip("series", "model"), _tip("column", "layer"), _tip("module", "module"),
+                        _tip("shown", "value"), _tip("elements", "elements", format=","), _tip("more", "tensors")],
+        },
+    }  # fmt: skip
+
+
+def lines_spec() -> Spec:
+    """A number by layer: rows ``column``, ``value``, ``series``."""
+    return {
+        "height": CHART,
+        "mark": {"type": "line", "point": {"size": 18}, "strokeWidth": 1.6},
+        "encoding": {
+            "x": {"field": "column", "type": "ordinal", "sort": None, "title": "layer",
+                  "axis": {"labelAngle": 0, "labelOverlap": True}},
+            "y": {"field": "value", "type": "quantitative", "scale": {"zero": False, "nice": True}},
+            "color": {"field": "series", "type": "nominal", "sort": None, "title": None,
+                      "scale": {"scheme": SERIES}, "legend": {"orient": "top", "columns": 6}},
+            "opacity": {"condition": {"param": "chosen", "empty": True, "value": 1}, "value": 0.15},
+            "tooltip": [_tip("series", "model"), _tip("column", "layer"), _tip("shown", "value")],
+        },
+        "params": [{"name": "chosen", "select": {"type": "point", "fields": ["series"]}, "bind": "legend"}],
+    }  # fmt: skip
+
+
+def matrix_spec() -> Spec:
+    """All ordered pairs of models: rows ``model``, ``other``, ``value``, ``shown``."""
+    place = {
+        "x": {"field": "other", "type": "ordinal", "sort": None, "title": "disturbed by",
+              "axis": {"orient": "top", "labelAngle": -30, "labelLimit": 160, "domain": False, "ticks": False}},
+        "y": {"field": "model", "type": "ordinal", "sort": None, "title": None,
+              "axis": {"labelLimit": 200, "domain": False, "ticks": False}},
+    }  # fmt: skip
+    color = {"condition": {"test": "datum.value === null", "value": NOTHING}, "field": "value",
+             "type": "quantitative", "legend": None}  # fmt: skip
+    tips = [_tip("model", "model"), _tip("other", "other"), _tip("shown", "value"), _tip("error", "standard error")]
+    return {
+        "encoding": place,
+        "layer": [
+            {"mark": {"type": "rect", "cursor": "pointer"}, "encoding": {"color": color, "tooltip": tips}},
+            {"mark": {"type": "text", "fontSize": 11, "tooltip": False},
+             "encoding": {"text": {"field": "shown"},
+                          "color": {"condition": {"test": "datum.bright", "value": "#111"}, "value": "#fff"}}},
+        ],
+    }  # fmt: skip
+
+
+def kept_spec() -> Spec:
+    """What trimming keeps: rows ``density``, ``value``, ``series``; the line of dare is where both are equal."""
+    shares = {"format": ".0%"}
+    return {
+        "height": CHART,
+        "layer": [
+            {"data": {"values": [{"x": each / 50, "y": each / 50} for each in (0.5, *range(1, 51))]},
+             "mark": {"type": "line", "strokeDash": [4, 4], "color": TEXT, "opacity": 0.5},
+             "encoding": {"x": {"field": "x", "type": "quantitative"}, "y": {"field": "y", "type": "quantitative"}}},
+            {"mark": {"type": "line", "point": {"size": 22}},
+             "encoding": {
+                 "x": {"field": "density", "type": "quantitative", "scale": {"type": "log", "domain": [0.01, 1]},
+                       "title": "density: share of the elements kept", "axis": {**shares, "values": [
+                           0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]}},
+                 "y": {"field": "value", "type": "quantitative", "scale": {"domain": [0, 1]},
+                       "title": "share of ‖τ‖² kept", "axis": shares},
+                 "color": {"field": "series", "type": "nominal", "sort": None, "title": None,
+                           "scale": {"scheme": SERIES}, "legend": {"orient": "top", "columns": 6}},
+                 "tooltip": [_tip("series", "model"), _tip("density", "density", format=".0%"),
+                             _tip("value", "kept", format=".1%")]}},
+        ],
+    }  # fmt: skip
+
+
+def templates() -> Mapping[str, Spec]:
+    """All of them, by name."""
+    return {"map": map_spec(), "lines": lines_spec(), "matrix": matrix_spec(), "kept": kept_spec(), "config": CONFIG}
