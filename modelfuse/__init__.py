@@ -2,7 +2,7 @@
 
 >>> import modelfuse
 >>> sorted(modelfuse.__all__)[-3:]
-['merge', 'register', 'verify']
+['register', 'tune', 'verify']
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from modelfuse.errors import (
     CheckpointError,
     ClusterError,
+    EvaluationError,
     HubError,
     MismatchError,
     MissingExtraError,
@@ -23,16 +24,19 @@ from modelfuse.version import __version__
 
 if TYPE_CHECKING:
     from modelfuse.api.functions import check, inspect, merge, register, verify
+    from modelfuse.api.tune import tune
     from modelfuse.execution.result import Result
     from modelfuse.inspection.inspected_model import Inspection
     from modelfuse.inspection.report_reader import Problem
     from modelfuse.inspection.verify import Verification
     from modelfuse.planning.plan import Plan
     from modelfuse.recipe.recipe import Recipe
+    from modelfuse.tuning.request import Tuned
 
 __all__ = [
     "CheckpointError",
     "ClusterError",
+    "EvaluationError",
     "HubError",
     "Inspection",
     "MismatchError",
@@ -44,12 +48,14 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Result",
+    "Tuned",
     "Verification",
     "__version__",
     "check",
     "inspect",
     "merge",
     "register",
+    "tune",
     "verify",
 ]
 
@@ -60,8 +66,10 @@ _LATER = {
     "Problem": "modelfuse.inspection.report_reader",
     "Recipe": "modelfuse.recipe.recipe",
     "Result": "modelfuse.execution.result",
+    "Tuned": "modelfuse.tuning.request",
     "Verification": "modelfuse.inspection.verify",
     **dict.fromkeys(("check", "inspect", "merge", "register", "verify"), "modelfuse.api.functions"),
+    "tune": "modelfuse.api.tune",
 }
 
 

@@ -8,6 +8,7 @@
     │   └── HubError          a model cannot be fetched from the hub
     ├── MismatchError         each input is sound, but they do not fit together
     ├── OutputError           the output cannot be written where it was asked for
+    ├── EvaluationError       a merged model cannot be evaluated as was asked
     ├── MissingExtraError     the request needs a library that is not installed
     └── ClusterError          a cluster cannot be reached, or does not do its work
 
@@ -85,6 +86,10 @@ def _installed_from() -> str:
         return "modelfuse"
     folder = unquote(urlsplit(direct.get("url", "")).path) if "dir_info" in direct else ""
     return folder if folder and (Path(folder) / "pyproject.toml").is_file() else "modelfuse"
+
+
+class EvaluationError(ModelfuseError):
+    """Raised when what evaluates merged models fails, or gives no number."""
 
 
 class ClusterError(ModelfuseError):

@@ -32,6 +32,13 @@ PYTHON = """# Python
       show_root_heading: false
       members: [merge, check, inspect, verify, register]
 
+::: modelfuse.api.tune
+    options:
+      show_root_heading: false
+      members: [tune]
+
+::: modelfuse.tuning.request.Tuned
+
 ::: modelfuse.planning.plan.Plan
     options: {members: [bytes_read, bytes_written, room]}
 
@@ -116,7 +123,7 @@ def on_config(config: Any) -> Any:
     config.nav = [
         {"Begin": [{"First merge": "index.md"}, {"Tutorial": "tutorial.md"}, {"The demo": "demo.md"},
                    {"The demo's data": "demo-data.md"}]},
-        {"How to": [*how, {"See what is in a model": "inspect.md"},
+        {"How to": [*how, {"See what is in a model": "inspect.md"}, {"Search settings in full": "tuning.md"},
                     {"Examples": "examples/index.md"}, {"Add a method": "adding_a_method.md"}]},
         {"Reference": [
             {"Settings": "reference/settings.md"}, {"Methods": "reference/methods.md"},

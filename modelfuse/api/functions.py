@@ -165,7 +165,7 @@ def verify(
     """
     name_hosts([path])
     folder = place_of(path)
-    with shown.verifying(folder, not _shows(progress)) as advance, announcing(_tell(progress)):
+    with shown.verifying(folder, not _shows(progress)) as advance, announcing(tell_of(progress)):
         return verify_output(
             folder,
             full=full,
@@ -181,7 +181,7 @@ def verify(
 @contextmanager
 def _merging(plan: Plan, progress: Count | bool | None) -> Iterator[tuple[Count, Tell]]:
     with shown.merging(plan, not _shows(progress), of_recipe=True) as advance:
-        yield progress if callable(progress) else advance, _tell(progress)
+        yield progress if callable(progress) else advance, tell_of(progress)
 
 
 def _shows(progress: object) -> bool:
@@ -189,5 +189,6 @@ def _shows(progress: object) -> bool:
     return err.shows_bars if progress is None else progress is True
 
 
-def _tell(progress: object) -> Tell:
+def tell_of(progress: object) -> Tell:
+    """What shows sentences, if any are to be shown."""
     return (lambda text: err.tell("note", "{}", text)) if _shows(progress) else lambda _: None

@@ -98,6 +98,12 @@ def _run(recipe: Recipe, options: Options) -> int:
     return 0
 
 
+def _tune(words: list[str], defaults: Mapping[str, object]) -> int:
+    from modelfuse.cli.tune import run
+
+    return run(words, defaults)
+
+
 def _mergekit(command: str) -> Command:
     """A command line of mergekit's."""
 
@@ -256,7 +262,7 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe", "mergekit-extract-lora")
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
-    "merge": _merge, "check": _check, "verify": _verify, "inspect": _inspect, "moe": _moe, "push": _push,
+    "merge": _merge, "check": _check, "tune": _tune, "verify": _verify, "inspect": _inspect, "moe": _moe, "push": _push,
     "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
     **{name: _mergekit(name) for name in MERGEKIT},
 }  # fmt: skip

@@ -7,11 +7,12 @@ import argparse
 from modelfuse.cli.arguments import Parser, merge_parser, push_parser, verify_parser
 from modelfuse.cli.help import PAGES
 from modelfuse.cli.inspect_arguments import inspect_parser
+from modelfuse.cli.tune import tune_parser
 from modelfuse.recipe.names import SETTINGS
 
 SHELLS = ("bash", "zsh", "tcsh")
 #: Of commands that take neither settings nor options alone.
-OWN_PARSERS = {"verify": verify_parser, "push": push_parser, "inspect": inspect_parser}
+OWN_PARSERS = {"verify": verify_parser, "push": push_parser, "inspect": inspect_parser, "tune": tune_parser}
 
 
 def script(shell: str) -> str:
@@ -29,7 +30,7 @@ def script(shell: str) -> str:
             if setting is not None and setting.choices:
                 action.choices = setting.choices
             action.help = setting.description.replace("%", "%%") if setting is not None else action.help
-            if action.dest.endswith(("path", "path_list", "folder", "model", "recipe", "log_file")):
+            if action.dest.endswith(("path", "path_list", "folder", "model", "recipe", "log_file", "data", "scratch")):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         if name in ("completion", "help"):
             described.add_argument("what", choices=SHELLS if name == "completion" else [*PAGES])

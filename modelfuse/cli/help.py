@@ -88,6 +88,39 @@ PAGES = {
         takes_settings=True,
         ending=f"{PLAIN} {STATUS}",
     ),
+    "tune": Page(
+        "modelfuse tune [recipe.yaml|recipe.json] --evaluate 'COMMAND {model}' [--budget N] [--setting value ...]",
+        "Search settings by evaluating merges, and merge with the best.",
+        (
+            "modelfuse tune recipe.yaml --evaluate 'python eval.py {model}' --budget 40",
+            "modelfuse tune recipe.yaml --groups 5 --evaluate perplexity --data texts.jsonl",
+        ),
+        own=(
+            (
+                "--evaluate COMMAND",
+                "Given a merged folder for {model}, prints one number, the loss, or a JSON object of "
+                "several. Or perplexity, of the texts in --data.",
+            ),
+            ("--data FILE ...", "For perplexity: texts, one a line as JSON; each file gives a number."),
+            ("--budget N", "Merges to evaluate in all. Default: 40."),
+            ("--groups N", "Weights for N parts of the depth and each model. Default: weights for each model alone."),
+            ("--attention_apart", "Weights of their own for attention and MLP of each part."),
+            ("--direction WORD ...", "minimize or maximize; NAME=maximize for one of several. Default: minimize."),
+            (
+                "--sampler NAME",
+                "cmaes, tpe or auto. Default: auto, cmaes for one number and several settings, else tpe.",
+            ),
+            ("--jobs N", "Evaluations at a time. Default: 1."),
+            (
+                "--scratch FOLDER",
+                "Where merges stand while they are evaluated. Default: /dev/shm if they fit, else beside the study.",
+            ),
+        ),
+        takes_settings=True,
+        ending="What is searched is marked in the recipe, as in weight_list: {tune: [0, 1.5]}, also in rules; without "
+        "marks, weights are. The best merge is written to output_path, and the study beside it, in OUTPUT.tune. The "
+        f"same command goes on with what was ended. {STATUS}",
+    ),
     "mergekit-yaml": Page(
         "modelfuse mergekit-yaml CONFIG OUT [options of mergekit-yaml, flags of merge]",
         "Merge as a configuration of arcee's mergekit says.",

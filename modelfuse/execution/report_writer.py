@@ -23,7 +23,7 @@ from modelfuse.storage.checksums import ALGORITHM, Checksum
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from modelfuse.checkpoints.output.remote_folder import Output
+    from modelfuse.execution.sink import OutputSink
     from modelfuse.kernels.compiled.base_distance import Distance, SpanDistances
 
 #: How a JSON object ends.
@@ -104,7 +104,7 @@ class Outcome:
         return distances(self.distances) if self.distances else unpack(self._measured or array("d"))
 
 
-def write_index(plan: Plan, folder: Output) -> None:
+def write_index(plan: Plan, folder: OutputSink) -> None:
     """Write the index of the shards, if there are several, as transformers names and reads it."""
     if plan.index is None:
         return
@@ -115,14 +115,16 @@ def write_index(plan: Plan, folder: Output) -> None:
     folder.write_file(plan.index, encode_parts(index))
 
 
-def write_config(plan: Plan, folder: Output) -> None:
+def write_config(plan: Plan, folder: OutputSink) -> None:
     """Write merge_config.json: every effective setting; as a recipe it gives the same bytes."""
     # Whoever merges again asks a hub of their own for the same commits: no file is to say where tokens are sent.
     settings = {**plan.recipe.effective(), "hub_endpoint": None, "ray_address": None}
     folder.write_file(CONFIG_NAME, encode_json({"modelfuse_version": __version__, **settings}))
 
 
-def write_report(plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequence[Suspicious], folder: Output) -> None:
+def write_report(
+    plan: Plan, outcomes: Mapping[str, Outcome], suspicious: Sequence[Suspicious], folder: OutputSink
+) -> None:
     """Write merge_report.json: what became of every tensor of every input, with checksums.
 
     All other files are written before, so that their checksums are in it: of a weight file, the header's.

@@ -26,7 +26,7 @@ from modelfuse.execution.report_writer import Outcome, SpanResult, write_config,
 from modelfuse.execution.result import Result
 from modelfuse.execution.resume import Finished, bytes_of, entry_of, facts_of
 from modelfuse.execution.scheduler import Job, Scheduler
-from modelfuse.execution.sink import Sink
+from modelfuse.execution.sink import OutputSink, Sink
 from modelfuse.execution.worker import Room, Task, Tasks, Worker
 from modelfuse.kernels import Bytes, Pass, Procedure
 from modelfuse.kernels.backends import choose
@@ -213,7 +213,7 @@ class Run:
             self._folder.keep(tensor.file, tensor.dtype.nbytes(count), entry_of(tensor, first, count, walked))
 
 
-def _cluster(recipe: Recipe) -> AbstractContextManager[Cluster | None]:
+def cluster_of(recipe: Recipe) -> AbstractContextManager[Cluster | None]:
     """The machines that a recipe asks for; None: this one."""
     if recipe.engine == "local":
         return nullcontext()
@@ -245,33 +245,56 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         OutputError: If the output cannot be written.
         ClusterError: If a cluster is to do it that cannot be reached, or fails.
     """
-    started = time.perf_counter()
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
     check_room(plan.recipe.output_path, plan.room)
-    with _cluster(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder, announcing(tell):
-        run = Run(plan, progress or (lambda _: None), cluster)
+    with cluster_of(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder, announcing(tell):
         if folder.afresh is not None:
             tell(f"Starting afresh: {folder.afresh}.")
-        run.take_up(folder.finished())
-        if run.finished.nbytes:
-            share = run.finished.nbytes / (plan.bytes_read + plan.bytes_written)
-            tell(f"Going on from where the last run was ended: {share:.0%} is done.")
-        run.to_folder(folder)
-        for file in plan.side_files:
-            content = read_whole(file.source)
-            if file.name == CONFIG_FILE:
-                content = plan.config(content)
-            folder.write_file(file.name, content)
-        for module in plan.modules:
-            folder.write_file(module.name, module.content())
-        for name, made in plan.made_files.items():
-            folder.write_file(name, made)
-        write_index(plan, folder)
-        write_config(plan, folder)
-        suspicious = find_suspicious(plan, lambda name: run.outcomes[name].measured())
-        write_report(plan, run.outcomes, suspicious, folder)
-        folder.commit()
+        return run_into(plan, folder, cluster, progress, tell)
+
+
+def run_into(
+    plan: Plan,
+    folder: OutputSink,
+    cluster: Cluster | None,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """Carry out a plan in a folder that is open already.
+
+    Args:
+        plan: What to do.
+        folder: Takes the files, and says what of them is there already.
+        cluster: The machines that do it; None: threads of this one.
+        progress: As in :func:`run_plan`.
+        tell: As in :func:`run_plan`.
+
+    Raises:
+        ModelfuseError: As :func:`run_plan`.
+    """
+    assert plan.recipe.output_path is not None
+    started = time.perf_counter()
+    run = Run(plan, progress or (lambda _: None), cluster)
+    run.take_up(folder.finished())
+    if run.finished.nbytes:
+        share = run.finished.nbytes / (plan.bytes_read + plan.bytes_written)
+        tell(f"Going on from where the last run was ended: {share:.0%} is done.")
+    run.to_folder(folder)
+    for file in plan.side_files:
+        content = read_whole(file.source)
+        if file.name == CONFIG_FILE:
+            content = plan.config(content)
+        folder.write_file(file.name, content)
+    for module in plan.modules:
+        folder.write_file(module.name, module.content())
+    for name, made in plan.made_files.items():
+        folder.write_file(name, made)
+    write_index(plan, folder)
+    write_config(plan, folder)
+    suspicious = find_suspicious(plan, lambda name: run.outcomes[name].measured())
+    write_report(plan, run.outcomes, suspicious, folder)
+    folder.commit()
     return Result(
         plan.recipe.output_path,
         plan.merged,

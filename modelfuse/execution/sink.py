@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -25,3 +26,22 @@ class Sink(Protocol):
 
     def ahead(self) -> int | None:
         """Bytes that it holds until it has what comes before them in their file; None if they may come in any order."""
+
+
+class OutputSink(Sink, Protocol):
+    """Where a whole output goes.
+
+    Attributes:
+        digests: The sha256 of every small file, and of all but the tensors of every weight file, by name.
+    """
+
+    digests: dict[str, str]
+
+    def finished(self) -> Iterator[object]:
+        """The entries, once given to ``keep``, of what is there already."""
+
+    def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
+        """Take a small file, whole or by its parts."""
+
+    def commit(self) -> None:
+        """Everything was given."""

@@ -7,18 +7,20 @@ from importlib.util import find_spec
 from modelfuse.errors import MissingExtraError
 
 
-def need(module: str, what: str, instead: str) -> None:
-    """Make sure that a library is installed; the extra that installs it has its name.
+def need(module: str, what: str, instead: str, extra: str | None = None) -> None:
+    """Make sure that a library is installed.
 
     Args:
         module: The library.
         what: What needs it.
         instead: What to do without it.
+        extra: The extra that installs it; None: it has the library's name.
 
     Raises:
         MissingExtraError: If it is not installed.
     """
     if find_spec(module) is None:
         raise MissingExtraError(
-            f"{what} needs {module}, which is not installed", f"pip install 'modelfuse[{module}]', or {instead}."
+            f"{what} needs {module}, which is not installed",
+            f"pip install 'modelfuse[{extra or module}]', or {instead}.",
         )

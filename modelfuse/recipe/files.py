@@ -127,6 +127,13 @@ def load_documents(text: str) -> list[object]:
     return documents
 
 
+def dump_documents(documents: Iterable[object]) -> str:
+    """Plain values as the documents of a YAML text."""
+    import yaml
+
+    return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
+
+
 def _count_values(value: object, count: int = 0, depth: int = 0) -> int:
     """The number of values in one, those that aliases repeat each time."""
     if depth > MAX_DEPTH:

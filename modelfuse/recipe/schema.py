@@ -247,7 +247,9 @@ def checked(settings: Mapping[str, Setting], values: Mapping[str, object]) -> di
             else:
                 read[name] = each.read(values[name])
         except Unfit as error:
-            problems.append(f"{name} is {shown(error.value)}: {error.reason}")
+            marked = isinstance(error.value, Mapping) and "tune" in error.value
+            reason = "only `modelfuse tune` searches numbers" if marked else error.reason
+            problems.append(f"{name} is {shown(error.value)}: {reason}")
     if problems:
         raise RecipeError(listed(problems), HELP)
     return read

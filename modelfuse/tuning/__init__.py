@@ -1,0 +1,1 @@
+"""The settings of a recipe searched for, by merging and evaluating again and again."""

@@ -1,0 +1,304 @@
+"""What was tried, and what to try next: a study of Optuna's in a SQLite file, which another run goes on with."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from modelfuse.errors import OutputError
+from modelfuse.planning.optional_packages import need
+from modelfuse.tuning.cma_es import CmaEs
+from modelfuse.tuning.evaluation import Numbers
+from modelfuse.tuning.search_space import Dimension
+
+FILE = "study.db"
+STUDY = "modelfuse"
+#: Attributes of the study: what it depends on, the names of the numbers, the dimensions, and CMA-ES's population.
+FACTS, NUMBERS, DIMENSIONS, POPULATION = "facts", "numbers", "dimensions", "population"
+#: Of a trial: numbers as they were given, and how long it took.
+GIVEN, MERGING, EVALUATING = "numbers", "merge_seconds", "evaluation_seconds"
+SAMPLERS = ("auto", "cmaes", "tpe")
+#: Random trials before TPE looks at what was found.
+TPE_RANDOM = 10
+#: Samplers take seeds below it.
+MOST_SEED = 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One merge that was, or is to be, evaluated.
+
+    Attributes:
+        number: Its number, from 0 on; the first one is the recipe as it is.
+        parameters: A number of each dimension.
+        numbers: What its evaluation gave; empty before.
+        seconds: How long merging and evaluating took.
+    """
+
+    number: int
+    parameters: Mapping[str, float]
+    numbers: Mapping[str, float]
+    seconds: tuple[float, float] = (0.0, 0.0)
+
+
+class Study:
+    """A study, and the sampler that says what to try next.
+
+    Args:
+        folder: Where its file is.
+        sampler: One of ``SAMPLERS``.
+        seed: What its draws depend on.
+    """
+
+    def __init__(self, folder: Path, sampler: str, seed: int) -> None:
+        for module in ("optuna", "cmaes"):
+            need(module, "tune", "search by hand with merge", extra="tune")
+        self.path = folder / FILE
+        self._sampler, self._seed = sampler, seed
+        self._study: Any = None
+        self._directions: dict[str, bool] = {}
+        self._dimensions: tuple[Dimension, ...] = ()
+        self._cma: CmaEs | None = None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return self._study is not None
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The dimensions that it was begun without."""
+        return frozenset(self._study.user_attrs[DIMENSIONS]["left_out"])
+
+    def open(self, facts: Mapping[str, object]) -> None:
+        """Go on with a study that is there, if one is.
+
+        Raises:
+            OutputError: If it is one of another request, or cannot be read.
+        """
+        if not self.path.exists():
+            return
+        with self._told():
+            optuna = _optuna()
+            storage = self._storage()
+            if STUDY not in optuna.get_all_study_names(storage):
+                return
+            study = optuna.load_study(study_name=STUDY, storage=storage)
+            known = study.user_attrs.get(FACTS)
+        if not isinstance(known, dict) or NUMBERS not in study.user_attrs or not study.get_trials(deepcopy=False):
+            self._discard()  # It was killed while it was begun.
+            return
+        changed = [name for name in {**known, **facts} if known.get(name) != facts.get(name)]
+        if changed:
+            raise OutputError(
+                f"{self.path} is the study of another request: {changed[0]} has changed"
+                + " (and more)" * (len(changed) > 1),
+                f"Remove {self.path.parent} to search afresh, or choose another output_path.",
+            )
+        self._study = study
+
+    def begin(
+        self,
+        facts: Mapping[str, object],
+        directions: Mapping[str, bool],
+        first: Trial,
+        dimensions: Sequence[Dimension],
+        left_out: Sequence[str],
+        budget: int,
+    ) -> None:
+        """Begin a study with the trial that was made first.
+
+        Args:
+            facts: What it depends on.
+            directions: For each number that evaluations give, whether more is better.
+            first: The recipe as it is.
+            dimensions: What is searched.
+            left_out: What is not, as nothing depends on it.
+            budget: How many trials are meant to be made.
+        """
+        with self._told():
+            optuna = _optuna()
+            self._study = study = optuna.create_study(
+                study_name=STUDY,
+                storage=self._storage(),
+                directions=["maximize" if upward else "minimize" for upward in directions.values()],
+            )
+            study.set_user_attr(FACTS, dict(facts))
+            study.set_user_attr(POPULATION, CmaEs.population(len(dimensions), budget))
+            study.set_user_attr(DIMENSIONS, {"searched": [each.name for each in dimensions], "left_out": [*left_out]})
+            trial = optuna.trial.create_trial(
+                params={each.name: _stored(each, first.parameters[each.name]) for each in dimensions},
+                distributions={each.name: _distribution(optuna, each) for each in dimensions},
+                values=[_value(first.numbers[name], upward) for name, upward in directions.items()],
+                user_attrs=_attributes(first),
+            )
+            study.add_trial(trial)
+            study.set_user_attr(NUMBERS, dict(directions))
+
+    def use(self, dimensions: Sequence[Dimension]) -> None:
+        """Say what is searched, once it is known; before any trial is asked for."""
+        self._dimensions = tuple(dimensions)
+        self._directions = dict(self._study.user_attrs[NUMBERS])
+        sampler = self._sampler
+        if sampler == "auto":
+            sampler = "cmaes" if len(self._directions) == 1 and len(dimensions) > 1 else "tpe"
+        if sampler == "cmaes":
+            self._cma = CmaEs(dimensions, self._study.user_attrs[POPULATION], self._seed % MOST_SEED)
+
+    @property
+    def directions(self) -> Mapping[str, bool]:
+        """For each number, whether more is better."""
+        return self._directions
+
+    def pending(self) -> list[Trial]:
+        """Trials that earlier runs have begun and not ended."""
+        state = _optuna().trial.TrialState.RUNNING
+        found = list[Trial]()
+        with self._told():
+            for each in self._study.get_trials(deepcopy=False, states=(state,)):
+                trial = each
+                if len(each.params) < len(self._dimensions):  # It was killed while it was begun.
+                    trial = _optuna().trial.Trial(self._study, each._trial_id)
+                    for dimension in self._dimensions:
+                        _suggest(trial, dimension)
+                found.append(Trial(each.number, self._parameters(trial), {}))
+        return found
+
+    def propose(self, others: bool) -> Trial | None:
+        """Begin another trial.
+
+        Args:
+            others: Whether some are under way.
+
+        Returns:
+            The trial; None if what is under way must be known before.
+        """
+        optuna = _optuna()
+        with self._told():
+            waiting = optuna.trial.TrialState.WAITING  # Of a run that was killed: it is begun now.
+            number = sum(each.state != waiting for each in self._study.get_trials(deepcopy=False))
+            if self._cma is not None:
+                point = self._cma.propose(number - 1, {each.number - 1: self._loss(each) for each in self.done()})
+                if point is None:
+                    return None
+                self._study.enqueue_trial(
+                    {each.name: _stored(each, point[each.name]) for each in self._dimensions}, skip_if_exists=True
+                )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                # One a trial: what it draws depends on the trials before alone, in whichever process they were made.
+                self._study.sampler = optuna.samplers.TPESampler(
+                    n_startup_trials=TPE_RANDOM,
+                    multivariate=True,
+                    constant_liar=others,
+                    seed=(self._seed * 100_003 + number) % MOST_SEED,
+                )
+            trial = self._study.ask({each.name: _distribution(optuna, each) for each in self._dimensions})
+        return Trial(trial.number, self._parameters(trial), {})
+
+    def tell(self, trial: Trial) -> None:
+        """Take what became of a trial."""
+        with self._told():
+            state = _optuna().trial.TrialState.COMPLETE
+            storage, known = self._study._storage, self._study.get_trials(deepcopy=False)[trial.number]
+            for name, value in _attributes(trial).items():
+                storage.set_trial_user_attr(known._trial_id, name, value)
+            values = [_value(trial.numbers[name], upward) for name, upward in self._directions.items()]
+            self._study.tell(trial.number, values, state=state)
+
+    def done(self) -> list[Trial]:
+        """All trials that have ended, in order."""
+        with self._told():
+            complete = _optuna().trial.TrialState.COMPLETE
+            found = self._study.get_trials(deepcopy=False, states=(complete,))
+        return [_trial(each, self._parameters(each)) for each in found]
+
+    def best(self) -> list[Trial]:
+        """The trial with the best number; of several numbers, those that no other is better than in all, best first."""
+        done = [each for each in self.done() if all(map(math.isfinite, self._losses(each)))] or self.done()[:1]
+        front = [each for each in done if not any(self._beats(other, each) for other in done)]
+        ranked = sorted(front, key=lambda each: (self._losses(each), each.number))
+        return ranked[:1] if len(self._directions) == 1 else ranked
+
+    def _beats(self, one: Trial, other: Trial) -> bool:
+        ones, others = self._losses(one), self._losses(other)
+        return ones != others and all(mine <= its for mine, its in zip(ones, others, strict=True))
+
+    def _loss(self, trial: Trial) -> float:
+        return self._losses(trial)[0]
+
+    def _losses(self, trial: Trial) -> list[float]:
+        """Its numbers, less of which is better."""
+        values = {name: _value(trial.numbers[name], upward) for name, upward in self._directions.items()}
+        return [-value if self._directions[name] else value for name, value in values.items()]
+
+    def _parameters(self, trial: Any) -> dict[str, float]:
+        return {each.name: float(trial.params[each.name]) for each in self._dimensions if each.name in trial.params}
+
+    def _storage(self) -> Any:
+        url = import_module("sqlalchemy").URL.create("sqlite", database=str(self.path)).render_as_string()
+        return _optuna().storages.RDBStorage(url)
+
+    def _discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Have failures of the file told as such."""
+        try:
+            yield
+        except Exception as error:
+            kinds = (import_module("sqlalchemy.exc").SQLAlchemyError, _optuna().exceptions.StorageInternalError)
+            if not isinstance(error, kinds):
+                raise
+            why = str(error.__cause__ or error).splitlines()[0]
+            raise OutputError(
+                f"{self.path} cannot be used as a study: {why}", f"Remove {self.path.parent} to search afresh."
+            ) from error
+
+
+def _optuna() -> Any:
+    optuna = import_module("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _distribution(optuna: Any, each: Dimension) -> Any:
+    if each.whole:
+        return optuna.distributions.IntDistribution(int(each.low), int(each.high), log=each.log)
+    return optuna.distributions.FloatDistribution(each.low, each.high, log=each.log)
+
+
+def _suggest(trial: Any, each: Dimension) -> None:
+    if each.whole:
+        trial.suggest_int(each.name, int(each.low), int(each.high), log=each.log)
+    else:
+        trial.suggest_float(each.name, each.low, each.high, log=each.log)
+
+
+def _stored(each: Dimension, number: float) -> float | int:
+    return round(number) if each.whole else number
+
+
+def _value(number: float, upward: bool) -> float:
+    """What a study takes for a number: what is none is as bad as can be."""
+    return number if math.isfinite(number) else -math.inf if upward else math.inf
+
+
+def _attributes(trial: Trial) -> dict[str, object]:
+    numbers = {name: number if math.isfinite(number) else str(number) for name, number in trial.numbers.items()}
+    return {GIVEN: numbers, MERGING: trial.seconds[0], EVALUATING: trial.seconds[1]}
+
+
+def _trial(found: Any, parameters: Mapping[str, float]) -> Trial:
+    numbers: Numbers = {}
+    with suppress(KeyError, AttributeError, ValueError):
+        numbers = {name: float(value) for name, value in found.user_attrs[GIVEN].items()}
+    seconds = (float(found.user_attrs.get(MERGING, 0)), float(found.user_attrs.get(EVALUATING, 0)))
+    return Trial(found.number, parameters, numbers, seconds)

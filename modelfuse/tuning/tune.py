@@ -1,0 +1,84 @@
+"""Settings of a recipe searched by evaluating merges."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from modelfuse.errors import OutputError, RecipeError
+from modelfuse.planning.hub import Watch, fetch
+from modelfuse.planning.output_location import check_room
+from modelfuse.planning.plan import make_plan
+from modelfuse.storage.local.lock import Lock
+from modelfuse.tuning.layer_groups import grouped
+from modelfuse.tuning.marks import read_space
+from modelfuse.tuning.request import Request, Tuned
+from modelfuse.tuning.search import Search, Tell
+from modelfuse.tuning.study import Study
+from modelfuse.tuning.usual_search import usual_space
+
+#: What is behind the output's name for the folder of the study.
+SUFFIX = ".tune"
+
+
+def tune(request: Request, tell: Tell = lambda _: None, watch: Watch | None = None) -> Tuned:
+    """Search settings of a recipe by evaluating merges, and merge with the best.
+
+    Args:
+        request: What to search.
+        tell: Called with a sentence on each trial, and whatever the user may wonder about.
+        watch: What is shown of fetching models from a hub.
+
+    Raises:
+        ModelfuseError: If the request is wrong, or a merge or an evaluation fails. What was found is kept in the
+            study, and the same request goes on from there.
+    """
+    started = time.perf_counter()
+    request.check()
+    space = read_space(request.settings)
+    recipe = space.recipe(space.start)
+    output = recipe.output_path
+    if not isinstance(output, Path):
+        raise RecipeError(
+            "output_path is not given" if output is None else f"output_path is {output}",
+            "Name a folder here for the best merge: the study is kept beside it.",
+        )
+    recipe = fetch(recipe, watch)
+    space = space.at_hand(recipe)
+    plan = make_plan(recipe)
+    check_room(output, plan.room)
+    if request.groups:
+        space = grouped(space, plan, request.groups, request.attention_apart)
+    elif not space.dimensions:
+        space = usual_space(space, recipe)
+    space.check()
+    plan = make_plan(space.recipe(space.start))
+    study = Study(output.with_name(output.name + SUFFIX), request.sampler, recipe.seed)
+    with _locked(study.path.parent, output):
+        search = Search(request, space, study, tell)
+        try:
+            search.run(plan)
+            return search.finish(output, started)
+        except BaseException as error:
+            if study.is_begun:
+                error.add_note(f"What was found is kept in {study.path.parent}: the same command goes on from there.")
+            raise
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    """The folder of the study, for this process alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder / ".lock", folder)
+        lock.acquire()
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used for the study of {output.name}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()  # Only if nothing was found.
