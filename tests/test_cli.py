@@ -23,7 +23,8 @@ from conftest import ROOT, Said, array, call, make_model, random_tensors, read_m
 from definitions import MERGE_METHODS, MERGES, SPARSIFIERS
 
 import modelfuse as package
-from modelfuse.cli import help as help_pages
+from modelfuse.cli import help_pages
+from modelfuse.cli.help import default_of
 from modelfuse.cli.arguments import Options, parse
 from modelfuse.cli.commands import COMMANDS
 from modelfuse.cli.groups import groups
@@ -556,7 +557,7 @@ def test_help_has_choices_and_defaults() -> None:
     grouped = [name for names in groups().values() for name in names]
     assert sorted(grouped) == sorted(SETTINGS)
     for setting in SETTINGS.values():
-        assert setting.is_required or help_pages.default_of(setting) not in ("None", "()", "")
+        assert setting.is_required or default_of(setting) not in ("None", "()", "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -213,8 +213,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, models: dict[str, Any]) -> None:
     assert f"Going on from where the last run was ended: {before - 1} of 9" in told
     assert len(log.read_text().splitlines()) == 10
     assert not any(each.exists() for each in left), "what a killed run left in memory is removed"
-    recipe = {**models, "output_path": str(tmp_path / "whole")}
-    package.tune(recipe, command(tmp_path), 9, progress=False)
+    package.tune(models, command(tmp_path), 9, output_path=str(tmp_path / "whole"), progress=False)
     assert without_times(tmp_path / "out.tune") == without_times(tmp_path / "whole.tune")
     assert read_model(tmp_path / "out") == read_model(tmp_path / "whole")
 
@@ -358,7 +357,7 @@ def test_marks_may_stand_in_a_configuration_of_mergekit(tmp_path: Path, models: 
     )
     found = package.tune(
         tmp_path / "config.yml",
-        lambda folder: read_model(folder) and 1.0,
+        lambda folder: float(len(read_model(folder))),
         3,
         output_path=tmp_path / "out",
         progress=False,
@@ -374,7 +373,12 @@ def test_merges_stand_beside_the_study_where_memory_is_short(
 ) -> None:
     monkeypatch.setattr(merged_folders, "_most_ram", lambda: 1)
     folders = list[Path]()
-    package.tune(models, lambda folder: folders.append(folder) or 1.0, 2, progress=False)
+
+    def evaluate(folder: Path) -> float:
+        folders.append(folder)
+        return 1.0
+
+    package.tune(models, evaluate, 2, progress=False)
     assert all(each.is_relative_to(tmp_path / "out.tune") for each in folders)
     assert not [each for each in (tmp_path / "out.tune").iterdir() if each.is_dir()]
 

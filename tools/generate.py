@@ -12,7 +12,8 @@ from msgspec.json import schema
 from modelfuse.cli.arguments import OPTIONS
 from modelfuse.cli.documents import DOCUMENTS
 from modelfuse.cli.groups import FROM_ENVIRONMENT, PREFIX, groups
-from modelfuse.cli.help import PAGES, default_of, steps
+from modelfuse.cli.help import default_of, steps
+from modelfuse.cli.help_pages import PAGES
 from modelfuse.methods.registry import MERGE_METHODS
 from modelfuse.recipe.names import SETTINGS, SYNONYMS
 from modelfuse.recipe.schema import Setting

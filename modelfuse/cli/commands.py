@@ -23,12 +23,13 @@ Command = Callable[[list[str], Mapping[str, object]], int]
 
 def show_help(words: list[str]) -> int:
     """What there is to say first, or of one command."""
-    from modelfuse.cli import help as help_pages
+    from modelfuse.cli.help import help_page, usage
+    from modelfuse.cli.help_pages import PAGES
 
     if not words:
-        help_pages.usage()
-    elif words[0] in help_pages.PAGES:
-        help_pages.help_page(words[0])
+        usage()
+    elif words[0] in PAGES:
+        help_page(words[0])
     else:
         raise RecipeError(f"There is no command {words[0]!r}", LISTED)
     return 0
@@ -220,9 +221,9 @@ def _methods(words: list[str], _: Mapping[str, object]) -> int:
 
         json_output.write(documents.of_methods())
         return 0
-    from modelfuse.cli import help as help_pages
+    from modelfuse.cli.help import methods
 
-    help_pages.methods()
+    methods()
     return 0
 
 
@@ -262,7 +263,7 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe", "mergekit-extract-lora")
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
-    "merge": _merge, "check": _check, "tune": _tune, "verify": _verify, "inspect": _inspect, "moe": _moe, "push": _push,
+    "merge": _merge, "check": _check, "verify": _verify, "tune": _tune, "inspect": _inspect, "moe": _moe, "push": _push,
     "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
     **{name: _mergekit(name) for name in MERGEKIT},
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from modelfuse.cli.arguments import Parser, merge_parser, push_parser, verify_parser
-from modelfuse.cli.help import PAGES
+from modelfuse.cli.help_pages import PAGES
 from modelfuse.cli.inspect_arguments import inspect_parser
 from modelfuse.cli.tune import tune_parser
 from modelfuse.recipe.names import SETTINGS
