@@ -24,10 +24,10 @@ from definitions import MERGE_METHODS, MERGES, SPARSIFIERS
 
 import modelfuse as package
 from modelfuse.cli import help_pages
-from modelfuse.cli.help import default_of
 from modelfuse.cli.arguments import Options, parse
 from modelfuse.cli.commands import COMMANDS
 from modelfuse.cli.groups import groups
+from modelfuse.cli.help import default_of
 from modelfuse.methods.registry import PARAMETERS
 from modelfuse.planning import memory_budget
 from modelfuse.recipe.method_settings import METHOD_SETTINGS
