@@ -611,8 +611,3 @@ def test_the_difference_of_two_models_as_an_adapter(three: dict[str, Tensors], m
     assert modelfuse("merge", "config.yml", "--output_path", "out").status == 0
     query = in_layer(0)[1]
     np.testing.assert_allclose(array(read_model(tmp_path / "out")[query]), three["a"][query], rtol=1e-4, atol=1e-5)
-    said = modelfuse(
-        "mergekit-extract-lora", "--model", "a", "--base-model", "base", "--out-path", "x", "--sv-epsilon", 1
-    )
-    assert said.status == 2
-    assert "--sv-epsilon is not taken here" in said.err

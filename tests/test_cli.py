@@ -143,6 +143,13 @@ DEFAULTS = {
     "convert_from_hf": None,
     "save_to_hf": None,
     "lora_rank": None,
+    "lora_include": None,
+    "lora_exclude": None,
+    "lora_epsilon": 0.0,
+    "lora_embeddings": "factors",
+    "lora_whole": (),
+    "lora_distribute_scale": True,
+    "lora_skip_whole": False,
     "merge_with_qdq_base_model": False,
     "rules": (),
     "lambda": 1.0,
@@ -181,7 +188,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize("name", sorted({*DEFAULTS, "model_path_list"}))
 def test_every_setting_is_a_flag_with_either_dash(name: str) -> None:
     several = {"model_path_list": ["A", "B"], "weight_list": ["1", "2"], "copy_file_list": ["a", "b"]}
-    several |= {"input_layout": ["hf", "paddle"], "rules": ["a", "b"], "missing": ["a", "b"]}
+    several |= {"input_layout": ["hf", "paddle"], "rules": ["a", "b"], "missing": ["a", "b"], "lora_whole": ["a", "b"]}
     value = several.get(name, ["False"])
     for flag in (f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('_', '-', 1)}"):
         settings, options = parse([flag, *value])

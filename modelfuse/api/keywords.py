@@ -66,6 +66,13 @@ class Keywords(TypedDict, total=False):
     convert_from_hf: bool | None
     save_to_hf: bool | None
     lora_rank: int | None
+    lora_include: str | None
+    lora_exclude: str | None
+    lora_epsilon: float
+    lora_embeddings: Literal["factors", "whole"] | str
+    lora_whole: Sequence[str]
+    lora_distribute_scale: bool
+    lora_skip_whole: bool
     merge_with_qdq_base_model: bool
     engine: Literal["local", "ray"] | str
     ray_address: str | None

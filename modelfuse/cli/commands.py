@@ -111,7 +111,7 @@ def _mergekit(command: str) -> Command:
     def run(words: list[str], defaults: Mapping[str, object]) -> int:
         from modelfuse.cli.mergekit import extracted, translated
 
-        meant = extracted(words) if command == "mergekit-extract-lora" else translated(command, words)
+        meant = (extracted if command.endswith("extract-lora") else translated)(command, words)
         if not {"--quiet", "-q"} & set(words):
             for text in meant.notes:
                 _tell(False)(text)
@@ -265,7 +265,7 @@ MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe
 COMMANDS: dict[str, Command] = {
     "merge": _merge, "check": _check, "verify": _verify, "tune": _tune, "inspect": _inspect, "moe": _moe, "push": _push,
     "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
-    **{name: _mergekit(name) for name in MERGEKIT},
+    **{name: _mergekit(name) for name in ("extract-lora", *MERGEKIT)},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."
 

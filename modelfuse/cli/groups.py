@@ -20,9 +20,10 @@ GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "How": (),
     "Where to": (
-        "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "max_shard_size",
-        "copy_file_list", "tokenizer", "tokenizer_from", "copy_tokenizer", "truncate_embeddings", "model_card",
-        "intermediate_dir",
+        "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "lora_epsilon",
+        "lora_include", "lora_exclude", "lora_embeddings", "lora_whole", "lora_distribute_scale", "lora_skip_whole",
+        "max_shard_size", "copy_file_list", "tokenizer", "tokenizer_from", "copy_tokenizer", "truncate_embeddings",
+        "model_card", "intermediate_dir",
     ),
     "Machine": (
         "n_process", "memory", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "engine", "ray_address",

@@ -41,6 +41,17 @@ MIXTURES = (
     "hidden_last run the base on the prompts (modelfuse[transformers]), cheap_embed takes their embeddings "
     "(modelfuse[tokenizers]), random and uniform_random need training. "
 )
+#: Options of both commands that extract adapters.
+EXTRACTION = (
+    ("--max-rank N", "The largest rank. Default: 128."),
+    ("--sv-epsilon X", "Drop singular values up to this, so that ranks differ."),
+    ("-i, --include-regex R", "Only modules in whose names this is found; may be repeated."),
+    ("-e, --exclude-regex R", "No modules in whose names this is found; may be repeated."),
+    ("--save-module NAME", "Save modules of this name as they are; may be repeated."),
+    ("--[no-]embed-lora", "Embeddings and heads as factors, too. Default: as they are."),
+    ("--[no-]distribute-scale", "Half of each singular value in A and B; else all in A."),
+    ("--skip-undecomposable", "Leave out what is no matrix: norms and biases."),
+)
 #: Options of mergekit-yaml that change what comes out, or how.
 MERGEKIT = (
     ("--out-shard-size SIZE", "The largest weight file in bytes, with K, M or B behind; 0: one file."),
@@ -150,8 +161,16 @@ PAGES = {
     ),
     "mergekit-extract-lora": Page(
         "modelfuse mergekit-extract-lora --model M --base-model B --out-path OUT [--max-rank 128]",
-        "The difference of two models as a PEFT adapter.",
+        "The difference of two models as a PEFT adapter, with mergekit-extract-lora's command line.",
+        own=EXTRACTION,
         ending=STATUS,
+    ),
+    "extract-lora": Page(
+        "modelfuse extract-lora --model M --base_model B --output_path OUT [--max_rank 128] [flags of merge]",
+        "The difference of two models as a PEFT adapter: the best factors of each matrix, all else as it is.",
+        ("modelfuse extract-lora --model tuned --base_model base --output_path adapter --max_rank 32",),
+        own=EXTRACTION,
+        ending="It is merge with --output_format lora, --lora_rank and --lora_embeddings whole. " + STATUS,
     ),
     "verify": Page(
         "modelfuse verify FOLDER [--full] [--sample N] [--n_process N] [--seed N] [--hub_endpoint URL]",

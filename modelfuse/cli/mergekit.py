@@ -77,47 +77,61 @@ def translated(command: str, words: Sequence[str]) -> Translated:
     return Translated([*named, *_settings(found), *_options(found), *others], notes)
 
 
-#: What mergekit-extract-lora takes beside these is another adapter than modelfuse makes.
-_UNKNOWN_HERE = ("sv_epsilon", "include_regex", "exclude_regex", "save_module", "skip_undecomposable")
+#: Options of mergekit-extract-lora, and the settings that they are here.
+_EXTRACTED = {"sv_epsilon": "lora_epsilon", "skip_undecomposable": "lora_skip_whole",
+              "distribute_scale": "lora_distribute_scale"}  # fmt: skip
 
 
-def extracted(words: Sequence[str]) -> Translated:
+def extracted(command: str, words: Sequence[str]) -> Translated:
     """The words behind ``mergekit-extract-lora`` as those behind ``merge``: the difference of two models as an adapter.
 
-    >>> extracted(["--model", "m", "--base-model", "b", "--out-path", "o", "--max-rank", "8"]).words[-4:]
-    ['--output_format', 'lora', '--lora_rank', '8']
+    >>> extracted("extract-lora", ["--model", "m", "--base-model", "b", "--out-path", "o"]).words[-5:]
+    ['--output_format', 'lora', '--lora_rank', '128', '--lora_embeddings=whole']
 
     Args:
+        command: The command.
         words: Those behind it; flags of ``merge`` may be among them.
 
     Raises:
-        RecipeError: If one cannot be understood, or asks for what is not made here.
+        RecipeError: If one cannot be understood.
     """
-    parser = Parser("mergekit-extract-lora")
-    for name in ("model", "base_model", "out_path", *_UNKNOWN_HERE):
-        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, nargs="?", const="")
+    given, others = _extract_parser(command).parse_known_args(list(words))
+    found = vars(given)
+    if missing := [name for name in ("model", "base_model", "out_path") if not found.get(name)]:
+        flag = f"--{missing[0].replace('_', '-')}"
+        raise RecipeError(f"{command} needs {flag}", "Name two models and a folder to create.")
+    notes = [f"--{name.replace('_', '-')} has no effect here: {why}." for name, why in _WITHOUT_EFFECT.items()
+             if name in found]  # fmt: skip
+    plain = ["--model_path_list", str(found["model"]), "--base_model_path", str(found["base_model"]), "--output_path",
+             str(found["out_path"]), "--output_format", "lora", "--lora_rank", str(found["max_rank"])]  # fmt: skip
+    plain.append(f"--lora_embeddings={'factors' if found.get('embed_lora') else 'whole'}")
+    for name, setting in (("include_regex", "lora_include"), ("exclude_regex", "lora_exclude")):
+        if name in found:
+            plain.append(f"--{setting}={'|'.join(f'({each})' for each in found[name])}")
+    plain += [f"--{setting}={found[name]}" for name, setting in _EXTRACTED.items() if name in found]
+    if "save_module" in found:
+        plain += ["--lora_whole", *found["save_module"]]
+    return Translated([*plain, *_settings(found), *_options(found), *others], notes)
+
+
+def _extract_parser(command: str) -> Parser:
+    parser = Parser(command)
+    for name in ("model", "base_model"):
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
+    parser.add_argument("--out-path", "--out_path", "--output_path", "--output-path", dest="out_path")
     parser.add_argument("--max-rank", "--max_rank", type=int, default=128)
+    parser.add_argument("--sv-epsilon", "--sv_epsilon", type=float)
+    for name, *short in (("include_regex", "-i"), ("exclude_regex", "-e"), ("save_module",)):
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", *short, dest=name, action="append")
+    parser.add_argument("--skip-undecomposable", "--skip_undecomposable", action="store_true")
     for name in ("embed_lora", "distribute_scale", *_SWITCHES):
         parser.add_argument(
             f"--{name.replace('_', '-')}", f"--{name}", dest=name, action=argparse.BooleanOptionalAction
         )
-    parser.add_argument("--device")
-    given, others = parser.parse_known_args(list(words))
-    found = vars(given)
-    if missing := [name for name in ("model", "base_model", "out_path") if not found.get(name)]:
-        raise RecipeError(
-            f"mergekit-extract-lora needs --{missing[0].replace('_', '-')}", "Name two models and a folder."
-        )
-    if asked := [name for name in _UNKNOWN_HERE if name in found]:
-        raise RecipeError(
-            f"--{asked[0].replace('_', '-')} is not taken here", "Leave it out: every weight is decomposed."
-        )
-    notes = [f"--{name.replace('_', '-')} has no effect here: {why}." for name, why in {
-        **_WITHOUT_EFFECT, "embed_lora": "embeddings are decomposed, too",
-        "distribute_scale": "the scale is distributed"}.items() if name in found]  # fmt: skip
-    words = ["--model_path_list", str(found["model"]), "--base_model_path", str(found["base_model"]), "--output_path",
-             str(found["out_path"]), "--output_format", "lora", "--lora_rank", str(found["max_rank"])]  # fmt: skip
-    return Translated([*words, *_settings(found), *_options(found), *others], notes)
+    for name in _VALUES:
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
+    _add_common(parser)
+    return parser
 
 
 def _parser(command: str) -> Parser:
@@ -141,12 +155,16 @@ def _parser(command: str) -> Parser:
         parser.add_argument(flag, f"--{name}", dest=name, action=argparse.BooleanOptionalAction)
     for name in _VALUES:
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: Parser) -> None:
     parser.add_argument("--transformers-cache", "--transformers_cache")
     parser.add_argument("--device")
     parser.add_argument("--out-shard-size", "--out_shard_size")
     parser.add_argument("--random-seed", "--random_seed", type=int)
     parser.add_argument("--num-threads", "--num_threads", "-j", type=int)
-    return parser
 
 
 def _settings(found: dict[str, Any]) -> list[str]:

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG, Adapter
+from modelfuse.checkpoints.adapters.adapter import Adapter
 from modelfuse.checkpoints.buffers import without
 from modelfuse.checkpoints.side_files import SideFile, files_to_serve, special_tokens
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.checkpoints.tensors import Frame
-from modelfuse.checkpoints.ties import is_tied, pair_of
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES
 from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
-from modelfuse.methods.registry import TAKE
 from modelfuse.planning.adapter_inputs import copies, with_what_adapters_bring
 from modelfuse.planning.configured import configured_draft
 from modelfuse.planning.drafts import Draft, with_vocabulary
@@ -201,6 +199,10 @@ def _draft_of(recipe: Recipe) -> Draft:
     warnings = compare_inputs(recipe, models)
     rules = Rules(recipe)
     models, policies, own = with_what_adapters_bring(models)
+    if recipe.output_format == "lora":
+        from modelfuse.planning.adapter_output import resized
+
+        own = (*own, *(name for name in resized(models) if name not in own))
     models, told, tokenizer_files, words = with_vocabulary(recipe, models)
     match = match_tensors(models, recipe.has_base, rules.inputs_of, (*recipe.missing, *policies), own)
     models, told = (
@@ -209,13 +211,13 @@ def _draft_of(recipe: Recipe) -> Draft:
     reference = models[recipe.reference]
     names, tied = match.names, match.tied
     equal_pairs = (*find_equal_pairs(models, tied), *copies(models))
-    drafts, made_files = _drafts(recipe, rules, models, match)
+    drafts, made_files, more = _drafts(recipe, rules, models, match)
     form = OutputFormat.of(recipe, reference)
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
     side_files = tuple(file for file in side_files if file.name not in tokenizer_files)
     made_files, notes = (
         {**made_files, **tokenizer_files},
-        (*words, *rules.notes(names), *of_missing(recipe.inputs, match)),
+        (*words, *rules.notes(names), *of_missing(recipe.inputs, match), *more),
     )
     base = len(models) - 1 if recipe.base_model_path is not None else None
     modules: tuple[ModuleFile, ...] = ()
@@ -228,39 +230,13 @@ def _draft_of(recipe: Recipe) -> Draft:
 
 def _drafts(
     recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], match: Match
-) -> tuple[list[Operation], Mapping[str, bytes]]:
-    """The output's tensors, before they have a place; and the content of files that come with them."""
+) -> tuple[list[Operation], Mapping[str, bytes], tuple[str, ...]]:
+    """The output's tensors, before they have a place; the content of files that come with them; what to tell."""
     if recipe.output_format != "lora":
-        return operations_of(recipe, rules, models, match.names, match.partial), {}
-    from modelfuse.checkpoints.adapters.as_adapter import Change, as_adapter
+        return operations_of(recipe, rules, models, match.names, match.partial), {}, ()
+    from modelfuse.planning.adapter_output import adapter_draft
 
-    base = models[-1]
-    if added := [name for name in match.partial if name not in base.tensors]:
-        raise MismatchError(
-            "An adapter cannot hold tensors that the base lacks: " + ", ".join(group_names(added)),
-            "Leave them out with --missing drop, or merge into a model: leave output_format out.",
-        )
-    whole = {each.name: each for each in operations_of(recipe, rules, models, list(base.tensors), match.partial)}
-    changes = [
-        Change(name, each.models, base[name], each.method or TAKE, matrices=each.matrices)
-        for name, each in whole.items()
-        if base[name].dtype.compute is not None and any(source != base[name] for source in each.models)
-    ]
-    pair = pair_of(base)
-    if pair is not None and is_tied(base):  # PEFT changes one end of a tied pair: the other is to change likewise.
-        changes += [
-            each._replace(name=pair.head, drawn_as=each.name) for each in changes if each.name == pair.embedding
-        ]
-    adapter = as_adapter(recipe, models, changes)
-    dtype, inputs = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None, (len(models) - 1,)
-    tensors = [
-        Operation(
-            each.name, dtype or each.dtype, each.shape, "take", (each,), inputs,
-            method=change.method, rule=whole[change.drawn_as or change.name].rule, matrices=change.matrices,
-        )
-        for change, each in adapter.tensors
-    ]  # fmt: skip
-    return tensors, {PEFT_CONFIG: adapter.config}
+    return adapter_draft(recipe, rules, models, match)
 
 
 def _check_kinds(drafts: Sequence[Operation]) -> None:

@@ -219,15 +219,15 @@ def check_output_format(output_format: str | None, layout: str | None, save_to_h
         )
 
 
-def check_adapter_output(output_format: str | None, rank: int | None, has_base: bool) -> None:
-    """Refuse an adapter without a base, and its rank without it."""
+def check_adapter_output(output_format: str | None, has_base: bool, given: Sequence[str]) -> None:
+    """Refuse an adapter without a base, and settings of adapters without one."""
     if output_format == "lora" and not has_base:
         raise RecipeError(
             "output_format lora saves differences to a base, but base_model_path is not given",
             "Name the model that the adapter is to be used with.",
         )
-    if rank is not None and output_format != "lora":
-        raise RecipeError("lora_rank is given, but output_format is not lora", "Add --output_format lora.")
+    if given and output_format != "lora":
+        raise RecipeError(f"{given[0]} is given, but output_format is not lora", "Add --output_format lora.")
 
 
 def check_tokenizer(

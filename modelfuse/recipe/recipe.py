@@ -96,7 +96,9 @@ class Recipe(Settings):
         check_copied(self.copy_file_list)
         check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
         check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
-        check_adapter_output(self.output_format, self.lora_rank, self.has_base)
+        adapters = [name for name in SETTINGS if name.startswith("lora_")]
+        given = [name for name in adapters if getattr(self, name) != SETTINGS[name].default]
+        check_adapter_output(self.output_format, self.has_base, given)
         check_tokenizer(self.tokenizer, self.tokenizer_from, self.inputs, self.output_format)
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
             vars(self)["tokenizer_from"] = self.tokenizer

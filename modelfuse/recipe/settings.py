@@ -69,6 +69,27 @@ class Settings:
     lora_rank: int | None = setting(
         None, "output_format lora: the rank of differences that are no exact products.", "none", ge=1, le=2**31
     )
+    lora_include: str | None = setting(
+        None, "output_format lora: only modules in whose names this regular expression is found, and embeddings.", "all"
+    )
+    lora_exclude: str | None = setting(
+        None, "output_format lora: no modules in whose names this regular expression is found.", "none"
+    )
+    lora_epsilon: float = setting(
+        0.0, "output_format lora: drop singular values up to this; the plan reads the models then.", ge=0, le=1e30
+    )
+    lora_embeddings: Literal["factors", "whole"] = setting(
+        "factors", "output_format lora: embeddings and heads as factors, or as they are."
+    )
+    lora_whole: tuple[str, ...] = setting(
+        (), "output_format lora: modules, by the end of their names, to save as they are.", "none"
+    )
+    lora_distribute_scale: bool = setting(
+        True, "output_format lora: singular values half in A and half in B; else all in A."
+    )
+    lora_skip_whole: bool = setting(
+        False, "output_format lora: leave out changes that are no matrices (norms, biases)."
+    )
     merge_with_qdq_base_model: bool = setting(
         False, "Quantize and dequantize the base first, as config.json in the adapter's folder says."
     )

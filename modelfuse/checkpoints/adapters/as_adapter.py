@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
@@ -14,6 +14,7 @@ from modelfuse.checkpoints.adapters.arrays import Recent
 from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
 from modelfuse.checkpoints.adapters.factored import RUN, Factoring, FactorTensor, WholeTensor, difference
 from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
+from modelfuse.checkpoints.adapters.selection import TOKENS, Selection
 from modelfuse.checkpoints.adapters.tensor_roles import PEFT_PREFIX
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, group_names
 from modelfuse.errors import MismatchError, RecipeError
@@ -50,10 +51,14 @@ class AdapterOutput:
     Attributes:
         tensors: The adapter's tensors, each with the change that it is part of.
         config: The content of its adapter_config.json.
+        whole: Changes that it holds as they will be, and what they are called in it.
+        notes: What the user should know.
     """
 
     tensors: tuple[tuple[Change, StoredTensor], ...]
     config: bytes
+    whole: tuple[tuple[Change, str], ...]
+    notes: tuple[str, ...]
 
 
 def as_adapter(recipe: Recipe, models: Sequence[Checkpoint], changes: Sequence[Change]) -> AdapterOutput:
@@ -79,30 +84,46 @@ class _Output:
     whole: list[str] = field(default_factory=list)
     impossible: list[str] = field(default_factory=list)
     tensors: list[tuple[Change, StoredTensor]] = field(default_factory=list)
+    as_they_are: list[tuple[Change, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def made_of(self, changes: Sequence[Change]) -> AdapterOutput:
         self._shared = Shared(self.recipe.on_nonfinite == "error", Recent(most=RUN))
         self._errors: dict[str, float] = {}
         self._adapters = [model for model in self.models if isinstance(model, Adapter)]
         self._transposed = any(adapter.transposed for adapter in self._adapters)
+        self._selection = Selection(self.recipe)
         for change in changes:
             self.tensors += ((change, tensor) for tensor in self._convert(change))
         if self.impossible:
             raise MismatchError(
                 "A PEFT adapter cannot hold what changes in\n"
                 + "\n".join(f"  {group}" for group in group_names(self.impossible)),
-                "Merge into the base instead: leave output_format out.",
+                "Merge into the base instead: leave output_format out. Or leave them out: --lora_skip_whole.",
             )
-        if not self.tensors:
+        if not self.tensors and not self.as_they_are:
             raise MismatchError("No model changes any tensor of the base, so that there is no adapter to save")
-        return AdapterOutput(tuple(_in_runs(self.tensors)), self._config(self.models[-1]))
+        notes = (*self._selection.notes(), *self.notes)
+        return AdapterOutput(
+            tuple(_in_runs(self.tensors)), self._config(self.models[-1]), tuple(self.as_they_are), notes
+        )
 
     def _convert(self, change: Change) -> Iterator[StoredTensor]:
         name, sources, base, method, *_ = change
         layer, _, parameter = name.rpartition(".")
         module = next((each.modules[name] for each in self._adapters if name in each.modules), layer)
-        if parameter == "weight" and len(base.shape) == 2 and base.size:
+        if not self._selection.takes(module, name):
+            return
+        if base.size and self._selection.saves_whole(module, name, change.sources, base):
+            self.as_they_are.append((change, f"{PEFT_PREFIX}{module}.{parameter}"))
+            if module not in self.whole:
+                self.whole.append(module)
+            if name.endswith(TOKENS) and change.sources[0].shape != base.shape:
+                self.notes.append(_of_rows(name, change.sources[0].shape[0]))
+        elif parameter == "weight" and len(base.shape) == 2 and base.size:
             yield from self._factors(module, change)
+        elif self.recipe.lora_skip_whole:
+            self._selection.skipped.append(name)
         elif parameter == "weight" and len(base.shape) == 1:
             self.whole.append(module)
             dtype = difference_type(*sources, base)
@@ -121,7 +142,7 @@ class _Output:
         outputs, inputs = base.shape if out_first else base.shape[::-1]
         rank = _exact_rank(sources, base, method)
         wanted = self.recipe.lora_rank
-        exact = rank is not None and (wanted is None or rank <= wanted)
+        exact = rank is not None and (wanted is None or rank <= wanted) and not self.recipe.lora_epsilon
         if not exact:
             if wanted is None:
                 raise RecipeError(
@@ -130,17 +151,17 @@ class _Output:
                 )
             rank = min(wanted, outputs, inputs)
         assert rank is not None
-        self.ranks[module] = rank
         factoring = Factoring(
-            drawn_as or name,
-            sources,
-            method,
-            None if exact else rank,
-            out_first,
-            matrices,
-            self._shared,
-            self._errors,
-        )
+            drawn_as or name, sources, method, None if exact else rank, out_first, matrices, self._shared,
+            self._errors, distributes=self.recipe.lora_distribute_scale,
+        )  # fmt: skip
+        if self.recipe.lora_epsilon and not exact:
+            rank = factoring.larger_than(self.recipe.lora_epsilon)
+            if not rank:
+                self._selection.small.append(name)
+                return
+            factoring = replace(factoring, kept=rank)
+        self.ranks[module] = rank
         dtype = difference_type(*sources)
         form = f"{PEFT_PREFIX}{module}.lora_" + ("embedding_{}" if embedding else "{}.weight")
         yield FactorTensor(form.format("A"), dtype, (rank, inputs), base.file, 0, factoring, "A")
@@ -174,6 +195,10 @@ class _Output:
             "init_lora_weights": True,
         }
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def _of_rows(name: str, rows: int) -> str:
+    return f"{name} has {rows:,} rows, not the base's: before the adapter is loaded, resize_token_embeddings({rows})."
 
 
 def _exact_rank(sources: Sequence[StoredTensor], base: StoredTensor, method: Applied) -> int | None:

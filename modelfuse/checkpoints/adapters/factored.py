@@ -78,6 +78,8 @@ class Factoring:
         matrices: How it is cut into matrices, if the method works on whole ones.
         shared: What is shared with the other factorings.
         errors: Where the relative error goes, by name.
+        kept: How many of the pairs of that rank are kept; None: all.
+        distributes: Whether A and B have half of every singular value each; else A has all of it.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Factoring:
     matrices: Matrices | None
     shared: Shared = field(compare=False, repr=False)
     errors: dict[str, float] = field(compare=False, repr=False)
+    kept: int | None = None
+    distributes: bool = True
 
     @property
     def elements(self) -> int:
@@ -115,14 +119,30 @@ class Factoring:
 
         whole = merge_whole(self.name, self.sources, self.method, self.shared.strict, self.matrices)
         matrix = whole.reshape(self.sources[0].shape[0], -1)
-        left, right = (
-            each.astype(whole.dtype) for each in factorize(matrix, self.rank or 1, stream_key(0, 0, self.name))
-        )
+        left, right = factorize(matrix, self.rank or 1, stream_key(0, 0, self.name))
+        left, right = left[:, : self.kept], right[: self.kept]
+        if not self.distributes:
+            left, right = self._undistributed(left, right)
+        left, right = (np.ascontiguousarray(each, whole.dtype) for each in (left, right))
         size = np.linalg.norm(whole.astype(np.float64))
         add_low_rank(left, right, whole.dtype.type(-1), 0, whole)
         missing = np.linalg.norm(whole.astype(np.float64))
         self.errors[self.name] = float(missing / size) if size else 0.0
         return (left, right) if self.out_first else (np.ascontiguousarray(right.T), np.ascontiguousarray(left.T))
+
+    def _undistributed(self, left: Array, right: Array) -> tuple[Array, Array]:
+        """All of every singular value in A, whichever of the two that is."""
+        sizes = np.sqrt(np.square(left).sum(axis=0))
+        shares = np.where(sizes > 0, sizes, 1.0)
+        if self.out_first:
+            return left / shares, right * sizes[:, None]
+        return left * sizes, right / shares[:, None]
+
+    def larger_than(self, epsilon: float) -> int:
+        """How many singular values are larger; the difference is read."""
+        b, a = (np.asarray(each, np.float64) for each in self.factors())
+        sizes = np.sqrt(np.square(b).sum(axis=0) * np.square(a).sum(axis=1))
+        return int(np.count_nonzero(sizes > epsilon))
 
 
 @dataclass(frozen=True, slots=True)
