@@ -118,7 +118,7 @@ class Room(NamedTuple):
         slices = plan.slice_elements
         pairs = [((pair.one, pair.other), slices) for pair in plan.equal_pairs if pair.one.size]
         everything = [*((tensor.sources, max(slices, tensor.window)) for tensor in plan.tensors), *pairs]
-        rows = max(_row_bytes(sources, elements) * len(sources) for sources, elements in everything)
+        rows = max(row_bytes(sources, elements) * len(sources) for sources, elements in everything)
         out = max(tensor.dtype.nbytes(min(max(slices, tensor.window), tensor.size)) for tensor in plan.tensors)
         return cls(slices, rows, out, plan.fetched, plan.reads_twice)
 
@@ -207,7 +207,7 @@ class Worker:
 
     def _rows(self, task: Task) -> Bytes:
         """The buffer as the rows of a task's sources. Often they are the last one's, which kernels know already."""
-        shape = len(task.sources), _row_bytes(task.sources, max(self._slice_elements, task.window))
+        shape = len(task.sources), row_bytes(task.sources, max(self._slice_elements, task.window))
         if self._last_rows.shape != shape:
             self._last_rows = self._raws[: math.prod(shape)].reshape(shape)
         return self._last_rows
@@ -230,7 +230,7 @@ def _lost(source: StoredTensor) -> CheckpointError:
     return CheckpointError(message, "Merge again; if it fails again, look at the disk.")
 
 
-def _row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
+def row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
     """The bytes of a slice of any of a tensor's sources, up to a multiple of the widest element's."""
     elements = min(slice_elements, max(source.size for source in sources))
     return -(-elements * max(source.dtype.bytes for source in sources) // ROW_ALIGNMENT) * ROW_ALIGNMENT

@@ -9,18 +9,19 @@ any number of workers and any memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from modelfuse.kernels.differences import BLOCK, OUTLYING
+from modelfuse.kernels.interference import PROBES
 
 #: Densities for which it is told what trim and dare would keep.
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
-#: Elements of a block, at most: "large" and "outlying" are told from its root mean square. It is whole rows of a matrix
+#: "Large" and "outlying" are told from the root mean square of a block of BLOCK elements at most: whole rows of a matrix
 #: of a layer (at least one), else a run of elements; tensors are cut into such blocks from their first element on.
-BLOCK = 1 << 15
-#: An element of a difference is outlying if it is at least so many times the root mean square of its block.
-OUTLYING = 8.0
-#: Sums of rows that a sketch keeps of a matrix. It is no multiple of a size of heads.
-PROBES = 127
+#: A sketch keeps PROBES sums of outputs of a matrix.
+__all__ = ["BLOCK", "DENSITIES", "OUTLYING", "PROBES", "Change", "Diff", "Group", "Kept", "NotCompared", "Pair",
+           "SideDifference", "TensorFacts"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Kept:
         trim_elements: Share of all elements that trim leaves different from the base: the density, or the share that
             differs at all where that is smaller.
         trim_squares: Share of ‖τ‖² in the largest elements, which trim keeps; each tensor keeps the same share of its
-            elements. Counted in bins of magnitude, eight an octave: it is off by less than 0.01. None where τ is zero.
+            elements. Counted in bins of magnitude, 32 an octave: it is off by less than 0.02. None where τ is zero.
         dare_elements: Share of all elements that dare leaves different from the base, on average. On average it keeps
             the share ``density`` of ‖τ‖², too.
     """
@@ -224,6 +225,10 @@ class Diff:
     exact: bool
     bytes_read: int
     seconds: float
+
+    def telling(self, findings: Sequence[str]) -> Diff:
+        """The same with sentences on what matters."""
+        return replace(self, findings=tuple(findings))
 
     def __repr__(self) -> str:
         models: Sequence[str] = self.models

@@ -92,7 +92,7 @@ class Part:
     def place(self, first: int, stop: int) -> tuple[int, int, Any]:
         """Of some rows of the matrix, those of the part: their first number in it, their last, and where they are."""
         begin, end = np.searchsorted(self.rows, [first, stop])
-        return int(begin), int(end), (_run(self.rows[begin:end] - first), _run(self.columns))
+        return int(begin), int(end), (run_of(self.rows[begin:end] - first), run_of(self.columns))
 
     def take(self, values: Floats, first: int) -> tuple[int, int, list[Floats]]:
         """The part's rows of a window, shape (matrices, rows, columns), that begins with a row of the matrix."""
@@ -100,7 +100,7 @@ class Part:
         return begin, end, [each[rows][:, columns] for each in values]
 
 
-def _run(numbers: Numbers) -> Any:
+def run_of(numbers: Numbers) -> Any:
     """The same as a slice, if it can be one."""
     if numbers.size and numbers[-1] - numbers[0] + 1 == numbers.size:
         return slice(int(numbers[0]), int(numbers[-1]) + 1)

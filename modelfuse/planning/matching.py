@@ -90,6 +90,19 @@ def match_tensors(
     Raises:
         MismatchError: If a tensor is not in every model that must have it, or has different shapes; lists all.
     """
+    match, mismatch = find_matches(models, has_base, inputs_of, rules, alone)
+    if mismatch.missing or mismatch.misshapen or mismatch.untied:
+        raise mismatch.error()
+    if not match.names:
+        raise MismatchError("The models have no tensors to merge", "Name the folders that hold the weights.")
+    return match
+
+
+def find_matches(
+    models: Sequence[Checkpoint], has_base: bool, inputs_of: InputsOf, rules: tuple[MissingRule, ...] = (),
+    alone: Collection[str] = (),
+) -> tuple[Match, Mismatch]:  # fmt: skip
+    """The same, with what does not match instead of an error."""
     everywhere = set.intersection(*(_names(model) for model in models))
     groups = [_tied_groups(model) for model in models]
     base = len(models) - 1
@@ -124,12 +137,8 @@ def match_tensors(
         return partial.get(name) or inputs_of(name)
 
     misshapen = [name for name in names if len({_shape(models[number], name) for number in wanted(name)}) > 1]
-    untied = _describe_untied(tied, models)
-    if missing or misshapen or untied:
-        raise Mismatch(models, missing, misshapen, untied, wanted).error()
-    if not names:
-        raise MismatchError("The models have no tensors to merge", "Name the folders that hold the weights.")
-    return Match(names, tuple(tied), partial, tuple(dropped), frozenset(alone))
+    mismatch = Mismatch(models, missing, misshapen, _describe_untied(tied, models), wanted)
+    return Match(names, tuple(tied), partial, tuple(dropped), frozenset(alone)), mismatch
 
 
 def _shape(model: Checkpoint, name: str) -> tuple[int, ...]:

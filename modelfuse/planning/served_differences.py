@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from modelfuse.checkpoints.json_files import read_json
 from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_FILE, Tokenizer, tokenizer_of
@@ -31,16 +31,21 @@ COMPARED = (TOKENIZER_FILE, TOKENIZER_CONFIG, GENERATION, TEMPLATE, TEMPLATES, "
 MOST_SHOWN = 4
 
 
+About = Literal["tokenizer", "template", "generation", "other"]
+
+
 class ServedDifference(NamedTuple):
     """What two folders contradict each other in.
 
     Attributes:
         text: What it is.
         loud: Whether what the other one's users rely on is lost.
+        about: What kind of file it is in.
     """
 
     text: str
     loud: bool = False
+    about: About = "other"
 
 
 @dataclass(frozen=True)
@@ -108,23 +113,27 @@ class Served:
         return not self.names.isdisjoint((TOKENIZER_FILE, TOKENIZER_CONFIG, *VOCABULARIES))
 
 
-def served_differences(taken: Served, other: Served) -> Iterator[ServedDifference]:
+def served_differences(taken: Served, other: Served, name: str = "the output") -> Iterator[ServedDifference]:
     """What a model's own files say otherwise than those that the output gets.
 
     Args:
         taken: The folder that tokenizer, template and generation settings are taken from.
         other: The model's.
+        name: What has those that are taken, in words.
     """
-    if other.has_tokenizer:
-        if taken.has_tokenizer:
-            yield from _of_tokenizers(taken, other)
-        else:
-            yield ServedDifference("it has a tokenizer, and the output has none", loud=True)
-    yield from _of_templates(taken, other)
-    yield from _of_stops(taken, other)
+    kinds: list[tuple[About, Callable[[Served, Served, str], Iterator[ServedDifference]]]] = [
+        ("tokenizer", _of_tokenizers), ("template", _of_templates), ("generation", _of_stops),
+    ]  # fmt: skip
+    for about, differences in kinds:
+        yield from (each._replace(about=about) for each in differences(taken, other, name))
 
 
-def _of_tokenizers(taken: Served, other: Served) -> Iterator[ServedDifference]:
+def _of_tokenizers(taken: Served, other: Served, name: str) -> Iterator[ServedDifference]:
+    if not other.has_tokenizer:
+        return
+    if not taken.has_tokenizer:
+        yield ServedDifference(f"it has a tokenizer, and {name} has none", loud=True)
+        return
     same = other.content(TOKENIZER_FILE)
     if same is not None and same == taken.content(TOKENIZER_FILE):
         return
@@ -137,7 +146,7 @@ def _of_tokenizers(taken: Served, other: Served) -> Iterator[ServedDifference]:
             )
         return
     if ours.tokens != theirs.tokens:
-        yield from _of_tokens(ours, theirs)
+        yield from _of_tokens(ours, theirs, name)
     keys = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     changed = [key for key in keys if ours.content.get(key) != theirs.content.get(key)]
     merges = [each.content["model"].get("merges") for each in (ours, theirs)]  # A map, or it were no tokenizer.
@@ -146,7 +155,7 @@ def _of_tokenizers(taken: Served, other: Served) -> Iterator[ServedDifference]:
         yield ServedDifference(f"its tokenizer.json has another {', '.join(changed)}")
 
 
-def _of_tokens(ours: Tokenizer, theirs: Tokenizer) -> Iterator[ServedDifference]:
+def _of_tokens(ours: Tokenizer, theirs: Tokenizer, name: str) -> Iterator[ServedDifference]:
     at = {number: token for token, number in ours.tokens.items()}
     moved = [(number, at[number], token) for token, number in theirs.tokens.items() if at.get(number, token) != token]
     lost = [token for token in theirs.tokens if token not in ours.tokens]
@@ -157,24 +166,24 @@ def _of_tokens(ours: Tokenizer, theirs: Tokenizer) -> Iterator[ServedDifference]
             loud=True,
         )  # fmt: skip
     if lost:
-        yield ServedDifference(f"the output's tokenizer lacks {len(lost)} of its tokens: {_some(lost)}", loud=True)
+        yield ServedDifference(f"{name}'s tokenizer lacks {len(lost)} of its tokens: {_some(lost)}", loud=True)
 
 
-def _of_templates(taken: Served, other: Served) -> Iterator[ServedDifference]:
+def _of_templates(taken: Served, other: Served, name: str) -> Iterator[ServedDifference]:
     if other.template is None or other.template == taken.template:
         return
     if taken.template is None:
-        yield ServedDifference("it has a chat template, and the output has none", loud=True)
+        yield ServedDifference(f"it has a chat template, and {name} has none", loud=True)
     else:
         yield ServedDifference("its chat template is another one")
 
 
-def _of_stops(taken: Served, other: Served) -> Iterator[ServedDifference]:
+def _of_stops(taken: Served, other: Served, name: str) -> Iterator[ServedDifference]:
     if GENERATION in other.names and (lost := other.stops - taken.stops):
         numbers = ", ".join(sorted(map(str, lost)))
-        yield ServedDifference(f"it ends answers with the tokens {numbers}, which do not end the output's", loud=True)
+        yield ServedDifference(f"it ends answers with the tokens {numbers}, which do not end {name}'s", loud=True)
     if other.end is not None and taken.end is not None and other.end != taken.end:
-        yield ServedDifference(f"its eos_token is {other.end!r}, the output's {taken.end!r}", loud=True)
+        yield ServedDifference(f"its eos_token is {other.end!r}, {name}'s {taken.end!r}", loud=True)
     ours, theirs = taken.json(GENERATION), other.json(GENERATION)
     skipped = ("transformers_version", "_from_model_config", "eos_token_id")
     changed = sorted(

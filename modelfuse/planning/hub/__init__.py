@@ -6,6 +6,7 @@ not fit together, or an output that finds no room, are refused before hours of d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from modelfuse.planning.hub.progress import QUIET, Watch
@@ -14,13 +15,17 @@ from modelfuse.recipe.recipe import Recipe
 __all__ = ["QUIET", "Watch", "fetch", "headers"]
 
 
-def fetch(recipe: Recipe, watch: Watch | None = None, *, ask: bool = True) -> Recipe:
+def fetch(
+    recipe: Recipe, watch: Watch | None = None, *, ask: bool = True, check: Callable[[Recipe], int] | None = None
+) -> Recipe:
     """Bring what a merge needs into the cache.
 
     Args:
         recipe: The merge; nothing is done if it has no hub names.
         watch: What is shown.
         ask: Whether to ask the hub; without, all must be in the cache.
+        check: Called with the recipe at headers alone before anything large is fetched; gives the bytes of what will be
+            written. By default the merge is planned.
 
     Returns:
         The same recipe, with a commit and a folder for each hub name.
@@ -33,7 +38,7 @@ def fetch(recipe: Recipe, watch: Watch | None = None, *, ask: bool = True) -> Re
         return recipe
     from modelfuse.planning.hub.download import fetch_models
 
-    return fetch_models(recipe, watch or Watch(), ask)
+    return fetch_models(recipe, watch or Watch(), ask, check)
 
 
 def headers(recipe: Recipe, watch: Watch | None = None) -> AbstractContextManager[Recipe]:

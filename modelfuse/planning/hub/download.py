@@ -22,12 +22,15 @@ from modelfuse.recipe.recipe import Recipe
 from modelfuse.recipe.sizes import size
 
 
-def fetch_models(recipe: Recipe, watch: Watch, ask: bool) -> Recipe:
+Check = Callable[[Recipe], int]
+
+
+def fetch_models(recipe: Recipe, watch: Watch, ask: bool, check: Check | None = None) -> Recipe:
     """Bring what a merge needs into the cache; see :func:`modelfuse.planning.hub.fetch`."""
     check_places(recipe)
     finder = _finder(recipe, watch)
     models = finder.find(ask=ask)
-    _download(finder.hub, recipe, models, watch)
+    _download(finder.hub, recipe, models, watch, check or _room_of)
     finder.keep(models)
     return recipe.at_hand({model.name: model.place for model in models})
 
@@ -42,7 +45,7 @@ def fetch_headers(recipe: Recipe, watch: Watch) -> Iterator[Recipe]:
     whole = [model for model in models if not can_be_read(model)]
     if whole:
         watch.tell(f"Other weights than safetensors are fetched whole: {', '.join(str(each.name) for each in whole)}.")
-        _download(finder.hub, recipe, whole, watch)
+        _download(finder.hub, recipe, whole, watch, _room_of)
         finder.keep(whole)
     with header_folders(finder.hub, models) as found:
         yield recipe.at_hand(found)
@@ -55,7 +58,11 @@ def _finder(recipe: Recipe, watch: Watch) -> Finder:
     return Finder(hub, recipe, watch.tell)
 
 
-def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch) -> None:
+def _room_of(recipe: Recipe) -> int:
+    return make_plan(recipe).room
+
+
+def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch, check: Check) -> None:
     """Fetch all files that the cache lacks, of all models at once."""
     missing = [[(model, file) for file in model.missing] for model in models]
     size = sum(model.missing_bytes for model in models)
@@ -64,7 +71,7 @@ def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch) -
     _check_disk(hub, size)
     if all(can_be_read(model) for model in models):
         with header_folders(hub, models) as found:
-            room = make_plan(recipe.at_hand(found)).room
+            room = check(recipe.at_hand(found))
         check_room(recipe.output_path, room)
         if isinstance(recipe.output_path, Path) and _same_disk(recipe.output_path, hub.cache):
             _check_disk(hub, size, max(0, room - bytes_left(recipe.output_path)))

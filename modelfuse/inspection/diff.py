@@ -1,0 +1,173 @@
+"""All of ``modelfuse diff``: inputs opened, every tensor measured by the workers of a merge, and told."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from modelfuse.checkpoints.adapters import Adapter
+from modelfuse.checkpoints.config_differences import config_differences, shown
+from modelfuse.errors import RecipeError
+from modelfuse.execution.prefetch import Streaming
+from modelfuse.execution.scheduler import Job, Scheduler
+from modelfuse.execution.worker import Room, Task, Worker, row_bytes
+from modelfuse.inspection.diff_findings import findings_of
+from modelfuse.inspection.diff_result import Diff, Group, NotCompared, SideDifference, TensorFacts
+from modelfuse.inspection.diff_sums import TensorSums
+from modelfuse.kernels import Pass
+from modelfuse.kernels.blas_threads import one_thread
+from modelfuse.kernels.differences import Sums, measure
+from modelfuse.kernels.kernel import CompiledKernel
+from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan, make_diff_plan
+from modelfuse.planning.memory_budget import SPAN
+from modelfuse.planning.served_differences import Served, other_differences, served_differences
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import hold, waiting_while
+
+Progress = Callable[[int], None]
+
+
+def diff_recipe(models: Sequence[object], base: object | None, settings: dict[str, object]) -> Recipe:
+    """The inputs as those of a merge: without a base, differences are taken to the first model.
+
+    Raises:
+        RecipeError: If there are too few models, or a setting is wrong.
+    """
+    if len(models) < 2 - (base is not None):
+        raise RecipeError(
+            f"diff compares at least two models, or one with a base; {len(models) or 'none'} is given",
+            "Give two or more paths: `modelfuse diff A B`, or `modelfuse diff B --base A`.",
+        )
+    if base is None:
+        base, *models = models
+    return Recipe.parse({**settings, "model_path_list": [*models], "base_model_path": base})
+
+
+def diff_models(
+    recipe: Recipe, base_given: bool, exact: bool, progress: Callable[[int, int], None] | None = None
+) -> Diff:
+    """Compare models.
+
+    Args:
+        recipe: The inputs, at hand.
+        base_given: Whether its base was given as one.
+        exact: Whether interference is to be computed exactly, which takes time and memory.
+        progress: Called with bytes that were read since the last call, and those to read in all.
+
+    Raises:
+        CheckpointError: If an input cannot be read.
+        MismatchError: If there is nothing to compare.
+    """
+    started = time.perf_counter()
+    plan = make_diff_plan(recipe, exact)
+    sums = Measuring(plan, progress or (lambda *_: None)).run()
+    located = [(each.location, own) for each, own in zip(plan.tensors, sums, strict=True)]
+    whole = TensorSums.total(sums).group("model", "", None, None)
+    result = Diff(
+        base=str(recipe.inputs[-1]),
+        base_given=base_given,
+        models=tuple(map(str, recipe.inputs[:-1])),
+        whole=whole,
+        layers=_groups(((each.stack, each.layer, None), own) for each, own in located if each.layer is not None),
+        modules=_groups(((each.stack, None, each.module), own) for each, own in located),
+        cells=_groups(((each.stack, each.layer, each.module), own) for each, own in located),
+        tensors=tuple(own.group(each.name, *each.location) for each, own in zip(plan.tensors, sums, strict=True)),
+        facts=tuple(_facts(each) for each in plan.tensors),
+        not_compared=tuple(NotCompared(name, because) for name, because in plan.left_out.items()),
+        side_differences=tuple(_side_differences(plan)),
+        findings=(),
+        exact=exact,
+        bytes_read=plan.bytes_read,
+        seconds=time.perf_counter() - started,
+    )
+    return result.telling(findings_of(result))
+
+
+def _groups(located: Iterable[tuple[tuple[str, int | None, str | None], TensorSums]]) -> tuple[Group, ...]:
+    """The sums of tensors in the same place, in the order of their first."""
+    found: dict[tuple[str, int | None, str | None], list[TensorSums]] = {}
+    for key, own in located:
+        found.setdefault(key, []).append(own)
+    return tuple(TensorSums.total(several).group(_name(*key), *key) for key, several in found.items())
+
+
+def _name(stack: str, layer: int | None, module: str | None) -> str:
+    where = f"{stack} " * bool(stack) + (f"layer {layer}" if layer is not None else "")
+    return f"{where} {module or ''}".strip()
+
+
+def _facts(tensor: ComparedTensor) -> TensorFacts:
+    base = tensor.sources[-1]
+    return TensorFacts(tensor.name, str(base.natural), base.shape, tensor.measurement.matrices is not None)
+
+
+class Measuring:
+    """A run over a plan's tensors that measures instead of writing.
+
+    Args:
+        plan: What to compare.
+        progress: Called with bytes that were read since the last call, and those to read in all.
+    """
+
+    def __init__(self, plan: DiffPlan, progress: Callable[[int, int], None]) -> None:
+        self._plan, self._progress = plan, progress
+        budget, kernel = plan.budget, CompiledKernel()
+        slices = budget.slice_elements
+        rows = max(row_bytes(each.sources, slices) * len(each.sources) for each in plan.tensors)
+        hold(budget.fetched, False)
+        self._workers = [
+            Worker(kernel, Room(slices, rows, 0, budget.fetched, False), lambda: self._scheduler.stopping)
+            for _ in range(budget.workers)
+        ]
+        paths = [model.path for model in plan.models]
+        self._tasks = [Task(each.sources, tuple(paths[number] for number in each.inputs)) for each in plan.tensors]
+        self._sums: list[TensorSums | None] = [None] * len(plan.tensors)
+        self._scheduler: Scheduler[Pass] = Scheduler(self._walk, budget.workers, SPAN)
+
+    def run(self) -> list[TensorSums]:
+        """Measure all tensors, in the plan's order."""
+        self._streaming = Streaming(self._tasks)
+        with one_thread(), waiting_while(lambda: not self._scheduler.stopping):
+            try:
+                self._streaming.start()
+                self._scheduler.run(self._jobs())
+            finally:
+                self._streaming.end()
+        return [each for each in self._sums if each is not None]
+
+    def _jobs(self) -> Iterator[Job[Pass]]:
+        for number, (tensor, task) in enumerate(zip(self._plan.tensors, self._tasks, strict=True)):
+            yield Job(task, measure(tensor.measurement, self._keeper(number)), tensor.measurement.size)
+
+    def _keeper(self, number: int) -> Callable[[Sums], None]:
+        tensor = self._plan.tensors[number]
+
+        def keep(found: Sums) -> None:
+            self._sums[number] = TensorSums.of(tensor.measurement.size, found, tensor.models)
+
+        return keep
+
+    def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
+        self._streaming.begin(task, first, count)
+        walked = self._workers[worker].walk(task, pass_, first, count, lambda *_: None)
+        self._streaming.passed(task, first, count)
+        self._progress(sum(source.stored.nbytes(count) for source in task.sources), self._plan.bytes_read)
+        return walked.found
+
+
+def _side_differences(plan: DiffPlan) -> Iterator[SideDifference]:
+    """What each model says otherwise than the base beside the weights; an adapter has little to say."""
+    base, folder = plan.models[-1], Served.of(plan.recipe.input_paths[-1])
+    for number, (model, path) in enumerate(zip(plan.models[:-1], plan.recipe.model_paths, strict=True)):
+        is_adapter = isinstance(model, Adapter)
+        for each in () if is_adapter else config_differences(base.config, model.config):
+            text = f"config.json: {each.key} is {shown(each.one)} in the base, but {shown(each.other)}"
+            one, other = (json.dumps(value, default=str) for value in (each.one, each.other))
+            yield SideDifference(number, "config", text, each.key, one, other, each.fatal)
+        own = Served.of(path)
+        if own.folder == folder.folder:
+            continue
+        found = [*served_differences(folder, own, "the base"), *(() if is_adapter else other_differences(folder, own))]
+        yield from (SideDifference(number, each.about, each.text) for each in found)

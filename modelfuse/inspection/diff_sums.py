@@ -1,0 +1,192 @@
+"""What was measured of each tensor, added up for layers, modules and models, and told as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modelfuse.inspection.diff_result import DENSITIES, Change, Group, Kept, Pair
+from modelfuse.kernels.differences import BIN_SHIFT, Sums
+
+Array = np.ndarray[Any, Any]
+
+#: The share of ‖τ‖² of which it is told how many elements have it.
+MOST_SQUARES = 0.9
+
+
+@dataclass
+class TensorSums:
+    """What is added up of some tensors, for all models.
+
+    Attributes:
+        elements: How many elements.
+        sums: What was measured, without magnitudes.
+        kept_elements: Elements that trim would leave different from the base, shape (models, densities).
+        kept_squares: Their share of ‖τ‖², times that: shape (models, densities).
+        concentrated: The fewest elements that have MOST_SQUARES of ‖τ‖² in each tensor, shape (models,).
+        tensors: How many tensors.
+    """
+
+    elements: int
+    sums: Sums
+    kept_elements: Array
+    kept_squares: Array
+    concentrated: Array
+    tensors: int = 1
+
+    @classmethod
+    def of(cls, size: int, found: Sums, models: Sequence[int | None]) -> TensorSums:
+        """Those of one tensor, in which some models have no values of their own.
+
+        Args:
+            size: Its number of elements.
+            found: What was measured of the models that have.
+            models: For each model, None if it has none.
+        """
+        own = np.flatnonzero([each is not None for each in models])
+        count, nonzero = len(models), size - _unchanged(found, size)
+        sums, square = Sums.zeros(count), np.ix_(own, own)
+        with_base = np.append(own, count)
+        sums.gram[np.ix_(with_base, with_base)] = found.gram
+        sums.bad[:] = sums.skipped[:] = found.bad[-1]
+        sums.bad[with_base] = found.bad
+        for name in ("skipped", "largest", "outliers"):
+            getattr(sums, name)[own] = getattr(found, name)
+        for number in range(len(found.signs)):
+            sums.signs[number][square] = found.signs[number]
+        for number in range(len(found.interference)):
+            sums.interference[number][square] = found.interference[number]
+        sums.histogram = np.zeros((count, 0), np.int64)
+        kept = np.zeros((2, count, len(DENSITIES)))
+        concentrated = np.zeros(count)
+        for place, model in enumerate(own):
+            curve = Curve(found.histogram[place])
+            square_norm = found.gram[place, place]
+            kept[0, model] = [min(density * size, nonzero[place]) for density in DENSITIES]
+            kept[1, model] = [square_norm * curve.squares_in(density * size) for density in DENSITIES]
+            concentrated[model] = curve.elements_with(MOST_SQUARES)
+        return cls(size, sums, kept[0], kept[1], concentrated)
+
+    @classmethod
+    def total(cls, several: Iterable[TensorSums]) -> TensorSums:
+        """The sums of several."""
+        first, *others = several
+        count = first.concentrated.size
+        whole = cls(0, Sums.zeros(count), np.zeros_like(first.kept_elements), np.zeros_like(first.kept_squares),
+                    np.zeros(count), 0)  # fmt: skip
+        whole.sums.histogram = np.zeros((count, 0), np.int64)
+        for each in (first, *others):
+            whole.sums.add(each.sums)
+            for name in ("elements", "kept_elements", "kept_squares", "concentrated", "tensors"):
+                setattr(whole, name, getattr(whole, name) + getattr(each, name))
+        return whole
+
+    def group(self, name: str, stack: str, layer: int | None, module: str | None) -> Group:
+        """These as numbers to tell."""
+        models = range(self.concentrated.size)
+        return Group(
+            name, stack, layer, module, self.tensors, self.elements,
+            float(np.sqrt(self.sums.gram[-1, -1])), int(self.sums.bad[-1]),
+            tuple(map(self._change, models)),
+            tuple(self._pair(model, other) for model in models for other in models if other != model),
+        )  # fmt: skip
+
+    def _change(self, model: int) -> Change:
+        sums = self.sums
+        square, base = float(sums.gram[model, model]), float(sums.gram[-1, -1])
+        unchanged = _unchanged(sums, self.elements)[model]
+        return Change(
+            norm=square**0.5,
+            relative=_share(square, base, root=True),
+            unchanged=_share(unchanged, self.elements),
+            along_base=_cosine(sums.gram, model, len(sums.gram) - 1),
+            largest=float(sums.largest[model]),
+            outliers=int(sums.outliers[model]),
+            nonfinite=int(sums.bad[model]),
+            density_90=_share(self.concentrated[model], self.elements) if square else None,
+            kept=tuple(self._kept(model, number, unchanged) for number in range(len(DENSITIES))),
+        )
+
+    def _kept(self, model: int, number: int, unchanged: float) -> Kept:
+        density, changed = DENSITIES[number], self.elements - unchanged - self.sums.skipped[model]
+        return Kept(
+            density,
+            float(self.kept_elements[model, number] / self.elements),
+            _share(self.kept_squares[model, number], self.sums.gram[model, model]),
+            float(density * changed / self.elements),
+        )
+
+    def _pair(self, model: int, other: int) -> Pair:
+        sums = self.sums
+        both, opposite, large, opposite_large = (float(each[model, other]) for each in sums.signs)
+        product, own = sums.interference[0, model, other], sums.interference[0, model, model]
+        ratio = _share(product, own, root=True)
+        error = None
+        if ratio is not None:
+            # Of a root of a quotient: half of its relative variance's root, which correlation makes smaller.
+            variance, of_own = sums.interference[1, model, other], sums.interference[1, model, model]
+            covariance = sums.interference[2, model, other]
+            # Multiplied out, as ‖τⱼ τᵢᵀ‖ may be zero.
+            square = variance / own - 2 * covariance * ratio**2 / own + of_own * ratio**4 / own
+            below = 4 * own * max(ratio**2, np.finfo(float).tiny)
+            error = float(max(square / below, 0.0) ** 0.5) if product > 0 else 0.0
+        return Pair(
+            model, other, _cosine(sums.gram, model, other), _share(both, self.elements),
+            _share(opposite, both), _share(opposite_large, large), ratio, error,
+        )  # fmt: skip
+
+
+class Curve:
+    """How many of the largest elements of a difference have which share of the sum of their squares.
+
+    Elements of a bin of magnitudes are taken to be spread evenly over it, which 32 bins an octave allow.
+    """
+
+    def __init__(self, histogram: Array) -> None:
+        used = np.flatnonzero(histogram)[::-1]
+        low, high = (_value(bits) for bits in (used, used + 1))
+        high = np.minimum(high, np.finfo(np.float32).max)
+        self._counts = histogram[used].astype(np.float64)
+        mean = (low * low + low * high + high * high) / 3
+        mean[used == 0] = 0.0  # Zeros, and numbers too small to matter.
+        self._elements = np.concatenate([[0.0], np.cumsum(self._counts)])
+        squares = np.concatenate([[0.0], np.cumsum(self._counts * mean)])
+        self._squares = squares / squares[-1] if squares.size > 1 and squares[-1] > 0 else np.zeros_like(squares)
+
+    def squares_in(self, elements: float) -> float:
+        """The share of the sum of squares in so many of the largest elements."""
+        return float(np.interp(elements, self._elements, self._squares))
+
+    def elements_with(self, share: float) -> float:
+        """The fewest elements that have a share of the sum of squares; zero where there is none."""
+        if not self._squares[-1] > 0:
+            return 0.0
+        return float(np.interp(share, self._squares, self._elements))
+
+
+def _value(bins: Array) -> Array:
+    """The least magnitude in each bin, float64."""
+    value: Array = (bins << BIN_SHIFT).astype(np.uint32).view(np.float32).astype(np.float64)
+    return value
+
+
+def _unchanged(sums: Sums, size: int) -> Array:
+    """How many elements of each model are the base's: all that do not differ and are finite in both."""
+    changed = np.array([sums.signs[0, each, each] for each in range(len(sums.skipped))])
+    unchanged: Array = size - changed - sums.skipped
+    return unchanged
+
+
+def _share(part: float, whole: float, *, root: bool = False) -> float | None:
+    if not whole > 0:
+        return None
+    found = float(part) / float(whole)
+    return found**0.5 if root else found
+
+
+def _cosine(gram: Array, one: int, other: int) -> float | None:
+    norms = float(gram[one, one]) ** 0.5 * float(gram[other, other]) ** 0.5
+    return float(np.clip(gram[one, other] / norms, -1.0, 1.0)) if norms > 0 else None

@@ -1,0 +1,203 @@
+"""How strongly models' differences act on the inputs that another one's uses: ‖τⱼ τᵢᵀ‖², estimated in one pass.
+
+Of a matrix τ of n outputs, S = C·τ is kept, where C adds up the outputs in k buckets with random signs: a sum over what
+is read, so that no matrix is held whole. Let M = τⱼ τᵢᵀ and Y = Sⱼ Sᵢᵀ = C M Cᵀ. For two buckets p ≠ q, the mean of Y²pq
+over the signs is the sum of M²ab over the outputs a in p and b in q. So the sum of Y² off the diagonal, scaled up to all
+pairs of outputs, estimates that of M² off the diagonal; the diagonal of M consists of dot products of equal outputs,
+which are added up exactly. Its error is estimated by the jackknife over buckets, times the share 1 − k/n of outputs that
+are not in a bucket of their own. With as many buckets as outputs everything is exact.
+
+Output a goes to bucket a mod k: each row adds to one, and k is chosen so that it has nothing to do with sizes of heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from modelfuse.kernels.matrices import Matrices, run_of
+from modelfuse.methods.random import draws, stream_key
+
+Array = np.ndarray[Any, Any]
+
+#: Buckets of a sketch.
+PROBES = 127
+#: Rows that are multiplied together.
+PANEL = 1024
+
+
+class Buckets:
+    """The outputs of one layer of a tensor in buckets.
+
+    Attributes:
+        outputs: Which outputs of the tensor are the layer's, ascending.
+        k: How many buckets.
+        offset: The first one among those of all layers of the tensor.
+        signs: Of each output, float32; None where each has its own bucket.
+    """
+
+    def __init__(self, name: str, number: int, outputs: Array, offset: int, exact: bool) -> None:
+        self.outputs, self.offset = outputs, offset
+        self.k = outputs.size if exact else min(outputs.size, PROBES)
+        self.signs: Array | None = None
+        if self.k < outputs.size:
+            half = np.float32(0.5)
+            self.signs = np.where(draws(stream_key(0, number, name), 0, outputs.size) < half, half + half, -half - half)
+
+    @property
+    def scale(self) -> float:
+        """All ordered pairs of different outputs, divided by those in different buckets."""
+        n = self.outputs.size
+        sizes = np.bincount(np.arange(n) % self.k, minlength=self.k)
+        return float(n * (n - 1) / (n * n - (sizes * sizes).sum()))
+
+
+class Interference:
+    """Products of all pairs of models' matrices, added up while rows come one after another.
+
+    Args:
+        name: The tensor's name, which the signs depend on.
+        matrices: How it is cut into matrices.
+        models: How many models.
+        exact: Whether every output has a bucket of its own.
+
+    Attributes:
+        sums: float64, shape (3, models, models): the sums over all matrices of ‖τⱼ τᵢᵀ‖²; of the variances of these as
+            estimates; and of the covariances of that of (i, j) with that of (i, i).
+    """
+
+    def __init__(self, name: str, matrices: Matrices, models: int, exact: bool) -> None:
+        self._matrices, self._models = matrices, models
+        self._buckets = buckets_of(name, matrices, exact)
+        total = sum(each.k for each in self._buckets)
+        self._sketch = np.zeros((models, total, matrices.inputs), np.float32)
+        self._sketched = any(each.signs is not None for each in self._buckets)
+        width = matrices.columns if self._sketched and not matrices.out_first else 0
+        #: Where outputs are columns: their dot products, of all columns. Where they are rows: the squares of these.
+        self._dots = np.zeros((models, models, width))
+        self._squares = np.zeros((len(self._buckets), models, models))
+        self.sums = np.zeros((3, models, models))
+
+    def take(self, first: int, values: Array, wide: Array) -> None:
+        """Take some whole rows.
+
+        Args:
+            first: The number of the first one's first element in the tensor.
+            values: Differences, shape (models, elements).
+            wide: The same in float64.
+        """
+        columns = self._matrices.columns
+        begin, number = first // columns, values.shape[1] // columns
+        shape, done = (self._models, number, columns), 0
+        values, wide = values.reshape(shape), wide.reshape(shape)
+        while done < number:
+            row = (begin + done) % self._matrices.rows
+            count = min(number - done, self._matrices.rows - row)
+            add = self._add_rows if self._matrices.out_first else self._add_columns
+            add(row, values[:, done : done + count], wide[:, done : done + count])
+            done += count
+            if row + count == self._matrices.rows:
+                self._end()
+
+    def _add_rows(self, row: int, values: Array, wide: Array) -> None:
+        """Rows are outputs: each adds to its bucket."""
+        for number, each in enumerate(self._buckets):
+            begin, end = (int(place) for place in np.searchsorted(each.outputs, [row, row + values.shape[1]]))
+            if begin == end:
+                continue
+            places = run_of(each.outputs[begin:end] - row)
+            own = values[:, places]
+            if each.signs is not None:
+                own = own * each.signs[None, begin:end, None]
+                rows = values[:, places].transpose(1, 0, 2)
+                dots = (rows @ rows.transpose(0, 2, 1)).astype(np.float64)
+                self._squares[number] += (dots * dots).sum(axis=0)
+            place = begin
+            while place < end:
+                bucket = place % each.k
+                count = min(end - place, each.k - bucket)
+                target = each.offset + bucket
+                self._sketch[:, target : target + count] += own[:, place - begin : place - begin + count]
+                place += count
+
+    def _add_columns(self, row: int, values: Array, wide: Array) -> None:
+        """Columns are outputs: of each row, an input, every bucket gets the sum of its columns."""
+        models, count, _ = values.shape
+        for each in self._buckets:
+            own = values[:, :, run_of(each.outputs)]
+            if each.signs is not None:
+                folds = -(-each.outputs.size // each.k)
+                padded = np.zeros((models, count, folds * each.k), values.dtype)
+                np.multiply(own, each.signs, out=padded[:, :, : each.outputs.size])
+                own = padded.reshape(models, count, folds, each.k).sum(axis=2)
+            target = self._sketch[:, each.offset : each.offset + each.k, row : row + count]
+            target[:] = own.transpose(0, 2, 1)
+        if self._sketched:
+            for i in range(models):
+                for j in range(i, models):
+                    self._dots[i, j] += np.einsum("rc,rc->c", wide[i], wide[j])
+
+    def _end(self) -> None:
+        """A matrix is complete: take what its sketch tells, and make room for the next one."""
+        for number, each in enumerate(self._buckets):
+            sketch = self._sketch[:, each.offset : each.offset + each.k]
+            diagonal = self._squares[number]
+            if each.signs is not None and not self._matrices.out_first:
+                dots = self._dots[:, :, each.outputs]
+                diagonal = (dots * dots).sum(axis=2)
+            if each.signs is None:
+                self._add_exact(sketch)
+            else:
+                self._add_estimate(each, sketch, diagonal)
+        self._sketch[:] = 0
+        self._dots[:], self._squares[:] = 0, 0
+
+    def _add_exact(self, matrices: Array) -> None:
+        for i in range(self._models):
+            for j in range(i, self._models):
+                square = 0.0
+                for top in range(0, matrices.shape[1], PANEL):
+                    one = matrices[j, top : top + PANEL].astype(np.float64)
+                    for left in range(0, matrices.shape[1], PANEL):
+                        product = one @ matrices[i, left : left + PANEL].astype(np.float64).T
+                        square += float(np.vdot(product, product))
+                self.sums[0, i, j] += square
+                if i != j:
+                    self.sums[0, j, i] += square
+
+    def _add_estimate(self, buckets: Buckets, sketch: Array, diagonal: Array) -> None:
+        k, n, scale = buckets.k, buckets.outputs.size, buckets.scale
+        wide = sketch.astype(np.float64)
+        deviations = np.empty((self._models, self._models, k))
+        for i in range(self._models):
+            for j in range(i, self._models):
+                squares = (wide[j] @ wide[i].T) ** 2
+                np.fill_diagonal(squares, 0.0)
+                total, by_bucket = squares.sum(), squares.sum(axis=0) + squares.sum(axis=1)
+                deviations[i, j] = deviations[j, i] = scale * k / (k - 2) * (2 * total / k - by_bucket)
+                own = diagonal[i, j] + scale * total
+                self.sums[0, i, j] += own
+                if i != j:
+                    self.sums[0, j, i] += own
+        share = (k - 1) / k * (1 - k / n)
+        self.sums[1] += share * (deviations * deviations).sum(axis=2)
+        itself = deviations[np.arange(self._models), np.arange(self._models)]
+        self.sums[2] += share * (deviations * itself[:, None]).sum(axis=2)
+
+
+def buckets_of(name: str, matrices: Matrices, exact: bool) -> list[Buckets]:
+    """The buckets of each layer that a tensor consists of."""
+    found, offset = list[Buckets](), 0
+    for number, outputs in enumerate(matrices.outputs):
+        found.append(Buckets(name, number, outputs, offset, exact))
+        offset += found[-1].k
+    return found
+
+
+def memory_of(matrices: Matrices, models: int, exact: bool) -> int:
+    """The most bytes that it holds."""
+    sizes = [each.size if exact else min(each.size, PROBES) for each in matrices.outputs]
+    dots = 0 if matrices.out_first or exact else models * models * matrices.columns * 8
+    wide = (2 * min(max(sizes), PANEL) if exact else models * max(sizes)) * matrices.inputs * 8
+    return models * sum(sizes) * matrices.inputs * 4 + wide + dots

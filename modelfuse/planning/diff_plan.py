@@ -1,0 +1,197 @@
+"""What ``diff`` compares: a recipe and the checkpoints' headers become a list of tensors to measure.
+
+Inputs are opened and brought together as for a merge, with the base's names and layout. But what does not match is no
+error here: it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from modelfuse.checkpoints import Checkpoint, StoredTensor
+from modelfuse.checkpoints.layer_stacks import Stack, find_stacks
+from modelfuse.checkpoints.tensor_names import pattern
+from modelfuse.errors import MismatchError
+from modelfuse.kernels.differences import Measurement
+from modelfuse.planning.adapter_inputs import with_what_adapters_bring
+from modelfuse.planning.matching import Match, find_matches
+from modelfuse.planning.memory_budget import GRAIN, Budget, demand_of, fit_memory
+from modelfuse.planning.mismatch import Mismatch
+from modelfuse.planning.open_inputs import open_inputs
+from modelfuse.planning.operations import Operation, can_be_merged
+from modelfuse.planning.whole_matrices import Cuts
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import forget
+
+
+class Location(NamedTuple):
+    """Where in a model a tensor is.
+
+    Attributes:
+        stack: What a stack of layers is called; empty where there is one only.
+        layer: The number of the layer, None outside.
+        module: The kind of module, without numbers.
+    """
+
+    stack: str
+    layer: int | None
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedTensor:
+    """A tensor to measure.
+
+    Attributes:
+        name: Its name in the base.
+        sources: What is read, each once; the base's tensor last.
+        inputs: For each of them, the number of an input that it is of.
+        models: For each model, the number of its source; None: it is the base's own tensor.
+        measurement: What a kernel is to do; of the models that have a source of their own.
+        location: Where in the model it is.
+    """
+
+    name: str
+    sources: tuple[StoredTensor, ...]
+    inputs: tuple[int, ...]
+    models: tuple[int | None, ...]
+    measurement: Measurement
+    location: Location
+
+    @property
+    def bytes_read(self) -> int:
+        """The number of bytes in all sources together."""
+        return sum(source.stored.nbytes(source.size) for source in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class DiffPlan:
+    """All that is compared.
+
+    Attributes:
+        recipe: The inputs, as of a merge.
+        models: The models in order, then the base.
+        tensors: What is measured.
+        left_out: Tensors that are not compared, and why.
+        budget: Workers, slices, memory.
+    """
+
+    recipe: Recipe
+    models: tuple[Checkpoint, ...]
+    tensors: tuple[ComparedTensor, ...]
+    left_out: dict[str, str]
+    budget: Budget
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes to read."""
+        return sum(each.bytes_read for each in self.tensors)
+
+
+def make_diff_plan(recipe: Recipe, exact: bool) -> DiffPlan:
+    """Open the headers and find out what can be compared.
+
+    Args:
+        recipe: The inputs; it has a base.
+        exact: Whether interference is to be exact.
+
+    Raises:
+        CheckpointError: If an input is missing or malformed.
+        MismatchError: If there is nothing to compare.
+    """
+    forget()
+    models, _, _ = with_what_adapters_bring(open_inputs(recipe))
+    everything = tuple(range(len(models)))
+    match, mismatch = find_matches(models, True, lambda _: everything)
+    if mismatch.untied:
+        raise Mismatch(models, (), (), mismatch.untied, lambda _: everything).error()
+    left_out = dict(_left_out(recipe, models, match, mismatch))
+    names = [name for name in match.names if name not in left_out]
+    if not names:
+        raise MismatchError(
+            "The models have no tensors of the same name and shape", "Compare models of one architecture."
+        )
+    tensors = tuple(_tensors(models, names, exact))
+    return DiffPlan(recipe, models, tensors, left_out, _budget(recipe, tensors))
+
+
+def _left_out(
+    recipe: Recipe, models: Sequence[Checkpoint], match: Match, mismatch: Mismatch
+) -> Iterator[tuple[str, str]]:
+    """Tensors that cannot be compared, and why."""
+    for tied in match.tied:
+        yield tied.name, f"tied to {tied.other}"
+    for name in mismatch.missing:
+        lacking = [
+            str(path)
+            for path, model in zip(recipe.inputs, models, strict=True)
+            if name not in model and name not in model.aliases
+        ]
+        yield name, f"not in {', '.join(lacking)}"
+    for name in mismatch.misshapen:
+        found = zip(recipe.inputs, (_tensor(model, name).shape for model in models), strict=True)
+        yield name, "other shapes: " + ", ".join(f"{[*shape]} in {path}" for path, shape in found)
+    shaped = set(match.names).difference(mismatch.misshapen)
+    for name in match.names:
+        if name in shaped and not all(can_be_merged(name, _tensor(model, name)) for model in models):
+            yield name, f"{_tensor(models[-1], name).dtype}, no weights"
+
+
+def _tensor(model: Checkpoint, name: str) -> StoredTensor:
+    return model.tensors[model.aliases.get(name, name)]
+
+
+def _tensors(models: Sequence[Checkpoint], names: Sequence[str], exact: bool) -> Iterator[ComparedTensor]:
+    base = models[-1]
+    cuts = Cuts((base, *models), base.layout)
+    stacks = find_stacks(names, base.config)
+    for name in names:
+        own = [_tensor(model, name) for model in models]
+        reference = own[-1]
+        sources = list(dict.fromkeys(source for source in own[:-1] if source != reference))
+        rows = tuple(None if source == reference else sources.index(source) for source in own[:-1])
+        inputs = tuple(rows.index(number) for number in range(len(sources)))
+        matrices = cuts.of(name, reference.shape)
+        if matrices is not None and matrices.columns > GRAIN:
+            matrices = None  # A row is read at a time.
+        measurement = Measurement(
+            name, reference.size, tuple(source.dtype for source in (*sources, reference)),
+            tuple((row, sources[row].is_delta) for row in rows if row is not None), matrices, exact,
+        )  # fmt: skip
+        if reference.size:
+            yield ComparedTensor(
+                name, (*sources, reference), (*inputs, len(models) - 1), rows, measurement, location_of(name, stacks)
+            )
+
+
+def location_of(name: str, stacks: Sequence[Stack]) -> Location:
+    """Where in a model a tensor is.
+
+    >>> names = [f"model.layers.{layer}.mlp.experts.0.w1.weight" for layer in range(2)]
+    >>> [*location_of(names[1], find_stacks(names, {}))]
+    ['', 1, 'mlp.experts.*.w1']
+    """
+    several = len(stacks) > 1
+    for stack in stacks:
+        layer = stack.layer_of(name)
+        if layer is not None:
+            rest = name.removeprefix(stack.prefix).partition(".")[2]
+            return Location(stack.module if several else "", layer, _module(rest))
+    outside = stacks[0].prefix.rpartition(".")[0].rpartition(".")[0] if len(stacks) == 1 else ""
+    return Location("", None, _module(name.removeprefix(f"{outside}." if outside else "")))
+
+
+def _module(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return pattern(module if module and leaf in ("weight", "bias") else name)
+
+
+def _budget(recipe: Recipe, tensors: Sequence[ComparedTensor]) -> Budget:
+    operations = [
+        Operation(each.name, each.sources[-1].dtype, each.sources[-1].shape, "copy", each.sources, each.inputs)
+        for each in tensors
+    ]
+    demand = demand_of(recipe, operations)
+    return fit_memory(recipe, demand._replace(whole=max(each.measurement.memory for each in tensors)))
