@@ -56,8 +56,8 @@ class Change:
         largest: The largest |τ|.
         outliers: Number of elements whose |τ| is at least OUTLYING (8) times the root mean square of their block.
         nonfinite: Number of elements of the model that are NaN or infinite. They count nowhere else.
-        density_90: The smallest share of the elements that has 90 % of ‖τ‖², in each tensor its own; as exact as
-            ``trim_squares``. Small: trimming loses little.
+        density_90: The smallest share of the elements that has 90 % of ‖τ‖² (of each tensor, 90 % of its own); as exact
+            as ``trim_squares``. Where it is small, trimming loses little.
         kept: What trim and dare would keep, for each of DENSITIES.
     """
 

@@ -63,6 +63,10 @@ ARCHITECTURES: Mapping[str, frozenset[str]] = {
 }
 
 
+#: Architectures whose decoder is called like them by Hugging Face, too.
+NAMED_ALIKE = ("gpt_neox", "biogpt")
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How one checkpoint is stored.
@@ -121,7 +125,8 @@ def geometry_of(models: Iterable[Checkpoint]) -> Geometry:
 def prefix_of(names: Iterable[str], architecture: str | None) -> str:
     """What the decoder's names begin with: PaddleNLP uses the architecture's name where others have ``model``."""
     starts = {".".join(name.split(".", 2)[:2]) for name in names}
-    for word in filter(None, (architecture, *ARCHITECTURES)):
+    own = () if architecture in NAMED_ALIKE else (architecture,)
+    for word in filter(None, (*own, *ARCHITECTURES)):
         if starts & {f"{word}.layers", f"{word}.embed_tokens"}:
             return f"{word}."
     return HF_PREFIX
