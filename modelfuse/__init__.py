@@ -23,9 +23,10 @@ from modelfuse.errors import (
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from modelfuse.api.functions import check, inspect, merge, register, verify
+    from modelfuse.api.functions import check, diff, inspect, merge, register, verify
     from modelfuse.api.tune import tune
     from modelfuse.execution.result import Result
+    from modelfuse.inspection.diff_result import Diff
     from modelfuse.inspection.inspected_model import Inspection
     from modelfuse.inspection.report_reader import Problem
     from modelfuse.inspection.verify import Verification
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ClusterError",
+    "Diff",
     "EvaluationError",
     "HubError",
     "Inspection",
@@ -52,6 +54,7 @@ __all__ = [
     "Verification",
     "__version__",
     "check",
+    "diff",
     "inspect",
     "merge",
     "register",
@@ -61,6 +64,7 @@ __all__ = [
 
 #: Imported when first used: importing modelfuse loads neither numpy nor msgspec nor a compiler.
 _LATER = {
+    "Diff": "modelfuse.inspection.diff_result",
     "Inspection": "modelfuse.inspection.inspected_model",
     "Plan": "modelfuse.planning.plan",
     "Problem": "modelfuse.inspection.report_reader",
@@ -68,7 +72,7 @@ _LATER = {
     "Result": "modelfuse.execution.result",
     "Tuned": "modelfuse.tuning.request",
     "Verification": "modelfuse.inspection.verify",
-    **dict.fromkeys(("check", "inspect", "merge", "register", "verify"), "modelfuse.api.functions"),
+    **dict.fromkeys(("check", "diff", "inspect", "merge", "register", "verify"), "modelfuse.api.functions"),
     "tune": "modelfuse.api.tune",
 }
 

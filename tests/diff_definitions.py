@@ -43,6 +43,14 @@ def turned(each: Array) -> list[Array]:
     return [each.T]
 
 
+def count(mask: Array) -> int:
+    return int(np.count_nonzero(mask))
+
+
+def norm_of(values: Array) -> float:
+    return float(np.sqrt(np.square(values, dtype=np.float64).sum()))
+
+
 def over(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
 
@@ -58,18 +66,18 @@ def change(tensors: Sequence[Whole], model: int) -> dict[str, object]:
     own = [each.differences[model].ravel() for each in tensors]
     base = [each.base.ravel() for each in tensors]
     every, of_base = np.concatenate(own), np.concatenate(base)
-    norm = np.linalg.norm(every)
+    norm = norm_of(every)
     large = [
         np.abs(values) >= OUTLYING * root_mean_squares(values, each.block)
         for values, each in zip(own, tensors, strict=True)
     ]
     return {
         "norm": norm,
-        "relative": over(norm, float(np.linalg.norm(of_base))),
-        "unchanged": np.count_nonzero(every == 0) / every.size,
-        "along_base": over(float(every @ of_base), float(norm * np.linalg.norm(of_base))),
+        "relative": over(norm, norm_of(of_base)),
+        "unchanged": count(every == 0) / every.size,
+        "along_base": over(float(every @ of_base), float(norm * norm_of(of_base))),
         "largest": np.abs(every).max(),
-        "outliers": sum(int(np.count_nonzero(each & (x != 0))) for each, x in zip(large, own, strict=True)),
+        "outliers": sum(int(count(each & (x != 0))) for each, x in zip(large, own, strict=True)),
         "nonfinite": 0,
     }
 
@@ -84,13 +92,13 @@ def squares_in_largest(tensors: Sequence[Whole], model: int, density: float) -> 
 
 
 def fewest_with(tensors: Sequence[Whole], model: int, share: float) -> float | None:
-    count, any_ = 0.0, False
+    fewest, any_ = 0.0, False
     for each in tensors:
         squares = np.sort(each.differences[model].ravel() ** 2)[::-1]
         if squares[0] > 0:
             sums = np.append(0, np.cumsum(squares))
-            count, any_ = count + float(np.interp(share, sums / sums[-1], range(sums.size))), True
-    return count / sum(each.base.size for each in tensors) if any_ else None
+            fewest, any_ = fewest + float(np.interp(share, sums / sums[-1], range(sums.size))), True
+    return fewest / sum(each.base.size for each in tensors) if any_ else None
 
 
 def pair(tensors: Sequence[Whole], i: int, j: int) -> dict[str, float | None]:
@@ -106,15 +114,17 @@ def pair(tensors: Sequence[Whole], i: int, j: int) -> dict[str, float | None]:
     products = [0.0, 0.0]
     for each in tensors:
         if each.matrices is not None:
-            for mine, theirs in zip(each.matrices(each.differences[i]), each.matrices(each.differences[j]), strict=True):
-                products[0] += np.linalg.norm(theirs @ mine.T) ** 2
-                products[1] += np.linalg.norm(mine @ mine.T) ** 2
+            for mine, theirs in zip(
+                each.matrices(each.differences[i]), each.matrices(each.differences[j]), strict=True
+            ):
+                products[0] += norm_of(theirs @ mine.T) ** 2
+                products[1] += norm_of(mine @ mine.T) ** 2
     ratio = over(*products)
     return {
-        "cosine": over(float(one @ other), float(np.linalg.norm(one) * np.linalg.norm(other))),
-        "both_changed": np.count_nonzero(both) / one.size,
-        "sign_conflict": over(np.count_nonzero(both & opposite), np.count_nonzero(both)),
-        "sign_conflict_large": over(np.count_nonzero(both_large & opposite), np.count_nonzero(both_large)),
+        "cosine": over(float(one @ other), float(norm_of(one) * norm_of(other))),
+        "both_changed": count(both) / one.size,
+        "sign_conflict": over(count(both & opposite), count(both)),
+        "sign_conflict_large": over(count(both_large & opposite), count(both_large)),
         "interference": None if ratio is None else ratio**0.5,
     }
 
@@ -126,7 +136,7 @@ def near(found: float | None, wanted: Any, close: float, name: str) -> None:
 def hold(group: Group, tensors: Sequence[Whole], *, sketched: bool = False, close: float = 2e-6) -> None:
     """Hold what was told of some tensors against the definitions."""
     assert (group.tensors, group.elements) == (len(tensors), sum(each.base.size for each in tensors))
-    norm = np.linalg.norm(np.concatenate([each.base.ravel() for each in tensors]))
+    norm = norm_of(np.concatenate([each.base.ravel() for each in tensors]))
     assert group.base_norm == pytest.approx(norm, rel=close)
     for model, own in enumerate(group.models):
         hold_change(own, tensors, model, close)
@@ -143,9 +153,7 @@ def hold_change(own: Change, tensors: Sequence[Whole], model: int, close: float)
     assert [each.density for each in own.kept] == [*DENSITIES]
     size = sum(each.base.size for each in tensors)
     for kept in own.kept:
-        trimmed = sum(
-            min(kept.density * each.base.size, np.count_nonzero(each.differences[model])) for each in tensors
-        )
+        trimmed = sum(min(kept.density * each.base.size, count(each.differences[model])) for each in tensors)
         assert kept.trim_elements == pytest.approx(trimmed / size)
         near(kept.trim_squares, squares_in_largest(tensors, model, kept.density), 0.02, "trim_squares")
         assert kept.dare_elements == pytest.approx(kept.density * changed)

@@ -1,4 +1,4 @@
-"""Every number of ``modelfuse diff`` against its definition: types, layouts, adapters, quantized, tied and fused weights."""
+"""Every number of ``modelfuse diff`` against its definition, for every kind of weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from diff_definitions import Array, Whole, as_stored, hold, turned
 
 from modelfuse.inspection import diff
 from modelfuse.inspection.diff_result import Diff
+from modelfuse.planning.diff_plan import make_diff_plan
 
 Tensors = Mapping[str, Any]
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 40, "num_attention_heads": 4,
@@ -49,7 +50,7 @@ def tuned(base: Mapping[str, Array], seed: int, share: float = 0.6) -> dict[str,
 
 
 def run(base: Path, *models: Path, exact: bool = False, **settings: object) -> Diff:
-    return diff.diff_models(diff.diff_recipe([*models], base, settings), True, exact)
+    return diff.carry_out(make_diff_plan(diff.diff_recipe([*models], base, settings), exact), True)
 
 
 def wholes(
@@ -88,7 +89,14 @@ def hold_all(found: Diff, wanted: Mapping[str, Whole], *, sketched: bool = False
 
 @pytest.mark.parametrize(
     ("dtype", "exact"),
-    [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False), ("float64", True), ("mixed", False)],
+    [
+        ("float32", False),
+        ("float32", True),
+        ("bfloat16", False),
+        ("float16", False),
+        ("float64", True),
+        ("mixed", False),
+    ],
 )
 def test_types(tmp_path: Path, dtype: str, exact: bool) -> None:
     plain = values(1, llama_shapes(1))
@@ -226,7 +234,10 @@ def test_values_that_are_not_finite_count_nowhere_else(tmp_path: Path) -> None:
 
 def test_workers_and_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices, spans that are walked at the same time, and which worker does what."""
-    shapes = llama_shapes(2) | {"model.embed_tokens.weight": (30_000, 40), "model.layers.0.mlp.up_proj.weight": (9000, 40)}
+    shapes = llama_shapes(2) | {
+        "model.embed_tokens.weight": (30_000, 40),
+        "model.layers.0.mlp.up_proj.weight": (9000, 40),
+    }
     shapes["model.layers.0.mlp.gate_proj.weight"] = (9000, 40)
     plain = values(1, shapes)
     paths = [make_model(tmp_path / str(number), {name: bf16(each) for name, each in model.items()}, config=LLAMA)

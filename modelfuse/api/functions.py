@@ -1,8 +1,8 @@
-"""``modelfuse.merge``, ``check``, ``inspect``, ``verify`` and ``register``."""
+"""``modelfuse.merge``, ``check``, ``diff``, ``inspect``, ``verify`` and ``register``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Unpack
 
@@ -13,11 +13,14 @@ from modelfuse.cli.console import err
 from modelfuse.execution.intermediate import keep_intermediate
 from modelfuse.execution.result import Result
 from modelfuse.execution.run import run_plan
+from modelfuse.inspection.diff import diff_named
+from modelfuse.inspection.diff_result import Diff
 from modelfuse.inspection.inspect_model import inspect_named
 from modelfuse.inspection.inspected_model import Inspection
 from modelfuse.inspection.verify import Verification, verify_output
 from modelfuse.kernels.jit.compile import announcing
 from modelfuse.methods.spec import Method
+from modelfuse.planning.diff_plan import DiffPlan
 from modelfuse.planning.hub import QUIET, fetch, headers
 from modelfuse.planning.output_location import check_room
 from modelfuse.planning.plan import Plan, make_plan
@@ -74,6 +77,60 @@ def check(**settings: Unpack[Keywords]) -> Plan:
         plan = make_plan(recipe)
     check_room(plan.recipe.output_path, plan.room)
     return plan
+
+
+def diff(
+    *models: Place | str,
+    base: Place | str | None = None,
+    exact: bool = False,
+    n_process: int | None = None,
+    memory: int | str | None = None,
+    merge_prefix: str | None = None,
+    input_layout: Sequence[str] | None = None,
+    merge_with_qdq_base_model: bool = False,
+    hub_endpoint: str | None = None,
+    hub_anonymous: bool = False,
+    progress: Callable[[int, int], None] | bool | None = None,
+) -> Diff:
+    """Compare models with a base and with each other, tensor by tensor: how far, where, and who may disturb whom.
+
+    >>> found = diff("a", "b", base="base")  # doctest: +SKIP
+    >>> found.whole.pair(0, 1).interference  # doctest: +SKIP
+    0.8
+
+    Args:
+        models: Folders, weight files, URLs, names on a hub, or adapters of the base.
+        base: What differences are taken to; by default the first model.
+        exact: Compute interference without sketches, which takes much longer and holds matrices of all models.
+        n_process: Parallel workers; by default one a processor.
+        memory: As of a merge.
+        merge_prefix: Which weights of a folder: ``model`` (default) or ``master_weights``.
+        input_layout: ``hf`` or ``paddle``: one for all, or one a model with the base's last.
+        merge_with_qdq_base_model: Quantize and dequantize the base first, as adapters saw it.
+        hub_endpoint: Where models on a hub are; by default HF_ENDPOINT, else huggingface.co.
+        hub_anonymous: Send no token there.
+        progress: Whether to show how far it is; None: on a terminal and in a notebook. Or what is called with the
+            bytes read since the last call and those to read in all, from worker threads.
+
+    Returns:
+        The numbers, for each tensor and summed by layer, module and model; see ``docs/diff.md``.
+
+    Raises:
+        ModelfuseError: If there are too few models, one cannot be read, or there is nothing to compare.
+    """
+    name_hosts([*models, base])
+    given = {"n_process": n_process, "memory": memory, "merge_prefix": merge_prefix, "input_layout": input_layout,
+             "merge_with_qdq_base_model": merge_with_qdq_base_model, "hub_endpoint": hub_endpoint,
+             "hub_anonymous": hub_anonymous}  # fmt: skip
+    settings = {name: value for name, value in given.items() if value is not None}
+    quiet = not _shows(progress)
+
+    @contextmanager
+    def shown_by(plan: DiffPlan) -> Iterator[Callable[[int, int], None]]:
+        with shown.comparing(plan, quiet) as advance:
+            yield progress if callable(progress) else advance
+
+    return diff_named(models, base, exact, settings, shown_by, QUIET if progress is False else None)
 
 
 def register(*methods: Method) -> None:

@@ -174,6 +174,12 @@ def _inspect(words: list[str], _: Mapping[str, object]) -> int:
     return 0
 
 
+def _diff(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.diff_command import compare
+
+    return compare(words)
+
+
 def _push(words: list[str], _: Mapping[str, object]) -> int:
     from modelfuse.cli import render
     from modelfuse.planning.hub.upload import push_folder
@@ -263,7 +269,8 @@ def _completion(words: list[str], _: Mapping[str, object]) -> int:
 MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe", "mergekit-extract-lora")
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
-    "merge": _merge, "check": _check, "verify": _verify, "tune": _tune, "inspect": _inspect, "moe": _moe, "push": _push,
+    "merge": _merge, "check": _check, "verify": _verify, "tune": _tune, "inspect": _inspect, "diff": _diff, "moe": _moe,
+    "push": _push,
     "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
     **{name: _mergekit(name) for name in ("extract-lora", *MERGEKIT)},
 }  # fmt: skip

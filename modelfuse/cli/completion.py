@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from modelfuse.cli.arguments import Parser, merge_parser, push_parser, verify_parser
+from modelfuse.cli.diff_command import diff_parser
 from modelfuse.cli.help_pages import PAGES
 from modelfuse.cli.inspect_arguments import inspect_parser
 from modelfuse.cli.tune import tune_parser
@@ -12,7 +13,11 @@ from modelfuse.recipe.names import SETTINGS
 
 SHELLS = ("bash", "zsh", "tcsh")
 #: Of commands that take neither settings nor options alone.
-OWN_PARSERS = {"verify": verify_parser, "push": push_parser, "inspect": inspect_parser, "tune": tune_parser}
+OWN_PARSERS = {
+    "verify": verify_parser, "push": push_parser, "inspect": inspect_parser, "diff": diff_parser, "tune": tune_parser,
+}  # fmt: skip
+#: How names of arguments end that are paths.
+PATHS = ("path", "path_list", "folder", "model", "models", "base", "recipe", "log_file", "data", "scratch")
 
 
 def script(shell: str) -> str:
@@ -30,7 +35,7 @@ def script(shell: str) -> str:
             if setting is not None and setting.choices:
                 action.choices = setting.choices
             action.help = setting.description.replace("%", "%%") if setting is not None else action.help
-            if action.dest.endswith(("path", "path_list", "folder", "model", "recipe", "log_file", "data", "scratch")):
+            if action.dest.endswith(PATHS):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         if name in ("completion", "help"):
             described.add_argument("what", choices=SHELLS if name == "completion" else [*PAGES])

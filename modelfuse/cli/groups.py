@@ -34,6 +34,9 @@ GROUPS: Mapping[str, Sequence[str]] = {
 #: What is the machine's may come from it, as variables of these names with ``MODELFUSE_`` in front, in capitals.
 FROM_ENVIRONMENT = (*GROUPS["Machine"], "hub_endpoint")
 PREFIX = "MODELFUSE_"
+#: Settings of a merge that mean the same where models are only compared.
+SHARED = ("n_process", "memory", "merge_prefix", "input_layout", "merge_with_qdq_base_model", "hub_endpoint",
+          "hub_anonymous")  # fmt: skip
 
 
 def groups() -> dict[str, list[str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modelfuse.cli.groups import SHARED
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
@@ -197,6 +199,17 @@ PAGES = {
         ),
         ending="MODEL is a folder, a weight file, a URL, or a name on a hub. Numbers of modules that are repeated "
         "are those of all of them together. " + STATUS,
+    ),
+    "diff": Page(
+        "modelfuse diff MODEL MODEL ... [--base MODEL] [--exact] [--setting value ...]",
+        "Show how models differ from a base and from each other: how far, where, and who may disturb whom.",
+        ("modelfuse diff models/a models/b --base models/base", "modelfuse diff models/base models/a"),
+        own=(
+            ("--base MODEL", "What differences are taken to. Default: the first model."),
+            ("--exact", "Interference without sketches: takes much longer, and holds matrices of all models."),
+            (f"--{', --'.join(SHARED)}", "As of a merge."),
+        ),
+        ending=f"MODEL: a folder, file, URL, name on a hub or adapter. docs/diff.md defines every number. {STATUS}",
     ),
     "push": Page(
         "modelfuse push FOLDER ORG/NAME[@BRANCH] [--public] [--overwrite] [--hub_endpoint URL]",

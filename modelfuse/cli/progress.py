@@ -16,6 +16,7 @@ from modelfuse.recipe.sizes import size
 from modelfuse.storage import Place
 
 if TYPE_CHECKING:
+    from modelfuse.planning.diff_plan import DiffPlan
     from modelfuse.planning.hub import Watch
     from modelfuse.planning.plan import Plan
 
@@ -55,6 +56,12 @@ def merging(plan: Plan, quiet: bool, of_recipe: bool = False) -> Iterator[Advanc
 def verifying(folder: Place, quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]:
     """Show a verification; how much there is to do is known with the first bytes."""
     return _shown("verifying", f"verifying {folder}", quiet)
+
+
+def comparing(plan: DiffPlan, quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Show a comparison of models."""
+    what = f"comparing {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(plan.bytes_read)}"
+    return _shown("comparing", what, quiet, plan.bytes_read)
 
 
 def watch(quiet: bool) -> Watch:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from modelfuse.checkpoints.adapters import Adapter
@@ -21,15 +22,16 @@ from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.differences import Sums, measure
 from modelfuse.kernels.kernel import CompiledKernel
 from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan, make_diff_plan
+from modelfuse.planning.hub import Watch, fetch
 from modelfuse.planning.memory_budget import SPAN
 from modelfuse.planning.served_differences import Served, other_differences, served_differences
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import hold, waiting_while
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
 
 
-def diff_recipe(models: Sequence[object], base: object | None, settings: dict[str, object]) -> Recipe:
+def diff_recipe(models: Sequence[object], base: object | None, settings: Mapping[str, object]) -> Recipe:
     """The inputs as those of a merge: without a base, differences are taken to the first model.
 
     Raises:
@@ -42,26 +44,55 @@ def diff_recipe(models: Sequence[object], base: object | None, settings: dict[st
         )
     if base is None:
         base, *models = models
+        layouts = settings.get("input_layout")
+        if isinstance(layouts, list | tuple) and len(layouts) > 1:
+            settings = {**settings, "input_layout": [*layouts[1:], layouts[0]]}
     return Recipe.parse({**settings, "model_path_list": [*models], "base_model_path": base})
 
 
-def diff_models(
-    recipe: Recipe, base_given: bool, exact: bool, progress: Callable[[int, int], None] | None = None
+def diff_named(
+    models: Sequence[object],
+    base: object | None,
+    exact: bool,
+    settings: Mapping[str, object],
+    shown: Callable[[DiffPlan], AbstractContextManager[Progress]],
+    watch: Watch | None = None,
 ) -> Diff:
-    """Compare models.
+    """Compare models as the user names them: folders, files, URLs or hub names.
 
     Args:
-        recipe: The inputs, at hand.
+        models: What they are called.
+        base: What differences are taken to; None: the first model.
+        exact: Whether interference is to be computed exactly.
+        settings: Settings of a merge about inputs and the machine.
+        shown: Gives what shows how far it is, once it is known what there is to do.
+        watch: What is shown of what is fetched.
+
+    Raises:
+        ModelfuseError: If a setting is wrong, an input cannot be read, or there is nothing to compare.
+    """
+
+    def check(recipe: Recipe) -> int:
+        make_diff_plan(recipe, exact)
+        return 0
+
+    plan = make_diff_plan(fetch(diff_recipe(models, base, settings), watch, check=check), exact)
+    with shown(plan) as advance:
+        return carry_out(plan, base is not None, advance)
+
+
+def carry_out(plan: DiffPlan, base_given: bool, progress: Progress | None = None) -> Diff:
+    """Measure what was planned.
+
+    Args:
+        plan: What to compare.
         base_given: Whether its base was given as one.
-        exact: Whether interference is to be computed exactly, which takes time and memory.
         progress: Called with bytes that were read since the last call, and those to read in all.
 
     Raises:
         CheckpointError: If an input cannot be read.
-        MismatchError: If there is nothing to compare.
     """
-    started = time.perf_counter()
-    plan = make_diff_plan(recipe, exact)
+    started, recipe = time.perf_counter(), plan.recipe
     sums = Measuring(plan, progress or (lambda *_: None)).run()
     located = [(each.location, own) for each, own in zip(plan.tensors, sums, strict=True)]
     whole = TensorSums.total(sums).group("model", "", None, None)
@@ -78,7 +109,7 @@ def diff_models(
         not_compared=tuple(NotCompared(name, because) for name, because in plan.left_out.items()),
         side_differences=tuple(_side_differences(plan)),
         findings=(),
-        exact=exact,
+        exact=plan.exact,
         bytes_read=plan.bytes_read,
         seconds=time.perf_counter() - started,
     )
@@ -111,7 +142,7 @@ class Measuring:
         progress: Called with bytes that were read since the last call, and those to read in all.
     """
 
-    def __init__(self, plan: DiffPlan, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, plan: DiffPlan, progress: Progress) -> None:
         self._plan, self._progress = plan, progress
         budget, kernel = plan.budget, CompiledKernel()
         slices = budget.slice_elements

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.inspection.diff_result import DENSITIES, Change, Group, Kept, Pair
+from modelfuse.inspection.diff_measures import DENSITIES, Change, Group, Kept, Pair
 from modelfuse.kernels.differences import BIN_SHIFT, Sums
 
 Array = np.ndarray[Any, Any]

@@ -1,11 +1,11 @@
 """How strongly models' differences act on the inputs that another one's uses: ‖τⱼ τᵢᵀ‖², estimated in one pass.
 
-Of a matrix τ of n outputs, S = C·τ is kept, where C adds up the outputs in k buckets with random signs: a sum over what
-is read, so that no matrix is held whole. Let M = τⱼ τᵢᵀ and Y = Sⱼ Sᵢᵀ = C M Cᵀ. For two buckets p ≠ q, the mean of Y²pq
-over the signs is the sum of M²ab over the outputs a in p and b in q. So the sum of Y² off the diagonal, scaled up to all
-pairs of outputs, estimates that of M² off the diagonal; the diagonal of M consists of dot products of equal outputs,
-which are added up exactly. Its error is estimated by the jackknife over buckets, times the share 1 − k/n of outputs that
-are not in a bucket of their own. With as many buckets as outputs everything is exact.
+Of a matrix τ of n outputs, S = C·τ is kept, where C adds up the outputs in k buckets with random signs: a sum over
+what is read, so that no matrix is held whole. Let M = τⱼ τᵢᵀ and Y = Sⱼ Sᵢᵀ = C M Cᵀ. For two buckets p ≠ q, the mean
+of Y²pq over the signs is the sum of M²ab over the outputs a in p and b in q. So the sum of Y² off the diagonal, scaled
+up to all pairs of outputs, estimates that of M² off the diagonal; the diagonal of M consists of dot products of equal
+outputs, which are added up exactly. Its error is estimated by the jackknife over buckets, times the share 1 − k/n of
+outputs that are not in a bucket of their own. With as many buckets as outputs everything is exact.
 
 Output a goes to bucket a mod k: each row adds to one, and k is chosen so that it has nothing to do with sizes of heads.
 """

@@ -76,6 +76,7 @@ class DiffPlan:
         tensors: What is measured.
         left_out: Tensors that are not compared, and why.
         budget: Workers, slices, memory.
+        exact: Whether interference is to be exact.
     """
 
     recipe: Recipe
@@ -83,6 +84,7 @@ class DiffPlan:
     tensors: tuple[ComparedTensor, ...]
     left_out: dict[str, str]
     budget: Budget
+    exact: bool
 
     @property
     def bytes_read(self) -> int:
@@ -114,7 +116,7 @@ def make_diff_plan(recipe: Recipe, exact: bool) -> DiffPlan:
             "The models have no tensors of the same name and shape", "Compare models of one architecture."
         )
     tensors = tuple(_tensors(models, names, exact))
-    return DiffPlan(recipe, models, tensors, left_out, _budget(recipe, tensors))
+    return DiffPlan(recipe, models, tensors, left_out, _budget(recipe, tensors), exact)
 
 
 def _left_out(

@@ -21,7 +21,6 @@ from modelfuse.planning.plan import make_plan
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.recipe.sizes import size
 
-
 Check = Callable[[Recipe], int]
 
 

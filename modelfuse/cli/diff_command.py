@@ -1,0 +1,59 @@
+"""``modelfuse diff``: its words, and what is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modelfuse.cli import console, progress
+from modelfuse.cli.arguments import Options, Parser, plain_flags
+from modelfuse.cli.groups import SHARED, from_environment
+from modelfuse.recipe.names import SETTINGS
+
+
+def diff_parser() -> Parser:
+    """The parser of ``diff``."""
+    parser = Parser("diff")
+    parser.add_argument("models", nargs="*", metavar="model")
+    parser.add_argument("--base")
+    parser.add_argument("--exact", action="store_true")
+    for name in SHARED:
+        setting = SETTINGS[name]
+        if setting.is_switch:
+            parser.add_argument(f"--{name}", action="store_true")
+        else:
+            parser.add_argument(f"--{name}", nargs="+" if setting.takes_several else None)
+    return parser
+
+
+def parse_diff(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
+    """Turn the words behind ``diff`` into its arguments: ``models``, perhaps ``base`` and ``exact``, and settings.
+
+    Raises:
+        RecipeError: If a flag is unknown or lacks its value.
+    """
+    parser = diff_parser()
+    given = vars(parser.parse_intermixed_args(plain_flags(words)))
+    options = parser.options_of(given)
+    return {**from_environment(["n_process", "memory", "hub_endpoint"]), **given}, options
+
+
+def compare(words: Sequence[str]) -> int:
+    """Compare models as the words say, and tell what was found."""
+    from modelfuse.inspection.diff import diff_named
+
+    given, options = parse_diff(words)
+    console.begin_logs(options.verbose, options.log_file)
+    models, base, exact = given.pop("models", []), given.pop("base", None), given.pop("exact", False)
+    quiet = options.quiet
+    found = diff_named(models, base, exact, given, lambda plan: progress.comparing(plan, quiet), progress.watch(quiet))
+    if options.json:
+        from modelfuse.cli.diff_document import of_diff
+        from modelfuse.cli.json_output import write
+
+        write(of_diff(found))
+    elif not quiet:
+        from modelfuse.cli.diff_view import show
+
+        show(found)
+    return 0

@@ -1,0 +1,88 @@
+"""Differences as tables: of pandas, and of HTML for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol, get_args
+
+from modelfuse.errors import MissingExtraError, RecipeError
+from modelfuse.inspection.diff_measures import Change, Group, Kept, Pair
+from modelfuse.inspection.diff_names import short_names
+from modelfuse.planning.tables import Row, html
+
+Level = Literal["tensors", "layers", "modules", "cells", "whole"]
+LEVELS: tuple[str, ...] = get_args(Level)
+#: What says where a group is.
+WHERE = ("name", "stack", "layer", "module", "tensors", "elements")
+#: Fields that become columns as they are.
+OF_CHANGES = tuple(each.name for each in fields(Change) if each.name != "kept")
+OF_PAIRS = tuple(each.name for each in fields(Pair) if each.name not in ("model", "other"))
+
+
+class Diff(Protocol):
+    """What is shown of a :class:`~modelfuse.inspection.diff_result.Diff`."""
+
+    @property
+    def models(self) -> tuple[str, ...]: ...
+    @property
+    def whole(self) -> Group: ...
+    @property
+    def findings(self) -> tuple[str, ...]: ...
+
+
+def frame_of(found: Diff, level: Level, pairs: bool) -> Any:
+    """A DataFrame of what was found; see :meth:`Diff.to_pandas`."""
+    if level not in LEVELS:
+        raise RecipeError(f"There is no level {level!r}", f"Levels are {', '.join(LEVELS)}.")
+    if find_spec("pandas") is None:
+        raise MissingExtraError("to_pandas needs pandas, which is not installed", "pip install pandas")
+    groups = [found.whole] if level == "whole" else getattr(found, level)
+    rows = [row for group in groups for row in (_pairs if pairs else _changes)(found, group)]
+    frame = import_module("pandas").DataFrame(rows)
+    frame["layer"] = frame["layer"].astype("Int64")
+    return frame
+
+
+def _changes(found: Diff, group: Group) -> Iterator[dict[str, object]]:
+    where = {name: getattr(group, name) for name in WHERE}
+    for name, change in zip(short_names(found.models), group.models, strict=True):
+        kept = {
+            f"{each.name}_{own.density:g}": getattr(own, each.name)
+            for own in change.kept
+            for each in fields(Kept)
+            if each.name != "density"
+        }
+        yield {**where, "model": name, **{each: getattr(change, each) for each in OF_CHANGES}, **kept}
+
+
+def _pairs(found: Diff, group: Group) -> Iterator[dict[str, object]]:
+    where, names = {name: getattr(group, name) for name in WHERE}, short_names(found.models)
+    for pair in group.pairs:
+        own = {each: getattr(pair, each) for each in OF_PAIRS}
+        yield {**where, "model": names[pair.model], "other": names[pair.other], **own}
+
+
+def html_of(found: Diff) -> str:
+    """What a notebook shows: the models, interference, and what matters."""
+    names = short_names(found.models)
+    models: list[Row] = [
+        (name, _told(each.relative), _told(each.unchanged), _told(each.density_90), each.outliers, each.nonfinite)
+        for name, each in zip(names, found.whole.models, strict=True)
+    ]
+    titles = ("model", "‖τ‖/‖b‖", "unchanged", "90 % of ‖τ‖²", "outlying", "NaN, inf")
+    tables: list[tuple[Any, list[Row]]] = [(titles, models)]
+    if len(names) > 1:
+        numbers = range(len(names))
+        tables.append((
+            ("interference: who suffers", *(f"from {name}" for name in names)),
+            [(names[i], *("" if i == j else _told(found.whole.pair(i, j).interference) for j in numbers))
+             for i in numbers],
+        ))  # fmt: skip
+    return html(repr(found)[1:-1], *tables, notes=found.findings)
+
+
+def _told(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
