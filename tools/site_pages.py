@@ -30,7 +30,7 @@ PYTHON = """# Python
 ::: modelfuse.api.functions
     options:
       show_root_heading: false
-      members: [merge, check, inspect, verify, register]
+      members: [merge, check, inspect, diff, verify, register]
 
 ::: modelfuse.api.tune
     options:
@@ -45,6 +45,10 @@ PYTHON = """# Python
 ::: modelfuse.execution.result.Result
 
 ::: modelfuse.inspection.inspected_model.Inspection
+
+::: modelfuse.inspection.diff_result.Diff
+
+::: modelfuse.inspection.diff_measures
 
 ::: modelfuse.inspection.verify.Verification
 
@@ -123,7 +127,8 @@ def on_config(config: Any) -> Any:
     config.nav = [
         {"Begin": [{"First merge": "index.md"}, {"Tutorial": "tutorial.md"}, {"The demo": "demo.md"},
                    {"The demo's data": "demo-data.md"}]},
-        {"How to": [*how, {"See what is in a model": "inspect.md"}, {"Search settings in full": "tuning.md"},
+        {"How to": [*how, {"See what is in a model": "inspect.md"}, {"See how models differ": "diff.md"},
+                    {"Search settings in full": "tuning.md"},
                     {"Examples": "examples/index.md"}, {"Add a method": "adding_a_method.md"}]},
         {"Reference": [
             {"Settings": "reference/settings.md"}, {"Methods": "reference/methods.md"},
