@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
@@ -25,6 +27,7 @@ from definitions import (
 )
 
 from modelfuse.methods import registry
+from modelfuse.methods.applied import Applied
 from modelfuse.methods.arrays import total
 from modelfuse.methods.magprune import keep_probability
 from modelfuse.methods.random import draws, stream_key
@@ -445,3 +448,14 @@ def test_sparsifiers_act_on_the_difference_to_the_base() -> None:
     method = applied("linear", "trim", (1.0, 0.0), reserve_p=0.5)
     merged = merge_tensor([f64(11, 6, 12, 10), base], base, method, "w")
     assert merged.tolist() == pytest.approx([10, 10 - 4 * 7 / 6, 10 + 2 * 7 / 6, 10], rel=1e-15)
+
+
+def test_a_method_is_sent_to_other_processes_with_everything_it_has() -> None:
+    method = Applied(registry.COMBINATIONS["iso_c"], None, (0.25, 0.75), (("p", 1.0),), 7, (3, 1), 0.5, 0.6)
+    default = Applied(registry.COMBINATIONS["iso_c"], None, (0.25, 0.75))
+    mandatory = ("combination", "sparsifier", "weights")
+    for each in fields(Applied):
+        if each.init:
+            assert getattr(pickle.loads(pickle.dumps(method)), each.name) == getattr(method, each.name)
+            if each.name not in mandatory:  # Or else losing it would not be seen.
+                assert getattr(method, each.name) != getattr(default, each.name)

@@ -174,10 +174,17 @@ def test_every_tensor_has_its_rule_on_the_nodes_too(
     assert content(tmp_path / "C") == expected
 
 
-def test_whole_matrices_are_not_merged_on_nodes(refuse: Callable[..., str], tmp_path: Path) -> None:
-    base, *models = base_and_two(tmp_path, {"layers.0.up_proj.weight": (60, 40), "norm.weight": 40}, 9)
+@pytest.mark.parametrize("method", ["iso_c", "ridge", "tsv_m", "swudi_a"])
+def test_whole_matrices_are_merged_on_the_nodes_too(
+    merge: Command, simulated: Simulated, tmp_path: Path, method: str
+) -> None:
+    shapes = {f"layers.{layer}.up_proj.weight": (60, 40) for layer in range(3)}
+    base, *models = base_and_two(tmp_path, {**shapes, "layers.3.down_proj.weight": (40, 60), "norm.weight": 40}, 9)
     words = ["--model_path_list", *models, "--base_model_path", base, "--output_path", tmp_path / "C"]
-    refuse("merge", *words, "--merge_method", "iso_c", "--engine", "ray", says=["iso_c", "engine ray"], hint="local")
+    words += ["--merge_method", method]
+    expected = on_one_machine(merge, words, tmp_path)
+    merge(*words, *on(simulated))
+    assert content(tmp_path / "C") == expected
 
 
 @pytest.mark.parametrize(

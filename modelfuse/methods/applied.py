@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -130,8 +130,7 @@ class Applied:
     _cache: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:
-        own = self.combination, self.sparsifier, self.weights, self.settings, self.seed, self.streams, self.factor
-        return Applied, own
+        return Applied, tuple(getattr(self, each.name) for each in fields(self) if each.init)
 
     @property
     def merge_type(self) -> str:

@@ -13,7 +13,6 @@ from typing import Literal
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.buffers import is_buffer
 from modelfuse.dtypes import DType
-from modelfuse.errors import RecipeError
 from modelfuse.kernels import Work
 from modelfuse.kernels.matrices import Matrices
 from modelfuse.methods.applied import Applied
@@ -196,17 +195,3 @@ def _position_to_take(sources: tuple[StoredTensor, ...], method: Applied | None,
         return len(sources) - 1
     alone = method is not None and method.coefficients == (1.0,) and not sources[0].is_delta
     return 0 if alone else None
-
-
-def refuse_on_nodes(engine: str, operations: Iterable[Operation]) -> None:
-    """Refuse what the nodes of a cluster do not do yet.
-
-    Raises:
-        RecipeError: If any tensor's method works on whole matrices.
-    """
-    matrices = [each for each in methods_of(operations) if each.combination.matrix is not None]
-    if engine == "ray" and matrices:
-        raise RecipeError(
-            f"{matrices[0].merge_type} works on whole matrices, which engine ray does not do yet",
-            "Merge on this machine with --engine local.",
-        )

@@ -26,7 +26,7 @@ from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs
 from modelfuse.planning.memory_budget import demand_of, fit_memory
 from modelfuse.planning.model_card import CARD_FILE, model_card
 from modelfuse.planning.open_inputs import open_inputs
-from modelfuse.planning.operations import Operation, methods_of, refuse_on_nodes
+from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.planning.optional_packages import need
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.planning.output_location import check_places
@@ -179,7 +179,6 @@ def make_plan(recipe: Recipe) -> Plan:
         need("ray", "engine ray", "merge on this machine with --engine local")
     draft = configured_draft(recipe) if recipe.mergekit is not None else _draft_of(recipe)
     _check_kinds(draft.operations)
-    refuse_on_nodes(recipe.engine, draft.operations)
     tensors, files, index = _lay_out(draft.operations, recipe, draft.format)
     budget = fit_memory(recipe, demand_of(recipe, tensors))
     made = dict(draft.made_files)
