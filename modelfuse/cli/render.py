@@ -48,6 +48,8 @@ def interrupted(interruption: KeyboardInterrupt) -> None:
 
 def details(recipe: Recipe) -> None:
     """What those who read the log later want to know first."""
+    if not err.logs:
+        return  # The system is asked by a command.
     err.tell("debug", "modelfuse {}, Python {}, {}", __version__, platform.python_version(), platform.platform())
     for name, value in recipe.effective().items():
         err.tell("debug", "{} = {}", name, value)
