@@ -128,14 +128,14 @@ def some_work() -> tuple[Any, list[Any]]:
 def test_small_work_starts_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "Compilation", lambda work: pytest.fail("a process was started"))
     work, stored = some_work()
-    assert isinstance(last_pass(AdaptiveKernel(10_000), work, stored), ArrayCombine)
+    assert isinstance(last_pass(AdaptiveKernel("none"), work, stored), ArrayCombine)
 
 
 @pytest.mark.usefixtures("empty_cache")
 def test_large_work_begins_with_numpy_and_goes_on_with_what_another_process_compiles() -> None:
     said: list[str] = []
     work, stored = some_work()
-    kernel = AdaptiveKernel(adaptive.SMALL)
+    kernel = AdaptiveKernel("beside")
     with announcing(said.append):
         assert isinstance(last_pass(kernel, work, stored), ArrayCombine)
         deadline = time.monotonic() + 300
@@ -144,23 +144,25 @@ def test_large_work_begins_with_numpy_and_goes_on_with_what_another_process_comp
             time.sleep(0.2)
     assert isinstance(last_pass(kernel, work, stored), Combine)
     assert said == [adaptive.SAYS]
-    assert isinstance(last_pass(AdaptiveKernel(0), work, stored), Combine)  # What is at hand is used for small work.
+    assert isinstance(
+        last_pass(AdaptiveKernel("none"), work, stored), Combine
+    )  # What is at hand is used for small work.
 
 
 @pytest.mark.usefixtures("empty_cache")
 def test_without_memory_for_another_process_large_work_is_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "Compilation", lambda work: pytest.fail("a process was started"))
     work, stored = some_work()
-    kernel = AdaptiveKernel(adaptive.SMALL, adaptive.COMPILER_BYTES - 1)
+    kernel = AdaptiveKernel("here")
     assert isinstance(last_pass(kernel, work, stored), Combine)
-    assert isinstance(last_pass(AdaptiveKernel(0, 0), work, stored), Combine)
+    assert isinstance(last_pass(AdaptiveKernel("none"), work, stored), Combine)
 
 
 @pytest.mark.usefixtures("empty_cache")
 def test_what_the_other_process_cannot_do_is_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "PROGRAM", "raise SystemExit(1)")
     work, stored = some_work()
-    kernel = AdaptiveKernel(adaptive.SMALL)
+    kernel = AdaptiveKernel("beside")
     last_pass(kernel, work, stored)
     deadline = time.monotonic() + 60
     while isinstance(last_pass(kernel, work, stored), ArrayCombine):

@@ -58,6 +58,13 @@ def arguments() -> tuple[Any, ...]:
     return pair, grid, -7, np.uint64(2**64 - 3), True, np.float32(0.3), np.empty(4)
 
 
+@pytest.fixture(autouse=True)
+def _own_key() -> Iterator[None]:
+    """What the code of a test depends on is not taken for what that of the next one does; after all is put back."""
+    yield
+    code_cache._key.cache_clear()
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where machine code is kept."""
@@ -371,3 +378,16 @@ def test_the_second_process_of_any_method_loads_no_compiler(tmp_path: Path) -> N
     assert not second["numba"]
     assert second["llvm"] != LINKS
     assert first["results"] == second["results"]
+
+
+def test_a_moved_folder_is_found_again(
+    folder: Path, compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an image's, which a container has elsewhere."""
+    run(Kernel(weigh))
+    (tmp_path / "elsewhere").mkdir()
+    folder.rename(tmp_path / "elsewhere" / "modelfuse")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "elsewhere"))
+    code_cache._key.cache_clear()
+    run(Kernel(weigh))
+    assert len(compiled) == 1

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 pytest.importorskip("psutil", reason="needs psutil, which tells the resident memory of a process and its children")
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from budgets import BUDGET, CASES, TOLERANCE, Case, build, one, run
+from budgets import BUDGET, CASES, MB, TOLERANCE, Case, build, one, run
 
 import modelfuse
 from modelfuse.cli.arguments import parse
@@ -28,7 +28,8 @@ def test_the_budget_holds(tmp_path: Path, name: str) -> None:
         pytest.importorskip("torch", reason="needs torch, which stores transposed tensors")
     planned, sample = run(case, case.small, tmp_path)
     assert sample.peak_bytes <= BUDGET * TOLERANCE
-    assert sample.peak_bytes <= planned
+    # Far more than is taken would have fewer workers than there is memory for.
+    assert sample.peak_bytes <= planned <= 2.5 * sample.peak_bytes
 
 
 @pytest.mark.parametrize("name", ["one tensor", "any float32, della", "fifty models"])
@@ -47,7 +48,7 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     case = Case(51, one("F64"), 2, 2, base="F64")
     words = build(case, 2, tmp_path)
     paths = words[words.index("--model_path_list") + 1 : words.index("--base_model_path")]
-    plan = modelfuse.check(model_path_list=paths, base_model_path=words[-1], n_process=8, memory=BUDGET)
+    plan = modelfuse.check(model_path_list=paths, base_model_path=words[-1], n_process=8, memory=200 * MB)
     assert (plan.workers, plan.slice_elements) == (1, GRAIN)
     assert any("1 of 8 workers" in note for note in plan.notes)
     little = modelfuse.check(model_path_list=paths, base_model_path=words[-1], n_process=8, memory=BUDGET // 2)

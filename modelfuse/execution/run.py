@@ -66,9 +66,7 @@ class Run:
 
     def __post_init__(self) -> None:
         # The nodes of a cluster compile for themselves.
-        nbytes = self.plan.bytes_read if self.cluster is None else None
-        spare = self.plan.recipe.memory - self.plan.memory
-        self._kernel = choose(self.plan.device, nbytes, spare)
+        self._kernel = choose(self.plan.device, self.plan.compiler if self.cluster is None else None)
         self._tasks, self._room = Tasks.of(self.plan), Room.of(self.plan)
         hold(self._room.fetched, self._room.keeps)
         workers = self.plan.workers if self.cluster is None else 0

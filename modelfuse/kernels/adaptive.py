@@ -29,7 +29,7 @@ from modelfuse.kernels.jit.compile import (
     compiling,
     nothing_compiled,
 )
-from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Kernel
+from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Compiler, Kernel
 from modelfuse.kernels.procedures import run_through
 from modelfuse.kernels.sorted_magnitudes import MOST
 
@@ -48,7 +48,7 @@ SAYS_MISSING = "{}: numpy does all the work, to the same bytes, but slower."
 @cache
 def shared_kernel(is_small: bool) -> AdaptiveKernel:
     """One kernel for all tensors that are merged while others are read: small work, or large."""
-    return AdaptiveKernel(0 if is_small else SMALL)
+    return AdaptiveKernel("none" if is_small else "beside")
 
 
 def numpy_kernel() -> ArrayKernel:
@@ -98,6 +98,11 @@ def are_compiled(works: Iterable[Work]) -> bool:
     return False
 
 
+def is_compiled_for(nbytes: int) -> bool:
+    """Whether a compiler is worth while, and there, for work of so many stored bytes."""
+    return nbytes >= SMALL and compiler_missing() is None
+
+
 class Compilation:
     """One process that compiles the kernels of one kind of tensors.
 
@@ -126,13 +131,11 @@ class AdaptiveKernel(Kernel):
     """Compiled loops for what was compiled before, else numpy's arrays.
 
     Args:
-        nbytes: The stored bytes of all the work.
-        spare: Bytes of memory that may be used beside the merge's own.
+        compiler: What compiles the rest.
     """
 
-    def __init__(self, nbytes: int, spare: int = COMPILER_BYTES) -> None:
-        self._compiled = CompiledKernel()
-        self._is_small, self._beside = nbytes < SMALL, spare >= COMPILER_BYTES
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiled, self._compiler = CompiledKernel(), compiler
         self._known: dict[object, bool | Compilation] = {}
         self._lock = threading.Lock()
 
@@ -161,13 +164,12 @@ class AdaptiveKernel(Kernel):
         """Whether all that a tensor takes was compiled, or who does it."""
         try:
             # What another process could not compile or keep, as of a method that only this one knows, is compiled here.
-            # So it is where there is no room for another process: a compiler within this one takes less.
-            with compiling(tried or not (self._is_small or self._beside)):
+            with compiling(tried or self._compiler == "here"):
                 rehearse(work)
         except NotCompiledError:
             if missing := compiler_missing():
                 announce(SAYS_MISSING.format(missing))
-            elif not self._is_small:
+            elif self._compiler == "beside":
                 announce(SAYS)
                 return Compilation(work)
             return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelfuse.errors import MissingExtraError, ModelfuseError, RecipeError
 from modelfuse.kernels import CPU_BLOCK, CPU_ROOM
-from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Kernel
+from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Compiler, Kernel
 
 if TYPE_CHECKING:
     pass
@@ -117,23 +117,22 @@ def import_library(module: str) -> Any:
         ) from error
 
 
-def choose(device: Device, nbytes: int | None = None, spare: int = 0) -> Kernel:
+def choose(device: Device, compiler: Compiler | None = None) -> Kernel:
     """The kernel for a device; loads the library, if it takes one.
 
     Args:
         device: Where to merge.
-        nbytes: The stored bytes of all that is to be merged; with it, nothing waits for a compiler.
-        spare: Bytes of memory for a compiler beside the merge.
+        compiler: What compiles kernels, while numpy begins with the work; None: they are waited for.
 
     Raises:
         MissingExtraError: If the library cannot be imported.
     """
     if device.tensor_type == "np":
-        if nbytes is None:
+        if compiler is None:
             return CompiledKernel()
         from modelfuse.kernels.adaptive import AdaptiveKernel
 
-        return AdaptiveKernel(nbytes, spare)
+        return AdaptiveKernel(compiler)
     library = import_library(device.library)
     most = GPU_BLOCK if device.gpu else CPU_BLOCK
     if device.tensor_type == "pt":

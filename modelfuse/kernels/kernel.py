@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from modelfuse.kernels import Bytes, Procedure, Work
 
 if TYPE_CHECKING:
     from modelfuse.kernels.arrays.library import Library
+
+#: What compiles what was never compiled: nothing, as for small work; another process; or this one, which takes less
+#: memory, but has to wait.
+Compiler = Literal["none", "beside", "here"]
 
 
 class Kernel(ABC):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modelfuse.dtypes import F64, computed_in
-from modelfuse.kernels import CPU_ROOM
+from modelfuse.kernels import CPU_BLOCK, CPU_ROOM
 from modelfuse.kernels.backends import GPU_ROOM, Device, find_gpu
+from modelfuse.kernels.kernel import Compiler
 from modelfuse.kernels.matrices import memory_of
 from modelfuse.kernels.measures import ranked_lines
 from modelfuse.methods.spec import LineRanks
@@ -30,15 +31,17 @@ SLICE = 1 << 20
 SLICE_LARGE = 1 << 22
 #: Elements a worker walks between two looks at the queue.
 SPAN = 1 << 22
-#: Resident memory of the interpreter with all modules, the library, and kernels that were compiled just now, as in the
-#: first merge on a machine; from the next one on their machine code is all that is loaded, for half of it.
-INTERPRETER_BYTES = {"np": 230_000_000, "pt": 330_000_000, "pd": 400_000_000}
-#: The same with numpy where all that the merge takes was compiled before.
-COMPILED_BYTES = 60_000_000
+#: Resident memory of the interpreter with all modules and the library.
+INTERPRETER_BYTES = {"np": 52_000_000, "pt": 330_000_000, "pd": 400_000_000}
+#: What compiling in this process adds to it, and more of it where kernels tally, and where some compute in float64.
+COMPILING_BYTES, TALLYING_BYTES, DOUBLE_BYTES = 190_000_000, 45_000_000, 55_000_000
+#: numpy's arrays in place of compiled loops: their modules; as wide as so many of the block that a worker is at; their
+#: tables of counted magnitudes, for each model.
+ARRAY_BYTES, ARRAYS, ARRAY_TABLE_BYTES = 14_000_000, 16, 400_000
+#: What is known of each model.
+MODEL_BYTES = 100_000
 #: What Ray adds to it in its worker processes, measured.
 RAY_BYTES = 70_000_000
-#: More of it where kernels tally, and where some compute in float64.
-TALLYING_BYTES, DOUBLE_BYTES = 45_000_000, 55_000_000
 #: A worker's tensors on the CPU, with what the allocator keeps of those that were freed, measured.
 SCRATCH_BYTES = 75_000_000
 #: What a GPU's libraries and driver add to it: an estimate.
@@ -85,6 +88,7 @@ class MemoryDemand(NamedTuple):
         remote: The most bytes of an element in all sources that are in stores.
         spans: How many there are: more workers never hold slices at a time.
         compiled: Whether all kernels that it takes were compiled before.
+        nbytes: The stored bytes of all sources.
         counted: The most sources of a tensor whose magnitudes are counted; zero if there is none.
         twice: Whether any tensor is read twice.
         whole: The most bytes that a worker takes for a tensor of which it needs whole matrices or lines, beside its
@@ -100,6 +104,7 @@ class MemoryDemand(NamedTuple):
     remote: int = 0
     spans: int = 1 << 62
     compiled: bool = False
+    nbytes: int = 0
     counted: int = 0
     twice: bool = False
     whole: int = 0
@@ -118,6 +123,7 @@ class Budget(NamedTuple):
         memory: The expected peak of resident memory in bytes.
         device: Where to merge, and how much of its memory each worker may fill.
         fetched: Bytes of files in stores to hold, beside those that are being read; zero if there are none.
+        compiler: What compiles kernels that never were.
     """
 
     workers: int
@@ -125,6 +131,7 @@ class Budget(NamedTuple):
     memory: int
     device: Device
     fetched: int
+    compiler: Compiler
 
 
 def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
@@ -137,14 +144,34 @@ def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
         RecipeError: If there is no GPU that it can use.
     """
     gpu = find_gpu(recipe.tensor_type, recipe.device, recipe.allow_cpu_fallback)
-    tables = TABLE_BYTES * demand.counted
-    scratch = 0 if gpu or recipe.tensor_type == "np" else SCRATCH_BYTES
-    fixed = (
-        (COMPILED_BYTES if demand.compiled else INTERPRETER_BYTES[recipe.tensor_type])
-        + (demand.counted > 0 and not demand.compiled) * TALLYING_BYTES
-        + demand.double * DOUBLE_BYTES
-        + tables
+    if recipe.tensor_type != "np" or recipe.engine != "local":
+        return _fit(recipe, demand, gpu, "none" if recipe.tensor_type != "np" else "here")
+    from modelfuse.kernels.adaptive import COMPILER_BYTES, is_compiled_for
+
+    budget = _fit(recipe, demand, gpu, "none")
+    if demand.compiled or not is_compiled_for(demand.nbytes):
+        return budget
+    memory = budget.memory + COMPILER_BYTES
+    return (
+        budget._replace(memory=memory, compiler="beside")
+        if memory <= recipe.memory
+        else _fit(recipe, demand, gpu, "here")
     )
+
+
+def _fit(recipe: Recipe, demand: MemoryDemand, gpu: bool, compiler: Compiler) -> Budget:
+    """The same, given what compiles."""
+    by_arrays = recipe.tensor_type == "np" and compiler == "none" and not demand.compiled
+    tables = (ARRAY_TABLE_BYTES if by_arrays else TABLE_BYTES) * demand.counted
+    scratch = 0 if gpu or recipe.tensor_type == "np" else SCRATCH_BYTES
+    if by_arrays:
+        largest = max(size for size, _, _ in demand.sizes)
+        scratch = min(CPU_BLOCK, largest) * ARRAYS * (8 if demand.double else 4)
+    fixed = INTERPRETER_BYTES[recipe.tensor_type] + by_arrays * ARRAY_BYTES + tables
+    if compiler == "here" or recipe.tensor_type != "np":
+        fixed += (demand.counted > 0) * TALLYING_BYTES + demand.double * DOUBLE_BYTES
+        fixed += COMPILING_BYTES if compiler == "here" else 0
+    fixed += demand.sources * MODEL_BYTES
     fixed += demand.outputs * (OUTPUT_BYTES + demand.sources * SOURCE_BYTES) + gpu * GPU_BYTES
     fixed += RAY_BYTES * (recipe.engine == "ray")
     sends = isinstance(recipe.output_path, Url)
@@ -166,7 +193,7 @@ def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
     memory = fixed + min(workers, demand.spans) * a_worker(elements)
     most = MOST_KEPT if demand.twice else MOST_AHEAD
     more = min(max(recipe.memory - memory, 0), most) if fetched else 0
-    return Budget(workers, elements, memory + more, device, workers * fetched + more)
+    return Budget(workers, elements, memory + more, device, workers * fetched + more, compiler)
 
 
 def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
@@ -191,6 +218,7 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
         remote=fetched,
         spans=sum(1 if each.window else -(-each.size // SPAN) for each in operations),
         compiled=_compiled(recipe, operations),
+        nbytes=sum(each.bytes_read for each in operations),
         counted=max(_counted(each) for each in operations),
         twice=any(method.reads_twice for method in methods_of(operations)),
         whole=max(_whole(each) + _lines(each) for each in operations),

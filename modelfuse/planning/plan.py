@@ -18,6 +18,7 @@ from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import BF16, OUTPUT_DTYPES
 from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
+from modelfuse.kernels.kernel import Compiler
 from modelfuse.planning.adapter_inputs import copies, with_what_adapters_bring
 from modelfuse.planning.configured import configured_draft
 from modelfuse.planning.drafts import Draft, with_vocabulary
@@ -73,6 +74,7 @@ class Plan:
         memory: The expected peak of resident memory in bytes.
         device: Where tensors are merged.
         fetched: Bytes of files in stores to hold while they are read; zero if there are none.
+        compiler: What compiles kernels that never were.
         notes: What the user should know.
         warnings: What the inputs contradict each other in, and whose is taken.
         config_changes: Settings of config.json that are not the reference's.
@@ -94,6 +96,7 @@ class Plan:
     memory: int
     device: Device
     fetched: int
+    compiler: Compiler
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     config_changes: Mapping[str, object]

@@ -98,6 +98,8 @@ class TallyAll(_Counting):
             for column, values in enumerate((counts, *sums)):
                 rows[:, column] = library.fetch(library.take(values, used))
             parts.append((library.fetch(used).astype(np.uint64), rows))
+            if sum(len(bins) for bins, _ in parts) > BINS:  # No more is held than of a few tables.
+                parts[:] = [add_up(parts)]
 
     def finish(self, state: State) -> list[tuple[Array, Array]]:
         return [add_up(parts) for parts in state.found]

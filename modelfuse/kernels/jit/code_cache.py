@@ -220,7 +220,11 @@ def _key() -> str:
     """What the machine code depends on beside the arguments: the processor, and all that was compiled it from."""
     import llvmlite
 
-    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    settings = sorted(
+        (name, value)
+        for name, value in os.environ.items()
+        if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR"  # Where code is kept does not change it.
+    )
     machine = repr((sys.platform, _processor(), settings))
     sources = hashlib.blake2b(f"{sys.version_info} {llvmlite.__version__}".encode(), digest_size=8)
     numba = find_spec("numba")
