@@ -12,11 +12,17 @@ from modelfuse.methods.spec import Floats
 NOISE = 1e-6
 
 
-def directions(gram: Floats, most: int) -> tuple[Floats, Floats]:
-    """Of a matrix by its Gram matrix, the right singular vectors, shape (k, number), and values, largest first."""
+def directions(gram: Floats, most: int, least: float = 0.0) -> tuple[Floats, Floats]:
+    """Of a matrix by its Gram matrix, the right singular vectors, shape (k, number), and values, largest first.
+
+    Args:
+        gram: Its Gram matrix.
+        most: The most vectors.
+        least: Of what is left of a matrix: values below it are rounding, too.
+    """
     squares, vectors = np.linalg.eigh(gram)
     sigma = np.sqrt(np.maximum(squares[::-1], 0))
-    number = min(most, int(np.count_nonzero(sigma > NOISE * sigma[0])))
+    number = min(most, int(np.count_nonzero(sigma > max(NOISE * sigma[0], least))))
     return vectors[:, ::-1][:, :number], sigma[:number]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from modelfuse.methods.decompositions import directions, weighted, whitened
+from modelfuse.methods.decompositions import NOISE, directions, weighted, whitened
 from modelfuse.methods.expressions import total
 from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
 
@@ -19,20 +20,23 @@ COMMON_FRACTION = Parameter(
 
 def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
     grams, models, k = weighted(grams, weights), len(weights), grams.shape[-1]
-    own = max(0, round((k - int(k * settings.common_fraction)) / models))
-    vectors, sigma = directions(grams.sum((0, 1)), k - own * models)
+    vectors, sigma = directions(grams.sum((0, 1)), k)
+    rank = sigma.size
+    own = max(0, round((rank - int(rank * settings.common_fraction)) / models))
+    vectors, sigma = vectors[:, : rank - own * models], sigma[: rank - own * models]
     rights, lefts, sizes = [vectors], [[vectors / sigma] for _ in range(models)], [sigma]
     for model in range(models) if own else ():
         # In what the shared directions of the outputs leave of it: (I − UUᵀ)τ, so that where Gram matrices are of the
         # outputs, it is these vectors that are taken out, else what the sum makes of them.
         gram = grams[model, model]
+        least = NOISE * math.sqrt(max(float(np.trace(gram)), 0.0))
         if k == inputs:
             shared = (vectors / sigma).T @ grams[:, model].sum(0)
-            mine, size = directions(gram - shared.T @ shared, own)
+            mine, size = directions(gram - shared.T @ shared, own, least)
             shared_lean = (vectors / sigma) @ (shared @ (mine / size))
         else:
             rest = np.eye(k) - vectors @ vectors.T
-            mine, size = directions(rest @ gram @ rest, own)
+            mine, size = directions(rest @ gram @ rest, own, least)
             shared_lean = np.zeros_like(mine)
         for other, left in enumerate(lefts):
             left.append(mine / size * (other == model) - shared_lean)

@@ -43,7 +43,7 @@ def _swudi(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) 
 
     def filter_(eigenvalues: Floats) -> Floats:
         kept: Floats = 1 - np.exp(-settings.swudi_time * inputs / models * eigenvalues)
-        kept[: inputs - max(1, math.ceil(settings.swudi_share * inputs))] = 0
+        kept[: max(0, kept.size - max(1, math.ceil(settings.swudi_share * inputs)))] = 0
         return kept
 
     return _filtered(grams, weights, filter_)
@@ -51,8 +51,10 @@ def _swudi(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) 
 
 def _swudi_a(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
     def filter_(eigenvalues: Floats) -> Floats:
-        number = math.ceil(np.sqrt(eigenvalues).sum() ** 2 / eigenvalues.sum())
-        kept: Floats = (np.arange(inputs) >= inputs - number).astype(np.float64)
+        others = inputs - eigenvalues.size  # Directions that no model has, where all of them are left out.
+        roots, whole = np.sqrt(eigenvalues).sum() + others * math.sqrt(LEAST), eigenvalues.sum() + others * LEAST
+        number = math.ceil(roots**2 / whole)
+        kept: Floats = (np.arange(eigenvalues.size) >= eigenvalues.size - number).astype(np.float64)
         return kept
 
     return _filtered(grams, weights, filter_)

@@ -140,7 +140,11 @@ class _Output:
         embedding = name.endswith(EMBEDDINGS)
         out_first = not embedding and not self._transposed
         outputs, inputs = base.shape if out_first else base.shape[::-1]
-        rank = _exact_rank(sources, base, method)
+        rank, in_core = _exact_rank(sources, base, method), False
+        if rank is None and matrices is not None and matrices.units == 1:
+            rank = _products_rank(sources, base)
+            in_core = rank is not None
+            rank = min(rank, outputs, inputs) if rank is not None else None
         wanted = self.recipe.lora_rank
         exact = rank is not None and (wanted is None or rank <= wanted) and not self.recipe.lora_epsilon
         if not exact:
@@ -152,8 +156,8 @@ class _Output:
             rank = min(wanted, outputs, inputs)
         assert rank is not None
         factoring = Factoring(
-            drawn_as or name, sources, method, None if exact else rank, out_first, matrices, self._shared,
-            self._errors, distributes=self.recipe.lora_distribute_scale,
+            drawn_as or name, sources, method, None if exact else rank, in_core, out_first, matrices,
+            self._shared, self._errors, distributes=self.recipe.lora_distribute_scale,
         )  # fmt: skip
         if self.recipe.lora_epsilon and not exact:
             rank = factoring.larger_than(self.recipe.lora_epsilon)
@@ -203,8 +207,11 @@ def _of_rows(name: str, rows: int) -> str:
 
 def _exact_rank(sources: Sequence[StoredTensor], base: StoredTensor, method: Applied) -> int | None:
     """The rank of all products side by side, None if the merged difference is no sum of products."""
-    if method.coefficients is None:
-        return None
+    return None if method.coefficients is None else _products_rank(sources, base)
+
+
+def _products_rank(sources: Sequence[StoredTensor], base: StoredTensor) -> int | None:
+    """The rank of all products side by side, None if a difference is no product."""
     rank = 0
     for source in sources:
         if isinstance(source, LowRankTensor):

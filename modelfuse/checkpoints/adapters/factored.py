@@ -12,6 +12,7 @@ import numpy as np
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.adapters.arrays import Array, load, read_values
 from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
+from modelfuse.checkpoints.adapters.core_space import core_memory, cut, merge_in_core
 from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.errors import CheckpointError
@@ -74,6 +75,7 @@ class Factoring:
         sources: Every model's difference.
         method: How they are merged.
         rank: The rank to find, None for that of all products together, which is exact.
+        in_core: Whether all differences are products, merged by a method of whole matrices without making these.
         out_first: Whether the base stores the weight as [out, in].
         matrices: How it is cut into matrices, if the method works on whole ones.
         shared: What is shared with the other factorings.
@@ -86,6 +88,7 @@ class Factoring:
     sources: tuple[StoredTensor, ...]
     method: Applied
     rank: int | None
+    in_core: bool
     out_first: bool
     matrices: Matrices | None
     shared: Shared = field(compare=False, repr=False)
@@ -96,12 +99,22 @@ class Factoring:
     @property
     def elements(self) -> int:
         """Elements of the difference that are held at once."""
-        return 0 if self.rank is None else self.sources[0].size
+        return 0 if self.rank is None or self.in_core else self.sources[0].size
 
     def factors(self) -> tuple[Array, Array]:
         """B of shape (out, rank) and A of shape (rank, in)."""
-        found: tuple[Array, Array] = self.shared.recent.get(self, self._exact if self.rank is None else self._nearest)
+        make = self._in_core if self.in_core else self._exact if self.rank is None else self._nearest
+        found: tuple[Array, Array] = self.shared.recent.get(self, make)
         return found
+
+    def _in_core(self) -> tuple[Array, Array]:
+        """In the space that the products span; all of it, or what is nearest of the rank."""
+        assert self.matrices is not None
+        b, a = merge_in_core(self.name, self.sources, self.method, self.matrices, self.shared)
+        self.errors[self.name] = 0.0
+        if self.rank is not None:
+            b, a, self.errors[self.name] = cut(b, a, min(self.rank, self.kept or self.rank), self.distributes)
+        return b, a
 
     def _exact(self) -> tuple[Array, Array]:
         """All products side by side: Σ wᵢ·sᵢ·Bᵢ·Aᵢ = [w₁s₁B₁ w₂s₂B₂ …]·[A₁; A₂; …]."""
@@ -167,12 +180,16 @@ class FactorTensor(StoredTensor):
         """The difference in float32 and in float64, what its models hold, and factors: those of a run are kept."""
         sources = sum(source.held for source in self.factoring.sources)
         pieces = PIECE * 4 * (len(self.factoring.sources) + 1) if self.factoring.elements else 0
+        if self.factoring.in_core:
+            pieces = core_memory(self.factoring.sources)
         return 12 * self.factoring.elements + pieces + sources + (24 + 2 * RUN) * self.size + self._matrices
 
     @property
     def _matrices(self) -> int:
         how, matrices = self.factoring.method.combination.matrix, self.factoring.matrices
-        return memory_of(matrices, how, len(self.factoring.sources)) if matrices is not None and how is not None else 0
+        if how is None or matrices is None or self.factoring.in_core:
+            return 0
+        return memory_of(matrices, how, len(self.factoring.sources))
 
     @property
     def facts(self) -> Mapping[str, object]:

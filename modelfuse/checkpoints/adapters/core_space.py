@@ -1,0 +1,111 @@
+"""Products of thin factors merged by methods of whole matrices, without a large matrix.
+
+All differences Bᵢ·Aᵢ lie in what the Bᵢ span on one side and the Aᵢ on the other. With orthonormal bases of both they
+are small matrices, of as many rows and columns as the ranks add up to (Panariello et al. 2025, arXiv:2509.17786). What
+a method does that no rotation changes is the same there, and exact: directions that no difference has are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from modelfuse.checkpoints import StoredTensor
+from modelfuse.checkpoints.adapters.arrays import Array
+from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
+from modelfuse.checkpoints.adapters.low_rank_terms import Shared
+from modelfuse.kernels.blas_threads import one_thread
+from modelfuse.kernels.matrices import Matrices
+from modelfuse.kernels.small_matrices import merge_matrices
+from modelfuse.methods.applied import Applied
+from modelfuse.methods.spec import Floats
+
+
+def merge_in_core(
+    name: str, sources: Sequence[StoredTensor], method: Applied, matrices: Matrices, shared: Shared
+) -> tuple[Floats, Floats]:
+    """The merged difference as B of shape (out, rank) and A of shape (rank, in).
+
+    The rows of A are orthonormal, unless there are fewer outputs.
+
+    Args:
+        name: The tensor.
+        sources: Each model's difference; one that is no product is zero.
+        method: A method of whole matrices.
+        matrices: How the tensor is cut; one unit.
+        shared: What the factors are read with.
+
+    Raises:
+        ModelfuseError: If a decomposition fails.
+    """
+    pairs = [_factors(source, shared) for source in sources]
+    ranks = [sum(len(a) for _, a in own) for own in pairs]
+    rights = np.vstack([a for own in pairs for _, a in own]).astype(np.float64)
+    lefts = np.hstack([b for own in pairs for b, _ in own])
+    outputs, inputs = len(lefts), matrices.inputs
+    rank = min(sum(ranks), inputs)
+    if np.isfinite(rights).all() and np.isfinite(lefts).all():
+        with one_thread():
+            basis, upper = np.linalg.qr(rights.T)
+        b, a = np.zeros((outputs, rank)), np.ascontiguousarray(basis.T)
+        for chosen in matrices.outputs:
+            b[chosen] = _part(name, lefts[chosen], upper, ranks, method, inputs)
+    else:
+        b, a = np.full((outputs, rank), np.nan), np.full((rank, inputs), np.nan)
+    return (b, a) if rank <= outputs else (np.eye(outputs), b @ a)
+
+
+def _factors(source: StoredTensor, shared: Shared) -> list[tuple[Floats, Array]]:
+    """B, scaled, and A of each product that a difference consists of."""
+    terms = source.terms if isinstance(source, LowRankTensor) else ()
+    found = [(*term.factors(shared), term.scale) for term in terms]
+    return [(b.astype(np.float64) * scale, a) for b, a, scale in found]
+
+
+def _part(name: str, lefts: Floats, upper: Floats, ranks: Sequence[int], method: Applied, inputs: int) -> Floats:
+    """The merged outputs of one layer, by the basis of the inputs."""
+    with one_thread():
+        side, lower = np.linalg.qr(lefts)
+    ends = np.cumsum(ranks)
+    cores = [lower[:, end - rank : end] @ upper[:, end - rank : end].T for rank, end in zip(ranks, ends, strict=True)]
+    of_columns = inputs <= len(lefts)
+    # Methods may count directions by the size of the smaller side: as of the large matrix, each model has all of its.
+    size = min(len(ranks) * max(ranks), inputs, len(lefts))
+    rows, columns = cores[0].shape
+    room = np.zeros((len(cores), rows, size) if of_columns else (len(cores), size, columns))
+    room[:, :rows, :columns] = cores
+    made: Floats = side @ merge_matrices(name, room, method, of_columns, inputs)[:rows, :columns]
+    return made
+
+
+def cut(b: Floats, a: Floats, rank: int, distributes: bool) -> tuple[Floats, Floats, float]:
+    """The nearest product of a rank, and its relative error.
+
+    Args:
+        b: Shape (out, more).
+        a: Shape (more, in); of as many rows as columns of ``b``.
+        rank: The rank.
+        distributes: Whether both factors have half of every singular value; else A has all of it.
+    """
+    if not np.isfinite(b).all():
+        return b[:, :rank], a[:rank], np.nan
+    with one_thread():
+        basis, upper = np.linalg.qr(a.T)
+        left, sizes, right = np.linalg.svd(b @ upper.T, full_matrices=False)
+        right = right @ basis.T
+    # A vector's sign is anybody's choice: its largest element is positive, on every machine.
+    signs = np.sign(np.take_along_axis(right, np.abs(right).argmax(1)[:, None], 1))
+    left, right = (left * signs[:, 0])[:, :rank], (right * signs)[:rank]
+    whole, halves = float(np.linalg.norm(sizes)), np.sqrt(sizes[:rank])
+    error = float(np.linalg.norm(sizes[rank:])) / whole if whole else 0.0
+    shares = halves if distributes else np.ones_like(halves)
+    return left * shares, (sizes[:rank] / np.where(shares > 0, shares, 1))[:, None] * right, error
+
+
+def core_memory(sources: Sequence[StoredTensor]) -> int:
+    """Bytes for both stacks of factors in float64, their bases, and what decomposing them takes."""
+    terms = [term for source in sources if isinstance(source, LowRankTensor) for term in source.terms]
+    ranks = sum(term.rank for term in terms)
+    sides = max((term.inputs + term.outputs for term in terms), default=0)
+    return 8 * 6 * ranks * (sides + len(sources) ** 2 * ranks)

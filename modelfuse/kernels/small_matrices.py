@@ -1,0 +1,61 @@
+"""Methods of whole matrices, of matrices that are small: all is in memory, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from modelfuse.errors import ModelfuseError
+from modelfuse.kernels.blas_threads import one_thread
+from modelfuse.kernels.gram_matrices import even_weights, ratio
+from modelfuse.methods.applied import Applied
+from modelfuse.methods.spec import Floats
+
+
+def merge_matrices(name: str, values: Floats, method: Applied, of_columns: bool, inputs: int) -> Floats:
+    """What a method makes of one matrix a model, the factor on it included.
+
+    Args:
+        name: The tensor, for errors.
+        values: Shape (models, rows, columns); columns stand for inputs.
+        method: The method.
+        of_columns: Whether Gram matrices are of the columns, where the method takes them of the smaller side.
+        inputs: The inputs of the layer, where it depends on them.
+
+    Raises:
+        ModelfuseError: If a decomposition fails.
+    """
+    how = method.combination.matrix
+    assert how is not None
+    if not np.isfinite(values).all():
+        return np.full(values.shape[1:], np.nan)
+    if how.side != "smaller":
+        of_columns = how.side == "inputs"
+    turned = values if of_columns else values.transpose(0, 2, 1)
+    models, k = len(turned), turned.shape[2]
+    weights = np.array(method.weights)
+    if how.gram == "sum":
+        turned = np.tensordot(weights, turned, 1)[None]
+    with one_thread(), np.errstate(all="ignore"):
+        if how.gram == "pairs":
+            grams = np.stack([[one.T @ other for other in turned] for one in turned])
+        else:
+            grams = np.stack([one.T @ one for one in turned])
+            grams = grams[0] if how.gram == "sum" else grams
+        # Methods that take the smaller side ask which one that is: the inputs, if there are as many as Gram's columns.
+        inputs = k if how.side == "smaller" and of_columns else inputs
+        try:
+            factors = how.factors(grams, method.weights, method.shared, inputs)
+        except np.linalg.LinAlgError as error:
+            raise ModelfuseError(
+                f"Tensor {name!r}: {method.merge_type} cannot be computed: {error}",
+                "Have a rule merge it by another method.",
+            ) from error
+        made: Floats = sum(
+            (one @ factor for one, factor in zip(turned, factors, strict=True)), np.zeros(turned.shape[1:])
+        )
+        if method.norm is not None:
+            whole = np.tensordot(even_weights(method.weights), values, 1)
+            made *= method.norm * ratio(float(np.vdot(whole, whole)), float(np.vdot(made, made)))
+    assert len(weights) == models
+    made *= method.factor
+    return made if of_columns else made.T
