@@ -459,7 +459,6 @@ def test_a_quiet_command_says_nothing(three: dict[str, Tensors], modelfuse: Run,
     ("words", "message"),
     [
         (("config.yml",), "mergekit-yaml needs a configuration and a folder"),
-        (("config.yml", "out", "--no-safe-serialization"), "--no-safe-serialization asks for pickles"),
         (("config.yml", "out", "--out-shard-size", "many"), "--out-shard-size is 'many'"),
         (("config.yml", "out", "--device", "tpu"), "--device is 'tpu'"),
         (("config.yml", "out", "--densty", "1"), "There is no setting 'densty'"),

@@ -143,6 +143,7 @@ DEFAULTS = {
     "convert_from_hf": None,
     "save_to_hf": None,
     "lora_rank": None,
+    "safe_serialization": True,
     "lora_include": None,
     "lora_exclude": None,
     "lora_epsilon": 0.0,

@@ -63,6 +63,7 @@ class Keywords(TypedDict, total=False):
     output_dtype: Literal["float64", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] | str | None
     input_layout: Sequence[Literal["hf", "paddle"] | str] | None
     output_format: Literal["hf", "paddle", "pdparams", "lora"] | str | None
+    safe_serialization: bool
     convert_from_hf: bool | None
     save_to_hf: bool | None
     lora_rank: int | None

@@ -20,7 +20,7 @@ MADE = re.compile(
 )
 #: The other files of an output as they are usually called: of adapters, configuration, tokenizers, processors, code.
 USUAL = re.compile(
-    r"adapter_(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json)"
+    r"adapter_(model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|config\.json)"
     r"|(config|generation_config|special_tokens_map|added_tokens|vocab|modules|params|tekken)\.json"
     r"|tokenizer\w*\.(json|model)|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|(vocab|merges)\.txt"
     r"|[\w.-]+\.tiktoken|chat_template\.(json|jinja)|additional_chat_templates/[^/]+\.jinja"

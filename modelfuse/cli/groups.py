@@ -20,8 +20,9 @@ GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "How": (),
     "Where to": (
-        "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "lora_rank", "lora_epsilon",
-        "lora_include", "lora_exclude", "lora_embeddings", "lora_whole", "lora_distribute_scale", "lora_skip_whole",
+        "output_path", "overwrite", "output_dtype", "output_format", "save_to_hf", "safe_serialization",
+        "lora_rank", "lora_epsilon", "lora_include", "lora_exclude", "lora_embeddings",
+        "lora_whole", "lora_distribute_scale", "lora_skip_whole",
         "max_shard_size", "copy_file_list", "tokenizer", "tokenizer_from", "copy_tokenizer", "truncate_embeddings",
         "model_card", "intermediate_dir",
     ),

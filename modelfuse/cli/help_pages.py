@@ -59,6 +59,7 @@ MERGEKIT = (
     ("--out-shard-size SIZE", "The largest weight file in bytes, with K, M or B behind; 0: one file."),
     ("--random-seed N", "Which random draws. Default: 0."),
     ("--[no-]copy-tokenizer", "Whether the tokenizer comes along where the configuration names none."),
+    ("--[no-]safe-serialization", "Whether safetensors are written; else torch's .bin files."),
     ("--[no-]write-model-card", "Whether README.md and mergekit_config.yml are written."),
     ("--unsafe-truncate-embeddings", "Cut embeddings and heads to the smallest number of rows."),
     ("--cuda, --device cuda", "Compute on a GPU, with torch."),

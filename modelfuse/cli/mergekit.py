@@ -170,10 +170,6 @@ def _add_common(parser: Parser) -> None:
 def _settings(found: dict[str, Any]) -> list[str]:
     """What changes the output or how it is made, as flags of ``merge``."""
     words = list[str]()
-    if found.get("safe_serialization") is False:
-        raise RecipeError(
-            "--no-safe-serialization asks for pickles", "modelfuse writes safetensors; every loader reads them."
-        )
     if found.get("random_seed") is not None:
         words += ["--seed", str(found["random_seed"])]
     if found.get("out_shard_size") is not None:
@@ -181,6 +177,7 @@ def _settings(found: dict[str, Any]) -> list[str]:
     if found.get("num_threads") is not None:
         words += ["--n_process", str(found["num_threads"])]
     for name, setting in (("write_model_card", "model_card"), ("copy_tokenizer", "copy_tokenizer"),
+                          ("safe_serialization", "safe_serialization"),
                           ("unsafe_truncate_embeddings", "truncate_embeddings")):  # fmt: skip
         if name in found:
             words.append(f"--{setting}={found[name]}")

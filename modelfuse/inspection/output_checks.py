@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from modelfuse.checkpoints import CONFIG_FILE, StoredTensor, read_config, read_json
@@ -19,7 +19,7 @@ from modelfuse.storage import Place, children, is_file, size_of
 from modelfuse.storage.files import SourceFile, read_bytes
 
 #: How the files end that a loader would take for weights.
-WEIGHTS = (".safetensors", ".pdparams")
+WEIGHTS = (".safetensors", ".pdparams", ".bin")
 #: Bytes of a frame that are read at a time.
 PIECE = 1 << 20
 
@@ -72,7 +72,7 @@ class Contents:
         if actual != size:
             yield Problem("file", f"{name} has {actual:,} bytes, {size:,} when it was written", file=name)
         try:
-            tensors, _ = read_paddle(path) if name.endswith(".pdparams") else read_safetensors(path)
+            tensors, _ = _reader(name)(path)
             digest = _frame_digest(path, tensors.values())
         except CheckpointError as error:
             yield Problem("file", f"{error.message}{self._with_tensors(name)}", file=name)
@@ -143,6 +143,15 @@ class Contents:
         if shapes.keys() >= self.report.tensors.keys():  # What is missing was told already.
             for tensor, message in contradictions(config, shapes):
                 yield Problem("config", message, tensor, CONFIG_FILE)
+
+
+def _reader(name: str) -> Callable[[Place], tuple[dict[str, StoredTensor], dict[str, str]]]:
+    """What reads the header of a weight file."""
+    if name.endswith(".bin"):
+        from modelfuse.checkpoints.formats.torch_reader import read_torch
+
+        return read_torch
+    return read_paddle if name.endswith(".pdparams") else read_safetensors
 
 
 def _digest(file: SourceFile) -> str:

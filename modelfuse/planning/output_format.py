@@ -14,6 +14,7 @@ from modelfuse.checkpoints.quantization import DECLARATIONS
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.checkpoints.weight_files import index_of
 from modelfuse.dtypes import DType
+from modelfuse.errors import RecipeError
 from modelfuse.recipe.recipe import Recipe
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -21,6 +22,9 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 ADAPTER_STEM = "adapter_model"
 #: The names of a weight file in Paddle's own format.
 PADDLE_STEMS = {"model": "model_state", "master_weights": "master_weights"}
+
+#: The same in torch's.
+TORCH_STEMS = {"model": "pytorch_model", "master_weights": "master_weights"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class OutputFormat:
     Attributes:
         layout: ``hf`` or ``paddle``; None where nothing tells, and nothing is changed.
         stem: What the weight files' names begin with.
-        suffix: ``.safetensors`` or ``.pdparams``.
+        suffix: ``.safetensors``, ``.bin`` or ``.pdparams``.
         metadata: The ``__metadata__`` of safetensors files.
         changes: Whether the layout is not the reference's.
         whole: Whether one file holds all, however large.
@@ -49,9 +53,17 @@ class OutputFormat:
         layout = recipe.output_layout or reference.layout
         changes = layout != reference.layout
         if recipe.output_format == "lora":
-            return cls(layout, ADAPTER_STEM, ".safetensors", {"format": "pt"}, changes, whole=True)
+            suffix, metadata = (".safetensors", {"format": "pt"}) if recipe.safe_serialization else (".bin", {})
+            return cls(layout, ADAPTER_STEM, suffix, metadata, changes, whole=True)
         if recipe.output_format == "pdparams":
             return cls(layout, PADDLE_STEMS[recipe.merge_prefix], ".pdparams", {}, changes)
+        if not recipe.safe_serialization:
+            if layout == "paddle":
+                raise RecipeError(
+                    f"{reference.path} is in Paddle's layout, which is not stored in torch's .bin files",
+                    "Add --output_format hf.",
+                )
+            return cls(layout, reference.stem or TORCH_STEMS[recipe.merge_prefix], ".bin", {}, changes)
         # Loaders of each world look for its word, though it proves nothing.
         known = {"format": {"hf": "pt", "paddle": "np"}[layout]} if layout is not None else {}
         stem = reference.stem or recipe.merge_prefix
@@ -72,8 +84,12 @@ class OutputFormat:
 
     def frame(self, tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
         """Lay out one weight file of these tensors."""
-        if self.suffix != ".pdparams":
+        if self.suffix == ".safetensors":
             return frame_safetensors(tensors, self.metadata)
+        if self.suffix == ".bin":
+            from modelfuse.checkpoints.formats.torch_writer import frame_torch
+
+            return frame_torch(tensors)
         from modelfuse.checkpoints.formats.paddle_writer import frame_paddle
 
         return frame_paddle(tensors)

@@ -211,8 +211,15 @@ def check_input_layout(inputs: int, layouts: Sequence[str] | None, convert_from_
         )
 
 
-def check_output_format(output_format: str | None, layout: str | None, save_to_hf: bool | None) -> None:
-    """Refuse a format whose layout is not the one that Paddle's flag means."""
+def check_output_format(
+    output_format: str | None, layout: str | None, save_to_hf: bool | None, safe_serialization: bool
+) -> None:
+    """Refuse a format whose layout is not the one that Paddle's flag means, and Paddle's layout in torch's files."""
+    if not safe_serialization and (layout == "paddle" or save_to_hf is False):
+        raise RecipeError(
+            "safe_serialization is false, which writes torch's .bin files, but the layout is Paddle's",
+            "Leave output_format and save_to_hf out, or safe_serialization.",
+        )
     if layout is not None and save_to_hf is not None and save_to_hf != (layout == "hf"):
         raise RecipeError(
             f"save_to_hf is {str(save_to_hf).lower()}, but output_format is {output_format}", "Leave save_to_hf out."

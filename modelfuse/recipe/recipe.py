@@ -95,7 +95,8 @@ class Recipe(Settings):
         vars(self)["rules"] = checked_rules(self.rules, self.inputs, lambda rule: self.parameters_of(rule).check())
         check_copied(self.copy_file_list)
         check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
-        check_output_format(self.output_format, LAYOUTS.get(self.output_format or ""), self.save_to_hf)
+        layout = LAYOUTS.get(self.output_format or "")
+        check_output_format(self.output_format, layout, self.save_to_hf, self.safe_serialization)
         adapters = [name for name in SETTINGS if name.startswith("lora_")]
         given = [name for name in adapters if getattr(self, name) != SETTINGS[name].default]
         check_adapter_output(self.output_format, self.has_base, given)

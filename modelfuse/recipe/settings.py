@@ -60,6 +60,7 @@ class Settings:
         None, "The output's layout: hf, paddle, or paddle in .pdparams files; lora: the difference to the base "
         "as one PEFT adapter.", "the layout of the base, else of the first model, in safetensors",
     )  # fmt: skip
+    safe_serialization: bool = setting(True, "Write safetensors files; else torch's own, .bin, which are pickles.")
     convert_from_hf: bool | None = setting(
         None, "Paddle's flag: true is --input_layout hf but for .pdparams files, false is paddle.", "as input_layout"
     )
