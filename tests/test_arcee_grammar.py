@@ -292,6 +292,7 @@ def test_folders_win_over_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_models_are_written_in_two_ways() -> None:
     written = {"model": {"path": "org/a", "revision": "v1"}, "lora": {"path": "org/l"}, "override_architecture": "X"}
     short, long = (read("merge_method: linear", models=[{"model": each}]) for each in ("org/a@v1+org/l", written))
+    assert read("merge_method: linear", models=[{"model": "hf://org/a@v1+hf://org/l"}]).references == short.references
     assert short.references == long.references == (Reference(HubName("org/a", "v1"), HubName("org/l")),)
     assert str(long.references[0]) == "org/a@v1+org/l"
     assert "override_architecture of models[0].model has no effect" in long.notes[0]

@@ -108,6 +108,8 @@ def head(hub: Hub, name: str, branch: str = "main") -> str:
     [
         ("org/model", HubName("org/model")),
         ("Org_1/Mod-el.v2@main", HubName("Org_1/Mod-el.v2", "main")),
+        ("hf://org/model@v2", HubName("org/model", "v2")),
+        ("hf://datasets/org/model", None),
         ("org/model@refs/pr/1", HubName("org/model", "refs/pr/1")),
         ("org/model@" + "0a" * 20, HubName("org/model", "0a" * 20)),
         *[
@@ -121,6 +123,19 @@ def head(hub: Hub, name: str, branch: str = "main") -> str:
 )  # fmt: skip
 def test_what_looks_like_a_hub_name(word: str, expected: HubName | None) -> None:
     assert hub_name(word) == expected
+
+
+def test_a_hub_that_is_named_as_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Run) -> None:
+    """No folder is meant; a whole output is sent by a command of its own."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "org" / "a", random_tensors(1))
+    assert Recipe.parse({"model_path_list": ["hf://org/a", "org/a"]}).model_path_list == (
+        HubName("org/a"), tmp_path / "org/a",
+    )  # fmt: skip
+    words = ["--model_path_list", "org/a", "org/a", "--output_path"]
+    refuse("merge", *words, "hf://org/c", says=["output_path is 'hf://org/c'", "modelfuse push FOLDER org/model"])
+    words = ["--model_path_list", "hf://org/a/file", "org/a", "--output_path", "C"]
+    refuse("merge", *words, says=["hf://org/a/file", "hf://organization/model"])
 
 
 def test_huggingface_hub_takes_what_we_take() -> None:

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+#: What may stand before a name, so that no folder can be meant.
+HUB_SCHEME = "hf://"
 #: As huggingface_hub's ``validate_repo_id`` has it, with both parts.
 _NAME = re.compile(r"(?!.*(--|\.\.))\b[\w\-.]{1,96}\b/\b[\w\-.]{1,96}\b(?<!\.git)", re.ASCII)
 #: What git allows in the name of a branch, a tag or a commit, and nobody would take for something else.
@@ -46,8 +48,10 @@ def hub_name(word: str) -> HubName | None:
 
     >>> hub_name("./org/model") is hub_name("models/org/model") is hub_name("org/model.safetensors") is None
     True
+    >>> hub_name("hf://org/model@v2") == hub_name("org/model@v2")
+    True
     """
-    name, at, revision = word.partition("@")
+    name, at, revision = word.removeprefix(HUB_SCHEME).partition("@")
     if _NAME.fullmatch(name) is None or name.endswith(_FILES) or (at and _REVISION.fullmatch(revision) is None):
         return None
     return HubName(name, revision if at else None)

@@ -16,7 +16,7 @@ from msgspec import Meta, ValidationError, convert
 
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import HELP, is_path, listed, shown
-from modelfuse.recipe.hub_names import HubName, hub_name
+from modelfuse.recipe.hub_names import HUB_SCHEME, HubName, hub_name
 from modelfuse.recipe.sizes import parse_bytes
 from modelfuse.storage import Place, Url, place_of
 
@@ -33,6 +33,8 @@ def _absolute(value: object) -> Place:
         raise ValueError("this is no path")
     if not isinstance(value, str | Path | Url):
         raise ValueError("input is not a valid path")
+    if isinstance(value, str) and value.startswith(HUB_SCHEME):
+        raise ValueError("a hub takes finished models: give a folder, and send it by `modelfuse push FOLDER org/model`")
     return place_of(value)
 
 
@@ -40,6 +42,8 @@ def read_input(value: object) -> Place | HubName:
     """A place; or a hub name, if it looks like one and nothing of that name is here."""
     if isinstance(value, str) and not os.path.lexists(value) and (named := hub_name(value)) is not None:
         return named
+    if isinstance(value, str) and value.startswith(HUB_SCHEME):
+        raise ValueError(f"this is no model on a hub; those are {HUB_SCHEME}organization/model, or with @revision")
     return value if isinstance(value, HubName) else _absolute(value)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.arcee.notes import Notes
 from modelfuse.recipe.checks import is_path, shown
-from modelfuse.recipe.hub_names import HubName, hub_name
+from modelfuse.recipe.hub_names import HUB_SCHEME, HubName, hub_name
 from modelfuse.storage import Place, place_of
 
 MODEL_KEYS = ("model", "lora", "override_architecture")
@@ -91,7 +91,7 @@ class References:
         if not isinstance(value, str) or not is_path(value.strip()):
             raise RecipeError(f"{where} is {shown(value)}, which names no model", HINT)
         text = value.strip()
-        if text in self.stages or text in self.known or "://" in text or os.path.lexists(text):
+        if text in self.stages or text in self.known or _is_url(text) or os.path.lexists(text):
             return Reference(self._weights(text, None, text, where, notes), None, (text,))
         model, plus, lora = text.partition("+")
         if "+" in lora or not model or (plus and not lora):
@@ -142,10 +142,14 @@ class References:
         return found
 
 
+def _is_url(text: str) -> bool:
+    return "://" in text and not text.startswith(HUB_SCHEME)
+
+
 def _look_for(path: str, revision: str | None, where: str, notes: Notes) -> Weights:
     if not is_path(path):
         raise RecipeError(f"{where} is {shown(path)}, which names no model", HINT)
-    if "://" not in path and not os.path.lexists(path):
+    if not _is_url(path) and not os.path.lexists(path):
         named = hub_name(path if revision is None else f"{path}@{revision}")
         if named is not None:
             return named
