@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from adapting import factors, lora, make_peft
-from conftest import Said, array, bf16, make_model, read_model
+from conftest import Said, array, bf16, make_model, read_model, snapshot, start
+from test_resume import KILLED_AFTER, SPAN
 from test_vocabulary import tokenizer_json
 
 import modelfuse as package
@@ -550,6 +553,21 @@ def test_documents_use_each_others_results(
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_killed_merge_of_several_documents_is_gone_on_with(
+    three: dict[str, Tensors], merge: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yml").write_text(STAGED)
+    words = ["config.yml", "--output_path", "out/C", "--n_process", 1]
+    merge(*words)
+    expected = snapshot(tmp_path / "out" / "C")
+    shutil.rmtree(tmp_path / "out")
+    with start("merge", *words, code=KILLED_AFTER.format(span=SPAN, spans=5), folder=tmp_path) as process:
+        _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    assert "Going on" in merge(*words).err
+    assert snapshot(tmp_path / "out" / "C") == expected
 
 
 def test_intermediate_results_are_kept_on_demand(

@@ -18,7 +18,7 @@ from modelfuse.recipe.arcee.documents import read_configurations, stages_of
 from modelfuse.recipe.arcee.methods import METHODS
 from modelfuse.recipe.arcee.parameters import depth_of
 from modelfuse.recipe.arcee.references import Reference, Stage
-from modelfuse.recipe.files import is_configuration
+from modelfuse.recipe.files import is_configuration, load_documents
 from modelfuse.recipe.hub_names import HubName
 
 TIES = """
@@ -381,7 +381,9 @@ BOMB = "b0: &b0 x\n" + "\n".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]
         ("--- [", "The configuration is malformed"),
         ("models: !!python/object:os.system []", "The configuration is malformed: the tag .* is not taken"),
         ("merge_method: linear\nmodels: [{model: a, model: b}]", "model is given twice"),
-        ("a: &a {b: 1}\nc: {<<: *a}", "<< is not taken"),
+        ("a: &a {b: 1}\nc: {<<: [*a, 3]}", "<< stands for something else than a map"),
+        ("a: &a {<<: *a}", "nested too deeply"),
+        ("a: {<<: {}, <<: {}}", "<< is given twice"),
         (BOMB, "its aliases stand for more than 100,000 values"),
         ("a: &a [*a]", "nested too deeply"),
     ],
@@ -389,6 +391,15 @@ BOMB = "b0: &b0 x\n" + "\n".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]
 def test_malformed_files_are_refused(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         read_configurations(text)
+
+
+def test_maps_take_the_keys_of_others() -> None:
+    text = "a: &a {b: 1, c: 2}\nd: &d {c: 3, e: 4}\nf: {<<: [*a, *d], b: 0}\ng: {<<: *d, x: 1}\nh: {<<: {<<: *a, y: 5}}"
+    (found,) = load_documents(text)
+    assert found == {"a": {"b": 1, "c": 2}, "d": {"c": 3, "e": 4}, "f": {"b": 0, "c": 2, "e": 4},
+                     "g": {"x": 1, "c": 3, "e": 4}, "h": {"y": 5, "b": 1, "c": 2}}  # fmt: skip
+    many = "\n".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}" for n in range(1, 60))
+    assert load_documents(f"m0: &m0 {{x: 1}}\n{many}")[0] == {f"m{n}": {"x": 1} for n in range(60)}
 
 
 def test_aliases_stand_for_what_they_name() -> None:

@@ -17,7 +17,9 @@ from modelfuse.storage import Place, Url
 from modelfuse.storage.files import read_whole
 
 if TYPE_CHECKING:
-    from yaml import SafeLoader
+    from yaml import Node, SafeLoader
+
+    Pairs = list[tuple[Node, Node]]
 
 #: A recipe is a page of text: more than this takes yaml seconds.
 MAX_BYTES = 200_000
@@ -35,6 +37,8 @@ MAX_VALUES = 100_000
 MAX_DEPTH = 50
 #: What tells that a recipe is a merge_config.json, and what it records of that merge that is no wish of the next one.
 RECORD, RECORDED = "modelfuse_version", ("output_path", "overwrite", "intermediate_dir")
+#: The key of maps whose keys a map takes, where it has none of that name.
+MERGE = "<<"
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
@@ -112,7 +116,7 @@ def is_mixture(content: Mapping[object, object]) -> bool:
 
 
 def load_documents(text: str) -> list[object]:
-    """Read the documents of a YAML text. They may have aliases, as long as what they stand for is no long text.
+    """Read the documents of a YAML text. They may have aliases and merge keys, as long as they stand for no long text.
 
     Raises:
         RecipeError: If it is malformed.
@@ -194,13 +198,32 @@ def _loader(aliases: bool) -> type[SafeLoader]:
             return node
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            found = super().construct_mapping(node, deep)
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if aliases and "<<" in names:
-                raise yaml.constructor.ConstructorError(None, None, "<< is not taken; write the keys", node.start_mark)
             if len(names) > len(set(names)):
                 raise yaml.constructor.ConstructorError(None, None, f"{_twice(names)} is given twice", node.start_mark)
-            return found
+            if aliases and MERGE in names:
+                node = yaml.MappingNode(node.tag, self._merged(node), node.start_mark, node.end_mark)
+            return super().construct_mapping(node, deep)
+
+        def _merged(self, node: yaml.Node) -> Pairs:
+            """The keys of a map, then those of the maps that it takes others from, the first of each name."""
+            # A page of text could have one map taken a billion times. Nodes are kept, as numbers are used again.
+            known: dict[int, tuple[yaml.Node, Pairs]] = vars(self).setdefault("merged_maps", {})
+            if id(node) in known:
+                return known[id(node)][1]
+            if not isinstance(node, yaml.MappingNode):
+                message = f"{MERGE} stands for something else than a map, or a list of maps"
+                raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+            pairs = [(key, value) for key, value in node.value if key.value != MERGE]
+            seen = {key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)}
+            for taken in (value for key, value in node.value if key.value == MERGE):
+                for each in taken.value if isinstance(taken, yaml.SequenceNode) else [taken]:
+                    for key, value in self._merged(each):
+                        if not isinstance(key, yaml.ScalarNode) or key.value not in seen:
+                            pairs.append((key, value))
+                            seen.add(str(key.value))
+            known[id(node)] = node, pairs
+            return pairs
 
     plain = {first: [each for each in kinds if each[0] in PLAIN_TAGS]
              for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()}  # fmt: skip
