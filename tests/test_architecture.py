@@ -238,7 +238,7 @@ THIRD_PARTY = {
     "threadpoolctl": {"kernels"},
     "tokenizers": {"planning.mixture"},
     "torch": {"planning.mixture"},
-    "transformers": {"planning.mixture"},
+    "transformers": {"planning.mixture", "checkpoints.vocabulary"},
     "vl_convert": {"inspection.pictures"},
 }
 #: Those of them that an extra of the same name installs: imported only where a request needs them.

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelfuse.checkpoints import read_json
+from modelfuse.checkpoints.vocabulary.converted import converted
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import Place, is_file
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-#: Files of tokenizers that this module does not understand.
+#: Files of tokenizers that transformers is asked to read.
 OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 #: More tokens than any model has rows.
 MOST_TOKENS = 1 << 24
@@ -42,24 +43,24 @@ class Tokenizer:
 
 
 def read_tokenizer(folder: Place) -> Tokenizer:
-    """Read a model's tokenizer.json.
+    """Read a model's tokenizer.json, or what it would be.
 
     Args:
         folder: The model's.
 
     Raises:
-        CheckpointError: If there is none, or it is malformed.
+        CheckpointError: If there is no tokenizer, or it is malformed.
+        MissingExtraError: If there is one of another kind, and a library that reads it is not installed.
     """
     path = folder / TOKENIZER_FILE
     if not is_file(path):
         others = [name for name in OTHER_FILES if is_file(folder / name)]
-        hint = "Name a model with a tokenizer.json as the tokenizer's source, or leave the tokenizer out."
         if others:
-            hint = (
-                f"It has {others[0]}: convert it once with transformers, "
-                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})."
-            )
-        raise CheckpointError(f"{folder} has no {TOKENIZER_FILE}, so its vocabulary is not known", hint)
+            return tokenizer_of(converted(folder, others[0]), folder / others[0])
+        raise CheckpointError(
+            f"{folder} has no {TOKENIZER_FILE}, so its vocabulary is not known",
+            "Name a model with a tokenizer as the tokenizer's source, or leave the tokenizer out.",
+        )
     return tokenizer_of(read_json(path), path)
 
 

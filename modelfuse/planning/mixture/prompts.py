@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from modelfuse.checkpoints import read_json
-from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, TOKENIZER_FILE, read_tokenizer
+from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, read_tokenizer
 from modelfuse.errors import CheckpointError, MismatchError
 from modelfuse.planning.mixture.tensors import Prompts, Tokens
 from modelfuse.planning.optional_packages import need
 from modelfuse.recipe.arcee.mixture import Expert
 from modelfuse.storage import Place, has_file
-from modelfuse.storage.files import read_whole
 
 INSTEAD = "use gate_mode: random"
 
@@ -32,15 +32,14 @@ class PromptReader:
 
     def __init__(self, folder: Place, rows: int, mode: str) -> None:
         self._folder, self._rows = folder, rows
-        read_tokenizer(folder)  # Whatever is wrong with it is told.
+        content = read_tokenizer(folder).content
         need("tokenizers", f"gate_mode {mode}", INSTEAD)
         import tokenizers
 
-        path = folder / TOKENIZER_FILE
         try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_str(read_whole(path).decode())
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # The library raises nothing more particular.
-            raise CheckpointError(f"{path} cannot be read by the tokenizers library: {error}") from error
+            raise CheckpointError(f"{folder}: the tokenizers library cannot read its tokenizer: {error}") from error
         self._first = self._begin()
 
     def tokens(self, experts: Sequence[Expert]) -> Prompts:
