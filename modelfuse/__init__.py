@@ -2,7 +2,7 @@
 
 >>> import modelfuse
 >>> sorted(modelfuse.__all__)[-3:]
-['register', 'tune', 'verify']
+['report', 'tune', 'verify']
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from modelfuse.errors import (
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
+    from modelfuse.api.drawing import draw, report
     from modelfuse.api.functions import check, diff, inspect, merge, register, verify
     from modelfuse.api.tune import tune
     from modelfuse.execution.result import Result
     from modelfuse.inspection.diff_result import Diff
     from modelfuse.inspection.inspected_model import Inspection
+    from modelfuse.inspection.merge_report import MergeReport
     from modelfuse.inspection.report_reader import Problem
     from modelfuse.inspection.verify import Verification
     from modelfuse.planning.plan import Plan
@@ -41,6 +43,7 @@ __all__ = [
     "EvaluationError",
     "HubError",
     "Inspection",
+    "MergeReport",
     "MismatchError",
     "MissingExtraError",
     "ModelfuseError",
@@ -55,9 +58,11 @@ __all__ = [
     "__version__",
     "check",
     "diff",
+    "draw",
     "inspect",
     "merge",
     "register",
+    "report",
     "tune",
     "verify",
 ]
@@ -66,6 +71,7 @@ __all__ = [
 _LATER = {
     "Diff": "modelfuse.inspection.diff_result",
     "Inspection": "modelfuse.inspection.inspected_model",
+    "MergeReport": "modelfuse.inspection.merge_report",
     "Plan": "modelfuse.planning.plan",
     "Problem": "modelfuse.inspection.report_reader",
     "Recipe": "modelfuse.recipe.recipe",
@@ -73,6 +79,7 @@ _LATER = {
     "Tuned": "modelfuse.tuning.request",
     "Verification": "modelfuse.inspection.verify",
     **dict.fromkeys(("check", "diff", "inspect", "merge", "register", "verify"), "modelfuse.api.functions"),
+    **dict.fromkeys(("draw", "report"), "modelfuse.api.drawing"),
     "tune": "modelfuse.api.tune",
 }
 

@@ -11,10 +11,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 #: What browsers are called that can be driven so.
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 SECONDS = 60
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome on this machine")
 
 #: Runs the test's steps once the page is drawn, and puts what they give in the place of the page.
 PROBE = """<script>(async () => {

@@ -155,7 +155,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planning.hub",
         "execution",
     },
-    "inspection.pictures": {"printable", "errors", "version", "recipe", "inspection"},
+    "inspection.pictures": {"printable", "errors", "version", "recipe", "kernels.jit", "inspection"},
     "tuning": {
         "printable",
         "errors",
@@ -185,9 +185,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planning.hub",
         "execution",
         "inspection",
+        "inspection.pictures",
         "tuning",
     },
     "api": {
+        "errors",
         "storage",
         "methods",
         "recipe",
@@ -196,6 +198,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planning.hub",
         "execution",
         "inspection",
+        "inspection.pictures",
         "tuning",
         "cli",
     },
@@ -207,6 +210,7 @@ LAZY = {"modelfuse"}
 THIRD_PARTY = {
     "numpy": {
         "cli",
+        "inspection.pictures",
         "methods",
         "kernels",
         "kernels.arrays",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import BROWSER, use
+from browser import needs_browser, use
 
 from modelfuse.errors import MissingExtraError, OutputError, RecipeError
 from modelfuse.inspection.diff_result import (
@@ -28,10 +28,8 @@ from modelfuse.inspection.diff_result import (
 from modelfuse.inspection.pictures.images import write_image
 from modelfuse.inspection.pictures.measures import MEASURES
 from modelfuse.inspection.pictures.page import page, write_page
-from modelfuse.inspection.pictures.page_data import labels
 
 pytest.importorskip("vl_convert")
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome on this machine")
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
 HOSTILE = "</script><script>window.bad = 1</script><img src=x onerror='window.bad = 1'>"
@@ -103,10 +101,6 @@ def test_a_browser_shows_strangers_text_as_it_is(tmp_path: Path) -> None:
     assert found["bad"]
     assert found["images"] == 0
     assert HOSTILE in found["tensors"]
-
-
-def test_models_have_short_names() -> None:
-    assert labels(["org/a", "s3://x/a", "a/"]) == ["org/a", "x/a", "a"]
 
 
 @needs_browser

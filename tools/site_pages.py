@@ -32,6 +32,11 @@ PYTHON = """# Python
       show_root_heading: false
       members: [merge, check, inspect, diff, verify, register]
 
+::: modelfuse.api.drawing
+    options:
+      show_root_heading: false
+      members: [report, draw]
+
 ::: modelfuse.api.tune
     options:
       show_root_heading: false
@@ -128,6 +133,7 @@ def on_config(config: Any) -> Any:
         {"Begin": [{"First merge": "index.md"}, {"Tutorial": "tutorial.md"}, {"The demo": "demo.md"},
                    {"The demo's data": "demo-data.md"}]},
         {"How to": [*how, {"See what is in a model": "inspect.md"}, {"See how models differ": "diff.md"},
+                    {"Pages and pictures": "pictures.md"},
                     {"Search settings in full": "tuning.md"},
                     {"Examples": "examples/index.md"}, {"Add a method": "adding_a_method.md"}]},
         {"Reference": [

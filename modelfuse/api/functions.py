@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Unpack
 
 from modelfuse.api.keywords import Keywords
@@ -123,13 +123,7 @@ def diff(
              "merge_with_qdq_base_model": merge_with_qdq_base_model, "hub_endpoint": hub_endpoint,
              "hub_anonymous": hub_anonymous}  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
-    quiet = not _shows(progress)
-
-    @contextmanager
-    def shown_by(plan: DiffPlan) -> Iterator[Callable[[int, int], None]]:
-        with shown.comparing(plan, quiet) as advance:
-            yield progress if callable(progress) else advance
-
+    shown_by = showing_comparison(progress)
     return diff_named(models, base, exact, settings, shown_by, QUIET if progress is False else None)
 
 
@@ -233,6 +227,19 @@ def verify(
             hub_anonymous=hub_anonymous,
             progress=progress if callable(progress) else advance,
         )
+
+
+def showing_comparison(
+    progress: Callable[[int, int], None] | bool | None,
+) -> Callable[[DiffPlan], AbstractContextManager[Callable[[int, int], None]]]:
+    """What shows how far a comparison is, as ``progress`` says."""
+
+    @contextmanager
+    def shown_by(plan: DiffPlan) -> Iterator[Callable[[int, int], None]]:
+        with shown.comparing(plan, not _shows(progress)) as advance:
+            yield progress if callable(progress) else advance
+
+    return shown_by
 
 
 @contextmanager

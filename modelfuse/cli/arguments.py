@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,12 +42,14 @@ class Options:
         verbose: Of more, with times and levels.
         json: In one document on standard output; all else on standard error.
         log_file: Where to write it, too.
+        html: Of a merge, where to write a page of what it kept.
     """
 
     quiet: bool = False
     verbose: bool = False
     json: bool = False
     log_file: Path | None = None
+    html: Path | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,6 +83,8 @@ def merge_parser(command: str) -> Parser:
     """The parser of ``merge`` and ``check``: a recipe, and every setting as a flag."""
     parser = Parser(command)
     parser.add_argument("recipe", nargs="?", type=Path, default=None)
+    if command == "merge":
+        parser.add_argument("--html", type=Path)
     for name in ANOTHER_WAY:
         parser.add_argument(f"--{name}")
     for name, setting in SETTINGS.items():
@@ -109,7 +113,7 @@ def parse(
     plain = _switched([part for word in words for part in _normal(word)])
     parser = merge_parser(command)  # Now that it is known whether any setting is of a method of another package.
     given = vars(parser.parse_args(plain))
-    options = parser.options_of(given)
+    options = replace(parser.options_of(given), html=given.pop("html", None))
     for name in given.keys() & SETTINGS.keys():
         if _takes_words(SETTINGS[name]):
             given[name] = _listed(given[name], SETTINGS[name].is_number or bool(SETTINGS[name].choices))
@@ -208,7 +212,7 @@ def _normal(word: str) -> list[str]:
         switched = plain.removeprefix("no_")
         if plain != switched and _is_switch(switched) and not equals:
             return [f"--{switched}", "False"]
-        known = plain if plain in OPTIONS else _known(name, plain)
+        known = plain if plain in (*OPTIONS, "html") else _known(name, plain)
         return [f"--{known}", value] if equals else [f"--{known}"]
     if word in SHORT:
         return [SHORT[word]]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from modelfuse.cli import console
 from modelfuse.cli.arguments import Options, parse, parse_demo, parse_options, parse_push, parse_verify
+from modelfuse.cli.drawing import Drawing
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.installed_methods import register_installed
 from modelfuse.recipe.names import renew
@@ -79,6 +80,7 @@ def _run(recipe: Recipe, options: Options) -> int:
     quiet = options.quiet
     if recipe.output_path is None:
         raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
+    Drawing(options.html).check()
     from modelfuse.planning.hub import fetch
 
     recipe = fetch(recipe, progress.watch(quiet))
@@ -96,6 +98,10 @@ def _run(recipe: Recipe, options: Options) -> int:
         json_output.write(documents.of_result(plan, result))
     elif not quiet:
         render.result(plan, result)
+    if options.html is not None:
+        from modelfuse.cli.report_command import draw_merge
+
+        draw_merge(recipe, result.output_path, options)
     return 0
 
 
@@ -151,27 +157,15 @@ def _verify(words: list[str], _: Mapping[str, object]) -> int:
 
 
 def _inspect(words: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli import progress
-    from modelfuse.cli.inspect_arguments import parse_inspect
-    from modelfuse.inspection.inspect_model import inspect_named
+    from modelfuse.cli.inspect_command import look
 
-    given, options = parse_inspect(words)
-    console.begin_logs(options.verbose, options.log_file)
-    gc.disable()  # As for a plan.
-    try:
-        found = inspect_named(given.pop("model"), **given, watch=progress.watch(options.quiet))
-    finally:
-        gc.enable()
-    if options.json:
-        from modelfuse.cli.inspect_document import of_inspection
-        from modelfuse.cli.json_output import write
+    return look(words)
 
-        write(of_inspection(found))
-    else:
-        from modelfuse.cli.inspect_view import show
 
-        show(found)
-    return 0
+def _report(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.report_command import tell_kept
+
+    return tell_kept(words)
 
 
 def _diff(words: list[str], _: Mapping[str, object]) -> int:
@@ -270,8 +264,7 @@ MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
     "merge": _merge, "check": _check, "verify": _verify, "tune": _tune, "inspect": _inspect, "diff": _diff, "moe": _moe,
-    "push": _push,
-    "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
+    "report": _report, "push": _push, "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
     **{name: _mergekit(name) for name in ("extract-lora", *MERGEKIT)},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."

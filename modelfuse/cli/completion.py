@@ -7,17 +7,32 @@ import argparse
 from modelfuse.cli.arguments import Parser, merge_parser, push_parser, verify_parser
 from modelfuse.cli.diff_command import diff_parser
 from modelfuse.cli.help_pages import PAGES
-from modelfuse.cli.inspect_arguments import inspect_parser
+from modelfuse.cli.inspect_command import inspect_parser
+from modelfuse.cli.report_command import report_parser
 from modelfuse.cli.tune import tune_parser
 from modelfuse.recipe.names import SETTINGS
 
 SHELLS = ("bash", "zsh", "tcsh")
 #: Of commands that take neither settings nor options alone.
 OWN_PARSERS = {
-    "verify": verify_parser, "push": push_parser, "inspect": inspect_parser, "diff": diff_parser, "tune": tune_parser,
+    "verify": verify_parser, "push": push_parser, "inspect": inspect_parser, "diff": diff_parser,
+    "report": report_parser, "tune": tune_parser,
 }  # fmt: skip
 #: How names of arguments end that are paths.
-PATHS = ("path", "path_list", "folder", "model", "models", "base", "recipe", "log_file", "data", "scratch")
+PATHS = (
+    "path",
+    "path_list",
+    "folder",
+    "model",
+    "models",
+    "base",
+    "recipe",
+    "log_file",
+    "html",
+    "image",
+    "data",
+    "scratch",
+)
 
 
 def script(shell: str) -> str:

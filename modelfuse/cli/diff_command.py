@@ -7,6 +7,7 @@ from typing import Any
 
 from modelfuse.cli import console, progress
 from modelfuse.cli.arguments import Options, Parser, plain_flags
+from modelfuse.cli.drawing import add_drawing, drawing_of, tell_written
 from modelfuse.cli.groups import SHARED, from_environment
 from modelfuse.recipe.names import SETTINGS
 
@@ -23,11 +24,12 @@ def diff_parser() -> Parser:
             parser.add_argument(f"--{name}", action="store_true")
         else:
             parser.add_argument(f"--{name}", nargs="+" if setting.takes_several else None)
+    add_drawing(parser)
     return parser
 
 
 def parse_diff(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
-    """Turn the words behind ``diff`` into its arguments: ``models``, perhaps ``base`` and ``exact``, and settings.
+    """Turn the words behind ``diff`` into its arguments: models, base, what to draw and how, and settings.
 
     Raises:
         RecipeError: If a flag is unknown or lacks its value.
@@ -44,6 +46,8 @@ def compare(words: Sequence[str]) -> int:
 
     given, options = parse_diff(words)
     console.begin_logs(options.verbose, options.log_file)
+    drawing = drawing_of(given)
+    drawing.check()
     models, base, exact = given.pop("models", []), given.pop("base", None), given.pop("exact", False)
     quiet = options.quiet
     found = diff_named(models, base, exact, given, lambda plan: progress.comparing(plan, quiet), progress.watch(quiet))
@@ -56,4 +60,5 @@ def compare(words: Sequence[str]) -> int:
         from modelfuse.cli.diff_view import show
 
         show(found)
+    tell_written(drawing.draw(found), options)
     return 0

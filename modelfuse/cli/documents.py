@@ -11,6 +11,7 @@ from modelfuse.cli.diff_document import Diff
 from modelfuse.cli.help import steps
 from modelfuse.cli.inspect_document import Inspect
 from modelfuse.cli.json_output import Document
+from modelfuse.cli.report_document import Report
 from modelfuse.cli.tune_document import Tune
 from modelfuse.errors import ModelfuseError
 from modelfuse.methods.registry import MERGE_METHODS
@@ -166,7 +167,7 @@ class Error(Document, frozen=True, kw_only=True):
     status: int
 
 
-DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Tune, Diff, Inspect, Verify, Push, Methods, Error)
+DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Tune, Diff, Inspect, Report, Verify, Push, Methods, Error)
 
 
 def of_plan(plan: Plan) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modelfuse.cli.drawing import DRAWING
 from modelfuse.cli.groups import SHARED
 
 
@@ -77,6 +78,7 @@ PAGES = {
             "    --model_path_list A B --weight_list 1,0.8 --output_path merged",
             "modelfuse merge recipe.yaml --seed 7",
         ),
+        own=(("--html FILE", "Write a page of what it kept of each model, from a sample of the elements."),),
         takes_settings=True,
         ending=f"{PLAIN} {STATUS}",
     ),
@@ -202,15 +204,30 @@ PAGES = {
         "are those of all of them together. " + STATUS,
     ),
     "diff": Page(
-        "modelfuse diff MODEL MODEL ... [--base MODEL] [--exact] [--setting value ...]",
+        "modelfuse diff MODEL MODEL ... [--base MODEL] [--exact] [--html FILE] [--image FILE] [--setting value ...]",
         "Show how models differ from a base and from each other: how far, where, and who may disturb whom.",
-        ("modelfuse diff models/a models/b --base models/base", "modelfuse diff models/base models/a"),
+        (
+            "modelfuse diff models/a models/b --base models/base --html report.html",
+            "modelfuse diff models/base models/a",
+        ),
         own=(
             ("--base MODEL", "What differences are taken to. Default: the first model."),
             ("--exact", "Interference without sketches: takes much longer, and holds matrices of all models."),
+            *DRAWING,
             (f"--{', --'.join(SHARED)}", "As of a merge."),
         ),
         ending=f"MODEL: a folder, file, URL, name on a hub or adapter. docs/diff.md defines every number. {STATUS}",
+    ),
+    "report": Page(
+        "modelfuse report FOLDER [--html FILE] [--image FILE] [--exact]",
+        "Show what a merge kept of each model, what was dropped and cancelled, and where.",
+        ("modelfuse report merged", "modelfuse report merged --html report.html"),
+        own=(
+            *DRAWING,
+            ("--exact", "Interference without sketches: takes much longer."),
+            ("--n_process, --memory", "As of a merge."),
+        ),
+        ending=f"Its inputs are to be at hand, as they were. docs/pictures.md defines every number. {STATUS}",
     ),
     "push": Page(
         "modelfuse push FOLDER ORG/NAME[@BRANCH] [--public] [--overwrite] [--hub_endpoint URL]",

@@ -130,7 +130,7 @@ def _name(stack: str, layer: int | None, module: str | None) -> str:
 
 
 def _facts(tensor: ComparedTensor) -> TensorFacts:
-    base = tensor.sources[-1]
+    base = tensor.sample_of or tensor.sources[-1]
     return TensorFacts(tensor.name, str(base.natural), base.shape, tensor.measurement.matrices is not None)
 
 
@@ -176,7 +176,8 @@ class Measuring:
         tensor = self._plan.tensors[number]
 
         def keep(found: Sums) -> None:
-            self._sums[number] = TensorSums.of(tensor.measurement.size, found, tensor.models)
+            own = TensorSums.of(tensor.measurement.size, found, tensor.models)
+            self._sums[number] = own if tensor.sample_of is None else own.scaled(tensor.sample_of.size)
 
         return keep
 

@@ -70,6 +70,15 @@ class TensorSums:
             concentrated[model] = curve.elements_with(MOST_SQUARES)
         return cls(size, sums, kept[0], kept[1], concentrated)
 
+    def scaled(self, elements: int) -> TensorSums:
+        """What the sums of so many elements are likely to be, by those of a sample of them."""
+        factor = elements / self.elements
+        sums = {name: value if name == "largest" else _times(value, factor) for name, value in vars(self.sums).items()}
+        return TensorSums(
+            elements, Sums(**sums), factor * self.kept_elements, factor * self.kept_squares, factor * self.concentrated,
+            self.tensors,
+        )  # fmt: skip
+
     @classmethod
     def total(cls, several: Iterable[TensorSums]) -> TensorSums:
         """The sums of several."""
@@ -178,6 +187,12 @@ def _unchanged(sums: Sums, size: int) -> Array:
     changed = np.array([sums.signs[0, each, each] for each in range(len(sums.skipped))])
     unchanged: Array = size - changed - sums.skipped
     return unchanged
+
+
+def _times(value: Array, factor: float) -> Array:
+    """Sums or counts, times a factor; counts stay whole."""
+    scaled: Array = value * factor
+    return scaled if value.dtype.kind == "f" else np.rint(scaled).astype(value.dtype)
 
 
 def _share(part: float, whole: float, *, root: bool = False) -> float | None:

@@ -51,6 +51,7 @@ class ComparedTensor:
         models: For each model, the number of its source; None: it is the base's own tensor.
         measurement: What a kernel is to do; of the models that have a source of their own.
         location: Where in the model it is.
+        sample_of: The base's tensor, where only a sample of its elements is measured.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ComparedTensor:
     models: tuple[int | None, ...]
     measurement: Measurement
     location: Location
+    sample_of: StoredTensor | None = None
 
     @property
     def bytes_read(self) -> int:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modelfuse.errors import MissingExtraError, RecipeError
+from modelfuse.errors import RecipeError
 from modelfuse.inspection.diff_result import Diff, Group
-from modelfuse.inspection.pictures.measures import MEASURES, Measure, Number
-from modelfuse.inspection.pictures.page import MISSING
-from modelfuse.inspection.pictures.page_data import labels
+from modelfuse.inspection.merge_report import MergeReport
+from modelfuse.inspection.pictures.library import check_installed
+from modelfuse.inspection.pictures.measures import MEASURES, OUTCOMES, Measure, Number
 from modelfuse.inspection.pictures.picture_files import check_replaceable, marked_png, replace_file
+from modelfuse.inspection.pictures.shown import Shown
 from modelfuse.inspection.pictures.specs import CONFIG, FONT, NOTHING, ROW, Spec, map_spec, matrix_spec
 from modelfuse.version import __version__
 
@@ -28,28 +29,37 @@ MOST_MAPS = 12
 OUTSIDE = "–"
 
 
-def check_image(path: Path, measure: str, overwrite: bool = False) -> Measure:
+def check_image(path: Path, measure: str | None, overwrite: bool = False, of_merge: bool = False) -> Measure:
     """Refuse, before any work, what cannot be drawn.
 
+    Args:
+        path: The file.
+        measure: What is drawn; None: what says most.
+        overwrite: Whether another file is replaced.
+        of_merge: Whether it is a merge that is drawn.
+
     Raises:
+        MissingExtraError: If the extra is not installed.
         RecipeError: If the file's name has another ending, or there is no such measure.
         OutputError: If another file is there.
     """
     if path.suffix.lower() not in ENDINGS:
         raise RecipeError(f"{path} is no name of an image", f"It should end with {' or '.join(ENDINGS)}.")
-    if measure not in MEASURES:
-        raise RecipeError(f"There is no measure {measure!r}", f"There are {', '.join(MEASURES)}.")
+    known = {**OUTCOMES, **MEASURES} if of_merge else MEASURES
+    if measure is not None and measure not in known:
+        raise RecipeError(f"There is no measure {measure!r}", f"There are {', '.join(known)}.")
     check_replaceable(path, overwrite)
-    return MEASURES[measure]
+    check_installed()
+    return known[measure] if measure is not None else next(iter(known.values()))
 
 
-def write_image(found: Diff, path: Path, measure: str = "relative", overwrite: bool = False) -> None:
+def write_image(found: Diff | MergeReport, path: Path, measure: str | None = None, overwrite: bool = False) -> None:
     """Draw maps of layers × modules, one a model, and all pairs of models beneath.
 
     Args:
-        found: How models differ.
+        found: How models differ, or what a merge kept.
         path: The file, .svg or .png; one that modelfuse has written is replaced.
-        measure: What is drawn, one of ``MEASURES``.
+        measure: What is drawn, one of ``MEASURES``, of a merge also of ``OUTCOMES``; None: what says most.
         overwrite: Whether any other file is replaced, too.
 
     Raises:
@@ -57,12 +67,11 @@ def write_image(found: Diff, path: Path, measure: str = "relative", overwrite: b
         RecipeError: If the file's name has another ending, or there is no such measure.
         OutputError: If another file is there.
     """
-    chosen = check_image(path, measure, overwrite)
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise MissingExtraError(*MISSING) from error
-    spec = json.dumps(image_spec(found, chosen))
+    shown = Shown.of(found)
+    chosen = check_image(path, measure, overwrite, shown.report is not None)
+    import vl_convert
+
+    spec = json.dumps(image_spec(shown, chosen))
     if path.suffix.lower() == ".png":
         content = marked_png(vl_convert.vegalite_to_png(spec, scale=SCALE))
     else:
@@ -71,11 +80,12 @@ def write_image(found: Diff, path: Path, measure: str = "relative", overwrite: b
     replace_file(path, content, overwrite)
 
 
-def image_spec(found: Diff, measure: Measure) -> Spec:
+def image_spec(shown: Shown, measure: Measure) -> Spec:
     """The picture as one specification of Vega-Lite, data included."""
-    names = labels(found.models)
-    series = _series(names, found, measure)[:MOST_MAPS]
-    values = [measure.values(group) for group in found.cells]
+    found, names = shown.diff, shown.names
+    values = shown.values(measure, "cells")
+    series = [(label, column) for label, column in _series(names, found, measure)
+              if any(row[column] is not None for row in values)][:MOST_MAPS]  # fmt: skip
     domain = _domain([row[column] for row in values for _, column in series], measure)
     maps = [_map(found.cells, label, [row[column] for row in values], measure, domain) for label, column in series]
     if maps:

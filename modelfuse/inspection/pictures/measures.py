@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modelfuse.inspection.diff_result import Change, Group, Pair
+from modelfuse.inspection.merge_outcome import Outcome, Taken
 
 Number = float | None
 #: Colours for numbers from nothing to much, and for those with a middle.
@@ -29,6 +30,7 @@ class Measure:
         middle: The value in the middle of colours that have one.
         sums: How the numbers of several groups become one: a root of sums of squares over that of the base, the same
             of itself, a sum, the largest, or a mean weighted by elements.
+        outcome: Of what a merge kept, the number of each model and of the output, instead.
     """
 
     key: str
@@ -41,6 +43,7 @@ class Measure:
     domain: tuple[float, float] | None = None
     middle: float | None = None
     sums: Literal["relative", "norm", "sum", "largest", "mean"] = "mean"
+    outcome: Callable[[Outcome], Sequence[Number]] | None = None
 
     @property
     def scheme(self) -> str:
@@ -110,3 +113,41 @@ _ALL = (
             "pair", _pairs(lambda each: each.both_changed), percent=True, domain=(0, 1)),
 )  # fmt: skip
 MEASURES: Mapping[str, Measure] = {each.key: each for each in _ALL}
+
+
+def _none(_: Group) -> Sequence[Number]:
+    return ()
+
+
+def _taken(get: Callable[[Taken], Number]) -> Callable[[Outcome], Sequence[Number]]:
+    return lambda outcome: [*map(get, outcome.models), None]
+
+
+def _output(get: Callable[[Outcome], Number]) -> Callable[[Outcome], Sequence[Number]]:
+    return lambda outcome: [*(None for _ in outcome.models), get(outcome)]
+
+
+_OF_MERGES = (
+    Measure("projection", "in output", "In the output, ⟨δ, τ⟩ / ‖τ‖²",
+            "How often a model's difference τ is in the output's, δ, with what others add in its direction.",
+            "model", _none, outcome=_taken(lambda each: each.projection)),
+    Measure("coefficient", "own part", "Its own part in the output",
+            "Its weight in the weighted sum of the models' differences that is nearest to the output's.",
+            "model", _none, outcome=_taken(lambda each: each.coefficient)),
+    Measure("left", "beside it", "Of the output, not in its direction", "√(1 − cos²) of the two differences.",
+            "model", _none, percent=True, domain=(0, 1), outcome=_taken(lambda each: each.left)),
+    Measure("dropped", "dropped", "Dropped elements",
+            "Of the elements that a model changes, the share that the output has as they are in the base.",
+            "model", _none, percent=True, domain=(0, 1), outcome=_taken(lambda each: each.dropped)),
+    Measure("reversed", "reversed", "Elements that go the other way",
+            "Of the elements that a model and the output change, the share that they change in opposite directions.",
+            "model", _none, percent=True, domain=(0, 1), outcome=_taken(lambda each: each.reversed)),
+    Measure("residual", "no sum", "Of the output, no weighted sum of the models",
+            "What was dropped, outvoted or rounded: ‖δ − Σ cτ‖ / ‖δ‖.",
+            "model", _none, percent=True, domain=(0, 1), outcome=_output(lambda each: each.residual)),
+    Measure("cancelled", "cancelled", "Cancelled between models",
+            "What the models' parts take from the sum of each other's squares.",
+            "model", _none, percent=True, domain=(0, 1), outcome=_output(lambda each: each.cancelled)),
+)  # fmt: skip
+#: Of a merge: what became of each model, and of the output what is nobody's.
+OUTCOMES: Mapping[str, Measure] = {each.key: each for each in _OF_MERGES}

@@ -54,6 +54,9 @@ function series(of) {
   }));
 }
 
+// Whether there is a number of a model or pair anywhere in a table.
+const isTold = (table, measure, each) => (table.values[measure.key][each.column] || []).some((value) => value !== null);
+
 const columnOf = (table, row) => {
   const layer = table.layer[row];
   if (layer === null) return OUTSIDE;
@@ -127,7 +130,7 @@ const copyOf = (name) => JSON.parse(JSON.stringify(SPECS[name]));
 
 function drawMaps() {
   const measure = MEASURES[state.measure], table = DATA.cells, place = $("maps");
-  const wanted = series(state.maps);
+  const wanted = series(state.maps).filter((each) => isTold(table, measure, each));
   const rows = [...table.module.keys()].filter((row) => state.modules.has(table.module[row]));
   const values = wanted.flatMap((each) => rows.map((row) => table.values[measure.key][each.column][row]));
   const domain = domainOf(values, measure);
@@ -172,7 +175,7 @@ function drawLines() {
   spec.encoding.x.sort = [...rowsOf.keys()];
   spec.encoding.y.title = measure.title;
   spec.encoding.y.axis = axisOf(measure);
-  const values = series(state.models).flatMap((each) => [...rowsOf].map(([column, rows]) => {
+  const values = series(state.models).filter((each) => isTold(table, measure, each)).flatMap((each) => [...rowsOf].map(([column, rows]) => {
     const value = rows.length === 1 ? table.values[measure.key][each.column][rows[0]]
       : together(table, rows, measure, each.column);
     return { column, value, series: each.label, shown: shown(value, measure) };
@@ -240,6 +243,13 @@ function drawKept() {
   draw($("kept"), spec);
 }
 
+function drawPlaces() {
+  $("places-section").hidden = DATA.places === null;
+  if (DATA.places === null) return;
+  draw($("places"), DATA.places);
+  $("places-note").textContent = `Distances between models as far as a plane shows them: ${(DATA.places_share * 100).toPrecision(3)} % of their squares.`;
+}
+
 // A table whose columns can be sorted; cells are [value, text, class].
 function table(place, titles, rows, sorted, onSort) {
   const head = element("tr"), body = element("tbody");
@@ -284,7 +294,7 @@ function drawModels() {
 
 let tensorSort = [0, 0];
 function drawTensors() {
-  const measure = MEASURES[state.measure], data = DATA.tensors, wanted = series(state.models);
+  const measure = MEASURES[state.measure], data = DATA.tensors, wanted = series(state.models).filter((each) => isTold(DATA.whole, measure, each));
   const titles = [{ text: "tensor", left: true }, { text: "shape" }, { text: "dtype", left: true },
     ...wanted.map((each) => ({ text: each.label }))];
   const find = state.found.toLowerCase();
@@ -368,6 +378,7 @@ function begin() {
   dark.addEventListener("change", () => theme(dark.matches ? "dark" : "light"));
   $("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
   drawModels();
+  drawPlaces();
   update();
 }
 begin();

@@ -9,16 +9,20 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from modelfuse.errors import MissingExtraError
+from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.diff_result import DENSITIES, Diff
-from modelfuse.inspection.pictures.page_data import labels, page_data
+from modelfuse.inspection.merge_report import MergeReport
+from modelfuse.inspection.pictures.library import library
+from modelfuse.inspection.pictures.page_data import page_data
 from modelfuse.inspection.pictures.picture_files import replace_file
+from modelfuse.inspection.pictures.shown import Shown
 from modelfuse.inspection.pictures.specs import templates
 from modelfuse.printable import printable
 from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
-MISSING = ("Pages and pictures need Vega-Lite, which is not installed", "pip install 'modelfuse[report]'")
+#: What is listed of many.
+MOST_LISTED = 200
 #: Nothing is fetched, whatever the text of strangers says.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -26,25 +30,11 @@ POLICY = (
 )
 
 
-def library() -> str:
-    """Vega, Vega-Lite and Vega-Embed, as one script.
-
-    Raises:
-        MissingExtraError: If the extra is not installed.
-    """
-    try:
-        from vl_convert import javascript_bundle
-    except ImportError as error:
-        raise MissingExtraError(*MISSING) from error
-    text: str = javascript_bundle()
-    return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def write_page(found: Diff, path: Path, overwrite: bool = False) -> None:
+def write_page(found: Diff | MergeReport, path: Path, overwrite: bool = False) -> None:
     """Write a page.
 
     Args:
-        found: How models differ.
+        found: How models differ, or what a merge kept.
         path: The file; one that modelfuse has written is replaced.
         overwrite: Whether any other file is, too.
 
@@ -55,32 +45,35 @@ def write_page(found: Diff, path: Path, overwrite: bool = False) -> None:
     replace_file(path, page(found).encode(), overwrite)
 
 
-def page(found: Diff) -> str:
+def page(found: Diff | MergeReport) -> str:
     """The page of what was found, as one text."""
-    data = page_data(found)
-    names = labels(found.models)
+    shown = Shown.of(found)
+    diff = shown.diff
     return _template("page.html").substitute(
-        title=escape(title_of(found, names)),
+        title=escape(title_of(shown)),
         policy=POLICY,
         version=__version__,
         style=_resource("page.css"),
-        subtitle=_subtitle(found),
-        findings=_listed(found.findings, "findings"),
-        beside=_beside(found),
-        method=_method(found),
-        data=as_script(data),
+        subtitle=_subtitle(shown),
+        findings=_listed((found if isinstance(found, MergeReport) else diff).findings, "findings"),
+        recipe="" if shown.report is None else _recipe(shown.report),
+        beside=_beside(shown),
+        method=_method(shown),
+        data=as_script(page_data(shown)),
         specs=as_script(templates()),
         library=library(),
         behaviour=_resource("page.js"),
     )
 
 
-def title_of(found: Diff, names: Sequence[str]) -> str:
+def title_of(shown: Shown) -> str:
     """What a page is about."""
-    base = labels([found.base])[0]
+    names = shown.names
+    if shown.report is not None:
+        return f"{short_names([shown.report.output])[0]}: what the merge kept of {', '.join(names[:-1])}"
     if len(names) == 1:
-        return f"{names[0]} and {base}: what differs"
-    return f"{len(names)} models and {base}: what differs"
+        return f"{names[0]} and {shown.base}: what differs"
+    return f"{len(names)} models and {shown.base}: what differs"
 
 
 def as_script(value: object) -> str:
@@ -101,9 +94,13 @@ def _template(name: str) -> Template:
     return Template(_resource(name))
 
 
-def _subtitle(found: Diff) -> str:
+def _subtitle(shown: Shown) -> str:
+    found = shown.diff
     kind = "base" if found.base_given else "compared with"
-    lines = [f"{kind}: {found.base}", *(f"model {number}: {path}" for number, path in enumerate(found.models, 1))]
+    models = found.models if shown.report is None else found.models[:-1]
+    lines = [f"{kind}: {found.base}", *(f"model {number}: {path}" for number, path in enumerate(models, 1))]
+    if shown.report is not None:
+        lines.append(f"output: {shown.report.output}")
     lines.append(f"{len(found.tensors)} tensors, {found.whole.elements:,} elements; {size(found.bytes_read)} read")
     return "<br>".join(escape(printable(line)) for line in lines)
 
@@ -115,24 +112,56 @@ def _listed(texts: Sequence[str], kind: str = "") -> str:
     return f'<ul class="{kind}">{items}</ul>'
 
 
-def _beside(found: Diff) -> str:
+def _recipe(report: MergeReport) -> str:
+    """What was asked for, and what stood out when it was merged."""
+    rows = "".join(
+        f'<tr><td class="text">{escape(name)}</td><td class="text name">{escape(printable(_plain(value)))}</td></tr>'
+        for name, value in report.settings.items()
+    )
+    stood_out = [
+        text
+        for each in report.suspicious
+        for text in (
+            *(f"{each.model}: {name} equals the base's" for name in each.equal),
+            *(f"{each.model}: {name} is far from the base's" for name in each.far),
+        )
+    ]
+    found = f"<section><h2>Suspicious tensors</h2>{_cut(stood_out)}</section>" if stood_out else ""
+    return f'{found}<section><h2>Recipe</h2><div class="scroll"><table>{rows}</table></div></section>'
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):
+        return ", ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _cut(texts: Sequence[str]) -> str:
+    """A list, or the beginning of a long one."""
+    left = len(texts) - MOST_LISTED
+    return _listed(texts[:MOST_LISTED]) + (f'<p class="soft">and {left} more</p>' if left > 0 else "")
+
+
+def _beside(shown: Shown) -> str:
     """Differences beside the weights, and tensors that were not compared."""
-    names = labels(found.models)
+    found, names = shown.diff, shown.names
     beside = [f"{names[each.model]}: {each.text}" for each in found.side_differences]
     absent = [f"{each.tensor}: {each.because}" for each in found.not_compared]
     parts = []
     for title, texts in (("Beside the weights", beside), ("Not compared", absent)):
         if texts:
-            shown = texts[:200]
-            more = f'<p class="soft">and {len(texts) - len(shown)} more</p>' if len(texts) > len(shown) else ""
-            parts.append(f"<section><h2>{title}</h2>{_listed(shown)}{more}</section>")
+            parts.append(f"<section><h2>{title}</h2>{_cut(texts)}</section>")
     return "".join(parts)
 
 
-def _method(found: Diff) -> str:
+def _method(shown: Shown) -> str:
+    found = shown.diff
     sketch = "computed exactly" if found.exact else "estimated by a sketch; its standard error is in the tooltip"
+    elements = "all elements"
+    if shown.report is not None and shown.report.sample is not None:
+        elements = f"a sample, of every {shown.report.sample} blocks one; modelfuse report has all"
     densities = ", ".join(f"{each:g}" for each in DENSITIES)
     return escape(
         f"τ is the difference of a model to the base, ‖·‖ the Frobenius norm. Interference is {sketch}. "
-        f"What trim keeps is told for the densities {densities}. Numbers are float64 sums over all elements."
+        f"What trim keeps is told for the densities {densities}. Numbers are float64 sums over {elements}."
     )

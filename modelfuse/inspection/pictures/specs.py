@@ -114,6 +114,31 @@ def kept_spec() -> Spec:
     }  # fmt: skip
 
 
+def places_spec(places: Mapping[str, Any], width: int = 440, height: int = CHART) -> Spec:
+    """Points of models and the base, as far from each other as they are."""
+    (x, y), (wide, high) = places["center"], places["span"]
+    unit = max(wide / width, high / height) or 1.0
+    axis = {"axis": None, "type": "quantitative"}
+    return {
+        "width": width,
+        "height": height,
+        "data": {"values": places["points"]},
+        "encoding": {
+            "x": {"field": "x", **axis, "scale": {"domain": [x - unit * width / 2, x + unit * width / 2]}},
+            "y": {"field": "y", **axis, "scale": {"domain": [y - unit * height / 2, y + unit * height / 2]}},
+        },
+        "layer": [
+            {"mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
+             "encoding": {"color": {"field": "kind", "type": "nominal", "legend": None,
+                                    "scale": {"domain": ["model", "base", "output"],
+                                              "range": ["#4c78a8", "#888888", "#f58518"]}},
+                          "tooltip": [_tip("name", "model")]}},
+            {"mark": {"type": "text", "dy": -11, "fontSize": 12, "color": TEXT, "tooltip": False},
+             "encoding": {"text": {"field": "name"}}},
+        ],
+    }  # fmt: skip
+
+
 def templates() -> Mapping[str, Spec]:
     """All of them, by name."""
     return {"map": map_spec(), "lines": lines_spec(), "matrix": matrix_spec(), "kept": kept_spec(), "config": CONFIG}

@@ -145,7 +145,7 @@ def symbol_of(function: Callable[..., Any], kind: str) -> str:
 
 def find(symbol: str) -> bytes | None:
     """The content of the file that holds an entry, if it is whole and nobody else can have written it."""
-    for path in _folders():
+    for path in folders():
         with contextlib.suppress(OSError, ValueError), private_folder(path) as folder:
             content = read_private(folder, symbol + _key() + SUFFIX)
             if content[:_DIGEST_BYTES] == _digest(content[_DIGEST_BYTES:]):
@@ -157,7 +157,7 @@ def keep(symbol: str, content: bytes) -> None:
     """Write the file that holds an entry, where that can be done, in place of those made from older sources."""
     machine, _ = _key().rsplit("-", 1)
     name = symbol + _key() + SUFFIX
-    for path in _folders():
+    for path in folders():
         with contextlib.suppress(OSError), private_folder(path, make=True) as folder:
             write_private(folder, name, _digest(content) + content)
             for old in os.listdir(folder):
@@ -169,7 +169,7 @@ def keep(symbol: str, content: bytes) -> None:
 
 def kept_in() -> Path | None:
     """The folder that machine code is written to; None if there is none."""
-    for path in _folders():
+    for path in folders():
         with contextlib.suppress(OSError), private_folder(path, make=True):
             return path
     return None
@@ -177,7 +177,7 @@ def kept_in() -> Path | None:
 
 def folder_for_numba() -> Path | None:
     """Where numba may keep what it has made: it runs whatever it finds there, so only this user may look into it."""
-    for path in (each / "numba" for each in _folders()):
+    for path in (each / "numba" for each in folders()):
         with contextlib.suppress(OSError), private_folder(path, make=True) as folder:
             os.fchmod(folder, FOLDER_MODE)
             return path
@@ -188,7 +188,7 @@ def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
 
-def _folders() -> Iterator[Path]:
+def folders() -> Iterator[Path]:
     """Where files may be: beside the sources, or else with the user's.
 
     With ``sudo -E``, HOME is another user's, whose files are not trusted; then they are in root's own home.

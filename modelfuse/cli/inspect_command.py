@@ -1,10 +1,12 @@
-"""The words behind ``modelfuse inspect``."""
+"""``modelfuse inspect``: its words, and what is done with them."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
+from modelfuse.cli import console, progress
 from modelfuse.cli.arguments import Options, Parser, plain_flags
 from modelfuse.cli.groups import from_environment
 from modelfuse.recipe.names import SETTINGS
@@ -29,3 +31,26 @@ def parse_inspect(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
     parser = inspect_parser()
     given = {**from_environment(["hub_endpoint"]), **vars(parser.parse_args(plain_flags(words)))}
     return given, parser.options_of(given)
+
+
+def look(words: Sequence[str]) -> int:
+    """Look at a model as the words say, and tell what is in it."""
+    from modelfuse.inspection.inspect_model import inspect_named
+
+    given, options = parse_inspect(words)
+    console.begin_logs(options.verbose, options.log_file)
+    gc.disable()  # As for a plan.
+    try:
+        found = inspect_named(given.pop("model"), **given, watch=progress.watch(options.quiet))
+    finally:
+        gc.enable()
+    if options.json:
+        from modelfuse.cli.inspect_document import of_inspection
+        from modelfuse.cli.json_output import write
+
+        write(of_inspection(found))
+    else:
+        from modelfuse.cli.inspect_view import show
+
+        show(found)
+    return 0

@@ -1,0 +1,77 @@
+"""``modelfuse report``: its words, and what is done with them; the page of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modelfuse.cli import console, progress
+from modelfuse.cli.arguments import Options, Parser, plain_flags
+from modelfuse.cli.drawing import Drawing, add_drawing, drawing_of, tell_written
+from modelfuse.cli.groups import from_environment
+from modelfuse.errors import ModelfuseError
+from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import Place, place_of
+
+
+def report_parser() -> Parser:
+    """The parser of ``report``."""
+    parser = Parser("report")
+    parser.add_argument("folder")
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--n_process")
+    parser.add_argument("--memory")
+    add_drawing(parser)
+    return parser
+
+
+def parse_report(words: Sequence[str]) -> tuple[dict[str, Any], Drawing, Options]:
+    """Turn the words behind ``report`` into its arguments.
+
+    Raises:
+        RecipeError: If a flag is unknown or lacks its value.
+    """
+    parser = report_parser()
+    given: dict[str, Any] = vars(parser.parse_args(plain_flags(words)))
+    options, drawing = parser.options_of(given), drawing_of(given)
+    return {**from_environment(["n_process", "memory"]), **given}, drawing, options
+
+
+def tell_kept(words: Sequence[str]) -> int:
+    """Compare an output with its inputs as the words say, and tell what was kept of them."""
+    from modelfuse.inspection.merge_report import report_output
+
+    given, drawing, options = parse_report(words)
+    console.begin_logs(options.verbose, options.log_file)
+    drawing.check(of_merge=True)
+    folder = place_of(given.pop("folder"))
+    found = report_output(folder, **given, shown=lambda plan: progress.comparing(plan, options.quiet))
+    if options.json:
+        from modelfuse.cli.json_output import write
+        from modelfuse.cli.report_document import of_report
+
+        write(of_report(found))
+    elif not options.quiet:
+        from modelfuse.cli.report_view import show
+
+        show(found)
+    tell_written(drawing.draw(found), options)
+    return 0
+
+
+def draw_merge(recipe: Recipe, folder: Place, options: Options) -> None:
+    """Write the page of a merge that was just made, from a sample of its elements.
+
+    Args:
+        recipe: What was merged, at hand.
+        folder: The output.
+        options: They name the page.
+    """
+    from modelfuse.inspection.merge_report import SAMPLE, compare_output
+
+    try:
+        found = compare_output(recipe, folder, sample=SAMPLE)
+        tell_written(Drawing(options.html).draw(found), options)
+    except (ModelfuseError, OSError) as error:
+        error.add_note(f"The merge is done, and {folder} is whole; only its page could not be made.")
+        raise

@@ -1,0 +1,80 @@
+"""What matters of a merge's outcome, in a few sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from modelfuse.inspection.diff_result import Diff
+from modelfuse.inspection.merge_outcome import Outcome, Taken
+
+#: A part of a model of which so much less is in the output than of the whole of it is worth a word.
+UNEVEN = 0.6
+#: Shares below are not worth a word.
+LEAST = 0.02
+
+
+def sentences_of(
+    names: Sequence[str], whole: Outcome, modules: Sequence[Outcome], layers: Sequence[Outcome], diff: Diff
+) -> Iterator[str]:
+    """The sentences.
+
+    Args:
+        names: Of the models, the output last.
+        whole: All tensors together.
+        modules: By kind of module.
+        layers: By layer.
+        diff: What they follow from.
+    """
+    if whole.nonfinite:
+        yield f"{whole.nonfinite:,} elements of the output are NaN or infinite."
+    sizes = [each.relative for each in diff.whole.models[:-1] if each.relative is not None]
+    if whole.relative is not None and sizes:
+        yield (
+            f"The output is {_percent(whole.relative)} of the base's norm away from the base; the models are "
+            f"{_percent(min(sizes))} to {_percent(max(sizes))}."
+        )
+    if not diff.base_given:
+        yield f"There was no base: differences are taken to the first model, {diff.base}."
+    for name, taken in zip(names, whole.models, strict=False):
+        yield from _of_model(name, taken)
+    for name, number in zip(names, range(len(whole.models)), strict=False):
+        yield from _least(name, number, whole, modules, layers)
+    if whole.residual is not None:
+        yield (
+            f"But for {_percent(whole.residual)} of its norm, the output's difference is a weighted sum of the "
+            "models'; the rest is what was dropped, outvoted or rounded."
+        )
+    if whole.cancelled is not None and whole.cancelled >= LEAST:
+        yield f"The models' parts take {_percent(whole.cancelled)} of the sum of their squares from each other."
+
+
+def _of_model(name: str, taken: Taken) -> Iterator[str]:
+    if taken.projection is None:
+        yield f"{name} is the base: there is nothing of it to be in the output."
+        return
+    parts = [f"{taken.projection:.2f} times its difference is in the output"]
+    if taken.coefficient is not None and abs(taken.coefficient - taken.projection) >= LEAST:
+        parts[0] += f", {taken.coefficient:.2f} of its own and the rest by what others have in common with it"
+    if taken.dropped is not None and taken.dropped >= LEAST:
+        parts.append(f"{_percent(taken.dropped)} of the elements that it changes are as in the base")
+    if taken.reversed is not None and taken.reversed >= LEAST:
+        parts.append(f"{_percent(taken.reversed)} of those that both change go the other way")
+    yield f"{name}: {'; '.join(parts)}."
+
+
+def _least(
+    name: str, number: int, whole: Outcome, modules: Sequence[Outcome], layers: Sequence[Outcome]
+) -> Iterator[str]:
+    """Where clearly less of a model is in the output than elsewhere."""
+    usual = whole.models[number].projection
+    if usual is None or usual <= 0:
+        return
+    for groups in (modules, layers):
+        known = [(each.models[number].projection, each.name) for each in groups]
+        found = min(((value, where) for value, where in known if value is not None), default=None)
+        if found is not None and found[0] < UNEVEN * usual:
+            yield f"Least of {name} is in {found[1]}: {found[0]:.2f} times its difference there."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.2g} %"
