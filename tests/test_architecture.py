@@ -147,6 +147,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "storage",
         "recipe",
         "kernels",
+        "kernels.jit",
         "checkpoints",
         "checkpoints.adapters",
         "checkpoints.formats",

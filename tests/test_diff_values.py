@@ -15,6 +15,10 @@ from diff_definitions import Array, Whole, as_stored, hold, turned
 
 from modelfuse.inspection import diff
 from modelfuse.inspection.diff_result import Diff
+from modelfuse.kernels.arrays import plain
+from modelfuse.kernels.compiled import bins
+from modelfuse.kernels.interference import Interference
+from modelfuse.kernels.matrices import Matrices
 from modelfuse.planning.diff_plan import make_diff_plan
 
 Tensors = Mapping[str, Any]
@@ -248,3 +252,28 @@ def test_workers_and_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.M
         result = run(*paths, **settings)
         found.append(dataclasses.replace(result, seconds=0))
     assert found[0] == found[1] == found[2]
+
+
+def test_magnitudes_are_counted_alike_with_and_without_a_compiler() -> None:
+    bits = np.abs(np.random.default_rng(1).standard_normal((3, 1000), np.float32)).view(np.int32)
+    ours, theirs = np.zeros((2, 3, 8192), np.int64)
+    plain.count_bins(bits, 18, ours)
+    bins.count_bins(bits, 18, theirs)
+    assert ours.sum() == 3000
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_sketch_finds_its_own_error() -> None:
+    """Over many matrices, estimates miss by as much as their standard errors say."""
+    draw, misses = np.random.default_rng(1), []
+    for number in range(40):
+        scales = draw.standard_normal((2, 1, 30)) ** 2
+        tau = (draw.standard_normal((2, 260, 30)) * scales).astype(np.float32)
+        cut = Matrices(1, 260, 30) if number % 2 else Matrices(1, 30, 260, out_first=False)
+        stored = np.stack([each if number % 2 else each.T for each in tau]).reshape(2, -1)
+        sketch = Interference(str(number), cut, 2, exact=False)
+        sketch.take(0, stored, stored.astype(np.float64))
+        wanted = np.linalg.norm(tau[0].astype(np.float64) @ tau[1].astype(np.float64).T) ** 2
+        misses.append((sketch.sums[0, 0, 1] - wanted) / sketch.sums[1, 0, 1] ** 0.5)
+    assert abs(np.mean(misses)) < 0.6  # No bias.
+    assert 0.2 < np.std(misses) < 1.6

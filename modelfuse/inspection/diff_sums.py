@@ -56,7 +56,7 @@ class TensorSums:
         for name in ("skipped", "largest", "outliers"):
             getattr(sums, name)[own] = getattr(found, name)
         for number in range(len(found.signs)):
-            sums.signs[number][square] = found.signs[number]
+            sums.signs[number][square] = np.maximum(found.signs[number], found.signs[number].T)
         for number in range(len(found.interference)):
             sums.interference[number][square] = found.interference[number]
         sums.histogram = np.zeros((count, 0), np.int64)

@@ -16,6 +16,7 @@ import numpy as np
 from modelfuse.dtypes import BF16, DType, computed_in
 from modelfuse.kernels import Bytes, Extent, Procedure, Step
 from modelfuse.kernels.bfloat16 import from_bfloat16
+from modelfuse.kernels.compiled.bins import count_bins
 from modelfuse.kernels.interference import Interference
 from modelfuse.kernels.interference import memory_of as interference_memory
 from modelfuse.kernels.matrices import Matrices
@@ -28,6 +29,8 @@ BLOCK = 1 << 15
 OUTLYING = 8.0
 #: Bins of magnitudes: float32's exponent and five more bits, 32 bins an octave.
 BINS, BIN_SHIFT = 8192, 18
+#: Rows whose dot products are taken pair by pair.
+MOST_APART = 6
 #: Bytes of an element of a block in all arrays that are held of one source.
 BLOCK_BYTES = 48
 
@@ -77,7 +80,7 @@ class Sums:
         largest: The largest magnitude of each difference.
         outliers: Outlying elements of each difference.
         signs: Numbers of elements: those where both differ, those of them with opposite signs, and the same two where
-            both are large: int64, shape (4, models, models).
+            both are large: int64, shape (4, models, models), of which the upper triangle is used.
         histogram: Elements of each difference by magnitude, int64, shape (models, BINS).
         interference: As of :class:`Interference`.
     """
@@ -148,11 +151,11 @@ class State:
         wide = wide.reshape(shape)
         if self._compute != "float64":
             wide[:] = values
-        gram = wide @ wide.T
+        gram = _dot_products(wide)
         if not np.isfinite(gram).all():
             self._leave_out(values, raws)
             wide[:] = values
-            gram = wide @ wide.T
+            gram = _dot_products(wide)
         self.sums.gram += gram
         if models:
             self._count(values[:-1], np.sqrt(np.diag(gram)[:-1] / count))
@@ -177,21 +180,17 @@ class State:
         sizes = sizes.astype(values.dtype)[:, None]
         changed, negative = bits_of(values != 0), bits_of(values < 0)
         large = bits_of(magnitudes >= sizes) & changed
-        for one in range(len(values)):
-            for other in range(one, len(values)):
-                opposite = negative[one] ^ negative[other]
-                both, both_large = changed[one] & changed[other], large[one] & large[other]
-                found = [ones_in(each) for each in (both, both & opposite, both_large, both_large & opposite)]
-                sums.signs[:, one, other] += found
-                if one != other:
-                    sums.signs[:, other, one] += found
+        one, other = np.triu_indices(len(values))
+        opposite = negative[one] ^ negative[other]
+        for number, some in ((0, changed), (2, large)):
+            both = some[one] & some[other]
+            sums.signs[number, one, other] += ones_in(both)
+            sums.signs[number + 1, one, other] += ones_in(both & opposite)
         largest = magnitudes.max(axis=1)
         np.maximum(sums.largest, largest, out=sums.largest)
         for model in np.flatnonzero((largest >= OUTLYING * sizes[:, 0]) & (largest > 0)):
             sums.outliers[model] += np.count_nonzero(magnitudes[model] >= OUTLYING * sizes[model])
-        bins = magnitudes.astype(np.float32, copy=False).view(np.int32) >> BIN_SHIFT
-        for own, bin_ in zip(sums.histogram, bins, strict=True):
-            own += np.bincount(bin_, minlength=BINS)
+        count_bins(magnitudes.astype(np.float32, copy=False).view(np.int32), BIN_SHIFT, sums.histogram)
 
 
 def bits_of(mask: Array) -> Array:
@@ -202,11 +201,11 @@ def bits_of(mask: Array) -> Array:
     return words.view(np.uint64)
 
 
-def ones_in(words: Array) -> int:
-    """How many bits are set."""
-    if hasattr(np, "bitwise_count"):
-        return int(np.bitwise_count(words).sum())
-    return int(_ONES[words.view(np.uint8)].sum())  # numpy 1
+def ones_in(words: Array) -> Array:
+    """How many bits of each row are set."""
+    counts = np.bitwise_count(words) if hasattr(np, "bitwise_count") else _ONES[words.view(np.uint8)]  # numpy 1
+    found: Array = counts.sum(axis=1, dtype=np.int64)
+    return found
 
 
 #: The number of bits that are set in each byte.
@@ -252,6 +251,18 @@ class DifferencePass:
         if state.interference is not None:
             state.sums.interference += state.interference.sums
         return state.sums
+
+
+def _dot_products(rows: Array) -> Array:
+    """The dot products of all pairs of rows; of few, each by itself is faster than a product of such matrices."""
+    if len(rows) > MOST_APART:
+        together: Array = rows @ rows.T
+        return together
+    found = np.empty((len(rows), len(rows)))
+    for one, row in enumerate(rows):
+        for other in range(one, len(rows)):
+            found[one, other] = found[other, one] = row @ rows[other]
+    return found
 
 
 def decoded(raw: Bytes, dtype: DType) -> Array:

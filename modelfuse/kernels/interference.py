@@ -110,9 +110,7 @@ class Interference:
             own = values[:, places]
             if each.signs is not None:
                 own = own * each.signs[None, begin:end, None]
-                rows = values[:, places].transpose(1, 0, 2)
-                dots = (rows @ rows.transpose(0, 2, 1)).astype(np.float64)
-                self._squares[number] += (dots * dots).sum(axis=0)
+                self._squares[number] += _squares_of_dots(wide[:, places])
             place = begin
             while place < end:
                 bucket = place % each.k
@@ -168,11 +166,11 @@ class Interference:
 
     def _add_estimate(self, buckets: Buckets, sketch: Array, diagonal: Array) -> None:
         k, n, scale = buckets.k, buckets.outputs.size, buckets.scale
-        wide = sketch.astype(np.float64)
         deviations = np.empty((self._models, self._models, k))
         for i in range(self._models):
             for j in range(i, self._models):
-                squares = (wide[j] @ wide[i].T) ** 2
+                # Last bits of float32 are far below the sketch's error.
+                squares = (sketch[j] @ sketch[i].T).astype(np.float64) ** 2
                 np.fill_diagonal(squares, 0.0)
                 total, by_bucket = squares.sum(), squares.sum(axis=0) + squares.sum(axis=1)
                 deviations[i, j] = deviations[j, i] = scale * k / (k - 2) * (2 * total / k - by_bucket)
@@ -184,6 +182,21 @@ class Interference:
         self.sums[1] += share * (deviations * deviations).sum(axis=2)
         itself = deviations[np.arange(self._models), np.arange(self._models)]
         self.sums[2] += share * (deviations * itself[:, None]).sum(axis=2)
+
+
+def _squares_of_dots(rows: Array) -> Array:
+    """The sums over rows of the squares of all pairs of models' dot products.
+
+    Args:
+        rows: float64, shape (models, rows, columns).
+    """
+    found = np.empty((len(rows), len(rows)))
+    for i, own in enumerate(rows):
+        for j in range(i, len(rows)):
+            # The first is as fast as BLAS; numpy 1 lacks it.
+            dots = np.vecdot(own, rows[j]) if hasattr(np, "vecdot") else np.einsum("rc,rc->r", own, rows[j])
+            found[i, j] = found[j, i] = dots @ dots
+    return found
 
 
 def buckets_of(name: str, matrices: Matrices, exact: bool) -> list[Buckets]:
@@ -199,5 +212,5 @@ def memory_of(matrices: Matrices, models: int, exact: bool) -> int:
     """The most bytes that it holds."""
     sizes = [each.size if exact else min(each.size, PROBES) for each in matrices.outputs]
     dots = 0 if matrices.out_first or exact else models * models * matrices.columns * 8
-    wide = (2 * min(max(sizes), PANEL) if exact else models * max(sizes)) * matrices.inputs * 8
+    wide = 2 * min(max(sizes), PANEL) * matrices.inputs * 8
     return models * sum(sizes) * matrices.inputs * 4 + wide + dots

@@ -149,3 +149,9 @@ def _rotate_pair(vectors: Array, beside: Array, a: int, b: int) -> float:
         each[a] = cosine * first - sine * second
         each[b] = sine * first + cosine * second
     return float(abs(both) / np.sqrt(one * other))
+
+
+def count_bins(bits: Array, shift: int, counts: Array) -> None:
+    """Count the bits of magnitudes without their last ones."""
+    for own, row in zip(counts, bits, strict=True):
+        own += np.bincount(row >> shift, minlength=own.size)
