@@ -482,6 +482,19 @@ def test_inspect_reads_headers_only(published: Hub, modelfuse: Run, cache: Path)
     assert modelfuse("inspect", "org/absent", "--hub_endpoint", published.endpoint).status == 2
 
 
+def test_diff_fetches_what_can_be_compared(published: Hub, modelfuse: Run, tmp_path: Path) -> None:
+    published.add("org/c", make_model(tmp_path / "c", {"other.weight": np.ones((3, 500_000), np.float32)}))
+    refused = modelfuse("diff", "org/a", "org/c", "--hub_endpoint", published.endpoint)
+    assert refused.status == 2
+    assert "no tensors of the same name and shape" in refused.err
+    assert published.sent["org/c/model.safetensors"] < 1_000_000
+    said = [modelfuse("diff", f"{place}/a", f"{place}/b", "--json", "--hub_endpoint", published.endpoint).out
+            for place in ("org", "local")]  # fmt: skip
+    there, here = (json.loads(each) for each in said)
+    assert there["base"] == f"org/a@{head(published, 'org/a')}"
+    assert there["tensors"] == here["tensors"] != []
+
+
 def test_check_reads_long_headers_and_from_servers_without_ranges(hub: Hub, modelfuse: Run, tmp_path: Path) -> None:
     tensors = {f"model.layers.{number}.mlp.up_proj.weight": np.ones((64, 8), np.float32) for number in range(2000)}
     hub.add("org/a", make_model(tmp_path / "a", tensors))

@@ -145,7 +145,7 @@ class Measuring:
     """
 
     def __init__(self, plan: DiffPlan, progress: Progress) -> None:
-        self._plan, self._progress = plan, progress
+        self._plan, self._progress, self._nbytes = plan, progress, plan.bytes_read
         budget, kernel = plan.budget, CompiledKernel()
         slices = budget.slice_elements
         rows = max(row_bytes(each.sources, slices) * len(each.sources) for each in plan.tensors)
@@ -163,7 +163,7 @@ class Measuring:
         """Measure all tensors, in the plan's order."""
         self._streaming = Streaming(self._tasks)
         # Little is done sooner with numpy than a compiler has started; the numbers are the same.
-        compiler = nothing_compiled() if self._plan.bytes_read < SMALL else nullcontext()
+        compiler = nothing_compiled() if self._nbytes < SMALL else nullcontext()
         with compiler, one_thread(), waiting_while(lambda: not self._scheduler.stopping):
             try:
                 self._streaming.start()
@@ -189,7 +189,7 @@ class Measuring:
         self._streaming.begin(task, first, count)
         walked = self._workers[worker].walk(task, pass_, first, count, lambda *_: None)
         self._streaming.passed(task, first, count)
-        self._progress(sum(source.stored.nbytes(count) for source in task.sources), self._plan.bytes_read)
+        self._progress(sum(source.stored.nbytes(count) for source in task.sources), self._nbytes)
         return walked.found
 
 

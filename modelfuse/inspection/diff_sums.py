@@ -83,6 +83,8 @@ class TensorSums:
     def total(cls, several: Iterable[TensorSums]) -> TensorSums:
         """The sums of several."""
         first, *others = several
+        if not others:
+            return first
         count = first.concentrated.size
         whole = cls(0, Sums.zeros(count), np.zeros_like(first.kept_elements), np.zeros_like(first.kept_squares),
                     np.zeros(count), 0)  # fmt: skip
@@ -95,57 +97,72 @@ class TensorSums:
 
     def group(self, name: str, stack: str, layer: int | None, module: str | None) -> Group:
         """These as numbers to tell."""
-        models = range(self.concentrated.size)
+        told, models = _Numbers(self), range(self.concentrated.size)
         return Group(
-            name, stack, layer, module, self.tensors, self.elements,
-            float(np.sqrt(self.sums.gram[-1, -1])), int(self.sums.bad[-1]),
-            tuple(map(self._change, models)),
-            tuple(self._pair(model, other) for model in models for other in models if other != model),
+            name, stack, layer, module, self.tensors, self.elements, told.gram[-1][-1] ** 0.5, told.bad[-1],
+            tuple(map(told.change, models)),
+            tuple(told.pair(model, other) for model in models for other in models if other != model),
         )  # fmt: skip
 
-    def _change(self, model: int) -> Change:
-        sums = self.sums
-        square, base = float(sums.gram[model, model]), float(sums.gram[-1, -1])
-        unchanged = _unchanged(sums, self.elements)[model]
+
+class _Numbers:
+    """Sums as Python's numbers, which are faster one by one."""
+
+    def __init__(self, of: TensorSums) -> None:
+        sums = of.sums
+        self._elements, self.gram, self.bad = of.elements, sums.gram.tolist(), sums.bad.tolist()
+        self._unchanged, self._skipped = _unchanged(sums, of.elements).tolist(), sums.skipped.tolist()
+        self._largest, self._outliers = sums.largest.tolist(), sums.outliers.tolist()
+        self._signs, self._interference = sums.signs.tolist(), sums.interference.tolist()
+        self._kept_elements, self._kept_squares = of.kept_elements.tolist(), of.kept_squares.tolist()
+        self._concentrated = of.concentrated.tolist()
+
+    def change(self, model: int) -> Change:
+        """How a model differs from the base."""
+        square = self.gram[model][model]
         return Change(
             norm=square**0.5,
-            relative=_share(square, base, root=True),
-            unchanged=_share(unchanged, self.elements),
-            along_base=_cosine(sums.gram, model, len(sums.gram) - 1),
-            largest=float(sums.largest[model]),
-            outliers=int(sums.outliers[model]),
-            nonfinite=int(sums.bad[model]),
-            density_90=_share(self.concentrated[model], self.elements) if square else None,
-            kept=tuple(self._kept(model, number, unchanged) for number in range(len(DENSITIES))),
+            relative=_root(_share(square, self.gram[-1][-1])),
+            unchanged=_share(self._unchanged[model], self._elements),
+            along_base=self._cosine(model, len(self.gram) - 1),
+            largest=self._largest[model],
+            outliers=self._outliers[model],
+            nonfinite=self.bad[model],
+            density_90=_share(self._concentrated[model], self._elements) if square else None,
+            kept=tuple(self._kept(model, number, density) for number, density in enumerate(DENSITIES)),
         )
 
-    def _kept(self, model: int, number: int, unchanged: float) -> Kept:
-        density, changed = DENSITIES[number], self.elements - unchanged - self.sums.skipped[model]
+    def _kept(self, model: int, number: int, density: float) -> Kept:
+        changed = self._elements - self._unchanged[model] - self._skipped[model]
         return Kept(
             density,
-            float(self.kept_elements[model, number] / self.elements),
-            _share(self.kept_squares[model, number], self.sums.gram[model, model]),
-            float(density * changed / self.elements),
+            self._kept_elements[model][number] / self._elements,
+            _share(self._kept_squares[model][number], self.gram[model][model]),
+            density * changed / self._elements,
         )
 
-    def _pair(self, model: int, other: int) -> Pair:
-        sums = self.sums
-        both, opposite, large, opposite_large = (float(each[model, other]) for each in sums.signs)
-        product, own = sums.interference[0, model, other], sums.interference[0, model, model]
-        ratio = _share(product, own, root=True)
-        error = None
-        if ratio is not None:
-            # Of a root of a quotient: half of its relative variance's root, which correlation makes smaller.
-            variance, of_own = sums.interference[1, model, other], sums.interference[1, model, model]
-            covariance = sums.interference[2, model, other]
-            # Multiplied out, as ‖τⱼ τᵢᵀ‖ may be zero.
-            square = variance / own - 2 * covariance * ratio**2 / own + of_own * ratio**4 / own
-            below = 4 * own * max(ratio**2, np.finfo(float).tiny)
-            error = float(max(square / below, 0.0) ** 0.5) if product > 0 else 0.0
+    def pair(self, model: int, other: int) -> Pair:
+        """How an ordered pair meets."""
+        both, opposite, large, opposite_large = (each[model][other] for each in self._signs)
+        ratio = _root(_share(self._interference[0][model][other], self._interference[0][model][model]))
         return Pair(
-            model, other, _cosine(sums.gram, model, other), _share(both, self.elements),
-            _share(opposite, both), _share(opposite_large, large), ratio, error,
+            model, other, self._cosine(model, other), _share(both, self._elements),
+            _share(opposite, both), _share(opposite_large, large), ratio, self._error(model, other, ratio),
         )  # fmt: skip
+
+    def _error(self, model: int, other: int, ratio: float | None) -> float | None:
+        """Of a root of a quotient: half of the root of its relative variance, which correlation makes smaller."""
+        products, variances, covariances = self._interference
+        own = products[model][model]
+        if not ratio:
+            return ratio
+        square = variances[model][other] / own - 2 * covariances[model][other] * ratio**2 / own
+        square += variances[model][model] * ratio**4 / own
+        return float(max(square / own, 0.0) ** 0.5 / (2 * ratio))
+
+    def _cosine(self, one: int, other: int) -> float | None:
+        norms = self.gram[one][one] ** 0.5 * self.gram[other][other] ** 0.5
+        return max(-1.0, min(1.0, self.gram[one][other] / norms)) if norms > 0 else None
 
 
 class Curve:
@@ -195,13 +212,9 @@ def _times(value: Array, factor: float) -> Array:
     return scaled if value.dtype.kind == "f" else np.rint(scaled).astype(value.dtype)
 
 
-def _share(part: float, whole: float, *, root: bool = False) -> float | None:
-    if not whole > 0:
-        return None
-    found = float(part) / float(whole)
-    return found**0.5 if root else found
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
 
 
-def _cosine(gram: Array, one: int, other: int) -> float | None:
-    norms = float(gram[one, one]) ** 0.5 * float(gram[other, other]) ** 0.5
-    return float(np.clip(gram[one, other] / norms, -1.0, 1.0)) if norms > 0 else None
+def _root(value: float | None) -> float | None:
+    return None if value is None else value**0.5
