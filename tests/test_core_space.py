@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from test_whole_matrix import DEFINED, made_of, polar
 import modelfuse as package
 from modelfuse.kernels.matrices import Matrices
 from modelfuse.methods.spec import Floats
+from modelfuse.planning import rules
 from modelfuse.planning.plan import make_plan
 from modelfuse.recipe.recipe import Recipe
 
@@ -56,29 +58,46 @@ def products(folder: Path) -> dict[str, Floats]:
     }
 
 
+@pytest.fixture
+def in_full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Floats]]:
+    """A merge of large matrices, which nobody makes of adapters: the differences to the base."""
+
+    def merge_in_full(folder: Path, values: dict[str, np.ndarray], request: dict[str, Any]) -> dict[str, Floats]:
+        with monkeypatch.context() as patched:
+            patched.setattr(rules, "in_core", lambda name, sources, base, method, matrices, strict: matrices)
+            package.merge(**request, output_path=folder)
+        return {name: array(each).astype(np.float64) - values[name] for name, each in read_model(folder).items()}
+
+    return merge_in_full
+
+
 @pytest.mark.parametrize("factor", [{"lambda": 0.7}, {}])
 @pytest.mark.parametrize("method", DEFINED)
-def test_it_is_what_the_full_space_gives(tmp_path: Path, method: str, factor: dict[str, Any]) -> None:
+def test_it_is_what_the_full_space_gives(
+    tmp_path: Path, in_full: Callable[..., dict[str, Floats]], method: str, factor: dict[str, Any]
+) -> None:
     base, values = make_base(tmp_path / "base", shapes=WIDE)
     request: dict[str, Any] = {
         "model_path_list": adapters(tmp_path), "base_model_path": base, "merge_method": method,
         "weight_list": [1, 0.5, 0.75], **factor,
     }  # fmt: skip
-    package.merge(**request, output_path=tmp_path / "full")
+    full = in_full(tmp_path / "full", values, request)
     package.merge(**request, output_path=tmp_path / "lora", output_format="lora")
-    full, found = read_model(tmp_path / "full"), products(tmp_path / "lora")
+    package.merge(**request, output_path=tmp_path / "model")
+    found, model = products(tmp_path / "lora"), read_model(tmp_path / "model")
     assert found.keys() == {name for name, shape in WIDE.items() if len(shape) == 2}
     for name, product in found.items():
         # Of the full space, products are in float32; weak directions of iso_cts show it.
         atol = 1e-4 if method == "iso_cts" else 3e-6
-        np.testing.assert_allclose(product, array(full[name]) - values[name], atol=atol, err_msg=name)
+        np.testing.assert_allclose(product, full[name], atol=atol, err_msg=name)
+        np.testing.assert_allclose(array(model[name]), values[name] + product, atol=1e-6, err_msg=name)
         assert np.abs(product).max() > 1e-2
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["r"] == sum(RANKS)
     assert config["rank_pattern"] == {DOWN: RANKS[0] + RANKS[2]}
     report = json.loads((tmp_path / "lora" / "merge_report.json").read_text())["tensors"]
     assert all(each["relative_error"] == 0 for name, each in report.items() if "lora_" in name)
-    assert package.verify(tmp_path / "lora", full=True).holds
+    assert all(package.verify(tmp_path / name, full=True).holds for name in ("lora", "model"))
 
 
 def test_it_is_cut_to_a_rank_as_well_as_can_be(tmp_path: Path) -> None:
@@ -102,17 +121,16 @@ def test_it_is_cut_to_a_rank_as_well_as_can_be(tmp_path: Path) -> None:
             assert missed == pytest.approx(best, abs=1e-5)
 
 
-def test_directions_that_no_adapter_has_get_nothing(tmp_path: Path) -> None:
+def test_directions_that_no_adapter_has_get_nothing(tmp_path: Path, in_full: Callable[..., dict[str, Floats]]) -> None:
     """Where bases are of more vectors than there are directions, as of one adapter given three times."""
     base, values = make_base(tmp_path / "base", shapes=WIDE)
     same = adapters(tmp_path)[0]
     request: dict[str, Any] = {"model_path_list": [same] * 3, "base_model_path": base, "merge_method": "iso_c"}
     package.merge(**request, output_path=tmp_path / "lora", output_format="lora")
-    package.merge(**request, output_path=tmp_path / "full")
-    full = read_model(tmp_path / "full")
+    full = in_full(tmp_path / "full", values, request)
     for name, product in products(tmp_path / "lora").items():
         assert np.linalg.matrix_rank(product, tol=1e-5) == RANKS[0]
-        np.testing.assert_allclose(product, array(full[name]) - values[name], atol=3e-6)
+        np.testing.assert_allclose(product, full[name], atol=3e-6)
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
@@ -136,17 +154,18 @@ def test_iso_cts_takes_its_share_of_the_directions_that_there_are(shape: tuple[i
     assert np.linalg.svd(once)[1][5] < 1e-6
 
 
-def test_ranks_larger_than_a_layer_are_no_more_than_it_has(tmp_path: Path) -> None:
+def test_ranks_larger_than_a_layer_are_no_more_than_it_has(
+    tmp_path: Path, in_full: Callable[..., dict[str, Floats]]
+) -> None:
     base, values = make_base(tmp_path / "base")
     shapes = {f"{module}.weight": SHAPES[f"{module}.weight"] for module in (Q, UP, DOWN)}
     request: dict[str, Any] = {
         "model_path_list": adapters(tmp_path, shapes), "base_model_path": base, "merge_method": "tsv_m",
     }  # fmt: skip
     package.merge(**request, output_path=tmp_path / "lora", output_format="lora")
-    package.merge(**request, output_path=tmp_path / "full")
-    full = read_model(tmp_path / "full")
+    full = in_full(tmp_path / "full", values, request)
     for name, product in products(tmp_path / "lora").items():
-        np.testing.assert_allclose(product, array(full[name]) - values[name], atol=3e-6, err_msg=name)
+        np.testing.assert_allclose(product, full[name], atol=3e-6, err_msg=name)
 
 
 def test_a_model_that_is_no_adapter_is_merged_in_full(tmp_path: Path, refuse: Callable[..., str]) -> None:
@@ -181,6 +200,15 @@ def test_it_takes_seconds_and_little_memory_at_any_size(
     package.merge(**request, output_format="lora", output_path=tmp_path / "lora")
     assert time.process_time() - started < 10
     assert products(tmp_path / "lora").keys() == shapes.keys()
+    started = time.process_time()
+    package.merge(**request, output_path=tmp_path / "model")
+    assert time.process_time() - started < 10
+    full = make_plan(Recipe.parse(request))
+    assert full.memory < 200e6
+    sent = pickle.loads(pickle.dumps(full.tensors[0])).matrices.merged  # As nodes of a cluster get it.
+    assert full.tensors[0].matrices is not None
+    assert full.tensors[0].matrices.merged is not None
+    assert all(map(np.array_equal, sent.factors(), full.tensors[0].matrices.merged.factors()))
 
 
 def test_what_is_not_finite_is_told(tmp_path: Path, refuse: Callable[..., str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,17 @@ SLICE = 1 << 20
 PANEL = 4 * SLICE
 
 
+class MergedDifference(Protocol):
+    """What a method makes of a tensor, known without the large matrices, as a product."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that computing it takes."""
+
+    def factors(self) -> tuple[Floats, Floats]:
+        """Matrices of shape (rows, rank) and (rank, columns), before the factor on the difference."""
+
+
 @dataclass(frozen=True)
 class Matrices:
     """How the elements of a tensor, in row-major order, are matrices.
@@ -28,6 +39,7 @@ class Matrices:
         columns: The columns of each.
         out_first: Whether rows are the outputs of a Linear layer, and columns its inputs.
         parts: The outputs of each layer that is kept in one, as runs: the first one and how many. Empty: all.
+        merged: The merged difference, where it can be known without these matrices.
     """
 
     units: int
@@ -35,6 +47,7 @@ class Matrices:
     columns: int
     out_first: bool = True
     parts: tuple[tuple[tuple[int, int], ...], ...] = ()
+    merged: MergedDifference | None = None
 
     @property
     def unit(self) -> int:
@@ -114,6 +127,8 @@ def panel_of(k: int) -> int:
 
 def memory_of(matrices: Matrices, how: WholeMatrix, models: int) -> int:
     """The most bytes that a worker needs for a tensor, beside its buffers."""
+    if matrices.merged is not None:
+        return matrices.merged.memory + 8 * 4 * matrices.window
     parts = [Part(matrices, part, how, models) for part in range(len(matrices.outputs))]
     number, kept, most, panel, by_rows = 1, 0, 0, 0, 0
     for part in parts:

@@ -23,6 +23,7 @@ from modelfuse.kernels.measures import (
     measure_magnitudes,
     table_of,
 )
+from modelfuse.kernels.product_pass import ProductPass
 from modelfuse.kernels.whole_matrix import MatrixPass
 from modelfuse.methods.expressions import Expression
 from modelfuse.methods.spec import Divergence, Gram, OrderStatistics, Sums
@@ -92,7 +93,7 @@ def merge_procedure(work: Work, backend: Backend) -> Procedure:
     """The passes that merge one tensor."""
     method, combination = work.method, work.method.combination
     if work.matrices is not None:
-        yield MatrixPass(work)
+        yield MatrixPass(work) if work.matrices is None or work.matrices.merged is None else ProductPass(work)
         return
     element = yield from measure_element(work, backend)
     each = [method.numbers_of(model) for model in range(work.models)]

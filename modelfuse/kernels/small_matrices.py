@@ -12,7 +12,7 @@ from modelfuse.methods.spec import Floats
 
 
 def merge_matrices(name: str, values: Floats, method: Applied, of_columns: bool, inputs: int) -> Floats:
-    """What a method makes of one matrix a model, the factor on it included.
+    """What a method makes of one matrix a model, before the factor on it.
 
     Args:
         name: The tensor, for errors.
@@ -31,10 +31,9 @@ def merge_matrices(name: str, values: Floats, method: Applied, of_columns: bool,
     if how.side != "smaller":
         of_columns = how.side == "inputs"
     turned = values if of_columns else values.transpose(0, 2, 1)
-    models, k = len(turned), turned.shape[2]
-    weights = np.array(method.weights)
+    k = turned.shape[2]
     if how.gram == "sum":
-        turned = np.tensordot(weights, turned, 1)[None]
+        turned = np.tensordot(np.array(method.weights), turned, 1)[None]
     with one_thread(), np.errstate(all="ignore"):
         if how.gram == "pairs":
             grams = np.stack([[one.T @ other for other in turned] for one in turned])
@@ -56,6 +55,4 @@ def merge_matrices(name: str, values: Floats, method: Applied, of_columns: bool,
         if method.norm is not None:
             whole = np.tensordot(even_weights(method.weights), values, 1)
             made *= method.norm * ratio(float(np.vdot(whole, whole)), float(np.vdot(made, made)))
-    assert len(weights) == models
-    made *= method.factor
     return made if of_columns else made.T

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.adapters.core_space import in_core
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
 from modelfuse.methods.applied import Applied
@@ -148,6 +149,9 @@ def operations_of(
             if method.combination.matrix is not None:
                 if can_be_merged(name, sources[-1]):
                     matrices = cuts.of(name, sources[-1].shape, rules.names_method(rule))
+                    if has_base and any(source.is_delta for source in sources):
+                        strict = recipe.on_nonfinite == "error"
+                        matrices = in_core(name, sources[:-1], sources[-1], method, matrices, strict)
                 method = method if matrices is not None else rules.mean(rule, merging)
             operation = merged(
                 name, sources, inputs, method,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.adapter import Adapter
 from modelfuse.checkpoints.adapters.arrays import Recent
-from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
+from modelfuse.checkpoints.adapters.core_space import fits_core, products_rank
 from modelfuse.checkpoints.adapters.factored import RUN, Factoring, FactorTensor, WholeTensor, difference
 from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
 from modelfuse.checkpoints.adapters.selection import TOKENS, Selection
@@ -141,10 +141,8 @@ class _Output:
         out_first = not embedding and not self._transposed
         outputs, inputs = base.shape if out_first else base.shape[::-1]
         rank, in_core = _exact_rank(sources, base, method), False
-        if rank is None and matrices is not None and matrices.units == 1:
-            rank = _products_rank(sources, base)
-            in_core = rank is not None
-            rank = min(rank, outputs, inputs) if rank is not None else None
+        if rank is None and fits_core(sources, base, method, matrices):
+            in_core, rank = True, min(products_rank(sources, base) or 0, outputs, inputs)
         wanted = self.recipe.lora_rank
         exact = rank is not None and (wanted is None or rank <= wanted) and not self.recipe.lora_epsilon
         if not exact:
@@ -207,18 +205,7 @@ def _of_rows(name: str, rows: int) -> str:
 
 def _exact_rank(sources: Sequence[StoredTensor], base: StoredTensor, method: Applied) -> int | None:
     """The rank of all products side by side, None if the merged difference is no sum of products."""
-    return None if method.coefficients is None else _products_rank(sources, base)
-
-
-def _products_rank(sources: Sequence[StoredTensor], base: StoredTensor) -> int | None:
-    """The rank of all products side by side, None if a difference is no product."""
-    rank = 0
-    for source in sources:
-        if isinstance(source, LowRankTensor):
-            rank += sum(term.rank for term in source.terms)
-        elif getattr(source, "source", None) != base:
-            return None
-    return rank
+    return None if method.coefficients is None else products_rank(sources, base)
 
 
 def _in_runs(tensors: Sequence[tuple[Change, StoredTensor]]) -> Iterator[tuple[Change, StoredTensor]]:

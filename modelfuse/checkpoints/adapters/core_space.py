@@ -8,6 +8,7 @@ a method does that no rotation changes is the same there, and exact: directions 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +21,82 @@ from modelfuse.kernels.matrices import Matrices
 from modelfuse.kernels.small_matrices import merge_matrices
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.spec import Floats
+
+
+@dataclass(frozen=True)
+class MergedProducts:
+    """The merged difference of products to a base's tensor.
+
+    Attributes:
+        name: The tensor.
+        sources: Each model's difference; one that is no product is zero.
+        method: A method of whole matrices.
+        matrices: How the tensor is cut; one unit.
+        shared: What the factors are read with.
+    """
+
+    name: str
+    sources: tuple[StoredTensor, ...]
+    method: Applied
+    matrices: Matrices
+    shared: Shared = field(compare=False, repr=False)
+
+    @property
+    def memory(self) -> int:
+        """For both stacks of factors in float64, their bases, and what decomposing them takes."""
+        terms = [term for source in self.sources if isinstance(source, LowRankTensor) for term in source.terms]
+        ranks = sum(term.rank for term in terms)
+        sides = max((term.inputs + term.outputs for term in terms), default=0)
+        return 8 * 6 * ranks * (sides + len(self.sources) ** 2 * ranks)
+
+    def factors(self) -> tuple[Floats, Floats]:
+        """As the tensor is stored."""
+        b, a = merge_in_core(self.name, self.sources, self.method, self.matrices, self.shared)
+        return (b, a) if self.matrices.out_first else (a.T, b.T)
+
+
+def products_rank(sources: Sequence[StoredTensor], base: StoredTensor) -> int | None:
+    """The rank of all products side by side, None if a difference to the base's tensor is no product."""
+    rank = 0
+    for source in sources:
+        if isinstance(source, LowRankTensor):
+            rank += sum(term.rank for term in source.terms)
+        elif source != base and getattr(source, "source", None) != base:
+            return None
+    return rank
+
+
+def fits_core(sources: Sequence[StoredTensor], base: StoredTensor, method: Applied, matrices: Matrices | None) -> bool:
+    """Whether a tensor can be merged in the space that its products span."""
+    how = method.combination.matrix
+    if matrices is None or matrices.units != 1 or how is None or how.gram not in ("sum", "each", "pairs"):
+        return False
+    terms = [term for source in sources if isinstance(source, LowRankTensor) for term in source.terms]
+    fit = all(term.inputs == matrices.inputs and term.size == base.size and not term.first for term in terms)
+    return bool(terms) and fit and products_rank(sources, base) is not None
+
+
+def in_core(
+    name: str,
+    sources: Sequence[StoredTensor],
+    base: StoredTensor,
+    method: Applied,
+    matrices: Matrices | None,
+    strict: bool,
+) -> Matrices | None:
+    """How a tensor is cut, with its merged difference if it can be known from products.
+
+    Args:
+        name: The tensor.
+        sources: The models' tensors.
+        base: The base's.
+        method: What merges them.
+        matrices: How it is cut, if the method works on whole matrices.
+        strict: Whether factors that are not finite are an error.
+    """
+    if matrices is None or not fits_core(sources, base, method, matrices):
+        return matrices
+    return replace(matrices, merged=MergedProducts(name, tuple(sources), method, matrices, Shared(strict)))
 
 
 def merge_in_core(
@@ -101,11 +178,3 @@ def cut(b: Floats, a: Floats, rank: int, distributes: bool) -> tuple[Floats, Flo
     error = float(np.linalg.norm(sizes[rank:])) / whole if whole else 0.0
     shares = halves if distributes else np.ones_like(halves)
     return left * shares, (sizes[:rank] / np.where(shares > 0, shares, 1))[:, None] * right, error
-
-
-def core_memory(sources: Sequence[StoredTensor]) -> int:
-    """Bytes for both stacks of factors in float64, their bases, and what decomposing them takes."""
-    terms = [term for source in sources if isinstance(source, LowRankTensor) for term in source.terms]
-    ranks = sum(term.rank for term in terms)
-    sides = max((term.inputs + term.outputs for term in terms), default=0)
-    return 8 * 6 * ranks * (sides + len(sources) ** 2 * ranks)

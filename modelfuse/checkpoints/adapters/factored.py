@@ -12,7 +12,7 @@ import numpy as np
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.adapters.arrays import Array, load, read_values
 from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
-from modelfuse.checkpoints.adapters.core_space import core_memory, cut, merge_in_core
+from modelfuse.checkpoints.adapters.core_space import MergedProducts, cut, merge_in_core
 from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_type
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.errors import CheckpointError
@@ -101,6 +101,12 @@ class Factoring:
         """Elements of the difference that are held at once."""
         return 0 if self.rank is None or self.in_core else self.sources[0].size
 
+    @property
+    def products(self) -> MergedProducts:
+        """What is merged in the space that it spans."""
+        assert self.matrices is not None
+        return MergedProducts(self.name, self.sources, self.method, self.matrices, self.shared)
+
     def factors(self) -> tuple[Array, Array]:
         """B of shape (out, rank) and A of shape (rank, in)."""
         make = self._in_core if self.in_core else self._exact if self.rank is None else self._nearest
@@ -109,8 +115,8 @@ class Factoring:
 
     def _in_core(self) -> tuple[Array, Array]:
         """In the space that the products span; all of it, or what is nearest of the rank."""
-        assert self.matrices is not None
-        b, a = merge_in_core(self.name, self.sources, self.method, self.matrices, self.shared)
+        b, a = merge_in_core(**vars(self.products))
+        b = b * self.method.factor
         self.errors[self.name] = 0.0
         if self.rank is not None:
             b, a, self.errors[self.name] = cut(b, a, min(self.rank, self.kept or self.rank), self.distributes)
@@ -180,8 +186,7 @@ class FactorTensor(StoredTensor):
         """The difference in float32 and in float64, what its models hold, and factors: those of a run are kept."""
         sources = sum(source.held for source in self.factoring.sources)
         pieces = PIECE * 4 * (len(self.factoring.sources) + 1) if self.factoring.elements else 0
-        if self.factoring.in_core:
-            pieces = core_memory(self.factoring.sources)
+        pieces += self.factoring.products.memory if self.factoring.in_core else 0
         return 12 * self.factoring.elements + pieces + sources + (24 + 2 * RUN) * self.size + self._matrices
 
     @property

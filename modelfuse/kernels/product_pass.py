@@ -1,0 +1,30 @@
+"""The pass over a tensor of a method of whole matrices whose result is known as a product and is only to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from modelfuse.kernels import Step
+from modelfuse.kernels.blas_threads import one_thread
+from modelfuse.kernels.matrices import SLICE
+from modelfuse.kernels.whole_matrix import MatrixPass, MatrixState
+
+
+class ProductPass(MatrixPass):
+    """Multiplies and writes, slice by slice; slices are always the same, so that no budget changes a bit."""
+
+    def steps(self, state: MatrixState, first: int, count: int, most: int) -> Iterator[Step]:
+        """All that is read, and when."""
+        assert self._matrices.merged is not None
+        left, right = self._matrices.merged.factors()
+        size, columns = self._work.size, self._matrices.columns
+        state.writes = True
+        for start in range(0, size, SLICE):
+            stop = min(start + SLICE, size)
+            top, bottom = start // columns, -(-stop // columns)
+            with one_thread(), np.errstate(all="ignore"):
+                rows = left[top:bottom] @ right
+            state.result[: stop - start] = rows.ravel()[start - top * columns : stop - top * columns]
+            yield Step(start, stop - start)
