@@ -16,7 +16,7 @@ import pytest
 #: What browsers are called that can be driven so.
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
-SECONDS = 60
+SECONDS = 180
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome on this machine")
 
 #: Runs the test's steps once the page is drawn, and puts what they give in the place of the page.

@@ -134,6 +134,17 @@ def test_without_a_base_the_first_model_is_it(models: Path, tmp_path: Path) -> N
     assert report.whole.models[0].projection == pytest.approx(0.25, abs=0.02)
 
 
+def test_the_base_of_a_configuration_is_it(models: Path, tmp_path: Path) -> None:
+    text = f"merge_method: task_arithmetic\nbase_model: {models / 'base'}\nmodels:\n" + "".join(
+        f"  - {{model: {models / name}, parameters: {{weight: {weight}}}}}\n"
+        for name, weight in (("a", 0.5), ("c", 0.25))
+    )
+    package.merge(mergekit=text, output_path=tmp_path / "out", progress=False, output_dtype="float32")
+    report = report_output(tmp_path / "out")
+    assert (report.base, report.base_given) == (str(models / "base"), True)
+    assert [each.coefficient for each in report.whole.models] == [pytest.approx(each, abs=0.01) for each in (0.5, 0.25)]
+
+
 def test_adapters_are_inputs_too(tmp_path: Path) -> None:
     make_models(tmp_path / "models")
     place = tmp_path / "models"

@@ -160,7 +160,7 @@ def compare_output(
         shown: Gives what shows how far it is, once it is planned.
     """
     started = time.perf_counter()
-    inputs = recipe.inputs
+    inputs, has_base = recipe.inputs, recipe.has_base or _names_base(recipe)
     base, models = (inputs[-1], inputs[:-1]) if recipe.has_base else (inputs[0], inputs[1:])
     layout = recipe.input_layout if recipe.output_format is None and len(recipe.input_layout or ()) == 1 else None
     compared = Recipe.parse({
@@ -171,7 +171,7 @@ def compare_output(
     plan = make_diff_plan(compared, exact)
     plan = plan if sample is None else sampled(plan, sample)
     with shown(plan) as advance:
-        diff = carry_out(plan, recipe.has_base, advance)
+        diff = carry_out(plan, has_base, advance)
     outcomes = {name: outcomes_of(getattr(diff, name)) for name in ("layers", "modules", "cells", "tensors")}
     whole = outcome_of(diff.whole)
     names = tuple(map(str, models))
@@ -180,10 +180,17 @@ def compare_output(
     settings = {name: value for name, value in recipe.effective().items()
                 if name not in MACHINE and value not in (None, [], False)}  # fmt: skip
     return MergeReport(
-        str(folder), str(base), recipe.has_base, names, settings, whole, outcomes["layers"], outcomes["modules"],
+        str(folder), str(base), has_base, names, settings, whole, outcomes["layers"], outcomes["modules"],
         outcomes["cells"], outcomes["tensors"], suspicious, tuple(findings), sample, diff,
         time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _names_base(recipe: Recipe) -> bool:
+    """Whether a configuration of mergekit's has a base, which is the first input then."""
+    if recipe.mergekit is None or recipe.configurations.mixture is not None:
+        return False
+    return recipe.configuration.base_model is not None
 
 
 def _at_hand(folder: Place, recipe: Recipe, report: Report) -> Recipe:

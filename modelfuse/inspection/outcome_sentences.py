@@ -31,7 +31,7 @@ def sentences_of(
     if whole.relative is not None and sizes:
         yield (
             f"The output is {_percent(whole.relative)} of the base's norm away from the base; the models are "
-            f"{_percent(min(sizes))} to {_percent(max(sizes))}."
+            f"{_range(sizes)}."
         )
     if not diff.base_given:
         yield f"There was no base: differences are taken to the first model, {diff.base}."
@@ -74,6 +74,11 @@ def _least(
         found = min(((value, where) for value, where in known if value is not None), default=None)
         if found is not None and found[0] < UNEVEN * usual:
             yield f"Least of {name} is in {found[1]}: {found[0]:.2f} times its difference there."
+
+
+def _range(shares: Sequence[float]) -> str:
+    least, most = _percent(min(shares)), _percent(max(shares))
+    return least if least == most else f"{least} to {most}"
 
 
 def _percent(share: float) -> str:

@@ -12,7 +12,7 @@ from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan
 from modelfuse.storage.files import Buffer
 
 #: Elements of a block; about the fewest elements of a tensor that has more, and of all together.
-BLOCK, LEAST, LEAST_IN_ALL = 1 << 12, 1 << 13, 1 << 22
+BLOCK, LEAST, LEAST_IN_ALL = 1 << 12, 1 << 13, 1 << 21
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from modelfuse.inspection.merge_outcome import Outcome
 from modelfuse.inspection.merge_report import MergeReport
 from modelfuse.inspection.pictures.measures import MEASURES, OUTCOMES, Measure, Number
 from modelfuse.inspection.pictures.places import places_of
+from modelfuse.printable import printable
 
 Part = Literal["whole", "layers", "cells", "tensors"]
 
@@ -36,7 +37,7 @@ class Shown:
     @property
     def names(self) -> list[str]:
         """Short names of the models that tell them apart."""
-        found = short_names(self.diff.models)
+        found = short_names([printable(each) for each in self.diff.models])
         return found if self.report is None else [*found[:-1], f"{found[-1]} (output)"]
 
     @property
