@@ -21,7 +21,7 @@ import pytest
 from modelfuse.kernels.jit import code_cache, linking
 from modelfuse.kernels.jit import compile as compiling
 from modelfuse.kernels.jit.code_cache import NotLaidOut, prepare
-from modelfuse.kernels.jit.compile import Kernel, announcing
+from modelfuse.kernels.jit.compile import CompiledFunction, announcing
 from modelfuse.kernels.jit.linking import is_library
 
 
@@ -95,8 +95,8 @@ def run(kernel: Callable[..., int]) -> tuple[int, list[float]]:
 
 def test_a_kernel_is_compiled_once_and_loaded_from_then_on(folder: Path, compiled: list[str]) -> None:
     expected = run(weigh)
-    assert run(Kernel(weigh)) == expected
-    assert run(Kernel(weigh)) == expected
+    assert run(CompiledFunction(weigh)) == expected
+    assert run(CompiledFunction(weigh)) == expected
     assert len(compiled) == len(list(folder.iterdir())) == 1
 
 
@@ -106,18 +106,18 @@ def test_that_kernels_are_compiled_is_said_once() -> None:
 
     def use(who: str) -> None:
         with announcing(lambda sentence: said.append(f"{who}: {sentence}")):
-            run(Kernel(weigh))
-            Kernel(is_large)(np.zeros(3))
+            run(CompiledFunction(weigh))
+            CompiledFunction(is_large)(np.zeros(3))
 
     use("one")
     use("another")
     assert said == [f"one: {compiling.COMPILING}"]
-    Kernel(is_large)(np.zeros(3, np.int8))
+    CompiledFunction(is_large)(np.zeros(3, np.int8))
     assert len(said) == 1  # Nobody asks any more.
 
 
 def test_arguments_of_another_kind_are_another_kernel(folder: Path, compiled: list[str]) -> None:
-    kernel = Kernel(is_large)
+    kernel = CompiledFunction(is_large)
     assert [kernel(np.zeros(size, dtype)) for size in (3, 4) for dtype in (np.float32, np.int8)] == [
         False, False, True, True,
     ]  # fmt: skip
@@ -127,7 +127,7 @@ def test_arguments_of_another_kind_are_another_kernel(folder: Path, compiled: li
 
 def test_prepared_arguments_are_those_they_stand_for(folder: Path) -> None:
     given = arguments()
-    kernel = Kernel(weigh)
+    kernel = CompiledFunction(weigh)
     assert kernel(*map(prepare, given)) == run(weigh)[0]
     assert given[-1].tolist() == run(weigh)[1]
     with pytest.raises(NotLaidOut):
@@ -145,25 +145,25 @@ def test_what_is_laid_out_has_its_own_addresses_in_another_process() -> None:
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:99] + b"x" + data[100:], lambda _: b""])
 def test_a_damaged_file_is_compiled_again(folder: Path, compiled: list[str], damage: Callable[[bytes], bytes]) -> None:
-    run(Kernel(weigh))
+    run(CompiledFunction(weigh))
     (path,) = folder.iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    assert run(Kernel(weigh)) == run(weigh)
+    assert run(CompiledFunction(weigh)) == run(weigh)
     assert len(compiled) == 2
-    run(Kernel(weigh))
+    run(CompiledFunction(weigh))
     assert len(compiled) == 2
 
 
 def test_what_older_sources_gave_is_replaced(
     folder: Path, compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(Kernel(weigh))
+    run(CompiledFunction(weigh))
     (tmp_path / "package" / "kernels" / "compiled").mkdir(parents=True)
     (tmp_path / "package" / "kernels" / "compiled" / "merge_loops.py").write_text("newer")
     monkeypatch.setattr(code_cache, "PACKAGE", tmp_path / "package")
     code_cache._key.cache_clear()
     (before,) = folder.iterdir()
-    run(Kernel(weigh))
+    run(CompiledFunction(weigh))
     assert len(compiled) == 2
     (after,) = folder.iterdir()
     assert before != after
@@ -172,7 +172,7 @@ def test_what_older_sources_gave_is_replaced(
 def test_a_kernel_that_allocates_is_called_by_numba(folder: Path, compiled: list[str]) -> None:
     for _ in range(2):
         values = np.arange(5.0)
-        Kernel(allocate)(values)
+        CompiledFunction(allocate)(values)
         assert values.tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
     assert len(compiled) == 1, "it is known from then on that numba is needed"
 
@@ -185,7 +185,7 @@ def test_other_releases_of_the_compiler_still_do_the_work(
         raise AttributeError("no longer there")
 
     monkeypatch.setattr(compiling if what == "_export" else code_cache, what, fail)
-    assert run(Kernel(weigh)) == run(weigh)
+    assert run(CompiledFunction(weigh)) == run(weigh)
 
 
 #: Whether machine code becomes shared libraries here.
@@ -194,12 +194,12 @@ LINKS = shutil.which("ld") is not None and hasattr(os, "memfd_create") and os.un
 
 @pytest.mark.skipif(not LINKS, reason="there is no linker that makes shared libraries of these objects")
 def test_where_there_is_a_linker_the_system_loads_machine_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = run(Kernel(weigh))
+    expected = run(CompiledFunction(weigh))
     (path,) = folder.iterdir()
     assert is_library(path.read_bytes()[code_cache._DIGEST_BYTES + 1 :])
     monkeypatch.setattr(code_cache, "engine", None)
     open_before = len(os.listdir("/proc/self/fd"))
-    assert [run(Kernel(weigh)) for _ in range(3)] == [expected] * 3
+    assert [run(CompiledFunction(weigh)) for _ in range(3)] == [expected] * 3
     assert len(os.listdir("/proc/self/fd")) == open_before + 3, "another path for each"
 
 
@@ -211,12 +211,12 @@ def test_without_a_linker_llvm_loads_machine_code(folder: Path, monkeypatch: pyt
         monkeypatch.setattr(linking, "_LINK", ("true",))
     else:
         monkeypatch.delattr(os, "memfd_create", raising=False)
-    expected = run(Kernel(weigh))
+    expected = run(CompiledFunction(weigh))
     (path,) = folder.iterdir()
     assert path.read_bytes()[code_cache._DIGEST_BYTES + 1 :].startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe", b"d\x86"))
     assert not is_library(path.read_bytes()[code_cache._DIGEST_BYTES + 1 :])
     monkeypatch.setattr(compiling, "_export", None)
-    assert run(Kernel(weigh)) == expected
+    assert run(CompiledFunction(weigh)) == expected
 
 
 def test_machine_code_is_for_one_kind_of_processor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_machine_code_is_for_one_kind_of_processor(folder: Path, monkeypatch: py
 
 def test_without_a_folder_to_write_to(folder: Path, compiled: list[str]) -> None:
     folder.write_text("in the way")
-    assert run(Kernel(weigh)) == run(weigh)
+    assert run(CompiledFunction(weigh)) == run(weigh)
     assert len(compiled) == 1
 
 
@@ -255,7 +255,7 @@ def test_without_a_folder_to_write_to(folder: Path, compiled: list[str]) -> None
 
 def kept(folder: Path) -> Path:
     """The one file of machine code."""
-    run(Kernel(weigh))
+    run(CompiledFunction(weigh))
     (path,) = folder.iterdir()
     return path
 
@@ -277,7 +277,7 @@ def test_folders_and_files_are_for_one_user_whatever_the_umask(folder: Path, com
     before = os.umask(0)
     try:
         path = kept(folder)
-        Kernel(allocate)(np.arange(5.0))
+        CompiledFunction(allocate)(np.arange(5.0))
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -296,7 +296,7 @@ def test_what_others_could_have_written_is_not_loaded(
     else:
         changed.chmod(changed.stat().st_mode | {"group": 0o020, "everybody": 0o002}[by])
     assert code_cache.find(compiled[0]) is None
-    assert run(Kernel(weigh)) == run(weigh)
+    assert run(CompiledFunction(weigh)) == run(weigh)
     assert len(compiled) == 2
 
 
@@ -314,7 +314,7 @@ def test_numba_keeps_nothing_where_others_may_write(folder: Path, tmp_path: Path
     """It runs whatever it finds in its cache."""
     tmp_path.chmod(0o777)
     values = np.arange(5.0)
-    Kernel(allocate)(values)
+    CompiledFunction(allocate)(values)
     assert values.tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
     assert os.listdir(tmp_path) == []
 
@@ -384,10 +384,10 @@ def test_a_moved_folder_is_found_again(
     folder: Path, compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an image's, which a container has elsewhere."""
-    run(Kernel(weigh))
+    run(CompiledFunction(weigh))
     (tmp_path / "elsewhere").mkdir()
     folder.rename(tmp_path / "elsewhere" / "modelfuse")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "elsewhere"))
     code_cache._key.cache_clear()
-    run(Kernel(weigh))
+    run(CompiledFunction(weigh))
     assert len(compiled) == 1

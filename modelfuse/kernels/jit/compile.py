@@ -47,8 +47,8 @@ def compile_kernel(function: F | None = None, *, plain: Callable[..., Any] | Non
         plain: Does the same without a compiler; it is called where none may be used.
     """
     if function is None:
-        return lambda given: Kernel(given, plain)
-    return Kernel(function, plain)
+        return lambda given: CompiledFunction(given, plain)
+    return CompiledFunction(function, plain)
 
 
 class NotCompiledError(Exception):
@@ -115,7 +115,7 @@ def announce(sentence: str) -> None:
                 tell(sentence)
 
 
-class Kernel:
+class CompiledFunction:
     """A compiled function.
 
     Args:
