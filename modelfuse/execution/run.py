@@ -27,7 +27,7 @@ from modelfuse.execution.result import Result
 from modelfuse.execution.resume import Finished, bytes_of, entry_of, facts_of
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.execution.sink import OutputSink, Sink
-from modelfuse.execution.worker import Room, Task, Tasks, Worker
+from modelfuse.execution.worker import BufferSizes, Task, Tasks, Worker
 from modelfuse.kernels import Bytes, Pass, Procedure
 from modelfuse.kernels.backends import choose
 from modelfuse.kernels.jit.compile import announcing
@@ -67,10 +67,10 @@ class Run:
     def __post_init__(self) -> None:
         # The nodes of a cluster compile for themselves.
         self._kernel = choose(self.plan.device, self.plan.compiler if self.cluster is None else None)
-        self._tasks, self._room = Tasks.of(self.plan), Room.of(self.plan)
-        hold(self._room.fetched, self._room.keeps)
+        self._tasks, self._sizes = Tasks.of(self.plan), BufferSizes.of(self.plan)
+        hold(self._sizes.fetched, self._sizes.keeps)
         workers = self.plan.workers if self.cluster is None else 0
-        self._worker_states = [Worker(self._kernel, self._room, self._is_stopping) for _ in range(workers)]
+        self._worker_states = [Worker(self._kernel, self._sizes, self._is_stopping) for _ in range(workers)]
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
         #: Workers come to the ends of several spans of one tensor at the same time.
         self._taking = threading.Lock()
@@ -88,7 +88,7 @@ class Run:
             folder.create(file.name, file.frame)
         self._folder = folder
         if self.cluster is not None:
-            with self.cluster.sharing(self.plan, self._tasks, self._room, folder.share()):
+            with self.cluster.sharing(self.plan, self._tasks, self._sizes, folder.share()):
                 self._walk_all()
             return
         self._streaming = Streaming(self._in_order())

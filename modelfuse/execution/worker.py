@@ -95,8 +95,8 @@ class ResultSink(Protocol):
         """Take what walking a span has come to, once its bytes are written."""
 
 
-class Room(NamedTuple):
-    """What a worker needs room for.
+class BufferSizes(NamedTuple):
+    """What a worker needs sizes for.
 
     Attributes:
         slice_elements: Elements to hold at a time.
@@ -113,7 +113,7 @@ class Room(NamedTuple):
     keeps: bool
 
     @classmethod
-    def of(cls, plan: Plan) -> Room:
+    def of(cls, plan: Plan) -> BufferSizes:
         """What the tensors of a plan need."""
         slices = plan.slice_elements
         pairs = [((pair.one, pair.other), slices) for pair in plan.equal_pairs if pair.one.size]
@@ -132,13 +132,13 @@ class Worker:
 
     Args:
         kernel: What merges.
-        room: What the buffers are to hold.
+        sizes: What the buffers are to hold.
         stopping: Whether to give up; asked before every slice.
     """
 
-    def __init__(self, kernel: Kernel, room: Room, stopping: Callable[[], bool] = lambda: False) -> None:
-        self._slice_elements, self._stopping = room.slice_elements, stopping
-        self._raws, self._out = kernel.buffer((room.rows,)), kernel.buffer((room.out,))
+    def __init__(self, kernel: Kernel, sizes: BufferSizes, stopping: Callable[[], bool] = lambda: False) -> None:
+        self._slice_elements, self._stopping = sizes.slice_elements, stopping
+        self._raws, self._out = kernel.buffer((sizes.rows,)), kernel.buffer((sizes.out,))
         self._last_rows = self._raws.reshape(1, -1)
         #: What the buffers hold: a tensor of one slice is read once, however many passes walk it.
         self._held: tuple[Task, int, int] | None = None

@@ -13,7 +13,7 @@ from modelfuse.checkpoints.config_differences import config_differences, shown
 from modelfuse.errors import RecipeError
 from modelfuse.execution.prefetch import Streaming
 from modelfuse.execution.scheduler import Job, Scheduler
-from modelfuse.execution.worker import Room, Task, Worker, row_bytes
+from modelfuse.execution.worker import BufferSizes, Task, Worker, row_bytes
 from modelfuse.inspection.diff_findings import findings_of
 from modelfuse.inspection.diff_result import Diff, Group, NotCompared, SideDifference, TensorFacts
 from modelfuse.inspection.diff_sums import TensorSums
@@ -151,7 +151,7 @@ class Measuring:
         rows = max(row_bytes(each.sources, slices) * len(each.sources) for each in plan.tensors)
         hold(budget.fetched, False)
         self._workers = [
-            Worker(kernel, Room(slices, rows, 0, budget.fetched, False), lambda: self._scheduler.stopping)
+            Worker(kernel, BufferSizes(slices, rows, 0, budget.fetched, False), lambda: self._scheduler.stopping)
             for _ in range(budget.workers)
         ]
         paths = [model.path for model in plan.models]

@@ -19,7 +19,7 @@ from modelfuse.execution.ray.connect import reached
 from modelfuse.execution.ray.messages import Done, Failed, Shipment, is_final, pack, unpack
 from modelfuse.execution.ray.node_checks import LOOK, Watch, look_at_all, lost
 from modelfuse.execution.scheduler import Job, Queue
-from modelfuse.execution.worker import ResultSink, Room, Task, Tasks
+from modelfuse.execution.worker import ResultSink, BufferSizes, Task, Tasks
 from modelfuse.kernels import Pass
 from modelfuse.planning.plan import Plan
 from modelfuse.version import __version__
@@ -54,13 +54,13 @@ class Cluster:
             yield cls(limit)
 
     @contextmanager
-    def sharing(self, plan: Plan, tasks: Tasks, room: Room, folder: Path | None) -> Iterator[None]:
+    def sharing(self, plan: Plan, tasks: Tasks, sizes: BufferSizes, folder: Path | None) -> Iterator[None]:
         """What all nodes must know of a merge, while they walk its spans.
 
         Args:
             plan: The merge.
             tasks: All that spans may be of.
-            room: What a worker needs room for.
+            sizes: How large a worker's buffers are.
             folder: Where nodes write; None: this machine writes all.
 
         Raises:
@@ -71,7 +71,7 @@ class Cluster:
         every = (*tasks.equal_pairs, *tasks.tensors)
         self._numbers = {task: number for number, task in enumerate(every)}
         token = f".{secrets.token_hex(8)}"
-        shipment = ray.put(pack(Shipment(folder, token, plan.device, room, every)))
+        shipment = ray.put(pack(Shipment(folder, token, plan.device, sizes, every)))
         self._common = __version__, token, shipment
         try:
             if folder is not None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelfuse.errors import ClusterError, ModelfuseError
-from modelfuse.execution.worker import Room, Task
+from modelfuse.execution.worker import BufferSizes, Task
 from modelfuse.kernels import Bytes, Pass
 from modelfuse.kernels.backends import Device
 
@@ -23,14 +23,14 @@ class Shipment:
         folder: Where to write the weight files; None: what would be written is sent back.
         token: A file in that folder, there as long as the merge runs.
         device: Where to compute.
-        room: What a worker needs room for.
+        sizes: How large a worker's buffers are.
         tasks: All tasks; spans name theirs by its number.
     """
 
     folder: Path | None
     token: str
     device: Device
-    room: Room
+    sizes: BufferSizes
     tasks: tuple[Task, ...]
 
 

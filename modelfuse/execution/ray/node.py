@@ -35,8 +35,8 @@ class NodeWorker:
 
     def __init__(self, shipment: Shipment) -> None:
         self._shipment = shipment
-        hold(shipment.room.fetched, shipment.room.keeps)
-        self._worker = Worker(choose(shipment.device), shipment.room)
+        hold(shipment.sizes.fetched, shipment.sizes.keeps)
+        self._worker = Worker(choose(shipment.device), shipment.sizes)
         #: What is being walked.
         self.tensor = ""
 
