@@ -30,7 +30,7 @@ from modelfuse.dtypes import BY_NAME
 from modelfuse.errors import _installed_from
 from modelfuse.execution import run as running
 from modelfuse.execution.ray import batches, driver, node_checks
-from modelfuse.execution.ray.batches import Group
+from modelfuse.execution.ray.batches import Batch
 from modelfuse.planning import optional_packages
 from modelfuse.storage.files import SourceFile
 
@@ -126,14 +126,14 @@ def on_one_machine(merge: Command, words: Words, tmp_path: Path) -> dict[str, ob
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
-    """The groups that are given out."""
-    given: list[Group] = []
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """The batches that are given out."""
+    given: list[Batch] = []
     send = driver.Cluster._send
 
-    def noted(cluster: driver.Cluster, group: Group) -> Any:
-        given.append(group)
-        return send(cluster, group)
+    def noted(cluster: driver.Cluster, batch: Batch) -> Any:
+        given.append(batch)
+        return send(cluster, batch)
 
     monkeypatch.setattr(driver.Cluster, "_send", noted)
     return given
@@ -240,17 +240,17 @@ def test_an_output_verifies_where_there_is_no_cluster(
     assert said.status == 0, said.err
 
 
-def test_small_tensors_go_together(merge: Command, simulated: Simulated, tmp_path: Path, sent: list[Group]) -> None:
+def test_small_tensors_go_together(merge: Command, simulated: Simulated, tmp_path: Path, sent: list[Batch]) -> None:
     tensors = {f"layers.{number}.norm": bf16(np.full(100, number)) for number in range(500)}
     pair = [make_model(tmp_path / name, tensors) for name in "AB"]
     merge("--model_path_list", *pair, "--output_path", tmp_path / "C", *on(simulated))
-    assert sum(len(spans) for group in sent for spans in group.spans) == 500
+    assert sum(len(spans) for batch in sent for spans in batch.spans) == 500
     assert 4 * 2 <= len(sent) <= 4 * 2 + 2
-    assert sum(group.nbytes for group in sent) == 500 * 100 * 2 * 3
+    assert sum(batch.nbytes for batch in sent) == 500 * 100 * 2 * 3
 
 
 def test_there_are_four_tasks_for_each_processor(
-    merge: Command, simulated: Simulated, tmp_path: Path, sent: list[Group], monkeypatch: pytest.MonkeyPatch
+    merge: Command, simulated: Simulated, tmp_path: Path, sent: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the model has enough spans; and none of them is too large."""
     pair = [make_model(tmp_path / name, {"w": np.zeros(40 * SPAN + 1, np.int8)}) for name in "AB"]
@@ -261,7 +261,7 @@ def test_there_are_four_tasks_for_each_processor(
     monkeypatch.setattr(batches, "MOST_BYTES", 2 * 3 * SPAN)
     merge(*words)
     assert len(sent) == 21
-    assert max(group.nbytes for group in sent) == 2 * 3 * SPAN
+    assert max(batch.nbytes for batch in sent) == 2 * 3 * SPAN
 
 
 def test_progress_comes_to_the_whole(simulated: Simulated, models: list[Path], tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_a_connection_is_made_and_ended(merge: Command, disconnected: Simulated,
 
 
 def test_values_that_are_not_finite_are_refused_with_the_same_words(
-    refuse: Callable[..., str], simulated: Simulated, words: Words, tmp_path: Path, sent: list[Group]
+    refuse: Callable[..., str], simulated: Simulated, words: Words, tmp_path: Path, sent: list[Batch]
 ) -> None:
     random = np.random.default_rng(0)
     tensors: dict[str, Any] = {each: random.standard_normal(shape).astype(np.float32) for each, shape in SIZES.items()}
@@ -308,7 +308,7 @@ def test_values_that_are_not_finite_are_refused_with_the_same_words(
     make_model(tmp_path / "B", tensors)
     said = [refuse("merge", *words, *more, says=["'a' holds NaN", "2 in", "B"]) for more in ([], on(simulated))]
     assert said[1].splitlines()[1:] == said[0].splitlines()  # The first is a note on the memory of the cluster's CPUs.
-    assert all(group.attempts == 1 for group in sent)
+    assert all(batch.attempts == 1 for batch in sent)
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda way: way.name)
 def test_a_driver_that_is_ended_is_gone_on_with(
-    merge: Command, simulated: Simulated, words: Words, tmp_path: Path, sent: list[Group], way: signal.Signals
+    merge: Command, simulated: Simulated, words: Words, tmp_path: Path, sent: list[Batch], way: signal.Signals
 ) -> None:
     words += ["--merge_method", "ties"]
     expected = on_one_machine(merge, words, tmp_path)
@@ -509,7 +509,7 @@ def test_a_driver_that_is_ended_is_gone_on_with(
     said = merge(*words, *on(simulated))
     assert "Going on from where the last run was ended" in said.err
     assert content(tmp_path / "C") == expected
-    assert len({id(span) for group in sent for own in group.spans for span in own if span.pass_.writes}) <= 14 - 5
+    assert len({id(span) for batch in sent for own in batch.spans for span in own if span.pass_.writes}) <= 14 - 5
 
 
 @pytest.fixture(scope="module")
@@ -537,7 +537,7 @@ def lose_after(simulated: Simulated, nodes: list[Any], visits: Path, number: int
 
 def test_the_tasks_of_a_lost_node_run_elsewhere_and_without_any_node_the_merge_ends(
     merge: Command, modelfuse: Command, losing: Simulated, words: Words, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, sent: list[Group]
+    monkeypatch: pytest.MonkeyPatch, sent: list[Batch]
 ) -> None:  # fmt: skip
     expected = on_one_machine(merge, words, tmp_path)
     monkeypatch.setattr(batches, "MOST_BYTES", 1)
@@ -547,7 +547,7 @@ def test_the_tasks_of_a_lost_node_run_elsewhere_and_without_any_node_the_merge_e
         thread = lose_after(losing, [first], visits, 4)
         said = merge(*words, *on(losing))
         thread.join()
-    assert any(group.attempts == 2 for group in sent)
+    assert any(batch.attempts == 2 for batch in sent)
     assert "raylet" not in said.out + said.err
     assert content(tmp_path / "C") == expected
 

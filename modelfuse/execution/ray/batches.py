@@ -1,4 +1,4 @@
-"""Spans are given out in groups: so large that giving them out costs little, so small that there are enough of them."""
+"""Spans are given out in batches: so large that giving them out costs little, so small that there are enough of them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from modelfuse.execution.ray.messages import Part
+from modelfuse.execution.ray.messages import PassSpans
 from modelfuse.execution.scheduler import Queue, Span
 from modelfuse.execution.worker import Task
 from modelfuse.kernels import Pass
 from modelfuse.planning.plan import Plan
 
-#: The most bytes that a group reads and writes: about a second on a network's filesystem, far less on a disk.
+#: The most bytes that a batch reads and writes: about a second on a network's filesystem, far less on a disk.
 MOST_BYTES = 256_000_000
 #: The most of them where what is written is sent back.
 MOST_SENT = 64_000_000
 #: The most bytes that passes bring with them: tables of small tensors are larger than they are.
 MOST_PASSES = 8_000_000
-#: At least so many groups for each processor.
-LEAST_GROUPS = 4
+#: At least so many batches for each processor.
+LEAST_BATCHES = 4
 
 
 @dataclass
-class Group:
+class Batch:
     """Spans to be walked in one go.
 
     Attributes:
@@ -42,16 +42,16 @@ class Group:
         tasks: list[Task] = [own[0].job.owner for own in self.spans]
         return list(dict.fromkeys((task.tensor or task.sources[0]).name for task in tasks))
 
-    def parts(self, numbers: Mapping[Task, int]) -> list[Part]:
+    def parts(self, numbers: Mapping[Task, int]) -> list[PassSpans]:
         """What a node is to know of them."""
         return [
-            Part(numbers[own[0].job.owner], own[0].pass_, [(span.first, span.count) for span in own])
+            PassSpans(numbers[own[0].job.owner], own[0].pass_, [(span.first, span.count) for span in own])
             for own in self.spans
         ]
 
 
-class Grouping:
-    """Takes groups from a queue.
+class Batcher:
+    """Takes batches from a queue.
 
     Args:
         queue: All spans.
@@ -61,21 +61,21 @@ class Grouping:
     def __init__(self, queue: Queue[Pass], has: Callable[[Span[Pass]], bool]) -> None:
         self._queue, self._has = queue, has
 
-    def next(self, room: int) -> Group | None:
-        """The next group, of not many more bytes than there is room for; None if there is nothing now."""
-        group, passes = Group(), 0
+    def next(self, limit: int) -> Batch | None:
+        """The next batch, of not many more bytes than there is limit for; None if there is nothing now."""
+        batch, passes = Batch(), 0
         for span in self._spans():
-            if group.spans and group.spans[-1][0].pass_ is span.pass_:
-                group.spans[-1].append(span)
+            if batch.spans and batch.spans[-1][0].pass_ is span.pass_:
+                batch.spans[-1].append(span)
             else:
-                group.spans.append([span])
+                batch.spans.append([span])
                 passes += _size_of(span.pass_)
             nbytes = _bytes_of(span)
-            group.nbytes += nbytes
+            batch.nbytes += nbytes
             # The next one is taken to be as large as this one.
-            if group.nbytes + nbytes > room or passes > MOST_PASSES:
+            if batch.nbytes + nbytes > limit or passes > MOST_PASSES:
                 break
-        return group if group.spans else None
+        return batch if batch.spans else None
 
     def _spans(self) -> Iterator[Span[Pass]]:
         while (span := self._queue.take(wait=False)) is not None:
@@ -85,16 +85,16 @@ class Grouping:
                 yield span
 
 
-def room_for(plan: Plan, processors: int, sent: bool) -> int:
-    """The bytes of a group.
+def batch_bytes(plan: Plan, processors: int, sent: bool) -> int:
+    """The bytes of a batch.
 
     Args:
         plan: What is merged.
-        processors: How many walk groups at the same time.
+        processors: How many walk batches at the same time.
         sent: Whether what is written is sent back.
     """
     most = MOST_SENT if sent else MOST_BYTES
-    return min(most, (plan.bytes_read + plan.bytes_written) // (LEAST_GROUPS * max(processors, 1)))
+    return min(most, (plan.bytes_read + plan.bytes_written) // (LEAST_BATCHES * max(processors, 1)))
 
 
 def _bytes_of(span: Span[Pass]) -> int:

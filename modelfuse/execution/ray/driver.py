@@ -1,4 +1,4 @@
-"""This machine's part in a merge on a cluster: groups of spans given out, what they come to collected."""
+"""This machine's part in a merge on a cluster: batches of spans given out, what they come to collected."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import ray
 from ray.exceptions import RayError
 
 from modelfuse.execution.ray import node
-from modelfuse.execution.ray.batches import Group, Grouping, room_for
+from modelfuse.execution.ray.batches import Batch, Batcher, batch_bytes
 from modelfuse.execution.ray.connect import reached
 from modelfuse.execution.ray.messages import Done, Failed, Shipment, is_final, pack, unpack
-from modelfuse.execution.ray.node_checks import LOOK, Watch, look_at_all, lost
+from modelfuse.execution.ray.node_checks import LOOK, ClusterMonitor, look_at_all, lost
 from modelfuse.execution.scheduler import Job, Queue
-from modelfuse.execution.worker import ResultSink, BufferSizes, Task, Tasks
+from modelfuse.execution.worker import BufferSizes, ResultSink, Task, Tasks
 from modelfuse.kernels import Pass
 from modelfuse.planning.plan import Plan
 from modelfuse.version import __version__
 
 #: Groups under way for each processor: one that is walked, one that waits for it.
 QUEUED = 2
-#: How often a group may fail, and the seconds to wait before each attempt.
+#: How often a batch may fail, and the seconds to wait before each attempt.
 PAUSES = (0.0, 1.0, 3.0)
 
 
@@ -40,7 +40,7 @@ class Cluster:
     def __init__(self, limit: float) -> None:
         self._limit = limit
         self._walk = ray.remote(num_cpus=1, max_retries=0)(node.walk)
-        self._watch = Watch()
+        self._monitor = ClusterMonitor()
 
     @classmethod
     @contextmanager
@@ -76,7 +76,7 @@ class Cluster:
         try:
             if folder is not None:
                 (folder / token).touch()
-            while not self._watch.processors(self._limit):
+            while not self._monitor.processors(self._limit):
                 time.sleep(LOOK)
             look_at_all(self._common)
             yield
@@ -94,41 +94,41 @@ class Cluster:
             Exception: What walking a span has ended with.
         """
         queue: Queue[Pass] = Queue(jobs, span, receiver.may_go_ahead)
-        groups = Grouping(queue, lambda each: receiver.has(each.job.owner, each.pass_, each.first, each.count))
-        flying: dict[Any, Group] = {}
+        batcher = Batcher(queue, lambda each: receiver.has(each.job.owner, each.pass_, each.first, each.count))
+        flying: dict[Any, Batch] = {}
         try:
             while True:
-                processors = self._watch.processors(self._limit)
+                processors = self._monitor.processors(self._limit)
                 while len(flying) < QUEUED * max(processors, 1):
-                    group = groups.next(room_for(self._plan, processors, self._sends))
-                    if group is None:
+                    batch = batcher.next(batch_bytes(self._plan, processors, self._sends))
+                    if batch is None:
                         break
-                    flying[self._send(group)] = group
+                    flying[self._send(batch)] = batch
                 if not flying:
                     return
                 for reference in _landed(list(flying)):
-                    group = flying.pop(reference)
-                    failure = self._collect(reference, group, queue, receiver)
+                    batch = flying.pop(reference)
+                    failure = self._collect(reference, batch, queue, receiver)
                     if failure is not None:
-                        flying[self._again(group, failure)] = group
+                        flying[self._again(batch, failure)] = batch
         finally:
             for reference in flying:
                 with contextlib.suppress(RayError):
                     ray.cancel(reference, force=True)
 
-    def _send(self, group: Group) -> Any:
-        pause, group.attempts = PAUSES[group.attempts], group.attempts + 1
-        return self._walk.remote(*self._common, pack(group.parts(self._numbers)), pause)
+    def _send(self, batch: Batch) -> Any:
+        pause, batch.attempts = PAUSES[batch.attempts], batch.attempts + 1
+        return self._walk.remote(*self._common, pack(batch.parts(self._numbers)), pause)
 
-    def _again(self, group: Group, failure: Exception) -> Any:
-        """Give a group out once more, elsewhere if its node is lost; enough is enough."""
-        if group.attempts == len(PAUSES):
-            failure.add_note(f"This was tried {group.attempts} times.")
+    def _again(self, batch: Batch, failure: Exception) -> Any:
+        """Give a batch out once more, elsewhere if its node is lost; enough is enough."""
+        if batch.attempts == len(PAUSES):
+            failure.add_note(f"This was tried {batch.attempts} times.")
             raise failure
-        return self._send(group)
+        return self._send(batch)
 
-    def _collect(self, reference: Any, group: Group, queue: Queue[Pass], receiver: ResultSink) -> Exception | None:
-        """Take what a group has come to; why there is nothing to take, if another attempt may help.
+    def _collect(self, reference: Any, batch: Batch, queue: Queue[Pass], receiver: ResultSink) -> Exception | None:
+        """Take what a batch has come to; why there is nothing to take, if another attempt may help.
 
         Raises:
             ModelfuseError: If no attempt can.
@@ -136,22 +136,22 @@ class Cluster:
         try:
             reply = ray.get(reference)
         except RayError as error:
-            return lost(error, group.names)
+            return lost(error, batch.names)
         if isinstance(reply, Failed):
             failure = reply.restore()
             if is_final(failure):
                 raise failure
             return failure
-        self._take(reply, group, queue, receiver)
+        self._take(reply, batch, queue, receiver)
         return None
 
-    def _take(self, reply: Done, group: Group, queue: Queue[Pass], receiver: ResultSink) -> None:
+    def _take(self, reply: Done, batch: Batch, queue: Queue[Pass], receiver: ResultSink) -> None:
         tasks: list[Task] = list(self._numbers) if reply.pieces else []
         for task, start, data in reply.pieces:
             tensor = tasks[task].tensor
             assert tensor is not None
             receiver.write(tensor, start, data)
-        for spans, walked in zip(group.spans, unpack(reply.walked), strict=True):
+        for spans, walked in zip(batch.spans, unpack(reply.walked), strict=True):
             task, pass_ = spans[0].job.owner, spans[0].pass_
             if pass_.writes:
                 for span, each in zip(spans, walked, strict=True):
@@ -162,7 +162,7 @@ class Cluster:
 
 
 def _landed(flying: list[Any]) -> list[Any]:
-    """The groups that have come back; none if it takes long."""
+    """The batches that have come back; none if it takes long."""
     landed, rest = ray.wait(flying, num_returns=1, timeout=LOOK)
     if landed and rest:
         landed += ray.wait(rest, num_returns=len(rest), timeout=0)[0]

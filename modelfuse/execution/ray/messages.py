@@ -34,7 +34,7 @@ class Shipment:
     tasks: tuple[Task, ...]
 
 
-class Part(NamedTuple):
+class PassSpans(NamedTuple):
     """Spans of one pass.
 
     Attributes:
@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A group of spans was walked.
+    """A batch of spans was walked.
 
     Attributes:
         walked: Packed: for each part, what walking its spans has come to, or one for all that they found together.
@@ -69,7 +69,7 @@ class Done(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A group of spans was not walked to its end.
+    """A batch of spans was not walked to its end.
 
     Attributes:
         error: Packed: the error, and its cause.

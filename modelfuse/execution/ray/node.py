@@ -1,4 +1,4 @@
-"""What runs on the nodes of a cluster: groups of spans, each in a worker process of Ray's."""
+"""What runs on the nodes of a cluster: batches of spans, each in a worker process of Ray's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import ray
 
 from modelfuse.checkpoints.output.failures import cannot_write
 from modelfuse.errors import ClusterError, ModelfuseError
-from modelfuse.execution.ray.messages import Done, Failed, Part, Piece, Shipment, pack, unpack
+from modelfuse.execution.ray.messages import Done, Failed, PassSpans, Piece, Shipment, pack, unpack
 from modelfuse.execution.report_writer import SpanResult
 from modelfuse.execution.scheduler import fold_of
 from modelfuse.execution.worker import Task, Worker
@@ -62,8 +62,8 @@ class NodeWorker:
         """As the function."""
         check_inputs(self._shipment.tasks)
 
-    def walk(self, parts: list[Part]) -> Done:
-        """Walk all spans of a group, and make what they write last."""
+    def walk(self, parts: list[PassSpans]) -> Done:
+        """Walk all spans of a batch, and make what they write last."""
         files = _Files(self._shipment.folder)
         try:
             walked = [self._walk_part(part, files) for part in parts]
@@ -72,7 +72,7 @@ class NodeWorker:
             files.close()
         return Done(pack(walked), files.pieces)
 
-    def _walk_part(self, part: Part, files: _Files) -> list[SpanResult]:
+    def _walk_part(self, part: PassSpans, files: _Files) -> list[SpanResult]:
         task = self._shipment.tasks[part.task]
         self.tensor = (task.tensor or task.sources[0]).name
         files.task = part.task
@@ -93,7 +93,7 @@ def check_inputs(tasks: Sequence[Task]) -> None:
 
 
 class _Files:
-    """The output's files, as far as a group of spans writes to them; without a folder, pieces to be sent back."""
+    """The output's files, as far as a batch of spans writes to them; without a folder, pieces to be sent back."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -160,13 +160,13 @@ def look(version: str, token: str, shipment: Bytes) -> Failed | None:
 
 
 def walk(version: str, token: str, shipment: Bytes, parts: Bytes, pause: float) -> Done | Failed:
-    """Walk a group of spans.
+    """Walk a batch of spans.
 
     Args:
         version: modelfuse's, on the machine that asks for it.
         token: The merge.
         shipment: What must be known of it, packed.
-        parts: The group, packed.
+        parts: The batch, packed.
         pause: Seconds to wait before.
     """
     time.sleep(pause)

@@ -52,7 +52,7 @@ def nodes() -> list[Node]:
     return [each for each in found if each.processors]
 
 
-class Watch:
+class ClusterMonitor:
     """How many processors there are: nodes come and go.
 
     The nodes are asked for on a thread, as Ray waits for minutes where the head of the cluster does not answer.
