@@ -96,7 +96,7 @@ class ResultSink(Protocol):
 
 
 class BufferSizes(NamedTuple):
-    """What a worker needs sizes for.
+    """How large the buffers of a worker are.
 
     Attributes:
         slice_elements: Elements to hold at a time.

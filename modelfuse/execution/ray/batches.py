@@ -1,4 +1,4 @@
-"""Spans are given out in batches: so large that giving them out costs little, so small that there are enough of them."""
+"""Batches of spans for Ray tasks: large enough to amortize a task's overhead, small enough to balance the load."""
 
 from __future__ import annotations
 

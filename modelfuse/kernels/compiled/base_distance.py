@@ -17,7 +17,7 @@ import numpy as np
 from modelfuse.kernels import Bytes, Extent, Measured, Pass, Procedure, SpanState, Step, Work, steps_of
 from modelfuse.kernels.arrays import plain
 from modelfuse.kernels.compiled import merge_loops
-from modelfuse.kernels.compiled.direct_reads import Files, block_of
+from modelfuse.kernels.compiled.direct_reads import DirectReads, block_of
 from modelfuse.kernels.compiled.scratch import inputs_of, lay_out
 from modelfuse.kernels.jit.code_cache import prepare
 from modelfuse.kernels.jit.compile import compile_kernel
@@ -88,7 +88,7 @@ class Seen(NamedTuple):
     differs: Array
     squares: Array
     rows: Array
-    files: Files
+    files: DirectReads
 
 
 @dataclass
@@ -131,7 +131,7 @@ class MeasuredPass:
 
     def start(self) -> MeasuredState:
         """Begin a span."""
-        files = Files.of(len(self._sources))
+        files = DirectReads.of(len(self._sources))
         seen = Seen(np.zeros(self._models, np.bool_), np.zeros(self._models + 1), np.empty((3, BLOCK)), files)
         return MeasuredState(self._inner.start(), prepare(seen))
 

@@ -26,7 +26,7 @@ ATTEMPTS = 3
 _pread = Foreign("pread", "int64", "int32", "uintp", "int64", "int64")
 
 
-class Files(NamedTuple):
+class DirectReads(NamedTuple):
     """Where a tensor's elements lie.
 
     Attributes:
@@ -43,7 +43,7 @@ class Files(NamedTuple):
     slice: Array
 
     @classmethod
-    def of(cls, sources: int) -> Files:
+    def of(cls, sources: int) -> DirectReads:
         """Room for so many sources."""
         return cls(*(np.zeros(size, np.int64) for size in (sources, sources, sources, 3)))
 
@@ -67,7 +67,7 @@ class Files(NamedTuple):
 
 
 @compile_kernel
-def place_of(files: Files, raws: Array, start: int, length: int) -> int:
+def column_of(files: DirectReads, raws: Array, start: int, length: int) -> int:
     """Where the block that begins with an element of a slice lies in the rows, once it was read.
 
     Args:
@@ -87,7 +87,7 @@ def place_of(files: Files, raws: Array, start: int, length: int) -> int:
 
 
 @compile_kernel
-def block_of(files: Files, raws: Array, row: int, start: int, count: int) -> int:
+def block_of(files: DirectReads, raws: Array, row: int, start: int, count: int) -> int:
     """The same for a block of one source, in any order."""
     if files.slice[1] == 0:
         return start
@@ -96,7 +96,7 @@ def block_of(files: Files, raws: Array, row: int, start: int, count: int) -> int
 
 
 @compile_kernel
-def fill(files: Files, raws: Array, row: int, start: int, count: int) -> None:
+def fill(files: DirectReads, raws: Array, row: int, start: int, count: int) -> None:
     """Read elements of one source to the start of its row."""
     width = files.widths[row]
     position, left = files.offsets[row] + (files.slice[0] + start) * width, count * width

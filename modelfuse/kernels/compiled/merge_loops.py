@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.kernels.compiled.direct_reads import BLOCK, Files, place_of
+from modelfuse.kernels.compiled.direct_reads import BLOCK, DirectReads, column_of
 from modelfuse.kernels.jit.compile import compile_kernel
 from modelfuse.kernels.order_statistics import LEAD_BITS, RANK_BITS, RANKS
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
@@ -97,7 +97,7 @@ class Room(NamedTuple):
     amounts: Array
     bad: Array
     tables: Array
-    files: Files
+    files: DirectReads
 
 
 class Element(NamedTuple):
@@ -301,7 +301,7 @@ def _count_bad_halves(halves: Array, count: int) -> int:
 def load(data: Stored, begin: int, count: int, room: Room, length: int) -> None:
     """Decode a block of a slice of ``length`` elements into the rows of ``room.x``, and subtract the base."""
     x, last, inputs = room.x, room.x.shape[0] - 1, data.inputs
-    base, start = x[last], place_of(room.files, data.raws, begin, length)
+    base, start = x[last], column_of(room.files, data.raws, begin, length)
     for row in range(inputs.models + inputs.has_base - 1, -1, -1):
         less = inputs.has_base and row < inputs.models and not inputs.deltas[row]
         out = x[row] if row < inputs.models else base

@@ -15,7 +15,7 @@ import numpy as np
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import Bytes, Work
 from modelfuse.kernels.compiled import merge_loops
-from modelfuse.kernels.compiled.direct_reads import BLOCK, Files
+from modelfuse.kernels.compiled.direct_reads import BLOCK, DirectReads
 from modelfuse.kernels.compiled.generate import kernels_of
 from modelfuse.kernels.jit.code_cache import Prepared, prepare
 from modelfuse.kernels.order_statistics import BINS
@@ -66,7 +66,7 @@ class Scratch:
     def __init__(self, models: int, has_base: bool, compute: str, rows: int, keeps: bool) -> None:
         self.kind = models, has_base, compute, rows, keeps
         x, bits = np.zeros((models + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
-        self.bad, self.files = np.zeros(models + has_base + 1, np.int64), Files.of(models + has_base)
+        self.bad, self.files = np.zeros(models + has_base + 1, np.int64), DirectReads.of(models + has_base)
         self.room: Any = prepare(
             merge_loops.Room(
                 x,
