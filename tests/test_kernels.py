@@ -17,7 +17,7 @@ from driving import FLOATS, GRAIN, bfloat16, drive, load, store, work_on
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import measures
 from modelfuse.kernels.compiled import direct_reads, merge_loops, passes
-from modelfuse.kernels.order_statistics import LAYOUTS, Tally
+from modelfuse.kernels.order_statistics import FLOAT_ENCODINGS, Tally
 from modelfuse.kernels.sorted_magnitudes import MOST
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.random import draws, stream_key
@@ -553,7 +553,7 @@ def test_thresholds_far_apart_in_float64_take_little_memory(dtype: str, monkeypa
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tally_adds_up_exactly(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "MOST", 0)
-    layout = LAYOUTS[dtype]
+    layout = FLOAT_ENCODINGS[dtype]
     x = np.abs(distributions(4001, dtype)[name].astype(dtype))
     work = work_on([x, x], [FLOATS[dtype]] * 2, applied("linear", "trim", (1.0, 1.0)), False, FLOATS[dtype])
     found: list[tuple[Any, Any]] = []
@@ -582,7 +582,10 @@ def test_sums_that_are_not_finite_are_none(monkeypatch: pytest.MonkeyPatch) -> N
     found: list[tuple[Any, Any]] = []
     drive(work_on([x, x], [F32, F32], applied("linear", "trim", (1.0, 1.0)), False, F32), [x, x], passes=found)
     (numbers, table), _ = found[0][1][0]
-    assert Tally(LAYOUTS["float32"], LAYOUTS["float32"].shift, numbers, table, sticky=True).units(0) is None
+    assert (
+        Tally(FLOAT_ENCODINGS["float32"], FLOAT_ENCODINGS["float32"].shift, numbers, table, sticky=True).units(0)
+        is None
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

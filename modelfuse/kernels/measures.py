@@ -17,7 +17,7 @@ from modelfuse.kernels import Pass, Work
 from modelfuse.kernels.lines import LineKeep, Lines
 from modelfuse.kernels.order_statistics import (
     DIGIT_BITS,
-    LAYOUTS,
+    FLOAT_ENCODINGS,
     RANK_BITS,
     RANKS,
     Found,
@@ -185,7 +185,7 @@ def measure_magnitudes(
     merged: Merged | None = None,
 ) -> Generator[Pass, list[Any], list[Magnitudes]]:
     """What was asked for of each model's magnitudes or, if given, of an element that is made of all."""
-    layout = LAYOUTS[work.compute]
+    encoding = FLOAT_ENCODINGS[work.compute]
     if work.size <= MOST and merged is None:
         gathered = yield from _gather(work, passes)
         return [each.at_ranks(measure.ranks(work.size, own)) for each, own in zip(gathered, settings, strict=True)]
@@ -209,8 +209,8 @@ def measure_magnitudes(
                 digits = np.flatnonzero(table[:, 0])
                 first = first_within(np.array(search.prefix, np.uint64), parent_shift, DIGIT_BITS)
                 bins = first + digits.astype(np.uint64)
-                search.narrow(Tally(layout, max(parent_shift - DIGIT_BITS, 0), bins, table[digits]))
-    return [Found(layout, own, own_units) for own, own_units in zip(searches, units, strict=True)]
+                search.narrow(Tally(encoding, max(parent_shift - DIGIT_BITS, 0), bins, table[digits]))
+    return [Found(encoding, own, own_units) for own, own_units in zip(searches, units, strict=True)]
 
 
 def ranked_lines(work: Work, measure: LineRanks) -> Lines:
@@ -245,7 +245,7 @@ def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
             return measure.probability(ranks, size, settings)
 
         models.append(RankTable(tally, probability, measure.spread(settings)))
-    shift, levels = LAYOUTS[work.compute].shift, 0
+    shift, levels = FLOAT_ENCODINGS[work.compute].shift, 0
     while sum(map(len, prefixes := [model.prefixes for model in models])):
         if gathered:
             within = [each.within(own, shift) for each, own in zip(gathered, prefixes, strict=True)]
@@ -267,15 +267,15 @@ def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
 
 
 def _gather(work: Work, passes: Tallies) -> Passes:
-    layout = LAYOUTS[work.compute]
+    encoding = FLOAT_ENCODINGS[work.compute]
     (bits,) = yield passes.gather(work)
-    return [SortedMagnitudes(layout, each) for each in bits]
+    return [SortedMagnitudes(encoding, each) for each in bits]
 
 
 def _tally_all(work: Work, passes: Tallies, merged: Merged | None) -> Passes:
-    layout, pass_ = LAYOUTS[work.compute], passes.all(work, merged)
+    encoding, pass_ = FLOAT_ENCODINGS[work.compute], passes.all(work, merged)
     spans = yield pass_
-    return [Tally(layout, layout.shift, numbers, rows, sticky=True) for numbers, rows in reduce(pass_.fold, spans)]
+    return [Tally(encoding, encoding.shift, numbers, rows, sticky=True) for numbers, rows in reduce(pass_.fold, spans)]
 
 
 def _tally_within(

@@ -37,7 +37,7 @@ HALF_BITS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class FloatEncoding:
     """How a float's bits are read.
 
     Attributes:
@@ -66,7 +66,10 @@ class Layout:
             return math.inf
 
 
-LAYOUTS = {"float32": Layout("float32", 23, 149, 16, 255), "float64": Layout("float64", 52, 1074, 48, 2047)}
+FLOAT_ENCODINGS = {
+    "float32": FloatEncoding("float32", 23, 149, 16, 255),
+    "float64": FloatEncoding("float64", 52, 1074, 48, 2047),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class Tally:
     """Magnitudes counted by their leading bits: the bins that hold any, ascending.
 
     Attributes:
-        layout: How to read the bits.
+        encoding: How to read the bits.
         shift: The number of bits that remain after the leading ones.
         numbers: uint64, shape (bins,): the leading bits, followed by the sticky bit if there is one.
         table: uint64, shape (bins, 3): counts, and the sums of the remaining bits' low 22 and of the others; or counts
@@ -82,7 +85,7 @@ class Tally:
         sticky: Whether a bin's number ends with a bit that says if any of the remaining bits is set.
     """
 
-    layout: Layout
+    encoding: FloatEncoding
     shift: int
     numbers: Counts
     table: Counts
@@ -122,19 +125,19 @@ class Tally:
         stop = self.numbers.size if stop is None else stop
         if start == stop:
             return 0
-        if self.leading(stop - 1) >> self.layout.mantissa - self.shift == self.layout.infinite:
+        if self.leading(stop - 1) >> self.encoding.mantissa - self.shift == self.encoding.infinite:
             return None
         return _add_up(
-            self.numbers[start:stop] >> np.uint64(self.sticky), self.table[start:stop], self.layout, self.shift
+            self.numbers[start:stop] >> np.uint64(self.sticky), self.table[start:stop], self.encoding, self.shift
         )
 
 
-def _add_up(leading: Counts, table: Counts, layout: Layout, shift: int) -> int:
+def _add_up(leading: Counts, table: Counts, encoding: FloatEncoding, shift: int) -> int:
     """The sum of the magnitudes in some bins, in smallest subnormals.
 
     Those of one exponent are added up first: split in halves, so that 64 bits hold the sums.
     """
-    width, half = np.uint64(layout.mantissa - shift), np.uint64((1 << HALF_BITS) - 1)
+    width, half = np.uint64(encoding.mantissa - shift), np.uint64((1 << HALF_BITS) - 1)
     exponents = leading >> width
     hidden = np.uint64(1) << width
     values = (leading & (hidden - np.uint64(1))) | np.where(exponents > 0, hidden, np.uint64(0))
@@ -171,7 +174,7 @@ class RankSearch:
     """
 
     def __init__(self, tally: Tally, rank: int, sums: bool) -> None:
-        self._layout, self._rank, self._sums = tally.layout, rank, sums
+        self._encoding, self._rank, self._sums = tally.encoding, rank, sums
         self.value: float | None = None
         self.above: int | None = 0
         self.own: int | None = 0
@@ -182,7 +185,7 @@ class RankSearch:
         index, self._rank = tally.find(self._rank)
         self.prefix, self.parent_shift = tally.leading(index), tally.shift
         if not tally.mixed[index]:
-            self.value = self._layout.value(self.prefix << tally.shift)
+            self.value = self._encoding.value(self.prefix << tally.shift)
         if not self._sums:
             return
         units = tally.units(index + 1)
@@ -195,18 +198,18 @@ class Found:
     """What searches have found of one model's magnitudes: :class:`modelfuse.methods.spec.Magnitudes`.
 
     Args:
-        layout: How the bits are read.
+        encoding: How the bits are read.
         searches: One a rank, all at their end.
         units: The sum of all magnitudes in smallest subnormals; None if any is not finite.
     """
 
-    def __init__(self, layout: Layout, searches: Sequence[RankSearch], units: int | None) -> None:
-        self._layout, self._searches, self._units = layout, searches, units
+    def __init__(self, encoding: FloatEncoding, searches: Sequence[RankSearch], units: int | None) -> None:
+        self._encoding, self._searches, self._units = encoding, searches, units
 
     @property
     def total(self) -> float:
         """The sum of all magnitudes; NaN if any is not finite."""
-        return math.nan if self._units is None else self._layout.amount(self._units)
+        return math.nan if self._units is None else self._encoding.amount(self._units)
 
     def at(self, number: int) -> float:
         """The magnitude at one of the ranks."""
@@ -218,7 +221,7 @@ class Found:
         above = 0 if last is None else self._searches[last].above
         if low.above is None or low.own is None or above is None:
             return math.nan
-        return self._layout.amount(max(low.above + low.own - above, 0))
+        return self._encoding.amount(max(low.above + low.own - above, 0))
 
 
 def _most_in_a_bin(size: int, spread: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels.order_statistics import HALF_BITS, RANK_BITS, Layout, Tally
+from modelfuse.kernels.order_statistics import HALF_BITS, RANK_BITS, FloatEncoding, Tally
 
 Array = np.ndarray[Any, Any]
 
@@ -24,12 +24,12 @@ class SortedMagnitudes:
     """The magnitudes of one model's tensor.
 
     Args:
-        layout: How their bits are read.
+        encoding: How their bits are read.
         bits: uint32 or uint64, shape (elements,): the bits of the magnitudes, in the order of the elements.
     """
 
-    def __init__(self, layout: Layout, bits: Array) -> None:
-        self._layout, self._bits = layout, bits
+    def __init__(self, encoding: FloatEncoding, bits: Array) -> None:
+        self._encoding, self._bits = encoding, bits
 
     @cached_property
     def _sorted(self) -> Array:
@@ -37,16 +37,16 @@ class SortedMagnitudes:
 
     def at_ranks(self, ranks: Sequence[int]) -> FoundSorted:
         """What is known of the magnitudes at these ranks, ascending from 0."""
-        return FoundSorted(self._layout, self._sorted, ranks)
+        return FoundSorted(self._encoding, self._sorted, ranks)
 
     def tally(self) -> Tally:
         """The same as counting them by their leading bits and whether any of the others is set."""
-        bits, shift = self._sorted, self._layout.shift
+        bits, shift = self._sorted, self._encoding.shift
         one = bits.dtype.type
         bins = (bits >> one(shift)) << one(1) | ((bits & one((1 << shift) - 1)) != 0)
         starts = np.flatnonzero(np.concatenate([[True], bins[1:] != bins[:-1]]))
         counts = np.diff(np.append(starts, bins.size)).astype(np.uint64)
-        return Tally(self._layout, shift, bins[starts].astype(np.uint64), counts[:, None], sticky=True)
+        return Tally(self._encoding, shift, bins[starts].astype(np.uint64), counts[:, None], sticky=True)
 
     def within(self, prefixes: Array, parent_shift: int) -> Array:
         """The same as counting those in some bins by their next RANK_BITS digits.
@@ -95,13 +95,13 @@ class FoundSorted:
     """What was asked for of sorted magnitudes: :class:`modelfuse.methods.spec.Magnitudes`.
 
     Args:
-        layout: How their bits are read.
+        encoding: How their bits are read.
         bits: Their bits, ascending.
         ranks: The ranks that were asked for.
     """
 
-    def __init__(self, layout: Layout, bits: Array, ranks: Sequence[int]) -> None:
-        self._layout, self._bits, self._ranks = layout, bits, ranks
+    def __init__(self, encoding: FloatEncoding, bits: Array, ranks: Sequence[int]) -> None:
+        self._encoding, self._bits, self._ranks = encoding, bits, ranks
 
     @property
     def total(self) -> float:
@@ -110,7 +110,7 @@ class FoundSorted:
 
     def at(self, number: int) -> float:
         """The magnitude at one of the ranks."""
-        return self._layout.value(int(self._bits[self._ranks[number]]))
+        return self._encoding.value(int(self._bits[self._ranks[number]]))
 
     def between(self, first: int, last: int | None = None) -> float:
         """The sum of the magnitudes from one of them to another one, or to the largest; NaN if any is not finite."""
@@ -127,16 +127,16 @@ class FoundSorted:
 
     def _sum(self, start: int, end: int) -> float:
         units = self._units
-        return math.nan if units is None else self._layout.amount(max(units[end] - units[start], 0))
+        return math.nan if units is None else self._encoding.amount(max(units[end] - units[start], 0))
 
     @cached_property
     def _units(self) -> dict[int, int] | None:
         """The exact sums of all magnitudes below each edge, in smallest subnormals; None if any is not finite."""
-        layout, bits = self._layout, self._bits.astype(np.uint64)
-        exponents = bits >> np.uint64(layout.mantissa)
-        if exponents[-1] == layout.infinite:
+        encoding, bits = self._encoding, self._bits.astype(np.uint64)
+        exponents = bits >> np.uint64(encoding.mantissa)
+        if exponents[-1] == encoding.infinite:
             return None
-        hidden = np.uint64(1 << layout.mantissa)
+        hidden = np.uint64(1 << encoding.mantissa)
         values = (bits & (hidden - np.uint64(1))) | np.where(exponents > 0, hidden, np.uint64(0))
         edges = sorted({0, bits.size, *(edge for pair in self._edges for edge in pair)})
         begins = np.flatnonzero(exponents[1:] != exponents[:-1]) + 1

@@ -15,7 +15,7 @@ from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.lines import Fragment, Lines
 from modelfuse.kernels.measures import Element
-from modelfuse.kernels.order_statistics import BINS, LAYOUTS
+from modelfuse.kernels.order_statistics import BINS, FLOAT_ENCODINGS
 from modelfuse.kernels.procedures import Coefficients
 from modelfuse.methods.expressions import Expression
 
@@ -90,7 +90,7 @@ class Chained(Walk):
             table[bins] = keeps
             tables.append(library.place(table.astype(compute)))
         subtables = library.place(keep.subtables.astype(compute).ravel())
-        return Tables(LAYOUTS[compute].shift, tables, subtables, keep.levels)
+        return Tables(FLOAT_ENCODINGS[compute].shift, tables, subtables, keep.levels)
 
     def _elements(self, state: State, first: int, xs: list[Tensor], model: int, counters: Tensor | None) -> Evaluation:
         """What expressions of a model's element are evaluated with."""

@@ -14,7 +14,7 @@ from modelfuse.kernels.arrays.blocks import State, Walk
 from modelfuse.kernels.arrays.chained import Chained
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.measures import Element, Merged, add_up, add_up_models
-from modelfuse.kernels.order_statistics import BINS, LAYOUTS, LOW_BITS
+from modelfuse.kernels.order_statistics import BINS, FLOAT_ENCODINGS, LOW_BITS
 
 #: A tally's tables on the device: counts and two sums for each bin, and what it takes to gather those in use.
 TABLE_BYTES = BINS * 32
@@ -74,7 +74,7 @@ class TallyAll(_Counting):
 
     def __init__(self, work: Work, library: Library, merged: Merged | None = None) -> None:
         super().__init__(work, library, merged)
-        self._shift = LAYOUTS[work.compute].shift
+        self._shift = FLOAT_ENCODINGS[work.compute].shift
         self._sums = merged.sums if merged else work.method.needs_sums
         self.fixed, self.scratch = TABLE_BYTES, 40 if merged is None else Chained.scratch
 

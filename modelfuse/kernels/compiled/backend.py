@@ -12,7 +12,7 @@ from modelfuse.kernels import Pass, Procedure, Work
 from modelfuse.kernels.compiled.passes import Combine, DotProducts, ElementSums, Gather, TallyAll, TallyWithin
 from modelfuse.kernels.lines import Lines
 from modelfuse.kernels.measures import Element, FragmentsPass, Merged, Passes, SumsPass, TallyPass
-from modelfuse.kernels.order_statistics import LAYOUTS
+from modelfuse.kernels.order_statistics import FLOAT_ENCODINGS
 from modelfuse.kernels.procedures import Backend, Coefficients, LinePass, ProductsPass
 from modelfuse.kernels.procedures import merge_procedure as procedure_over
 from modelfuse.methods.expressions import Expression
@@ -29,7 +29,7 @@ class CompiledBackend:
     def all(self, work: Work, merged: Merged | None = None) -> TallyPass:
         if merged is not None:
             return self._arrays.all(work, merged)
-        return TallyAll(work, LAYOUTS[work.compute])
+        return TallyAll(work, FLOAT_ENCODINGS[work.compute])
 
     def within(
         self,
@@ -42,7 +42,7 @@ class CompiledBackend:
     ) -> TallyPass:
         if merged is not None:
             return self._arrays.within(work, prefixes, parent_shift, shift, digit_bits, merged)
-        return TallyWithin(work, prefixes, (LAYOUTS[work.compute].shift, parent_shift, shift), digit_bits)
+        return TallyWithin(work, prefixes, (FLOAT_ENCODINGS[work.compute].shift, parent_shift, shift), digit_bits)
 
     def element_sums(self, work: Work, element: Element, terms: Sequence[Expression]) -> SumsPass:
         if element.lines is not None:

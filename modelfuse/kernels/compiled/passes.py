@@ -22,7 +22,7 @@ from modelfuse.kernels.measures import (
     KeepTables,
     add_up_models,
 )
-from modelfuse.kernels.order_statistics import LAYOUTS, LEAD_BITS, RANKS, Layout
+from modelfuse.kernels.order_statistics import FLOAT_ENCODINGS, LEAD_BITS, RANKS, FloatEncoding
 from modelfuse.kernels.procedures import Coefficients
 from modelfuse.methods.arrays import total
 
@@ -50,7 +50,7 @@ def _laid_out_keep(keep: KeepTables, compute: str) -> list[Any]:
     bins = np.concatenate([bins for bins, _ in tables])
     exact = np.empty((0, 1)) if keep.exact is None else keep.exact
     return [
-        LAYOUTS[compute].shift,
+        FLOAT_ENCODINGS[compute].shift,
         ((bins >> np.uint64(1)) | (bins & np.uint64(1)) << np.uint64(LEAD_BITS)).astype(np.uint16),
         np.cumsum([bins.size for bins, _ in tables]),
         np.concatenate([keeps for _, keeps in tables]).astype(compute),
@@ -228,13 +228,13 @@ class TallyAll(_Walk):
 
     writes = False
 
-    def __init__(self, work: Work, layout: Layout) -> None:
+    def __init__(self, work: Work, encoding: FloatEncoding) -> None:
         super().__init__(work)
-        self._layout, self._sums = layout, work.method.needs_sums
+        self._encoding, self._sums = encoding, work.method.needs_sums
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
         room, tables = state.scratch.room, state.scratch.tables.all
-        histograms.tally(data, count, room, self._layout.shift, self._sums, tables)
+        histograms.tally(data, count, room, self._encoding.shift, self._sums, tables)
 
     def _found(self, state: State) -> list[tuple[Array, Array]]:
         found, (_, tables, numbers, rows) = [], state.scratch.tables
