@@ -940,7 +940,7 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(
 
 
 def test_blobs_that_all_models_share(published: Hub, merge: Run, cache: Path, tmp_path: Path) -> None:
-    """DirectReads that were stored by their content once for all models are links out of the model's own blobs."""
+    """Files that were stored by their content once for all models are links out of the model's own blobs."""
     merge(*words(published, "org/a", "org/b"))
     blob = (cache / "models--org--a" / "snapshots" / head(published, "org/a") / "tokenizer.json").resolve()
     (cache / "blobs" / "ab").mkdir(parents=True)

@@ -191,7 +191,7 @@ def test_our_reader_agrees_with_the_reference_one(tmp_path: Path) -> None:
     assert set(accepted) <= stricter
 
 
-# DirectReads that are not files
+# Files that are not files
 
 
 def test_a_folder_instead_of_the_file(refuse: Refuse, pair: Pair, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_config_names_the_type_that_is_stored(merge: Run, tmp_path: Path) -> Non
     assert (tmp_path / "D" / "config.json").read_bytes() == (models[0] / "config.json").read_bytes()
 
 
-# DirectReads
+# Files
 
 
 def test_one_file_or_shards_as_hugging_face_names_them(merge: Run, pair: Pair, tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_slices_that_do_not_fit(tmp_path: Path) -> None:
             read_paddle(save(tmp_path, {**cut(array, (10, 14)), **change}, 4))
 
 
-# DirectReads as such
+# Files as such
 
 
 @pytest.mark.parametrize("stem", ["state-2", "pairs-3", "dense-4"])

@@ -21,7 +21,7 @@ import modelfuse as package
 from modelfuse.errors import OutputError
 from modelfuse.execution import run
 from modelfuse.execution.worker import Worker
-from modelfuse.storage import Url, column_of
+from modelfuse.storage import Url, place_of
 from modelfuse.storage.remote import uploads
 from modelfuse.storage.remote.uploads import Gate
 
@@ -233,7 +233,7 @@ def test_verify_finds_what_was_changed(modelfuse: Run, merge: Run, s3: S3, model
 
 
 def test_parts_come_together_in_any_order(s3: S3, parts: None) -> None:
-    url = column_of("s3://bucket/out/file")
+    url = place_of("s3://bucket/out/file")
     assert isinstance(url, Url)
     from modelfuse.storage.remote.open_store import store_of
 
@@ -254,7 +254,7 @@ def test_parts_come_together_in_any_order(s3: S3, parts: None) -> None:
 def test_what_waits_for_its_turn_is_bounded(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """DirectReads go from front to back, however long the first tensor takes and wherever copied ones are."""
+    """Files go from front to back, however long the first tensor takes and wherever copied ones are."""
     most, lock = 0, threading.Lock()
     walk, move = Worker.walk, Gate.move
 

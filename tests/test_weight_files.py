@@ -1,4 +1,4 @@
-"""DirectReads and folders as people have them: other names and endings, variants, what training leaves."""
+"""Files and folders as people have them: other names and endings, variants, what training leaves."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class DirectReads(NamedTuple):
 
     @classmethod
     def of(cls, sources: int) -> DirectReads:
-        """Room for so many sources."""
+        """BlockBuffers for so many sources."""
         return cls(*(np.zeros(size, np.int64) for size in (sources, sources, sources, 3)))
 
     def read_from(self, extents: Sequence[Extent], dtypes: Sequence[DType]) -> None:

@@ -70,12 +70,12 @@ class ChainKernels(NamedTuple):
     """The kernels of a chain.
 
     Attributes:
-        rows: Rows of ``Room.rows`` that they take.
-        combine: Takes Stored, the first element's number, the slice's length, Room, Element, Numbers and the output's
+        rows: Rows of ``BlockBuffers.rows`` that they take.
+        combine: Takes Stored, the first element's number, the slice's length, BlockBuffers, Element, Numbers and the output's
             code.
         multiply: The dot products of all pairs of models: takes Stored, the first element's number, the slice's length,
-            Room, Element, lanes and sums.
-        add_up: The sums of the chain's terms: takes Stored, the first element's number, the slice's length, Room,
+            BlockBuffers, Element, lanes and sums.
+        add_up: The sums of the chain's terms: takes Stored, the first element's number, the slice's length, BlockBuffers,
             Element, the number of terms, lanes and sums.
     """
 

@@ -10,7 +10,7 @@ from modelfuse.kernels.compiled.direct_reads import BLOCK
 from modelfuse.kernels.compiled.merge_loops import (
     COUNT_SHIFT,
     TOGETHER,
-    Room,
+    BlockBuffers,
     Stored,
     find_bins,
     load,
@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 
 
 @compile_kernel
-def tally(data: Stored, length: int, room: Room, shift: int, sums: bool, tables: Array) -> None:
+def tally(data: Stored, length: int, room: BlockBuffers, shift: int, sums: bool, tables: Array) -> None:
     """Tally all magnitudes by their leading bits and sticky bit.
 
     ``tables[model]`` has a word for every bin, or three. For float32 it packs the count and, with ``sums``, the sum of
@@ -51,7 +51,7 @@ def tally(data: Stored, length: int, room: Room, shift: int, sums: bool, tables:
 
 
 @compile_kernel
-def _add(room: Room, model: int, together: int, size: int, sums: bool, tables: Array) -> None:
+def _add(room: BlockBuffers, model: int, together: int, size: int, sums: bool, tables: Array) -> None:
     """Count magnitudes of some models in their bins, in turn; with ``sums``, add the bits that remain.
 
     Magnitudes repeat, zeros above all, and adding to a place that was just added to waits for that: what comes between
@@ -110,7 +110,7 @@ def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
 def tally_within(
     data: Stored,
     length: int,
-    room: Room,
+    room: BlockBuffers,
     shifts: tuple[int, int, int],
     prefixes: Array,
     first: int,

@@ -67,7 +67,7 @@ class Stored(NamedTuple):
     out_halves: Array
 
 
-class Room(NamedTuple):
+class BlockBuffers(NamedTuple):
     """A worker's scratch for one block.
 
     Attributes:
@@ -298,7 +298,7 @@ def _count_bad_halves(halves: Array, count: int) -> int:
 
 
 @compile_kernel
-def load(data: Stored, begin: int, count: int, room: Room, length: int) -> None:
+def load(data: Stored, begin: int, count: int, room: BlockBuffers, length: int) -> None:
     """Decode a block of a slice of ``length`` elements into the rows of ``room.x``, and subtract the base."""
     x, last, inputs = room.x, room.x.shape[0] - 1, data.inputs
     base, start = x[last], column_of(room.files, data.raws, begin, length)
@@ -332,7 +332,7 @@ def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: 
 
 
 @compile_kernel
-def magnitude_bits(room: Room, model: int, count: int) -> None:
+def magnitude_bits(room: BlockBuffers, model: int, count: int) -> None:
     """Leave the bits of a model's |x[i]|, which sort as the magnitudes do, in ``room.bits``."""
     bits = room.bits
     if room.x.itemsize == 4:
@@ -346,7 +346,7 @@ def magnitude_bits(room: Room, model: int, count: int) -> None:
 
 
 @compile_kernel
-def gather(data: Stored, length: int, room: Room, out: Array) -> None:
+def gather(data: Stored, length: int, room: BlockBuffers, out: Array) -> None:
     """Leave the bits of all models' magnitudes in ``out``, uint64, shape (models, length)."""
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
@@ -358,7 +358,7 @@ def gather(data: Stored, length: int, room: Room, out: Array) -> None:
 
 
 @compile_kernel
-def find_bins(room: Room, model: int, count: int, shift: int, row: int) -> None:
+def find_bins(room: BlockBuffers, model: int, count: int, shift: int, row: int) -> None:
     """Leave the bin of each magnitude in a row of ``room.bins``; for float64, its bits are left in ``room.bits``."""
     bins, bits = room.bins[row], room.bits
     if room.x.itemsize == 4:
@@ -376,7 +376,7 @@ def find_bins(room: Room, model: int, count: int, shift: int, row: int) -> None:
 
 
 @compile_kernel
-def spread(how: Element, room: Room) -> None:
+def spread(how: Element, room: BlockBuffers) -> None:
     """Place magprune's probabilities where they are looked up."""
     begin = 0
     for model in range(how.ends.size):
@@ -386,7 +386,7 @@ def spread(how: Element, room: Room) -> None:
 
 
 @compile_kernel
-def keep_probabilities(how: Element, model: int, first: int, count: int, room: Room, out: Array) -> None:
+def keep_probabilities(how: Element, model: int, first: int, count: int, room: BlockBuffers, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
     if how.exact.shape[0] > 0:
         exact = how.exact[model]
@@ -408,7 +408,7 @@ def keep_probabilities(how: Element, model: int, first: int, count: int, room: R
 
 
 @compile_kernel
-def finish(data: Stored, room: Room, numbers: Numbers, count: int, out_code: int, start: int) -> None:
+def finish(data: Stored, room: BlockBuffers, numbers: Numbers, count: int, out_code: int, start: int) -> None:
     """Scale a block's result, add the base, and encode it into the output from element ``start`` on."""
     result = room.rows[0]
     if numbers.scales:

@@ -58,7 +58,7 @@ class Scratch:
 
     Attributes:
         kind: All of these.
-        room: The :class:`modelfuse.kernels.compiled.merge_loops.Room`, laid out.
+        room: The :class:`modelfuse.kernels.compiled.merge_loops.BlockBuffers`, laid out.
         bad: Its counts of elements that are not finite.
         files: Where it reads from.
     """
@@ -68,7 +68,7 @@ class Scratch:
         x, bits = np.zeros((models + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
         self.bad, self.files = np.zeros(models + has_base + 1, np.int64), DirectReads.of(models + has_base)
         self.room: Any = prepare(
-            merge_loops.Room(
+            merge_loops.BlockBuffers(
                 x,
                 x.view(np.uint32),
                 x.view(np.uint64),
