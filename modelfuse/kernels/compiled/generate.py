@@ -29,39 +29,39 @@ STEP = "    "
 MODULE = "modelfuse.kernels.compiled.generated"
 
 COMBINE = """
-def combine(data, first, length, room, how, numbers, out_code):
+def combine(data, first, length, buffers, how, numbers, out_code):
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
-        load(data, start, size, room, length)
+        load(data, start, size, buffers, length)
         for model in range(data.inputs.models):
-            apply_element(how, model, first + start, size, room)
-        combine_block(room.x, data.inputs.models, size, numbers.each, numbers.shared, room.rows)
-        finish(data, room, numbers, size, out_code, start)
+            apply_element(how, model, first + start, size, buffers)
+        combine_block(buffers.x, data.inputs.models, size, numbers.each, numbers.shared, buffers.rows)
+        finish(data, buffers, numbers, size, out_code, start)
 """
 PRODUCTS = """
-def multiply(data, first, length, room, how, lanes, sums):
+def multiply(data, first, length, buffers, how, lanes, sums):
     for chunk in range(0, length, CHUNK):
         lanes[:] = 0.0
         for start in range(chunk, min(chunk + CHUNK, length), BLOCK):
             size = min(BLOCK, length - start)
-            load(data, start, size, room, length)
+            load(data, start, size, buffers, length)
             for model in range(data.inputs.models):
-                apply_element(how, model, first + start, size, room)
-            add_products(room.x, data.inputs.models, size, lanes, sums, chunk // CHUNK, False)
-        add_products(room.x, data.inputs.models, 0, lanes, sums, chunk // CHUNK, True)
+                apply_element(how, model, first + start, size, buffers)
+            add_products(buffers.x, data.inputs.models, size, lanes, sums, chunk // CHUNK, False)
+        add_products(buffers.x, data.inputs.models, 0, lanes, sums, chunk // CHUNK, True)
 """
 
 
 SUMS = """
-def add_up(data, first, length, room, how, terms, lanes, sums):
+def add_up(data, first, length, buffers, how, terms, lanes, sums):
     for chunk in range(0, length, CHUNK):
         lanes[:] = 0.0
         for start in range(chunk, min(chunk + CHUNK, length), BLOCK):
             size = min(BLOCK, length - start)
-            load(data, start, size, room, length)
+            load(data, start, size, buffers, length)
             for model in range(data.inputs.models):
-                evaluate_terms(how, model, first + start, size, room)
-                add_terms(room.rows, terms, model, size, lanes)
+                evaluate_terms(how, model, first + start, size, buffers)
+                add_terms(buffers.rows, terms, model, size, lanes)
         fold_terms(lanes, sums[chunk // CHUNK])
 """
 
@@ -132,15 +132,15 @@ def _constant_lines(constants: Mapping[Expression, str]) -> list[str]:
 
 def element_source(chain: Chain) -> str:
     """The source of the function that applies the element step to a block of one model, in place."""
-    signature = "apply_element(how, model, first, count, room)"
+    signature = "apply_element(how, model, first, count, buffers)"
     if chain.element is None:
         return f"def {signature}:\n    pass\n"
     return _loop_source(signature, (chain.element,), {"x": "x"})
 
 
 def terms_source(chain: Chain) -> str:
-    """The source of the function that leaves the chain's terms of a block of one model in ``room.rows``."""
-    signature = "evaluate_terms(how, model, first, count, room)"
+    """The source of the function that leaves the chain's terms of a block of one model in ``buffers.rows``."""
+    signature = "evaluate_terms(how, model, first, count, buffers)"
     if not chain.terms:
         return f"def {signature}:\n    pass\n"
     # The first row holds probabilities.
@@ -161,14 +161,17 @@ def _loop_source(signature: str, expressions: Sequence[Expression], places: Mapp
 
     writer = _Writer(leaf)
     results = [writer.name_of(each) for each in expressions]
-    lines = ["x, draws, keep, rows = room.x[model], room.draws, room.rows[0], room.rows", "kind = x.dtype.type"]
+    lines = [
+        "x, draws, keep, rows = buffers.x[model], buffers.draws, buffers.rows[0], buffers.rows",
+        "kind = x.dtype.type",
+    ]
     lines += [f"{name} = {place}" for name, place in places.items() if name != place]
     lines += _constant_lines(constants)
     lines += [f"{name} = how.numbers[model, {column}]" for column, name in enumerate(columns.values())]
     if any(uses(each, "draw") for each in expressions):
-        lines.append("uniform(how.keys[model], first, count, room.bits, room.words, draws)")
+        lines.append("uniform(how.keys[model], first, count, buffers.bits, buffers.words, draws)")
     if any(uses(each, "keep") for each in expressions):
-        lines.append("keep_probabilities(how, model, first, count, room, keep)")
+        lines.append("keep_probabilities(how, model, first, count, buffers, keep)")
     lines += ["for i in range(count):", *(STEP + line for line in writer.lines)]
     lines += [f"{STEP}{name}[i] = {result}" for name, result in zip(places, results, strict=True)]
     return _function(signature, lines)

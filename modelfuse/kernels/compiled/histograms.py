@@ -23,43 +23,43 @@ Array = np.ndarray[Any, Any]
 
 
 @compile_kernel
-def tally(data: Stored, length: int, room: BlockBuffers, shift: int, sums: bool, tables: Array) -> None:
+def tally(data: Stored, length: int, buffers: BlockBuffers, shift: int, sums: bool, tables: Array) -> None:
     """Tally all magnitudes by their leading bits and sticky bit.
 
     ``tables[model]`` has a word for every bin, or three. For float32 it packs the count and, with ``sums``, the sum of
     the remaining bits; for float64 they are the count, and the sums of the low 22 remaining bits and of the others.
     """
-    models, narrow = data.inputs.models, room.x.itemsize == 4
+    models, narrow = data.inputs.models, buffers.x.itemsize == 4
     for row in range(TOGETHER):  # Counts alone, unless there are sums.
         for i in range(BLOCK):
-            room.amounts[row, i] = np.uint64(1 << COUNT_SHIFT)
+            buffers.amounts[row, i] = np.uint64(1 << COUNT_SHIFT)
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
-        load(data, start, size, room, length)
+        load(data, start, size, buffers, length)
         model = 0
         while model < models:
             # Two or three models, four as two pairs.
             together = min(models - model, 2 if models - model == 4 else TOGETHER) if narrow else 1
             for row in range(together):
-                find_bins(room, model + row, size, shift, row)
+                find_bins(buffers, model + row, size, shift, row)
             if narrow:
-                _add(room, model, together, size, sums, tables)
+                _add(buffers, model, together, size, sums, tables)
             else:
                 for i in range(size):
-                    _count(room.bits[i], shift, tables[model], room.bins[0, i])
+                    _count(buffers.bits[i], shift, tables[model], buffers.bins[0, i])
             model += together
 
 
 @compile_kernel
-def _add(room: BlockBuffers, model: int, together: int, size: int, sums: bool, tables: Array) -> None:
+def _add(buffers: BlockBuffers, model: int, together: int, size: int, sums: bool, tables: Array) -> None:
     """Count magnitudes of some models in their bins, in turn; with ``sums``, add the bits that remain.
 
     Magnitudes repeat, zeros above all, and adding to a place that was just added to waits for that: what comes between
     are the other models' tables.
     """
-    bins, amounts = room.bins, room.amounts
+    bins, amounts = buffers.bins, buffers.amounts
     for row in range(together if sums else 0):
-        singles, own = room.singles[model + row], amounts[row]
+        singles, own = buffers.singles[model + row], amounts[row]
         for i in range(size):
             own[i] = np.uint64(1 << COUNT_SHIFT) | np.uint64(singles[i] & np.uint32(0xFFFF))
     one, two, three = tables[model], tables[model + (together > 1)], tables[model + together - 1]
@@ -110,7 +110,7 @@ def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
 def tally_within(
     data: Stored,
     length: int,
-    room: BlockBuffers,
+    buffers: BlockBuffers,
     shifts: tuple[int, int, int],
     prefixes: Array,
     first: int,
@@ -126,14 +126,14 @@ def tally_within(
     """
     lead_shift, parent_shift, shift = np.uint64(shifts[0]), np.uint64(shifts[1]), np.uint64(shifts[2])
     mask = np.uint64(tables.shape[1] // 3 - 1)
-    bits, leads = room.bits, np.uint64(begins.shape[1] - 1)
+    bits, leads = buffers.bits, np.uint64(begins.shape[1] - 1)
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
-        load(data, start, size, room, length)
+        load(data, start, size, buffers, length)
         for model in range(data.inputs.models):
             if begins[model, 0] == begins[model, -1]:
                 continue
-            magnitude_bits(room, model, size)
+            magnitude_bits(buffers, model, size)
             for i in range(size):
                 lead = (bits[i] >> lead_shift) - np.uint64(first)  # Far too large if it is below.
                 if lead >= leads:

@@ -298,10 +298,10 @@ def _count_bad_halves(halves: Array, count: int) -> int:
 
 
 @compile_kernel
-def load(data: Stored, begin: int, count: int, room: BlockBuffers, length: int) -> None:
-    """Decode a block of a slice of ``length`` elements into the rows of ``room.x``, and subtract the base."""
-    x, last, inputs = room.x, room.x.shape[0] - 1, data.inputs
-    base, start = x[last], column_of(room.files, data.raws, begin, length)
+def load(data: Stored, begin: int, count: int, buffers: BlockBuffers, length: int) -> None:
+    """Decode a block of a slice of ``length`` elements into the rows of ``buffers.x``, and subtract the base."""
+    x, last, inputs = buffers.x, buffers.x.shape[0] - 1, data.inputs
+    base, start = x[last], column_of(buffers.files, data.raws, begin, length)
     for row in range(inputs.models + inputs.has_base - 1, -1, -1):
         less = inputs.has_base and row < inputs.models and not inputs.deltas[row]
         out = x[row] if row < inputs.models else base
@@ -313,7 +313,7 @@ def load(data: Stored, begin: int, count: int, room: BlockBuffers, length: int) 
             if less:
                 for i in range(count):
                     out[i] -= base[i]
-        room.bad[row] += bad
+        buffers.bad[row] += bad
 
 
 @compile_kernel
@@ -332,43 +332,43 @@ def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: 
 
 
 @compile_kernel
-def magnitude_bits(room: BlockBuffers, model: int, count: int) -> None:
-    """Leave the bits of a model's |x[i]|, which sort as the magnitudes do, in ``room.bits``."""
-    bits = room.bits
-    if room.x.itemsize == 4:
-        singles = room.singles[model]
+def magnitude_bits(buffers: BlockBuffers, model: int, count: int) -> None:
+    """Leave the bits of a model's |x[i]|, which sort as the magnitudes do, in ``buffers.bits``."""
+    bits = buffers.bits
+    if buffers.x.itemsize == 4:
+        singles = buffers.singles[model]
         for i in range(count):
             bits[i] = np.uint64(singles[i] & np.uint32(0x7FFFFFFF))
     else:
-        doubles = room.doubles[model]
+        doubles = buffers.doubles[model]
         for i in range(count):
             bits[i] = doubles[i] & np.uint64(0x7FFFFFFFFFFFFFFF)
 
 
 @compile_kernel
-def gather(data: Stored, length: int, room: BlockBuffers, out: Array) -> None:
+def gather(data: Stored, length: int, buffers: BlockBuffers, out: Array) -> None:
     """Leave the bits of all models' magnitudes in ``out``, uint64, shape (models, length)."""
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
-        load(data, start, size, room, length)
+        load(data, start, size, buffers, length)
         for model in range(data.inputs.models):
-            magnitude_bits(room, model, size)
+            magnitude_bits(buffers, model, size)
             for i in range(size):
-                out[model, start + i] = room.bits[i]
+                out[model, start + i] = buffers.bits[i]
 
 
 @compile_kernel
-def find_bins(room: BlockBuffers, model: int, count: int, shift: int, row: int) -> None:
-    """Leave the bin of each magnitude in a row of ``room.bins``; for float64, its bits are left in ``room.bits``."""
-    bins, bits = room.bins[row], room.bits
-    if room.x.itemsize == 4:
-        singles = room.singles[model]
+def find_bins(buffers: BlockBuffers, model: int, count: int, shift: int, row: int) -> None:
+    """Leave the bin of each magnitude in a row of ``buffers.bins``; for float64, its bits are left in ``buffers.bits``."""
+    bins, bits = buffers.bins[row], buffers.bits
+    if buffers.x.itemsize == 4:
+        singles = buffers.singles[model]
         for i in range(count):
             magnitude = np.uint32(singles[i] & np.uint32(0x7FFFFFFF))
             sticky = np.uint32((magnitude & np.uint32(0xFFFF)) != 0)
             bins[i] = np.uint16(np.uint32(magnitude >> np.uint32(16)) | np.uint32(sticky << np.uint32(LEAD_BITS)))
     else:
-        magnitude_bits(room, model, count)
+        magnitude_bits(buffers, model, count)
         rest = np.uint64((1 << shift) - 1)
         for i in range(count):
             front = np.uint64((bits[i] & rest) != 0) << np.uint64(LEAD_BITS)
@@ -376,50 +376,50 @@ def find_bins(room: BlockBuffers, model: int, count: int, shift: int, row: int) 
 
 
 @compile_kernel
-def spread(how: Element, room: BlockBuffers) -> None:
+def spread(how: Element, buffers: BlockBuffers) -> None:
     """Place magprune's probabilities where they are looked up."""
     begin = 0
     for model in range(how.ends.size):
         for i in range(begin, how.ends[model]):
-            room.tables[model, how.bins[i]] = how.keeps[i]
+            buffers.tables[model, how.bins[i]] = how.keeps[i]
         begin = how.ends[model]
 
 
 @compile_kernel
-def keep_probabilities(how: Element, model: int, first: int, count: int, room: BlockBuffers, out: Array) -> None:
+def keep_probabilities(how: Element, model: int, first: int, count: int, buffers: BlockBuffers, out: Array) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
     if how.exact.shape[0] > 0:
         exact = how.exact[model]
         for i in range(count):
             out[i] = exact[first + i]
         return
-    table, bins = room.tables[model], room.bins[0]
-    find_bins(room, model, count, how.shift, 0)
+    table, bins = buffers.tables[model], buffers.bins[0]
+    find_bins(buffers, model, count, how.shift, 0)
     for i in range(count):
         out[i] = table[bins[i]]
     if how.subtables.shape[0] > 0:
-        magnitude_bits(room, model, count)
+        magnitude_bits(buffers, model, count)
         for i in range(count):
             level = how.shift
             while out[i] < 0:
                 level = max(level - RANK_BITS, 0)
-                digit = (room.bits[i] >> np.uint64(level)) & np.uint64(RANKS - 1)
+                digit = (buffers.bits[i] >> np.uint64(level)) & np.uint64(RANKS - 1)
                 out[i] = how.subtables[np.int64(-out[i]) - 1, digit]
 
 
 @compile_kernel
-def finish(data: Stored, room: BlockBuffers, numbers: Numbers, count: int, out_code: int, start: int) -> None:
+def finish(data: Stored, buffers: BlockBuffers, numbers: Numbers, count: int, out_code: int, start: int) -> None:
     """Scale a block's result, add the base, and encode it into the output from element ``start`` on."""
-    result = room.rows[0]
+    result = buffers.rows[0]
     if numbers.scales:
         factor = numbers.factor[0]
         for i in range(count):
             result[i] *= factor
     if data.inputs.has_base:
-        base = room.x[room.x.shape[0] - 1]
+        base = buffers.x[buffers.x.shape[0] - 1]
         for i in range(count):
             result[i] += base[i]
     if out_code == RAW_BF16:
-        room.bad[-1] += _narrow(result, count, data.out_halves, start)
+        buffers.bad[-1] += _narrow(result, count, data.out_halves, start)
     else:
-        room.bad[-1] += encode(out_code, result, count, data.out, start)
+        buffers.bad[-1] += encode(out_code, result, count, data.out, start)

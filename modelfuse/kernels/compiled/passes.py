@@ -116,7 +116,7 @@ class _Chained(_Walk):
     def start(self) -> State:
         state = super().start()
         if self._work.method.chain.keeps:
-            merge_loops.spread(self._how, state.scratch.room)
+            merge_loops.spread(self._how, state.scratch.buffers)
         return state
 
 
@@ -140,7 +140,7 @@ class Combine(_Chained):
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
         combine = chain_kernels(self._work).combine
-        combine(data, first, count, state.scratch.room, self._how, self._numbers, self._out_code)
+        combine(data, first, count, state.scratch.buffers, self._how, self._numbers, self._out_code)
 
 
 class DotProducts(_Chained):
@@ -163,7 +163,7 @@ class DotProducts(_Chained):
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
         sums = np.empty((math.ceil(count / merge_loops.CHUNK), 2 * self._products))
         lanes = np.empty((2 * self._products, LANES))
-        chain_kernels(self._work).multiply(data, first, count, state.scratch.room, self._how, lanes, sums)
+        chain_kernels(self._work).multiply(data, first, count, state.scratch.buffers, self._how, lanes, sums)
         state.found.append(sums)
 
     def _found(self, state: State) -> Array:
@@ -183,7 +183,7 @@ class Gather(_Walk):
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
         state.found = np.empty((self._work.models, count), np.uint64)
-        merge_loops.gather(data, count, state.scratch.room, state.found)
+        merge_loops.gather(data, count, state.scratch.buffers, state.found)
 
 
 class ElementSums(_Chained):
@@ -207,7 +207,7 @@ class ElementSums(_Chained):
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
         rows = self._work.models * self._terms
         sums, lanes = np.empty((math.ceil(count / merge_loops.CHUNK), rows, 2)), np.empty((rows, 2, LANES))
-        chain_kernels(self._work).add_up(data, first, count, state.scratch.room, self._how, self._terms, lanes, sums)
+        chain_kernels(self._work).add_up(data, first, count, state.scratch.buffers, self._how, self._terms, lanes, sums)
         state.found.append(sums)
 
     def _found(self, state: State) -> Array:
@@ -233,8 +233,8 @@ class TallyAll(_Walk):
         self._encoding, self._sums = encoding, work.method.needs_sums
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
-        room, tables = state.scratch.room, state.scratch.tables.all
-        histograms.tally(data, count, room, self._encoding.shift, self._sums, tables)
+        buffers, tables = state.scratch.buffers, state.scratch.tables.all
+        histograms.tally(data, count, buffers, self._encoding.shift, self._sums, tables)
 
     def _found(self, state: State) -> list[tuple[Array, Array]]:
         found, (_, tables, numbers, rows) = [], state.scratch.tables
@@ -271,8 +271,10 @@ class TallyWithin(_Walk):
         return state
 
     def _run(self, state: State, first: int, count: int, data: Any) -> None:
-        room = state.scratch.room
-        histograms.tally_within(data, count, room, self._shifts, self._prefixes, self._lead, self._begins, state.found)
+        buffers = state.scratch.buffers
+        histograms.tally_within(
+            data, count, buffers, self._shifts, self._prefixes, self._lead, self._begins, state.found
+        )
 
     def _found(self, state: State) -> Array:
         tables: Array = state.found.reshape(-1, self._digits, 3)

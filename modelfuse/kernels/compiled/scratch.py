@@ -36,7 +36,7 @@ class Tables(NamedTuple):
     Attributes:
         all: uint64, shape (models, words): all zero between two spans.
         models: Its rows.
-        numbers: uint64, shape (BINS,): room for what is gathered of one.
+        numbers: uint64, shape (BINS,): scratch for what is gathered of one.
         rows: uint64, shape (BINS, 3): the same.
     """
 
@@ -58,7 +58,7 @@ class Scratch:
 
     Attributes:
         kind: All of these.
-        room: The :class:`modelfuse.kernels.compiled.merge_loops.BlockBuffers`, laid out.
+        buffers: The :class:`modelfuse.kernels.compiled.merge_loops.BlockBuffers`, laid out.
         bad: Its counts of elements that are not finite.
         files: Where it reads from.
     """
@@ -67,7 +67,7 @@ class Scratch:
         self.kind = models, has_base, compute, rows, keeps
         x, bits = np.zeros((models + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
         self.bad, self.files = np.zeros(models + has_base + 1, np.int64), DirectReads.of(models + has_base)
-        self.room: Any = prepare(
+        self.buffers: Any = prepare(
             merge_loops.BlockBuffers(
                 x,
                 x.view(np.uint32),
