@@ -71,12 +71,12 @@ class ChainKernels(NamedTuple):
 
     Attributes:
         rows: Rows of ``BlockBuffers.rows`` that they take.
-        combine: Takes Stored, the first element's number, the slice's length, BlockBuffers, Element, Numbers and the output's
+        combine: Takes Stored, the first element's number, the slice's length, BlockBuffers, LaidOutElement, Numbers and the output's
             code.
         multiply: The dot products of all pairs of models: takes Stored, the first element's number, the slice's length,
-            BlockBuffers, Element, lanes and sums.
+            BlockBuffers, LaidOutElement, lanes and sums.
         add_up: The sums of the chain's terms: takes Stored, the first element's number, the slice's length, BlockBuffers,
-            Element, the number of terms, lanes and sums.
+            LaidOutElement, the number of terms, lanes and sums.
     """
 
     rows: int

@@ -32,7 +32,7 @@ COUNT_SHIFT = 40
 Array = np.ndarray[Any, Any]
 
 
-class Inputs(NamedTuple):
+class SourceTypes(NamedTuple):
     """What the sources of a tensor are.
 
     Attributes:
@@ -60,7 +60,7 @@ class Stored(NamedTuple):
         out_halves: uint16, shape (bytes / 2,): the same memory.
     """
 
-    inputs: Inputs
+    inputs: SourceTypes
     raws: Array
     halves: Array
     out: Array
@@ -100,7 +100,7 @@ class BlockBuffers(NamedTuple):
     files: DirectReads
 
 
-class Element(NamedTuple):
+class LaidOutElement(NamedTuple):
     """What the element step must know of the models.
 
     Attributes:
@@ -376,7 +376,7 @@ def find_bins(buffers: BlockBuffers, model: int, count: int, shift: int, row: in
 
 
 @compile_kernel
-def spread(how: Element, buffers: BlockBuffers) -> None:
+def spread(how: LaidOutElement, buffers: BlockBuffers) -> None:
     """Place magprune's probabilities where they are looked up."""
     begin = 0
     for model in range(how.ends.size):
@@ -386,7 +386,9 @@ def spread(how: Element, buffers: BlockBuffers) -> None:
 
 
 @compile_kernel
-def keep_probabilities(how: Element, model: int, first: int, count: int, buffers: BlockBuffers, out: Array) -> None:
+def keep_probabilities(
+    how: LaidOutElement, model: int, first: int, count: int, buffers: BlockBuffers, out: Array
+) -> None:
     """Look up each element's probability of being kept by its magnitude's bits."""
     if how.exact.shape[0] > 0:
         exact = how.exact[model]

@@ -41,11 +41,11 @@ def _laid_out(work: Work, element: Element, names: Sequence[str]) -> Any:
         element.table(names, work.compute),
     )
     keep = _laid_out_keep(element.keep, work.compute) if work.method.chain.keeps else _no_keep(work.compute)
-    return prepare(merge_loops.Element(keys, numbers, *keep))
+    return prepare(merge_loops.LaidOutElement(keys, numbers, *keep))
 
 
 def _laid_out_keep(keep: KeepTables, compute: str) -> list[Any]:
-    """The fields of :class:`modelfuse.kernels.compiled.merge_loops.Element` that say what is kept of each rank."""
+    """The fields of :class:`modelfuse.kernels.compiled.merge_loops.LaidOutElement` that say what is kept of each rank."""
     tables = keep.tables or [(np.empty(0, np.uint64), np.empty(0))]
     bins = np.concatenate([bins for bins, _ in tables])
     exact = np.empty((0, 1)) if keep.exact is None else keep.exact

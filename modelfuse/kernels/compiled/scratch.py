@@ -120,14 +120,14 @@ def give_back(scratch: Scratch) -> None:
 
 
 def inputs_of(work: Work) -> Any:
-    """The :class:`~modelfuse.kernels.compiled.merge_loops.Inputs` of a tensor, laid out; many tensors have the same."""
+    """The :class:`~modelfuse.kernels.compiled.merge_loops.SourceTypes` of a tensor, laid out; many tensors have the same."""
     return _inputs(tuple([source.name for source in work.sources]), work.models, work.has_base, work.deltas)
 
 
 @cache
 def _inputs(names: tuple[str, ...], models: int, has_base: bool, deltas: tuple[bool, ...]) -> Prepared:
     codes = np.array([RAW_CODES[name] for name in names], np.int64)
-    return prepare(merge_loops.Inputs(codes, models, has_base, np.array(deltas or (False,) * models, np.bool_)))
+    return prepare(merge_loops.SourceTypes(codes, models, has_base, np.array(deltas or (False,) * models, np.bool_)))
 
 
 def lay_out(inputs: Any, raws: Bytes, out: Bytes) -> Any:
