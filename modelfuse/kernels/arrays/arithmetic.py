@@ -22,7 +22,7 @@ from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 CHUNK = 1 << 15
 
 
-class Tables(NamedTuple):
+class DeviceKeepTables(NamedTuple):
     """Probabilities of being kept, on the device.
 
     Attributes:
@@ -156,7 +156,7 @@ class Arithmetic:
         """The last bits of integers, of the magnitudes' type unless given."""
         return bits & self.integer((1 << count) - 1, dtype or self._integer)
 
-    def keep_probabilities(self, x: Tensor, tables: Tables, model: int) -> Tensor:
+    def keep_probabilities(self, x: Tensor, tables: DeviceKeepTables, model: int) -> Tensor:
         """Look up each element's probability of being kept by its magnitude's bits."""
         library, zero = self._library, self.number(0.0)
         bits = self.magnitude_bits(x)

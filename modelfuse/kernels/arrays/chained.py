@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.kernels import Bytes, Work
-from modelfuse.kernels.arrays.arithmetic import Tables
+from modelfuse.kernels.arrays.arithmetic import DeviceKeepTables
 from modelfuse.kernels.arrays.blocks import State, Walk
 from modelfuse.kernels.arrays.evaluate import Evaluation
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
@@ -82,7 +82,7 @@ class Chained(Walk):
             state.keep, state.first = self._element.lines.of(first, magnitudes), first
         super().apply(state, first, count, raws, out)
 
-    def _place_tables(self) -> Tables:
+    def _place_tables(self) -> DeviceKeepTables:
         library, compute, keep = self._library, self._work.compute, self._element.keep
         tables = []
         for bins, keeps in keep.tables:
@@ -90,7 +90,7 @@ class Chained(Walk):
             table[bins] = keeps
             tables.append(library.place(table.astype(compute)))
         subtables = library.place(keep.subtables.astype(compute).ravel())
-        return Tables(FLOAT_ENCODINGS[compute].shift, tables, subtables, keep.levels)
+        return DeviceKeepTables(FLOAT_ENCODINGS[compute].shift, tables, subtables, keep.levels)
 
     def _elements(self, state: State, first: int, xs: list[Tensor], model: int, counters: Tensor | None) -> Evaluation:
         """What expressions of a model's element are evaluated with."""

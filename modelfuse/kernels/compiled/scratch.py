@@ -30,7 +30,7 @@ RAW_CODES = {
 }
 
 
-class Tables(NamedTuple):
+class TallyTables(NamedTuple):
     """What a worker tallies in, laid out.
 
     Attributes:
@@ -85,12 +85,12 @@ class Scratch:
         )
 
     @cached_property
-    def tables(self) -> Tables:
+    def tables(self) -> TallyTables:
         """What to tally in; made when a pass first does."""
         models, _, compute, *_ = self.kind
         tables = np.zeros((models, BINS * (1 if compute == "float32" else 3)), np.uint64)
         numbers, rows = np.empty(BINS, np.uint64), np.empty((BINS, 3), np.uint64)
-        return Tables(prepare(tables), [prepare(table) for table in tables], prepare(numbers), prepare(rows))
+        return TallyTables(prepare(tables), [prepare(table) for table in tables], prepare(numbers), prepare(rows))
 
 
 class _Own(threading.local):
