@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modelfuse.kernels.matrices import Part
+from modelfuse.kernels.matrices import MatrixPart
 from modelfuse.methods.spec import Floats
 
 
-def room_for(part: Part, models: int) -> tuple[Floats, dict[tuple[int, int], Floats]]:
+def allocate_grams(part: MatrixPart, models: int) -> tuple[Floats, dict[tuple[int, int], Floats]]:
     """Room for Gram matrices, zero: as a method takes them, and by the numbers of their matrices."""
     kind, k = part.how.gram, part.k
     if kind == "pairs":

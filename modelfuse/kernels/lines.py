@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 TOGETHER = 1 << 17
 
 
-class Part(NamedTuple):
+class GroupRun(NamedTuple):
     """Consecutive elements: of one group, or of several whole ones.
 
     Attributes:
@@ -72,15 +72,15 @@ class Lines:
             return np.asarray(places // self.length)
         return np.asarray(places // self.group * self.inner + places % self.inner)
 
-    def parts(self, first: int, count: int) -> Iterator[Part]:
+    def parts(self, first: int, count: int) -> Iterator[GroupRun]:
         """Consecutive elements cut where groups begin: the end of one, whole ones, the beginning of one."""
         stop = first + count
         begin, end = -(-first // self.group) * self.group, stop // self.group * self.group
         if begin > end:  # They lie within one.
-            yield Part(first, stop, False)
+            yield GroupRun(first, stop, False)
             return
         edges = [(first, begin, False), (begin, end, True), (end, stop, False)]
-        yield from (Part(*edge) for edge in edges if edge[0] < edge[1])
+        yield from (GroupRun(*edge) for edge in edges if edge[0] < edge[1])
 
 
 def mean_ranks(values: Array) -> Array:

@@ -83,7 +83,7 @@ class Matrices:
         return of_inputs == self.out_first, inputs if of_inputs else outputs
 
 
-class Part:
+class MatrixPart:
     """Some rows or columns of a matrix that are a matrix themselves.
 
     Attributes:
@@ -129,7 +129,7 @@ def memory_of(matrices: Matrices, how: WholeMatrix, models: int) -> int:
     """The most bytes that a worker needs for a tensor, beside its buffers."""
     if matrices.merged is not None:
         return matrices.merged.memory + 8 * 4 * matrices.window
-    parts = [Part(matrices, part, how, models) for part in range(len(matrices.outputs))]
+    parts = [MatrixPart(matrices, part, how, models) for part in range(len(matrices.outputs))]
     number, kept, most, panel, by_rows = 1, 0, 0, 0, 0
     for part in parts:
         own, grams = {"sum": (1, 1), "each": (models, models), "pairs": (models, models**2)}[part.how.gram]

@@ -19,8 +19,8 @@ from modelfuse.kernels import Bytes, Extent, Step, Work
 from modelfuse.kernels.arrays.arithmetic import Arithmetic
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.blas_threads import one_thread
-from modelfuse.kernels.gram_matrices import even_weights, ratio, ratio_by_gram, room_for
-from modelfuse.kernels.matrices import PANEL, SLICE, Part, panel_of
+from modelfuse.kernels.gram_matrices import allocate_grams, even_weights, ratio, ratio_by_gram
+from modelfuse.kernels.matrices import PANEL, SLICE, MatrixPart, panel_of
 from modelfuse.methods.spec import Floats, WholeMatrix
 
 #: Steps, whose generator returns float64 values.
@@ -88,7 +88,7 @@ class MatrixPass:
         for unit in range(self._matrices.units):
             begin = unit * self._matrices.unit
             numbers, models = range(len(self._matrices.outputs)), self._work.models
-            parts = [Part(self._matrices, each, self._how, models) for each in numbers]
+            parts = [MatrixPart(self._matrices, each, self._how, models) for each in numbers]
             factors = []
             for part in parts:
                 gram = yield from (self._of_columns if part.of_columns else self._of_rows)(state, begin, part)
@@ -149,9 +149,9 @@ class MatrixPass:
 
     # Gram matrices ----------------------------------------------------------------------------------------------------
 
-    def _of_columns(self, state: MatrixState, begin: int, part: Part) -> Steps:
+    def _of_columns(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
         """Gram matrices of the columns: products of a few hundred rows, or thousands, are added up."""
-        room, grams = room_for(part, self._work.models)
+        room, grams = allocate_grams(part, self._work.models)
         height = max(1, SLICE // self._matrices.columns, part.k // 2)
         panel, filled = np.empty((1 + max(i for i, _ in grams), height, part.k)), 0
 
@@ -178,9 +178,9 @@ class MatrixPass:
                 gram[:] = grams[j, i].T
         return room
 
-    def _of_rows(self, state: MatrixState, begin: int, part: Part) -> Steps:
+    def _of_rows(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
         """Gram matrices of the rows: a panel of rows is multiplied by itself and by all that follow."""
-        room, grams = room_for(part, self._work.models)
+        room, grams = allocate_grams(part, self._work.models)
         number, width = 1 + max(i for i, _ in grams), part.columns.size
         height = min(max(1, max(part.k**2, PANEL) // (number * width)), part.k)
         panel = np.empty((number, height, width))
@@ -202,7 +202,7 @@ class MatrixPass:
                 gram[row + 1 :, row] = grams[j, i][row, row + 1 :]
         return room
 
-    def _solve(self, gram: Floats, part: Part) -> Floats:
+    def _solve(self, gram: Floats, part: MatrixPart) -> Floats:
         """What the matrices are to be multiplied by; of what is not finite, nothing that is."""
         method = self._work.method
         if not np.isfinite(gram).all():
@@ -221,7 +221,7 @@ class MatrixPass:
         return factors if part.of_columns else factors.transpose(0, 2, 1)
 
     def _scale_by_norm(
-        self, state: MatrixState, begin: int, parts: Sequence[Part], factors: Sequence[Floats], share: float
+        self, state: MatrixState, begin: int, parts: Sequence[MatrixPart], factors: Sequence[Floats], share: float
     ) -> Iterator[Step]:
         """Have what is made of each part the share of the norm of the sum of its differences.
 
@@ -248,7 +248,9 @@ class MatrixPass:
 
     # The result -------------------------------------------------------------------------------------------------------
 
-    def _emit(self, state: MatrixState, begin: int, parts: Sequence[Part], factors: Sequence[Floats]) -> Iterator[Step]:
+    def _emit(
+        self, state: MatrixState, begin: int, parts: Sequence[MatrixPart], factors: Sequence[Floats]
+    ) -> Iterator[Step]:
         """Make and write the elements of one matrix; of slices that lie in several, once they are full."""
         matrices, size = self._matrices, self._work.size
         most = panel_of(max([part.k for part in parts if not part.of_columns], default=0))
@@ -267,7 +269,7 @@ class MatrixPass:
                     yield Step(slice_, right - slice_)
 
     def _multiply(
-        self, state: MatrixState, begin: int, top: int, bottom: int, parts: Sequence[Part],
+        self, state: MatrixState, begin: int, top: int, bottom: int, parts: Sequence[MatrixPart],
         factors: Sequence[Floats], block: Floats,
     ) -> Iterator[Step]:  # fmt: skip
         """Add to the rows from ``top`` to ``bottom`` what the parts' matrices come to."""

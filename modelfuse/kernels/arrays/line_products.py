@@ -11,7 +11,7 @@ from modelfuse.kernels.arrays.blocks import State
 from modelfuse.kernels.arrays.chained import Chained
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.gram import pairs_of
-from modelfuse.kernels.lines import Accumulated, Lines, Part, accumulate, line_sums
+from modelfuse.kernels.lines import Accumulated, GroupRun, Lines, accumulate, line_sums
 from modelfuse.kernels.measures import Element
 
 
@@ -32,7 +32,7 @@ class LineProducts(Chained):
             sums, lost = (library.fetch(library.stack(*each)) for each in zip(*folded, strict=True))
             state.found.append(Accumulated(part.start // self._lines.group, sums, lost))
 
-    def _fold(self, values: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    def _fold(self, values: Tensor, part: GroupRun) -> tuple[Tensor, Tensor]:
         """Their sums along lines, and what was lost, shape (groups, lines of a group)."""
         lines, arithmetic = self._lines, self._arithmetic
         if part.whole:
