@@ -20,7 +20,7 @@ from modelfuse.inspection.diff_sums import TensorSums
 from modelfuse.kernels import Pass
 from modelfuse.kernels.adaptive import SMALL
 from modelfuse.kernels.blas_threads import one_thread
-from modelfuse.kernels.differences import Sums, measure
+from modelfuse.kernels.differences import DifferenceSums, measure
 from modelfuse.kernels.jit.compile import nothing_compiled
 from modelfuse.kernels.kernel import CompiledKernel
 from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan, make_diff_plan
@@ -176,10 +176,10 @@ class Measuring:
         for number, (tensor, task) in enumerate(zip(self._plan.tensors, self._tasks, strict=True)):
             yield Job(task, measure(tensor.measurement, self._keeper(number)), tensor.measurement.size)
 
-    def _keeper(self, number: int) -> Callable[[Sums], None]:
+    def _keeper(self, number: int) -> Callable[[DifferenceSums], None]:
         tensor = self._plan.tensors[number]
 
-        def keep(found: Sums) -> None:
+        def keep(found: DifferenceSums) -> None:
             own = TensorSums.of(tensor.measurement.size, found, tensor.models)
             self._sums[number] = own if tensor.sample_of is None else own.scaled(tensor.sample_of.size)
 

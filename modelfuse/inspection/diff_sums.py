@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.inspection.diff_measures import DENSITIES, Change, Group, Kept, Pair
-from modelfuse.kernels.differences import BIN_SHIFT, Sums
+from modelfuse.kernels.differences import BIN_SHIFT, DifferenceSums
 
 Array = np.ndarray[Any, Any]
 
@@ -31,14 +31,14 @@ class TensorSums:
     """
 
     elements: int
-    sums: Sums
+    sums: DifferenceSums
     kept_elements: Array
     kept_squares: Array
     concentrated: Array
     tensors: int = 1
 
     @classmethod
-    def of(cls, size: int, found: Sums, models: Sequence[int | None]) -> TensorSums:
+    def of(cls, size: int, found: DifferenceSums, models: Sequence[int | None]) -> TensorSums:
         """Those of one tensor, in which some models have no values of their own.
 
         Args:
@@ -48,7 +48,7 @@ class TensorSums:
         """
         own = np.flatnonzero([each is not None for each in models])
         count, nonzero = len(models), size - _unchanged(found, size)
-        sums, square = Sums.zeros(count), np.ix_(own, own)
+        sums, square = DifferenceSums.zeros(count), np.ix_(own, own)
         with_base = np.append(own, count)
         sums.gram[np.ix_(with_base, with_base)] = found.gram
         sums.bad[:] = sums.skipped[:] = found.bad[-1]
@@ -86,7 +86,7 @@ class TensorSums:
         if not others:
             return first
         count = first.concentrated.size
-        whole = cls(0, Sums.zeros(count), np.zeros_like(first.kept_elements), np.zeros_like(first.kept_squares),
+        whole = cls(0, DifferenceSums.zeros(count), np.zeros_like(first.kept_elements), np.zeros_like(first.kept_squares),
                     np.zeros(count), 0)  # fmt: skip
         whole.sums.histogram = np.zeros((count, 0), np.int64)
         for each in (first, *others):
@@ -199,7 +199,7 @@ def _value(bins: Array) -> Array:
     return value
 
 
-def _unchanged(sums: Sums, size: int) -> Array:
+def _unchanged(sums: DifferenceSums, size: int) -> Array:
     """How many elements of each model are the base's: all that do not differ and are finite in both."""
     changed = np.array([sums.signs[0, each, each] for each in range(len(sums.skipped))])
     unchanged: Array = size - changed - sums.skipped

@@ -70,7 +70,7 @@ class Measurement:
 
 
 @dataclass
-class Sums:
+class DifferenceSums:
     """What is added up of a tensor or a part of it.
 
     Attributes:
@@ -95,7 +95,7 @@ class Sums:
     interference: Array
 
     @classmethod
-    def zeros(cls, models: int) -> Sums:
+    def zeros(cls, models: int) -> DifferenceSums:
         """Of nothing."""
         one = np.int64
         return cls(
@@ -104,7 +104,7 @@ class Sums:
             np.zeros((3, models, models)),
         )  # fmt: skip
 
-    def add(self, other: Sums) -> None:
+    def add(self, other: DifferenceSums) -> None:
         """Add those of what comes next."""
         for name, value in vars(other).items():
             if name == "largest":
@@ -114,16 +114,16 @@ class Sums:
 
 
 @dataclass
-class State:
+class DifferenceState:
     """A span under way: sums, and room for a block."""
 
     measurement: Measurement
-    sums: Sums = field(init=False)
+    sums: DifferenceSums = field(init=False)
     interference: Interference | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         measurement, models = self.measurement, len(self.measurement.models)
-        self.sums = Sums.zeros(models)
+        self.sums = DifferenceSums.zeros(models)
         if measurement.matrices is not None and models:
             self.interference = Interference(measurement.name, measurement.matrices, models, measurement.exact)
         rows = (models + 1) * min(measurement.block, measurement.size)
@@ -221,21 +221,21 @@ class DifferencePass:
         self._measurement = measurement
         self.span = measurement.size if measurement.matrices is not None else 0
 
-    def start(self) -> State:
-        return State(self._measurement)
+    def start(self) -> DifferenceState:
+        return DifferenceState(self._measurement)
 
-    def read_from(self, state: State, extents: Sequence[Extent]) -> bool:
+    def read_from(self, state: DifferenceState, extents: Sequence[Extent]) -> bool:
         """Elements are given to it."""
         return False
 
-    def steps(self, state: State, first: int, count: int, most: int) -> Iterator[Step]:
+    def steps(self, state: DifferenceState, first: int, count: int, most: int) -> Iterator[Step]:
         """Slices of whole blocks."""
         block = self._measurement.block
         size = max(most // block, 1) * block
         for start in range(first, first + count, size):
             yield Step(start, min(size, first + count - start), False)
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+    def apply(self, state: DifferenceState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         del out
         dtypes, block = self._measurement.dtypes, self._measurement.block
         with np.errstate(all="ignore"):
@@ -247,7 +247,7 @@ class DifferencePass:
                 ]
                 state.take(first + begin, own, number)
 
-    def finish(self, state: State) -> Sums:
+    def finish(self, state: DifferenceState) -> DifferenceSums:
         if state.interference is not None:
             state.sums.interference += state.interference.sums
         return state.sums
@@ -272,14 +272,14 @@ def decoded(raw: Bytes, dtype: DType) -> Array:
     return raw.view(str(dtype.torch))
 
 
-def measure(measurement: Measurement, take: Callable[[Sums], None]) -> Procedure:
+def measure(measurement: Measurement, take: Callable[[DifferenceSums], None]) -> Procedure:
     """The passes that measure one tensor.
 
     Args:
         measurement: What to measure.
         take: Called with what was found.
     """
-    found: list[Sums] = yield DifferencePass(measurement)
+    found: list[DifferenceSums] = yield DifferencePass(measurement)
     whole, *others = found
     for each in others:
         whole.add(each)

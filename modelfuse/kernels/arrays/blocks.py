@@ -14,7 +14,7 @@ from modelfuse.kernels.arrays.library import Array, Library, Tensor
 
 
 @dataclass
-class State:
+class ArrayState:
     """A span under way: what it found so far, and what it needs on the device."""
 
     bad: Array
@@ -47,17 +47,17 @@ class Walk:
         self._arithmetic = Arithmetic(library, work.compute)
         self._deltas = work.deltas or (False,) * work.models
 
-    def start(self) -> State:
+    def start(self) -> ArrayState:
         return self._state()
 
-    def _state(self, found: Any = None, placed: Any = None) -> State:
-        return State(np.zeros(len(self._work.sources) + 1, np.int64), found, placed)
+    def _state(self, found: Any = None, placed: Any = None) -> ArrayState:
+        return ArrayState(np.zeros(len(self._work.sources) + 1, np.int64), found, placed)
 
-    def read_from(self, state: State, extents: Sequence[Extent]) -> bool:
+    def read_from(self, state: ArrayState, extents: Sequence[Extent]) -> bool:
         """Libraries take what lies in the host's memory."""
         return False
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+    def apply(self, state: ArrayState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         work, library = self._work, self._library
         step = self._step()
         with library.working():
@@ -77,7 +77,7 @@ class Walk:
         elements = max(library.room - self.fixed, 0) // an_element
         return max((min(elements, library.most) if self.once else elements) // CHUNK, 1) * CHUNK
 
-    def _load(self, state: State, raws: Bytes, start: int, size: int) -> list[Tensor]:
+    def _load(self, state: ArrayState, raws: Bytes, start: int, size: int) -> list[Tensor]:
         """The models' elements, less the base's where they are none to it yet; then the base's."""
         work, arithmetic = self._work, self._arithmetic
         loaded = []
@@ -91,7 +91,7 @@ class Walk:
                 loaded[model] = loaded[model] if is_delta else loaded[model] - loaded[-1]
         return loaded
 
-    def _add_counts(self, state: State) -> None:
+    def _add_counts(self, state: ArrayState) -> None:
         """Fetched once a slice: each time the worker must wait for the device."""
         for counts in state.counts:
             values = self._library.fetch(counts)
@@ -101,7 +101,7 @@ class Walk:
                 state.bad[-1] += values
         state.counts.clear()
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         """Work on one block.
 
         Args:

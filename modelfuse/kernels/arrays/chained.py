@@ -9,8 +9,8 @@ import numpy as np
 
 from modelfuse.kernels import Bytes, Work
 from modelfuse.kernels.arrays.arithmetic import DeviceKeepTables
-from modelfuse.kernels.arrays.blocks import State, Walk
-from modelfuse.kernels.arrays.evaluate import Evaluation
+from modelfuse.kernels.arrays.blocks import ArrayState, Walk
+from modelfuse.kernels.arrays.evaluate import Evaluator
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.lines import Fragment, Lines
@@ -26,7 +26,7 @@ class Host(Walk):
     def __init__(self, work: Work) -> None:
         super().__init__(work, NumpyLibrary(0, 0))
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+    def apply(self, state: ArrayState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         with self._library.working():
             xs = self._load(state, raws, 0, count)
             base = xs.pop() if self._work.has_base else None
@@ -47,15 +47,15 @@ class Fragments(Host):
         super().__init__(work)
         self._lines = lines
 
-    def start(self) -> State:
+    def start(self) -> ArrayState:
         return self._state([])
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         for start, stop, whole in self._lines.parts(first, xs[0].size):
             if not whole:
                 state.found.append((start, np.stack([np.abs(x[start - first : stop - first]) for x in xs])))
 
-    def finish(self, state: State) -> list[Fragment]:
+    def finish(self, state: ArrayState) -> list[Fragment]:
         found: list[Fragment] = state.found
         return found
 
@@ -71,11 +71,11 @@ class Chained(Walk):
         self._host = Host(work) if element.lines is not None else None
         self.fixed = 8 * (BINS * len(element.keep.tables) + element.keep.subtables.size)
 
-    def start(self) -> State:
+    def start(self) -> ArrayState:
         with self._library.working():
             return self._state([], self._place_tables())
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+    def apply(self, state: ArrayState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         if self._host is not None and self._element.lines is not None:
             # Ranks in lines take whole ones, of which blocks may hold parts.
             magnitudes = np.abs(np.stack(self._host.values(raws, count)[0]))
@@ -92,7 +92,9 @@ class Chained(Walk):
         subtables = library.place(keep.subtables.astype(compute).ravel())
         return DeviceKeepTables(FLOAT_ENCODINGS[compute].shift, tables, subtables, keep.levels)
 
-    def _elements(self, state: State, first: int, xs: list[Tensor], model: int, counters: Tensor | None) -> Evaluation:
+    def _elements(
+        self, state: ArrayState, first: int, xs: list[Tensor], model: int, counters: Tensor | None
+    ) -> Evaluator:
         """What expressions of a model's element are evaluated with."""
         chain, arithmetic, count = self._work.method.chain, self._arithmetic, xs[model].shape[0]
         arrays: dict[str, list[Tensor]] = {"x": xs}
@@ -106,12 +108,12 @@ class Chained(Walk):
             arrays["keep"] = [self._library.place(exact)] * len(xs)
         elif chain.keeps:
             arrays["keep"] = [arithmetic.keep_probabilities(xs[model], state.placed, model)] * len(xs)
-        return Evaluation(self._library, arithmetic, arrays, self._element.numbers, {})
+        return Evaluator(self._library, arithmetic, arrays, self._element.numbers, {})
 
     def _counters(self, first: int, count: int) -> Tensor | None:
         return self._arithmetic.counters(first, count) if self._work.method.chain.draws else None
 
-    def _apply_element(self, state: State, first: int, xs: list[Tensor]) -> None:
+    def _apply_element(self, state: ArrayState, first: int, xs: list[Tensor]) -> None:
         """Apply the element step to all models, in place."""
         chain = self._work.method.chain
         if chain.element is None:
@@ -120,14 +122,14 @@ class Chained(Walk):
         for model in range(len(xs)):
             xs[model] = self._elements(state, first, xs, model, counters).of_model(chain.element, model)
 
-    def _merged(self, first: int, xs: list[Tensor], base: Tensor | None, numbers: Coefficients) -> Evaluation:
+    def _merged(self, first: int, xs: list[Tensor], base: Tensor | None, numbers: Coefficients) -> Evaluator:
         """What expressions of all models' elements are evaluated with, after the element step."""
         arrays: dict[str, Any] = {"x": xs, "base": base}
         for name, (lines, table) in numbers.lined.items():
             own = lines.numbers(first, xs[0].shape[0])
             rows = [self._library.place(row[own].astype(self._work.compute)) for row in table]
             arrays[name] = rows if len(rows) == len(xs) else rows * len(xs)
-        return Evaluation(self._library, self._arithmetic, arrays, numbers.each, numbers.shared)
+        return Evaluator(self._library, self._arithmetic, arrays, numbers.each, numbers.shared)
 
 
 class Added(Chained):
@@ -137,9 +139,9 @@ class Added(Chained):
         super().__init__(work, library, element)
         self._terms = terms
 
-    def _add(self, state: State, found: list[Tensor]) -> None:
+    def _add(self, state: ArrayState, found: list[Tensor]) -> None:
         sums = self._library.fetch(self._arithmetic.sums(found))
         state.found.append(sums.reshape(sums.shape[0], -1))
 
-    def finish(self, state: State) -> Array:
+    def finish(self, state: ArrayState) -> Array:
         return np.concatenate(state.found, axis=1)

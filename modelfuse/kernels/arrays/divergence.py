@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.kernels import CPU_BLOCK, CPU_ROOM, Bytes, Work
-from modelfuse.kernels.arrays.blocks import State, Walk
+from modelfuse.kernels.arrays.blocks import ArrayState, Walk
 from modelfuse.kernels.arrays.library import Array, Tensor
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.elementary import exp, log
@@ -35,10 +35,10 @@ class _Rows(Walk):
         super().__init__(work, NumpyLibrary(CPU_ROOM, CPU_BLOCK))
         self._lines = lines
 
-    def start(self) -> State:
+    def start(self) -> ArrayState:
         return self._state([])
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         wide = [np.zeros(xs[0].size) if base is None else base.astype(np.float64)]
         wide.insert(0, xs[0].astype(np.float64) + wide[0])
         for part in self._lines.parts(first, xs[0].size):
@@ -52,7 +52,7 @@ class _Rows(Walk):
         """What is found of consecutive lines, or of a piece of one: float64, shape (2, lines, elements)."""
         raise NotImplementedError
 
-    def finish(self, state: State) -> Any:
+    def finish(self, state: ArrayState) -> Any:
         return state.found
 
 
@@ -76,7 +76,7 @@ class Exponentials(_Rows):
     def _found(self, line: int, rows: Array) -> Accumulated:
         return _added(line, self._powers(line, rows))
 
-    def finish(self, state: State) -> Accumulated:
+    def finish(self, state: ArrayState) -> Accumulated:
         return accumulate(state.found)
 
 

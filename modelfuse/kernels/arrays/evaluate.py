@@ -27,7 +27,7 @@ ZERO = Expression("constant", value=0.0)
 ONE = Expression("constant", value=1.0)
 
 
-class Evaluation:
+class Evaluator:
     """The elements and numbers that expressions of one block are evaluated with.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 
 from modelfuse.kernels import Bytes, Work
 from modelfuse.kernels.arrays.arithmetic import Arithmetic
-from modelfuse.kernels.arrays.blocks import State, Walk
+from modelfuse.kernels.arrays.blocks import ArrayState, Walk
 from modelfuse.kernels.arrays.chained import Chained
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.measures import Element, Merged, add_up, add_up_models
@@ -37,14 +37,14 @@ class Gather(Walk):
 
     scratch = 40
 
-    def start(self) -> State:
+    def start(self) -> ArrayState:
         return self._state([])
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         bits = [self._library.fetch(self._arithmetic.magnitude_bits(x)) for x in xs]
         state.found.append(np.stack(bits))
 
-    def finish(self, state: State) -> Array:
+    def finish(self, state: ArrayState) -> Array:
         found = np.concatenate(state.found, axis=1)
         return found.view(f"u{found.itemsize}")
 
@@ -56,7 +56,7 @@ class _Counting(Chained):
         super().__init__(work, library, merged.element if merged else Element())
         self._made = merged
 
-    def _magnitudes(self, state: State, first: int, xs: list[Tensor], base: Tensor | None) -> list[Tensor]:
+    def _magnitudes(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None) -> list[Tensor]:
         """The tensors whose magnitudes are counted."""
         if self._made is None:
             return xs
@@ -78,12 +78,12 @@ class TallyAll(_Counting):
         self._sums = merged.sums if merged else work.method.needs_sums
         self.fixed, self.scratch = TABLE_BYTES, 40 if merged is None else Chained.scratch
 
-    def start(self) -> State:
+    def start(self) -> ArrayState:
         state = super().start()
         state.found = [[] for _ in range(self._counted)]
         return state
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         library, arithmetic = self._library, self._arithmetic
         xs = self._magnitudes(state, first, xs, base)
         for model, parts in enumerate(state.found):
@@ -101,7 +101,7 @@ class TallyAll(_Counting):
             if sum(len(bins) for bins, _ in parts) > BINS:  # No more is held than of a few tables.
                 parts[:] = [add_up(parts)]
 
-    def finish(self, state: State) -> list[tuple[Array, Array]]:
+    def finish(self, state: ArrayState) -> list[tuple[Array, Array]]:
         return [add_up(parts) for parts in state.found]
 
     def fold(self, one: list[tuple[Array, Array]], other: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
@@ -127,14 +127,14 @@ class TallyWithin(_Counting):
         self._prefixes, self._shifts, self._digits = prefixes, shifts, 1 << digit_bits
         self.fixed = max(map(len, prefixes)) * self._digits * 32
 
-    def start(self) -> State:
+    def start(self) -> ArrayState:
         state = super().start()
         state.found = np.zeros((sum(map(len, self._prefixes)), self._digits, 3), np.uint64)
         with self._library.working():
             state.prefixes = [self._library.place(own.astype(np.int64)) for own in self._prefixes]
         return state
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         library, arithmetic = self._library, self._arithmetic
         row, xs = 0, self._magnitudes(state, first, xs, base)
         for model, own in enumerate(self._prefixes):
@@ -169,7 +169,7 @@ class TallyWithin(_Counting):
             rows[: flat.size] = flat
             table[:, :, column] += rows.reshape(-1, self._digits)
 
-    def finish(self, state: State) -> Array:
+    def finish(self, state: ArrayState) -> Array:
         tables: Array = state.found
         return tables
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.kernels import Bytes, Work
-from modelfuse.kernels.arrays.blocks import State
+from modelfuse.kernels.arrays.blocks import ArrayState
 from modelfuse.kernels.arrays.chained import Chained
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.gram import pairs_of
@@ -22,7 +22,7 @@ class LineProducts(Chained):
         super().__init__(work, library, element)
         self._lines = lines
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         self._apply_element(state, first, xs)
         library, pairs = self._library, pairs_of(len(xs))
         wide = [library.cast(each, "float64") for each in xs]
@@ -44,7 +44,7 @@ class LineProducts(Chained):
             values = self._library.join(values, arithmetic.zeros(after))
         return arithmetic.fold(values.reshape([1, -1, lines.inner]))
 
-    def finish(self, state: State) -> Accumulated:
+    def finish(self, state: ArrayState) -> Accumulated:
         return accumulate(state.found)
 
     def sums(self, found: list[Any]) -> Array:

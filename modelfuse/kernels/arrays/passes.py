@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.kernels import Bytes, Procedure, Work
-from modelfuse.kernels.arrays.blocks import State
+from modelfuse.kernels.arrays.blocks import ArrayState
 from modelfuse.kernels.arrays.chained import Added, Chained, Fragments
 from modelfuse.kernels.arrays.divergence import divergence
 from modelfuse.kernels.arrays.histograms import Gather, TallyAll, TallyWithin
@@ -84,7 +84,7 @@ class Combine(Chained):
         super().__init__(work, library, element)
         self._numbers = numbers
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         arithmetic, numbers = self._arithmetic, self._numbers
         self._apply_element(state, first, xs)
         result = self._merged(first, xs, base, numbers).value(self._work.method.chain.combine)
@@ -94,19 +94,19 @@ class Combine(Chained):
         state.counts.append(arithmetic.count_bad(stored))
         self._library.store(stored, out)
 
-    def finish(self, state: State) -> None:
+    def finish(self, state: ArrayState) -> None:
         return None
 
 
 class DotProducts(Chained):
     """The pass that measures dot products of models; finds float64 sums, shape (products, numbers to add up)."""
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         self._apply_element(state, first, xs)
         sums = self._library.fetch(self._arithmetic.dot_products(xs))
         state.found.append(sums.reshape(sums.shape[0], -1))
 
-    def finish(self, state: State) -> Array:
+    def finish(self, state: ArrayState) -> Array:
         return np.concatenate(state.found, axis=1)
 
     def gram(self, found: list[Any]) -> Array:
@@ -117,7 +117,7 @@ class DotProducts(Chained):
 class ElementSums(Added):
     """The pass that adds up terms of each model's elements."""
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         counters, found = self._counters(first, xs[0].shape[0]), []
         for model in range(len(xs)):
             evaluation = self._elements(state, first, xs, model, counters)
@@ -139,7 +139,7 @@ class MergedSums(Added):
         super().__init__(work, library, element, terms)
         self._numbers = numbers
 
-    def block(self, state: State, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
+    def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         self._apply_element(state, first, xs)
         evaluation = self._merged(first, xs, base, self._numbers)
         found = []

@@ -66,7 +66,7 @@ def _no_keep(compute: str) -> list[Any]:
 
 
 @dataclass
-class State:
+class CompiledState:
     """A span under way: a worker's scratch, the counts of non-finite elements, and what it found so far."""
 
     scratch: Scratch
@@ -80,28 +80,28 @@ class _Walk:
     def __init__(self, work: Work) -> None:
         self._work, self._inputs = work, inputs_of(work)
 
-    def start(self) -> State:
+    def start(self) -> CompiledState:
         scratch = take_scratch(self._work)
-        return State(scratch, scratch.bad)
+        return CompiledState(scratch, scratch.bad)
 
-    def finish(self, state: State) -> Any:
+    def finish(self, state: CompiledState) -> Any:
         found = self._found(state)
         state.bad = state.bad.copy()
         give_back(state.scratch)
         return found
 
-    def _found(self, state: State) -> Any:
+    def _found(self, state: CompiledState) -> Any:
         return state.found
 
-    def read_from(self, state: State, extents: Sequence[Extent]) -> bool:
+    def read_from(self, state: CompiledState, extents: Sequence[Extent]) -> bool:
         state.scratch.files.read_from(extents, self._work.sources)
         return True
 
-    def apply(self, state: State, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+    def apply(self, state: CompiledState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         with state.scratch.files.at(first):
             self._run(state, first, count, lay_out(self._inputs, raws, out))
 
-    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         """Call the kernel on a slice."""
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class _Chained(_Walk):
         super().__init__(work)
         self._how = _laid_out(work, element, work.method.chain.element_numbers if names is None else names)
 
-    def start(self) -> State:
+    def start(self) -> CompiledState:
         state = super().start()
         if self._work.method.chain.keeps:
             merge_loops.spread(self._how, state.scratch.buffers)
@@ -138,7 +138,7 @@ class Combine(_Chained):
         )
         self._out_code = RAW_CODES[work.out.name]
 
-    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         combine = chain_kernels(self._work).combine
         combine(data, first, count, state.scratch.buffers, self._how, self._numbers, self._out_code)
 
@@ -155,18 +155,18 @@ class DotProducts(_Chained):
         super().__init__(work, element)
         self._products = len(pairs_of(work.models))
 
-    def start(self) -> State:
+    def start(self) -> CompiledState:
         state = super().start()
         state.found = []
         return state
 
-    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         sums = np.empty((math.ceil(count / merge_loops.CHUNK), 2 * self._products))
         lanes = np.empty((2 * self._products, LANES))
         chain_kernels(self._work).multiply(data, first, count, state.scratch.buffers, self._how, lanes, sums)
         state.found.append(sums)
 
-    def _found(self, state: State) -> Array:
+    def _found(self, state: CompiledState) -> Array:
         return np.concatenate(state.found)
 
     def gram(self, found: list[Any]) -> Array:
@@ -181,7 +181,7 @@ class Gather(_Walk):
 
     writes = False
 
-    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         state.found = np.empty((self._work.models, count), np.uint64)
         merge_loops.gather(data, count, state.scratch.buffers, state.found)
 
@@ -199,18 +199,18 @@ class ElementSums(_Chained):
         super().__init__(work, element, element_numbers(terms))
         self._terms = len(terms)
 
-    def start(self) -> State:
+    def start(self) -> CompiledState:
         state = super().start()
         state.found = []
         return state
 
-    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         rows = self._work.models * self._terms
         sums, lanes = np.empty((math.ceil(count / merge_loops.CHUNK), rows, 2)), np.empty((rows, 2, LANES))
         chain_kernels(self._work).add_up(data, first, count, state.scratch.buffers, self._how, self._terms, lanes, sums)
         state.found.append(sums)
 
-    def _found(self, state: State) -> Array:
+    def _found(self, state: CompiledState) -> Array:
         return np.concatenate(state.found)
 
     def sums(self, found: list[Any]) -> Array:
@@ -232,11 +232,11 @@ class TallyAll(_Walk):
         super().__init__(work)
         self._encoding, self._sums = encoding, work.method.needs_sums
 
-    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         buffers, tables = state.scratch.buffers, state.scratch.tables.all
         histograms.tally(data, count, buffers, self._encoding.shift, self._sums, tables)
 
-    def _found(self, state: State) -> list[tuple[Array, Array]]:
+    def _found(self, state: CompiledState) -> list[tuple[Array, Array]]:
         found, (_, tables, numbers, rows) = [], state.scratch.tables
         for table in tables:
             bins = histograms.collect(table, numbers, rows)
@@ -265,18 +265,18 @@ class TallyWithin(_Walk):
         starts = np.cumsum([0, *map(len, prefixes[:-1])])
         self._begins = (np.stack(smaller) + starts[:, None]).astype(np.int32)
 
-    def start(self) -> State:
+    def start(self) -> CompiledState:
         state = super().start()
         state.found = np.zeros((self._prefixes.size, self._digits * 3), np.uint64)
         return state
 
-    def _run(self, state: State, first: int, count: int, data: Any) -> None:
+    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         buffers = state.scratch.buffers
         histograms.tally_within(
             data, count, buffers, self._shifts, self._prefixes, self._lead, self._begins, state.found
         )
 
-    def _found(self, state: State) -> Array:
+    def _found(self, state: CompiledState) -> Array:
         tables: Array = state.found.reshape(-1, self._digits, 3)
         return tables
 
