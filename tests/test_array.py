@@ -265,7 +265,7 @@ def test_values_are_rounded_as_the_compiled_kernels_do(kernel: ArrayKernel, comp
     ours = np.empty(kind.nbytes(values.size), np.uint8)
     arithmetic, library = Arithmetic(kernel.library, compute), kernel.library
     with library.working():
-        encoded = arithmetic.encode(library.place(values), kind)
+        encoded = arithmetic.encode(library.to_device(values), kind)
         library.store(encoded, ours)
         not_finite = int(library.fetch(arithmetic.count_bad(encoded)))
     theirs = np.empty_like(ours)

@@ -103,11 +103,11 @@ class Interference:
     def _add_rows(self, row: int, values: Array, wide: Array) -> None:
         """Rows are outputs: each adds to its bucket."""
         for number, each in enumerate(self._buckets):
-            begin, end = (int(place) for place in np.searchsorted(each.outputs, [row, row + values.shape[1]]))
+            begin, end = (int(position) for position in np.searchsorted(each.outputs, [row, row + values.shape[1]]))
             if begin == end:
                 continue
-            places = run_of(each.outputs[begin:end] - row)
-            own = values[:, places]
+            chosen = run_of(each.outputs[begin:end] - row)
+            own = values[:, chosen]
             if each.signs is not None:
                 own = own * each.signs[None, begin:end, None]
                 self._squares[number] += _squares_of_dots(wide[:, places])
@@ -116,8 +116,8 @@ class Interference:
                 bucket = place % each.k
                 count = min(end - place, each.k - bucket)
                 target = each.offset + bucket
-                self._sketch[:, target : target + count] += own[:, place - begin : place - begin + count]
-                place += count
+                self._sketch[:, target : target + count] += own[:, position - begin : position - begin + count]
+                position += count
 
     def _add_columns(self, row: int, values: Array, wide: Array) -> None:
         """Columns are outputs: of each row, an input, every bucket gets the sum of its columns."""

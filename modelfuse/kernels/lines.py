@@ -67,10 +67,10 @@ class Lines:
 
     def numbers(self, first: int, count: int) -> Array:
         """The line that each element belongs to, int64, shape (count,)."""
-        places = np.arange(first, first + count)
+        positions = np.arange(first, first + count)
         if self.inner == 1:
-            return np.asarray(places // self.length)
-        return np.asarray(places // self.group * self.inner + places % self.inner)
+            return np.asarray(positions // self.length)
+        return np.asarray(positions // self.group * self.inner + positions % self.inner)
 
     def parts(self, first: int, count: int) -> Iterator[GroupRun]:
         """Consecutive elements cut where groups begin: the end of one, whole ones, the beginning of one."""
@@ -91,13 +91,13 @@ def mean_ranks(values: Array) -> Array:
     """
     order = np.argsort(values, axis=1, kind="stable")
     ascending = np.take_along_axis(values, order, 1)
-    places = np.broadcast_to(np.arange(values.shape[1])[:, None], values.shape)
+    positions = np.broadcast_to(np.arange(values.shape[1])[:, None], values.shape)
     begins = np.ones(values.shape, np.bool_)
     begins[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
     ends = np.ones(values.shape, np.bool_)
     ends[:, :-1] = begins[:, 1:]
-    first = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-    last = np.minimum.accumulate(np.where(ends, places, values.shape[1])[:, ::-1], axis=1)[:, ::-1]
+    first = np.maximum.accumulate(np.where(begins, positions, 0), axis=1)
+    last = np.minimum.accumulate(np.where(ends, positions, values.shape[1])[:, ::-1], axis=1)[:, ::-1]
     ranks = np.empty(values.shape)
     np.put_along_axis(ranks, order, (first + last) / 2, 1)
     return ranks

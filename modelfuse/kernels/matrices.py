@@ -102,14 +102,14 @@ class MatrixPart:
         self.rows = outputs if matrices.out_first else np.arange(matrices.rows)
         self.columns = np.arange(matrices.columns) if matrices.out_first else outputs
 
-    def place(self, first: int, stop: int) -> tuple[int, int, Any]:
+    def locate(self, first: int, stop: int) -> tuple[int, int, Any]:
         """Of some rows of the matrix, those of the part: their first number in it, their last, and where they are."""
         begin, end = np.searchsorted(self.rows, [first, stop])
         return int(begin), int(end), (run_of(self.rows[begin:end] - first), run_of(self.columns))
 
     def take(self, values: Floats, first: int) -> tuple[int, int, list[Floats]]:
         """The part's rows of a window, shape (matrices, rows, columns), that begins with a row of the matrix."""
-        begin, end, (rows, columns) = self.place(first, first + values.shape[1])
+        begin, end, (rows, columns) = self.locate(first, first + values.shape[1])
         return begin, end, [each[rows][:, columns] for each in values]
 
 

@@ -192,8 +192,8 @@ class MatrixPass:
                     continue
                 first, last, values = part.take(each[1], each[0])
                 known = min(last, bottom)
-                for own, place in zip(values, panel, strict=True):
-                    place[first - top : known - top] = own[: max(known - first, 0)]
+                for own, rows in zip(values, panel, strict=True):
+                    rows[first - top : known - top] = own[: max(known - first, 0)]
                 with one_thread(), np.errstate(all="ignore"):
                     for (i, j), gram in grams.items():
                         gram[top:known, first:last] = panel[i, : known - top] @ values[j].T
@@ -237,7 +237,7 @@ class MatrixPass:
                 square[0] += np.vdot(whole, whole)
         most = panel_of(max([part.k for part in parts if not part.of_columns], default=0))
         for start in range(0, matrices.unit, most):
-            top, bottom = (-(-place // matrices.columns) for place in (start, min(start + most, matrices.unit)))
+            top, bottom = (-(-edge // matrices.columns) for edge in (start, min(start + most, matrices.unit)))
             block = np.zeros((bottom - top, matrices.columns))
             yield from self._multiply(state, begin, top, bottom, parts, factors, block)
             for square, part in zip(squares, parts, strict=True):
@@ -275,7 +275,7 @@ class MatrixPass:
         """Add to the rows from ``top`` to ``bottom`` what the parts' matrices come to."""
         for of_columns in (True, False):
             chosen = [(part, own) for part, own in zip(parts, factors, strict=True) if part.of_columns == of_columns]
-            chosen = [(part, own) for part, own in chosen if part.place(top, bottom)[0] < part.place(top, bottom)[1]]
+            chosen = [(part, own) for part, own in chosen if part.locate(top, bottom)[0] < part.locate(top, bottom)[1]]
             if not chosen:
                 continue
             rows = (top, bottom) if of_columns else (0, self._matrices.rows)
@@ -287,16 +287,16 @@ class MatrixPass:
                     for part, own in chosen:
                         first, last, values = part.take(each[1], each[0])
                         if of_columns:
-                            _, _, place = part.place(each[0], each[0] + each[1].shape[1])
+                            _, _, indices = part.locate(each[0], each[0] + each[1].shape[1])
                             target = block[each[0] - top : each[0] - top + each[1].shape[1]]
                             products = [x @ factor for x, factor in zip(values, own, strict=True)]
                         else:
-                            begins, ends, place = part.place(top, bottom)
+                            begins, ends, indices = part.locate(top, bottom)
                             target = block
                             products = [
                                 factor[begins:ends, first:last] @ x for x, factor in zip(values, own, strict=True)
                             ]
-                        rows_, columns = place
+                        rows_, columns = indices
                         for product in products:
                             _add(target, rows_, columns, product)
 

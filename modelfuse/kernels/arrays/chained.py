@@ -73,7 +73,7 @@ class Chained(Walk):
 
     def start(self) -> ArrayState:
         with self._library.working():
-            return self._state([], self._place_tables())
+            return self._state([], self._tables_on_device())
 
     def apply(self, state: ArrayState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         if self._host is not None and self._element.lines is not None:
@@ -82,14 +82,14 @@ class Chained(Walk):
             state.keep, state.first = self._element.lines.of(first, magnitudes), first
         super().apply(state, first, count, raws, out)
 
-    def _place_tables(self) -> DeviceKeepTables:
+    def _tables_on_device(self) -> DeviceKeepTables:
         library, compute, keep = self._library, self._work.compute, self._element.keep
         tables = []
         for bins, keeps in keep.tables:
             table = np.ones(BINS)
             table[bins] = keeps
-            tables.append(library.place(table.astype(compute)))
-        subtables = library.place(keep.subtables.astype(compute).ravel())
+            tables.append(library.to_device(table.astype(compute)))
+        subtables = library.to_device(keep.subtables.astype(compute).ravel())
         return DeviceKeepTables(FLOAT_ENCODINGS[compute].shift, tables, subtables, keep.levels)
 
     def _elements(
@@ -102,10 +102,10 @@ class Chained(Walk):
             arrays["draw"] = [arithmetic.draws(counters, self._element.keys[model], count)] * len(xs)
         if chain.keeps and state.keep is not None:
             keep = np.ascontiguousarray(state.keep[model, first - state.first :][:count])
-            arrays["keep"] = [self._library.place(keep)] * len(xs)
+            arrays["keep"] = [self._library.to_device(keep)] * len(xs)
         elif chain.keeps and self._element.keep.exact is not None:
             exact = self._element.keep.exact[model, first : first + count].astype(self._work.compute)
-            arrays["keep"] = [self._library.place(exact)] * len(xs)
+            arrays["keep"] = [self._library.to_device(exact)] * len(xs)
         elif chain.keeps:
             arrays["keep"] = [arithmetic.keep_probabilities(xs[model], state.placed, model)] * len(xs)
         return Evaluator(self._library, arithmetic, arrays, self._element.numbers, {})
@@ -127,7 +127,7 @@ class Chained(Walk):
         arrays: dict[str, Any] = {"x": xs, "base": base}
         for name, (lines, table) in numbers.lined.items():
             own = lines.numbers(first, xs[0].shape[0])
-            rows = [self._library.place(row[own].astype(self._work.compute)) for row in table]
+            rows = [self._library.to_device(row[own].astype(self._work.compute)) for row in table]
             arrays[name] = rows if len(rows) == len(xs) else rows * len(xs)
         return Evaluator(self._library, self._arithmetic, arrays, numbers.each, numbers.shared)
 

@@ -91,7 +91,7 @@ class TallyAll(_Counting):
             xs[model] = None
             bins, rest = arithmetic.bins(bits, self._shift), arithmetic.low_bits(bits, self._shift)
             counts = library.bincount(bins, 0)
-            used = library.places(counts != arithmetic.integer(0))
+            used = library.nonzero(counts != arithmetic.integer(0))
             wide = self._work.compute == "float64"
             sums = _rest_sums(library, arithmetic, bins, rest, wide) if self._sums else ()
             rows = np.zeros((used.shape[0], 3), np.uint64)
@@ -131,7 +131,7 @@ class TallyWithin(_Counting):
         state = super().start()
         state.found = np.zeros((sum(map(len, self._prefixes)), self._digits, 3), np.uint64)
         with self._library.working():
-            state.prefixes = [self._library.place(own.astype(np.int64)) for own in self._prefixes]
+            state.prefixes = [self._library.to_device(own.astype(np.int64)) for own in self._prefixes]
         return state
 
     def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
@@ -154,7 +154,7 @@ class TallyWithin(_Counting):
         rows = library.find(prefixes, leading)
         # Beyond the last prefix there is none to compare with.
         rows = rows - library.cast(rows >= arithmetic.integer(prefixes.shape[0]), "int64")
-        hits = library.places(library.take(prefixes, rows) == leading)
+        hits = library.nonzero(library.take(prefixes, rows) == leading)
         chosen = library.take(bits, hits)
         digits = library.shift_right(chosen, shift) & arithmetic.integer(self._digits - 1)
         return library.take(rows, hits) * arithmetic.integer(self._digits) + digits, chosen

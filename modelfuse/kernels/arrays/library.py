@@ -72,7 +72,7 @@ class Library(ABC):
         """Copy a tensor's bytes into ``out``; they are there when the work is done."""
 
     @abstractmethod
-    def place(self, values: Array) -> Tensor:
+    def to_device(self, values: Array) -> Tensor:
         """A numpy array of float32, float64, int32 or int64 on the device."""
 
     @abstractmethod
@@ -115,16 +115,16 @@ class Library(ABC):
         """How often each integer from 0 occurs, or the float64 sums of its weights; at least ``length`` of them."""
         return self._module.bincount(x, weights=weights, minlength=length)
 
-    def places(self, mask: Tensor) -> Tensor:
+    def nonzero(self, mask: Tensor) -> Tensor:
         """Where it is true, int64, shape (number,)."""
         return self._module.nonzero(mask).reshape([-1])
 
     @abstractmethod
-    def take(self, x: Tensor, places: Tensor) -> Tensor:
-        """The elements at these places."""
+    def take(self, x: Tensor, indices: Tensor) -> Tensor:
+        """The elements at these indices."""
 
     def find(self, ascending: Tensor, x: Tensor) -> Tensor:
-        """For each element, the first place in ``ascending`` whose value is no less, int64."""
+        """For each element, the first index in ``ascending`` whose value is no less, int64."""
         return self._module.searchsorted(ascending, x)
 
     @abstractmethod
@@ -141,4 +141,4 @@ class Library(ABC):
 
     def number(self, value: float | int, dtype: str) -> Tensor:
         """A 0-dimensional tensor of this value."""
-        return self.place(np.array(value, dtype))
+        return self.to_device(np.array(value, dtype))

@@ -43,7 +43,7 @@ class NumpyLibrary(Library):
         else:
             out.view(np.uint16)[:] = halves_of(x)
 
-    def place(self, values: Array) -> Tensor:
+    def to_device(self, values: Array) -> Tensor:
         return np.array(values)
 
     def fetch(self, x: Tensor) -> Array:
@@ -62,11 +62,11 @@ class NumpyLibrary(Library):
         unsigned = x.view(f"u{x.itemsize}")
         return (unsigned >> unsigned.dtype.type(bits)).view(x.dtype)
 
-    def places(self, mask: Tensor) -> Tensor:
+    def nonzero(self, mask: Tensor) -> Tensor:
         return np.flatnonzero(mask)
 
-    def take(self, x: Tensor, places: Tensor) -> Tensor:
-        return x[places]
+    def take(self, x: Tensor, indices: Tensor) -> Tensor:
+        return x[indices]
 
     def join(self, *parts: Tensor) -> Tensor:
         return np.concatenate(parts)

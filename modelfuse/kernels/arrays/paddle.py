@@ -55,7 +55,7 @@ class PaddleLibrary(Library):
     def store(self, x: Tensor, out: Bytes) -> None:
         out[:] = self.view(x, "uint8").numpy()
 
-    def place(self, values: Array) -> Tensor:
+    def to_device(self, values: Array) -> Tensor:
         return self._module.to_tensor(values, place=self._place)
 
     def fetch(self, x: Tensor) -> Array:
@@ -74,8 +74,8 @@ class PaddleLibrary(Library):
     def shift_right(self, x: Tensor, bits: int) -> Tensor:
         return self._module.bitwise_right_shift(x, self._module.full([], bits, x.dtype), False) if bits else x
 
-    def take(self, x: Tensor, places: Tensor) -> Tensor:
-        return self._module.gather(x, places)
+    def take(self, x: Tensor, indices: Tensor) -> Tensor:
+        return self._module.gather(x, indices)
 
     def join(self, *parts: Tensor) -> Tensor:
         return self._module.concat(list(parts))

@@ -60,10 +60,10 @@ def _differs(inputs: Any, raws: Array, model: int, count: int, values: Array, ba
 
 
 def _chosen(first: int, count: int, stride: int) -> Array:
-    """The places of the elements of the chosen blocks, shape (blocks, BLOCK); ``count`` for what lies beyond."""
+    """The positions of the elements of the chosen blocks, shape (blocks, BLOCK); ``count`` for what lies beyond."""
     starts = np.arange((-(first // BLOCK)) % stride * BLOCK, count, stride * BLOCK)
-    places: Array = np.minimum(starts[:, None] + np.arange(BLOCK), count)
-    return places
+    positions: Array = np.minimum(starts[:, None] + np.arange(BLOCK), count)
+    return positions
 
 
 def _add_squares(total: float, values: Array, chosen: Array) -> float:

@@ -62,7 +62,7 @@ class TorchLibrary(Library):
     def store(self, x: Tensor, out: Bytes) -> None:
         self._module.from_numpy(out).copy_(x.view(self._module.uint8), non_blocking=True)
 
-    def place(self, values: Array) -> Tensor:
+    def to_device(self, values: Array) -> Tensor:
         return self._module.from_numpy(np.ascontiguousarray(values).reshape(values.shape)).to(self._device)
 
     def fetch(self, x: Tensor) -> Array:
@@ -82,8 +82,8 @@ class TorchLibrary(Library):
         width = x.element_size() * 8
         return (x >> bits) & ((1 << (width - bits)) - 1) if bits else x
 
-    def take(self, x: Tensor, places: Tensor) -> Tensor:
-        return self._module.index_select(x, 0, places)
+    def take(self, x: Tensor, indices: Tensor) -> Tensor:
+        return self._module.index_select(x, 0, indices)
 
     def join(self, *parts: Tensor) -> Tensor:
         return self._module.cat(parts)

@@ -221,29 +221,29 @@ def measure(data: merge_loops.Stored, stride: int, first: int, count: int, seen:
         start = 0
         while start < count and not differs[model]:
             size = min(BLOCK, count - start)
-            place = block_of(seen.files, raws, model, start, size)
+            column = block_of(seen.files, raws, model, start, size)
             if deltas[model]:
-                differs[model] = _any(codes[model], raws[model], place, size, rows[0])
+                differs[model] = _any(codes[model], raws[model], column, size, rows[0])
                 start += size
                 continue
             block_of(seen.files, raws, models, start, size)
             if codes[model] == codes[models]:
                 width = merge_loops.width_of(codes[model])
-                begin, end = place * width, (place + size) * width
+                begin, end = column * width, (column + size) * width
                 differs[model] = _differ(raws[model][begin:end], raws[models][begin:end])
             else:
-                merge_loops.decode(codes[models], raws[models], place, size, rows[1])
-                differs[model] = _unequal(codes[model], raws[model], place, size, rows[0], rows[1])
+                merge_loops.decode(codes[models], raws[models], column, size, rows[1])
+                differs[model] = _unequal(codes[model], raws[model], column, size, rows[0], rows[1])
             start += size
     block = first // BLOCK
     for start in range((-block) % stride * BLOCK, count, stride * BLOCK):
         size = min(BLOCK, count - start)
-        place = block_of(seen.files, raws, models, start, size)
-        merge_loops.decode(codes[models], raws[models], place, size, rows[1])
+        column = block_of(seen.files, raws, models, start, size)
+        merge_loops.decode(codes[models], raws[models], column, size, rows[1])
         squares[models] += _sum_of_squares(rows[1], size, rows[2])
         for model in range(models):
             block_of(seen.files, raws, model, start, size)
-            merge_loops.decode(codes[model], raws[model], place, size, rows[0])
+            merge_loops.decode(codes[model], raws[model], column, size, rows[0])
             if not deltas[model]:
                 for i in range(size):
                     rows[0, i] -= rows[1, i]

@@ -79,11 +79,11 @@ def column_of(files: DirectReads, raws: Array, start: int, length: int) -> int:
     window = files.slice[1]
     if window == 0:
         return start
-    place: int = start % window
-    if place == 0:
+    column: int = start % window
+    if column == 0:
         for row in range(files.offsets.size):
             fill(files, raws, row, start, min(window, length - start))
-    return place
+    return column
 
 
 @compile_kernel

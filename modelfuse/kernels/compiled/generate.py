@@ -144,12 +144,12 @@ def terms_source(chain: Chain) -> str:
     if not chain.terms:
         return f"def {signature}:\n    pass\n"
     # The first row holds probabilities.
-    places = {f"o{row}": f"rows[{row}]" for row in range(1, 1 + len(chain.terms))}
-    return _loop_source(signature, chain.terms, places)
+    targets = {f"o{row}": f"rows[{row}]" for row in range(1, 1 + len(chain.terms))}
+    return _loop_source(signature, chain.terms, targets)
 
 
-def _loop_source(signature: str, expressions: Sequence[Expression], places: Mapping[str, str]) -> str:
-    """A function with one loop over a block of one model's elements, of which expressions are put in places by name."""
+def _loop_source(signature: str, expressions: Sequence[Expression], targets: Mapping[str, str]) -> str:
+    """A function with one loop over a block of one model's elements, of which expressions are stored in targets by name."""
     constants = _constants(*expressions)
     columns = {name: f"n{column}" for column, name in enumerate(element_numbers(expressions))}
     arrays = {"x": "x[i]", "draw": "draws[i]", "keep": "keep[i]"}
@@ -165,7 +165,7 @@ def _loop_source(signature: str, expressions: Sequence[Expression], places: Mapp
         "x, draws, keep, rows = buffers.x[model], buffers.draws, buffers.rows[0], buffers.rows",
         "kind = x.dtype.type",
     ]
-    lines += [f"{name} = {place}" for name, place in places.items() if name != place]
+    lines += [f"{name} = {target}" for name, target in targets.items() if name != target]
     lines += _constant_lines(constants)
     lines += [f"{name} = how.numbers[model, {column}]" for column, name in enumerate(columns.values())]
     if any(uses(each, "draw") for each in expressions):
@@ -173,7 +173,7 @@ def _loop_source(signature: str, expressions: Sequence[Expression], places: Mapp
     if any(uses(each, "keep") for each in expressions):
         lines.append("keep_probabilities(how, model, first, count, buffers, keep)")
     lines += ["for i in range(count):", *(STEP + line for line in writer.lines)]
-    lines += [f"{STEP}{name}[i] = {result}" for name, result in zip(places, results, strict=True)]
+    lines += [f"{STEP}{name}[i] = {result}" for name, result in zip(targets, results, strict=True)]
     return _function(signature, lines)
 
 
@@ -196,7 +196,7 @@ class _Combination:
         totals = [each for each in walk(self._root) if each.operation == "total"]
         direct = self._root.operation == "total"
         inner = [each for each in totals if each != self._root]
-        #: Where each sum is kept; a result that is a sum itself needs no place of its own.
+        #: Where each sum is kept; a result that is a sum itself needs no row of its own.
         self._rows = {each: f"a{number}" for number, each in enumerate(inner, 1)}
         if direct:
             self._rows[self._root] = "a0"
@@ -231,12 +231,12 @@ class _Combination:
 
     def _group(self, totals: Sequence[Expression], together: int) -> list[str]:
         columns = len(self._chain.each_numbers)
-        lines = [f"x{place} = x[model + {place}]" for place in range(together)]
-        lines += [f"w{place}_{column} = each[model + {place}, {column}]"
-                  for place in range(together) for column in range(columns)]  # fmt: skip
+        lines = [f"x{offset} = x[model + {offset}]" for offset in range(together)]
+        lines += [f"w{offset}_{column} = each[model + {offset}, {column}]"
+                  for offset in range(together) for column in range(columns)]  # fmt: skip
         body, sums = list[str](), {each: f"{self._rows[each]}[i]" for each in totals}
-        for place in range(together):
-            writer = _Writer(lambda one, place=place: self._leaf(one, place))  # type: ignore[misc]
+        for offset in range(together):
+            writer = _Writer(lambda one, offset=offset: self._leaf(one, offset))  # type: ignore[misc]
             for number, each in enumerate(totals):
                 term = writer.name_of(each.operands[0])
                 name = f"v{number}"
@@ -246,15 +246,15 @@ class _Combination:
         body += [f"{self._rows[each]}[i] = {sums[each]}" for each in totals]
         return [*lines, "for i in range(count):", *(STEP + line for line in body)]
 
-    def _leaf(self, one: Expression, place: int) -> str:
+    def _leaf(self, one: Expression, offset: int) -> str:
         if one.operation == "constant":
             return self._constants[one]
         if one.operation == "total":
             return f"{self._rows[one]}[i]"
         if one.operation == "array":
-            return f"x{place}[i]" if one.each else f"{one.value}[i]"
+            return f"x{offset}[i]" if one.each else f"{one.value}[i]"
         if one.each:
-            return f"w{place}_{self._chain.each_numbers.index(str(one.value))}"
+            return f"w{offset}_{self._chain.each_numbers.index(str(one.value))}"
         return f"s{self._chain.shared_numbers.index(str(one.value))}"
 
 

@@ -54,7 +54,7 @@ def tally(data: Stored, length: int, buffers: BlockBuffers, shift: int, sums: bo
 def _add(buffers: BlockBuffers, model: int, together: int, size: int, sums: bool, tables: Array) -> None:
     """Count magnitudes of some models in their bins, in turn; with ``sums``, add the bits that remain.
 
-    Magnitudes repeat, zeros above all, and adding to a place that was just added to waits for that: what comes between
+    Magnitudes repeat, zeros above all, and adding to a word that was just added to waits for that: what comes between
     are the other models' tables.
     """
     bins, amounts = buffers.bins, buffers.amounts
@@ -100,10 +100,10 @@ def collect(table: Array, numbers: Array, rows: Array) -> int:
 
 @compile_kernel
 def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
-    rest, place = bits & np.uint64((1 << shift) - 1), 3 * np.int64(row)
-    table[place] += np.uint64(1)
-    table[place + 1] += rest & np.uint64(0x3FFFFF)
-    table[place + 2] += rest >> np.uint64(22)
+    rest, at = bits & np.uint64((1 << shift) - 1), 3 * np.int64(row)
+    table[at] += np.uint64(1)
+    table[at + 1] += rest & np.uint64(0x3FFFFF)
+    table[at + 2] += rest >> np.uint64(22)
 
 
 @compile_kernel
@@ -148,7 +148,7 @@ def tally_within(
 
 @compile_kernel
 def _find(prefixes: Array, begin: int, end: int, prefix: Any) -> int:
-    """The last place of ``begin`` to ``end`` that holds no more than ``prefix``, or ``begin``."""
+    """The last index of ``begin`` to ``end`` that holds no more than ``prefix``, or ``begin``."""
     while end - begin > 1:
         middle = (begin + end) // 2
         if prefixes[middle] <= prefix:

@@ -63,7 +63,7 @@ class Prepared(NamedTuple):
 
 
 class NotLaidOut(TypeError):
-    """An argument that has no place in words."""
+    """An argument that cannot be laid out in words."""
 
 
 def prepare(value: Any) -> Prepared:
@@ -98,7 +98,7 @@ def prepare(value: Any) -> Prepared:
         make = getattr(kind, "_make", tuple)  # Some parts may have been laid out before.
         whole = make([part.value for part in parts])
         return Prepared(whole, f"{kind.__name__}({inner})", b"".join([part.words for part in parts]))
-    raise NotLaidOut(f"{kind.__name__} has no place in words")
+    raise NotLaidOut(f"{kind.__name__} cannot be laid out in words")
 
 
 @cache
