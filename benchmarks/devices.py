@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modelfuse.errors import ModelfuseError
 from modelfuse.kernels import Work
-from modelfuse.kernels.backends import GPU_BLOCK, GPU_ROOM, LIBRARIES, Device, choose, find_gpu
+from modelfuse.kernels.backends import GPU_BLOCK, GPU_WORKER_BYTES, LIBRARIES, Device, choose, find_gpu
 from modelfuse.kernels.kernel import ArrayKernel
 
 HEADINGS = ("method", "device", "merge s", "merge GB/s", "kernels GB/s", "arithmetic GB/s")
@@ -78,7 +78,7 @@ def available() -> Iterator[tuple[str, Device]]:
             find_gpu(tensor_type, "cpu", allow_cpu_fallback=False)
             yield f"CPU, {tensor_type}", Device(tensor_type)
             find_gpu(tensor_type, "gpu", allow_cpu_fallback=False)
-            device = Device(tensor_type, gpu=True, room=GPU_ROOM)
+            device = Device(tensor_type, gpu=True, worker_bytes=GPU_WORKER_BYTES)
             yield f"{_gpu_name(device)}, {tensor_type}", device
         except ModelfuseError as error:
             console.print(f"left out: {error.message}")

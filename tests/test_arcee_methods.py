@@ -95,8 +95,8 @@ def work_of(case: Case, stored: Sequence[Array], shape: tuple[int, ...], kind: D
     return Work("w", stored[0].size, (kind,) * len(stored), case.base, kind, method, shape=shape)
 
 
-def numpy_kernel(room: int = 32_000_000, most: int = 4 * CHUNK) -> ArrayKernel:
-    return ArrayKernel(NumpyLibrary(room, most))
+def numpy_kernel(worker_bytes: int = 32_000_000, most: int = 4 * CHUNK) -> ArrayKernel:
+    return ArrayKernel(NumpyLibrary(worker_bytes, most))
 
 
 def merged(kernel: Kernel, work: Work, stored: Sequence[Array], spans: Sequence[int] = (), step: int = CHUNK) -> Array:

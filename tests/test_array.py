@@ -43,7 +43,7 @@ from modelfuse.kernels.compiled.scratch import RAW_CODES
 from modelfuse.kernels.kernel import ArrayKernel
 from modelfuse.methods.random import draws, stream_key
 from modelfuse.planning.memory_budget import GRAIN as PLAN_GRAIN
-from modelfuse.planning.memory_budget import LEAST_GPU_ROOM
+from modelfuse.planning.memory_budget import LEAST_GPU_WORKER_BYTES
 
 Array = npt.NDArray[Any]
 #: Every library on the CPU and on a GPU; on a pretended one where there is none.
@@ -170,7 +170,7 @@ def test_any_case_is_as_the_compiled_kernels_merge_it(case: Case) -> None:
 
 @pytest.mark.parametrize("merge_type", MERGES)
 def test_neither_slices_nor_blocks_nor_workers_change_a_byte(device: Device, merge_type: str) -> None:
-    """A tensor larger than a slice, a slice larger than the device's room, and spans walked at the same time."""
+    """A tensor larger than a slice, a slice larger than what a worker may use of the device, and spans walked at the same time."""
     kinds = (BF16, BF16, BF16)
     size = 5 * CHUNK + 321
     stored = some_models(size, kinds, 3)
@@ -179,7 +179,7 @@ def test_neither_slices_nor_blocks_nor_workers_change_a_byte(device: Device, mer
         whole = array_kernel(device)
         with whole.running():
             expected, _ = merged(whole, work, stored, step=8 * CHUNK)
-        narrow = array_kernel(replace(device, room=1))
+        narrow = array_kernel(replace(device, worker_bytes=1))
         with narrow.running():
             assert merged(narrow, work, stored, step=8 * CHUNK)[0].tobytes() == expected.tobytes()
             assert merged(narrow, work, stored, [2 * CHUNK], 2 * CHUNK)[0].tobytes() == expected.tobytes()
@@ -238,18 +238,18 @@ class LiveBytes:
 @pytest.mark.parametrize("compute", ["bfloat16", "float64"])
 @pytest.mark.parametrize("sparsify_type", SPARSIFY_TYPES, ids=str)
 @pytest.mark.parametrize("merge_type", MERGES)
-def test_a_device_holds_no_more_than_its_room(merge_type: str, sparsify_type: str | None, compute: str) -> None:
+def test_a_device_holds_no_more_than_it_may(merge_type: str, sparsify_type: str | None, compute: str) -> None:
     """The most that is alive at a time of what would be in a GPU's memory."""
     torch = import_library("torch")
     kind, models = FLOATS[compute], 2 if merge_type == "slerp" else 5
     stored = some_models(24 * CHUNK, (kind,) * (models + 1), 4)
     method = applied(merge_type, sparsify_type, (1.0,) * models, normalize=True, epsilon=0.5, reserve_p=0.5)
     work = work_on(stored, [kind] * (models + 1), method, True, kind)
-    kernel = array_kernel(Device("pt", room=LEAST_GPU_ROOM))
+    kernel = array_kernel(Device("pt", worker_bytes=LEAST_GPU_WORKER_BYTES))
     live = LiveBytes(torch)
     with kernel.running(), live.watch:
         merged(kernel, work, stored, step=24 * CHUNK)
-    assert LEAST_GPU_ROOM / 20 < live.most <= LEAST_GPU_ROOM
+    assert LEAST_GPU_WORKER_BYTES / 20 < live.most <= LEAST_GPU_WORKER_BYTES
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------

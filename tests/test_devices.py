@@ -18,7 +18,7 @@ import modelfuse as package
 from modelfuse.errors import _installed_from
 from modelfuse.kernels import backends
 from modelfuse.kernels.backends import LIBRARIES, Device, choose
-from modelfuse.planning.memory_budget import GPU_WORKERS, GRAIN, LEAST_GPU_ROOM, MemoryDemand, fit_memory
+from modelfuse.planning.memory_budget import GPU_WORKERS, GRAIN, LEAST_GPU_WORKER_BYTES, MemoryDemand, fit_memory
 from modelfuse.recipe.recipe import Recipe
 
 Run = Callable[..., Any]
@@ -234,8 +234,8 @@ def test_little_memory_of_a_gpu_is_shared_among_workers(
     pretend(monkeypatch, 1)
     wanted = recipe(tensor_type="pt", device="low_gpu_mem", gpu_memory=gpu_memory, n_process=n_process, memory="9GB")
     budget = fit_memory(wanted, DEMAND)
-    assert budget.device.room >= LEAST_GPU_ROOM
-    assert budget.device.room * budget.workers <= wanted.gpu_memory
+    assert budget.device.worker_bytes >= LEAST_GPU_WORKER_BYTES
+    assert budget.device.worker_bytes * budget.workers <= wanted.gpu_memory
 
 
 @pytest.mark.parametrize("tensor_type", TENSOR_TYPES)

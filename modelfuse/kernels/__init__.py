@@ -21,7 +21,7 @@ from modelfuse.methods.applied import Applied
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 #: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
-CPU_ROOM = 32_000_000
+CPU_WORKER_BYTES = 32_000_000
 CPU_BLOCK = 1 << 17
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.dtypes import F32, F64
-from modelfuse.kernels import CPU_BLOCK, CPU_ROOM, Measured, Pass, Procedure, Work
+from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES, Measured, Pass, Procedure, Work
 from modelfuse.kernels.jit.compile import (
     NotCompiledError,
     announce,
@@ -55,7 +55,7 @@ def numpy_kernel() -> ArrayKernel:
     """numpy's arrays in blocks that stay in the cache."""
     from modelfuse.kernels.arrays.numpy import NumpyLibrary
 
-    return ArrayKernel(NumpyLibrary(CPU_ROOM, CPU_BLOCK))
+    return ArrayKernel(NumpyLibrary(CPU_WORKER_BYTES, CPU_BLOCK))
 
 
 def rehearse(work: Work) -> None:

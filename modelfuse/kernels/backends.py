@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelfuse.errors import MissingExtraError, ModelfuseError, RecipeError
-from modelfuse.kernels import CPU_BLOCK, CPU_ROOM
+from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES
 from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Compiler, Kernel
 
 if TYPE_CHECKING:
     pass
 
 #: What a worker may hold at a time of a GPU's memory, and in blocks of how many elements: whole slices.
-GPU_ROOM = 2_000_000_000
+GPU_WORKER_BYTES = 2_000_000_000
 GPU_BLOCK = 1 << 22
 INSTEAD = "Use --device cpu, or --allow_cpu_fallback for whatever the machine has."
 
@@ -46,12 +46,12 @@ class Device:
     Attributes:
         tensor_type: ``np``, ``pt`` or ``pd``.
         gpu: Whether on a GPU.
-        room: Bytes of the device's memory that each worker may fill.
+        worker_bytes: Bytes of the device's memory that each worker may fill.
     """
 
     tensor_type: str
     gpu: bool = False
-    room: int = CPU_ROOM
+    worker_bytes: int = CPU_WORKER_BYTES
 
     @property
     def library(self) -> str:
@@ -138,7 +138,7 @@ def choose(device: Device, compiler: Compiler | None = None) -> Kernel:
     if device.tensor_type == "pt":
         from modelfuse.kernels.arrays.torch import TorchLibrary
 
-        return ArrayKernel(TorchLibrary(library, device.gpu, device.room, most))
+        return ArrayKernel(TorchLibrary(library, device.gpu, device.worker_bytes, most))
     from modelfuse.kernels.arrays.paddle import PaddleLibrary
 
-    return ArrayKernel(PaddleLibrary(library, device.gpu, device.room, most))
+    return ArrayKernel(PaddleLibrary(library, device.gpu, device.worker_bytes, most))

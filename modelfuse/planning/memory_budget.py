@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modelfuse.dtypes import F64, computed_in
-from modelfuse.kernels import CPU_BLOCK, CPU_ROOM
-from modelfuse.kernels.backends import GPU_ROOM, Device, find_gpu
+from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES
+from modelfuse.kernels.backends import GPU_WORKER_BYTES, Device, find_gpu
 from modelfuse.kernels.kernel import Compiler
 from modelfuse.kernels.matrices import memory_of
 from modelfuse.kernels.measures import ranked_lines
@@ -53,7 +53,7 @@ GPU_WORKERS = 3
 #: A GPU's allocator rounds up and keeps what was freed: so much of the memory is for tensors.
 GPU_SHARE = 0.7
 #: The least of a GPU's memory that a worker can do with, its tallies' tables included.
-LEAST_GPU_ROOM = 44_000_000
+LEAST_GPU_WORKER_BYTES = 44_000_000
 #: What the plan and the report remember of an output tensor, and of each of its sources.
 OUTPUT_BYTES, SOURCE_BYTES = 700, 300
 #: Tables of a tensor under way and of the worker that makes them, for each model.
@@ -189,7 +189,7 @@ def _fit(recipe: Recipe, demand: MemoryDemand, gpu: bool, compiler: Compiler) ->
     while elements > GRAIN and fixed + most * a_worker(elements) > recipe.memory:
         elements //= 2
     workers = max(1, min(most, (recipe.memory - fixed) // max(a_worker(elements), 1)))
-    device = Device(recipe.tensor_type, gpu, _room(recipe, gpu, workers))
+    device = Device(recipe.tensor_type, gpu, _worker_bytes(recipe, gpu, workers))
     memory = fixed + min(workers, demand.spans) * a_worker(elements)
     most = MOST_KEPT if demand.twice else MOST_AHEAD
     more = min(max(recipe.memory - memory, 0), most) if fetched else 0
@@ -278,12 +278,12 @@ def _most_workers(recipe: Recipe, gpu: bool, remote: bool) -> int:
         return max(recipe.n_process or processors(), REMOTE_WORKERS if remote else 1)
     workers = max(recipe.n_process or 1, GPU_WORKERS)
     if recipe.device == "low_gpu_mem":
-        workers = min(workers, int(recipe.gpu_memory * GPU_SHARE) // LEAST_GPU_ROOM)
+        workers = min(workers, int(recipe.gpu_memory * GPU_SHARE) // LEAST_GPU_WORKER_BYTES)
     return workers
 
 
-def _room(recipe: Recipe, gpu: bool, workers: int) -> int:
+def _worker_bytes(recipe: Recipe, gpu: bool, workers: int) -> int:
     """Bytes of the device's memory for each worker."""
     if not gpu:
-        return CPU_ROOM
-    return int(recipe.gpu_memory * GPU_SHARE) // workers if recipe.device == "low_gpu_mem" else GPU_ROOM
+        return CPU_WORKER_BYTES
+    return int(recipe.gpu_memory * GPU_SHARE) // workers if recipe.device == "low_gpu_mem" else GPU_WORKER_BYTES

@@ -74,7 +74,7 @@ class Walk:
         work, library = self._work, self._library
         width = 4 if work.compute == "float32" else 8
         an_element = sum(source.bytes for source in work.sources) + width * len(work.sources) + self.scratch
-        elements = max(library.room - self.fixed, 0) // an_element
+        elements = max(library.worker_bytes - self.fixed, 0) // an_element
         return max((min(elements, library.most) if self.once else elements) // CHUNK, 1) * CHUNK
 
     def _load(self, state: ArrayState, raws: Bytes, start: int, size: int) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import CPU_BLOCK, CPU_ROOM, Bytes, Work
+from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES, Bytes, Work
 from modelfuse.kernels.arrays.blocks import ArrayState, Walk
 from modelfuse.kernels.arrays.library import Array, Tensor
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
@@ -32,7 +32,7 @@ class _Rows(Walk):
     scratch = 200
 
     def __init__(self, work: Work, lines: Lines) -> None:
-        super().__init__(work, NumpyLibrary(CPU_ROOM, CPU_BLOCK))
+        super().__init__(work, NumpyLibrary(CPU_WORKER_BYTES, CPU_BLOCK))
         self._lines = lines
 
     def start(self) -> ArrayState:

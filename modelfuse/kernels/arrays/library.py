@@ -33,17 +33,17 @@ class Library(ABC):
     Args:
         module: torch or paddle; it is imported only where it is asked for.
         gpu: Whether to compute on a GPU.
-        room: As the attribute.
+        worker_bytes: As the attribute.
         most: As the attribute.
 
     Attributes:
-        room: Bytes of the device's memory that each worker may fill.
+        worker_bytes: Bytes of the device's memory that each worker may fill.
         most: Elements of a block that is walked once: as many as stay in the cache, where there is one.
     """
 
-    def __init__(self, module: Any, gpu: bool, room: int, most: int) -> None:
+    def __init__(self, module: Any, gpu: bool, worker_bytes: int, most: int) -> None:
         self._module, self._gpu = module, gpu
-        self.room, self.most = room, most
+        self.worker_bytes, self.most = worker_bytes, most
         #: Each worker's own: what was made on one stream may not be ready on another one.
         self._own = threading.local()
 

@@ -17,12 +17,12 @@ class NumpyLibrary(Library):
     """numpy's arrays. It has no bfloat16: such values are float32 here, and stored by their upper halves.
 
     Args:
-        room: As in the library.
+        worker_bytes: As in the library.
         most: As in the library.
     """
 
-    def __init__(self, room: int, most: int) -> None:
-        super().__init__(np, False, room, most)
+    def __init__(self, worker_bytes: int, most: int) -> None:
+        super().__init__(np, False, worker_bytes, most)
 
     @contextmanager
     def working(self) -> Iterator[None]:

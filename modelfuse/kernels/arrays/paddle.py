@@ -19,15 +19,15 @@ class PaddleLibrary(Library):
     Args:
         paddle: The module; it is imported only where it is asked for.
         gpu: Whether to compute on a GPU: the first that Paddle sees.
-        room: As in the library.
+        worker_bytes: As in the library.
         most: As in the library.
 
     Paddle keeps one stream for all threads: on a GPU, copies of one worker overlap with the reading and writing of
     the others, and with arithmetic as far as the stream allows.
     """
 
-    def __init__(self, paddle: Any, gpu: bool, room: int, most: int) -> None:
-        super().__init__(paddle, gpu, room, most)
+    def __init__(self, paddle: Any, gpu: bool, worker_bytes: int, most: int) -> None:
+        super().__init__(paddle, gpu, worker_bytes, most)
         self._place = paddle.CUDAPlace(0) if gpu else paddle.CPUPlace()
 
     @contextmanager

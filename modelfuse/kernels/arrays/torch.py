@@ -19,14 +19,14 @@ class TorchLibrary(Library):
     Args:
         torch: The module; it is imported only where it is asked for.
         gpu: Whether to compute on a GPU: torch's current one.
-        room: As in the library.
+        worker_bytes: As in the library.
         most: As in the library.
 
     On a GPU every worker has a stream of its own: while one computes, another one's copies are under way.
     """
 
-    def __init__(self, torch: Any, gpu: bool, room: int, most: int) -> None:
-        super().__init__(torch, gpu, room, most)
+    def __init__(self, torch: Any, gpu: bool, worker_bytes: int, most: int) -> None:
+        super().__init__(torch, gpu, worker_bytes, most)
         self._device = torch.device("cuda" if gpu else "cpu")
 
     @contextmanager

@@ -72,11 +72,11 @@ class CompiledBackend:
     @cached_property
     def _arrays(self) -> Backend:
         """numpy's operations, for what no loops are compiled for: lines, and what is made of all models."""
-        from modelfuse.kernels import CPU_BLOCK, CPU_ROOM
+        from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES
         from modelfuse.kernels.arrays.numpy import NumpyLibrary
         from modelfuse.kernels.arrays.passes import ArrayBackend
 
-        return ArrayBackend(NumpyLibrary(CPU_ROOM, CPU_BLOCK))
+        return ArrayBackend(NumpyLibrary(CPU_WORKER_BYTES, CPU_BLOCK))
 
 
 def merge_procedure(work: Work) -> Procedure:
