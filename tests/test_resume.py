@@ -465,7 +465,7 @@ def test_room_that_is_taken_already_is_not_asked_for_again(
     taken = sum(file.stat().st_blocks * 512 for file in (left.parent / ".C.modelfuse").iterdir())
     assert taken
     needed = package.check(model_path_list=words[3:5])
-    free = shutil.disk_usage(left.parent)._replace(free=needed.room - taken)
+    free = shutil.disk_usage(left.parent)._replace(free=needed.disk_space - taken)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     merge(*words)
 

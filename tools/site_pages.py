@@ -45,7 +45,7 @@ PYTHON = """# Python
 ::: modelfuse.tuning.request.Tuned
 
 ::: modelfuse.planning.plan.Plan
-    options: {members: [bytes_read, bytes_written, room]}
+    options: {members: [bytes_read, bytes_written, disk_space]}
 
 ::: modelfuse.execution.result.Result
 

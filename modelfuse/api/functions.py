@@ -22,7 +22,7 @@ from modelfuse.kernels.jit.compile import announcing
 from modelfuse.methods.spec import Method
 from modelfuse.planning.diff_plan import DiffPlan
 from modelfuse.planning.hub import QUIET, fetch, headers
-from modelfuse.planning.output_location import check_room
+from modelfuse.planning.output_location import check_disk_space
 from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.installed_methods import register_all
 from modelfuse.recipe.names import renew
@@ -75,7 +75,7 @@ def check(**settings: Unpack[Keywords]) -> Plan:
     name_hosts(settings.values())
     with headers(Recipe.parse(settings)) as recipe:
         plan = make_plan(recipe)
-    check_room(plan.recipe.output_path, plan.room)
+    check_disk_space(plan.recipe.output_path, plan.disk_space)
     return plan
 
 

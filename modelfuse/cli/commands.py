@@ -39,7 +39,7 @@ def show_help(words: list[str]) -> int:
 def _check(words: list[str], defaults: Mapping[str, object]) -> int:
     from modelfuse.cli import progress, render
     from modelfuse.planning.hub import headers
-    from modelfuse.planning.output_location import check_room
+    from modelfuse.planning.output_location import check_disk_space
 
     settings, options = parse(words, "check", defaults)
     recipe = _begin(settings, options, console.err if options.json else console.out)
@@ -47,7 +47,7 @@ def _check(words: list[str], defaults: Mapping[str, object]) -> int:
         plan = _plan(at_hand)
     if not options.json:
         render.plan(plan)
-    check_room(plan.recipe.output_path, plan.room)
+    check_disk_space(plan.recipe.output_path, plan.disk_space)
     if options.json:
         from modelfuse.cli import documents, json_output
 

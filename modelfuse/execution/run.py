@@ -33,7 +33,7 @@ from modelfuse.kernels.backends import choose
 from modelfuse.kernels.jit.compile import announcing
 from modelfuse.planning.memory_budget import MOST_WAITING, SPAN
 from modelfuse.planning.operations import Action, Operation
-from modelfuse.planning.output_location import check_room
+from modelfuse.planning.output_location import check_disk_space
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Place, Url, hold, waiting_while
@@ -245,7 +245,7 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
     """
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
-    check_room(plan.recipe.output_path, plan.room)
+    check_disk_space(plan.recipe.output_path, plan.disk_space)
     with cluster_of(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder, announcing(tell):
         if folder.afresh is not None:
             tell(f"Starting afresh: {folder.afresh}.")

@@ -85,7 +85,7 @@ def _is_something_else(path: Path) -> bool:
         return False
 
 
-def check_room(output: Place | None, needed: int) -> None:
+def check_disk_space(output: Place | None, needed: int) -> None:
     """Known before any work: the output and what it replaces exist side by side.
 
     Args:

@@ -160,7 +160,7 @@ class Plan:
         return sum(file.size for file in self.files)
 
     @property
-    def room(self) -> int:
+    def disk_space(self) -> int:
         """Bytes of the whole output."""
         beside = sum(file.size for file in self.side_files) + sum(file.size for file in self.modules)
         return self.bytes_written + beside

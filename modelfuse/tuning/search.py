@@ -57,7 +57,7 @@ class Search:
             self.tell(f"Going on from where the last run was ended: {known} of {request.budget} merges are evaluated.")
         with ExitStack() as stack:
             folders = stack.enter_context(
-                merged_folders(self.study.path.parent, request.scratch, plan.room, request.jobs)
+                merged_folders(self.study.path.parent, request.scratch, plan.disk_space, request.jobs)
             )
             self._cluster = stack.enter_context(cluster_of(plan.recipe))
             stack.enter_context(announcing(self.tell))

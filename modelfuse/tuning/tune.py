@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modelfuse.errors import OutputError, RecipeError
 from modelfuse.planning.hub import Watch, fetch
-from modelfuse.planning.output_location import check_room
+from modelfuse.planning.output_location import check_disk_space
 from modelfuse.planning.plan import make_plan
 from modelfuse.storage.local.lock import Lock
 from modelfuse.tuning.layer_groups import grouped
@@ -48,7 +48,7 @@ def tune(request: Request, tell: Tell = lambda _: None, watch: Watch | None = No
     recipe = fetch(recipe, watch)
     space = space.at_hand(recipe)
     plan = make_plan(recipe)
-    check_room(output, plan.room)
+    check_disk_space(output, plan.disk_space)
     if request.groups:
         space = grouped(space, plan, request.groups, request.attention_apart)
     elif not space.dimensions:

@@ -16,7 +16,7 @@ from modelfuse.planning.hub.header_only_folders import can_be_read, header_folde
 from modelfuse.planning.hub.parallel_jobs import Stop, together
 from modelfuse.planning.hub.progress import Advance, Watch
 from modelfuse.planning.hub.resolve import Finder, Model, Silent
-from modelfuse.planning.output_location import check_places, check_room
+from modelfuse.planning.output_location import check_disk_space, check_places
 from modelfuse.planning.plan import make_plan
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.recipe.sizes import size
@@ -29,7 +29,7 @@ def fetch_models(recipe: Recipe, watch: Watch, ask: bool, check: Check | None = 
     check_places(recipe)
     finder = _finder(recipe, watch)
     models = finder.find(ask=ask)
-    _download(finder.hub, recipe, models, watch, check or _room_of)
+    _download(finder.hub, recipe, models, watch, check or _disk_space_of)
     finder.keep(models)
     return recipe.at_hand({model.name: model.place for model in models})
 
@@ -44,7 +44,7 @@ def fetch_headers(recipe: Recipe, watch: Watch) -> Iterator[Recipe]:
     whole = [model for model in models if not can_be_read(model)]
     if whole:
         watch.tell(f"Other weights than safetensors are fetched whole: {', '.join(str(each.name) for each in whole)}.")
-        _download(finder.hub, recipe, whole, watch, _room_of)
+        _download(finder.hub, recipe, whole, watch, _disk_space_of)
         finder.keep(whole)
     with header_folders(finder.hub, models) as found:
         yield recipe.at_hand(found)
@@ -57,8 +57,8 @@ def _finder(recipe: Recipe, watch: Watch) -> Finder:
     return Finder(hub, recipe, watch.tell)
 
 
-def _room_of(recipe: Recipe) -> int:
-    return make_plan(recipe).room
+def _disk_space_of(recipe: Recipe) -> int:
+    return make_plan(recipe).disk_space
 
 
 def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch, check: Check) -> None:
@@ -71,7 +71,7 @@ def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch, c
     if all(can_be_read(model) for model in models):
         with header_folders(hub, models) as found:
             room = check(recipe.at_hand(found))
-        check_room(recipe.output_path, room)
+        check_disk_space(recipe.output_path, room)
         if isinstance(recipe.output_path, Path) and _same_disk(recipe.output_path, hub.cache):
             _check_disk(hub, size, max(0, room - bytes_left(recipe.output_path)))
     in_turn = [each for each in chain(*zip_longest(*missing)) if each is not None]
