@@ -170,7 +170,7 @@ def test_any_case_is_as_the_compiled_kernels_merge_it(case: Case) -> None:
 
 @pytest.mark.parametrize("merge_type", MERGES)
 def test_neither_slices_nor_blocks_nor_workers_change_a_byte(device: Device, merge_type: str) -> None:
-    """A tensor larger than a slice, a slice larger than what a worker may use of the device, and spans walked at the same time."""
+    """A tensor larger than a slice, a slice larger than a worker's memory on the device, and concurrent spans."""
     kinds = (BF16, BF16, BF16)
     size = 5 * CHUNK + 321
     stored = some_models(size, kinds, 3)

@@ -86,8 +86,8 @@ class TensorSums:
         if not others:
             return first
         count = first.concentrated.size
-        whole = cls(0, DifferenceSums.zeros(count), np.zeros_like(first.kept_elements), np.zeros_like(first.kept_squares),
-                    np.zeros(count), 0)  # fmt: skip
+        kept = np.zeros_like(first.kept_elements), np.zeros_like(first.kept_squares)
+        whole = cls(0, DifferenceSums.zeros(count), *kept, np.zeros(count), 0)
         whole.sums.histogram = np.zeros((count, 0), np.int64)
         for each in (first, *others):
             whole.sums.add(each.sums)

@@ -151,7 +151,7 @@ class MatrixPass:
 
     def _of_columns(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
         """Gram matrices of the columns: products of a few hundred rows, or thousands, are added up."""
-        room, grams = allocate_grams(part, self._work.models)
+        stacked, grams = allocate_grams(part, self._work.models)
         height = max(1, SLICE // self._matrices.columns, part.k // 2)
         panel, filled = np.empty((1 + max(i for i, _ in grams), height, part.k)), 0
 
@@ -176,11 +176,11 @@ class MatrixPass:
         for (i, j), gram in grams.items():
             if i > j:
                 gram[:] = grams[j, i].T
-        return room
+        return stacked
 
     def _of_rows(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
         """Gram matrices of the rows: a panel of rows is multiplied by itself and by all that follow."""
-        room, grams = allocate_grams(part, self._work.models)
+        stacked, grams = allocate_grams(part, self._work.models)
         number, width = 1 + max(i for i, _ in grams), part.columns.size
         height = min(max(1, max(part.k**2, PANEL) // (number * width)), part.k)
         panel = np.empty((number, height, width))
@@ -200,7 +200,7 @@ class MatrixPass:
         for row in range(part.k):
             for (i, j), gram in grams.items():
                 gram[row + 1 :, row] = grams[j, i][row, row + 1 :]
-        return room
+        return stacked
 
     def _solve(self, gram: Floats, part: MatrixPart) -> Floats:
         """What the matrices are to be multiplied by; of what is not finite, nothing that is."""

@@ -161,7 +161,7 @@ class Plan:
 
     @property
     def disk_space(self) -> int:
-        """Bytes of the whole output."""
+        """Bytes of all files of the output."""
         beside = sum(file.size for file in self.side_files) + sum(file.size for file in self.modules)
         return self.bytes_written + beside
 

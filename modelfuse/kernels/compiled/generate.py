@@ -71,11 +71,11 @@ class ChainKernels(NamedTuple):
 
     Attributes:
         rows: Rows of ``BlockBuffers.rows`` that they take.
-        combine: Takes Stored, the first element's number, the slice's length, BlockBuffers, LaidOutElement, Numbers and the output's
-            code.
-        multiply: The dot products of all pairs of models: takes Stored, the first element's number, the slice's length,
-            BlockBuffers, LaidOutElement, lanes and sums.
-        add_up: The sums of the chain's terms: takes Stored, the first element's number, the slice's length, BlockBuffers,
+        combine: Merges a slice. Takes Stored, the first element's index, the slice's length, BlockBuffers,
+            LaidOutElement, Numbers and the output's storage code.
+        multiply: Computes the dot products of all pairs of models. Takes Stored, the first element's index, the
+            slice's length, BlockBuffers, LaidOutElement, lanes and sums.
+        add_up: Sums the chain's terms. Takes Stored, the first element's index, the slice's length, BlockBuffers,
             LaidOutElement, the number of terms, lanes and sums.
     """
 
@@ -149,7 +149,7 @@ def terms_source(chain: Chain) -> str:
 
 
 def _loop_source(signature: str, expressions: Sequence[Expression], targets: Mapping[str, str]) -> str:
-    """A function with one loop over a block of one model's elements, of which expressions are stored in targets by name."""
+    """A function with one loop over a block of one model's elements that stores expressions in named targets."""
     constants = _constants(*expressions)
     columns = {name: f"n{column}" for column, name in enumerate(element_numbers(expressions))}
     arrays = {"x": "x[i]", "draw": "draws[i]", "keep": "keep[i]"}

@@ -359,7 +359,7 @@ def gather(data: Stored, length: int, buffers: BlockBuffers, out: Array) -> None
 
 @compile_kernel
 def find_bins(buffers: BlockBuffers, model: int, count: int, shift: int, row: int) -> None:
-    """Leave the bin of each magnitude in a row of ``buffers.bins``; for float64, its bits are left in ``buffers.bits``."""
+    """Store the bin of each magnitude in a row of ``buffers.bins``; for float64, also its bits in ``buffers.bits``."""
     bins, bits = buffers.bins[row], buffers.bits
     if buffers.x.itemsize == 4:
         singles = buffers.singles[model]

@@ -45,7 +45,7 @@ def _laid_out(work: Work, element: Element, names: Sequence[str]) -> Any:
 
 
 def _laid_out_keep(keep: KeepTables, compute: str) -> list[Any]:
-    """The fields of :class:`modelfuse.kernels.compiled.merge_loops.LaidOutElement` that say what is kept of each rank."""
+    """The fields of :class:`~modelfuse.kernels.compiled.merge_loops.LaidOutElement` that depend on ranks."""
     tables = keep.tables or [(np.empty(0, np.uint64), np.empty(0))]
     bins = np.concatenate([bins for bins, _ in tables])
     exact = np.empty((0, 1)) if keep.exact is None else keep.exact

@@ -120,7 +120,7 @@ def give_back(scratch: Scratch) -> None:
 
 
 def inputs_of(work: Work) -> Any:
-    """The :class:`~modelfuse.kernels.compiled.merge_loops.SourceTypes` of a tensor, laid out; many tensors have the same."""
+    """A tensor's :class:`~modelfuse.kernels.compiled.merge_loops.SourceTypes`, laid out; many tensors share one."""
     return _inputs(tuple([source.name for source in work.sources]), work.models, work.has_base, work.deltas)
 
 

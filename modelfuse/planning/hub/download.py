@@ -70,10 +70,10 @@ def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch, c
     _check_disk(hub, size)
     if all(can_be_read(model) for model in models):
         with header_folders(hub, models) as found:
-            room = check(recipe.at_hand(found))
-        check_disk_space(recipe.output_path, room)
+            needed = check(recipe.at_hand(found))
+        check_disk_space(recipe.output_path, needed)
         if isinstance(recipe.output_path, Path) and _same_disk(recipe.output_path, hub.cache):
-            _check_disk(hub, size, max(0, room - bytes_left(recipe.output_path)))
+            _check_disk(hub, size, max(0, needed - bytes_left(recipe.output_path)))
     in_turn = [each for each in chain(*zip_longest(*missing)) if each is not None]
     shown = nullcontext(None) if watch.fetching is None else watch.fetching(size)
     try:
