@@ -75,7 +75,7 @@ def test_passes_read_what_they_would_be_given(tmp_path: Path, mixture: str, name
 
 
 def test_less_than_all_is_read_at_a_time() -> None:
-    files = direct_reads.Files.of(3)
+    files = direct_reads.DirectReads.of(3)
     files.read_from([Extent(0, 0)] * 3, [FLOATS[each] for each in MIXTURES["float64"]])
     window = int(files.slice[1])
     assert 0 < window * 14 <= direct_reads.WINDOW
@@ -102,11 +102,11 @@ def test_a_file_that_could_not_be_read_once(
     models = [make_model(tmp_path / name, random_tensors(seed)) for seed, name in enumerate("AB")]
 
     @contextmanager
-    def fail(files: direct_reads.Files, first: int) -> Iterator[None]:
+    def fail(files: direct_reads.DirectReads, first: int) -> Iterator[None]:
         yield
         if files.slice[1]:  # It reads by itself.
             raise Unread(1)
 
-    monkeypatch.setattr(direct_reads.Files, "at", fail)
+    monkeypatch.setattr(direct_reads.DirectReads, "at", fail)
     refuse("merge", "--model_path_list", *models, "--output_path", tmp_path / "C",
            says=[models[1] / "model.safetensors", "has failed once"], hint="look at the disk")  # fmt: skip
