@@ -1,8 +1,8 @@
-"""Order statistics and sums of magnitudes, exact, from tallies of their bits.
+"""Exact order statistics and sums of magnitudes, by radix histograms (tallies) of their bits.
 
-The bits of a non-negative float, read as an integer, sort as the float does. A tally counts them by
-their leading bits, together with the sum of the bits that remain; a bin that matters is tallied
-again by its next digits. All sums are integers, so neither slices nor workers change a result.
+The bit pattern of a non-negative float, read as an integer, sorts like the float. A tally counts magnitudes by their
+leading bits and sums the remaining bits; bins that matter are tallied again by the next digits. All sums are integers,
+so slicing and the number of workers do not change a result.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 Booleans = np.ndarray[Any, np.dtype[np.bool_]]
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
-#: Magnitudes are tallied by 15 leading bits (sign dropped, exponent and first mantissa bits) and, in front of them, a
-#: sticky bit: whether any of the bits that remain is set. Differences of bfloat16 models rarely have any, so nearly all
-#: of their bins hold one value; and the bins they use lie side by side, so that they stay in the first-level cache.
+#: Magnitudes are tallied by 15 leading bits (exponent and first mantissa bits) and, in front of them, a sticky bit:
+#: whether any remaining bit is set. Differences of bfloat16 models rarely have any, so nearly all of their bins hold
+#: one value, and the bins that are used are adjacent and stay in the L1 cache.
 LEAD_BITS = 15
 LEADS = 1 << LEAD_BITS
 BINS = 2 * LEADS
-#: A threshold's bin is tallied again by so many bits at a time.
+#: Bits per round when the bin that contains a threshold is tallied again.
 DIGIT_BITS = 16
-#: Bins that hold too many ranks are tallied again by so many bits at a time: there may be thousands of them.
+#: Bits per round when bins with too many ranks are tallied again: few, as there may be thousands of such bins.
 RANK_BITS = 6
 RANKS = 1 << RANK_BITS
-#: A probability may be off by this much at most (half of it, as a bin takes its mean rank).
+#: Largest allowed error of a probability; the actual one is half of it, as a bin takes its mean rank.
 PROBABILITY_ERROR = 1e-4
 LOW_BITS = 22
 HALF_BITS = 24
@@ -38,14 +38,14 @@ HALF_BITS = 24
 
 @dataclass(frozen=True, slots=True)
 class FloatEncoding:
-    """How a float's bits are read.
+    """The binary encoding of a float type.
 
     Attributes:
         dtype: float32 or float64.
         mantissa: Stored mantissa bits.
-        least: The power of two of the smallest subnormal, negated.
-        shift: The bits that remain below a first tally's bins.
-        infinite: The exponent bits of infinities and NaN.
+        least: The smallest subnormal is 2 to the power of minus this.
+        shift: Bits below those that the first tally's bins are made of.
+        infinite: The exponent field of infinities and NaN.
     """
 
     dtype: str
@@ -59,17 +59,15 @@ class FloatEncoding:
         return float(np.array(bits, dtype=self.dtype.replace("float", "uint")).view(self.dtype))
 
     def amount(self, units: int) -> float:
-        """So many smallest subnormals as a float, rounded once."""
+        """The float value of ``units`` smallest subnormals, rounded once."""
         try:
             return units / (1 << self.least)
         except OverflowError:
             return math.inf
 
 
-FLOAT_ENCODINGS = {
-    "float32": FloatEncoding("float32", 23, 149, 16, 255),
-    "float64": FloatEncoding("float64", 52, 1074, 48, 2047),
-}
+_ENCODINGS = FloatEncoding("float32", 23, 149, 16, 255), FloatEncoding("float64", 52, 1074, 48, 2047)
+FLOAT_ENCODINGS = {each.dtype: each for each in _ENCODINGS}
 
 
 @dataclass(frozen=True, slots=True)
