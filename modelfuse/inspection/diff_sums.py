@@ -75,8 +75,8 @@ class TensorSums:
         factor = elements / self.elements
         sums = {name: value if name == "largest" else _times(value, factor) for name, value in vars(self.sums).items()}
         return TensorSums(
-            elements, Sums(**sums), factor * self.kept_elements, factor * self.kept_squares, factor * self.concentrated,
-            self.tensors,
+            elements, DifferenceSums(**sums), factor * self.kept_elements, factor * self.kept_squares,
+            factor * self.concentrated, self.tensors,
         )  # fmt: skip
 
     @classmethod
