@@ -110,11 +110,11 @@ class Interference:
             own = values[:, chosen]
             if each.signs is not None:
                 own = own * each.signs[None, begin:end, None]
-                self._squares[number] += _squares_of_dots(wide[:, places])
-            place = begin
-            while place < end:
-                bucket = place % each.k
-                count = min(end - place, each.k - bucket)
+                self._squares[number] += _squares_of_dots(wide[:, chosen])
+            position = begin
+            while position < end:
+                bucket = position % each.k
+                count = min(end - position, each.k - bucket)
                 target = each.offset + bucket
                 self._sketch[:, target : target + count] += own[:, position - begin : position - begin + count]
                 position += count
