@@ -123,6 +123,10 @@ def stacked(*ranges: tuple[str, int, int], **more: Any) -> dict[str, Any]:
     return {"merge_method": "passthrough", "slices": slices, **more}
 
 
+def test_a_configuration_on_one_line(three: dict[str, Tensors], fuse: Any) -> None:
+    close(fuse(json.dumps(linear("a", "b"))), {name: (three["a"][name] + three["b"][name]) / 2 for name in three["a"]})
+
+
 def test_layers_are_stacked(three: dict[str, Tensors], fuse: Any, tmp_path: Path) -> None:
     found = fuse(stacked(("a", 0, 3), ("b", 1, 4)))
     expected = {EMBEDDING: three["a"][EMBEDDING], NORM: three["b"][NORM], HEAD: three["b"][HEAD]}

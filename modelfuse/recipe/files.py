@@ -98,7 +98,7 @@ def _twice(names: Iterable[str]) -> str:
 
 def _may_be_configuration(text: str) -> bool:
     """Whether one of its keys stands anywhere, so that a look at all of it is worth while."""
-    return re.search(rf"""(?m)^[\s{{,"']*(?:{"|".join(_KNOWN_BY)})["']?\s*:""", text) is not None
+    return re.search(rf"""(?m)(?:^|[{{,])\s*["']?(?:{"|".join(_KNOWN_BY)})["']?\s*:""", text) is not None
 
 
 def is_configuration(content: object) -> bool:
