@@ -98,14 +98,14 @@ def test_killed_while_replacing(merge: Run, words: list[Any], tmp_path: Path, mo
 def test_interrupted(
     merge: Run, words: list[Any], tmp_path: Path, moment: str, number: signal.Signals, status: int
 ) -> None:
-    """Nothing is left, or what the next run goes on from; it says which."""
+    """Nothing is left, or what the next run resumes; it says which."""
     before = snapshot(tmp_path)
     said = killed_at(moment, *words, number=number)
     assert said.status == status, said.err
     assert "interrupted" in said.err
     assert "Traceback" not in said.err
     if moment in ("before the report", "before renaming"):
-        assert f"kept in {tmp_path / 'out' / '.C.modelfuse'}: the same command goes on from there" in said.err
+        assert f"kept in {tmp_path / 'out' / '.C.modelfuse'}: the same command resumes from there" in said.err
         assert sorted(os.listdir(tmp_path / "out")) == [".C.modelfuse", ".C.modelfuse.journal"]
     else:
         assert "nothing was written" in said.err
@@ -240,7 +240,7 @@ def test_a_failing_replacement_leaves_the_old(
     said = modelfuse("merge", *words, "--overwrite")
     assert said.status == 2
     assert "Input/output error" in said.err
-    assert "goes on from there" in said.err
+    assert "resumes from there" in said.err
     assert snapshot(tmp_path / "out" / "C") == before
 
 

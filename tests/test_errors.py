@@ -363,7 +363,7 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up(modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done is kept; test_resume.py shows how it is gone on with."""
+    """What is done is kept; test_resume.py shows how it is resumed."""
     write = os.pwrite
 
     def full(descriptor: int, data: bytes, offset: int) -> int:

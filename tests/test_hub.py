@@ -35,7 +35,7 @@ from modelfuse.recipe.recipe import Recipe
 constants = pytest.importorskip("huggingface_hub.constants")
 
 Run = Callable[..., Said]
-KEPT = "note: What was fetched whole is kept: the same command goes on from there."
+KEPT = "note: What was fetched whole is kept: the same command resumes from there."
 #: What a hub has beside a model, and no merge needs.
 BESIDE = {"README.md": "about", "model.gguf": "other weights", "onnx/model.onnx": "others", "tf_model.h5": "others",
           "training_args.bin": "pickle", ".gitattributes": "git", "original/params.json": "{}"}  # fmt: skip
@@ -611,7 +611,7 @@ def test_a_merge_goes_on_while_the_commits_are_the_same(
     ended = EndedEarly(monkeypatch)
     assert modelfuse("merge", *words(published, "org/a", "org/b")).status == 130
     ended.ends = False
-    assert "Going on from where the last run was ended" in merge(*words(published, "org/a", "org/b")).err
+    assert "Resuming the interrupted run" in merge(*words(published, "org/a", "org/b")).err
     merge("--model_path_list", "local/a", "local/b", "--output_path", "D")
     assert weights_of(tmp_path / "C") == weights_of(tmp_path / "D")
 
@@ -620,7 +620,7 @@ def test_a_merge_goes_on_while_the_commits_are_the_same(
     ended.ends = False
     published.add("org/b", Path("local/b"), {"CHANGES": b"another commit"})
     said = merge(*words(published, "org/a", "org/b", out="E"))
-    assert "Starting afresh: the commit of org/b has changed since the last run" in said.err
+    assert "Starting over: the commit of org/b has changed since the last run" in said.err
 
 
 # A hub that cannot be asked

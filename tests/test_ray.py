@@ -333,7 +333,7 @@ def test_what_fails_three_times_ends_the_merge(
     for part in [*says, "This was tried 3 times."]:
         assert part in said.err
     if how != "crash":
-        assert "was at work on 'e'" in said.err
+        assert "was processing 'e'" in said.err
     assert ("Traceback" in said.err) == (how == "bug")
     assert len(os.listdir(visits)) >= 3
     assert not (tmp_path / "C").exists()
@@ -504,10 +504,10 @@ def test_a_driver_that_is_ended_is_gone_on_with(
         _, err = process.communicate()
     assert process.returncode == (130 if way == signal.SIGINT else -way), err
     if way != signal.SIGKILL:
-        assert "the same command goes on from there" in err
+        assert "the same command resumes from there" in err
         assert "Traceback" not in err
     said = merge(*words, *on(simulated))
-    assert "Going on from where the last run was ended" in said.err
+    assert "Resuming the interrupted run" in said.err
     assert content(tmp_path / "C") == expected
     assert len({id(span) for batch in sent for own in batch.spans for span in own if span.pass_.writes}) <= 14 - 5
 
@@ -577,8 +577,8 @@ def test_a_cluster_whose_head_is_lost_is_given_up(
         _, err = process.communicate()
     assert process.returncode == 2, err
     assert "error: The Ray cluster has not answered for 2 s" in err
-    assert "the same command goes on from there" in err
-    assert "Going on from" in merge(*words).err
+    assert "the same command resumes from there" in err
+    assert "Resuming the" in merge(*words).err
     assert content(tmp_path / "C") == expected
 
 

@@ -109,4 +109,4 @@ def test_a_file_that_could_not_be_read_once(
 
     monkeypatch.setattr(direct_reads.DirectReads, "at", fail)
     refuse("merge", "--model_path_list", *models, "--output_path", tmp_path / "C",
-           says=[models[1] / "model.safetensors", "has failed once"], hint="look at the disk")  # fmt: skip
+           says=[models[1] / "model.safetensors", "reading", "failed"], hint="check the disk")  # fmt: skip

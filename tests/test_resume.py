@@ -1,4 +1,4 @@
-"""A merge that was killed, interrupted or found the disk full is gone on with: nothing twice, the same bytes."""
+"""A merge that was killed, interrupted or found the disk full is resumed: nothing twice, the same bytes."""
 
 from __future__ import annotations
 
@@ -118,11 +118,11 @@ def test_every_method_goes_on_with_the_same_bytes(
         written.begin(end_after)
         said = modelfuse("merge", *words)
         assert said.status == 130
-        assert "goes on from there" in said.err
+        assert "resumes from there" in said.err
         assert not (tmp_path / "out" / "C").exists()
     written.begin()
     said = merge(*words)
-    assert "Going on from where the last run was ended" in said.err
+    assert "Resuming the interrupted run" in said.err
     assert len(written.slices) == slices() - 3 - 4
     assert snapshot(tmp_path / "out") == {"C": None} | {f"C/{name}": content for name, content in expected.items()}
 
@@ -139,10 +139,10 @@ def test_rules_go_on_with_the_same_bytes_and_changed_ones_start_afresh(
     assert modelfuse("merge", *words).status == 130
     written.begin(1)
     said = modelfuse("merge", *words)
-    assert "Going on from where the last run was ended" in said.err
+    assert "Resuming the interrupted run" in said.err
     recipe.write_text(json.dumps({"rules": [{**rules[0], "reserve_p": 0.5}, rules[1]]}))
     written.begin(1)
-    assert "Starting afresh: the setting rules" in modelfuse("merge", *words).err
+    assert "Starting over: the setting rules" in modelfuse("merge", *words).err
     recipe.write_text(json.dumps({"rules": rules}))
     written.begin()
     merge(*words)
@@ -201,7 +201,7 @@ def test_killed_before_anything_was_kept(merge: Command, words: Words, written: 
     written.begin()
     said = merge(*words)
     assert "Going on" not in said.err
-    assert "afresh" not in said.err
+    assert "Starting over" not in said.err
     assert len(written.slices) == slices()
     assert os.listdir(tmp_path / "out") == ["C"]
 
@@ -257,7 +257,7 @@ def test_a_changed_input_starts_afresh_and_says_so(
     for model in changed:
         change(model / "model.safetensors")
     said = merge(*words)
-    (line,) = [line for line in said.err.splitlines() if "Starting afresh" in line]
+    (line,) = [line for line in said.err.splitlines() if "Starting over" in line]
     assert str(changed[0]) in line
     assert "has changed since the last run" in line
     assert len(written.slices) == slices()
@@ -275,7 +275,7 @@ def test_unfinished_work_behind_a_link_is_not_taken_up(
     path.rename(moved)
     path.symlink_to(moved)
     before = snapshot(tmp_path)["moved"], snapshot(moved) if moved.is_dir() else {}
-    assert "Starting afresh" in merge(*words).err
+    assert "Starting over" in merge(*words).err
     assert (snapshot(tmp_path)["moved"], snapshot(moved) if moved.is_dir() else {}) == before
 
 
@@ -293,7 +293,7 @@ def test_a_changed_setting_starts_afresh_and_says_so(
     left: Path, merge: Command, words: Words, written: Written, more: Words, name: str
 ) -> None:
     said = merge(*words, *more)
-    assert f"Starting afresh: {name} has changed since the last run" in said.err
+    assert f"Starting over: {name} has changed since the last run" in said.err
     assert len(written.slices) == slices()
     assert os.listdir(left.parent) == ["C"]
 
@@ -304,7 +304,7 @@ def test_another_version_starts_afresh(
     from modelfuse.execution import resume
 
     monkeypatch.setattr(resume, "__version__", "99")
-    assert "Starting afresh: modelfuse's version has changed" in merge(*words).err
+    assert "Starting over: modelfuse's version has changed" in merge(*words).err
     assert len(written.slices) == slices()
 
 
@@ -452,7 +452,7 @@ def test_a_full_disk_keeps_what_is_done(
         said = modelfuse("merge", *words)
     assert said.status == 2
     assert "No space left on device" in said.err
-    assert "the same command goes on from there" in said.err
+    assert "the same command resumes from there" in said.err
     written.begin()
     merge(*words)
     assert len(written.slices) == slices() - 4

@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, models: dict[str, Any]) -> None:
     process = start(*words)
     told = process.communicate(timeout=100)[1]
     assert process.returncode == 0, told
-    assert f"Going on from where the last run was ended: {before - 1} of 9" in told
+    assert f"Resuming the interrupted run: {before - 1} of 9" in told
     assert len(log.read_text().splitlines()) == 10
     assert not any(each.exists() for each in left), "what a killed run left in memory is removed"
     package.tune(models, command(tmp_path), 9, output_path=str(tmp_path / "whole"), progress=False)
@@ -303,7 +303,7 @@ def test_a_later_failure_keeps_what_was_found(tmp_path: Path, models: dict[str, 
 
     with pytest.raises(KeyboardInterrupt) as caught:
         package.tune(models, failing, 5, progress=False)
-    assert "the same command goes on from there" in caught.value.__notes__[0]
+    assert "the same command resumes from there" in caught.value.__notes__[0]
     assert package.tune(models, distance, 5, progress=False).trials[4].number == 4
 
 

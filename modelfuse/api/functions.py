@@ -51,7 +51,7 @@ def merge(*, progress: Count | bool | None = None, **settings: Unpack[Keywords])
 
     Raises:
         ModelfuseError: One of its kinds; nothing is then left at ``output_path`` that was not there before.
-            If the disk was full or failed, what is done is kept beside it, and the same call goes on from there.
+            If the disk was full or failed, what is done is kept beside it, and the same call resumes from there.
     """
     name_hosts(settings.values())
     recipe = fetch(Recipe.parse(settings), QUIET if progress is False else None)

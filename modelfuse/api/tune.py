@@ -62,7 +62,7 @@ def tune(
 
     Raises:
         ModelfuseError: If the request is wrong, or a merge or an evaluation fails. What was found is kept in
-            ``OUTPUT.tune``, and the same call goes on from there.
+            ``OUTPUT.tune``, and the same call resumes from there.
     """
     given = by_canonical_name(settings)
     if isinstance(recipe, Mapping):

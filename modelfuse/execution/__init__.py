@@ -1,1 +1,1 @@
-"""A plan carried out: bytes read, merged, and written."""
+"""Execute a plan: read, merge and write the tensors."""

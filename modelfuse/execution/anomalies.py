@@ -1,4 +1,4 @@
-"""Tensors whose distance to the base tells that something may be wrong: none at all, or far more than the others."""
+"""Find tensors whose distance to the base is suspicious: equal to the base, or much further away than the others."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from modelfuse.storage import Place
 if TYPE_CHECKING:
     from modelfuse.kernels.compiled.base_distance import Distance
 
-#: Distances of so many times the median of their model are listed.
+#: Tensors are listed whose distance is more than this many times the median of their model.
 FAR = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Suspicious:
-    """What stands out in one model.
+    """Suspicious tensors of one model.
 
     Attributes:
         path: The model, as the recipe names it.
         tensors: How many of its tensors were compared with the base's.
-        equal: Those that are the base's, bit for bit.
-        far: Those whose relative distance ‖x − b‖ / ‖b‖ is more than ten times the median, and that distance; None
-            where there is no such number, as for a base of zeros.
+        equal: The names of those that equal the base's bit for bit.
+        far: Names and relative distances ‖x − b‖ / ‖b‖ of those above ten times the median; None where the distance
+            is undefined, as for a base of zeros.
         median: The median of the relative distances of the tensors that differ; None if there is none.
     """
 
@@ -40,7 +40,7 @@ class Suspicious:
 
     @property
     def summary(self) -> str:
-        """The same in a few words, without the model."""
+        """The findings in a few words, without the model's path."""
         parts = []
         if self.equal:
             whole = len(self.equal) == self.tensors
@@ -52,18 +52,18 @@ class Suspicious:
 
 
 def find_suspicious(plan: Plan, distances: Callable[[str], Sequence[Distance]]) -> tuple[Suspicious, ...]:
-    """Look at the distances of every tensor to the base's.
+    """Check the distance of every tensor to the base's.
 
     Args:
-        plan: What was merged.
-        distances: Of a tensor by name, one a model; empty for one that was not measured.
+        plan: The plan that was executed.
+        distances: Maps a tensor's name to its distances, one per model; empty for a tensor that was not measured.
 
     Returns:
-        The models in which something stands out.
+        The models with suspicious tensors.
     """
     found = []
     for number, place in enumerate(plan.recipe.model_path_list):
-        # A model may have a hundred thousand tensors: what is remembered of one is a number.
+        # One number per tensor is kept: a model may have a hundred thousand of them.
         tensors, equal, known = 0, [], array("d")
         for name, distance in _of_model(plan, distances, number):
             tensors += 1
@@ -88,5 +88,5 @@ def _of_model(
 ) -> Iterator[tuple[str, Distance]]:
     for tensor in plan.tensors:
         for source, distance in zip(tensor.inputs, distances(tensor.name), strict=False):
-            if source == number:  # The base's own number comes last, and has no distance.
+            if source == number:  # The base's index comes last and has no distance.
                 yield tensor.name, distance

@@ -1,4 +1,4 @@
-"""Tensors that are not merged: integers and other types without arithmetic, and second names of tied weights."""
+"""Copy tensors that are not merged (integers and other types without arithmetic), and compare tied weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from modelfuse.errors import MismatchError
 from modelfuse.kernels import Bytes, Extent, Procedure
 from modelfuse.storage import Place
 
-#: Differing tensors that an error lists.
+#: The most differing tensors that an error lists.
 MOST_LINES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tensor whose sources are not equal: its name, the first source's input, and those of the ones that differ."""
+    """A tensor whose sources differ: its name, the first source's input, and the inputs of the sources that differ."""
 
     name: str
     first: Place
@@ -31,9 +31,9 @@ class Copy:
 
     Attributes:
         name: Its name.
-        chosen: The source to take where they differ; None: they must not differ.
-        itemsize: Bytes an element.
-        models: The inputs that the sources are of.
+        chosen: The index of the source to copy if they differ; None: differing sources are an error.
+        itemsize: Bytes per element.
+        models: The inputs of the sources.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Copy:
 
 
 def copy_procedure(copy: Copy, differences: list[Difference]) -> Procedure:
-    """Write one source, after comparing it with the others; adds to ``differences`` where they differ."""
+    """Write one source and compare it with the others; a mismatch is appended to ``differences``."""
     return _procedure(copy, differences, writes=True)
 
 
@@ -61,14 +61,14 @@ def _procedure(copy: Copy, differences: list[Difference], writes: bool) -> Proce
 
 @dataclass
 class CopyState:
-    """The sources of a span that differ from the first."""
+    """Indices of the sources that differ from the first one within a span."""
 
     bad: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.zeros(0, np.int64))
     differing: set[int] = field(default_factory=set)
 
 
 class CopyPass:
-    """Compares all sources byte by byte and passes one on."""
+    """Compares all sources byte by byte and copies one of them."""
 
     def __init__(self, copy: Copy, writes: bool) -> None:
         self._copy, self._writes = copy, writes
@@ -81,7 +81,7 @@ class CopyPass:
         return CopyState()
 
     def read_from(self, state: CopyState, extents: Sequence[Extent]) -> bool:
-        """Bytes are given to it."""
+        """False: the worker reads the bytes."""
         return False
 
     def apply(self, state: CopyState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
@@ -97,12 +97,12 @@ class CopyPass:
 
 
 def describe_unequal_pairs(differences: Sequence[Difference], what: str, hint: str) -> MismatchError:
-    """What is to be said of pairs that should be equal, and what to do."""
+    """The error for pairs of tensors that must be equal but are not."""
     return MismatchError(f"{what}:\n" + _listed(each.name for each in differences), hint)
 
 
 def describe_copies(differences: Sequence[Difference]) -> MismatchError:
-    """Which of the models have another tensor than the first."""
+    """The error for tensors that can only be copied but differ between the models."""
     lines = (
         f"{each.name} of {each.first} is not that of {' and '.join(map(str, each.others))}" for each in differences
     )
@@ -113,7 +113,7 @@ def describe_copies(differences: Sequence[Difference]) -> MismatchError:
 
 
 def _listed(lines: Iterable[str]) -> str:
-    """Lines in an order that does not depend on workers, the first ones only."""
+    """The first lines in sorted order, so that the message does not depend on the workers."""
     lines = sorted(lines)
     more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     return "\n".join(f"  {line}" for line in [*lines[:MOST_LINES], *more])

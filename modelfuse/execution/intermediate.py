@@ -1,4 +1,4 @@
-"""The results of documents that others use, kept where they are asked for."""
+"""Keep the intermediate models of a configuration that has several documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelfuse.recipe.recipe import Recipe
 
 
 def keep_intermediate(recipe: Recipe) -> None:
-    """Merge every other document of a configuration into a folder of its name, if the recipe names one for them.
+    """Merge every document but the last into ``intermediate_dir``/name, if the recipe sets ``intermediate_dir``.
 
     Raises:
         ModelfuseError: As a merge.
@@ -19,7 +19,7 @@ def keep_intermediate(recipe: Recipe) -> None:
     if recipe.intermediate_dir is None or recipe.mergekit is None:
         return
     if not isinstance(recipe.intermediate_dir, Path):
-        raise RecipeError(f"intermediate_dir is {recipe.intermediate_dir}, which is no folder here")
+        raise RecipeError(f"intermediate_dir is {recipe.intermediate_dir}, which is not a local folder")
     for document in recipe.configurations.documents[:-1]:
         name = document.name or ""
         folder = recipe.intermediate_dir / name

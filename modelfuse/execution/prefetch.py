@@ -1,4 +1,4 @@
-"""Inputs stream: what workers read next comes from disks and stores while they compute, and makes room after them."""
+"""Prefetch inputs from disks and stores ahead of the workers, and drop them from the page cache afterwards."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from modelfuse.planning.memory_budget import SPAN
 from modelfuse.storage.files import SourceFile
 from modelfuse.storage.local.page_cache import Advice, PageCache
 
-#: Bytes on their way from the disk: enough to keep it busy while methods walk a tensor for a second time.
+#: Bytes to read ahead: enough to keep the disk busy while a method reads a tensor for the second time.
 WINDOW = 256 << 20
 
 
 class Streaming:
-    """Keeps disks and stores ahead of the workers.
+    """Prefetches the inputs of the workers.
 
     Args:
         order: All tasks, in the order in which their spans are begun.
@@ -30,13 +30,13 @@ class Streaming:
         self._next = next(self._order, None)
 
     def start(self) -> None:
-        """Workers will soon begin."""
+        """Prefetch the first window, before the workers start."""
         with self._lock:
             advices = list(self._ask())
         _give(advices)
 
     def begin(self, task: Task, first: int, count: int) -> None:
-        """Some elements are going to be read now."""
+        """A worker starts to read these elements: move the window forward."""
         with self._lock:
             if first < task.begun:
                 return
@@ -46,28 +46,28 @@ class Streaming:
         _give(advices)
 
     def passed(self, task: Task, first: int, count: int) -> None:
-        """Some elements are not going to be read again."""
+        """These elements are not read again: they may leave the page cache."""
         advices: list[Advice] = []
         with self._lock:
             for source in task.sources:
-                for place in _places(source, first, count, first + count == source.size):
-                    advices += self._cache.passed(*place)
+                for extent in _extents(source, first, count, first + count == source.size):
+                    advices += self._cache.passed(*extent)
         _give(advices)
 
     def end(self) -> None:
-        """Nothing is going to be read any more."""
+        """Nothing is read any more: release everything that was prefetched."""
         _give(self._cache.leave())
 
     def _ask(self) -> Iterator[Advice]:
-        """For what is in the window and was not asked for, as long as there is room."""
+        """Request what is in the window and was not requested yet, until a store's range cache is full."""
         while self._next is not None and self._asked < self._begun + WINDOW:
             task, first, count = self._next
             if first >= task.begun and not all(source.expect(first, count) for source in task.sources):
-                return  # What has begun is being read already.
+                return  # The cache is full. (Spans that workers have begun need no prefetch.)
             self._asked += _nbytes(task.sources, count)
             for source in task.sources:
-                for place in _places(source, first, count, first == 0):
-                    yield from self._cache.expect(*place)
+                for extent in _extents(source, first, count, first == 0):
+                    yield from self._cache.expect(*extent)
             self._next = next(self._order, None)
 
 
@@ -87,12 +87,15 @@ def _nbytes(sources: Sequence[StoredTensor], count: int) -> int:
     return sum(source.stored.nbytes(count) for source in sources)
 
 
-def _places(source: StoredTensor, first: int, count: int, whole: bool) -> Iterator[tuple[SourceFile, int, int]]:
-    """Where in files a run of elements comes from. What is not stored as it is read counts as a whole, at one end."""
+def _extents(source: StoredTensor, first: int, count: int, whole: bool) -> Iterator[tuple[SourceFile, int, int]]:
+    """The byte ranges of files that a run of elements is read from.
+
+    Tensors that are not stored as they are read count as a whole, at their first or last element.
+    """
     if type(source) is StoredTensor:
         yield source.file, source.offset + source.dtype.nbytes(first), source.dtype.nbytes(count)
     elif whole:
         for part in source.made_of:
-            yield from _places(part, 0, part.size, whole)
+            yield from _extents(part, 0, part.size, whole)
         if not source.made_of:
             yield source.file, source.offset, source.stored.nbytes(source.size)

@@ -1,4 +1,4 @@
-"""What goes beside the weights: the index, the recipe that gives the same bytes again, and the account."""
+"""Write the files beside the weights: the shard index, merge_config.json and merge_report.json."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from modelfuse.execution.sink import OutputSink
     from modelfuse.kernels.compiled.base_distance import Distance, SpanDistances
 
-#: How a JSON object ends.
+#: The end of an indented JSON object.
 END = b"\n}\n"
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class SpanResult(NamedTuple):
-    """What walking a span has come to.
+    """The result of a span.
 
     Attributes:
-        found: What the procedure is to be sent.
-        bad: Of a pass that writes, the counts of non-finite elements: one a source, the last for the output.
-        digests: What its bytes in the output add to the checksum.
-        distances: What it says of the distances to the base, if there is one.
-        facts: What else its sources tell.
+        found: What the pass has found, to be sent to the procedure.
+        bad: For a pass that writes: counts of non-finite elements, one per source, then the output's.
+        digests: Digests of its output bytes, which are part of the tensor's checksum.
+        distances: Its part of the distances to the base, if there is a base.
+        facts: Further report entries from its sources.
     """
 
     found: Any
@@ -51,15 +51,15 @@ class SpanResult(NamedTuple):
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one output tensor.
+    """The result of one output tensor.
 
     Attributes:
-        tensor: Which one.
-        checksum: Of its bytes in the output; a string once all of them were added, for a model may have a hundred
+        tensor: The operation that makes it.
+        checksum: The checksum of its output bytes; the hex digest once it is complete, as a model may have a hundred
             thousand tensors.
-        nonfinite: For each span that has any, the counts of non-finite elements: one a source, the last for the output.
-        distances: For each span, what it says of the distances to the base, while spans are walked.
-        facts: What else its sources tell of it, if they do.
+        nonfinite: Counts of non-finite elements for each span that has any: one per source, then the output's.
+        distances: Each span's part of the distances to the base, until all spans are done.
+        facts: Further report entries from its sources.
     """
 
     tensor: Operation
@@ -70,7 +70,7 @@ class Outcome:
     _measured: array[float] | None = None
 
     def take(self, first: int, walked: SpanResult) -> None:
-        """Take what became of the span that begins with an element, in this run or an earlier one; one at a time."""
+        """Add the result of the span at element ``first``, of this run or an earlier one; not thread-safe."""
         assert isinstance(self.checksum, Checksum)
         self.checksum.restore(self.tensor.dtype.nbytes(first), walked.digests)
         if walked.bad is not None and walked.bad.any():
@@ -83,7 +83,7 @@ class Outcome:
             self.facts = {**(self.facts or {}), **walked.facts}
 
     def follow(self, procedure: Procedure) -> Procedure:
-        """The same procedure; at its end all that is known of its spans is summed up."""
+        """Wrap the procedure, and summarize the results of its spans when it ends."""
         yield from procedure
         self.checksum = self.hexdigest()
         if self.distances:
@@ -92,11 +92,11 @@ class Outcome:
             self._measured, self.distances = pack(self.measured()), None
 
     def hexdigest(self) -> str:
-        """The checksum, once all bytes were added."""
+        """The checksum's hex digest, once all bytes were added."""
         return self.checksum if isinstance(self.checksum, str) else self.checksum.hexdigest()
 
     def measured(self) -> Sequence[Distance]:
-        """How far the models are from the base, one a model, once all spans were walked; empty if there is none."""
+        """The distance of each model to the base, once all spans are done; empty without a base."""
         if self.distances is None and self._measured is None:
             return ()
         from modelfuse.kernels.compiled.base_distance import distances, unpack
@@ -105,7 +105,7 @@ class Outcome:
 
 
 def write_index(plan: Plan, folder: OutputSink) -> None:
-    """Write the index of the shards, if there are several, as transformers names and reads it."""
+    """Write the index of the shards, if there are several, in the format of transformers."""
     if plan.index is None:
         return
     index = {
@@ -116,8 +116,8 @@ def write_index(plan: Plan, folder: OutputSink) -> None:
 
 
 def write_config(plan: Plan, folder: OutputSink) -> None:
-    """Write merge_config.json: every effective setting; as a recipe it gives the same bytes."""
-    # Whoever merges again asks a hub of their own for the same commits: no file is to say where tokens are sent.
+    """Write merge_config.json: every effective setting. Used as a recipe, it gives the same bytes."""
+    # Not recorded: a file must not decide which server the user's token is sent to.
     settings = {**plan.recipe.effective(), "hub_endpoint": None, "ray_address": None}
     folder.write_file(CONFIG_NAME, encode_json({"modelfuse_version": __version__, **settings}))
 
@@ -127,7 +127,7 @@ def write_report(
 ) -> None:
     """Write merge_report.json: what became of every tensor of every input, with checksums.
 
-    All other files are written before, so that their checksums are in it: of a weight file, the header's.
+    It is written last, as it has the checksums of all other files (for a weight file, that of its header).
     """
     (merge_type, sparsify_type, weights), numbers = plan.recipe.method_told, method_numbers(plan.tensors)
     every = tuple(range(len(plan.models)))
@@ -151,7 +151,7 @@ def write_report(
 
 
 def _sealed(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """A JSON object with its own sha256 as one more entry."""
+    """Append the sha256 of a JSON object to it, as its last entry."""
     digest, last = hashlib.sha256(), b""
     for part in parts:
         digest.update(part)
@@ -177,7 +177,7 @@ def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
 
 
 def _left_out(model: Checkpoint) -> dict[str, object]:
-    """Tensors of one input that no output could have, by the reason."""
+    """The tensors of one input that cannot be in an output, by reason."""
     names: dict[str, list[str]] = {}
     for name, reason in model.left_out.items():
         names.setdefault(reason, []).append(name)
@@ -194,7 +194,7 @@ def _suspicious(found: Suspicious) -> dict[str, object]:
 
 
 def _tensor(outcome: Outcome, methods: Mapping[int, int], every: tuple[int, ...]) -> dict[str, object]:
-    """What became of a tensor; methods, rules and inputs by their numbers from 1 on."""
+    """A tensor's report entry; methods, rules and inputs are numbered from 1."""
     tensor = outcome.tensor
     done = {"merge": "merged", "copy": "copied", "take": "taken"}[tensor.action]
     entry: dict[str, object] = {
@@ -223,15 +223,15 @@ def _tensor(outcome: Outcome, methods: Mapping[int, int], every: tuple[int, ...]
 
 
 def encode_json(content: Mapping[str, object]) -> bytes:
-    """A JSON file as a merge writes it."""
+    """Encode a JSON file as a merge writes it."""
     return b"".join(encode_parts(content))
 
 
 def encode_parts(content: Mapping[str, object]) -> Iterator[bytes]:
-    """The same piece by piece, as the text of a large report takes much more memory than what it tells.
+    """The same in pieces: the text of a large report takes much more memory than its content.
 
     Args:
-        content: An iterator of pairs may stand for a map.
+        content: The object. A value may be an iterator of (key, value) pairs instead of a mapping.
     """
     start = "{"
     for key, value in content.items():
@@ -251,10 +251,10 @@ def encode_parts(content: Mapping[str, object]) -> Iterator[bytes]:
 
 
 def _dump(value: object, depth: int = 0) -> str:
-    # A line's end in a string is escaped: those in the text are all json's own.
+    # Newlines in strings are escaped, so all newlines in the text are json's indentation.
     return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n" + "  " * depth)
 
 
 def _encode(text: str) -> bytes:
-    # Bytes of a path that are no UTF-8 become JSON's own escapes, which mean the same path when read back.
+    # Bytes of a path that are not UTF-8 become JSON escapes, which give the same path when read back.
     return text.encode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What a merge did."""
+"""The result of a merge."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from modelfuse.storage import Place
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-        output_path: Where the merged model is.
-        merged: Tensors merged.
-        copied: Tensors copied.
+        output_path: The merged model.
+        merged: The number of merged tensors.
+        copied: The number of copied tensors.
         bytes_read: Bytes of the inputs' tensors.
         bytes_written: Bytes of the weight files.
         seconds: Wall time.
-        bytes_kept: Bytes, read and written, that an earlier run of the same request had done.
-        suspicious: The models with tensors that equal the base's, or are far from it.
+        bytes_kept: Bytes, read and written, that a resumed earlier run had already done.
+        suspicious: Models with tensors that equal the base's, or are far from it.
     """
 
     output_path: Place

@@ -1,4 +1,4 @@
-"""What a merge that was ended leaves to the next run of the same request: which spans are done, and with what."""
+"""Resume an interrupted merge: which spans are finished, and what they found, is read from the journal."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from modelfuse.planning.plan import Plan
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.version import __version__
 
-#: Settings that never change a byte of the weights. Whatever is not here does, for all that is known.
+#: Settings that never change a byte of the weights. All other settings are assumed to.
 IMMATERIAL = ("output_path", "overwrite", "n_process", "memory", "split_pieces", "max_tensor_mem", "copy_file_list",
               "hub_endpoint", "hub_anonymous", "engine", "ray_address", "ray_timeout")  # fmt: skip
 
 
 def facts_of(plan: Plan) -> dict[str, object]:
-    """What the bytes of the weights depend on, each under the name that a user would know it by.
+    """Everything that the bytes of the weights depend on, under names that messages can use.
 
-    Inputs count by their headers and by size, times and inode of every file: a model that is trained
-    again has the same shapes, but not these.
+    Inputs are identified by their headers and by the size, times and inode of every file: a retrained model has the
+    same shapes, but not these.
     """
     facts: dict[str, object] = {"modelfuse's version": __version__}
-    for place in plan.recipe.inputs:
-        if isinstance(place, HubName):
-            facts[f"the commit of {place.name}"] = place.revision
+    for model in plan.recipe.inputs:
+        if isinstance(model, HubName):
+            facts[f"the commit of {model.name}"] = model.revision
     for name, value in plan.recipe.effective().items():
         if name not in IMMATERIAL:
             facts[f"the setting {name}"] = value
@@ -44,12 +44,12 @@ def facts_of(plan: Plan) -> dict[str, object]:
     layout = [[file.name, file.size, file.frame.digest] for file in plan.files]
     layout += [[tensor.name, tensor.action, tensor.inputs, tensor.chosen, tensor.rule] for tensor in plan.tensors]
     facts["the plan"] = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-    known: dict[str, object] = json.loads(json.dumps(facts))  # As it will be read: without tuples.
+    known: dict[str, object] = json.loads(json.dumps(facts))  # As it is read back: lists instead of tuples.
     return known
 
 
 def _describe(source: StoredTensor) -> bytes:
-    """All that is known of a tensor; of one that is computed, all that it is computed from."""
+    """Bytes that identify a stored tensor; for a computed one, everything it is computed from."""
     if type(source) is StoredTensor:  # Nearly all are, and there may be hundreds of thousands.
         text = f"{source.name}\0{source.dtype.name}\0{source.shape}\0{source.offset}\0{source.file.path.name}\0"
     else:
@@ -58,20 +58,20 @@ def _describe(source: StoredTensor) -> bytes:
 
 
 class Finished:
-    """The spans that were written by earlier runs.
+    """The spans that earlier runs have written.
 
     Args:
-        plan: The same plan as theirs.
+        plan: The plan, which is the same as that of the earlier runs.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._spans: dict[str, dict[int, int]] = {}
-        #: The bytes that progress counts for them.
+        #: Their bytes, as progress counts them.
         self.nbytes = 0
 
     def restore(self, entries: Iterable[object], outcomes: Mapping[str, Outcome]) -> None:
-        """Take up what :func:`entry_of` gave: which spans are done, and what they add to the outcomes."""
+        """Load journal entries made by :func:`entry_of`, and add what they found to the outcomes."""
         for entry in entries:
             if not isinstance(entry, dict):
                 continue
@@ -83,16 +83,16 @@ class Finished:
                 self.nbytes += bytes_of(tensor, count)
 
     def has(self, name: str, first: int, count: int) -> bool:
-        """Whether these elements of a tensor are written already."""
+        """Whether exactly this span of a tensor was written."""
         return self._spans.get(name, {}).get(first) == count
 
     def has_all(self, tensor: Operation) -> bool:
-        """Whether nothing is left to do for a tensor."""
+        """Whether all spans of a tensor were written."""
         return sum(self._spans.get(tensor.name, {}).values()) == tensor.size
 
 
 def entry_of(tensor: Operation, first: int, count: int, walked: SpanResult) -> dict[str, object]:
-    """What the journal is to say of a finished span."""
+    """The journal entry of a finished span."""
     distances = walked.distances
     return {
         "tensor": tensor.name,
@@ -106,7 +106,7 @@ def entry_of(tensor: Operation, first: int, count: int, walked: SpanResult) -> d
 
 
 def _walked(first: int, entry: Mapping[str, Any]) -> SpanResult:
-    """What was walked when an entry was made."""
+    """The result of the span that a journal entry describes."""
     distances = None
     if entry["distances"] is not None:
         from modelfuse.kernels.compiled.base_distance import SpanDistances
@@ -117,5 +117,5 @@ def _walked(first: int, entry: Mapping[str, Any]) -> SpanResult:
 
 
 def bytes_of(tensor: Operation, count: int) -> int:
-    """The bytes that progress counts for so many elements: those read, each once, and those written."""
+    """The bytes that progress counts for ``count`` elements: bytes read (once per source) plus bytes written."""
     return tensor.dtype.nbytes(count) + sum(source.stored.nbytes(count) for source in tensor.sources)

@@ -1,4 +1,4 @@
-"""A plan becomes an output folder: workers, buffers, progress. Nothing else is decided here."""
+"""Execute a plan into an output folder. All decisions were made by the plan."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Run:
-    """One run of a plan.
+    """One execution of a plan.
 
     Args:
-        plan: What to do.
-        progress: Called with a number of bytes as they are done.
-        cluster: The machines that do it; None: threads of this one.
+        plan: The plan.
+        progress: Called with the number of bytes that were just done.
+        cluster: The Ray cluster to run on; None: threads of this process.
     """
 
     plan: Plan
@@ -65,19 +65,19 @@ class Run:
     strange: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # The nodes of a cluster compile for themselves.
+        # The nodes of a cluster compile their own kernels.
         self._kernel = choose(self.plan.device, self.plan.compiler if self.cluster is None else None)
         self._tasks, self._sizes = Tasks.of(self.plan), BufferSizes.of(self.plan)
         hold(self._sizes.fetched, self._sizes.keeps)
         workers = self.plan.workers if self.cluster is None else 0
         self._worker_states = [Worker(self._kernel, self._sizes, self._is_stopping) for _ in range(workers)]
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}
-        #: Workers come to the ends of several spans of one tensor at the same time.
+        #: Guards the outcomes: workers finish spans of the same tensor concurrently.
         self._taking = threading.Lock()
         self.finished = Finished(self.plan)
 
     def take_up(self, entries: Iterable[object]) -> None:
-        """Go on from what earlier runs have finished: what their sinks were told to keep."""
+        """Resume from the journal entries of earlier runs."""
         self.finished.restore(entries, self.outcomes)
         if self.finished.nbytes:
             self.progress(self.finished.nbytes)
@@ -125,22 +125,22 @@ class Run:
             self._scheduler.run(jobs)
 
     def may_go_ahead(self) -> bool:
-        """Whether tensors may be walked that come after one that has not ended."""
+        """Whether spans of later tensors may start before the current tensor has ended."""
         return (self._folder.ahead() or 0) <= MOST_WAITING
 
     def _in_order(self) -> Iterator[Task]:
-        """All tasks in the order of the jobs."""
+        """All tasks, in the order of the jobs."""
         yield from (task for task in self._tasks.equal_pairs if task.sources[0].size)
         yield from (task for _, task in self._unfinished("copy"))
         yield from (task for _, task in self._unfinished(*self._made_last))
 
     @property
     def _made_last(self) -> tuple[Action, ...]:
-        """What is written when all is compared: where files are written from front to back, copies in their turn."""
+        """The actions of the second phase, after all comparisons; includes copies where files are written in order."""
         return ("merge", "take") if self._folder.ahead() is None else ("merge", "take", "copy")
 
     def _preparing_jobs(self) -> Iterator[Job[Pass]]:
-        """What can show that the models do not fit comes first: tied tensors and those to be copied."""
+        """Comparisons come first, as they can fail the merge: equal pairs, and tensors to be copied."""
         for pair, task in zip(self.plan.equal_pairs, self._tasks.equal_pairs, strict=True):
             if pair.one.size:
                 what = f"{pair.one.name} and {pair.other.name} of {pair.path}"
@@ -169,7 +169,7 @@ class Run:
             yield self._job(tensor, task, procedure)
 
     def _unfinished(self, *actions: Action) -> Iterator[tuple[Operation, Task]]:
-        """The tensors to do; nothing is to be done for one without elements."""
+        """The tensors with these actions that are not finished; those without elements always are."""
         for tensor, task in zip(self.plan.tensors, self._tasks.tensors, strict=True):
             if tensor.action in actions and not self.finished.has_all(tensor):
                 yield tensor, task
@@ -181,7 +181,7 @@ class Run:
         return self._scheduler.stopping
 
     def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
-        """One span; nothing is found in one that an earlier run has written."""
+        """Process one span on a worker; None for a span that an earlier run has written."""
         if self.has(task, pass_, first, count):
             return None
         self._streaming.begin(task, first, count)
@@ -212,7 +212,7 @@ class Run:
 
 
 def cluster_of(recipe: Recipe) -> AbstractContextManager[Cluster | None]:
-    """The machines that a recipe asks for; None: this one."""
+    """The Ray cluster that a recipe asks for; None: this machine."""
     if recipe.engine == "local":
         return nullcontext()
     from modelfuse.execution.ray.driver import Cluster
@@ -229,26 +229,26 @@ def _output(plan: Plan, path: Place) -> Output:
 
 
 def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Carry out a plan; where an earlier run of it was ended, go on from there.
+    """Execute a plan, resuming an earlier run of it that was interrupted.
 
     Args:
-        plan: What to do.
-        progress: Called with a number of bytes as they are done; first with those that an earlier run has done.
-        tell: Called with a sentence on what the user may wonder about: what becomes of the work of an earlier run that
-            was ended, and why a first merge takes longer.
+        plan: The plan.
+        progress: Called with the number of bytes that were just done; first with those that an earlier run has done.
+        tell: Called with notes for the user, one sentence each: whether an earlier run is resumed, and why a first
+            merge takes longer.
 
     Raises:
-        CheckpointError: If an input cannot be read, changes meanwhile, or holds NaN or infinities.
+        CheckpointError: If an input cannot be read, changes during the merge, or has NaN or infinities.
         MismatchError: If tensors that cannot be merged differ between the models.
         OutputError: If the output cannot be written.
-        ClusterError: If a cluster is to do it that cannot be reached, or fails.
+        ClusterError: If the Ray cluster cannot be reached, or fails.
     """
     if plan.recipe.output_path is None:
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
     check_disk_space(plan.recipe.output_path, plan.disk_space)
     with cluster_of(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder, announcing(tell):
         if folder.afresh is not None:
-            tell(f"Starting afresh: {folder.afresh}.")
+            tell(f"Starting over: {folder.afresh}.")
         return run_into(plan, folder, cluster, progress, tell)
 
 
@@ -259,12 +259,12 @@ def run_into(
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """Carry out a plan in a folder that is open already.
+    """Execute a plan into an output that is already open.
 
     Args:
-        plan: What to do.
-        folder: Takes the files, and says what of them is there already.
-        cluster: The machines that do it; None: threads of this one.
+        plan: The plan.
+        folder: Receives the files, and knows what earlier runs have finished.
+        cluster: The Ray cluster to run on; None: threads of this process.
         progress: As in :func:`run_plan`.
         tell: As in :func:`run_plan`.
 
@@ -277,7 +277,7 @@ def run_into(
     run.take_up(folder.finished())
     if run.finished.nbytes:
         share = run.finished.nbytes / (plan.bytes_read + plan.bytes_written)
-        tell(f"Going on from where the last run was ended: {share:.0%} is done.")
+        tell(f"Resuming the interrupted run: {share:.0%} is done.")
     run.to_folder(folder)
     for file in plan.side_files:
         content = read_whole(file.source)

@@ -1,11 +1,10 @@
-"""Workers that walk many procedures at once.
+"""Schedule the spans of many procedures on workers.
 
-A procedure (one tensor) yields passes; a pass is cut into spans. Spans of the tensors begun first come before those of
-others, and before new tensors, so few are under way at a time, and the next one starts while the last spans of a pass
-are still being walked. Which worker does what never changes a result: what the spans find is collected in their order,
-or, by a pass with a method ``fold(one, other)`` for which order means nothing, made one as soon as there are two.
-Workers are the threads of a :class:`Scheduler`, or whatever else takes spans from a :class:`Queue` and says what they
-found.
+A procedure (one tensor) yields passes; a pass is cut into spans. Spans of earlier tensors come first, and a new tensor
+starts only if no span is ready, so few tensors are in progress, yet no worker idles at the end of a pass. The
+assignment of spans to workers never changes a result: findings are collected in the order of the spans or, if a pass
+has an order-independent reduction ``fold(one, other)``, reduced pairwise as they arrive. Workers are the threads of a
+:class:`Scheduler`, or anything else that takes spans from a :class:`Queue` and reports their findings.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from modelfuse.storage.files import keeping_open
 from modelfuse.storage.local.threads import join
 
 P = TypeVar("P")
-#: Seconds between two looks whether workers may go ahead again.
+#: Seconds between checks whether workers may go ahead again.
 LOOK = 0.05
 
 
 @dataclass
 class Job(Generic[P]):
-    """One procedure under way.
+    """One procedure in progress.
 
     Attributes:
-        owner: What the walk function is to know of it.
+        owner: Passed to the walk function, which needs it to process the job's spans.
         procedure: The generator of passes.
-        size: The number of elements that every pass walks.
+        size: The number of elements of the tensor.
     """
 
     owner: Any
@@ -46,12 +45,12 @@ class Job(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class Span(Generic[P]):
-    """A part of a pass that one worker walks.
+    """A run of elements of a tensor that one worker processes in one pass.
 
     Attributes:
-        job: Whose.
+        job: The job.
         pass_: The pass.
-        first: The first element.
+        first: The index of the first element.
         count: The number of elements.
     """
 
@@ -62,34 +61,34 @@ class Span(Generic[P]):
 
 
 class Queue(Generic[P]):
-    """The spans of many jobs, each once it can be walked; safe from any thread.
+    """The spans of many jobs that are ready to be processed; thread-safe.
 
     Args:
-        jobs: All of them; each is begun when nothing else is ready.
-        span: Elements a span.
-        may_go_ahead: Whether spans may be given out of others than the first job that has not ended. While they may
-            not, it goes on alone.
+        jobs: The jobs; each is begun when no span of an earlier one is ready.
+        span: Elements per span.
+        may_go_ahead: Whether jobs after the first unfinished one may be worked on. While it returns False, only spans
+            of that first job are returned.
     """
 
     def __init__(self, jobs: Iterable[Job[P]], span: int, may_go_ahead: Callable[[], bool] = lambda: True) -> None:
         self._jobs, self._span, self._may_go_ahead = iter(jobs), span, may_go_ahead
         self._changed = threading.Condition()
-        #: With the number of their job and their first element, by which they are ordered.
+        #: A heap, ordered by the job's number and the span's first element.
         self._ready: list[tuple[int, int, Span[P]]] = []
-        #: The jobs that have begun and not ended, in their order.
+        #: The jobs in progress, by number, in order.
         self._under_way: dict[int, Job[P]] = {}
         self._begun = 0
-        #: Why nothing more is given out.
+        #: The first error; no more spans are returned after it.
         self.failure: BaseException | None = None
 
     def take(self, wait: bool = True) -> Span[P] | None:
-        """The next span; begins a new job if none is ready.
+        """The next span; begins a new job if no span is ready.
 
         Args:
-            wait: Whether to wait for spans that others must walk first.
+            wait: Whether to wait until the spans that are being processed make others ready.
 
         Returns:
-            None when all is done or failed or, without ``wait``, when there is nothing now.
+            None when all jobs have ended or one has failed or, without ``wait``, if no span is ready.
         """
         with self._changed:
             while self.failure is None:
@@ -108,20 +107,21 @@ class Queue(Generic[P]):
             return None
 
     def done(self, spans: Sequence[Span[P]], found: Sequence[Any], *, goes_on: bool = False) -> Span[P] | None:
-        """Say what spans of one pass have found, one after another; of a pass that folds, perhaps folded already.
+        """Report the findings of spans of one pass.
 
         Args:
             spans: Spans of one pass.
-            found: What each has found.
-            goes_on: Whether the caller walks the job's next pass if that is one span: it has the elements at hand.
+            found: The finding of each span; for a pass with ``fold``, they may already be folded into fewer.
+            goes_on: Whether the caller can process the job's next pass at once if it is a single span: the elements
+                are still in its buffers.
 
         Returns:
-            That span, if there is one.
+            That next span, if there is one.
         """
         job, pass_ = spans[0].job, spans[0].pass_
         if fold := fold_of(pass_):
             own = reduce(fold, found)
-            # Whoever finds what others have found takes it away, so that nobody waits while it is added up.
+            # Each worker takes the pending finding out and folds it outside the lock, so that no one waits meanwhile.
             while (other := self._take_or_leave(job, own)) is not None:
                 own = fold(other, own)
         with self._changed:
@@ -144,7 +144,7 @@ class Queue(Generic[P]):
         return None
 
     def fail(self, error: BaseException) -> None:
-        """Give out nothing more; the first error counts."""
+        """Return no more spans; the first error is kept."""
         with self._changed:
             self.failure = self.failure or error
             self._changed.notify_all()
@@ -158,7 +158,7 @@ class Queue(Generic[P]):
         self._changed.notify_all()
 
     def _take_or_leave(self, job: Job[P], found: Any) -> Any:
-        """What other spans have found, now the caller's; None if there was nothing: then ``found`` is left there."""
+        """Take the pending finding of other spans; if there is none, leave ``found`` there and return None."""
         with self._changed:
             if job.found:
                 return job.found.pop()
@@ -170,10 +170,10 @@ class Scheduler(Generic[P]):
     """Runs jobs on worker threads.
 
     Args:
-        walk: Walks one span and returns what it found; runs on the workers. It is given the worker's number, the
+        walk: Processes one span on a worker thread and returns its finding. It is called with the worker's number, the
             job's owner, the pass, the first element and the number of elements.
-        workers: How many threads.
-        span: Elements a span.
+        workers: The number of threads.
+        span: Elements per span.
         may_go_ahead: See :class:`Queue`.
     """
 
@@ -191,7 +191,7 @@ class Scheduler(Generic[P]):
         """Run all jobs to their end.
 
         Raises:
-            BaseException: What the first failing worker raised; the others stop after their slice of work.
+            BaseException: What the first failing worker raised; the others stop after their current slice.
         """
         self._queue = Queue(jobs, self._span, self._may_go_ahead)
         threads: list[threading.Thread] = []
@@ -203,7 +203,7 @@ class Scheduler(Generic[P]):
             for thread in threads:
                 thread.join()
         except RuntimeError:
-            # The system gives no more threads: fewer do the same work, and if there is none, this one does.
+            # No more threads can be started: continue with fewer or, without any, in this one.
             threads.pop()
             if not threads:
                 self._work(0)
@@ -215,7 +215,7 @@ class Scheduler(Generic[P]):
 
     @property
     def stopping(self) -> bool:
-        """Whether a worker has failed, so that the others should not go on."""
+        """Whether a worker has failed, so that the others should stop."""
         return self._queue.failure is not None
 
     def _work(self, number: int) -> None:
@@ -233,7 +233,7 @@ class Scheduler(Generic[P]):
 
 
 def fold_of(pass_: object) -> Callable[[Any, Any], Any] | None:
-    """What makes one of what two spans of a pass found, in any order; None if their order means something."""
+    """The pass's order-independent reduction of two findings; None if it has none."""
     return getattr(pass_, "fold", None)
 
 

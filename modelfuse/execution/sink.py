@@ -1,4 +1,4 @@
-"""What a run gives the weight files to."""
+"""Interfaces of what receives the output files of a run."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from modelfuse.checkpoints.tensors import Frame
 
 
 class Sink(Protocol):
-    """Where the weight files go: a folder to write, or one to compare with."""
+    """Receives the weight files: a folder to write, or one to compare with."""
 
     def create(self, name: str, frame: Frame) -> None:
-        """Begin a file; once for each, before anything is written to it."""
+        """Create a file, once and before anything is written to it."""
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Take bytes of a file; safe from any thread."""
+        """Write bytes of a file at an offset; thread-safe."""
 
     def keep(self, name: str, nbytes: int, entry: object) -> None:
-        """Take note that so many bytes of a file are finished; safe from any thread."""
+        """Record a finished span: its file, its bytes and its journal entry; thread-safe."""
 
     def share(self) -> Path | None:
-        """The folder of the files, which other machines may now write to; None if only ``write`` reaches them."""
+        """The folder, for other machines to write the files directly; None if they can only be written by ``write``."""
 
     def ahead(self) -> int | None:
-        """Bytes that it holds until it has what comes before them in their file; None if they may come in any order."""
+        """Bytes buffered until those before them in their file are written; None if files take writes in any order."""
 
 
 class OutputSink(Sink, Protocol):
-    """Where a whole output goes.
+    """Receives all files of an output.
 
     Attributes:
-        digests: The sha256 of every small file, and of all but the tensors of every weight file, by name.
+        digests: sha256 by file name: of every small file, and of each weight file without its tensors' bytes.
     """
 
     digests: dict[str, str]
 
     def finished(self) -> Iterator[object]:
-        """The entries, once given to ``keep``, of what is there already."""
+        """The journal entries that earlier runs passed to ``keep``."""
 
     def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
-        """Take a small file, whole or by its parts."""
+        """Write a small file, given whole or in parts."""
 
     def commit(self) -> None:
-        """Everything was given."""
+        """Complete the output: all files were written."""

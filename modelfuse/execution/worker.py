@@ -1,4 +1,4 @@
-"""One worker: spans of tensors are read, worked on and given away, slice by slice."""
+"""A worker: reads spans of tensors slice by slice, runs passes over them and writes the results."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from modelfuse.planning.plan import Plan
 from modelfuse.storage import Place
 from modelfuse.storage.checksums import Checksum
 
-#: Rows of a slice start at multiples of a cache line.
+#: Rows of the slice buffer start at multiples of a cache line.
 ROW_ALIGNMENT = 64
-#: Takes a tensor's bytes from an element on.
+#: Writes bytes of a tensor, given the index of their first element.
 Write = Callable[[Operation, int, Bytes], None]
 
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """What a worker needs to know of a job.
+    """The inputs and the output of a job.
 
     Attributes:
         sources: The tensors to read.
-        models: The inputs that they are in.
-        tensor: The one to make of them; None if they are only compared.
-        strict: Whether values that are not finite end the merge.
-        begun: How many elements workers have begun to read at least once, from the first on.
+        models: The inputs that contain them.
+        tensor: The output tensor; None if the sources are only compared.
+        strict: Whether non-finite values are an error.
+        begun: The number of leading elements that workers have begun to read.
     """
 
     sources: tuple[StoredTensor, ...]
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def window(self) -> int:
-        """The most elements that a pass is given together, where that is no slice."""
+        """The most elements that one step of a pass takes, if that is more than a slice; else 0."""
         return self.tensor.window if self.tensor is not None else 0
 
 
@@ -56,8 +56,8 @@ class Tasks(NamedTuple):
     """All tasks of a plan.
 
     Attributes:
-        equal_pairs: A comparison for each of its equal pairs.
-        tensors: One for each of its tensors.
+        equal_pairs: One comparison per pair of tensors that must be equal.
+        tensors: One task per output tensor.
     """
 
     equal_pairs: tuple[Task, ...]
@@ -65,7 +65,7 @@ class Tasks(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan) -> Tasks:
-        """What is to be done for a plan."""
+        """The tasks of a plan."""
         strict = plan.recipe.on_nonfinite == "error"
         equal_pairs = tuple(Task((pair.one, pair.other), (pair.path, pair.path)) for pair in plan.equal_pairs)
         tensors, known = [], dict[tuple[Place, ...], tuple[Place, ...]]()
@@ -77,33 +77,33 @@ class Tasks(NamedTuple):
 
 
 class ResultSink(Protocol):
-    """Whom spans are walked for."""
+    """Receives the results of spans."""
 
     def has(self, task: Task, pass_: Pass, first: int, count: int) -> bool:
-        """Whether there is nothing to do, as an earlier run has written the span."""
+        """Whether an earlier run has already written this span."""
 
     def may_go_ahead(self) -> bool:
-        """Whether spans may be walked of tensors that come after one that has not ended."""
+        """Whether spans of later tensors may start before the current tensor has ended."""
 
     def write(self, tensor: Operation, start: int, data: Bytes) -> None:
-        """Write a tensor's bytes from an element on; they count as progress."""
+        """Write bytes of a tensor, starting at element ``start``; they count as progress."""
 
     def advance(self, tensor: Operation, count: int) -> None:
-        """So many elements were written otherwise."""
+        """Count progress for elements that were written by another process."""
 
     def take(self, task: Task, pass_: Pass, first: int, count: int, walked: SpanResult) -> None:
-        """Take what walking a span has come to, once its bytes are written."""
+        """Receive the result of a span whose bytes were written."""
 
 
 class BufferSizes(NamedTuple):
-    """How large the buffers of a worker are.
+    """Sizes of a worker's buffers and of the range cache that all workers share.
 
     Attributes:
-        slice_elements: Elements to hold at a time.
-        rows: Bytes of the largest slice of all sources.
-        out: Bytes of the largest slice of the result.
-        fetched: Bytes of files in stores to hold, of all workers together.
-        keeps: Whether those that were read are to be kept, as they will be read again.
+        slice_elements: Elements per slice.
+        rows: Bytes of the input buffer: the largest slice of all sources together.
+        out: Bytes of the output buffer: the largest slice of a result.
+        fetched: Capacity in bytes of the cache for ranges of remote files.
+        keeps: Whether ranges stay cached after they were read, because they are read again.
     """
 
     slice_elements: int
@@ -114,7 +114,7 @@ class BufferSizes(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan) -> BufferSizes:
-        """What the tensors of a plan need."""
+        """The sizes for a plan."""
         slices = plan.slice_elements
         pairs = [((pair.one, pair.other), slices) for pair in plan.equal_pairs if pair.one.size]
         everything = [*((tensor.sources, max(slices, tensor.window)) for tensor in plan.tensors), *pairs]
@@ -124,31 +124,31 @@ class BufferSizes(NamedTuple):
 
 
 class Stopped(Exception):
-    """Raised in a worker that is not to go on, because another one has failed."""
+    """Raised in a worker that must stop because another one has failed."""
 
 
 class Worker:
-    """A worker's buffers, and what it does to a span.
+    """Processes spans, with buffers of its own.
 
     Args:
-        kernel: What merges.
-        sizes: What the buffers are to hold.
-        stopping: Whether to give up; asked before every slice.
+        kernel: The kernel that allocates the buffers.
+        sizes: The sizes of the buffers.
+        stopping: Whether to stop; called before every slice.
     """
 
     def __init__(self, kernel: Kernel, sizes: BufferSizes, stopping: Callable[[], bool] = lambda: False) -> None:
         self._slice_elements, self._stopping = sizes.slice_elements, stopping
         self._raws, self._out = kernel.buffer((sizes.rows,)), kernel.buffer((sizes.out,))
         self._last_rows = self._raws.reshape(1, -1)
-        #: What the buffers hold: a tensor of one slice is read once, however many passes walk it.
+        #: The slice in the buffers: a tensor of a single slice is read only once for all of its passes.
         self._held: tuple[Task, int, int] | None = None
 
     def walk(self, task: Task, pass_: Pass, first: int, count: int, write: Write) -> SpanResult:
-        """Read each slice of every source, let the pass work on it, give away what it made.
+        """Read each slice of all sources, run the pass on it and write its result.
 
         Raises:
-            CheckpointError: If an input cannot be read, or holds values that are not finite.
-            Stopped: If it was told to give up.
+            CheckpointError: If an input cannot be read, or has non-finite values where the task is strict.
+            Stopped: If ``stopping`` returned True.
         """
         state, tensor = pass_.start(), task.tensor if pass_.writes else None
         nbytes = (tensor or task.sources[0]).dtype.nbytes
@@ -169,7 +169,7 @@ class Worker:
         return SpanResult(found, state.bad, checksum.digests, distances, facts)
 
     def _apply(self, task: Task, pass_: Pass, state: Any, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """The slices of a span, first element and number of elements, each once the pass has worked on it."""
+        """Run a pass over the slices of a span; yields (first element, number of elements) of each slice to write."""
         rows = self._rows(task)
         with ExitStack() as files:
             readers = [files.enter_context(source.open()) for source in task.sources]
@@ -194,26 +194,26 @@ class Worker:
                     pass_.apply(state, start, length, rows, self._out)
                 except Unread as unread:
                     read, nbytes, row = filled[unread.source]
-                    read(start, row[: nbytes(length)].data)  # Whatever is wrong is told.
+                    read(start, row[: nbytes(length)].data)  # Raises the actual error.
                     raise _lost(task.sources[unread.source]) from unread
                 if writes:
                     yield start, length
 
     def _reads_itself(self, pass_: Pass, state: Any, readers: Sequence[Reader]) -> bool:
-        """Have the pass read what lies in files as it is."""
+        """Let the pass read the files itself, if all sources are stored as they are read and it is able to."""
         plain = [each for each in readers if type(each) is PlainReader and each.file.descriptor >= 0]
         extents = [Extent(each.file.descriptor, each.offset) for each in plain]
         return len(plain) == len(readers) and pass_.read_from(state, extents)
 
     def _rows(self, task: Task) -> Bytes:
-        """The buffer as the rows of a task's sources. Often they are the last one's, which kernels know already."""
+        """The input buffer as one row per source. An unchanged array is reused: kernels cache its layout."""
         shape = len(task.sources), row_bytes(task.sources, max(self._slice_elements, task.window))
         if self._last_rows.shape != shape:
             self._last_rows = self._raws[: math.prod(shape)].reshape(shape)
         return self._last_rows
 
     def _count_bad(self, task: Task, pass_: Pass) -> Counts:
-        """All elements that are not finite, one of which was found: what is wrong is to be told with its size."""
+        """Count the non-finite elements of the whole tensor, for the error message."""
         size, bad = task.sources[0].size, []
         for first in range(0, size, span := span_of(pass_, SPAN)):
             state = pass_.start()
@@ -226,23 +226,23 @@ class Worker:
 
 
 def _lost(source: StoredTensor) -> CheckpointError:
-    message = f"{source.file.path}: reading {source.name} has failed once"
-    return CheckpointError(message, "Merge again; if it fails again, look at the disk.")
+    message = f"{source.file.path}: reading {source.name} failed"
+    return CheckpointError(message, "Merge again; if it fails again, check the disk.")
 
 
 def row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
-    """The bytes of a slice of any of a tensor's sources, up to a multiple of the widest element's."""
+    """Bytes of a row of the input buffer: a slice of the widest source, rounded up to ROW_ALIGNMENT."""
     elements = min(slice_elements, max(source.size for source in sources))
     return -(-elements * max(source.dtype.bytes for source in sources) // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def nonfinite(tensor: Operation, models: Sequence[Place], bad: np.ndarray[Any, np.dtype[np.int64]]) -> CheckpointError:
-    """Name the tensor, the models that hold such values, and how many; or that only the result is not finite.
+    """The error for non-finite values: it names the tensor, the models and the counts, or an overflow of the result.
 
     Args:
-        tensor: The one that was to be merged.
-        models: Whose its sources are.
-        bad: int64, shape (sources + 1,): counts over the whole tensor, the last one of the result.
+        tensor: The operation.
+        models: The inputs of its sources.
+        bad: int64, shape (sources + 1,): counts over the whole tensor; the last is the result's.
     """
     name, size = tensor.name, tensor.size
     holders = [f"{count:,} in {path}" for path, count in zip(models, bad[:-1], strict=True) if count]

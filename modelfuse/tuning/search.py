@@ -54,7 +54,7 @@ class Search:
             if (known := len(self.study.done())) >= request.budget:
                 self.tell(f"The study has {known} evaluated merges already.")
                 return
-            self.tell(f"Going on from where the last run was ended: {known} of {request.budget} merges are evaluated.")
+            self.tell(f"Resuming the interrupted run: {known} of {request.budget} merges are evaluated.")
         with ExitStack() as stack:
             folders = stack.enter_context(
                 merged_folders(self.study.path.parent, request.scratch, plan.disk_space, request.jobs)

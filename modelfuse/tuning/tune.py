@@ -33,7 +33,7 @@ def tune(request: Request, tell: Tell = lambda _: None, watch: Watch | None = No
 
     Raises:
         ModelfuseError: If the request is wrong, or a merge or an evaluation fails. What was found is kept in the
-            study, and the same request goes on from there.
+            study, and the same request resumes from there.
     """
     started = time.perf_counter()
     request.check()
@@ -63,7 +63,7 @@ def tune(request: Request, tell: Tell = lambda _: None, watch: Watch | None = No
             return search.finish(output, started)
         except BaseException as error:
             if study.is_begun:
-                error.add_note(f"What was found is kept in {study.path.parent}: the same command goes on from there.")
+                error.add_note(f"What was found is kept in {study.path.parent}: the same command resumes from there.")
             raise
 
 

@@ -3,7 +3,7 @@
 Files are made in a hidden sibling of the output at their final size; workers write at planned offsets.
 Then everything is synced, and one rename shows it. A lock beside it keeps two merges apart, and ends with
 the process that holds it. A journal beside it says what is finished: what is killed, interrupted or finds the
-disk full leaves both, and the same request goes on from there.
+disk full leaves both, and the same request resumes from there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class OutputFolder:
     """The output while it is being made; a context manager.
 
     Left by an error that says the request or an input is wrong, it leaves nothing behind; by an interruption or
-    a failure of the system, what the next run goes on from.
+    a failure of the system, what the next run resumes.
 
     Args:
         path: Where the output is to appear.
@@ -105,7 +105,7 @@ class OutputFolder:
             self._lock.release()
         if error is not None and keeps:
             error.add_note(
-                f"What is done is kept in {self._temporary}: the same command goes on from there. "
+                f"What is done is kept in {self._temporary}: the same command resumes from there. "
                 "Remove the folder if you do not want that."
             )
         elif error is not None and done:

@@ -71,7 +71,7 @@ class RemoteFolder:
             self._give_up()
 
     def finished(self) -> Iterator[object]:
-        """Nothing: no run goes on from what another one has sent."""
+        """Nothing: an upload of an earlier run cannot be resumed."""
         return iter(())
 
     def create(self, name: str, frame: Frame) -> None:

@@ -1,6 +1,6 @@
-"""A merge on the nodes of a Ray cluster: the same procedures, spans and bytes as on one machine.
+"""Run a merge on a Ray cluster: the same procedures, spans and bytes as on one machine.
 
-This machine keeps the plan, the procedures, the journal and the progress, and gives out batches of spans as tasks
-(:mod:`~modelfuse.execution.ray.driver`); a node reads the inputs, works, and writes into the output's files at their
-planned places (:mod:`~modelfuse.execution.ray.node`).
+The driver (:mod:`~modelfuse.execution.ray.driver`) keeps the plan, the procedures, the journal and the progress, and
+submits batches of spans as Ray tasks; a node reads the inputs, processes them and writes the output's files at the
+planned offsets (:mod:`~modelfuse.execution.ray.node`).
 """

@@ -12,24 +12,24 @@ from modelfuse.execution.worker import Task
 from modelfuse.kernels import Pass
 from modelfuse.planning.plan import Plan
 
-#: The most bytes that a batch reads and writes: about a second on a network's filesystem, far less on a disk.
+#: The most bytes that a batch reads and writes: about a second on a network filesystem, far less on a local disk.
 MOST_BYTES = 256_000_000
-#: The most of them where what is written is sent back.
+#: The same limit where nodes send their output to the driver.
 MOST_SENT = 64_000_000
-#: The most bytes that passes bring with them: tables of small tensors are larger than they are.
+#: The most bytes of pickled passes in a batch: the tables of small tensors are larger than the tensors.
 MOST_PASSES = 8_000_000
-#: At least so many batches for each processor.
+#: The least number of batches per processor.
 LEAST_BATCHES = 4
 
 
 @dataclass
 class Batch:
-    """Spans to be walked in one go.
+    """Spans that are processed by one Ray task.
 
     Attributes:
-        spans: By pass, in the order in which they were taken.
-        nbytes: What they read and write.
-        attempts: How often they were given out.
+        spans: The spans, grouped by pass, in the order in which they left the queue.
+        nbytes: Bytes that they read and write.
+        attempts: How often the batch was submitted.
     """
 
     spans: list[list[Span[Pass]]] = field(default_factory=list)
@@ -38,12 +38,12 @@ class Batch:
 
     @property
     def names(self) -> list[str]:
-        """What they are spans of."""
+        """The names of their tensors."""
         tasks: list[Task] = [own[0].job.owner for own in self.spans]
         return list(dict.fromkeys((task.tensor or task.sources[0]).name for task in tasks))
 
     def parts(self, numbers: Mapping[Task, int]) -> list[PassSpans]:
-        """What a node is to know of them."""
+        """The spans as they are sent to a node."""
         return [
             PassSpans(numbers[own[0].job.owner], own[0].pass_, [(span.first, span.count) for span in own])
             for own in self.spans
@@ -51,18 +51,18 @@ class Batch:
 
 
 class Batcher:
-    """Takes batches from a queue.
+    """Builds batches of the spans in a queue.
 
     Args:
-        queue: All spans.
-        has: Whether there is nothing to do for a span.
+        queue: The queue.
+        has: Whether a span was already written by an earlier run.
     """
 
     def __init__(self, queue: Queue[Pass], has: Callable[[Span[Pass]], bool]) -> None:
         self._queue, self._has = queue, has
 
     def next(self, limit: int) -> Batch | None:
-        """The next batch, of not many more bytes than there is limit for; None if there is nothing now."""
+        """The next batch, of about ``limit`` bytes; None if no span is ready."""
         batch, passes = Batch(), 0
         for span in self._spans():
             if batch.spans and batch.spans[-1][0].pass_ is span.pass_:
@@ -72,7 +72,7 @@ class Batcher:
                 passes += _size_of(span.pass_)
             nbytes = _bytes_of(span)
             batch.nbytes += nbytes
-            # The next one is taken to be as large as this one.
+            # Assumes that the next span is as large as this one.
             if batch.nbytes + nbytes > limit or passes > MOST_PASSES:
                 break
         return batch if batch.spans else None
@@ -86,12 +86,12 @@ class Batcher:
 
 
 def batch_bytes(plan: Plan, processors: int, sent: bool) -> int:
-    """The bytes of a batch.
+    """The size limit of a batch in bytes.
 
     Args:
-        plan: What is merged.
-        processors: How many walk batches at the same time.
-        sent: Whether what is written is sent back.
+        plan: The plan.
+        processors: The number of processors of the cluster.
+        sent: Whether nodes send their output to the driver.
     """
     most = MOST_SENT if sent else MOST_BYTES
     return min(most, (plan.bytes_read + plan.bytes_written) // (LEAST_BATCHES * max(processors, 1)))

@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster within a time limit, quietly."""
+"""Connect to a Ray cluster within a time limit, without Ray's log output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import ray
 from modelfuse.errors import ClusterError
 
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
-#: Reaches a cluster in a process of its own, and says why that cannot be done.
+#: A program that connects to a cluster and prints why it cannot.
 PROBE = f"""
 import os, sys, ray
 try:
@@ -27,24 +27,24 @@ except Exception as error:
     sys.exit(3)
 os._exit(0)
 """
-#: How Ray says that there is no cluster to be found.
+#: Ray's message if there is no cluster.
 NONE_RUNNING = "Could not find any running Ray instance"
-#: Seconds between two attempts to reach what refuses to be reached.
+#: Seconds between two attempts to connect.
 AGAIN = 0.5
 HINT = (
-    "Give the HOST:PORT that `ray start --head` has shown as --ray_address, on a machine of the cluster "
+    "Set --ray_address to the HOST:PORT that `ray start --head` has shown, on a machine of the cluster "
     "(`--ray_address local` uses this machine alone); --ray_timeout waits longer."
 )
 
 
 @contextmanager
 def reached(address: str | None, limit: float) -> Iterator[None]:
-    """Be connected to a cluster.
+    """Connect to a cluster for the duration of the context.
 
     Args:
-        address: ``HOST:PORT``, or ``local`` for a new one on this machine; None: what RAY_ADDRESS says, else the one
-            that this machine is in, else a new one. Of no account where this process is connected already.
-        limit: Seconds to wait for it.
+        address: ``HOST:PORT``, or ``local`` for a new cluster on this machine; None: RAY_ADDRESS, else the cluster that
+            this machine is part of, else a new one. Ignored if this process is already connected.
+        limit: Seconds to wait.
 
     Raises:
         ClusterError: If it cannot be reached in time.
@@ -56,7 +56,7 @@ def reached(address: str | None, limit: float) -> Iterator[None]:
     if options["address"] == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options["include_dashboard"] = False
-    # What happens to nodes is told by errors here. Ray has no public switch for its own words about them.
+    # Failures of nodes are reported by our own errors. Ray has no public switch for its messages about them.
     before, ray._private.worker._worker_logs_enabled = ray._private.worker._worker_logs_enabled, False
     try:
         with _own_signals():
@@ -73,7 +73,7 @@ def reached(address: str | None, limit: float) -> Iterator[None]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Leave SIGTERM as it was: Ray makes an exception of it, which would undo what the next run could go on from."""
+    """Restore the SIGTERM handler: Ray's raises an exception, which would discard what the next run could resume."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -83,11 +83,11 @@ def _own_signals() -> Iterator[None]:
 
 
 def _find(address: str | None, limit: float) -> str:
-    """An address that was just reached; ``local`` if there is none to reach."""
+    """The address of a cluster that was just probed; ``local`` if there is no cluster."""
     if address == "local":
         return address
     asked = address or os.environ.get("RAY_ADDRESS")
-    name = f"The Ray cluster at {asked}" if asked else "The Ray cluster that this machine seems to be in"
+    name = f"The Ray cluster at {asked}" if asked else "The Ray cluster of this machine"
     if asked and "://" in asked:
         raise ClusterError(f"RAY_ADDRESS is {asked}, but Ray's client cannot be used", HINT)
     end = time.monotonic() + limit
@@ -102,7 +102,7 @@ def _find(address: str | None, limit: float) -> str:
 
 
 def _knock(name: str, address: str, limit: float) -> None:
-    """Wait until somebody listens at an address: what Ray does without is to wait for minutes."""
+    """Wait until the address accepts TCP connections: Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     end = time.monotonic() + limit
     while True:
@@ -117,9 +117,9 @@ def _knock(name: str, address: str, limit: float) -> None:
 
 
 def _probe(address: str, limit: float) -> str | None:
-    """None if a cluster was reached; else why not, empty if time was up.
+    """Connect in a subprocess: None on success, else Ray's error message, empty after a timeout.
 
-    Ray cannot be told when to give up, and may end the process that it tries in.
+    Ray has no time limit for connecting, and may terminate the process that tries.
     """
     command = [sys.executable, "-W", "ignore", "-c", PROBE, address]
     try:

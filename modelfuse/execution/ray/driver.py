@@ -1,4 +1,4 @@
-"""This machine's part in a merge on a cluster: batches of spans given out, what they come to collected."""
+"""The driver of a merge on a Ray cluster: submits batches of spans and collects their results."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from modelfuse.kernels import Pass
 from modelfuse.planning.plan import Plan
 from modelfuse.version import __version__
 
-#: Groups under way for each processor: one that is walked, one that waits for it.
+#: Batches in flight per processor: one that is running, one that is queued.
 QUEUED = 2
-#: How often a batch may fail, and the seconds to wait before each attempt.
+#: Seconds to wait before each attempt of a batch; their number is the number of attempts.
 PAUSES = (0.0, 1.0, 3.0)
 
 
 class Cluster:
-    """A Ray cluster that walks spans.
+    """Processes spans on a Ray cluster.
 
     Args:
-        limit: Seconds to wait where it has no processor.
+        limit: Seconds to wait while the cluster has no processor.
     """
 
     def __init__(self, limit: float) -> None:
@@ -45,7 +45,7 @@ class Cluster:
     @classmethod
     @contextmanager
     def reached(cls, address: str | None, limit: float) -> Iterator[Cluster]:
-        """A cluster, as long as this process is connected to it.
+        """Connect to a cluster for the duration of the context.
 
         Raises:
             ClusterError: If it cannot be reached in time.
@@ -55,17 +55,17 @@ class Cluster:
 
     @contextmanager
     def sharing(self, plan: Plan, tasks: Tasks, sizes: BufferSizes, folder: Path | None) -> Iterator[None]:
-        """What all nodes must know of a merge, while they walk its spans.
+        """Share what all nodes need for a merge, for the duration of the context.
 
         Args:
-            plan: The merge.
-            tasks: All that spans may be of.
-            sizes: How large a worker's buffers are.
-            folder: Where nodes write; None: this machine writes all.
+            plan: The plan.
+            tasks: All tasks of the plan.
+            sizes: The sizes of a worker's buffers.
+            folder: The folder that nodes write to; None: the driver writes all output.
 
         Raises:
             ClusterError: If a node cannot take part.
-            CheckpointError: If an input has changed when all is done.
+            CheckpointError: If an input has changed by the end of the merge.
         """
         self._plan, self._sends = plan, folder is None
         every = (*tasks.equal_pairs, *tasks.tensors)
@@ -80,18 +80,18 @@ class Cluster:
                 time.sleep(LOOK)
             look_at_all(self._common)
             yield
-            node.check_inputs(every)  # By their inodes, too, which mean nothing on other machines.
+            node.check_inputs(every)  # Includes inodes, which nodes cannot compare.
         finally:
             if folder is not None:
                 with contextlib.suppress(OSError):
                     (folder / token).unlink()
 
     def walk(self, jobs: Iterable[Job[Pass]], span: int, receiver: ResultSink) -> None:
-        """Walk the spans of all jobs to their end.
+        """Process the spans of all jobs.
 
         Raises:
             ClusterError: If the cluster fails.
-            Exception: What walking a span has ended with.
+            Exception: The error of a span that was not retried, or failed too often.
         """
         queue: Queue[Pass] = Queue(jobs, span, receiver.may_go_ahead)
         batcher = Batcher(queue, lambda each: receiver.has(each.job.owner, each.pass_, each.first, each.count))
@@ -121,17 +121,17 @@ class Cluster:
         return self._walk.remote(*self._common, pack(batch.parts(self._numbers)), pause)
 
     def _again(self, batch: Batch, failure: Exception) -> Any:
-        """Give a batch out once more, elsewhere if its node is lost; enough is enough."""
+        """Submit a failed batch again, at most ``len(PAUSES)`` times in all; Ray picks another node if one is lost."""
         if batch.attempts == len(PAUSES):
             failure.add_note(f"This was tried {batch.attempts} times.")
             raise failure
         return self._send(batch)
 
     def _collect(self, reference: Any, batch: Batch, queue: Queue[Pass], receiver: ResultSink) -> Exception | None:
-        """Take what a batch has come to; why there is nothing to take, if another attempt may help.
+        """Collect the results of a batch; returns the failure if it may be retried.
 
         Raises:
-            ModelfuseError: If no attempt can.
+            ModelfuseError: If a retry cannot help.
         """
         try:
             reply = ray.get(reference)
@@ -162,7 +162,7 @@ class Cluster:
 
 
 def _landed(flying: list[Any]) -> list[Any]:
-    """The batches that have come back; none if it takes long."""
+    """The finished batches; empty if none finishes within LOOK seconds."""
     landed, rest = ray.wait(flying, num_returns=1, timeout=LOOK)
     if landed and rest:
         landed += ray.wait(rest, num_returns=len(rest), timeout=0)[0]

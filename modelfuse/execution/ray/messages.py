@@ -1,4 +1,4 @@
-"""What this machine and the nodes of a cluster send each other."""
+"""Messages between the driver and the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from modelfuse.kernels.backends import Device
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """What a node must know of a merge: sent once.
+    """What a node needs for a merge; sent once.
 
     Attributes:
-        folder: Where to write the weight files; None: what would be written is sent back.
-        token: A file in that folder, there as long as the merge runs.
-        device: Where to compute.
-        sizes: How large a worker's buffers are.
-        tasks: All tasks; spans name theirs by its number.
+        folder: The folder of the weight files; None: output is sent to the driver.
+        token: The name of a file in that folder that exists as long as the merge runs.
+        device: The device to compute on.
+        sizes: The sizes of a worker's buffers.
+        tasks: All tasks; spans refer to theirs by its index.
     """
 
     folder: Path | None
@@ -38,9 +38,9 @@ class PassSpans(NamedTuple):
     """Spans of one pass.
 
     Attributes:
-        task: The number of the task.
+        task: The index of the task.
         pass_: The pass.
-        spans: The first element and the number of elements of each.
+        spans: The first element and the number of elements of each span.
     """
 
     task: int
@@ -49,7 +49,7 @@ class PassSpans(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes of a tensor that a node did not write itself: the task's number, the first element, and the bytes."""
+    """Output that a node sends to the driver: the index of the task, the first element and the bytes."""
 
     task: int
     start: int
@@ -57,11 +57,12 @@ class Piece(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A batch of spans was walked.
+    """The reply for a processed batch.
 
     Attributes:
-        walked: Packed: for each part, what walking its spans has come to, or one for all that they found together.
-        pieces: What is still to be written.
+        walked: Packed: for each :class:`PassSpans`, a list of the spans' results, or of one result with their folded
+            findings.
+        pieces: Output for the driver to write.
     """
 
     walked: Bytes
@@ -69,13 +70,13 @@ class Done(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A batch of spans was not walked to its end.
+    """The reply for a failed batch.
 
     Attributes:
-        error: Packed: the error, and its cause.
-        node: Where.
-        tensor: What was being walked.
-        trace: Where in the program.
+        error: Packed: the error and its cause.
+        node: The node's name.
+        tensor: The tensor that was being processed.
+        trace: The formatted traceback.
     """
 
     error: Bytes
@@ -85,42 +86,42 @@ class Failed(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception, node: str, tensor: str, trace: str) -> Failed:
-        """What an error has ended."""
+        """Pack an error."""
         try:
             packed = pack((error, error.__cause__))
             unpack(packed)
-        except Exception:  # Not every error can be sent.
+        except Exception:  # Not every error can be pickled.
             packed = pack((RuntimeError(f"{type(error).__name__}: {error}"), None))
         return cls(packed, node, tensor, trace)
 
     def restore(self) -> Exception:
-        """The error, with its cause, and with notes on where it was raised."""
+        """The error with its cause, and with notes that say where it was raised."""
         error: Exception
         cause: BaseException | None
         error, cause = unpack(self.error)
         error.__cause__ = cause
         if self.tensor and not is_final(error):
-            error.add_note(f"{self.node} was at work on {self.tensor!r}.")
+            error.add_note(f"{self.node} was processing {self.tensor!r}.")
         if not isinstance(error, ModelfuseError | OSError | MemoryError):
             error.add_note(self.trace)
         return error
 
 
 def is_final(error: Exception) -> bool:
-    """Whether to try again is of no use: the request or an input is at fault, not a node, a disk or a network."""
+    """Whether a retry cannot help: the request or an input is at fault, not a node, a disk or the network."""
     if isinstance(error, ClusterError):
         return False
     return isinstance(error, ModelfuseError) and not isinstance(error.__cause__, OSError)
 
 
 def pack(content: object) -> Bytes:
-    """As bytes that Ray hands on as they are.
+    """Pickle to a byte array, which Ray passes on unchanged.
 
-    Arrays that Ray itself packs arrive as read-only ones, for which kernels would be compiled again.
+    Arrays that Ray serializes itself arrive read-only: another type to numba, which would compile the kernels again.
     """
     return np.frombuffer(pickle.dumps(content, 5), np.uint8)
 
 
 def unpack(packed: Bytes) -> Any:
-    """What was packed."""
+    """The content of :func:`pack`'s result."""
     return pickle.loads(packed.data)

@@ -1,4 +1,4 @@
-"""What runs on the nodes of a cluster: batches of spans, each in a worker process of Ray's."""
+"""Code that runs on the nodes of a cluster: processes batches of spans in Ray's worker processes."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from modelfuse.version import __version__
 
 
 class NodeWorker:
-    """This process's part in a merge.
+    """The state of this process for one merge.
 
     Args:
-        shipment: What it must know.
+        shipment: What the driver has sent.
     """
 
     def __init__(self, shipment: Shipment) -> None:
         self._shipment = shipment
         hold(shipment.sizes.fetched, shipment.sizes.keeps)
         self._worker = Worker(choose(shipment.device), shipment.sizes)
-        #: What is being walked.
+        #: The name of the tensor that is being processed.
         self.tensor = ""
 
     def check(self) -> None:
-        """Make sure that the output is within reach, and the merge still running.
+        """Check that this node sees the output folder and that the merge is still running.
 
         Raises:
-            ClusterError: If it is not.
+            ClusterError: If not.
         """
         folder = self._shipment.folder
         if folder is None or os.path.exists(folder / self._shipment.token):
             return
-        # A network's filesystem may remember for a while that something was not there, until it is listed.
+        # NFS caches that a file does not exist; listing its folder refreshes that.
         for parent in (folder.parent, folder):
             if os.path.isdir(parent):
                 os.listdir(parent)
@@ -59,11 +59,11 @@ class NodeWorker:
             )
 
     def check_inputs(self) -> None:
-        """As the function."""
+        """See the function :func:`check_inputs`."""
         check_inputs(self._shipment.tasks)
 
     def walk(self, parts: list[PassSpans]) -> Done:
-        """Walk all spans of a batch, and make what they write last."""
+        """Process the spans of a batch and sync their output."""
         files = _Files(self._shipment.folder)
         try:
             walked = [self._walk_part(part, files) for part in parts]
@@ -82,10 +82,10 @@ class NodeWorker:
 
 
 def check_inputs(tasks: Sequence[Task]) -> None:
-    """Make sure that the inputs of tasks can be read and are what they were.
+    """Check that the input files of tasks can be opened and are unchanged.
 
     Raises:
-        CheckpointError: If one is not.
+        CheckpointError: If one cannot be opened, or was changed.
     """
     for file in {file for task in tasks for source in task.sources for file in source.files}:
         with file.open():
@@ -93,7 +93,7 @@ def check_inputs(tasks: Sequence[Task]) -> None:
 
 
 class _Files:
-    """The output's files, as far as a batch of spans writes to them; without a folder, pieces to be sent back."""
+    """The output files that a batch writes to; without a folder, output is collected in ``pieces``."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -108,14 +108,14 @@ class _Files:
         path = self._folder / tensor.file
         try:
             if path not in self._descriptors:
-                # Never for reading: NFS would read what shares a page with these bytes, and write it back later.
+                # Write-only: opened for reading, NFS would read whole pages and write other nodes' bytes back later.
                 self._descriptors[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             write_all(self._descriptors[path], data.data, tensor.offset + tensor.dtype.nbytes(start))
         except OSError as error:
             raise cannot_write(error, path) from error
 
     def sync(self) -> None:
-        """What was written outlasts this node: then only may it be said to be done."""
+        """Sync the files: only output that survives a crash of this node may be reported as done."""
         for path, descriptor in self._descriptors.items():
             try:
                 os.fsync(descriptor)
@@ -128,11 +128,11 @@ class _Files:
 
 
 def name() -> str:
-    """What this node is called in errors."""
+    """This node's name in error messages."""
     return f"The node {socket.gethostname()} (Ray's {ray.get_runtime_context().get_node_id()[:8]})"
 
 
-#: The merge that this process has last worked for, by its token.
+#: The state of the last merge that this process worked for, by token.
 _last: dict[str, NodeWorker] = {}
 
 
@@ -151,7 +151,7 @@ def _worker(version: str, token: str, shipment: Bytes) -> NodeWorker:
 
 
 def look(version: str, token: str, shipment: Bytes) -> Failed | None:
-    """Tell why this node cannot take part, if it cannot."""
+    """Why this node cannot take part in the merge; None if it can."""
     try:
         _worker(version, token, shipment).check_inputs()
     except ModelfuseError as error:
@@ -160,14 +160,14 @@ def look(version: str, token: str, shipment: Bytes) -> Failed | None:
 
 
 def walk(version: str, token: str, shipment: Bytes, parts: Bytes, pause: float) -> Done | Failed:
-    """Walk a batch of spans.
+    """Process a batch of spans.
 
     Args:
-        version: modelfuse's, on the machine that asks for it.
-        token: The merge.
-        shipment: What must be known of it, packed.
-        parts: The batch, packed.
-        pause: Seconds to wait before.
+        version: The driver's version of modelfuse.
+        token: Identifies the merge.
+        shipment: The packed :class:`Shipment`.
+        parts: The batch: a packed list of :class:`PassSpans`.
+        pause: Seconds to wait first.
     """
     time.sleep(pause)
     worker = None

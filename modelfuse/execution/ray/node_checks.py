@@ -1,4 +1,4 @@
-"""The nodes of a cluster, as this machine sees them."""
+"""Check the nodes of a cluster, and monitor their number."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from modelfuse.errors import ClusterError, ModelfuseError
 from modelfuse.execution.ray import node
 from modelfuse.printable import Lines
 
-#: Seconds that a node has to say whether it can take part: it may have to start a process and load this package.
+#: Seconds for a node to answer whether it can take part: it may have to start a process and import this package.
 LIMIT = 120.0
-#: Seconds between two looks at the nodes.
+#: Seconds between two queries for the nodes.
 LOOK = 1.0
-#: Problems of nodes that are listed.
+#: The most problems of nodes that an error lists.
 MOST_PROBLEMS = 5
 SHARED = "All inputs and output_path must lie on a filesystem that all nodes share."
 
@@ -28,9 +28,9 @@ class Node(NamedTuple):
     """A node.
 
     Attributes:
-        key: What Ray knows it by.
-        name: What people know it by.
-        processors: How many it has.
+        key: Ray's node ID.
+        name: The host name.
+        processors: The number of CPUs.
     """
 
     key: str
@@ -39,7 +39,7 @@ class Node(NamedTuple):
 
 
 def nodes() -> list[Node]:
-    """The nodes that are there now and have processors.
+    """The live nodes that have processors.
 
     Raises:
         ClusterError: If the cluster does not answer.
@@ -53,26 +53,26 @@ def nodes() -> list[Node]:
 
 
 class ClusterMonitor:
-    """How many processors there are: nodes come and go.
+    """Monitors the number of processors of a cluster, whose nodes come and go.
 
-    The nodes are asked for on a thread, as Ray waits for minutes where the head of the cluster does not answer.
+    The nodes are queried on a thread, as Ray blocks for minutes if the head node does not answer.
     """
 
     def __init__(self) -> None:
         self._found, self._failure = 0, list[Exception]()
         self._asking: threading.Thread | None = None
-        #: When nodes were last asked for, when they answered, and when there was a processor.
+        #: Times of the last query, of the last answer, and when the cluster last had a processor.
         self._asked = 0.0
         self._answered = self._seen = time.monotonic()
 
     def processors(self, limit: float) -> int:
-        """The number of processors, as it was a second ago.
+        """The number of processors, at most about a second old.
 
         Args:
-            limit: Seconds to wait where there are none, or no answer.
+            limit: Seconds that the cluster may have no processors, or not answer.
 
         Raises:
-            ClusterError: If time is up.
+            ClusterError: If the limit is exceeded.
         """
         now = time.monotonic()
         if self._asking is None or (not self._asking.is_alive() and now - self._asked > LOOK):
@@ -103,10 +103,10 @@ class ClusterMonitor:
 
 
 def look_at_all(common: Sequence[Any]) -> None:
-    """Let each node say whether it can take part in a merge.
+    """Check that each node can take part in a merge.
 
     Args:
-        common: The first arguments of :func:`~modelfuse.execution.ray.node.look`.
+        common: The arguments of :func:`~modelfuse.execution.ray.node.look`.
 
     Raises:
         ClusterError: If one cannot.
@@ -123,14 +123,14 @@ def look_at_all(common: Sequence[Any]) -> None:
 
 
 def _answer(asked: Node, reference: Any) -> ClusterError | None:
-    """Why a node cannot take part; one that is lost meanwhile is not missed."""
+    """Why a node cannot take part; None if it can, or if it is gone by now."""
     name = f"The node {asked.name} (Ray's {asked.key[:8]})"
     try:
         failed = ray.get(reference, timeout=LIMIT)
     except (NodeDiedError, TaskUnschedulableError):
         return None
     except GetTimeoutError:
-        return ClusterError(f"{name} has said nothing for {LIMIT:g} s")
+        return ClusterError(f"{name} has not answered for {LIMIT:g} s")
     except RayError as error:
         return ClusterError(f"{name} cannot run modelfuse: {_reason(error)}", "Install the same version on all nodes.")
     if failed is None:
@@ -143,11 +143,11 @@ def _answer(asked: Node, reference: Any) -> ClusterError | None:
 
 
 def lost(error: RayError, names: Sequence[str]) -> ClusterError:
-    """What to say of tensors whose task has not come back."""
+    """The error for the tensors of a task that was lost or failed in Ray."""
     more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
     failure = ClusterError(
         f"{names[0]!r}{more}: the Ray task has failed: {_reason(error)}",
-        "Merge again to go on from here; `ray status` and Ray's logs on the node may tell more.",
+        "Merge again to resume from here; `ray status` and Ray's logs on the node may tell more.",
     )
     failure.__cause__ = error
     return failure

@@ -80,7 +80,7 @@ def _download(hub: Hub, recipe: Recipe, models: Sequence[Model], watch: Watch, c
         with shown as advance:
             together(_job(hub, model, file, advance) for model, file in in_turn)
     except (HubError, KeyboardInterrupt) as error:
-        error.add_note("What was fetched whole is kept: the same command goes on from there.")
+        error.add_note("What was fetched whole is kept: the same command resumes from there.")
         raise
 
 
