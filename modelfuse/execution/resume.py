@@ -28,9 +28,9 @@ def facts_of(plan: Plan) -> dict[str, object]:
     same shapes, but not these.
     """
     facts: dict[str, object] = {"modelfuse's version": __version__}
-    for model in plan.recipe.inputs:
-        if isinstance(model, HubName):
-            facts[f"the commit of {model.name}"] = model.revision
+    for named in plan.recipe.inputs:
+        if isinstance(named, HubName):
+            facts[f"the commit of {named.name}"] = named.revision
     for name, value in plan.recipe.effective().items():
         if name not in IMMATERIAL:
             facts[f"the setting {name}"] = value
