@@ -32,11 +32,21 @@ STEPS = [
     for sparsify in (None, *SPARSIFIERS)
     for merge in MERGES
 ]
+#: Files whose tests compile the same kernels: in one process, each is compiled once.
+COMPILING = {f"test_{name}.py" for name in ("adaptive", "arcee_methods", "array", "kernels", "memory", "properties")}
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell has its background jobs ignore interruptions, and so would the programs that tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, whole files are shared among them."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "compiling" if item.path.name in COMPILING else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @dataclass(frozen=True)
