@@ -130,6 +130,19 @@ def test_it_says_what_stands_in_the_way(modelfuse: Run, tmp_path: Path) -> None:
     assert "note: Not floating point, so that all inputs must have the same: count." in said.out
 
 
+def test_a_model_on_a_server_is_looked_at_by_its_header(modelfuse: Run, web: Any) -> None:
+    tensors = {"model.layers.0.mlp.up_proj.weight": np.zeros((2000, 500), np.float32)}
+    make_model(web.folder / "m", tensors)
+    said = modelfuse("inspect", f"{web.url}/m")
+    assert said.status == 0, said.err
+    assert said.out.startswith(f"{web.url}/m\n")
+    assert "2000×500" in said.out
+    ends = [int((each.range or "-9999999").rpartition("-")[2])
+            for each in web.asked if each.path.endswith("safetensors") and each.method == "GET"]  # fmt: skip
+    assert ends
+    assert max(ends) < 1_000_000
+
+
 def test_names_are_strangers_text(modelfuse: Run, tmp_path: Path) -> None:
     deep = ".".join("ab"[n % 2] for n in range(5000))
     tensors = {name: np.zeros(1, np.float32) for name in ("[bold]x[/]", "<script>1</script>", deep)}

@@ -90,17 +90,22 @@ def test_text_of_strangers_is_text(tmp_path: Path) -> None:
 @needs_browser
 def test_a_browser_shows_strangers_text_as_it_is(tmp_path: Path) -> None:
     steps = """
-    const one = document.querySelector("#map-0 .mark-rect.role-mark path").getBoundingClientRect();
-    const svg = document.querySelector("#map-0 svg");
-    svg.dispatchEvent(new MouseEvent("pointermove", { clientX: one.x + 2, clientY: one.y + 2, bubbles: true }));
-    svg.dispatchEvent(new MouseEvent("mousemove", { clientX: one.x + 2, clientY: one.y + 2, bubbles: true }));
+    const path = document.querySelectorAll("#map-0 .mark-rect.role-mark path")[3], place = path.getBoundingClientRect();
+    for (const kind of ["pointerover", "pointermove", "mouseover", "mousemove"]) {
+      path.dispatchEvent(new MouseEvent(kind, { clientX: place.x + 2, clientY: place.y + 2, bubbles: true }));
+    }
+    await new Promise((done) => setTimeout(done, 200));
+    const tip = document.getElementById("vg-tooltip-element");
     return { bad: window.bad === undefined, images: document.querySelectorAll("img").length,
-      title: document.querySelector("h1").textContent, tensors: document.querySelector("#tensors").textContent };
+      title: document.querySelector("h1").textContent, tensors: document.querySelector("#tensors").textContent,
+      tip: tip && tip.textContent };
     """
     found = use(written(tmp_path, made(2, [f"/{HOSTILE}/a", "b"], HOSTILE)), steps)
     assert found["bad"]
     assert found["images"] == 0
     assert HOSTILE in found["tensors"]
+    assert "mlp.up_proj" in found["tip"]
+    assert HOSTILE in found["tip"]
 
 
 @needs_browser
