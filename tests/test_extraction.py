@@ -91,6 +91,32 @@ def test_peft_loads_it_and_computes_what_the_model_does(
     assert (EMBEDDING in tensors) == whole
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("words", "said"), [((), "lora_only"), (("-e", "k_proj$"), "lora_only"),
+                                             (("--save-module", "v_proj"), "lora_only")])  # fmt: skip
+def test_biases_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extract: Any, words: tuple[str, ...],
+                           said: str) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=False))
+    model.save_pretrained("base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not words or "k_proj" not in name:
+                parameter += torch.randn_like(parameter) * 0.3
+    model.save_pretrained("tuned")
+    tensors, config = extract("--max-rank", 12, *words)
+    assert config["bias"] == said
+    assert f"{QUERY}.base_layer.bias" in tensors
+    adapted = peft.PeftModel.from_pretrained(transformers.Qwen2ForCausalLM.from_pretrained("base"), "out").eval()
+    np.testing.assert_allclose(logits(adapted), logits(model.eval()), atol=2e-5)
+    merged = package.merge(model_path_list=["out"], base_model_path="base", output_path="back")
+    assert merged is not None
+    back, tuned = read_model(Path("back")), read_model(Path("tuned"))
+    bias = f"{QUERY}.bias"
+    np.testing.assert_allclose(array(back[bias]), array(tuned[bias]), atol=1e-6)
+
+
 def test_factors_are_the_best_and_the_scale_may_be_in_one(pair: Any, extract: Any) -> None:
     pair()
     tuned, base = (array(read_model(Path(name))[f"{QUERY}.weight"]) for name in ("tuned", "base"))

@@ -110,6 +110,11 @@ class StoredTensor:
         return tuple(dict.fromkeys(file for part in self.made_of for file in part.files)) or (self.file,)
 
     @property
+    def is_made(self) -> bool:
+        """Whether its values are no input's, although it is of one input."""
+        return False
+
+    @property
     def tolerance(self) -> float | None:
         """How far its values may be apart on another machine, relative to the largest; None: not by one bit."""
         return None

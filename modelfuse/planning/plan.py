@@ -129,7 +129,9 @@ class Plan:
         if self.recipe.output_format == "lora":
             return len(self.tensors)
         return sum(
-            each.action == "merge" or (each.action == "take" and isinstance(self.models[each.inputs[0]], Adapter))
+            each.action == "merge"
+            or (each.action == "take" and isinstance(self.models[each.inputs[0]], Adapter))
+            or each.sources[0].is_made
             for each in self.tensors
         )
 

@@ -89,7 +89,7 @@ class Settings:
         True, "output_format lora: singular values half in A and half in B; else all in A."
     )
     lora_skip_whole: bool = setting(
-        False, "output_format lora: leave out changes that are no matrices (norms, biases)."
+        False, "output_format lora: leave out what changes and is no matrix (norms, biases)."
     )
     merge_with_qdq_base_model: bool = setting(
         False, "Quantize and dequantize the base first, as config.json in the adapter's folder says."

@@ -86,6 +86,7 @@ class _Output:
     tensors: list[tuple[Change, StoredTensor]] = field(default_factory=list)
     as_they_are: list[tuple[Change, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    biases: list[tuple[Change, str]] = field(default_factory=list)
 
     def made_of(self, changes: Sequence[Change]) -> AdapterOutput:
         self._shared = Shared(self.recipe.on_nonfinite == "error", Recent(most=RUN))
@@ -95,6 +96,7 @@ class _Output:
         self._selection = Selection(self.recipe)
         for change in changes:
             self.tensors += ((change, tensor) for tensor in self._convert(change))
+        self._add_biases()
         if self.impossible:
             raise MismatchError(
                 "A PEFT adapter cannot hold what changes in\n"
@@ -124,6 +126,8 @@ class _Output:
             yield from self._factors(module, change)
         elif self.recipe.lora_skip_whole:
             self._selection.skipped.append(name)
+        elif parameter == "bias" and len(base.shape) == 1:
+            self.biases.append((change, module))
         elif parameter == "weight" and len(base.shape) == 1:
             self.whole.append(module)
             dtype = difference_type(*sources, base)
@@ -133,6 +137,18 @@ class _Output:
             )  # fmt: skip
         else:
             self.impossible.append(name)
+
+    def _add_biases(self) -> None:
+        """Biases as they will be; of a module with factors, PEFT has the base's layer inside."""
+        for change, module in self.biases:
+            inside = "base_layer." if module in self.ranks else ""
+            self.as_they_are.append((change, f"{PEFT_PREFIX}{module}.{inside}bias"))
+
+    @property
+    def _trained_biases(self) -> str:
+        """Which biases PEFT is to load: those beside factors, or any."""
+        loose = [module for _, module in self.biases if module not in self.whole]
+        return "none" if not loose else "lora_only" if all(module in self.ranks for module in loose) else "all"
 
     def _factors(self, module: str, change: Change) -> Iterator[StoredTensor]:
         name, sources, base, method, drawn_as, matrices = change
@@ -191,7 +207,7 @@ class _Output:
             "modules_to_save": self.whole or None,
             "fan_in_fan_out": self._transposed and base.config.get("source") != "paddle",
             "lora_dropout": 0.0,
-            "bias": "none",
+            "bias": self._trained_biases,
             "use_rslora": False,
             "use_dora": False,
             "init_lora_weights": True,

@@ -47,6 +47,11 @@ class MadeTensor(StoredTensor):
     recent: Recent = field(compare=False, repr=False)
 
     @property
+    def is_made(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def held(self) -> int:
         """What computing takes, and the values."""
         return self.needed + 2 * self.nbytes
@@ -91,6 +96,11 @@ class NoisyTensor(MovedTensor):
     own: StoredTensor
     scale: float
     key: int
+
+    @property
+    def is_made(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def made_of(self) -> tuple[StoredTensor, ...]:
