@@ -118,7 +118,7 @@ def test_200_layers_of_12_models_are_drawn_and_can_be_looked_through(tmp_path: P
     await choose("measure", "interference");
     await choose("of", "5");
     const second = { maps: maps(), cells: marks("map-0") };
-    const matrix = marks("matrix").length;
+    const matrix = marks("matrix").length, error = marks("matrix")[0].error;
     const rows = () => [...document.querySelectorAll("#tensors tbody tr")].map((row) => row.children[0].textContent);
     await choose("measure", "largest");
     document.querySelectorAll("#tensors th")[4].click();
@@ -135,7 +135,7 @@ def test_200_layers_of_12_models_are_drawn_and_can_be_looked_through(tmp_path: P
     document.getElementById("theme").click();
     const dark = getComputedStyle(document.body).backgroundColor;
     const fits = document.body.scrollWidth <= innerWidth;
-    return { first, lines, second, matrix, sorted, narrowed, fewer, light, dark, fits };
+    return { first, lines, second, matrix, error, sorted, narrowed, fewer, light, dark, fits };
     """
     found = use(written(tmp_path, diff), steps, "--window-size=1200,1600")
     assert found["first"]["maps"] == 4
@@ -146,6 +146,7 @@ def test_200_layers_of_12_models_are_drawn_and_can_be_looked_through(tmp_path: P
     assert found["second"]["maps"] == 4
     _same(found["second"]["cells"], diff, [each.pair(5, 0).interference for each in diff.cells])
     assert found["matrix"] == 12 * 11
+    assert found["error"] == "0.01"
     largest = sorted(diff.tensors, key=lambda each: -each.models[1].largest)
     assert found["sorted"][:5] == [each.name for each in largest[:5]]
     assert found["narrowed"] == ["model.layers.77.mlp.up_proj.weight"]

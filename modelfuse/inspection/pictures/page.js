@@ -200,7 +200,7 @@ function drawMatrix() {
       if (model === other) continue;
       const value = table.values[measure.key][pairOf(measure, model, other)][0];
       rows.push({ model: DATA.models[model], other: DATA.models[other], value, shown: shown(value, measure), one: model,
-        two: other });
+        two: other, error: measure.of === "order" ? shown(DATA.errors[pairOf(measure, model, other)]) : "–" });
     }
   }
   const domain = domainOf(rows.map((row) => row.value), measure);

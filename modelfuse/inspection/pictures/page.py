@@ -156,12 +156,14 @@ def _beside(shown: Shown) -> str:
 
 def _method(shown: Shown) -> str:
     found = shown.diff
-    sketch = "computed exactly" if found.exact else "estimated by a sketch; its standard error is in the tooltip"
-    elements = "all elements"
+    elements, parts = "all elements", ["τ is the difference of a model to the base, ‖·‖ the Frobenius norm."]
     if shown.report is not None and shown.report.sample is not None:
         elements = f"a sample, of every {shown.report.sample} blocks one; modelfuse report has all"
-    densities = ", ".join(f"{each:g}" for each in DENSITIES)
-    return escape(
-        f"τ is the difference of a model to the base, ‖·‖ the Frobenius norm. Interference is {sketch}. "
-        f"What trim keeps is told for the densities {densities}. Numbers are float64 sums over {elements}."
-    )
+    if any(each.interference is not None for each in found.whole.pairs):
+        how = (
+            "computed exactly" if found.exact else "estimated by a sketch, whose standard error is told where pairs are"
+        )
+        parts.append(f"Interference is {how}.")
+    parts.append(f"What trim keeps is told for the densities {', '.join(f'{each:g}' for each in DENSITIES)}.")
+    parts.append(f"Numbers are float64 sums over {elements}.")
+    return escape(" ".join(parts))

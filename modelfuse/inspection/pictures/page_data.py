@@ -33,6 +33,7 @@ def page_data(shown: Shown) -> dict[str, object]:
         "layers": _columns(shown, "layers", measures),
         "cells": _columns(shown, "cells", measures),
         "tensors": _tensors(shown, measures),
+        "errors": [_round(each.interference_error) for each in found.whole.pairs],
         "kept": [[[each.density, _round(each.trim_squares)] for each in change.kept] for change in found.whole.models],
     }
 
