@@ -173,7 +173,7 @@ def test_a_model_of_400_billion_parameters_takes_less_than_a_second(tmp_path: Pa
     package.inspect(tmp_path)
     begin = time.process_time()
     found = package.inspect(tmp_path)
-    assert time.process_time() - begin < 0.5
+    assert time.process_time() - begin < 1
     assert found.parameters > 400e9
     (top,) = found.modules
     assert (top.name, top.copies, len(top.modules)) == ("model.layers.0-125", 126, 7)
