@@ -1,9 +1,8 @@
-"""How a kernel and the run meet.
+"""The interface between kernels and the run: procedures, passes and spans.
 
-Merging one tensor is a *procedure*: a generator that yields :class:`Pass` after Pass over the tensor
-and is sent back, for each, what the passes over its spans found. Passes that measure come first, the
-one that writes comes last. The run decides which worker walks which span when; the procedure decides
-what is done.
+Merging one tensor is a *procedure*: a generator that yields one :class:`Pass` over the tensor after another, and is
+sent the findings of each pass's spans. Measuring passes come first, the writing pass comes last. The run decides which
+worker processes which span and when; the procedure decides what is computed.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from modelfuse.methods.applied import Applied
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-#: What a worker may hold at a time of the CPU's memory, and in blocks of how many elements.
+#: Memory in bytes that a worker may use for arrays on the CPU, and the elements of a block.
 CPU_WORKER_BYTES = 32_000_000
 CPU_BLOCK = 1 << 17
 
@@ -30,15 +29,15 @@ class Work:
     """One tensor to merge.
 
     Attributes:
-        name: Its name in the output, which the random draws depend on.
+        name: Its name in the output; random draws depend on it.
         size: The number of elements.
-        sources: The storage types of the models in order, the base's last if there is one.
-        has_base: Whether there is one.
-        out: The type to store.
-        method: What to do.
-        deltas: Which models are differences to the base already, one a model; empty: none.
-        matrices: How it is cut into matrices, if the method works on whole ones.
-        shape: The tensor's shape, for methods that look at rows or columns; empty: one dimension.
+        sources: The stored types of the sources: the models in order, then the base if there is one.
+        has_base: Whether there is a base.
+        out: The output type.
+        method: The method with its settings.
+        deltas: For each model, whether its source is already a difference to the base; empty: none is.
+        matrices: How the tensor is split into matrices, for methods of whole matrices.
+        shape: The tensor's shape, for methods that use rows or columns; empty: one dimension.
     """
 
     name: str
@@ -58,16 +57,16 @@ class Work:
 
     @property
     def compute(self) -> str:
-        """numpy's name of the type that arithmetic runs in."""
+        """The compute type, as numpy names it: float32 or float64."""
         return str(computed_in(*self.sources))
 
 
 class Extent(NamedTuple):
-    """Where a tensor's elements lie as they are, one after another.
+    """A tensor's elements in a file, contiguous and unencoded.
 
     Attributes:
         descriptor: The open file.
-        offset: Where they begin in it.
+        offset: The byte offset of the first element.
     """
 
     descriptor: int
@@ -75,10 +74,10 @@ class Extent(NamedTuple):
 
 
 class Unread(Exception):
-    """Raised by a pass that reads by itself and could not.
+    """Raised by a pass that reads files itself if a read fails.
 
     Attributes:
-        source: The number of the source.
+        source: The index of the source.
     """
 
     def __init__(self, source: int) -> None:
@@ -87,20 +86,20 @@ class Unread(Exception):
 
 
 class SpanState(Protocol):
-    """What a pass carries from slice to slice of a span."""
+    """The state of a pass within one span."""
 
     @property
     def bad(self) -> np.ndarray[Any, Any]:
-        """int64, counts of non-finite elements: one a source, the last one for the output."""
+        """Counts of non-finite elements: int64, one per source, then the output's."""
 
 
 class Pass(Protocol):
-    """One walk over a tensor, slice by slice; the spans of a tensor may be walked at the same time.
+    """One pass over a tensor, slice by slice; its spans may be processed concurrently.
 
-    A pass may have a method ``fold(one, other)`` that makes one of what two spans found, in any order and exactly.
-    Whoever drives it may fold as spans end, so that however large the tensor is, only one such finding a worker is
-    kept; the procedure folds what it is sent. A pass that needs more than slices in their order may say what it needs:
-    see :func:`steps_of` and :func:`span_of`.
+    A pass may have a method ``fold(one, other)``: an exact, order-independent reduction of two spans' findings. The
+    scheduler may then fold as spans end, so that at most one finding per worker is held, however large the tensor is;
+    the procedure folds what remains. A pass that does not take slices in order says what it takes instead: see
+    :func:`steps_of` and :func:`span_of`.
     """
 
     @property
@@ -108,44 +107,44 @@ class Pass(Protocol):
         """Whether ``apply`` fills ``out``."""
 
     def start(self) -> SpanState:
-        """Begin a span."""
+        """Begin a span; returns its state."""
 
     def read_from(self, state: Any, extents: Sequence[Extent]) -> bool:
-        """Read the sources from there, if the pass can, whose elements would else be given to ``apply``.
+        """Let the pass read the sources from files itself, instead of getting the elements in ``apply``.
 
         Args:
-            state: What ``start`` gave.
-            extents: Where each source's elements lie.
+            state: The span's state.
+            extents: The extent of each source.
 
         Returns:
-            Whether it does.
+            Whether the pass reads them itself.
         """
 
     def apply(self, state: Any, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        """Work on the elements ``first`` to ``first + count``.
+        """Process the elements ``first`` to ``first + count``.
 
         Args:
-            state: What ``start`` gave.
-            first: The number of the slice's first element in the tensor.
+            state: The span's state.
+            first: The index of the slice's first element in the tensor.
             count: The number of elements in the slice.
-            raws: uint8, shape (sources, bytes): each source's stored bytes from column 0 on, or room for them.
-            out: uint8, shape (bytes,): room for the stored result.
+            raws: uint8, shape (sources, bytes): each source's stored bytes from column 0 on, or a buffer for them.
+            out: uint8, shape (bytes,): the buffer for the encoded result.
 
         Raises:
-            Unread: If it reads by itself, and something could not be read.
+            Unread: If the pass reads the sources itself and a read fails.
         """
 
     def finish(self, state: Any) -> Any:
-        """End a span: what the procedure is to be sent."""
+        """End a span; returns its finding, which is sent to the procedure."""
 
 
 class Step(NamedTuple):
-    """Elements that a pass is given together.
+    """Elements that a pass processes in one call of ``apply``.
 
     Attributes:
-        first: The number of the first one.
-        size: How many.
-        writes: Of a pass that writes: whether the result of just these elements is there afterwards.
+        first: The index of the first element.
+        size: The number of elements.
+        writes: For a writing pass: whether ``out`` then has the result of exactly these elements.
     """
 
     first: int
@@ -154,9 +153,9 @@ class Step(NamedTuple):
 
 
 def steps_of(pass_: Pass, state: Any, first: int, count: int, most: int) -> Iterator[Step]:
-    """What a pass is to be given in a span, one step after the other; each is taken once the last one is done.
+    """The steps of a pass over a span; the next one is requested once the last one is done.
 
-    That is all elements in slices of ``most``, unless the pass has a method ``steps`` of these parameters.
+    By default these are slices of at most ``most`` elements; a pass may have its own method ``steps``.
     """
     own = getattr(pass_, "steps", None)
     if own is not None:
@@ -167,16 +166,16 @@ def steps_of(pass_: Pass, state: Any, first: int, count: int, most: int) -> Iter
 
 
 def span_of(pass_: object, span: int) -> int:
-    """How many elements a worker is to walk at a time: ``span``, unless the pass has an attribute of that name."""
+    """The number of elements per span: ``span``, unless the pass has an attribute of that name."""
     return getattr(pass_, "span", None) or span
 
 
 class Measured(NamedTuple):
-    """What a pass finds that was wrapped in one that measures.
+    """The finding of a pass that was wrapped to measure distances to the base as well.
 
     Attributes:
-        found: What the pass itself has found.
-        distances: What was measured in passing.
+        found: The finding of the wrapped pass.
+        distances: The measured distances.
     """
 
     found: Any

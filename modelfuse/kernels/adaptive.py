@@ -1,7 +1,7 @@
-"""Compiled loops where they are at hand, numpy until then: a merge never waits for a compiler.
+"""Use compiled loops where they are cached, and numpy until then: a merge never waits for the compiler.
 
-Compiling takes longer than a small merge. So what was never compiled on a machine is done with numpy's arrays, to the
-same bits. For large merges another process compiles meanwhile; tensors that begin once it is done use what it made.
+Compiling takes longer than a small merge, so kernels that are not in the code cache are replaced by numpy operations
+with the same bits. For large merges a subprocess compiles meanwhile, and tensors that start later use its result.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Compiler, Kern
 from modelfuse.kernels.procedures import run_through
 from modelfuse.kernels.sorted_magnitudes import MOST
 
-#: Work of fewer stored bytes than this never starts a compiler.
+#: Merges of fewer stored bytes than this never compile.
 SMALL = 256_000_000
-#: Elements of the tensors that are merged to have everything compiled: magnitudes of small ones are sorted.
+#: Sizes of the tensors that are merged to trigger compilation: magnitudes of small ones are sorted, not tallied.
 REHEARSED = (1500, MOST + 1)
-#: Resident memory of a process that compiles, measured.
+#: Resident memory of the compiling process in bytes, measured.
 COMPILER_BYTES = 300_000_000
-#: What the other process runs: with the modules that this one has.
+#: The program of the compiling process, with the module path of this one.
 PROGRAM = "import sys; sys.path[:] = {!r}; from modelfuse.kernels.adaptive import compile_told; compile_told()"
-SAYS = "Kernels are compiled for this processor, once, while numpy begins with the work."
-SAYS_MISSING = "{}: numpy does all the work, to the same bytes, but slower."
+SAYS = "Kernels are being compiled for this processor, once; numpy merges meanwhile."
+SAYS_MISSING = "{}: numpy merges instead, with the same bytes, but slower."
 
 
 @cache
 def shared_kernel(is_small: bool) -> AdaptiveKernel:
-    """One kernel for all tensors that are merged while others are read: small work, or large."""
+    """The kernel for tensors that are merged while they are read as inputs: one for small, one for large work."""
     return AdaptiveKernel("none" if is_small else "beside")
 
 
 def numpy_kernel() -> ArrayKernel:
-    """numpy's arrays in blocks that stay in the cache."""
+    """A kernel of numpy operations, in blocks that stay in the CPU cache."""
     from modelfuse.kernels.arrays.numpy import NumpyLibrary
 
     return ArrayKernel(NumpyLibrary(CPU_WORKER_BYTES, CPU_BLOCK))
 
 
 def rehearse(work: Work) -> None:
-    """Merge a few elements with the compiled kernels that a tensor takes.
+    """Merge a few elements with the compiled kernels of a tensor, which compiles them if that is allowed.
 
     Raises:
-        NotCompiledError: If one of them was not compiled before, and may not be now.
+        NotCompiledError: If one of them is not cached and may not be compiled.
     """
     for size in REHEARSED if work.method.counts_magnitudes else REHEARSED[:1]:
         _merge_some(work, size)
@@ -90,7 +90,7 @@ def _merge_some(work: Work, size: int) -> None:
 
 
 def are_compiled(works: Iterable[Work]) -> bool:
-    """Whether all that tensors like these take was compiled before."""
+    """Whether all kernels for such tensors are cached."""
     with nothing_compiled(), contextlib.suppress(NotCompiledError):
         for work in works:
             rehearse(work)
@@ -99,12 +99,12 @@ def are_compiled(works: Iterable[Work]) -> bool:
 
 
 def is_compiled_for(nbytes: int) -> bool:
-    """Whether a compiler is worth while, and there, for work of so many stored bytes."""
+    """Whether kernels are compiled for a merge of ``nbytes`` stored bytes: it is large enough, and numba is there."""
     return nbytes >= SMALL and compiler_missing() is None
 
 
 class Compilation:
-    """One process that compiles the kernels of one kind of tensors.
+    """A subprocess that compiles the kernels for one kind of tensor.
 
     Args:
         work: A tensor of that kind.
@@ -123,15 +123,15 @@ class Compilation:
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended, whatever came of it."""
+        """Whether the process has ended, successfully or not."""
         return self._process is None or self._process.poll() is not None
 
 
 class AdaptiveKernel(Kernel):
-    """Compiled loops for what was compiled before, else numpy's arrays.
+    """Compiled loops for what is cached, numpy for the rest.
 
     Args:
-        compiler: What compiles the rest.
+        compiler: Where the rest is compiled, if anywhere.
     """
 
     def __init__(self, compiler: Compiler) -> None:
@@ -147,7 +147,7 @@ class AdaptiveKernel(Kernel):
         return nothing_compiled()
 
     def merge(self, work: Work) -> Procedure:
-        # Whole matrices are numpy's work in any case.
+        # Methods of whole matrices always use numpy.
         chosen = self._compiled if work.matrices is None and self._is_ready(work) else self._arrays
         return chosen.merge(work)
 
@@ -161,9 +161,9 @@ class AdaptiveKernel(Kernel):
             return known is True
 
     def _look(self, work: Work, tried: bool) -> bool | Compilation:
-        """Whether all that a tensor takes was compiled, or who does it."""
+        """Whether a tensor's kernels are cached; else the process that compiles them, if one is started."""
         try:
-            # What another process could not compile or keep, as of a method that only this one knows, is compiled here.
+            # What the subprocess could not compile or cache (such as a method registered here only) is compiled here.
             with compiling(tried or self._compiler == "here"):
                 rehearse(work)
         except NotCompiledError:
@@ -177,13 +177,13 @@ class AdaptiveKernel(Kernel):
 
 
 def compile_told() -> None:
-    """Compile what the tensor takes that is told on standard input, and what adapters and 8-bit floats take."""
+    """Compile the kernels for the pickled tensor on stdin, and those for adapters and 8-bit floats."""
     rehearse(pickle.loads(sys.stdin.buffer.read()))
     rehearse_inputs()
 
 
 def rehearse_inputs() -> None:
-    """Compute a few elements of inputs that are computed."""
+    """Run the kernels of computed inputs (adapters, 8-bit floats) on a few elements."""
     from modelfuse.kernels.compiled.fp8 import Grid, expand
     from modelfuse.kernels.compiled.low_rank import add_low_rank
 
@@ -194,11 +194,11 @@ def rehearse_inputs() -> None:
 
 
 def warm(works: list[Work], said: Callable[[int], None] = lambda _: None) -> None:
-    """Have everything compiled that tensors like these take.
+    """Compile the kernels for such tensors.
 
     Args:
         works: One tensor of each kind.
-        said: Is told how many are done.
+        said: Called with the number of tensors that are done.
     """
     for number, work in enumerate(works, 1):
         rehearse(work)
@@ -206,7 +206,7 @@ def warm(works: list[Work], said: Callable[[int], None] = lambda _: None) -> Non
 
 
 def every_kind(methods: Iterable[str], models: int = 2) -> list[Work]:
-    """A tensor of every kind that these methods have: with and without a base, in both compute types."""
+    """A tensor of every kind that needs kernels of its own: per method, with and without a base, per compute type."""
     from modelfuse.methods.registry import every_chain
 
     works = []

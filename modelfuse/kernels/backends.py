@@ -1,4 +1,4 @@
-"""Which kernels do the work: compiled loops over numpy's bytes, or torch's or Paddle's tensors, on the CPU or a GPU."""
+"""Choose the kernel: compiled loops on the CPU, or torch or Paddle on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Compiler, Kern
 if TYPE_CHECKING:
     pass
 
-#: What a worker may hold at a time of a GPU's memory, and in blocks of how many elements: whole slices.
+#: Memory in bytes that a worker may use on a GPU, and the elements of a block: whole slices.
 GPU_WORKER_BYTES = 2_000_000_000
 GPU_BLOCK = 1 << 22
-INSTEAD = "Use --device cpu, or --allow_cpu_fallback for whatever the machine has."
+INSTEAD = "Use --device cpu, or --allow_cpu_fallback to use a GPU only if there is one."
 
 
 class Needed(NamedTuple):
-    """What a tensor_type needs.
+    """The library that a tensor_type needs.
 
     Attributes:
-        module: The library's name in Python; also that of modelfuse's extra.
-        gpu: How to get it for a GPU.
+        module: The module's name, which is also the name of modelfuse's extra.
+        gpu: How to install it with GPU support.
     """
 
     module: str
@@ -41,12 +41,12 @@ LIBRARIES = {
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where tensors are merged.
+    """The device and library that tensors are merged with.
 
     Attributes:
         tensor_type: ``np``, ``pt`` or ``pd``.
-        gpu: Whether on a GPU.
-        worker_bytes: Bytes of the device's memory that each worker may fill.
+        gpu: Whether to compute on a GPU.
+        worker_bytes: Bytes of the device's memory that each worker may use.
     """
 
     tensor_type: str
@@ -55,16 +55,16 @@ class Device:
 
     @property
     def library(self) -> str:
-        """The name of the module whose tensors are merged, numpy if none is asked for."""
+        """The name of the library: numpy, torch or paddle."""
         return LIBRARIES[self.tensor_type].module if self.tensor_type in LIBRARIES else "numpy"
 
 
 def find_gpu(tensor_type: str, device: str, allow_cpu_fallback: bool) -> bool:
-    """Whether to compute on a GPU. The library is imported only if one is asked for.
+    """Whether to compute on a GPU. The library is imported only if a GPU is requested.
 
     Raises:
-        MissingExtraError: If the library is not installed, or not the one for GPUs.
-        RecipeError: If there is no GPU that it can use.
+        MissingExtraError: If the library is not installed, or has no GPU support.
+        RecipeError: If the library finds no usable GPU.
     """
     if tensor_type == "np":
         return False
@@ -108,7 +108,7 @@ def import_library(module: str) -> Any:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of tools for building extensions, among others.
+            warnings.simplefilter("ignore")  # Such as warnings about missing build tools for extensions.
             return import_module(module)
     except Exception as error:  # A broken library may raise anything.
         raise MissingExtraError(
@@ -118,11 +118,11 @@ def import_library(module: str) -> Any:
 
 
 def choose(device: Device, compiler: Compiler | None = None) -> Kernel:
-    """The kernel for a device; loads the library, if it takes one.
+    """The kernel for a device; imports the library, if one is needed.
 
     Args:
-        device: Where to merge.
-        compiler: What compiles kernels, while numpy begins with the work; None: they are waited for.
+        device: The device.
+        compiler: Where missing kernels are compiled while numpy merges; None: wait until they are compiled.
 
     Raises:
         MissingExtraError: If the library cannot be imported.

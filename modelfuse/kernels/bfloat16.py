@@ -1,4 +1,4 @@
-"""bfloat16 with numpy, which has no such type: the upper halves of float32."""
+"""bfloat16 in numpy, which has no such type: the upper halves of float32 values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Array = np.ndarray[Any, Any]
 
 
 def from_bfloat16(halves: Array) -> Array:
-    """The values of bfloat16 as float32.
+    """Decode bfloat16 to float32.
 
     Args:
         halves: uint16, of any shape and byte order.
@@ -19,7 +19,7 @@ def from_bfloat16(halves: Array) -> Array:
 
 
 def to_bfloat16(values: Array) -> Array:
-    """The nearest bfloat16 of float32 values, ties to even, as float32; NaN stays NaN."""
+    """Round float32 values to bfloat16, ties to even; the result is float32, NaN stays NaN."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
@@ -27,5 +27,5 @@ def to_bfloat16(values: Array) -> Array:
 
 
 def halves_of(values: Array) -> Array:
-    """What is stored of float32 values that are bfloat16's: uint16."""
+    """Encode float32 values that are exact in bfloat16: uint16."""
     return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)

@@ -1,6 +1,7 @@
-"""Matrix products and decompositions in one thread each, as workers are as many as there are processors.
+"""Run BLAS and LAPACK with one thread per worker.
 
-What several threads share is cut otherwise, which changes last bits: so no number of workers changes a byte.
+The workers already use all processors. And BLAS splits a product differently for another number of threads, which
+changes last bits: with one thread, the number of workers never changes a byte.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 
 class _Users:
-    """Who wants one thread at the moment, and what it was before."""
+    """The number of users of the limit, and the setting before it."""
 
     def __init__(self) -> None:
         self.lock, self.count, self.limit = threading.Lock(), 0, None
@@ -31,7 +32,7 @@ def _libraries() -> Any:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Have BLAS use the calling thread alone; as it was once nobody asks for it any more. Safe from any thread."""
+    """Limit BLAS to the calling thread; restored when the last user leaves the context. Thread-safe."""
     with _users.lock:
         if not _users.count:
             _users.limit = _libraries().limit(limits=1)

@@ -1,8 +1,8 @@
-"""What ``diff`` measures of one tensor: how models' differences to a base look, and how they meet.
+"""Measurements of ``diff`` on one tensor: statistics of each model's difference to the base, and of pairs of them.
 
-A difference is taken as a merge takes it, in the compute type (float32, or float64 where any source is). Elements come
-in blocks; what is added up is float64 or counts, in the order of the blocks and, of spans, in theirs, so that neither
-workers nor slices change a bit. What models' elements have in common is counted in words of 64 bits.
+Differences are computed as in a merge, in the compute type (float32, or float64 if any source is float64). Sums are
+float64 or counts, added in the order of blocks and spans, so that workers and slices do not change a bit. Elements that
+models have in common are counted with bit masks in 64-bit words.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from modelfuse.kernels.matrices import Matrices
 
 Array = np.ndarray[Any, Any]
 
-#: Elements of a block, at most; of a matrix, whole rows, at least one.
+#: The most elements of a block; a block of a matrix consists of whole rows, at least one.
 BLOCK = 1 << 15
-#: From how many times the root mean square of its block on an element is outlying.
+#: An element is an outlier from this many times the root mean square of its block on.
 OUTLYING = 8.0
-#: Bins of magnitudes: float32's exponent and five more bits, 32 bins an octave.
+#: Bins of magnitudes: the exponent and five mantissa bits of float32, so 32 bins per octave.
 BINS, BIN_SHIFT = 8192, 18
 #: Rows whose dot products are taken pair by pair.
 MOST_APART = 6
-#: Bytes of an element of a block in all arrays that are held of one source.
+#: Bytes per element of a block in all arrays of one source.
 BLOCK_BYTES = 48
 
 
@@ -43,9 +43,9 @@ class Measurement:
         name: Its name.
         size: The number of elements.
         dtypes: The types of its sources, the base's last.
-        models: For each model that is measured, the number of its source, and whether that is a difference already.
-        matrices: How it is cut into matrices, if it is any.
-        exact: Whether interference is to be exact.
+        models: For each measured model, the index of its source, and whether that is already a difference.
+        matrices: How the tensor is split into matrices, if it is.
+        exact: Whether interference is computed exactly.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Measurement:
 
     @property
     def memory(self) -> int:
-        """The most bytes that measuring it holds beside what is read."""
+        """Peak memory in bytes of the measurement, without the input buffers."""
         models = len(self.models)
         held = 0 if self.matrices is None else interference_memory(self.matrices, models, self.exact)
         return held + (models + 1) * self.block * BLOCK_BYTES
@@ -71,18 +71,18 @@ class Measurement:
 
 @dataclass
 class DifferenceSums:
-    """What is added up of a tensor or a part of it.
+    """Sums over a tensor or a part of it.
 
     Attributes:
-        gram: Dot products of all pairs of differences, the base behind them: float64, shape (models + 1, models + 1).
-        bad: Elements that are not finite, of each model and the base, int64.
-        skipped: Elements of each difference that were left out, as the model's or the base's is not finite.
+        gram: Dot products of all pairs of differences, then of the base: float64, shape (models + 1, models + 1).
+        bad: Counts of non-finite elements of each model, then of the base, int64.
+        skipped: Elements of each difference that were skipped because the model's or the base's is not finite.
         largest: The largest magnitude of each difference.
-        outliers: Outlying elements of each difference.
+        outliers: Counts of outliers of each difference.
         signs: Numbers of elements: those where both differ, those of them with opposite signs, and the same two where
             both are large: int64, shape (4, models, models), of which the upper triangle is used.
         histogram: Elements of each difference by magnitude, int64, shape (models, BINS).
-        interference: As of :class:`Interference`.
+        interference: See :class:`Interference`.
     """
 
     gram: Array
@@ -96,7 +96,7 @@ class DifferenceSums:
 
     @classmethod
     def zeros(cls, models: int) -> DifferenceSums:
-        """Of nothing."""
+        """The sums of no elements."""
         one = np.int64
         return cls(
             np.zeros((models + 1, models + 1)), np.zeros(models + 1, one), np.zeros(models, one), np.zeros(models),
@@ -105,7 +105,7 @@ class DifferenceSums:
         )  # fmt: skip
 
     def add(self, other: DifferenceSums) -> None:
-        """Add those of what comes next."""
+        """Add the sums of the elements that follow."""
         for name, value in vars(other).items():
             if name == "largest":
                 np.maximum(self.largest, value, out=self.largest)
@@ -115,7 +115,7 @@ class DifferenceSums:
 
 @dataclass
 class DifferenceState:
-    """A span under way: sums, and room for a block."""
+    """The state of a span: sums, and buffers for a block."""
 
     measurement: Measurement
     sums: DifferenceSums = field(init=False)
@@ -132,11 +132,11 @@ class DifferenceState:
 
     @property
     def bad(self) -> Array:
-        """As of every span."""
+        """See :class:`SpanState`."""
         return self.sums.bad
 
     def take(self, first: int, raws: Sequence[Bytes], count: int) -> None:
-        """Measure a block: its first element, the bytes of each source, and how many elements there are."""
+        """Measure the block that starts at element ``first``; ``raws`` has each source's stored bytes."""
         measurement, models = self.measurement, len(self.measurement.models)
         shape = models + 1, count
         values = self._values[: shape[0] * count].reshape(shape)
@@ -163,7 +163,7 @@ class DifferenceState:
             self.interference.take(first, values[:-1], wide[:-1])
 
     def _leave_out(self, values: Array, raws: Sequence[Bytes]) -> None:
-        """Count what is not finite, and have it be nothing."""
+        """Count non-finite elements, and set their differences to zero."""
         sums, dtypes = self.sums, self.measurement.dtypes
         missing = ~np.isfinite(values[-1])
         sums.bad[-1] += np.count_nonzero(missing)
@@ -175,7 +175,7 @@ class DifferenceState:
             value[out] = 0
 
     def _count(self, values: Array, sizes: Array) -> None:
-        """Signs, large and outlying elements, and magnitudes."""
+        """Count signs, large elements, outliers and magnitudes."""
         sums, magnitudes = self.sums, np.abs(values)
         sizes = sizes.astype(values.dtype)[:, None]
         changed, negative = bits_of(values != 0), bits_of(values < 0)
@@ -194,7 +194,7 @@ class DifferenceState:
 
 
 def bits_of(mask: Array) -> Array:
-    """Rows of truth values as rows of bits in 64-bit words, zeros behind them."""
+    """Pack rows of booleans into 64-bit words, padded with zeros."""
     packed = np.packbits(mask, axis=-1)
     words = np.zeros((len(packed), -(-packed.shape[1] // 8) * 8), np.uint8)
     words[:, : packed.shape[1]] = packed
@@ -202,18 +202,18 @@ def bits_of(mask: Array) -> Array:
 
 
 def ones_in(words: Array) -> Array:
-    """How many bits of each row are set."""
+    """The number of set bits of each row."""
     counts = np.bitwise_count(words) if hasattr(np, "bitwise_count") else _ONES[words.view(np.uint8)]  # numpy 1
     found: Array = counts.sum(axis=1, dtype=np.int64)
     return found
 
 
-#: The number of bits that are set in each byte.
+#: The number of set bits of each byte value.
 _ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 
 class DifferencePass:
-    """Measures a tensor, once. A matrix is walked by one worker, by whole rows; anything else in spans."""
+    """The pass that measures a tensor. A matrix is one span, processed by whole rows; others are cut into spans."""
 
     writes = False
 
@@ -225,7 +225,7 @@ class DifferencePass:
         return DifferenceState(self._measurement)
 
     def read_from(self, state: DifferenceState, extents: Sequence[Extent]) -> bool:
-        """Elements are given to it."""
+        """False: the worker reads the elements."""
         return False
 
     def steps(self, state: DifferenceState, first: int, count: int, most: int) -> Iterator[Step]:
@@ -266,18 +266,18 @@ def _dot_products(rows: Array) -> Array:
 
 
 def decoded(raw: Bytes, dtype: DType) -> Array:
-    """The values of stored elements, in a type of numpy's."""
+    """Decode stored elements to a numpy type."""
     if dtype is BF16:
         return from_bfloat16(raw.view(np.uint16))
     return raw.view(str(dtype.torch))
 
 
 def measure(measurement: Measurement, take: Callable[[DifferenceSums], None]) -> Procedure:
-    """The passes that measure one tensor.
+    """The procedure that measures one tensor.
 
     Args:
         measurement: What to measure.
-        take: Called with what was found.
+        take: Called with the sums.
     """
     found: list[DifferenceSums] = yield DifferencePass(measurement)
     whole, *others = found

@@ -1,4 +1,4 @@
-"""Exponentials and logarithms by arithmetic alone: libraries' own differ in the last bit between processors."""
+"""Exponential and logarithm from basic arithmetic: those of libraries differ in the last bit between processors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-#: ln 2 in two parts, the first with trailing zeros, so that whole multiples of it are exact.
+#: ln 2 in two parts; the first has trailing zeros, so that its integer multiples are exact.
 LN2, LN2_REST = 0.6931471803691238, 1.9082149292705877e-10
-#: 1/0!, 1/1!, …, 1/13!: enough between −ln 2 / 2 and ln 2 / 2.
+#: Taylor coefficients 1/0!, 1/1!, …, 1/13!: enough between −ln 2 / 2 and ln 2 / 2.
 FACTORS = tuple(1 / float(np.prod(np.arange(1.0, n + 1))) for n in range(14))
-#: 1, 1/3, 1/5, …: enough for mantissas between √½ and √2.
+#: Coefficients 1, 1/3, 1/5, … of artanh: enough for mantissas between √½ and √2.
 ODD = tuple(1 / (2 * n + 1) for n in range(12))
 
 

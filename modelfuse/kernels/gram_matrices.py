@@ -1,4 +1,4 @@
-"""Gram matrices of models' matrices: room for them, how methods take them, and norms that they tell."""
+"""Gram matrices of the models' weight matrices: allocation, and norms computed from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modelfuse.methods.spec import Floats
 
 
 def allocate_grams(part: MatrixPart, models: int) -> tuple[Floats, dict[tuple[int, int], Floats]]:
-    """Room for Gram matrices, zero: as a method takes them, and by the numbers of their matrices."""
+    """Zero Gram matrices: as one array, as methods take them, and as views by the indices of their two matrices."""
     kind, k = part.how.gram, part.k
     if kind == "pairs":
         pairs = np.zeros((models, models, k, k))
@@ -25,7 +25,7 @@ def allocate_grams(part: MatrixPart, models: int) -> tuple[Floats, dict[tuple[in
 
 
 def even_weights(weights: Sequence[float]) -> Floats:
-    """The models' weights with a mean of 1."""
+    """The models' weights, scaled to a mean of 1."""
     given = np.array(weights)
     with np.errstate(all="ignore"):
         even: Floats = given / given.mean()
@@ -33,18 +33,18 @@ def even_weights(weights: Sequence[float]) -> Floats:
 
 
 def ratio(whole: float, made: float) -> float:
-    """The norm of one relative to that of another, by their squares; of what is zero, any."""
+    """The ratio of two norms, given their squares; any number if the second is zero."""
     return math.sqrt(max(whole, 0.0) / made) if made > 0 else 1.0
 
 
 def ratio_by_gram(grams: Floats, factors: Floats, kind: str, weights: Sequence[float]) -> float:
-    """The norm of the sum of the differences, relative to that of what factors make of them.
+    """The norm of the weighted sum of the differences, divided by that of the merged difference.
 
     Args:
-        grams: Of the weighted ``sum``, or of all ``pairs``.
-        factors: K, one a matrix.
-        kind: Which of both.
-        weights: The models' weights, which in the sum have a mean of 1.
+        grams: The Gram matrix of the weighted ``sum``, or those of all ``pairs``.
+        factors: The factor K that multiplies each matrix.
+        kind: ``sum`` or ``pairs``.
+        weights: The models' weights; the sum uses them scaled to a mean of 1.
     """
     even = even_weights(weights)
     if kind == "sum":

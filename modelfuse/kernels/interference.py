@@ -1,13 +1,14 @@
-"""How strongly models' differences act on the inputs that another one's uses: ‖τⱼ τᵢᵀ‖², estimated in one pass.
+"""Interference of models, ‖τⱼ τᵢᵀ‖² (how strongly one model's difference acts on the inputs that another's uses).
 
-Of a matrix τ of n outputs, S = C·τ is kept, where C adds up the outputs in k buckets with random signs: a sum over
-what is read, so that no matrix is held whole. Let M = τⱼ τᵢᵀ and Y = Sⱼ Sᵢᵀ = C M Cᵀ. For two buckets p ≠ q, the mean
-of Y²pq over the signs is the sum of M²ab over the outputs a in p and b in q. So the sum of Y² off the diagonal, scaled
-up to all pairs of outputs, estimates that of M² off the diagonal; the diagonal of M consists of dot products of equal
-outputs, which are added up exactly. Its error is estimated by the jackknife over buckets, times the share 1 − k/n of
-outputs that are not in a bucket of their own. With as many buckets as outputs everything is exact.
+It is estimated in one pass. For a matrix τ of n outputs, a sketch S = C·τ is kept, where C sums the outputs into k
+buckets with random signs (a count sketch); it is accumulated row by row, so no matrix is held whole. Let M = τⱼ τᵢᵀ
+and Y = Sⱼ Sᵢᵀ = C M Cᵀ. For two buckets p ≠ q, the mean of Y²pq over the signs is the sum of M²ab over the outputs a in p
+and b in q. So the sum of Y² off the diagonal, scaled up to all pairs of outputs, estimates that of M² off the diagonal;
+the diagonal of M consists of dot products of each output with itself, which are summed exactly. The error is estimated
+by the jackknife over buckets, times the share 1 − k/n of outputs without a bucket of their own. With as many buckets as
+outputs everything is exact.
 
-Output a goes to bucket a mod k: each row adds to one, and k is chosen so that it has nothing to do with sizes of heads.
+Output a goes to bucket a mod k; k is prime, so that buckets do not line up with attention heads.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ Array = np.ndarray[Any, Any]
 
 #: Buckets of a sketch.
 PROBES = 127
-#: Rows that are multiplied together.
+#: Rows per matrix product.
 PANEL = 1024
 
 
 class Buckets:
-    """The outputs of one layer of a tensor in buckets.
+    """The assignment of one layer's outputs to buckets.
 
     Attributes:
-        outputs: Which outputs of the tensor are the layer's, ascending.
-        k: How many buckets.
-        offset: The first one among those of all layers of the tensor.
-        signs: Of each output, float32; None where each has its own bucket.
+        outputs: The indices of the tensor's outputs that belong to the layer, ascending.
+        k: The number of buckets.
+        offset: The index of the first bucket among those of all layers of the tensor.
+        signs: The sign of each output, float32; None if each has its own bucket.
     """
 
     def __init__(self, name: str, number: int, outputs: Array, offset: int, exact: bool) -> None:
@@ -47,20 +48,20 @@ class Buckets:
 
     @property
     def scale(self) -> float:
-        """All ordered pairs of different outputs, divided by those in different buckets."""
+        """The number of ordered pairs of different outputs, divided by those in different buckets."""
         n = self.outputs.size
         sizes = np.bincount(np.arange(n) % self.k, minlength=self.k)
         return float(n * (n - 1) / (n * n - (sizes * sizes).sum()))
 
 
 class Interference:
-    """Products of all pairs of models' matrices, added up while rows come one after another.
+    """Accumulates products of all pairs of models' matrices, row by row.
 
     Args:
-        name: The tensor's name, which the signs depend on.
-        matrices: How it is cut into matrices.
-        models: How many models.
-        exact: Whether every output has a bucket of its own.
+        name: The tensor's name; the random signs depend on it.
+        matrices: How the tensor is split into matrices.
+        models: The number of models.
+        exact: Whether each output has its own bucket.
 
     Attributes:
         sums: float64, shape (3, models, models): the sums over all matrices of ‖τⱼ τᵢᵀ‖²; of the variances of these as
@@ -74,18 +75,18 @@ class Interference:
         self._sketch = np.zeros((models, total, matrices.inputs), np.float32)
         self._sketched = any(each.signs is not None for each in self._buckets)
         width = matrices.columns if self._sketched and not matrices.out_first else 0
-        #: Where outputs are columns: their dot products, of all columns. Where they are rows: the squares of these.
+        #: If outputs are columns: the dot products of all columns. If they are rows: sums of squares of dot products.
         self._dots = np.zeros((models, models, width))
         self._squares = np.zeros((len(self._buckets), models, models))
         self.sums = np.zeros((3, models, models))
 
     def take(self, first: int, values: Array, wide: Array) -> None:
-        """Take some whole rows.
+        """Add whole rows.
 
         Args:
-            first: The number of the first one's first element in the tensor.
+            first: The index in the tensor of the first row's first element.
             values: Differences, shape (models, elements).
-            wide: The same in float64.
+            wide: The same as float64.
         """
         columns = self._matrices.columns
         begin, number = first // columns, values.shape[1] // columns
@@ -101,7 +102,7 @@ class Interference:
                 self._end()
 
     def _add_rows(self, row: int, values: Array, wide: Array) -> None:
-        """Rows are outputs: each adds to its bucket."""
+        """Rows are outputs: add each to its bucket."""
         for number, each in enumerate(self._buckets):
             begin, end = (int(position) for position in np.searchsorted(each.outputs, [row, row + values.shape[1]]))
             if begin == end:
@@ -120,7 +121,7 @@ class Interference:
                 position += count
 
     def _add_columns(self, row: int, values: Array, wide: Array) -> None:
-        """Columns are outputs: of each row, an input, every bucket gets the sum of its columns."""
+        """Columns are outputs: for each row (an input), add the columns to their buckets."""
         models, count, _ = values.shape
         for each in self._buckets:
             own = values[:, :, run_of(each.outputs)]
@@ -137,7 +138,7 @@ class Interference:
                     self._dots[i, j] += np.einsum("rc,rc->c", wide[i], wide[j])
 
     def _end(self) -> None:
-        """A matrix is complete: take what its sketch tells, and make room for the next one."""
+        """A matrix is complete: add its estimates, and reset the sketch."""
         for number, each in enumerate(self._buckets):
             sketch = self._sketch[:, each.offset : each.offset + each.k]
             diagonal = self._squares[number]
@@ -200,7 +201,7 @@ def _squares_of_dots(rows: Array) -> Array:
 
 
 def buckets_of(name: str, matrices: Matrices, exact: bool) -> list[Buckets]:
-    """The buckets of each layer that a tensor consists of."""
+    """The buckets of each layer of a tensor."""
     found, offset = list[Buckets](), 0
     for number, outputs in enumerate(matrices.outputs):
         found.append(Buckets(name, number, outputs, offset, exact))
@@ -209,7 +210,7 @@ def buckets_of(name: str, matrices: Matrices, exact: bool) -> list[Buckets]:
 
 
 def memory_of(matrices: Matrices, models: int, exact: bool) -> int:
-    """The most bytes that it holds."""
+    """Peak memory of :class:`Interference` in bytes."""
     sizes = [each.size if exact else min(each.size, PROBES) for each in matrices.outputs]
     dots = 0 if matrices.out_first or exact else models * models * matrices.columns * 8
     wide = 2 * min(max(sizes), PANEL) * matrices.inputs * 8

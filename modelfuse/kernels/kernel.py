@@ -1,4 +1,4 @@
-"""What merges tensors: compiled loops, or arrays of a library."""
+"""The interface between the run and the kernels, and its two implementations."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from modelfuse.kernels import Bytes, Procedure, Work
 if TYPE_CHECKING:
     from modelfuse.kernels.arrays.library import Library
 
-#: What compiles what was never compiled: nothing, as for small work; another process; or this one, which takes less
-#: memory, but has to wait.
+#: Where missing kernels are compiled: not at all (small merges), in a subprocess ("beside"), or in this process
+#: ("here"), which takes less memory but makes the merge wait.
 Compiler = Literal["none", "beside", "here"]
 
 
 class Kernel(ABC):
-    """What merges tensors: one seam between the run and every kind of kernel."""
+    """Merges tensors: the interface of all kernels to the run."""
 
     def buffer(self, shape: tuple[int, ...]) -> Bytes:
-        """Memory for stored bytes, which a worker's reads fill and its writes take, uint8."""
+        """Allocate a worker's input or output buffer, uint8."""
         return np.empty(shape, np.uint8)
 
     def running(self) -> AbstractContextManager[None]:
-        """What must be set in the main thread while workers use the kernel."""
+        """Context for the main thread while workers use the kernel."""
         return nullcontext()
 
     @abstractmethod
     def merge(self, work: Work) -> Procedure:
-        """The passes that merge one tensor."""
+        """The procedure that merges one tensor."""
 
 
 class CompiledKernel(Kernel):
-    """Compiled loops over the bytes as they are stored."""
+    """Compiled loops over stored bytes."""
 
     def merge(self, work: Work) -> Procedure:
         from modelfuse.kernels.compiled.backend import merge_procedure
@@ -44,7 +44,7 @@ class CompiledKernel(Kernel):
 
 
 class ArrayKernel(Kernel):
-    """Tensors of a library on one device."""
+    """Operations of an array or tensor library on one device."""
 
     def __init__(self, library: Library) -> None:
         self.library = library

@@ -1,7 +1,7 @@
-"""Lines of a tensor (its rows, its columns, whatever lies along an axis), which slices may cut.
+"""Lines of a tensor: its rows, its columns, or the elements along any axis. Slices may cut them.
 
-Elements are numbered as they are stored. Lines along the last axis follow each other; others interleave: those that do
-are a *group*, and groups follow each other.
+Elements are indexed as stored. Lines along the last axis are contiguous; others interleave: interleaving lines form a
+*group*, and groups are contiguous.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-#: Elements that are ranked at a time, if groups are smaller.
+#: Elements that are ranked at a time; at least one group.
 TOGETHER = 1 << 17
 
 
 class GroupRun(NamedTuple):
-    """Consecutive elements: of one group, or of several whole ones.
+    """Consecutive elements: a part of one group, or several whole groups.
 
     Attributes:
-        start: The first element.
-        stop: The one after the last.
+        start: The index of the first element.
+        stop: The index after the last one.
         whole: Whether they are whole groups.
     """
 
@@ -38,9 +38,9 @@ class Lines:
     """The lines along an axis.
 
     Attributes:
-        length: The elements of a line.
-        inner: How far two of a line's elements are apart; so many lines interleave.
-        number: How many lines there are.
+        length: Elements per line.
+        inner: The stride of a line, which is also the number of interleaving lines.
+        number: The number of lines.
     """
 
     length: int
@@ -49,34 +49,34 @@ class Lines:
 
     @classmethod
     def along(cls, shape: Sequence[int], size: int, axis: int) -> Lines:
-        """Those of a tensor; of one without a shape: it is one line."""
+        """The lines of a tensor along an axis; without a shape, the tensor is one line."""
         shape = tuple(shape) if shape and math.prod(shape) == size else (size,)
         axis %= len(shape)
         return cls(shape[axis], math.prod(shape[axis + 1 :]), size // max(shape[axis], 1))
 
     @property
     def group(self) -> int:
-        """The elements of a group."""
+        """Elements per group."""
         return self.length * self.inner
 
     def cut_by(self, slice_elements: int, size: int) -> int:
-        """The most elements of groups that slices of so many elements cut, or of multiples of that."""
+        """The most elements of groups that are cut by slices of ``slice_elements``, or of multiples of it, elements."""
         if slice_elements % self.group == 0:
             return 0
         return min(size, size // slice_elements * self.group)
 
     def numbers(self, first: int, count: int) -> Array:
-        """The line that each element belongs to, int64, shape (count,)."""
+        """The index of each element's line, int64, shape (count,)."""
         positions = np.arange(first, first + count)
         if self.inner == 1:
             return np.asarray(positions // self.length)
         return np.asarray(positions // self.group * self.inner + positions % self.inner)
 
     def parts(self, first: int, count: int) -> Iterator[GroupRun]:
-        """Consecutive elements cut where groups begin: the end of one, whole ones, the beginning of one."""
+        """Split consecutive elements at groups: the end of one, whole ones, the beginning of one."""
         stop = first + count
         begin, end = -(-first // self.group) * self.group, stop // self.group * self.group
-        if begin > end:  # They lie within one.
+        if begin > end:  # All within one group.
             yield GroupRun(first, stop, False)
             return
         edges = [(first, begin, False), (begin, end, True), (end, stop, False)]
@@ -84,7 +84,7 @@ class Lines:
 
 
 def mean_ranks(values: Array) -> Array:
-    """The ranks along axis 1 of an array of three dimensions, from 0, the smallest; equal values share their mean rank.
+    """Ranks along axis 1 of a three-dimensional array, ascending from 0; equal values share their mean rank.
 
     >>> mean_ranks(np.array([5.0, 2.0, 5.0, 1.0]).reshape(1, 4, 1)).ravel().tolist()
     [2.5, 1.0, 2.5, 0.0]
@@ -103,19 +103,19 @@ def mean_ranks(values: Array) -> Array:
     return ranks
 
 
-#: A piece of a group that slices cut: its first element, and the models' magnitudes, shape (models, elements).
+#: A piece of a group that slices cut: its first element's index, and magnitudes of shape (models, elements).
 Fragment = tuple[int, Array]
 
 
 class LineKeep:
-    """The probability of keeping each element, by its magnitude's rank in its line.
+    """The probability of keeping each element, by its magnitude's rank within its line.
 
-    Of lines that slices cut it is known; that of others is found when all their elements are at hand.
+    For lines that slices cut it is computed in advance; for the others, from the slice that contains them.
 
     Args:
         lines: The lines.
-        probabilities: Of ranks from 0 on and a line's length, one function a model.
-        compute: The type of probabilities.
+        probabilities: One function per model: maps ranks from 0 on, and the length of a line, to probabilities.
+        compute: The type of the probabilities.
         fragments: All pieces of groups that slices cut.
     """
 
@@ -136,7 +136,7 @@ class LineKeep:
             self._cut[group] = self._keep(np.concatenate([magnitudes for _, magnitudes in own], axis=1))
 
     def of(self, first: int, magnitudes: Array) -> Array:
-        """Those of consecutive elements of all models, shape (models, elements)."""
+        """The probabilities for consecutive elements of all models, shape (models, elements)."""
         keep, group = np.empty(magnitudes.shape, self._compute), self.lines.group
         for start, stop, whole in self.lines.parts(first, magnitudes.shape[1]):
             here = slice(start - first, stop - first)
@@ -148,7 +148,7 @@ class LineKeep:
         return keep
 
     def _keep(self, magnitudes: Array) -> Array:
-        """The same of whole groups, a few at a time."""
+        """The same for whole groups, a few at a time."""
         keep = np.empty(magnitudes.shape, self._compute)
         length, step = self.lines.length, max(TOGETHER // self.lines.group, 1) * self.lines.group
         for own, values, probability in zip(keep, magnitudes, self._probabilities, strict=True):
@@ -159,10 +159,10 @@ class LineKeep:
 
 
 class Accumulated(NamedTuple):
-    """Sums along lines, and what their additions lost, of consecutive groups.
+    """Sums along the lines of consecutive groups, and their rounding errors.
 
     Attributes:
-        group: The first group.
+        group: The index of the first group.
         sums: float64, shape (rows, groups, inner).
         lost: The same shape.
     """
@@ -173,14 +173,14 @@ class Accumulated(NamedTuple):
 
 
 def add_exactly(one: Array, other: Array) -> tuple[Array, Array]:
-    """The sums, and what each of them lost: Knuth's two-sum (The Art of Computer Programming, 2, 4.2.2)."""
+    """Sums and their rounding errors: Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2)."""
     added = one + other
     of_other = added - one
     return added, (one - (added - of_other)) + (other - of_other)
 
 
 def accumulate(parts: Sequence[Accumulated]) -> Accumulated:
-    """The sums of several parts, whose groups may be the same ones."""
+    """Add up several parts, whose groups may overlap."""
     first = min(each.group for each in parts)
     last = max(each.group + each.sums.shape[1] for each in parts)
     rows, _, inner = parts[0].sums.shape
@@ -194,9 +194,9 @@ def accumulate(parts: Sequence[Accumulated]) -> Accumulated:
 
 
 def line_sums(parts: Sequence[Accumulated]) -> Array:
-    """The sums along all lines, float64, shape (rows, lines)."""
+    """The sums along all lines: float64, shape (rows, lines)."""
     whole = accumulate(parts)
     with np.errstate(all="ignore"):
-        # What was lost beside an infinity is not a number.
+        # The rounding error of an infinite sum is NaN.
         sums = np.where(np.isfinite(whole.sums), whole.sums + whole.lost, whole.sums)
     return np.asarray(sums.reshape(sums.shape[0], -1))

@@ -1,4 +1,4 @@
-"""How a tensor is cut into matrices."""
+"""How a tensor is split into the matrices that whole-matrix methods work on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from modelfuse.methods.spec import Floats, WholeMatrix
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-#: Elements that methods of whole matrices write at a time. Fixed, as what is multiplied together decides the last bits.
+#: Elements that whole-matrix methods write at a time. Fixed, as the shape of a product decides its last bits.
 SLICE = 1 << 20
-#: Elements of a panel of rows, at least.
+#: The least elements of a panel of rows.
 PANEL = 4 * SLICE
 
 
@@ -31,14 +31,14 @@ class MergedDifference(Protocol):
 
 @dataclass(frozen=True)
 class Matrices:
-    """How the elements of a tensor, in row-major order, are matrices.
+    """How the elements of a tensor, in row-major order, form matrices.
 
     Attributes:
-        units: How many there are, one after another, such as experts.
-        rows: The rows of each.
-        columns: The columns of each.
-        out_first: Whether rows are the outputs of a Linear layer, and columns its inputs.
-        parts: The outputs of each layer that is kept in one, as runs: the first one and how many. Empty: all.
+        units: The number of stacked matrices, such as experts.
+        rows: Rows per matrix.
+        columns: Columns per matrix.
+        out_first: Whether rows are the outputs of the Linear layer and columns its inputs.
+        parts: For fused layers, the outputs of each as runs: (first, number). Empty: one layer.
         merged: The merged difference, where it can be known without these matrices.
     """
 
@@ -51,12 +51,12 @@ class Matrices:
 
     @property
     def unit(self) -> int:
-        """The elements of each."""
+        """Elements per matrix."""
         return self.rows * self.columns
 
     @property
     def window(self) -> int:
-        """The most elements that are looked at together: a slice, and what is left of the rows at its ends."""
+        """The most elements in memory at a time: a slice, extended to whole rows at its ends."""
         return min(SLICE + 2 * self.columns, self.units * self.unit)
 
     @property
@@ -66,17 +66,17 @@ class Matrices:
 
     @cached_property
     def outputs(self) -> tuple[Numbers, ...]:
-        """The outputs of each part, ascending."""
+        """The indices of each part's outputs, ascending."""
         every = ((0, self.rows if self.out_first else self.columns),)
         parts = self.parts or (every,)
         return tuple(np.concatenate([np.arange(first, first + count) for first, count in part]) for part in parts)
 
     def side(self, part: int, name: str) -> tuple[bool, int]:
-        """Whether Gram matrices of a part are of its columns, and of how many of them, else of its rows.
+        """Whether Gram matrices of a part are those of its columns (else of its rows), and their size.
 
         Args:
-            part: Its number.
-            name: ``smaller``, ``inputs`` or ``outputs``.
+            part: The index of the part.
+            name: The side: ``smaller``, ``inputs`` or ``outputs``.
         """
         outputs, inputs = self.outputs[part].size, self.inputs
         of_inputs = name == "inputs" or (name == "smaller" and inputs <= outputs)
@@ -84,14 +84,14 @@ class Matrices:
 
 
 class MatrixPart:
-    """Some rows or columns of a matrix that are a matrix themselves.
+    """One layer's rows or columns of a matrix, which are a matrix themselves.
 
     Attributes:
-        how: What is done to it.
-        of_columns: Whether Gram matrices are of its columns.
-        k: Of how many.
+        how: The method's declaration for whole matrices.
+        of_columns: Whether Gram matrices are those of the columns.
+        k: The size of the Gram matrices.
         inputs: The inputs of the layer.
-        rows: Which rows of the matrix it has, ascending.
+        rows: The indices of its rows in the matrix, ascending.
     """
 
     def __init__(self, matrices: Matrices, number: int, how: WholeMatrix, models: int) -> None:
@@ -103,18 +103,18 @@ class MatrixPart:
         self.columns = np.arange(matrices.columns) if matrices.out_first else outputs
 
     def locate(self, first: int, stop: int) -> tuple[int, int, Any]:
-        """Of some rows of the matrix, those of the part: their first number in it, their last, and where they are."""
+        """The part's rows among rows of the matrix: first and last index in the part, and indices to select them."""
         begin, end = np.searchsorted(self.rows, [first, stop])
         return int(begin), int(end), (run_of(self.rows[begin:end] - first), run_of(self.columns))
 
     def take(self, values: Floats, first: int) -> tuple[int, int, list[Floats]]:
-        """The part's rows of a window, shape (matrices, rows, columns), that begins with a row of the matrix."""
+        """The part's rows in a window of shape (matrices, rows, columns) that starts at row ``first`` of the matrix."""
         begin, end, (rows, columns) = self.locate(first, first + values.shape[1])
         return begin, end, [each[rows][:, columns] for each in values]
 
 
 def run_of(numbers: Numbers) -> Any:
-    """The same as a slice, if it can be one."""
+    """Consecutive indices as a slice; others unchanged."""
     if numbers.size and numbers[-1] - numbers[0] + 1 == numbers.size:
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
     return numbers
@@ -126,14 +126,14 @@ def panel_of(k: int) -> int:
 
 
 def memory_of(matrices: Matrices, how: WholeMatrix, models: int) -> int:
-    """The most bytes that a worker needs for a tensor, beside its buffers."""
+    """Peak memory in bytes of a worker for a tensor, beside its buffers."""
     if matrices.merged is not None:
         return matrices.merged.memory + 8 * 4 * matrices.window
     parts = [MatrixPart(matrices, part, how, models) for part in range(len(matrices.outputs))]
     number, kept, most, panel, by_rows = 1, 0, 0, 0, 0
     for part in parts:
         own, grams = {"sum": (1, 1), "each": (models, models), "pairs": (models, models**2)}[part.how.gram]
-        # Decompositions take as much as four matrices; methods of several Gram matrices hold them up to five times.
+        # Decompositions need the memory of four matrices; methods of several Gram matrices hold up to five copies.
         square = part.k**2
         work = 4 + {"sum": 0, "each": 5 * own, "pairs": 4 * grams}[part.how.gram]
         most = max(most, kept + square * (grams + work), kept + square * (grams + 1) + max(square, PANEL) * own)

@@ -1,7 +1,7 @@
-"""What must be known of whole tensors before the element step: which passes measure, and what is made of it.
+"""Measure what the element step needs to know of whole tensors: the passes, and the evaluation of their findings.
 
-Written once for all backends: what differs is the passes. Those that fold leave what spans found to be added up by
-whoever drives them, or here.
+Written once for all backends, which differ in their passes. Findings of passes with ``fold`` are reduced by the
+scheduler, and here for what remains.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ Passes = Generator[Pass, list[Any], Any]
 
 
 class TallyPass(Pass, Protocol):
-    """A pass whose findings are sums."""
+    """A pass whose findings are sums, folded by addition."""
 
     def fold(self, one: Any, other: Any) -> Any:
-        """The sums of two spans."""
+        """Add the findings of two spans."""
 
 
 class GatherPass(Pass, Protocol):
-    """A pass that finds the bits of all magnitudes of a tensor that is one span.
+    """A pass that finds the bits of all magnitudes of a tensor that fits in one span.
 
     They are uint32 or uint64, shape (models, elements).
     """
 
 
 class SumsPass(Pass, Protocol):
-    """A pass that adds up."""
+    """A pass that sums terms."""
 
     def sums(self, found: list[Any]) -> Array:
-        """The sums, float64, shape (models, terms), from what the spans found in their order."""
+        """The sums, float64, shape (models, terms), from the findings of the spans, in order."""
 
 
 class FragmentsPass(Pass, Protocol):
-    """A pass that finds the pieces of groups of lines that slices cut, a list of those of each span."""
+    """A pass that finds the pieces of groups of lines that slices cut: a list for each span."""
 
 
 class Tallies(Protocol):
-    """The passes of one backend that count magnitudes: the models' own or, if given, what is made of all of them."""
+    """The tally passes of a backend: of the models' magnitudes or, with ``merged``, of an expression of all models."""
 
     def gather(self, work: Work) -> GatherPass:
-        """Finds the magnitudes of a small tensor."""
+        """Collects the magnitudes of a small tensor."""
 
     def all(self, work: Work, merged: Merged | None = None) -> TallyPass:
-        """Counts all magnitudes; finds, for each model, what :func:`add_up` adds up."""
+        """Tallies all magnitudes; finds, for each model, bins and rows for :func:`add_up`."""
 
     def within(
         self,
@@ -79,31 +79,31 @@ class Tallies(Protocol):
         digit_bits: int,
         merged: Merged | None = None,
     ) -> TallyPass:
-        """Counts the magnitudes in chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3).
+        """Tallies magnitudes in chosen bins by the next digit; finds uint64 tables, shape (bins, digits, 3).
 
-        ``prefixes`` are the bins' leading bits, uint64, ascending, one array a model.
+        ``prefixes`` are the bins' leading bits: uint64, ascending, one array per model.
         """
 
 
 class ElementPasses(Tallies, Protocol):
-    """The passes of one backend that measure what the element step must know."""
+    """The passes of a backend that measure for the element step."""
 
     def element_sums(self, work: Work, element: Element, terms: Sequence[Expression]) -> SumsPass:
-        """Adds up terms of each model's elements, before the element step."""
+        """Sums terms of each model's elements, before the element step."""
 
     def fragments(self, work: Work, lines: Lines) -> FragmentsPass:
-        """Finds what slices cut."""
+        """Collects the pieces of groups of lines that slices cut."""
 
 
 class KeepTables(NamedTuple):
     """The probability of keeping each magnitude, for all models.
 
     Attributes:
-        tables: A pair a model: the bins that hold any magnitude, as in :class:`Tally`, and their probabilities,
-            float64; −(slot + 1) for a subtable.
-        subtables: The same by the next digit, for each bin that was counted again, shape (bins, RANKS).
-        levels: How often bins were counted again.
-        exact: Of a small tensor, each element's own instead: float64, shape (models, elements).
+        tables: A pair per model: the non-empty bins, as in :class:`Tally`, and their probabilities, float64;
+            −(slot + 1) refers to a subtable.
+        subtables: Probabilities by the next digit, for each bin that was tallied again, shape (bins, RANKS).
+        levels: How often bins were tallied again.
+        exact: For a small tensor, each element's probability instead: float64, shape (models, elements).
     """
 
     tables: list[tuple[Array, Array]]
@@ -114,13 +114,13 @@ class KeepTables(NamedTuple):
 
 @dataclass(frozen=True)
 class Element:
-    """All that the element step must know of a tensor.
+    """The parameters of the element step for one tensor.
 
     Attributes:
-        keys: The random streams, one a model.
-        numbers: Its numbers by name, one mapping a model.
-        keep: The probabilities that depend on ranks, if it takes any.
-        lines: Those that depend on ranks in lines.
+        keys: The keys of the random streams, one per model.
+        numbers: Numbers by name, one mapping per model.
+        keep: Probabilities by rank, if the step uses any.
+        lines: Probabilities by rank within lines, if the step uses any.
     """
 
     keys: Sequence[int] = ()
@@ -134,13 +134,13 @@ class Element:
 
 
 class Merged(NamedTuple):
-    """An element that is made of all models', and what it takes.
+    """An expression of all models' elements, with its parameters.
 
     Attributes:
-        expression: What is made.
-        element: What the element step must know.
+        expression: The expression.
+        element: The parameters of the element step.
         numbers: The combination's :class:`~modelfuse.kernels.procedures.Coefficients`.
-        sums: Whether sums of its magnitudes are asked for.
+        sums: Whether sums of its magnitudes are needed.
     """
 
     expression: Expression
@@ -184,7 +184,7 @@ def measure_magnitudes(
     sums: bool,
     merged: Merged | None = None,
 ) -> Generator[Pass, list[Any], list[Magnitudes]]:
-    """What was asked for of each model's magnitudes or, if given, of an element that is made of all."""
+    """Measure order statistics of each model's magnitudes or, with ``merged``, of an expression of all models."""
     encoding = FLOAT_ENCODINGS[work.compute]
     if work.size <= MOST and merged is None:
         gathered = yield from _gather(work, passes)
@@ -198,7 +198,7 @@ def measure_magnitudes(
     while pending := [[each for each in own if each.value is None] for own in searches]:
         if not any(pending):
             break
-        # Bins that several ranks lie in are counted once.
+        # Bins that contain several ranks are tallied once.
         prefixes = [np.unique(np.array([each.prefix for each in own], np.uint64)) for own in pending]
         parent_shift = next(each.parent_shift for own in pending for each in own)
         tables = yield from _tally_within(work, passes, prefixes, parent_shift, DIGIT_BITS, merged)
@@ -219,7 +219,7 @@ def ranked_lines(work: Work, measure: LineRanks) -> Lines:
 
 
 def _measure_lines(work: Work, passes: ElementPasses, measure: LineRanks) -> Passes:
-    """The probability of keeping each magnitude by its rank in its line."""
+    """The probability of keeping each element, by its magnitude's rank within its line."""
     lines = ranked_lines(work, measure)
     found = yield passes.fragments(work, lines)
     settings = [work.method.of(model) for model in range(work.models)]
@@ -228,7 +228,7 @@ def _measure_lines(work: Work, passes: ElementPasses, measure: LineRanks) -> Pas
 
 
 def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
-    """The probability of keeping each magnitude."""
+    """The probability of keeping each element, by its magnitude's rank."""
     gathered = (yield from _gather(work, passes)) if work.size <= MOST else []
     every = [work.method.of(model) for model in range(work.models)]
     if gathered and all(shares_no_ranks(work.size, measure.spread(settings)) for settings in every):
@@ -261,7 +261,7 @@ def _measure_ranks(work: Work, passes: Tallies, measure: Ranks) -> Passes:
     for one in models:
         slots = sum(map(len, subtables))
         bins, keeps = one.table(slots)
-        found.append((bins, keeps if one.active else np.ones_like(keeps)))  # A tensor of zeros stays as it is.
+        found.append((bins, keeps if one.active else np.ones_like(keeps)))  # A tensor of zeros is kept.
         subtables.append(one.subtables(slots))
     return KeepTables(found, np.concatenate(subtables), levels)
 
@@ -286,7 +286,7 @@ def _tally_within(
 
 
 def add_up(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Bins and rows of several blocks or spans as one's: numbers, shape (bins,), ascending; shape (bins, sums)."""
+    """Add up bins and rows of blocks or spans: numbers, shape (bins,), ascending, and rows, shape (bins, sums)."""
     if len(parts) == 1:
         return parts[0]
     numbers = np.unique(np.concatenate([numbers for numbers, _ in parts]))
@@ -299,10 +299,10 @@ def add_up(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
 def add_up_models(
     one: Sequence[tuple[Array, Array]], other: Sequence[tuple[Array, Array]]
 ) -> list[tuple[Array, Array]]:
-    """The same of two spans, model by model."""
+    """The same for two spans, model by model."""
     return [add_up(pair) for pair in zip(one, other, strict=True)]
 
 
 def table_of(each: Sequence[Mapping[str, float]], names: Sequence[str], compute: str) -> Array:
-    """The numbers of these names in the compute type, a row for each mapping: shape (mappings, names)."""
+    """A table of the named numbers in the compute type, one row per mapping: shape (mappings, names)."""
     return np.array([[numbers[name] for name in names] for numbers in each], compute).reshape(len(each), len(names))

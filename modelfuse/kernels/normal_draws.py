@@ -1,4 +1,4 @@
-"""Normal draws that are the same on every processor, of the uniform ones in ``methods/random.py``."""
+"""Normally distributed draws, bit-identical on every processor, from the uniform ones of ``methods/random.py``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from modelfuse.kernels.elementary import log
 from modelfuse.methods.random import SCALE, draws
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-#: Numerators and denominators of Wichura 1988, algorithm AS 241 (PPND7), Applied Statistics 37: the inverse of the
-#: normal distribution in the middle, in its tails, and far out.
+#: Numerators and denominators of Wichura 1988, algorithm AS 241 (PPND7), Applied Statistics 37: the inverse normal
+#: distribution function in the center, in the tails, and in the far tails.
 _MIDDLE = ((3.3871327179, 50.434271938, 159.29113202, 59.109374720),
            (1.0, 17.895169469, 78.757757664, 67.187563600))  # fmt: skip
 _TAIL = ((1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103), (1.0, 0.73700164250, 0.12021132975))
@@ -28,11 +28,11 @@ def normals(key: int, start: int, count: int) -> Array:
     True
 
     Args:
-        key: As ``stream_key`` gives it.
-        start: The first element.
-        count: How many.
+        key: The key of the random stream, from ``stream_key``.
+        start: The index of the first element.
+        count: The number of elements.
     """
-    middle = draws(key, start, count).astype(np.float64) + (SCALE / 2 - 0.5)  # Between −½ and ½, at no end.
+    middle = draws(key, start, count).astype(np.float64) + (SCALE / 2 - 0.5)  # Strictly between −½ and ½.
     found = middle * _ratio(_HALF * _HALF - middle * middle, _MIDDLE)
     outside = np.abs(middle) > _HALF
     if outside.any():

@@ -72,15 +72,15 @@ FLOAT_ENCODINGS = {each.dtype: each for each in _ENCODINGS}
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Magnitudes counted by their leading bits: the bins that hold any, ascending.
+    """A histogram of magnitudes by their leading bits: the non-empty bins, ascending.
 
     Attributes:
-        encoding: How to read the bits.
-        shift: The number of bits that remain after the leading ones.
+        encoding: The float encoding of the bits.
+        shift: The number of bits below the leading ones.
         numbers: uint64, shape (bins,): the leading bits, followed by the sticky bit if there is one.
-        table: uint64, shape (bins, 3): counts, and the sums of the remaining bits' low 22 and of the others; or counts
-            alone, shape (bins, 1), where there is a sticky bit and no sum is asked for.
-        sticky: Whether a bin's number ends with a bit that says if any of the remaining bits is set.
+        table: uint64, shape (bins, 3): counts, and the sums of the low 22 remaining bits and of the others; or only
+            counts, shape (bins, 1), with a sticky bit and without sums.
+        sticky: Whether bin numbers end with a sticky bit: whether any remaining bit is set.
     """
 
     encoding: FloatEncoding
@@ -91,7 +91,7 @@ class Tally:
 
     @property
     def counts(self) -> Counts:
-        """uint64, shape (bins,): how many magnitudes are in each bin."""
+        """The number of magnitudes in each bin: uint64, shape (bins,)."""
         return self.table[:, 0]
 
     def leading(self, index: int) -> int:
@@ -100,13 +100,13 @@ class Tally:
 
     @property
     def mixed(self) -> Booleans:
-        """bool, shape (bins,): which bins may hold different magnitudes, as some of the remaining bits are set."""
+        """Whether a bin may have different magnitudes, as some remaining bits are set: bool, shape (bins,)."""
         return np.asarray(self.numbers & np.uint64(1) if self.sticky else self.table[:, 1:].any(axis=1), bool)
 
     def find(self, rank: int) -> tuple[int, int]:
-        """The bin that holds this ascending rank, and the rank among those that share its leading bits.
+        """The bin of an ascending rank, and the rank among the magnitudes that share its leading bits.
 
-        These include the smaller ones in the bin without sticky bit.
+        These include the smaller ones in the bin without the sticky bit.
         """
         below = np.cumsum(self.counts)
         index = int(np.searchsorted(below, np.uint64(rank), side="right"))
@@ -116,7 +116,7 @@ class Tally:
         return index, rank - (int(below[start - 1]) if start else 0)
 
     def units(self, start: int, stop: int | None = None) -> int | None:
-        """The exact sum of the magnitudes in the bins ``start`` to ``stop``, in smallest subnormals.
+        """The exact sum of the magnitudes in bins ``start`` to ``stop``, in smallest subnormals.
 
         None if any is not finite.
         """
@@ -133,7 +133,7 @@ class Tally:
 def _add_up(leading: Counts, table: Counts, encoding: FloatEncoding, shift: int) -> int:
     """The sum of the magnitudes in some bins, in smallest subnormals.
 
-    Those of one exponent are added up first: split in halves, so that 64 bits hold the sums.
+    Magnitudes of one exponent are summed first, split in halves so that the sums fit in 64 bits.
     """
     width, half = np.uint64(encoding.mantissa - shift), np.uint64((1 << HALF_BITS) - 1)
     exponents = leading >> width
@@ -157,18 +157,18 @@ def first_within(prefixes: Counts, parent_shift: int, digit_bits: int) -> Counts
 
 
 class RankSearch:
-    """The search for the magnitude at one rank: which bin to count next, until it is known.
+    """The search for the magnitude at one rank: which bin to tally next, until the magnitude is found.
 
     Args:
         tally: The tally of all the model's magnitudes.
         rank: Ascending, from 0.
 
     Attributes:
-        value: The magnitude, once it is known.
+        value: The magnitude, once it is found.
         above: The sum of all larger magnitudes, in smallest subnormals; None if any is not finite.
-        own: The sum of those that equal it, in the same unit.
-        prefix: The leading bits of the bin to count next.
-        parent_shift: The bits that remain below them.
+        own: The sum of the magnitudes equal to it, in smallest subnormals.
+        prefix: The leading bits of the bin to tally next.
+        parent_shift: The number of bits below the prefix.
     """
 
     def __init__(self, tally: Tally, rank: int, sums: bool) -> None:
@@ -179,7 +179,7 @@ class RankSearch:
         self.narrow(tally)
 
     def narrow(self, tally: Tally) -> None:
-        """Go on with the tally of the magnitudes whose leading bits are ``prefix``."""
+        """Continue with the tally of the magnitudes whose leading bits are ``prefix``."""
         index, self._rank = tally.find(self._rank)
         self.prefix, self.parent_shift = tally.leading(index), tally.shift
         if not tally.mixed[index]:
@@ -193,11 +193,11 @@ class RankSearch:
 
 
 class Found:
-    """What searches have found of one model's magnitudes: :class:`modelfuse.methods.spec.Magnitudes`.
+    """The results of searches in one model's magnitudes, as :class:`modelfuse.methods.spec.Magnitudes`.
 
     Args:
-        encoding: How the bits are read.
-        searches: One a rank, all at their end.
+        encoding: The float encoding of the bits.
+        searches: One finished search per rank.
         units: The sum of all magnitudes in smallest subnormals; None if any is not finite.
     """
 
@@ -210,11 +210,11 @@ class Found:
         return math.nan if self._units is None else self._encoding.amount(self._units)
 
     def at(self, number: int) -> float:
-        """The magnitude at one of the ranks."""
+        """The magnitude at the ``number``-th requested rank."""
         return self._searches[number].value or 0.0
 
     def between(self, first: int, last: int | None = None) -> float:
-        """The sum of the magnitudes from one of them to another one, or to the largest; NaN if any is not finite."""
+        """The sum of the magnitudes from one requested rank to another, or to the largest; NaN if any is not finite."""
         low = self._searches[first]
         above = 0 if last is None else self._searches[last].above
         if low.above is None or low.own is None or above is None:
@@ -223,22 +223,22 @@ class Found:
 
 
 def _most_in_a_bin(size: int, spread: float) -> float:
-    """How many different magnitudes may share a probability; one magnitude's rank is exact."""
+    """The most magnitudes of a bin that may share a probability; the rank of a single magnitude is exact."""
     return max(PROBABILITY_ERROR * size / spread, 1.0) if spread else math.inf
 
 
 def shares_no_ranks(size: int, spread: float) -> bool:
-    """Whether a tensor is so small that all different magnitudes have ranks of their own."""
+    """Whether a tensor is so small that no two different magnitudes share a rank."""
     return _most_in_a_bin(size, spread) == 1.0
 
 
 class Crowded(NamedTuple):
-    """Bins that hold too many ranks, ascending.
+    """Bins with too many ranks, ascending.
 
     Attributes:
         prefixes: uint64, shape (bins,): the leading bits of their magnitudes.
-        larger: float64, shape (bins,): how many magnitudes are larger.
-        apart: uint64, shape (bins,): how many share the leading bits but, as no bits remain, have their own bin.
+        larger: float64, shape (bins,): the number of larger magnitudes.
+        apart: uint64, shape (bins,): the number of magnitudes with the same leading bits, but without the sticky bit.
     """
 
     prefixes: Counts
@@ -247,12 +247,12 @@ class Crowded(NamedTuple):
 
 
 class RankTable:
-    """One model's probabilities of being kept, by magnitude; bins that hold too many ranks are tallied again.
+    """One model's probabilities of being kept, by magnitude; bins with too many ranks are tallied again.
 
     Args:
         tally: The tally of all the model's magnitudes.
-        probability: Of ranks from 0, the largest magnitude's, on and the tensor's size; linear in the rank.
-        spread: How far the probabilities of the largest and the smallest magnitude are apart.
+        probability: Maps ranks (0 is the largest magnitude) and the tensor's size to probabilities; linear in the rank.
+        spread: The difference between the probabilities of the largest and the smallest magnitude.
     """
 
     def __init__(self, tally: Tally, probability: Callable[[Floats, int], Floats], spread: float) -> None:
@@ -273,11 +273,11 @@ class RankTable:
         return self._crowded.prefixes
 
     def narrow(self, tables: Counts, parent_shift: int) -> None:
-        """Go on with the tallies of the magnitudes with the leading bits ``prefixes``.
+        """Continue with the tallies of the magnitudes with the leading bits ``prefixes``.
 
         Args:
             tables: uint64, shape (bins, digits, 3).
-            parent_shift: The bits that remain below a prefix.
+            parent_shift: The number of bits below a prefix.
         """
         parents, slots = self._crowded, len(self._subtables) + len(tables)
         row, digit = np.nonzero(tables[:, :, 0])
@@ -294,15 +294,15 @@ class RankTable:
         self._crowded = Crowded(prefixes[index], larger[index], np.zeros(index.size, np.uint64))
 
     def table(self, slots: int) -> tuple[Counts, Floats]:
-        """The bins that hold any, and their probabilities; −(slot + 1) for a subtable, after ``slots`` of others."""
+        """The non-empty bins and their probabilities; −(slot + 1) is a subtable, after ``slots`` earlier ones."""
         return self._numbers, np.where(self._keeps < 0, self._keeps - slots, self._keeps)
 
     def subtables(self, slots: int) -> Floats:
-        """The same by digit, for each bin that was tallied again, shape (bins, digits)."""
+        """Probabilities by digit, for each bin that was tallied again, shape (bins, digits)."""
         return np.where(self._subtables < 0, self._subtables - slots, self._subtables)
 
     def _keep(self, counts: Counts, larger: Floats, mixed: Booleans, slots: int) -> tuple[Floats, Indices]:
-        """Probabilities by bin, and which bins hold too many ranks: each is one more subtable."""
+        """Probabilities by bin, and the indices of the bins with too many ranks, each of which gets a subtable."""
         ranks = larger + (counts.astype(np.float64) - 1) / 2
         keeps = np.asarray(self._probability(ranks, self._size), np.float64)
         index = np.flatnonzero((counts > _most_in_a_bin(self._size, self._spread)) & mixed)

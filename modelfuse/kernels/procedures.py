@@ -1,4 +1,4 @@
-"""Merging one tensor: which passes a method takes, and what each one learns. Written once for all backends."""
+"""The procedure that merges one tensor: the passes that a method needs, for all backends."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The numbers that a combination takes.
+    """The numbers in a combination's expression.
 
     Attributes:
-        each: Those that are one a model, by name: one mapping a model.
-        shared: Those that are the same for all models, by name.
-        factor: What the result is multiplied by before the base is added.
-        lined: Those that each line has of its own.
+        each: Numbers that each model has its own of, by name: one mapping per model.
+        shared: Numbers that all models share, by name.
+        factor: Multiplies the result before the base is added.
+        lined: Numbers that each line has its own of.
     """
 
     each: list[dict[str, float]]
@@ -48,28 +48,28 @@ class Coefficients:
     lined: dict[str, tuple[Lines, Array]] = field(default_factory=dict)
 
     def table(self, names: Sequence[str], compute: str) -> Array:
-        """Those of each model, in the order of their names: the compute type, shape (models, names)."""
+        """The named numbers of each model: compute type, shape (models, names)."""
         return table_of(self.each, names, compute)
 
     def row(self, names: Sequence[str], compute: str) -> Array:
-        """Those that are the same for all models, in the order of their names: the compute type, shape (names,)."""
+        """The named numbers that all models share: compute type, shape (names,)."""
         return np.array([self.shared[name] for name in names], compute)
 
 
 class Backend(ElementPasses, Protocol):
-    """The passes of one kind of kernels."""
+    """The passes of one backend."""
 
     def products(self, work: Work, element: Element) -> ProductsPass:
         """The pass that measures the dot products of all pairs of models."""
 
     def line_products(self, work: Work, element: Element, lines: Lines) -> LinePass:
-        """The same along lines; rows are in the order of :func:`pairs_of`."""
+        """The same along lines; rows in the order of :func:`pairs_of`."""
 
     def merged_sums(self, work: Work, element: Element, numbers: Coefficients, terms: Sequence[Expression]) -> SumsPass:
-        """Adds up terms that are made of all models' elements."""
+        """Sums terms of all models' elements."""
 
     def divergence(self, work: Work, lines: Lines, least: float) -> Passes:
-        """The passes that measure each line's divergence; their result is float64, shape (lines,)."""
+        """The passes that measure each line's divergence; the result is float64, shape (lines,)."""
 
     def combine(self, work: Work, element: Element, numbers: Coefficients) -> Pass:
         """The pass that merges and writes."""
@@ -79,18 +79,18 @@ class ProductsPass(Pass, Protocol):
     """A pass that measures dot products."""
 
     def gram(self, found: list[Any]) -> Array:
-        """The Gram matrix, float64, shape (models, models), from what the spans found in their order."""
+        """The Gram matrix, float64, shape (models, models), from the findings of the spans, in order."""
 
 
 class LinePass(Pass, Protocol):
-    """A pass that adds up along lines."""
+    """A pass that sums along lines."""
 
     def sums(self, found: list[Any]) -> Array:
-        """The sums, float64, shape (rows, lines), from what the spans found in their order."""
+        """The sums, float64, shape (rows, lines), from the findings of the spans, in order."""
 
 
 def merge_procedure(work: Work, backend: Backend) -> Procedure:
-    """The passes that merge one tensor."""
+    """The procedure that merges one tensor."""
     method, combination = work.method, work.method.combination
     if work.matrices is not None:
         yield MatrixPass(work) if work.matrices is None or work.matrices.merged is None else ProductPass(work)
@@ -105,7 +105,7 @@ def merge_procedure(work: Work, backend: Backend) -> Procedure:
 
 
 def _measure_gram(work: Work, backend: Backend, element: Element, numbers: Coefficients, measure: Gram) -> Passes:
-    """Weights from dot products: one a model, or one a model and line."""
+    """Weights from dot products: one per model, or one per model and line."""
     settings = work.method.shared
     if (axis := measure.axis(settings)) is None:
         pass_ = backend.products(work, element)
@@ -126,7 +126,9 @@ def _weights(work: Work, measure: Gram, gram: Array) -> Sequence[float]:
     try:
         return measure.weights(gram, work.method.shared)
     except ValueError as error:
-        raise RecipeError(f"Tensor {work.name!r}: {error}", "Merge it otherwise, or take it from one model.") from error
+        raise RecipeError(
+            f"Tensor {work.name!r}: {error}", "Merge it with another method, or take it from one model."
+        ) from error
 
 
 def _measure_sums(work: Work, backend: Backend, element: Element, numbers: Coefficients, measure: Sums) -> Passes:
@@ -157,7 +159,7 @@ def _measure_divergence(
     numbers.lined["divergence"] = lines, (yield from backend.divergence(work, lines, measure.least))[None]
 
 
-#: What measures, and adds what was found to the numbers.
+#: For each type of measure, the passes that measure it and add the results to the numbers.
 MEASURES: Mapping[type, Callable[..., Passes]] = {
     Gram: _measure_gram,
     Sums: _measure_sums,
@@ -167,16 +169,16 @@ MEASURES: Mapping[type, Callable[..., Passes]] = {
 
 
 def _known(work: Work, numbers: Coefficients) -> Any:
-    """All settings, and the numbers that are the same for all models, as attributes."""
+    """All settings, and the numbers that all models share, as attributes."""
     return SimpleNamespace(**{**vars(work.method.shared), **numbers.shared})
 
 
 def run_through(procedure: Procedure, walk: Callable[[Pass], list[Any]]) -> None:
-    """Run a procedure to its end in this thread.
+    """Run a procedure in this thread.
 
     Args:
-        procedure: Merges one tensor.
-        walk: Walks a pass over the whole tensor; returns what its spans have found, in their order.
+        procedure: The procedure.
+        walk: Runs a pass over the whole tensor; returns the findings of its spans, in order.
     """
     pass_ = next(procedure, None)
     while pass_ is not None:

@@ -1,4 +1,4 @@
-"""The pass over a tensor of a method of whole matrices whose result is known as a product and is only to be written."""
+"""The pass that writes a merged difference that is known as a low-rank product, for whole-matrix methods."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from modelfuse.kernels.whole_matrix import MatrixPass, MatrixState
 
 
 class ProductPass(MatrixPass):
-    """Multiplies and writes, slice by slice; slices are always the same, so that no budget changes a bit."""
+    """Multiplies and writes, slice by slice; slices have a fixed size, so that the memory budget changes no bit."""
 
     def steps(self, state: MatrixState, first: int, count: int, most: int) -> Iterator[Step]:
-        """All that is read, and when."""
+        """The steps: what is read, in order."""
         assert self._matrices.merged is not None
         left, right = self._matrices.merged.factors()
         size, columns = self._work.size, self._matrices.columns

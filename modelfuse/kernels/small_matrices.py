@@ -1,4 +1,4 @@
-"""Methods of whole matrices, of matrices that are small: all is in memory, in float64."""
+"""Whole-matrix methods on small matrices, held in memory in float64."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from modelfuse.methods.spec import Floats
 
 
 def merge_matrices(name: str, values: Floats, method: Applied, of_columns: bool, inputs: int) -> Floats:
-    """What a method makes of one matrix a model, before the factor on it.
+    """Merge one matrix per model, before scaling by the method's factor.
 
     Args:
         name: The tensor, for errors.
-        values: Shape (models, rows, columns); columns stand for inputs.
+        values: Shape (models, rows, columns); columns are inputs.
         method: The method.
-        of_columns: Whether Gram matrices are of the columns, where the method takes them of the smaller side.
-        inputs: The inputs of the layer, where it depends on them.
+        of_columns: Whether Gram matrices are those of the columns, for methods that use the smaller side.
+        inputs: The inputs of the layer, for methods that depend on them.
 
     Raises:
         ModelfuseError: If a decomposition fails.
@@ -40,14 +40,14 @@ def merge_matrices(name: str, values: Floats, method: Applied, of_columns: bool,
         else:
             grams = np.stack([one.T @ one for one in turned])
             grams = grams[0] if how.gram == "sum" else grams
-        # Methods that take the smaller side ask which one that is: the inputs, if there are as many as Gram's columns.
+        # Methods of the smaller side tell which one it is by comparing the inputs with the Gram matrix's size.
         inputs = k if how.side == "smaller" and of_columns else inputs
         try:
             factors = how.factors(grams, method.weights, method.shared, inputs)
         except np.linalg.LinAlgError as error:
             raise ModelfuseError(
                 f"Tensor {name!r}: {method.merge_type} cannot be computed: {error}",
-                "Have a rule merge it by another method.",
+                "Add a rule that merges it with another method.",
             ) from error
         made: Floats = sum(
             (one @ factor for one, factor in zip(turned, factors, strict=True)), np.zeros(turned.shape[1:])

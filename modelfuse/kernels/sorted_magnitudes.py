@@ -1,6 +1,6 @@
-"""Magnitudes of small tensors, sorted: order statistics, sums and ranks without counting in bins.
+"""Order statistics, sums and ranks of small tensors, by sorting their magnitudes.
 
-What is found has the bits that :mod:`modelfuse.kernels.order_statistics` finds for tensors of any size.
+The results are bit-identical to those of :mod:`modelfuse.kernels.order_statistics`, which takes tensors of any size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modelfuse.kernels.order_statistics import HALF_BITS, RANK_BITS, FloatEncodi
 
 Array = np.ndarray[Any, Any]
 
-#: The most elements of a tensor whose magnitudes are sorted.
+#: The largest tensor, in elements, whose magnitudes are sorted.
 MOST = 1 << 14
 
 
@@ -24,7 +24,7 @@ class SortedMagnitudes:
     """The magnitudes of one model's tensor.
 
     Args:
-        encoding: How their bits are read.
+        encoding: The float encoding of the bits.
         bits: uint32 or uint64, shape (elements,): the bits of the magnitudes, in the order of the elements.
     """
 
@@ -36,11 +36,11 @@ class SortedMagnitudes:
         return np.sort(self._bits)
 
     def at_ranks(self, ranks: Sequence[int]) -> FoundSorted:
-        """What is known of the magnitudes at these ranks, ascending from 0."""
+        """The magnitudes at these ranks (ascending from 0), and sums between them."""
         return FoundSorted(self._encoding, self._sorted, ranks)
 
     def tally(self) -> Tally:
-        """The same as counting them by their leading bits and whether any of the others is set."""
+        """The tally by leading bits and sticky bit, as the tally pass would find it."""
         bits, shift = self._sorted, self._encoding.shift
         one = bits.dtype.type
         bins = (bits >> one(shift)) << one(1) | ((bits & one((1 << shift) - 1)) != 0)
@@ -49,14 +49,14 @@ class SortedMagnitudes:
         return Tally(self._encoding, shift, bins[starts].astype(np.uint64), counts[:, None], sticky=True)
 
     def within(self, prefixes: Array, parent_shift: int) -> Array:
-        """The same as counting those in some bins by their next RANK_BITS digits.
+        """The tally of some bins by the next RANK_BITS bits.
 
         Args:
             prefixes: uint64, ascending: the bins' leading bits.
-            parent_shift: The bits that remain below them.
+            parent_shift: The number of bits below them.
 
         Returns:
-            uint64, shape (bins, digits, 3): counts; the last two are not zero where any of the other bits is set.
+            uint64, shape (bins, digits, 3): counts; the last two words are nonzero where any lower bit is set.
         """
         tables = np.zeros((len(prefixes), 1 << RANK_BITS, 3), np.uint64)
         if not len(prefixes):
@@ -75,7 +75,7 @@ class SortedMagnitudes:
         return tables
 
     def ranks(self) -> Array:
-        """Every element's rank, descending by magnitude from 0; equal ones share their mean: float64."""
+        """Each element's rank, descending by magnitude from 0; equal magnitudes share their mean rank: float64."""
         order = np.argsort(self._bits, kind="stable")
         bits = self._bits[order]
         starts = np.flatnonzero(np.concatenate([[True], bits[1:] != bits[:-1]]))
@@ -87,17 +87,17 @@ class SortedMagnitudes:
 
     @property
     def active(self) -> bool:
-        """Whether any of them is not zero."""
+        """Whether any magnitude is nonzero."""
         return bool(self._bits.any())
 
 
 class FoundSorted:
-    """What was asked for of sorted magnitudes: :class:`modelfuse.methods.spec.Magnitudes`.
+    """Order statistics of sorted magnitudes, as :class:`modelfuse.methods.spec.Magnitudes`.
 
     Args:
-        encoding: How their bits are read.
-        bits: Their bits, ascending.
-        ranks: The ranks that were asked for.
+        encoding: The float encoding of the bits.
+        bits: The bits of the magnitudes, ascending.
+        ranks: The requested ranks.
     """
 
     def __init__(self, encoding: FloatEncoding, bits: Array, ranks: Sequence[int]) -> None:
@@ -109,16 +109,16 @@ class FoundSorted:
         return self._sum(0, self._bits.size)
 
     def at(self, number: int) -> float:
-        """The magnitude at one of the ranks."""
+        """The magnitude at the ``number``-th requested rank."""
         return self._encoding.value(int(self._bits[self._ranks[number]]))
 
     def between(self, first: int, last: int | None = None) -> float:
-        """The sum of the magnitudes from one of them to another one, or to the largest; NaN if any is not finite."""
+        """The sum of the magnitudes from one requested rank to another, or to the largest; NaN if any is not finite."""
         return self._sum(self._edges[first][0], self._bits.size if last is None else self._edges[last][1])
 
     @cached_property
     def _edges(self) -> list[tuple[int, int]]:
-        """Where those that equal each of the magnitudes at the ranks begin and end."""
+        """For each requested rank, the range of ranks with the same magnitude."""
         values = [self._bits[rank] for rank in self._ranks]
         return [
             (int(np.searchsorted(self._bits, value)), int(np.searchsorted(self._bits, value, "right")))
@@ -131,7 +131,7 @@ class FoundSorted:
 
     @cached_property
     def _units(self) -> dict[int, int] | None:
-        """The exact sums of all magnitudes below each edge, in smallest subnormals; None if any is not finite."""
+        """The exact sum of all magnitudes below each edge, in smallest subnormals; None if any is not finite."""
         encoding, bits = self._encoding, self._bits.astype(np.uint64)
         exponents = bits >> np.uint64(encoding.mantissa)
         if exponents[-1] == encoding.infinite:

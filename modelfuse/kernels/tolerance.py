@@ -1,4 +1,4 @@
-"""Whether results whose last bits depend on the machine are the same but for that."""
+"""Compare results whose last bits may depend on the machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from modelfuse.dtypes import BF16, F16, F32, F64, DType
 from modelfuse.kernels import Bytes
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 
-#: What one rounding may be, relative to the number that is rounded.
+#: The spacing of a type's values relative to their size: the most that one rounding can differ by.
 STEPS = {F64.name: 2.0**-52, F32.name: 2.0**-23, F16.name: 2.0**-10, BF16.name: 2.0**-7}
 
 
 def apart(one: Bytes, other: Bytes, dtype: DType, tolerance: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which elements are further apart than one rounding and a share of the largest one; NaN is apart from numbers.
+    """Which elements differ by more than one rounding plus ``tolerance`` × the largest element; NaN is no number.
 
     >>> one, other = (np.array(values, np.float32).view(np.uint8) for values in ([1, 2, 3], [1, 2.0000002, 4]))
     >>> apart(one, other, F32, 0.0)

@@ -1,9 +1,9 @@
-"""The pass over a tensor of a method that works on whole matrices: Gram matrices, a solve, then the result.
+"""The pass of whole-matrix methods: compute Gram matrices, solve, then write the result.
 
-One worker does all of a tensor, in one span; others do other tensors. Elements come by whole rows and are not kept: of
-a matrix there is no more than Gram matrices, and what is made of them. Gram matrices of columns are sums over rows. For
-those of rows, a panel of rows is held against all that follow, and the result is made panel by panel; panels are no
-larger than a Gram matrix, or small. The shape alone decides what is multiplied together, so that slices change no bit.
+A tensor is one span, processed by one worker. Elements are read by whole rows and not kept: only Gram matrices, and
+matrices derived from them, are in memory. Gram matrices of columns are sums over rows. For those of rows, a panel of
+rows is multiplied by itself and all rows after it, and the result is computed panel by panel; a panel is no larger than
+a Gram matrix, or small. The shapes of all products depend on the tensor's shape alone, so slices change no bit.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from modelfuse.kernels.gram_matrices import allocate_grams, even_weights, ratio,
 from modelfuse.kernels.matrices import PANEL, SLICE, MatrixPart, panel_of
 from modelfuse.methods.spec import Floats, WholeMatrix
 
-#: Steps, whose generator returns float64 values.
+#: A generator of steps that returns a float64 array.
 Steps = Generator[Step, None, Floats]
 
 
 @dataclass
 class MatrixState:
-    """A span under way.
+    """The state of a span.
 
     Attributes:
-        bad: As of every span.
-        writes: Whether the step is one that writes.
-        values: Of the last step that does not: differences, float64, shape (matrices, elements).
-        result: The merged difference of the slice that is filled, float64.
+        bad: See :class:`SpanState`.
+        writes: Whether the current step writes.
+        values: The differences of the last step that does not write: float64, shape (matrices, elements).
+        result: The merged difference of the slice that is being filled, float64.
     """
 
     bad: np.ndarray[Any, np.dtype[np.int64]]
@@ -50,7 +50,7 @@ class MatrixState:
 
 
 class MatrixPass:
-    """Measures, solves and writes a whole tensor."""
+    """The pass that measures, solves and writes a whole tensor."""
 
     writes = True
 
@@ -70,7 +70,7 @@ class MatrixPass:
         return MatrixState(np.zeros(len(self._work.sources) + 1, np.int64), result)
 
     def read_from(self, state: MatrixState, extents: Sequence[Extent]) -> bool:
-        """Rows are given to it."""
+        """False: the worker reads the rows."""
         return False
 
     def finish(self, state: MatrixState) -> None:
@@ -84,7 +84,7 @@ class MatrixPass:
                 state.values = self._differences(state, count, raws)
 
     def steps(self, state: MatrixState, first: int, count: int, most: int) -> Iterator[Step]:
-        """All that is read, and when; between two steps everything is computed."""
+        """The steps: what is read, in order; computations happen between the steps."""
         for unit in range(self._matrices.units):
             begin = unit * self._matrices.unit
             numbers, models = range(len(self._matrices.outputs)), self._work.models
@@ -109,7 +109,7 @@ class MatrixPass:
         return values
 
     def _differences(self, state: MatrixState, count: int, raws: Bytes) -> Floats:
-        """Each model's difference to the base, or their weighted sum: shape (matrices, elements)."""
+        """Each model's difference to the base, or the weighted sum of these: shape (matrices, elements)."""
         work, summed = self._work, self._how.gram == "sum"
         base = self._decode(state, raws, work.models, count) if work.has_base else None
         found = np.zeros((1 if summed else work.models, count))
@@ -136,7 +136,7 @@ class MatrixPass:
         state.library.store(stored, out[: work.out.nbytes(count)])
 
     def _windows(self, state: MatrixState, begin: int, first: int, stop: int) -> Iterator[Step | tuple[int, Floats]]:
-        """Steps over some rows of the matrix that begins with an element; after each, its first row and its values."""
+        """Steps over rows of the matrix that starts at element ``begin``; after each, its first row and values."""
         columns = self._matrices.columns
         fits = (stop - first) * columns <= self._matrices.window
         rows = stop - first if fits else max(1, SLICE // columns)
@@ -150,7 +150,7 @@ class MatrixPass:
     # Gram matrices ----------------------------------------------------------------------------------------------------
 
     def _of_columns(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
-        """Gram matrices of the columns: products of a few hundred rows, or thousands, are added up."""
+        """Gram matrices of the columns: sums of products of hundreds or thousands of rows."""
         stacked, grams = allocate_grams(part, self._work.models)
         height = max(1, SLICE // self._matrices.columns, part.k // 2)
         panel, filled = np.empty((1 + max(i for i, _ in grams), height, part.k)), 0
@@ -179,7 +179,7 @@ class MatrixPass:
         return stacked
 
     def _of_rows(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
-        """Gram matrices of the rows: a panel of rows is multiplied by itself and by all that follow."""
+        """Gram matrices of the rows: a panel of rows is multiplied by itself and by all rows after it."""
         stacked, grams = allocate_grams(part, self._work.models)
         number, width = 1 + max(i for i, _ in grams), part.columns.size
         height = min(max(1, max(part.k**2, PANEL) // (number * width)), part.k)
@@ -203,7 +203,7 @@ class MatrixPass:
         return stacked
 
     def _solve(self, gram: Floats, part: MatrixPart) -> Floats:
-        """What the matrices are to be multiplied by; of what is not finite, nothing that is."""
+        """The factors that the matrices are multiplied by; NaN if the Gram matrix is not finite."""
         method = self._work.method
         if not np.isfinite(gram).all():
             k = gram.shape[-1]
@@ -216,16 +216,16 @@ class MatrixPass:
         except np.linalg.LinAlgError as error:
             raise ModelfuseError(
                 f"Tensor {self._work.name!r}: {method.merge_type} cannot be computed: {error}",
-                "Have a rule merge it by another method.",
+                "Add a rule that merges it with another method.",
             ) from error
         return factors if part.of_columns else factors.transpose(0, 2, 1)
 
     def _scale_by_norm(
         self, state: MatrixState, begin: int, parts: Sequence[MatrixPart], factors: Sequence[Floats], share: float
     ) -> Iterator[Step]:
-        """Have what is made of each part the share of the norm of the sum of its differences.
+        """Scale each part's result to ``share`` times the norm of the sum of its differences.
 
-        Where there are Gram matrices of single models only, that takes the result itself, which is made once more.
+        With Gram matrices of single models only, this needs the result itself, which is then computed twice.
         """
         squares, matrices, weights = np.zeros((len(parts), 2)), self._matrices, even_weights(self._work.method.weights)
         for each in self._windows(state, begin, 0, matrices.rows):
@@ -251,7 +251,7 @@ class MatrixPass:
     def _emit(
         self, state: MatrixState, begin: int, parts: Sequence[MatrixPart], factors: Sequence[Floats]
     ) -> Iterator[Step]:
-        """Make and write the elements of one matrix; of slices that lie in several, once they are full."""
+        """Compute and write one matrix; a slice that spans several matrices is written once it is full."""
         matrices, size = self._matrices, self._work.size
         most = panel_of(max([part.k for part in parts if not part.of_columns], default=0))
         stop = begin + matrices.unit
@@ -272,7 +272,7 @@ class MatrixPass:
         self, state: MatrixState, begin: int, top: int, bottom: int, parts: Sequence[MatrixPart],
         factors: Sequence[Floats], block: Floats,
     ) -> Iterator[Step]:  # fmt: skip
-        """Add to the rows from ``top`` to ``bottom`` what the parts' matrices come to."""
+        """Add the parts' results to the rows from ``top`` to ``bottom``."""
         for of_columns in (True, False):
             chosen = [(part, own) for part, own in zip(parts, factors, strict=True) if part.of_columns == of_columns]
             chosen = [(part, own) for part, own in chosen if part.locate(top, bottom)[0] < part.locate(top, bottom)[1]]

@@ -1,1 +1,1 @@
-"""The methods over tensors of torch or Paddle."""
+"""The methods as operations on numpy arrays or on tensors of torch or Paddle."""

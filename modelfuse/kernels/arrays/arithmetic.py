@@ -1,7 +1,7 @@
-"""Arithmetic on tensors of any library: what expressions are evaluated with.
+"""Arithmetic on tensors of any library, used to evaluate expressions.
 
-Every function takes blocks: one-dimensional tensors of the compute type, float32 or float64. No operation fuses two
-roundings and none adds up in an order of its own, so the bits are those of the definitions on any device.
+Functions take blocks: one-dimensional tensors of the compute type, float32 or float64. No operation is fused (one
+rounding each) and no sum depends on a library's order, so results are bit-identical on all devices.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from modelfuse.kernels.gram import pairs_of
 from modelfuse.kernels.order_statistics import RANK_BITS, RANKS
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 
-#: Elements a partial sum. Fixed, so that sums do not depend on slices and blocks.
+#: Elements per partial sum. Fixed, so that sums do not depend on slices and blocks.
 CHUNK = 1 << 15
 
 
 class DeviceKeepTables(NamedTuple):
-    """Probabilities of being kept, on the device.
+    """Probabilities of keeping an element, by its magnitude's bin, on the device.
 
     Attributes:
-        shift: The bits of a magnitude below a bin.
-        models: A table a model, by bin; −(slot + 1) where a subtable says more.
-        subtables: All subtables in a row.
-        levels: How many digits there are at most.
+        shift: Bits of a magnitude below those of its bin.
+        models: A table per model, indexed by bin; −(slot + 1) refers to a subtable.
+        subtables: All subtables, concatenated.
+        levels: The most digits that a lookup takes.
     """
 
     shift: int
@@ -39,17 +39,17 @@ class DeviceKeepTables(NamedTuple):
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum, and what it lost."""
+    """The rounded sum and its rounding error (Knuth's two-sum)."""
     added = a + b
     of_b = added - a
     return added, (a - (added - of_b)) + (b - of_b)
 
 
 class Arithmetic:
-    """A library's arithmetic in one compute type, for one pass.
+    """Arithmetic in one compute type with one library, for one pass.
 
     Args:
-        library: Whose tensors.
+        library: The tensor library.
         compute: float32 or float64.
     """
 
@@ -62,29 +62,29 @@ class Arithmetic:
         return self._number(float(np.array(value, self._compute)), self._compute)
 
     def integer(self, value: int, dtype: str = "int64") -> Tensor:
-        """An integer of 64 bits or, with ``dtype``, of others; unsigned ones wrap around."""
+        """A 0-dimensional integer tensor, int64 unless given; unsigned values wrap around."""
         width = 32 if dtype == "int32" else 64
         return self._number(value - (1 << width) if value >> (width - 1) else value, dtype)
 
     def _number(self, value: float | int, dtype: str) -> Tensor:
-        """Made once for each worker: what was made on one's stream may not be ready on another's."""
+        """Cached per worker: a tensor made on one stream may not be ready on another."""
         known: dict[tuple[float | int, str], Tensor] = self._own.__dict__.setdefault("numbers", {})
         if (value, dtype) not in known:
             known[value, dtype] = self._library.number(value, dtype)
         return known[value, dtype]
 
     def kept(self, x: Tensor, mask: Tensor) -> Tensor:
-        """``x`` where true, else +0: by its bits, which is faster than a choice between two tensors."""
+        """``x`` where true, else +0; masks the bits, which is faster than ``where``."""
         library = self._library
         ones = -library.cast(mask, self._integer)
         return library.view(library.view(x, self._integer) & ones, self._compute)
 
     def chosen(self, mask: Tensor, number: Tensor) -> Tensor:
-        """A number where true, else +0."""
+        """``number`` where true, else +0."""
         return self.kept(self._library.cast(mask, self._compute) * number, mask)
 
     def magnitude_bits(self, x: Tensor) -> Tensor:
-        """The bits of |x| as integers, which sort as the magnitudes do."""
+        """The bits of |x| as integers, which sort like the magnitudes."""
         return self._library.view(abs(x), self._integer)
 
     # Codecs -----------------------------------------------------------------------------------------------------------
@@ -94,13 +94,13 @@ class Arithmetic:
         return self._library.cast(stored, self._compute)
 
     def encode(self, x: Tensor, dtype: DType) -> Tensor:
-        """Round to the type to store, once."""
+        """Round to the stored type, once."""
         if dtype.bits == 16 and self._compute == "float64":
             x = self._to_odd(x)
         return self._to_float16(x) if dtype is F16 else self._library.cast(x, str(dtype.torch))
 
     def _to_odd(self, x: Tensor) -> Tensor:
-        """float32 rounded to odd where inexact: then a second rounding to 16 bits is as good as one."""
+        """Round float64 to float32, to odd where inexact: a second rounding to 16 bits is then as good as one."""
         library, one = self._library, self.integer(1, "int32")
         single = library.cast(x, "float32")
         back, bits = library.cast(single, "float64"), library.view(single, "int32")
@@ -108,9 +108,9 @@ class Arithmetic:
         return library.view(library.where((back < x) | (back > x), odd, bits), "float32")
 
     def _to_float16(self, x: Tensor) -> Tensor:
-        """Round float32 by its bits: Paddle's own cast makes numbers of what is far too small for any.
+        """Round float32 to float16 by its bits: Paddle's cast gives nonzero values for what must underflow to zero.
 
-        Adding 0.5 aligns a subnormal's last bit with float32's, so the addition rounds it.
+        Adding 0.5 aligns the last bit of a float16 subnormal with that of float32, so that the addition rounds it.
         """
         library = self._library
 
@@ -128,17 +128,17 @@ class Arithmetic:
         return library.view(library.cast(half | (library.shift_right(bits, 16) & integer(0x8000)), "int16"), "float16")
 
     def count_bad(self, x: Tensor) -> Tensor:
-        """How many are NaN or infinite, int64, 0-dimensional."""
+        """The number of NaN or infinite elements: int64, 0-dimensional."""
         return self._library.count(~self._library.finite(x))
 
     # Draws and ranks --------------------------------------------------------------------------------------------------
 
     def counters(self, first: int, count: int) -> Tensor:
-        """What the draws of all models have in common, int64, one for two elements; ``first`` is even."""
+        """The counters that the draws of all models share: int64, one for two elements; ``first`` is even."""
         return self._library.arange(first // 2 + 1, (count + 1) // 2) * self.integer(GAMMA)
 
     def draws(self, counters: Tensor, key: int, count: int) -> Tensor:
-        """The draws of :func:`modelfuse.methods.random.draws`; 64-bit products wrap around with or without sign."""
+        """The draws of :func:`modelfuse.methods.random.draws`, with wrapping 64-bit products."""
         library = self._library
         z = counters + self.integer(key)
         z = (z ^ library.shift_right(z, 30)) * self.integer(MIX_1)
@@ -147,17 +147,17 @@ class Arithmetic:
         return library.cast(library.shift_right(halves, SHIFT), "float32") * self._number(SCALE, "float32")
 
     def bins(self, bits: Tensor, shift: int) -> Tensor:
-        """Leading bits, followed by a bit that says whether any of the remaining ones is set."""
+        """The bin of each magnitude: its leading bits, then a sticky bit (whether any remaining bit is set)."""
         rest = self.low_bits(bits, shift)
         sticky = self._library.cast(rest != self.integer(0, self._integer), self._integer)
         return self._library.shift_right(bits, shift) * self.integer(2, self._integer) + sticky
 
     def low_bits(self, bits: Tensor, count: int, dtype: str | None = None) -> Tensor:
-        """The last bits of integers, of the magnitudes' type unless given."""
+        """The lowest ``count`` bits of integers; ``dtype`` is the type of ``bits``, by default that of magnitudes."""
         return bits & self.integer((1 << count) - 1, dtype or self._integer)
 
     def keep_probabilities(self, x: Tensor, tables: DeviceKeepTables, model: int) -> Tensor:
-        """Look up each element's probability of being kept by its magnitude's bits."""
+        """Each element's probability of being kept, looked up by the bits of its magnitude."""
         library, zero = self._library, self.number(0.0)
         bits = self.magnitude_bits(x)
         keep = library.take(tables.models[model], library.cast(self.bins(bits, tables.shift), "int64"))
@@ -173,7 +173,7 @@ class Arithmetic:
     # Sums -------------------------------------------------------------------------------------------------------------
 
     def dot_products(self, xs: list[Tensor]) -> Tensor:
-        """The products of all pairs of models in float64 of every CHUNK elements, and what their additions lost.
+        """Dot products of all pairs of models over every CHUNK elements in float64, with their rounding errors.
 
         Shape (products, 2, chunks), in the order of :func:`modelfuse.kernels.procedures.pairs_of`.
         """
@@ -181,11 +181,11 @@ class Arithmetic:
         return self._folded(wide[one] * wide[other] for one, other in pairs_of(len(xs)))
 
     def sums(self, xs: list[Tensor]) -> Tensor:
-        """The sums in float64 of every CHUNK elements, and what their additions lost, shape (tensors, 2, chunks)."""
+        """Sums of every CHUNK elements in float64, with their rounding errors, shape (tensors, 2, chunks)."""
         return self._folded(self._padded([each])[0] for each in xs)
 
     def _padded(self, xs: list[Tensor]) -> list[Tensor]:
-        """In float64, zeros added up to a multiple of CHUNK."""
+        """In float64, padded with zeros to a multiple of CHUNK."""
         wide = [self._library.cast(each, "float64") for each in xs]
         if short := -xs[0].shape[0] % CHUNK:
             zeros = self.zeros(short)
@@ -193,7 +193,7 @@ class Arithmetic:
         return wide
 
     def zeros(self, count: int) -> Tensor:
-        """So many zeros, float64."""
+        """``count`` zeros, float64."""
         return self._library.cast(self._library.arange(0, count), "float64") * self._number(0.0, "float64")
 
     def _folded(self, terms: Iterable[Tensor]) -> Tensor:
@@ -201,10 +201,10 @@ class Arithmetic:
         return self._library.stack(*(self._library.stack(*each) for each in folded))
 
     def fold(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums along axis 1, and what their additions lost: halves are added until one is left.
+        """Pairwise sums along axis 1, and their rounding errors.
 
-        Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2) finds each addition's error, so
-        that the two together are as good as exact. Where halves are not equal, the first element is added first.
+        Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2) gives the error of each addition, so
+        that both together are as good as exact. An odd first element is added before halving.
         """
         width, lost = sums.shape[1], None
         while width > 1:
@@ -219,7 +219,7 @@ class Arithmetic:
         return sums[:, 0], self._without_loss(sums)[:, 0] if lost is None else lost[:, 0]
 
     def _add_first(self, sums: Tensor, added: Tensor, error: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
-        """Add what stands first of an odd number to the first of those that were added."""
+        """Add the first of an odd number of terms to the first pair's sum."""
         first, more = _two_sum(added[:, :1], sums[:, :1])
         more = more if lost is None else more + lost[:, :1]
         if added.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""How a pass over tensors walks a slice: in blocks that fit the device's room."""
+"""Base of all passes over tensors: processes a slice in blocks that fit the worker's memory on the device."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from modelfuse.kernels.arrays.library import Array, Library, Tensor
 
 @dataclass
 class ArrayState:
-    """A span under way: what it found so far, and what it needs on the device."""
+    """The state of a span: its finding so far, and its arrays on the device."""
 
     bad: Array
     found: Any = None
     placed: Any = None
     prefixes: Any = None
     counts: list[Tensor] = field(default_factory=list)
-    #: The probability of keeping each element of a slice, one row a model, and the slice's first element.
+    #: The probability of keeping each element of a slice (one row per model), and the slice's first element.
     keep: Array | None = None
     first: int = 0
 
 
 class Walk:
-    """What all passes share.
+    """Base class of passes.
 
     Attributes:
-        writes: Whether there is a result to store.
-        fixed: Bytes on the device beside the blocks.
-        scratch: Bytes on the device for each element, beside what is stored and what is decoded of it.
-        once: Whether there is nothing to pay for each block, so that small ones are best.
+        writes: Whether the pass writes a result.
+        fixed: Bytes on the device that do not depend on the block.
+        scratch: Bytes on the device per element, beside its stored and decoded values.
+        once: Whether blocks have no fixed cost, so that small ones are best.
     """
 
     writes = False
@@ -54,7 +54,7 @@ class Walk:
         return ArrayState(np.zeros(len(self._work.sources) + 1, np.int64), found, placed)
 
     def read_from(self, state: ArrayState, extents: Sequence[Extent]) -> bool:
-        """Libraries take what lies in the host's memory."""
+        """False: elements are read to host memory."""
         return False
 
     def apply(self, state: ArrayState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
@@ -70,7 +70,7 @@ class Walk:
             self._add_counts(state)
 
     def _step(self) -> int:
-        """Elements of a block, so that the room holds: a multiple of CHUNK, at least one."""
+        """Elements of a block that fits ``worker_bytes``: a multiple of CHUNK, at least one CHUNK."""
         work, library = self._work, self._library
         width = 4 if work.compute == "float32" else 8
         an_element = sum(source.bytes for source in work.sources) + width * len(work.sources) + self.scratch
@@ -78,7 +78,7 @@ class Walk:
         return max((min(elements, library.most) if self.once else elements) // CHUNK, 1) * CHUNK
 
     def _load(self, state: ArrayState, raws: Bytes, start: int, size: int) -> list[Tensor]:
-        """The models' elements, less the base's where they are none to it yet; then the base's."""
+        """The models' differences to the base (or their elements, without a base), then the base's elements."""
         work, arithmetic = self._work, self._arithmetic
         loaded = []
         for raw, source in zip(raws, work.sources, strict=True):
@@ -92,7 +92,7 @@ class Walk:
         return loaded
 
     def _add_counts(self, state: ArrayState) -> None:
-        """Fetched once a slice: each time the worker must wait for the device."""
+        """Add the counts of non-finite elements; once per slice, as the worker must wait for the device."""
         for counts in state.counts:
             values = self._library.fetch(counts)
             if values.ndim:
@@ -102,13 +102,13 @@ class Walk:
         state.counts.clear()
 
     def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
-        """Work on one block.
+        """Process one block.
 
         Args:
-            state: What ``start`` gave.
-            first: The number of the block's first element in the tensor.
-            xs: The models' elements, or differences to the base, on the device; may be used up.
-            base: The base's elements if there is a base.
-            out: Room for the stored result.
+            state: The span's state.
+            first: The index of the block's first element in the tensor.
+            xs: The models' elements, or differences to the base, on the device; may be overwritten.
+            base: The base's elements, if there is a base.
+            out: The buffer for the encoded result.
         """
         raise NotImplementedError

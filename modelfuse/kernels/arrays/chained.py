@@ -1,4 +1,4 @@
-"""Passes over what the element step leaves, and over what combinations make of it."""
+"""Passes that apply the element step, and passes over the combination's result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modelfuse.methods.expressions import Expression
 
 
 class Host(Walk):
-    """A pass over whole slices in the host's memory, whatever the library: what is done once is done with numpy."""
+    """A pass over whole slices in host memory, with numpy whatever the library is."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(work, NumpyLibrary(0, 0))
@@ -34,14 +34,14 @@ class Host(Walk):
             self._add_counts(state)
 
     def values(self, raws: Bytes, count: int) -> tuple[list[Array], Array | None]:
-        """The models' elements of a slice, less the base's, and the base's."""
+        """The models' differences to the base (or elements) of a slice, and the base's elements."""
         with self._library.working():
             xs = self._load(self._state(), raws, 0, count)
             return xs, xs.pop() if self._work.has_base else None
 
 
 class Fragments(Host):
-    """The pass that finds the pieces of groups of lines that slices cut, with the models' magnitudes."""
+    """The pass that collects the magnitudes of groups of lines that slices cut."""
 
     def __init__(self, work: Work, lines: Lines) -> None:
         super().__init__(work)
@@ -61,7 +61,7 @@ class Fragments(Host):
 
 
 class Chained(Walk):
-    """A pass over what the element step leaves."""
+    """A pass over elements after the element step."""
 
     scratch = 80
 
@@ -77,7 +77,7 @@ class Chained(Walk):
 
     def apply(self, state: ArrayState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         if self._host is not None and self._element.lines is not None:
-            # Ranks in lines take whole ones, of which blocks may hold parts.
+            # Ranks within lines need whole lines, of which a block may have only a part.
             magnitudes = np.abs(np.stack(self._host.values(raws, count)[0]))
             state.keep, state.first = self._element.lines.of(first, magnitudes), first
         super().apply(state, first, count, raws, out)
@@ -95,7 +95,7 @@ class Chained(Walk):
     def _elements(
         self, state: ArrayState, first: int, xs: list[Tensor], model: int, counters: Tensor | None
     ) -> Evaluator:
-        """What expressions of a model's element are evaluated with."""
+        """The evaluator for expressions of one model's elements."""
         chain, arithmetic, count = self._work.method.chain, self._arithmetic, xs[model].shape[0]
         arrays: dict[str, list[Tensor]] = {"x": xs}
         if counters is not None:
@@ -123,7 +123,7 @@ class Chained(Walk):
             xs[model] = self._elements(state, first, xs, model, counters).of_model(chain.element, model)
 
     def _merged(self, first: int, xs: list[Tensor], base: Tensor | None, numbers: Coefficients) -> Evaluator:
-        """What expressions of all models' elements are evaluated with, after the element step."""
+        """The evaluator for expressions of all models' elements, after the element step."""
         arrays: dict[str, Any] = {"x": xs, "base": base}
         for name, (lines, table) in numbers.lined.items():
             own = lines.numbers(first, xs[0].shape[0])
@@ -133,7 +133,7 @@ class Chained(Walk):
 
 
 class Added(Chained):
-    """A pass that adds up elements; finds float64 sums, shape (models · terms, numbers to add up)."""
+    """A pass that sums terms; finds float64 partial sums, shape (models · terms, partial sums)."""
 
     def __init__(self, work: Work, library: Library, element: Element, terms: Sequence[Expression]) -> None:
         super().__init__(work, library, element)

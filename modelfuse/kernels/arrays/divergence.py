@@ -1,4 +1,4 @@
-"""How far the rows of a model are from those of its base, as distributions: with numpy, whatever merges."""
+"""Kullback-Leibler divergences of a model's rows from the base's; always computed with numpy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelfuse.kernels.measures import Passes
 
 
 def divergence(work: Work, lines: Lines, least: float) -> Passes:
-    """Σ p ln(p/q) of each line, not below 0: p and q the model's softmax and the base's, plus ``least``."""
+    """Σ p ln(p/q) of each line, at least 0; p and q are the softmax of the model and of the base, plus ``least``."""
     largest = np.full((2, lines.number), -np.inf)
     for first, found in (each for span in (yield Largest(work, lines)) for each in span):
         here = largest[:, first : first + found.shape[1]]
@@ -26,9 +26,9 @@ def divergence(work: Work, lines: Lines, least: float) -> Passes:
 
 
 class _Rows(Walk):
-    """A pass over rows: what is stored of the model and of its base, in float64."""
+    """A pass over rows of the model and of the base, decoded to float64."""
 
-    #: Elements of both, and what exponentials and logarithms take.
+    #: Both sources' elements, and temporaries of exponentials and logarithms.
     scratch = 200
 
     def __init__(self, work: Work, lines: Lines) -> None:
@@ -49,7 +49,7 @@ class _Rows(Walk):
             state.found.append(self._found(part.start // self._lines.group, np.stack(groups)))
 
     def _found(self, line: int, rows: Array) -> Any:
-        """What is found of consecutive lines, or of a piece of one: float64, shape (2, lines, elements)."""
+        """The finding of consecutive lines, or of a piece of one; ``rows``: float64, shape (2, lines, elements)."""
         raise NotImplementedError
 
     def finish(self, state: ArrayState) -> Any:
@@ -64,7 +64,7 @@ class Largest(_Rows):
 
 
 class Exponentials(_Rows):
-    """Adds up e to the power of each element, less the largest one."""
+    """Sums exp(x − largest) along each line."""
 
     def __init__(self, work: Work, lines: Lines, largest: Array) -> None:
         super().__init__(work, lines)
@@ -81,7 +81,7 @@ class Exponentials(_Rows):
 
 
 class Divergences(Exponentials):
-    """Adds up p ln(p/q)."""
+    """Sums p ln(p/q) along each line."""
 
     def __init__(self, work: Work, lines: Lines, largest: Array, sums: Array, least: float) -> None:
         super().__init__(work, lines, largest)
@@ -93,7 +93,7 @@ class Divergences(Exponentials):
 
 
 def _added(line: int, values: Array) -> Accumulated:
-    """Sums along the last axis, halves added to each other until one is left."""
+    """Pairwise sums along the last axis."""
     lost = np.zeros_like(values)
     while (width := values.shape[-1]) > 1:
         if width % 2:

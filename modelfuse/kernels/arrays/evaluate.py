@@ -1,4 +1,4 @@
-"""Expressions evaluated over blocks of a tensor library, operation by operation as they were declared."""
+"""Evaluate expressions over blocks with a tensor library, operation by operation as declared."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ ONE = Expression("constant", value=1.0)
 
 
 class Evaluator:
-    """The elements and numbers that expressions of one block are evaluated with.
+    """Evaluates expressions for one block.
 
     Args:
-        library: Whose tensors.
+        library: The tensor library.
         arithmetic: Its arithmetic in the compute type.
-        arrays: The elements by name; those that every model has its own of, in a list.
-        each: The numbers that are one a model, by name: one mapping a model.
-        shared: The numbers that are the same for all models, by name.
+        arrays: Elements by name; a list for those that each model has its own of.
+        each: Numbers that each model has its own of, by name: one mapping per model.
+        shared: Numbers that all models share, by name.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Evaluator:
         self._library, self._arithmetic = library, arithmetic
         self._arrays, self._each, self._shared = arrays, each, shared
         self._models = len(each)
-        #: What is the same for all models; what one model has, while a term of it is evaluated.
+        #: Cached values: those shared by all models, and those of the current model.
         self._known: dict[Expression, Tensor] = {}
         self._own: dict[Expression, Tensor] = {}
 
     def value(self, one: Expression, model: int = 0) -> Tensor:
-        """The value of an expression; of one that every model has its own of, that model's."""
+        """The value of an expression; for a per-model one, that of ``model``."""
         if one.operation in ("array", "number", "constant"):
             return self._leaf(one, model)
         known = self._own if one.each else self._known
@@ -63,13 +63,13 @@ class Evaluator:
         return known[one]
 
     def of_model(self, one: Expression, model: int) -> Tensor:
-        """The same, when nothing else is asked of this model."""
+        """The same, and drop the model's cached values."""
         value = self.value(one, model)
         self.forget()
         return value
 
     def forget(self) -> None:
-        """End with a model, before anything is asked of another one."""
+        """Drop the current model's cached values, before another model is evaluated."""
         self._own.clear()
 
     def _leaf(self, one: Expression, model: int) -> Tensor:
@@ -99,7 +99,7 @@ class Evaluator:
         return OPERATIONS[one.operation](*values)
 
     def _where(self, one: Expression, model: int) -> Tensor:
-        """A choice; where one side is zero, by the bits of the other one: that is faster."""
+        """``where``; if one side is zero, by masking the other's bits, which is faster."""
         condition, chosen, other = one.operands
         mask = self.value(condition, model)
         if other == ZERO and chosen.operation in ("number", "constant"):

@@ -1,7 +1,7 @@
-"""Magnitudes of a whole tensor counted with a library's own operations.
+"""Histograms (tallies) of a tensor's magnitudes, with a library's operations.
 
-The searches are those of :mod:`modelfuse.kernels.order_statistics`, so thresholds, factors and probabilities are the
-same as the compiled kernels'; only this module and its passes know how a tally looks.
+The searches are those of :mod:`modelfuse.kernels.order_statistics`, so thresholds, factors and probabilities equal
+those of the compiled kernels.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.measures import Element, Merged, add_up, add_up_models
 from modelfuse.kernels.order_statistics import BINS, FLOAT_ENCODINGS, LOW_BITS
 
-#: A tally's tables on the device: counts and two sums for each bin, and what it takes to gather those in use.
+#: Bytes of a tally's tables on the device: a count and two sums per bin, and temporaries to gather those in use.
 TABLE_BYTES = BINS * 32
 
 
 def _rest_sums(library: Library, arithmetic: Arithmetic, bins: Tensor, rest: Tensor, wide: bool) -> tuple[Tensor, ...]:
-    """The sums by bin of the remaining bits' low ones and, if ``wide``, of the others.
+    """Sums by bin of the low remaining bits and, if ``wide``, of the high ones.
 
     Each sum stays far below 2⁵³, so float64 adds it up exactly in any order.
     """
@@ -33,7 +33,7 @@ def _rest_sums(library: Library, arithmetic: Arithmetic, bins: Tensor, rest: Ten
 
 
 class Gather(Walk):
-    """The pass that finds the bits of all magnitudes, int32 or int64 as the compute type, shape (models, elements)."""
+    """The pass that finds the bits of all magnitudes: int32 or int64, as the compute type; shape (models, elements)."""
 
     scratch = 40
 
@@ -50,7 +50,7 @@ class Gather(Walk):
 
 
 class _Counting(Chained):
-    """A pass that counts magnitudes: the models' own or, if given, of what is made of all of them."""
+    """A pass that tallies magnitudes: of the models or, if ``merged`` is given, of an expression of all models."""
 
     def __init__(self, work: Work, library: Library, merged: Merged | None) -> None:
         super().__init__(work, library, merged.element if merged else Element())
@@ -65,7 +65,7 @@ class _Counting(Chained):
 
     @property
     def _counted(self) -> int:
-        """How many tensors those are."""
+        """The number of those tensors."""
         return self._work.models if self._made is None else 1
 
 
@@ -98,7 +98,7 @@ class TallyAll(_Counting):
             for column, values in enumerate((counts, *sums)):
                 rows[:, column] = library.fetch(library.take(values, used))
             parts.append((library.fetch(used).astype(np.uint64), rows))
-            if sum(len(bins) for bins, _ in parts) > BINS:  # No more is held than of a few tables.
+            if sum(len(bins) for bins, _ in parts) > BINS:  # Bounds the memory to a few tables.
                 parts[:] = [add_up(parts)]
 
     def finish(self, state: ArrayState) -> list[tuple[Array, Array]]:
@@ -110,7 +110,7 @@ class TallyAll(_Counting):
 
 
 class TallyWithin(_Counting):
-    """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3)."""
+    """The pass that tallies chosen bins by the next digit; finds uint64 tables, shape (bins, digits, 3)."""
 
     once = False
 
@@ -147,12 +147,12 @@ class TallyWithin(_Counting):
             row += len(own)
 
     def _slots(self, bits: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor]:
-        """For the magnitudes in the chosen bins: where each is counted, and its bits."""
+        """For the magnitudes in the chosen bins: the table index and the bits of each."""
         library, arithmetic = self._library, self._arithmetic
         parent_shift, shift = self._shifts
         leading = library.shift_right(bits, parent_shift)
         rows = library.find(prefixes, leading)
-        # Beyond the last prefix there is none to compare with.
+        # There is no prefix after the last one to compare with.
         rows = rows - library.cast(rows >= arithmetic.integer(prefixes.shape[0]), "int64")
         hits = library.nonzero(library.take(prefixes, rows) == leading)
         chosen = library.take(bits, hits)

@@ -1,10 +1,10 @@
-"""The thin table of operations that torch and Paddle share, under one name each.
+"""The operations that numpy, torch and Paddle share, under common names.
 
-Everything in :mod:`modelfuse.kernels.arrays` is written once over this table and over what tensors of both
-libraries do alike: arithmetic, comparison, ``&``, ``|``, ``^``, ``~``, ``abs()``, ``reshape`` and slices. Two
-things are never done. Operands are tensors, 0-dimensional ones for numbers: given a Python number, Paddle adds a zero
-(which loses the sign of −0), and torch on a GPU multiplies by the reciprocal instead of dividing. And floats are never
-compared with ``==`` or ``!=``, as those closer than 10⁻⁸ are equal to Paddle.
+Everything in :mod:`modelfuse.kernels.arrays` is written once over this interface and over the operators that behave
+alike in all libraries: arithmetic, comparison, ``&``, ``|``, ``^``, ``~``, ``abs()``, ``reshape``, slices. Two rules:
+Operands are always tensors (0-dimensional ones for numbers): given a Python number, Paddle adds a zero, which loses
+the sign of −0, and torch on a GPU multiplies by the reciprocal instead of dividing. Floats are never compared with
+``==`` or ``!=``: Paddle treats values closer than 10⁻⁸ as equal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from modelfuse.dtypes import DType
 from modelfuse.kernels import Bytes
 
-#: A tensor of either library, on its device.
+#: A tensor of any of the libraries, on its device.
 Tensor = Any
 Array = np.ndarray[Any, Any]
 
@@ -28,27 +28,27 @@ INTEGERS = {"float32": "int32", "float64": "int64"}
 
 
 class Library(ABC):
-    """A tensor library on one device. All of it is safe to use from several threads.
+    """A tensor library on one device; thread-safe.
 
     Args:
-        module: torch or paddle; it is imported only where it is asked for.
+        module: The imported library.
         gpu: Whether to compute on a GPU.
         worker_bytes: As the attribute.
         most: As the attribute.
 
     Attributes:
-        worker_bytes: Bytes of the device's memory that each worker may fill.
-        most: Elements of a block that is walked once: as many as stay in the cache, where there is one.
+        worker_bytes: Bytes of the device's memory that each worker may use.
+        most: The most elements of a block: on the CPU, as many as stay in the cache.
     """
 
     def __init__(self, module: Any, gpu: bool, worker_bytes: int, most: int) -> None:
         self._module, self._gpu = module, gpu
         self.worker_bytes, self.most = worker_bytes, most
-        #: Each worker's own: what was made on one stream may not be ready on another one.
+        #: Per-worker cache: a tensor made on one stream may not be ready on another.
         self._own = threading.local()
 
     def running(self) -> AbstractContextManager[None]:
-        """What must be set while workers run; the main thread's part."""
+        """Context for the main thread while workers run."""
         return self._running()
 
     @contextmanager
@@ -57,27 +57,27 @@ class Library(ABC):
 
     @abstractmethod
     def working(self) -> AbstractContextManager[None]:
-        """What must be set around a worker's use of the library; when it ends, all copies are done."""
+        """Context for a worker's use of the library; all copies are complete when it exits."""
 
     @abstractmethod
     def buffer(self, shape: tuple[int, ...]) -> Bytes:
-        """Memory of the host that the device copies from and to fastest, uint8."""
+        """Host memory that is fastest to copy to and from the device (pinned, for a GPU), uint8."""
 
     @abstractmethod
     def load(self, raw: Bytes, dtype: DType) -> Tensor:
-        """Stored elements on the device, shape (elements,). ``raw`` must not change until the work is done."""
+        """Copy stored elements to the device, shape (elements,); ``raw`` must stay as it is in :meth:`working`."""
 
     @abstractmethod
     def store(self, x: Tensor, out: Bytes) -> None:
-        """Copy a tensor's bytes into ``out``; they are there when the work is done."""
+        """Copy a tensor's bytes into ``out``; complete when :meth:`working` exits."""
 
     @abstractmethod
     def to_device(self, values: Array) -> Tensor:
-        """A numpy array of float32, float64, int32 or int64 on the device."""
+        """Copy a numpy array of float32, float64, int32 or int64 to the device."""
 
     @abstractmethod
     def fetch(self, x: Tensor) -> Array:
-        """A tensor's values on the host; waits for them."""
+        """Copy a tensor to the host, synchronously."""
 
     @abstractmethod
     def cast(self, x: Tensor, dtype: str) -> Tensor:
@@ -93,14 +93,14 @@ class Library(ABC):
 
     @abstractmethod
     def shift_right(self, x: Tensor, bits: int) -> Tensor:
-        """Integers shifted so that zeros follow, whatever the sign."""
+        """Logical right shift of integers: zeros are shifted in, whatever the sign."""
 
     def finite(self, x: Tensor) -> Tensor:
         """Whether each element is neither NaN nor infinite."""
         return self._module.isfinite(x)
 
     def count(self, mask: Tensor) -> Tensor:
-        """How many are true, int64, 0-dimensional."""
+        """The number of true elements: int64, 0-dimensional."""
         return mask.sum()
 
     def where(self, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -112,11 +112,11 @@ class Library(ABC):
         return self._module.sqrt(x)
 
     def bincount(self, x: Tensor, length: int, weights: Tensor | None = None) -> Tensor:
-        """How often each integer from 0 occurs, or the float64 sums of its weights; at least ``length`` of them."""
+        """Counts of each integer from 0 on, or float64 sums of their weights; at least ``length`` entries."""
         return self._module.bincount(x, weights=weights, minlength=length)
 
     def nonzero(self, mask: Tensor) -> Tensor:
-        """Where it is true, int64, shape (number,)."""
+        """The indices of the true elements: int64, shape (number,)."""
         return self._module.nonzero(mask).reshape([-1])
 
     @abstractmethod
@@ -129,14 +129,14 @@ class Library(ABC):
 
     @abstractmethod
     def join(self, *parts: Tensor) -> Tensor:
-        """One-dimensional tensors, one after another."""
+        """Concatenate one-dimensional tensors."""
 
     @abstractmethod
     def join_columns(self, *parts: Tensor) -> Tensor:
-        """Tensors side by side, along axis 1."""
+        """Concatenate tensors along axis 1."""
 
     def stack(self, *parts: Tensor) -> Tensor:
-        """Tensors of one shape along a new first axis."""
+        """Stack tensors along a new first axis."""
         return self._module.stack(list(parts))
 
     def number(self, value: float | int, dtype: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Dot products of models along the lines of a tensor."""
+"""Dot products of all pairs of models along the lines of a tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelfuse.kernels.measures import Element
 
 
 class LineProducts(Chained):
-    """The pass that measures them, of all pairs; finds what is added up of each span's groups of lines."""
+    """The pass that measures them; finds the accumulated sums of each span's groups of lines."""
 
     def __init__(self, work: Work, library: Library, element: Element, lines: Lines) -> None:
         super().__init__(work, library, element)
@@ -33,7 +33,7 @@ class LineProducts(Chained):
             state.found.append(Accumulated(part.start // self._lines.group, sums, lost))
 
     def _fold(self, values: Tensor, part: GroupRun) -> tuple[Tensor, Tensor]:
-        """Their sums along lines, and what was lost, shape (groups, lines of a group)."""
+        """Sums along lines and their rounding errors, shape (groups, lines per group)."""
         lines, arithmetic = self._lines, self._arithmetic
         if part.whole:
             return arithmetic.fold(values.reshape([-1, lines.length, lines.inner]))

@@ -1,4 +1,4 @@
-"""numpy's arrays, on the CPU: what needs no compiler and no other library."""
+"""numpy arrays on the CPU: the backend that needs neither a compiler nor another library."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from modelfuse.kernels.bfloat16 import from_bfloat16, halves_of, to_bfloat16
 
 
 class NumpyLibrary(Library):
-    """numpy's arrays. It has no bfloat16: such values are float32 here, and stored by their upper halves.
+    """numpy arrays. numpy has no bfloat16: such values are float32 here, and stored as their upper halves.
 
     Args:
-        worker_bytes: As in the library.
-        most: As in the library.
+        worker_bytes: See :class:`Library`.
+        most: See :class:`Library`.
     """
 
     def __init__(self, worker_bytes: int, most: int) -> None:

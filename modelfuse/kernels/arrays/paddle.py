@@ -17,13 +17,13 @@ class PaddleLibrary(Library):
     """Paddle's tensors.
 
     Args:
-        paddle: The module; it is imported only where it is asked for.
+        paddle: The imported module.
         gpu: Whether to compute on a GPU: the first that Paddle sees.
-        worker_bytes: As in the library.
-        most: As in the library.
+        worker_bytes: See :class:`Library`.
+        most: See :class:`Library`.
 
-    Paddle keeps one stream for all threads: on a GPU, copies of one worker overlap with the reading and writing of
-    the others, and with arithmetic as far as the stream allows.
+    Paddle has one stream for all threads: on a GPU, copies of one worker overlap with the file I/O of the others, and
+    with arithmetic as far as the stream allows.
     """
 
     def __init__(self, paddle: Any, gpu: bool, worker_bytes: int, most: int) -> None:
@@ -36,7 +36,7 @@ class PaddleLibrary(Library):
             if not self._gpu:
                 yield
                 return
-            self._module.set_device("gpu:0")  # The device is each thread's own.
+            self._module.set_device("gpu:0")  # The current device is per thread.
             self._own.pinned = []
             yield
             self._module.device.synchronize()
@@ -48,7 +48,7 @@ class PaddleLibrary(Library):
     def load(self, raw: Bytes, dtype: DType) -> Tensor:
         if self._gpu:
             pinned = self._module.to_tensor(raw, place=self._module.CUDAPinnedPlace())
-            self._own.pinned.append(pinned)  # It must live until the copy is done.
+            self._own.pinned.append(pinned)  # Must stay alive until the copy is complete.
             return self.view(pinned._copy_to(self._place, False), str(dtype.paddle))
         return self.view(self._module.utils.dlpack.from_dlpack(raw), str(dtype.paddle))
 

@@ -1,4 +1,4 @@
-"""Merging one tensor with a tensor library: its passes, and what each one finds."""
+"""The passes of the array backend: merging one tensor with a tensor library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from modelfuse.methods.expressions import Expression
 
 
 class ArrayBackend:
-    """The passes that are operations of a tensor library."""
+    """The backend whose passes are operations of a tensor library."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -71,7 +71,7 @@ class ArrayBackend:
 
 
 def merge_procedure(work: Work, library: Library) -> Procedure:
-    """The passes that merge one tensor on the library's device."""
+    """The procedure that merges one tensor on the library's device."""
     return procedure_over(work, ArrayBackend(library))
 
 
@@ -99,7 +99,7 @@ class Combine(Chained):
 
 
 class DotProducts(Chained):
-    """The pass that measures dot products of models; finds float64 sums, shape (products, numbers to add up)."""
+    """The pass that measures dot products of models; finds float64 partial sums, shape (products, partial sums)."""
 
     def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         self._apply_element(state, first, xs)
@@ -115,7 +115,7 @@ class DotProducts(Chained):
 
 
 class ElementSums(Added):
-    """The pass that adds up terms of each model's elements."""
+    """The pass that sums terms of each model's elements."""
 
     def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         counters, found = self._counters(first, xs[0].shape[0]), []
@@ -131,7 +131,7 @@ class ElementSums(Added):
 
 
 class MergedSums(Added):
-    """The pass that adds up terms that are made of all models' elements."""
+    """The pass that sums terms of all models' elements."""
 
     def __init__(
         self, work: Work, library: Library, element: Element, numbers: Coefficients, terms: Sequence[Expression]
@@ -149,7 +149,7 @@ class MergedSums(Added):
         self._add(state, found)
 
     def sums(self, found: list[Any]) -> Array:
-        """The sums, float64, shape (models, terms); of what is the same for all models, the same for each."""
+        """The sums, float64, shape (models, terms); terms that are not per model are repeated for each."""
         sums = iter([total(each) for each in np.concatenate(found, axis=1)])
         table = np.empty((self._work.models, len(self._terms)))
         for model in range(self._work.models):

@@ -1,6 +1,6 @@
-"""What some compiled kernels do, with numpy's operations: to the same bits, where nothing is compiled.
+"""numpy versions of some compiled kernels, bit-identical, for when nothing is compiled.
 
-Each function takes what its kernel takes; sums are added up in the kernel's order.
+Each function has the parameters of its kernel, and sums in the kernel's order.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from modelfuse.kernels.bfloat16 import from_bfloat16
 
 Array = np.ndarray[Any, Any]
 
-#: Storage codes, as compiled kernels know them, and numpy's types that hold the bytes.
+#: Storage codes of the compiled kernels, and the numpy types that hold the bytes.
 STORED = {0: np.float32, 1: np.float64, 2: np.uint16, 3: np.float16}
-#: Elements a block, and running sums, of distances.
+#: Elements per block, and running sums, of distances.
 BLOCK, LANES = 1024, 16
-#: Elements of a product of thin matrices that are computed at a time.
+#: Elements of a low-rank product that are computed at a time.
 PIECE = 1 << 16
 
 
@@ -34,7 +34,7 @@ def _values(code: int, raw: Array, count: int) -> Array:
 
 
 def measure(data: Any, stride: int, first: int, count: int, seen: Any) -> None:
-    """Compare every model with the base, and sum the squares of the chosen blocks of their differences."""
+    """Compare every model with the base, and sum the squares of their differences over the sampled blocks."""
     inputs, raws, models = data.inputs, data.raws, data.inputs.models
     with np.errstate(all="ignore"):
         base = _values(inputs.codes[models], raws[models], count)
@@ -49,7 +49,7 @@ def measure(data: Any, stride: int, first: int, count: int, seen: Any) -> None:
 
 
 def _differs(inputs: Any, raws: Array, model: int, count: int, values: Array, base: Array) -> bool:
-    """Whether a model's elements are not the base's: by their bits, where both have one type."""
+    """Whether a model's elements differ from the base's; compares bits if both have the same type."""
     if inputs.deltas[model]:
         return bool(values.any())
     code, other = inputs.codes[model], inputs.codes[inputs.models]
@@ -60,14 +60,14 @@ def _differs(inputs: Any, raws: Array, model: int, count: int, values: Array, ba
 
 
 def _chosen(first: int, count: int, stride: int) -> Array:
-    """The positions of the elements of the chosen blocks, shape (blocks, BLOCK); ``count`` for what lies beyond."""
+    """Positions of the elements of the sampled blocks, shape (blocks, BLOCK); ``count`` beyond the end."""
     starts = np.arange((-(first // BLOCK)) % stride * BLOCK, count, stride * BLOCK)
     positions: Array = np.minimum(starts[:, None] + np.arange(BLOCK), count)
     return positions
 
 
 def _add_squares(total: float, values: Array, chosen: Array) -> float:
-    """In lanes folded in a fixed order, block by block."""
+    """Sum squares block by block, in lanes that are folded in a fixed order."""
     squares = np.append(values * values, 0.0)[chosen]
     lanes = np.add.reduce(squares.reshape(len(squares), BLOCK // LANES, LANES), axis=1)
     blocks = np.cumsum(lanes, axis=1)[:, -1]
@@ -83,7 +83,7 @@ def expand(codes: Array, values: Array, grid: Any, scales: Array, first: int, ou
 
 
 def add_low_rank(left: Array, right: Array, scale: Any, first: int, sums: Array, out: Array) -> None:
-    """Add elements of a product of two thin matrices, summed over the rank in order; ``sums`` is not needed."""
+    """Add elements of a low-rank product, summed over the rank in order; ``sums`` is unused."""
     del sums
     columns = right.shape[1]
     for start in range(0, out.size, PIECE):
@@ -114,7 +114,7 @@ def _dot(one: Array, other: Array) -> float:
 
 
 def orthonormalize(vectors: Array) -> None:
-    """Gram and Schmidt's process, each vector twice; what depends on those before becomes zero."""
+    """Gram-Schmidt, each vector twice; linearly dependent vectors become zero."""
     for c in range(len(vectors)):
         before = np.sqrt(_dot(vectors[c], vectors[c]))
         for _ in range(2):
@@ -125,7 +125,7 @@ def orthonormalize(vectors: Array) -> None:
 
 
 def rotate(vectors: Array, beside: Array) -> None:
-    """Jacobi's rotations until the vectors are orthogonal; ``beside`` is rotated the same way."""
+    """One-sided Jacobi rotations until the vectors are orthogonal; the same rotations are applied to ``beside``."""
     for _ in range(30):
         largest = 0.0
         for a in range(len(vectors) - 1):
@@ -136,7 +136,7 @@ def rotate(vectors: Array, beside: Array) -> None:
 
 
 def _rotate_pair(vectors: Array, beside: Array, a: int, b: int) -> float:
-    """Make two vectors orthogonal; returns the size of their cosine, 0 if they are."""
+    """Make two vectors orthogonal; returns the absolute cosine before, 0 if they already were."""
     one, other, both = _dot(vectors[a], vectors[a]), _dot(vectors[b], vectors[b]), _dot(vectors[a], vectors[b])
     if both == 0 or abs(both) <= 1e-12 * np.sqrt(one * other):
         return 0.0

@@ -17,12 +17,12 @@ class TorchLibrary(Library):
     """torch's tensors.
 
     Args:
-        torch: The module; it is imported only where it is asked for.
+        torch: The imported module.
         gpu: Whether to compute on a GPU: torch's current one.
-        worker_bytes: As in the library.
-        most: As in the library.
+        worker_bytes: See :class:`Library`.
+        most: See :class:`Library`.
 
-    On a GPU every worker has a stream of its own: while one computes, another one's copies are under way.
+    On a GPU each worker has its own stream, so that copies of one worker overlap with computations of another.
     """
 
     def __init__(self, torch: Any, gpu: bool, worker_bytes: int, most: int) -> None:
@@ -31,7 +31,7 @@ class TorchLibrary(Library):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Workers are the parallelism; threads of torch's own beside them would only wait for each other."""
+        """Limit torch to one thread per worker: the workers are the parallelism."""
         threads = self._module.get_num_threads()
         self._module.set_num_threads(1)
         try:

@@ -1,1 +1,1 @@
-"""The methods as compiled loops over raw bytes."""
+"""The methods as compiled loops over stored bytes."""

@@ -1,4 +1,4 @@
-"""The passes that are compiled loops over stored bytes, and numpy's operations for what no loops are compiled for."""
+"""The compiled backend; passes without a compiled loop use numpy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 
 class CompiledBackend:
-    """The passes that are compiled loops over stored bytes."""
+    """The backend whose passes are compiled loops over stored bytes."""
 
     def gather(self, work: Work) -> Gather:
         return Gather(work)
@@ -71,7 +71,7 @@ class CompiledBackend:
 
     @cached_property
     def _arrays(self) -> Backend:
-        """numpy's operations, for what no loops are compiled for: lines, and what is made of all models."""
+        """The numpy backend, for passes without a compiled loop: lines, and expressions of all models."""
         from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES
         from modelfuse.kernels.arrays.numpy import NumpyLibrary
         from modelfuse.kernels.arrays.passes import ArrayBackend
@@ -80,5 +80,5 @@ class CompiledBackend:
 
 
 def merge_procedure(work: Work) -> Procedure:
-    """The passes that merge one tensor on the CPU."""
+    """The procedure that merges one tensor with compiled loops."""
     return procedure_over(work, CompiledBackend())

@@ -1,7 +1,7 @@
-"""How far each model's tensor is from the base's, told from slices that were read anyway.
+"""Distance of each model's tensor to the base's, measured on the slices that the merge reads anyway.
 
-Whether they are equal is told exactly; where they are not, as for nearly all tensors, the first few bytes show it.
-The distance is an estimate from some blocks, chosen by the numbers of their elements alone.
+Equality is exact (a difference usually shows in the first few bytes). The distance is estimated from a sample of
+blocks, chosen by their position alone.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from modelfuse.kernels.jit.compile import compile_kernel
 
 Array = np.ndarray[Any, Any]
 
-#: Elements a block, and running sums: they are part of what is measured, so they are not those of other kernels.
+#: Elements per block, and running sums. They determine the estimate, so they are independent of other kernels'.
 BLOCK, LANES = 1024, 16
-#: A tensor of fewer elements is measured whole; of any other, so many at least.
+#: Tensors of up to this many elements are measured whole; of larger ones, at least this many are sampled.
 LEAST = 1 << 16
-#: At most every so-manieth block: odd, so that rows of a power of two are seen at all their columns.
+#: The largest stride between sampled blocks: odd, so that with row lengths of a power of two all columns are sampled.
 WIDEST = 63
 
 
 def stride_of(size: int) -> int:
-    """Every how-manieth block of a tensor is measured; odd.
+    """The stride between the sampled blocks of a tensor of ``size`` elements; odd.
 
     >>> stride_of(1000), stride_of(300_000), stride_of(10**9)
     (1, 5, 63)
@@ -43,13 +43,13 @@ def stride_of(size: int) -> int:
 
 @dataclass
 class SpanDistances:
-    """What a span says of the models' tensors and of the base's.
+    """Distances to the base within one span.
 
     Attributes:
-        first: The number of the span's first element.
-        differs: bool, shape (models,): whether any element is not the base's.
-        squares: float64, shape (models + 1,): of the differences to the base, and of the base itself, summed over
-            the measured blocks.
+        first: The index of the span's first element.
+        differs: bool, shape (models,): whether any element differs from the base's.
+        squares: float64, shape (models + 1,): sums of squares of the differences to the base, and of the base itself,
+            over the sampled blocks.
     """
 
     first: int
@@ -58,13 +58,13 @@ class SpanDistances:
 
 
 def measured(procedure: Procedure, work: Work) -> Procedure:
-    """The same procedure, whose last pass tells beside all else how far the models are from the base.
+    """Wrap a procedure so that its writing pass also measures the distances to the base.
 
-    What a span of that pass finds is a :class:`Measured`; whoever walks it takes the distances out of it.
+    The finding of a span of that pass is a :class:`Measured`, from which the worker takes the distances.
 
     Args:
-        procedure: Merges a tensor.
-        work: What it does; there is a base.
+        procedure: The procedure that merges a tensor.
+        work: Its work, which has a base.
     """
     pass_ = next(procedure)
     while True:
@@ -76,11 +76,11 @@ def measured(procedure: Procedure, work: Work) -> Procedure:
 
 
 class Seen(NamedTuple):
-    """What is known of the distances so far.
+    """The distances of a span so far, as the kernel takes them.
 
     Attributes:
-        differs: bool, shape (models,): as in :class:`SpanDistances`.
-        squares: float64, shape (models + 1,): the same.
+        differs: bool, shape (models,): see :class:`SpanDistances`.
+        squares: float64, shape (models + 1,): see :class:`SpanDistances`.
         rows: float64, shape (3, BLOCK): scratch.
         files: Where the elements are read from.
     """
@@ -93,7 +93,7 @@ class Seen(NamedTuple):
 
 @dataclass
 class MeasuredState:
-    """A span under way: the state of the pass, and a :class:`Seen`, laid out."""
+    """The state of a span: that of the wrapped pass, and a laid-out :class:`Seen`."""
 
     inner: SpanState
     seen: Any
@@ -107,7 +107,7 @@ class MeasuredState:
 
 
 class MeasuredPass:
-    """A pass that also looks at the slices that it is given; those of a span come in order."""
+    """Wraps a pass to measure distances on its slices, which come in order within a span."""
 
     def __init__(self, inner: Pass, work: Work) -> None:
         self._inner, self._inputs = inner, inputs_of(work)
@@ -115,16 +115,16 @@ class MeasuredPass:
 
     @property
     def writes(self) -> bool:
-        """As the pass."""
+        """As the wrapped pass."""
         return self._inner.writes
 
     @property
     def span(self) -> int | None:
-        """As the pass, if it has any."""
+        """As the wrapped pass, if it has one."""
         return getattr(self._inner, "span", None)
 
     def steps(self, state: MeasuredState, first: int, count: int, most: int) -> Iterator[Step]:
-        """As the pass; what it does not write is not looked at."""
+        """As the wrapped pass; only steps that write are measured."""
         for step in steps_of(self._inner, state.inner, first, count, most):
             state.step = step
             yield step
@@ -136,14 +136,14 @@ class MeasuredPass:
         return MeasuredState(self._inner.start(), prepare(seen))
 
     def read_from(self, state: MeasuredState, extents: Sequence[Extent]) -> bool:
-        """Read the same as the pass, if that reads by itself."""
+        """As the wrapped pass; the distances are read from the same files."""
         if not self._inner.read_from(state.inner, extents):
             return False
         state.seen.value.files.read_from(extents, self._sources)
         return True
 
     def apply(self, state: MeasuredState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
-        """Look at the slice, and let the pass work on it."""
+        """Measure the slice, and run the wrapped pass on it."""
         if state.step is None or state.step.writes:
             state.first = first if state.first is None else state.first
             with state.seen.value.files.at(first):
@@ -158,11 +158,11 @@ class MeasuredPass:
 
 
 class Distance(NamedTuple):
-    """How far one model's tensor is from the base's.
+    """The distance of one model's tensor to the base's.
 
     Attributes:
-        equal: Whether it is the base's, element by element.
-        relative: The estimate of ‖x − b‖ / ‖b‖; None where there is no such number, as for a base of zeros.
+        equal: Whether all elements equal the base's.
+        relative: The estimate of ‖x − b‖ / ‖b‖; None where it is undefined, as for a base of zeros.
     """
 
     equal: bool
@@ -170,7 +170,7 @@ class Distance(NamedTuple):
 
 
 def pack(found: Sequence[Distance]) -> array[float]:
-    """The same in a few bytes, for a model may have a hundred thousand tensors.
+    """Pack distances into a few bytes, as a model may have a hundred thousand tensors.
 
     >>> list(unpack(pack([Distance(False, 0.5), Distance(True, 0.0), Distance(False, None)])))
     [Distance(equal=False, relative=0.5), Distance(equal=True, relative=0.0), Distance(equal=False, relative=None)]
@@ -179,7 +179,7 @@ def pack(found: Sequence[Distance]) -> array[float]:
 
 
 def unpack(packed: array[float]) -> list[Distance]:
-    """What was packed; the distance of what is equal is zero."""
+    """The distances that :func:`pack` has packed; the relative distance of equal tensors is 0."""
     return [
         Distance(value < 0, 0.0) if value < 0 else Distance(False, None if math.isnan(value) else value)
         for value in packed
@@ -190,11 +190,11 @@ def distances(spans: Sequence[SpanDistances]) -> list[Distance]:
     """The distance of each model.
 
     Args:
-        spans: What was found in all spans of a tensor, in any order.
+        spans: The distances of all spans of a tensor, in any order.
     """
     if not spans:
         return []
-    # Of a small tensor this is done as often as merging: Python's own numbers are faster than numpy's few.
+    # Called once per tensor: for so few numbers, Python floats are faster than numpy.
     ordered = sorted(spans, key=lambda span: span.first)
     differs = [any(own) for own in zip(*(span.differs.tolist() for span in ordered), strict=True)]
     *squares, base = map(sum, zip(*(span.squares.tolist() for span in ordered), strict=True))
@@ -206,14 +206,14 @@ def distances(spans: Sequence[SpanDistances]) -> list[Distance]:
 
 @compile_kernel(plain=plain.measure)
 def measure(data: merge_loops.Stored, stride: int, first: int, count: int, seen: Seen) -> None:
-    """Compare every model with the base until a difference is found, and sum the squares of the chosen blocks.
+    """Compare each model with the base until a difference is found, and sum squares over the sampled blocks.
 
     Args:
         data: The slice; the base is the last source.
-        stride: Every how-manieth block is chosen.
-        first: The number of the first element in the tensor, a multiple of BLOCK.
+        stride: The stride between sampled blocks.
+        first: The index of the slice's first element in the tensor, a multiple of BLOCK.
         count: The number of elements.
-        seen: Updated, and added to.
+        seen: Updated in place.
     """
     codes, raws, deltas, models = data.inputs.codes, data.raws, data.inputs.deltas, data.inputs.models
     rows, differs, squares = seen.rows, seen.differs, seen.squares
@@ -279,7 +279,7 @@ def _unequal(code: int, raw: Array, start: int, size: int, row: Array, base: Arr
 
 @compile_kernel
 def _sum_of_squares(row: Array, size: int, lanes: Array) -> float:
-    """In lanes folded in a fixed order: the same bits on any processor."""
+    """The sum of squares, in lanes folded in a fixed order: bit-identical on any processor."""
     for i in range(size, -(-size // LANES) * LANES):
         row[i] = 0.0
     for lane in range(LANES):

@@ -1,4 +1,4 @@
-"""Magnitudes counted in bins of some leading bits."""
+"""Count magnitudes in bins by their leading bits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @compile_kernel(plain=plain.count_bins)
 def count_bins(bits: Array, shift: int, counts: Array) -> None:
-    """Count the bits of magnitudes without their last ones; models in turn, as a count waits for the one before it.
+    """Count magnitudes by their bits without the last ``shift`` ones.
+
+    Models alternate element by element: consecutive increments of one counter would wait for each other.
 
     Args:
-        bits: int32, shape (models, elements), of no sign.
-        shift: How many bits to leave out.
-        counts: int64, shape (models, bins); is added to.
+        bits: int32, shape (models, elements): bits of magnitudes, with the sign bit clear.
+        shift: The number of low bits to drop.
+        counts: int64, shape (models, bins); incremented in place.
     """
     models, elements = bits.shape
     for element in range(elements):

@@ -1,4 +1,4 @@
-"""Stored elements read by the kernels themselves: a part of a slice at a time, which stays in the nearer caches."""
+"""File reads inside kernels: a part of a slice at a time, which stays in the CPU's inner caches."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from modelfuse.kernels.jit.compile import Foreign, compile_kernel
 
 Array = np.ndarray[Any, Any]
 
-#: Bytes of all sources that are read at a time. Reading a little at a time costs a system call; in the second-level
-#: cache there is room for these and for what the kernels keep.
+#: Bytes of all sources that are read at a time: each read costs a system call, and the bytes must fit into the L2
+#: cache beside the kernels' buffers.
 WINDOW = 1 << 18
-#: Elements a block, which divides what is read at a time: few enough for the nearest caches, enough that calling a
-#: function for each costs nothing.
+#: Elements per block, which divides what is read at a time: few enough for the L1 cache, enough to make the cost of a
+#: function call per block negligible.
 BLOCK = 1024
-#: How often reading is tried where it fails: a signal may interrupt it on some filesystems.
+#: Attempts of a read that fails: on some filesystems a signal may interrupt it.
 ATTEMPTS = 3
 
 _pread = Foreign("pread", "int64", "int32", "uintp", "int64", "int64")
 
 
 class DirectReads(NamedTuple):
-    """Where a tensor's elements lie.
+    """The files that a kernel reads a tensor's sources from.
 
     Attributes:
-        descriptors: int64, shape (sources,): the files.
-        offsets: int64, shape (sources,): where the tensor begins in each.
-        widths: int64, shape (sources,): bytes of an element.
-        slice: int64, shape (3,): the number of its first element, how many elements are read at a time (0: all of them
-            are in the rows already), and the source that could not be read, from one on.
+        descriptors: int64, shape (sources,): file descriptors.
+        offsets: int64, shape (sources,): byte offset of the tensor in each file.
+        widths: int64, shape (sources,): bytes per element.
+        slice: int64, shape (3,): the index of the slice's first element; the number of elements that are read at a time
+            (0: all elements are already in the rows); the source whose read failed, counted from 1 (0: none).
     """
 
     descriptors: Array
@@ -44,21 +44,21 @@ class DirectReads(NamedTuple):
 
     @classmethod
     def of(cls, sources: int) -> DirectReads:
-        """BlockBuffers for so many sources."""
+        """Arrays for ``sources`` sources, without files."""
         return cls(*(np.zeros(size, np.int64) for size in (sources, sources, sources, 3)))
 
     def read_from(self, extents: Sequence[Extent], dtypes: Sequence[DType]) -> None:
-        """Read tensors of these types from there, from now on."""
+        """Set the extents and types of the sources."""
         self.descriptors[:], self.offsets[:] = zip(*extents, strict=True)
         self.widths[:] = [dtype.bytes for dtype in dtypes]
         self.slice[1] = max(WINDOW // int(self.widths.sum()) // BLOCK, 1) * BLOCK
 
     @contextmanager
     def at(self, first: int) -> Iterator[None]:
-        """While a kernel takes the slice that begins with this element of the tensor.
+        """The context of a kernel call for the slice that begins with element ``first`` of the tensor.
 
         Raises:
-            Unread: If anything could not be read.
+            Unread: If a read failed.
         """
         self.slice[0] = first
         yield
@@ -68,12 +68,12 @@ class DirectReads(NamedTuple):
 
 @compile_kernel
 def column_of(files: DirectReads, raws: Array, start: int, length: int) -> int:
-    """Where the block that begins with an element of a slice lies in the rows, once it was read.
+    """Read a block of all sources if it is not read yet; returns its first element's column in the rows.
 
     Args:
-        files: Where from.
+        files: The files.
         raws: uint8, shape (sources, bytes).
-        start: The number of the block's first element in the slice: blocks come in order.
+        start: The index of the block's first element in the slice; blocks must come in order.
         length: The number of elements in the slice.
     """
     window = files.slice[1]
@@ -88,7 +88,7 @@ def column_of(files: DirectReads, raws: Array, start: int, length: int) -> int:
 
 @compile_kernel
 def block_of(files: DirectReads, raws: Array, row: int, start: int, count: int) -> int:
-    """The same for a block of one source, in any order."""
+    """The same for a block of one source; blocks may come in any order."""
     if files.slice[1] == 0:
         return start
     fill(files, raws, row, start, count)

@@ -1,4 +1,4 @@
-"""Dot products of models, for Gram matrices, and sums of terms: compiled loops over blocks."""
+"""Compiled loops over blocks for dot products of models (Gram matrices) and sums of terms."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from modelfuse.kernels.jit.compile import compile_kernel
 
 Array = np.ndarray[Any, Any]
 
-#: Running sums of a product.
+#: Running sums per dot product.
 LANES = 16
-#: Elements of a lane that are added up at a time.
+#: Elements of a lane that are summed at a time.
 GROUP = 8
 
 
 @compile_kernel
 def add_products(x: Array, models: int, size: int, lanes: Array, sums: Array, row: int, last: bool) -> None:
-    """Add a block's products to the lanes; at the ``last`` block's end, fold them into a row of sums.
+    """Add a block's products to the lanes or, with ``last``, fold the lanes into a row of sums.
 
-    Sixteen running sums a product, folded in a fixed order: the same bits on any processor. Products of float32 are
-    exact, and what their sums lose is far less than a float32 can tell; for float64 all that is lost is added up, too.
+    Each product has sixteen running sums, folded in a fixed order: bit-identical on any processor. Products of float32
+    are exact in float64, and the rounding errors of their sums are far below float32's precision; for float64 the
+    rounding errors are summed as well.
 
     Args:
         x: The models' elements, shape (rows, BLOCK); set to zero beyond ``size``.
         models: The number of models.
         size: The number of elements.
-        lanes: float64, shape (2 · products, LANES): sums, then what was lost.
-        sums: float64, shape (rows, 2 · products): the same, folded.
-        row: Which row of sums.
-        last: Whether to fold, instead of adding.
+        lanes: float64, shape (2 · products, LANES): sums, then rounding errors.
+        sums: float64, shape (rows, 2 · products): folded sums and rounding errors.
+        row: The row of ``sums`` to write.
+        last: Whether to fold instead of adding.
     """
     products = models * (models + 1) // 2
     if last:
@@ -71,7 +72,7 @@ def _fold(lanes: Array, products: int, exact: bool, sums: Array) -> None:
 
 @compile_kernel
 def _add(one: Array, other: Array, size: int, lanes: Array) -> None:
-    """Add a block's products to the lanes, several to each while they are in registers."""
+    """Add a block's products to the lanes, several per lane while it is in a register."""
     for start in range(0, size, GROUP * LANES):
         a, b = one[start : start + GROUP * LANES], other[start : start + GROUP * LANES]
         for lane in range(LANES):
@@ -83,7 +84,7 @@ def _add(one: Array, other: Array, size: int, lanes: Array) -> None:
 
 @compile_kernel
 def _add_exactly(one: Array, other: Array, size: int, lanes: Array, losses: Array) -> None:
-    """The same; what each addition loses is added to ``losses``."""
+    """The same; the rounding error of each addition is added to ``losses``."""
     for start in range(0, size, GROUP * LANES):
         a, b = one[start : start + GROUP * LANES], other[start : start + GROUP * LANES]
         for lane in range(LANES):
@@ -98,14 +99,14 @@ def _add_exactly(one: Array, other: Array, size: int, lanes: Array, losses: Arra
 
 @compile_kernel
 def add_terms(rows: Array, terms: int, model: int, size: int, lanes: Array) -> None:
-    """Add a block of a model's terms to the lanes, and what each addition loses to others.
+    """Add a block of a model's terms to the lanes, and the rounding errors to lanes of their own.
 
     Args:
         rows: The terms, from the second row on, shape (1 + terms, BLOCK); set to zero beyond ``size``.
         terms: The number of terms.
-        model: The model's number.
+        model: The index of the model.
         size: The number of elements.
-        lanes: float64, shape (models · terms, 2, LANES): sums, and what was lost.
+        lanes: float64, shape (models · terms, 2, LANES): sums, and rounding errors.
     """
     whole = -(-size // LANES) * LANES
     for term in range(terms):
@@ -122,7 +123,7 @@ def add_terms(rows: Array, terms: int, model: int, size: int, lanes: Array) -> N
 
 @compile_kernel
 def fold_terms(lanes: Array, sums: Array) -> None:
-    """Fold the lanes of each term into one sum and what was lost, float64, shape (models · terms, 2)."""
+    """Fold the lanes of each term into its sum and rounding error: float64, shape (models · terms, 2)."""
     for term in range(lanes.shape[0]):
         total = lost = 0.0
         for lane in range(LANES):
@@ -135,6 +136,6 @@ def fold_terms(lanes: Array, sums: Array) -> None:
 
 @compile_kernel
 def _error_of(a: float, b: float, added: float) -> float:
-    """What was lost when two numbers were added: Knuth's two-sum (The Art of Computer Programming, 2, 4.2.2)."""
+    """The rounding error of a + b: Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2)."""
     of_b = added - a
     return (a - (added - of_b)) + (b - of_b)

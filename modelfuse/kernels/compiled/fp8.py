@@ -1,4 +1,4 @@
-"""Codes of one byte to the values that they stand for."""
+"""Dequantize 8-bit floats: codes and block scales to float32."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Array = np.ndarray[Any, Any]
 
 
 class Grid(NamedTuple):
-    """Which scale an element has: one for every block of a matrix, or of several under one another.
+    """The grid of block scales of a matrix, or of several stacked matrices.
 
     Attributes:
         rows: Rows of one matrix.
-        columns: Its columns.
-        block_rows: Rows of a block; those at the lower edge may be cut.
-        block_columns: Columns of a block; those at the right edge may be cut.
+        columns: Columns of a matrix.
+        block_rows: Rows per block; fewer at the lower edge.
+        block_columns: Columns per block; fewer at the right edge.
     """
 
     rows: int
@@ -29,26 +29,25 @@ class Grid(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many blocks a matrix has, down and across."""
+        """The number of blocks of one matrix: (down, across)."""
         return -(-self.rows // self.block_rows), -(-self.columns // self.block_columns)
 
     def row_of(self, element: int) -> int:
-        """The row of blocks that an element lies in, counted over all matrices."""
+        """The index of an element's row of blocks, counted over all matrices."""
         matrix, row = divmod(element // self.columns, self.rows)
         return matrix * self.shape[0] + row // self.block_rows
 
 
 @compile_kernel(plain=plain.expand)
 def expand(codes: Array, values: Array, grid: Grid, scales: Array, first: int, out: Array) -> None:
-    """Write code × scale for a run of elements.
+    """Write value(code) × scale for a run of elements.
 
     Args:
-        codes: uint8, shape (n,). They may be the last quarter of the bytes of ``out``: what is written never
-            overtakes what is still to be read.
-        values: float32, shape (256,): what each code stands for.
-        grid: Where the blocks lie.
-        scales: float32, shape (rows of blocks, blocks across), from the row that the first element lies in.
-        first: The number of the first element in the tensor.
+        codes: uint8, shape (n,). May alias the last quarter of the bytes of ``out``: writes never overtake reads.
+        values: float32, shape (256,): the value of each code.
+        grid: The grid of scales.
+        scales: float32, shape (rows of blocks, blocks across), from the first element's row of blocks on.
+        first: The index of the first element in the tensor.
         out: float32, shape (n,).
     """
     block_rows = -(-grid.rows // grid.block_rows)

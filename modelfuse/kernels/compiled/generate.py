@@ -1,8 +1,8 @@
-"""Compiled loops of declared methods: the expressions of a chain become the source of a kernel.
+"""Generate compiled loops for declared methods: the expressions of a chain become the source of a kernel.
 
-The element step is one loop a model, in place. The combination is cut where sums over the models must be known before
-anything else can go on: each stage is one loop over the models, which takes three of them at a time, so that what is
-added up stays in registers. Operations stand in the source as they were declared, each result in a variable of its own.
+The element step is one loop per model, in place. The combination is split into stages where sums over the models are
+needed before it can continue: each stage is one loop over the models, three of them at a time, so that the running sums
+stay in registers. Operations appear in the source as declared, each result in a variable of its own.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from modelfuse.kernels.jit.compile import compile_kernel
 from modelfuse.methods.applied import Chain
 from modelfuse.methods.expressions import INFIX, Expression, numbers_of, uses, walk
 
-#: Models that a loop takes at a time.
+#: Models per iteration of a loop over the models.
 TOGETHER = 3
-#: How the source is indented.
+#: Indentation of the generated source.
 STEP = "    "
-#: What a chain's kernels are called in files that keep compiled code.
+#: The module name of generated kernels in the code cache.
 MODULE = "modelfuse.kernels.compiled.generated"
 
 COMBINE = """
@@ -86,10 +86,10 @@ class ChainKernels(NamedTuple):
 
 
 class _Writer:
-    """Source lines of one loop's body: every operation gets a variable, once.
+    """Writes the body of one loop: each distinct operation is assigned to a variable once.
 
     Args:
-        leaf: How an array, a number or a sum over the models is written.
+        leaf: Returns the source of an array element, a number or a sum over the models.
     """
 
     def __init__(self, leaf: Callable[[Expression], str]) -> None:
@@ -98,7 +98,7 @@ class _Writer:
         self.lines: list[str] = []
 
     def name_of(self, expression: Expression) -> str:
-        """The variable that holds its value; writes the lines that compute it."""
+        """The variable of an expression's value; writes the lines that compute it if needed."""
         if expression not in self._names:
             self._names[expression] = self._write(expression)
         return self._names[expression]
@@ -139,7 +139,7 @@ def element_source(chain: Chain) -> str:
 
 
 def terms_source(chain: Chain) -> str:
-    """The source of the function that leaves the chain's terms of a block of one model in ``buffers.rows``."""
+    """The source of the function that stores the chain's terms of a block of one model in ``buffers.rows``."""
     signature = "evaluate_terms(how, model, first, count, buffers)"
     if not chain.terms:
         return f"def {signature}:\n    pass\n"
@@ -178,17 +178,17 @@ def _loop_source(signature: str, expressions: Sequence[Expression], targets: Map
 
 
 def element_numbers(expressions: Sequence[Expression]) -> tuple[str, ...]:
-    """The numbers that expressions of a model's element take, in the order of their columns."""
+    """The names of the numbers in expressions of a model's element, in the order of their columns."""
     return tuple(dict.fromkeys(name for each in expressions for name in numbers_of(each, each=True)))
 
 
 def _level(one: Expression) -> int:
-    """How many sums over the models must be known one after the other."""
+    """The stage of an expression: how deeply sums over the models are nested in it."""
     return max(map(_level, one.operands), default=0) + (one.operation == "total")
 
 
 class _Combination:
-    """The source of the function that combines a block; leaves the result in ``rows[0]``."""
+    """Generates the function that combines a block and stores the result in ``rows[0]``."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain, self._root = chain, chain.combine
@@ -196,7 +196,7 @@ class _Combination:
         totals = [each for each in walk(self._root) if each.operation == "total"]
         direct = self._root.operation == "total"
         inner = [each for each in totals if each != self._root]
-        #: Where each sum is kept; a result that is a sum itself needs no row of its own.
+        #: The row of each sum; a result that is a sum itself needs no row of its own.
         self._rows = {each: f"a{number}" for number, each in enumerate(inner, 1)}
         if direct:
             self._rows[self._root] = "a0"
@@ -221,7 +221,7 @@ class _Combination:
         return _function("combine_block(x, models, count, each, shared, rows)", lines)
 
     def _stage(self, totals: Sequence[Expression]) -> list[str]:
-        """Add up sums that need only those of earlier stages. −0 plus any number is that number."""
+        """The loop of sums that depend on earlier stages only; they start at −0, the identity of addition."""
         lines = ["for i in range(count):", *(f"{STEP}{self._rows[each]}[i] = minus" for each in totals), "model = 0"]
         for together in range(TOGETHER, 0, -1):
             condition = "while models - model >=" if together == TOGETHER else "if models - model =="
@@ -263,14 +263,14 @@ def _function(signature: str, lines: Sequence[str]) -> str:
 
 
 def combination_source(chain: Chain) -> tuple[str, int]:
-    """The source of the function that combines a block, and the rows that it takes."""
+    """The source of the function that combines a block, and the number of rows that it needs."""
     made = _Combination(chain)
     return made.source(), made.rows
 
 
 @lru_cache(maxsize=64)
 def kernels_of(chain: Chain) -> ChainKernels:
-    """The kernels of a chain; they are compiled when they are first called."""
+    """The kernels of a chain; compiled on their first call."""
     element, (combination, rows) = element_source(chain), combination_source(chain)
     terms = terms_source(chain)
     digest = hashlib.blake2b((element + combination).encode(), digest_size=6).hexdigest()

@@ -1,4 +1,4 @@
-"""Magnitudes counted by their leading bits, and by those that follow: what exact order statistics are made of."""
+"""Tally magnitudes by their leading bits, and by the digits after them, for exact order statistics."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Array = np.ndarray[Any, Any]
 def tally(data: Stored, length: int, buffers: BlockBuffers, shift: int, sums: bool, tables: Array) -> None:
     """Tally all magnitudes by their leading bits and sticky bit.
 
-    ``tables[model]`` has a word for every bin, or three. For float32 it packs the count and, with ``sums``, the sum of
-    the remaining bits; for float64 they are the count, and the sums of the low 22 remaining bits and of the others.
+    ``tables[model]`` has one word per bin for float32: the count and, with ``sums``, the sum of the remaining bits,
+    packed. For float64 it has three: the count, and the sums of the low 22 remaining bits and of the others.
     """
     models, narrow = data.inputs.models, buffers.x.itemsize == 4
-    for row in range(TOGETHER):  # Counts alone, unless there are sums.
+    for row in range(TOGETHER):  # Only counts, unless there are sums.
         for i in range(BLOCK):
             buffers.amounts[row, i] = np.uint64(1 << COUNT_SHIFT)
     for start in range(0, length, BLOCK):
@@ -38,7 +38,7 @@ def tally(data: Stored, length: int, buffers: BlockBuffers, shift: int, sums: bo
         load(data, start, size, buffers, length)
         model = 0
         while model < models:
-            # Two or three models, four as two pairs.
+            # Two or three models at a time; four as two pairs.
             together = min(models - model, 2 if models - model == 4 else TOGETHER) if narrow else 1
             for row in range(together):
                 find_bins(buffers, model + row, size, shift, row)
@@ -52,10 +52,10 @@ def tally(data: Stored, length: int, buffers: BlockBuffers, shift: int, sums: bo
 
 @compile_kernel
 def _add(buffers: BlockBuffers, model: int, together: int, size: int, sums: bool, tables: Array) -> None:
-    """Count magnitudes of some models in their bins, in turn; with ``sums``, add the bits that remain.
+    """Count magnitudes of several models, alternating between them; with ``sums``, add the remaining bits.
 
-    Magnitudes repeat, zeros above all, and adding to a word that was just added to waits for that: what comes between
-    are the other models' tables.
+    Magnitudes repeat (zeros above all), and an increment waits for the previous one of the same word: alternating
+    between the models' tables hides that latency.
     """
     bins, amounts = buffers.bins, buffers.amounts
     for row in range(together if sums else 0):
@@ -73,9 +73,9 @@ def _add(buffers: BlockBuffers, model: int, together: int, size: int, sums: bool
 
 @compile_kernel
 def collect(table: Array, numbers: Array, rows: Array) -> int:
-    """Gather the bins of a model's tally that hold any magnitude, ascending, and clear them; returns how many.
+    """Gather the non-empty bins of a model's tally, ascending, and clear them; returns their number.
 
-    ``numbers`` takes the leading bits followed by the sticky bit; ``rows`` the count, and the sums of the low 22
+    ``numbers`` receives the leading bits followed by the sticky bit; ``rows`` the count, and the sums of the low 22
     remaining bits and of the others.
     """
     found, columns = 0, table.size // BINS
@@ -117,12 +117,12 @@ def tally_within(
     begins: Array,
     tables: Array,
 ) -> None:
-    """Tally the next digits of the magnitudes that lie in chosen bins.
+    """Tally the next digit of the magnitudes in chosen bins.
 
-    ``shifts`` are the bits below the leading ones, below a prefix, and below a digit. ``prefixes`` ascend for each
-    model; those of ``model`` with the leading bits ``first + lead`` are the numbers ``begins[model, lead]`` to
-    ``begins[model, lead + 1]``, and there are no others. The row of ``tables`` with a prefix's number holds three
-    words for every digit: a count and the sums of the low 22 remaining bits and of the others.
+    ``shifts`` are the numbers of bits below the leading ones, below a prefix, and below a digit. ``prefixes`` ascend
+    for each model; those of ``model`` with the leading bits ``first + lead`` have the indices ``begins[model, lead]``
+    to ``begins[model, lead + 1]``. The row of ``tables`` at a prefix's index has three words per digit: a count and
+    the sums of the low 22 remaining bits and of the others.
     """
     lead_shift, parent_shift, shift = np.uint64(shifts[0]), np.uint64(shifts[1]), np.uint64(shifts[2])
     mask = np.uint64(tables.shape[1] // 3 - 1)
@@ -135,7 +135,7 @@ def tally_within(
                 continue
             magnitude_bits(buffers, model, size)
             for i in range(size):
-                lead = (bits[i] >> lead_shift) - np.uint64(first)  # Far too large if it is below.
+                lead = (bits[i] >> lead_shift) - np.uint64(first)  # Wraps around to a huge number if it is smaller.
                 if lead >= leads:
                     continue
                 begin, end = begins[model, lead], begins[model, lead + np.uint64(1)]
@@ -148,7 +148,7 @@ def tally_within(
 
 @compile_kernel
 def _find(prefixes: Array, begin: int, end: int, prefix: Any) -> int:
-    """The last index of ``begin`` to ``end`` that holds no more than ``prefix``, or ``begin``."""
+    """The last index from ``begin`` to ``end`` whose value is at most ``prefix``, or ``begin``."""
     while end - begin > 1:
         middle = (begin + end) // 2
         if prefixes[middle] <= prefix:

@@ -1,8 +1,7 @@
-"""Products of two thin matrices, any run of their elements at a time.
+"""Low-rank products, any run of their elements at a time.
 
-Every element is Σₖ left[row, k]·right[k, column], added up over k in order with one rounding an operation, then
-scaled. So its bits do not depend on which elements are asked for together, as they would in a library's blocked
-products.
+Each element is Σₖ left[row, k]·right[k, column], summed over k in order with one rounding per operation, then scaled.
+So its bits do not depend on which elements are computed together, as they would with a BLAS library's blocking.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from modelfuse.kernels.jit.compile import compile_kernel
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: Columns a block: the sums of one row, in the first-level cache; ``right``'s block stays in the second-level one.
+#: Columns per block: the sums of a row stay in the L1 cache, ``right``'s block in the L2 cache.
 BLOCK = 1024
 
 
 def low_rank(left: Array, right: Array, scale: float) -> Array:
-    """The definition: scale · left · right in the arrays' own type, shape (rows, columns)."""
+    """The whole product scale · left · right in the arrays' type, shape (rows, columns)."""
     total: Array = np.zeros((len(left), right.shape[1]), left.dtype)
     for k in range(len(right)):
         total += left[:, k : k + 1] * right[k]
@@ -30,13 +29,13 @@ def low_rank(left: Array, right: Array, scale: float) -> Array:
 
 
 def add_low_rank(left: Array, right: Array, scale: Any, first: int, out: Array) -> None:
-    """Add the product's elements from number ``first`` on to ``out``, in row-major order.
+    """Add the product's elements from index ``first`` on to ``out``, in row-major order.
 
     Args:
-        left: float32 or float64, shape (rows, rank), without gaps.
-        right: The same type, shape (rank, columns), without gaps.
+        left: float32 or float64, shape (rows, rank), contiguous.
+        right: The same type, shape (rank, columns), contiguous.
         scale: A number of that type.
-        first: The number of the first element.
+        first: The index of the first element.
         out: The same type, shape (elements,).
     """
     _add_low_rank(left, right, scale, first, np.empty(BLOCK, left.dtype), out)
@@ -63,7 +62,7 @@ def _add_low_rank(left: Array, right: Array, scale: Any, first: int, sums: Array
 def _add_rows(
     left: Array, right: Array, scale: Any, row: int, rows: int, column: int, columns: int, sums: Array, out: Array
 ) -> None:
-    """The same for a rectangle; ``out`` has shape (rows · columns,), ``sums`` room for a block."""
+    """The same for a rectangle; ``out`` has shape (rows · columns,), ``sums`` is scratch for a block."""
     rank = left.shape[1]
     for begin in range(0, columns, BLOCK):
         size = min(BLOCK, columns - begin)
@@ -71,7 +70,7 @@ def _add_rows(
             factors = left[row + i]
             sums[:size] = 0
             k = 0
-            while k + 4 <= rank:  # Four at a time, in the same order: sums are loaded and stored less often.
+            while k + 4 <= rank:  # Four at a time, in the same order: fewer loads and stores of the sums.
                 a, b, c, d = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
                 w = right[k, column + begin : column + begin + size]
                 x = right[k + 1, column + begin : column + begin + size]

@@ -1,10 +1,9 @@
-"""What all compiled loops share: blocks decoded from raw bytes, drawn for, and encoded.
+"""Building blocks of all compiled loops: decode stored bytes, draw random numbers, look up ranks, encode.
 
-Every kernel walks a slice in blocks that stay in the first-level cache: decode the models' bytes to
-the compute type, subtract the base, apply the element step, then measure or combine and encode. Nothing is
-allocated and the GIL is released. One compilation serves all storage types and numbers of models: what
-differs is an integer, looked at once a block. The loops of the methods are generated
-(:mod:`modelfuse.kernels.compiled.generate`).
+Each kernel processes a slice in blocks that stay in the L1 cache: decode the models' bytes to the compute type,
+subtract the base, apply the element step, then measure, or combine and encode. Kernels allocate nothing and release
+the GIL. One compilation serves all stored types and numbers of models: these are integers that are checked once per
+block. The loops of the methods are generated (:mod:`modelfuse.kernels.compiled.generate`).
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from modelfuse.kernels.jit.compile import compile_kernel
 from modelfuse.kernels.order_statistics import LEAD_BITS, RANK_BITS, RANKS
 from modelfuse.methods.random import GAMMA, MIX_1, MIX_2, SCALE, SHIFT
 
-#: Elements a partial sum. Fixed, so that sums do not depend on slices.
+#: Elements per partial sum. Fixed, so that sums do not depend on slices.
 CHUNK = 32768
-#: Models whose magnitudes are counted together.
+#: Models whose magnitudes are counted alternately.
 TOGETHER = 3
 
 #: Storage codes.
 RAW_F32, RAW_F64, RAW_BF16, RAW_F16 = 0, 1, 2, 3
 
-#: A float32 tally packs the count above the sum of the remaining 16 bits; a span stays below 2²³ elements.
+#: A float32 tally packs the count above the sum of the 16 remaining bits; spans have fewer than 2²³ elements.
 COUNT_SHIFT = 40
 
 Array = np.ndarray[Any, Any]
 
 
 class SourceTypes(NamedTuple):
-    """What the sources of a tensor are.
+    """The stored types of a tensor's sources.
 
     Attributes:
-        codes: int64, shape (sources,): the storage codes, the base's last.
+        codes: int64, shape (sources,): storage codes, the base's last.
         models: The number of models, without the base.
-        has_base: Whether there is one.
-        deltas: bool, shape (models,): which models are differences to the base already.
+        has_base: Whether there is a base.
+        deltas: bool, shape (models,): which models are already differences to the base.
     """
 
     codes: Array
@@ -49,14 +48,14 @@ class SourceTypes(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Where a slice's stored bytes are, before and after.
+    """The stored bytes of a slice: inputs and output.
 
     Attributes:
-        inputs: What they are.
+        inputs: The types of the sources.
         raws: uint8, shape (sources, bytes): each source's elements from column 0 on, the base's in the last row.
-        halves: uint16, shape (sources, bytes / 2): the same memory. It takes time to tell the compiler that bytes are
-            something else, so whatever is seen as two types is there twice.
-        out: uint8, shape (bytes,): room for the result.
+        halves: uint16, shape (sources, bytes / 2): the same memory. Reinterpreting an array inside a kernel is slow, so
+            memory that is used as two types is passed as two arrays.
+        out: uint8, shape (bytes,): the buffer for the result.
         out_halves: uint16, shape (bytes / 2,): the same memory.
     """
 
@@ -68,22 +67,22 @@ class Stored(NamedTuple):
 
 
 class BlockBuffers(NamedTuple):
-    """A worker's scratch for one block.
+    """A worker's buffers for one block.
 
     Attributes:
-        x: Compute type, shape (sources, BLOCK): the decoded elements of the models, and those of the base.
-        singles: uint32: their bits, if that is float32.
-        doubles: uint64: their bits, if that is float64.
-        rows: Compute type, shape (rows, BLOCK): results on their way; the first one is the result.
+        x: Compute type, shape (sources, BLOCK): the decoded elements of the models, then those of the base.
+        singles: uint32: the bits of ``x``, if the compute type is float32.
+        doubles: uint64: the bits of ``x``, if the compute type is float64.
+        rows: Compute type, shape (rows, BLOCK): intermediate results; the first row is the result.
         draws: float32, shape (BLOCK,).
-        bits: uint64, shape (BLOCK,): magnitudes, or the words that draws are made of.
-        words: uint32, shape (2 · BLOCK,): their halves.
-        bins: uint16, shape (TOGETHER, BLOCK).
-        amounts: uint64, the same shape: what is added to them.
+        bits: uint64, shape (BLOCK,): bits of magnitudes, or random words.
+        words: uint32, shape (2 · BLOCK,): the same memory as halves.
+        bins: uint16, shape (TOGETHER, BLOCK): bins of magnitudes.
+        amounts: uint64, shape (TOGETHER, BLOCK): the amounts that are added to the bins.
         bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
-        tables: Compute type, shape (models, BINS): magprune's probabilities of being kept, by bin; those of bins that a
-            tensor has no magnitude in are another one's. No rows for other sparsifiers.
-        files: Where the stored elements are read from.
+        tables: Compute type, shape (models, BINS): magprune's probabilities of being kept, by bin; bins without a
+            magnitude of this tensor have stale values. No rows for other sparsifiers.
+        files: The files that the kernel reads the elements from.
     """
 
     x: Array
@@ -101,17 +100,17 @@ class BlockBuffers(NamedTuple):
 
 
 class LaidOutElement(NamedTuple):
-    """What the element step must know of the models.
+    """The parameters of the element step, laid out.
 
     Attributes:
-        keys: uint64, shape (models,): the random streams.
+        keys: uint64, shape (models,): keys of the random streams.
         numbers: Compute type, shape (models, numbers): in the order of the chain's ``element_numbers``.
-        shift: The bits of a magnitude below its leading ones.
-        bins: uint16, shape (bins,): of a measure of ranks, the bins that hold any magnitude, model by model.
-        ends: int64, shape (models,): where those of each model end.
-        keeps: Compute type, shape (bins,): their probabilities of being kept; −(slot + 1) where a subtable says more.
-        subtables: Compute type, shape (slots, RANKS): the same for bins that needed more bits.
-        exact: Compute type, shape (models, elements): of a small tensor, each element's probability; else no rows.
+        shift: The number of bits of a magnitude below its leading ones.
+        bins: uint16, shape (bins,): the non-empty bins of all models, concatenated, if ranks are measured.
+        ends: int64, shape (models,): the end of each model's bins in ``bins``.
+        keeps: Compute type, shape (bins,): their probabilities of being kept; −(slot + 1) refers to a subtable.
+        subtables: Compute type, shape (slots, RANKS): probabilities by the next digit, for bins that needed more bits.
+        exact: Compute type, shape (models, elements): each element's probability, for a small tensor; else no rows.
     """
 
     keys: Array
@@ -125,13 +124,13 @@ class LaidOutElement(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What combining must know.
+    """The parameters of the combination, laid out.
 
     Attributes:
         each: Compute type, shape (models, numbers): in the order of the chain's ``each_numbers``.
         shared: Compute type, shape (numbers,): in the order of its ``shared_numbers``.
-        factor: Compute type, shape (1,): what the result is multiplied by before the base is added.
-        scales: Whether that is anything but 1.
+        factor: Compute type, shape (1,): multiplies the result before the base is added.
+        scales: Whether the factor is not 1.
     """
 
     each: Array
@@ -146,7 +145,7 @@ _SHIFT, _SCALE = np.uint32(SHIFT), np.float32(SCALE)
 
 @compile_kernel
 def width_of(code: int) -> int:
-    """The bytes of a stored element."""
+    """Bytes per stored element."""
     return 4 if code == RAW_F32 else (8 if code == RAW_F64 else 2)
 
 
@@ -157,7 +156,7 @@ def _from_bfloat16(half: Any) -> Any:
 
 @compile_kernel
 def _from_float16(half: Any) -> Any:
-    """Placing the 15 bits as a float32 leaves the exponent 112 too small, subnormals included."""
+    """The low 15 bits shifted into a float32 have an exponent that is 112 too small, also for subnormals."""
     shifted = np.uint32((np.uint32(half) & 0x7FFF) << 13)
     value = np.float32(shifted.view(np.float32) * np.float32(2.0**112))
     finite = np.uint32(value.view(np.uint32))
@@ -167,7 +166,7 @@ def _from_float16(half: Any) -> Any:
 
 @compile_kernel
 def _to_odd(value: Any) -> Any:
-    """The bits of float32 rounded to odd where inexact: then a second rounding to 16 bits is as good as one."""
+    """The bits as float32, rounded to odd where inexact: a second rounding to 16 bits is then as good as one."""
     single = np.float32(value)
     back = np.float64(single)
     bits = np.uint32(single.view(np.uint32))
@@ -184,7 +183,7 @@ def _to_bfloat16(bits: Any) -> Any:
 
 @compile_kernel
 def _to_float16(bits: Any) -> Any:
-    """Adding 0.5 aligns a subnormal's last bit with float32's, so the addition rounds it."""
+    """Adding 0.5 aligns the last bit of a float16 subnormal with that of float32, so that the addition rounds it."""
     size = np.uint32(bits & 0x7FFFFFFF)
     tiny = np.float32(size.view(np.float32) + np.float32(0.5))
     subnormal = np.uint32(np.uint32(tiny.view(np.uint32)) - 0x3F000000)
@@ -197,7 +196,7 @@ def _to_float16(bits: Any) -> Any:
 
 @compile_kernel
 def decode(code: int, raw: Array, start: int, count: int, out: Array) -> int:
-    """Widen ``count`` stored elements from number ``start`` on; returns how many are not finite."""
+    """Decode ``count`` stored elements from index ``start`` on; returns how many are not finite."""
     largest, infinite = np.uint16(0), np.uint16(0x7F80 if code == RAW_BF16 else 0x7C00)
     if code == RAW_BF16:
         halves = raw.view(np.uint16)[start : start + count]
@@ -233,7 +232,7 @@ def _count_bad(values: Array, count: int) -> int:
 
 @compile_kernel
 def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
-    """Round ``count`` values into the storage type, to nearest even; returns how many are not finite."""
+    """Round ``count`` values to the stored type, ties to even; returns how many are not finite."""
     bad, largest = 0, np.uint16(0)
     if code == RAW_BF16:
         bad = _narrow(values, count, raw.view(np.uint16), start)
@@ -260,7 +259,7 @@ def encode(code: int, values: Array, count: int, raw: Array, start: int) -> int:
 
 @compile_kernel
 def _narrow(values: Array, count: int, halves: Array, start: int) -> int:
-    """Round into bfloat16; returns how many are not finite."""
+    """Round to bfloat16; returns how many are not finite."""
     largest, out = np.uint16(0), halves[start : start + count]
     for i in range(count):
         half = _to_bfloat16(_to_odd(values[i]))
@@ -281,7 +280,7 @@ def _widen(halves: Array, count: int, out: Array) -> int:
 
 @compile_kernel
 def _widen_less(halves: Array, base: Array, count: int, out: Array) -> int:
-    """The same, less the base."""
+    """Decode bfloat16 and subtract the base; returns how many are not finite."""
     largest = np.uint16(0)
     for i in range(count):
         out[i] = _from_bfloat16(halves[i]) - base[i]
@@ -318,9 +317,9 @@ def load(data: Stored, begin: int, count: int, buffers: BlockBuffers, length: in
 
 @compile_kernel
 def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: Array) -> None:
-    """The draws of :func:`modelfuse.methods.random.draws`; ``first`` is even, ``words`` has room for half as many.
+    """The draws of :func:`modelfuse.methods.random.draws`; ``first`` is even, ``words`` has one word for two draws.
 
-    ``halves`` is the same memory, uint32.
+    ``halves`` is the memory of ``words`` as uint32.
     """
     for i in range((count + 1) // 2):
         z = key + np.uint64((first >> 1) + i + 1) * _GAMMA
@@ -333,7 +332,7 @@ def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: 
 
 @compile_kernel
 def magnitude_bits(buffers: BlockBuffers, model: int, count: int) -> None:
-    """Leave the bits of a model's |x[i]|, which sort as the magnitudes do, in ``buffers.bits``."""
+    """Store the bits of a model's |x[i]|, which sort like the magnitudes, in ``buffers.bits``."""
     bits = buffers.bits
     if buffers.x.itemsize == 4:
         singles = buffers.singles[model]
@@ -347,7 +346,7 @@ def magnitude_bits(buffers: BlockBuffers, model: int, count: int) -> None:
 
 @compile_kernel
 def gather(data: Stored, length: int, buffers: BlockBuffers, out: Array) -> None:
-    """Leave the bits of all models' magnitudes in ``out``, uint64, shape (models, length)."""
+    """Store the bits of all models' magnitudes in ``out``: uint64, shape (models, length)."""
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         load(data, start, size, buffers, length)
@@ -377,7 +376,7 @@ def find_bins(buffers: BlockBuffers, model: int, count: int, shift: int, row: in
 
 @compile_kernel
 def spread(how: LaidOutElement, buffers: BlockBuffers) -> None:
-    """Place magprune's probabilities where they are looked up."""
+    """Copy magprune's probabilities into the lookup tables."""
     begin = 0
     for model in range(how.ends.size):
         for i in range(begin, how.ends[model]):

@@ -1,4 +1,4 @@
-"""The compiled passes over one tensor: what each one finds."""
+"""The passes of the compiled backend."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def chain_kernels(work: Work) -> ChainKernels:
 
 
 def _laid_out(work: Work, element: Element, names: Sequence[str]) -> Any:
-    """What the element step must know, as the kernels take it, with the numbers of these names."""
+    """The element step's parameters as the kernels take them, with the numbers of these names."""
     keys, numbers = (
         np.array(element.keys, np.uint64),
         element.table(names, work.compute),
@@ -61,13 +61,13 @@ def _laid_out_keep(keep: KeepTables, compute: str) -> list[Any]:
 
 @cache
 def _no_keep(compute: str) -> list[Any]:
-    """The same where ranks do not matter, laid out once."""
+    """The same fields, empty, for methods without ranks; laid out once."""
     return [prepare(each) for each in _laid_out_keep(KeepTables([], np.ones((0, RANKS)), 0), compute)]
 
 
 @dataclass
 class CompiledState:
-    """A span under way: a worker's scratch, the counts of non-finite elements, and what it found so far."""
+    """The state of a span: the worker's scratch, counts of non-finite elements, and the finding so far."""
 
     scratch: Scratch
     bad: Array
@@ -75,7 +75,7 @@ class CompiledState:
 
 
 class _Walk:
-    """What all passes share: a tensor's slices as the kernels take them."""
+    """Base class of passes: lays out slices for the kernels."""
 
     def __init__(self, work: Work) -> None:
         self._work, self._inputs = work, inputs_of(work)
@@ -107,7 +107,7 @@ class _Walk:
 
 
 class _Chained(_Walk):
-    """A pass over what the element step leaves."""
+    """A pass over elements after the element step."""
 
     def __init__(self, work: Work, element: Element, names: Sequence[str] | None = None) -> None:
         super().__init__(work)
@@ -146,7 +146,7 @@ class Combine(_Chained):
 class DotProducts(_Chained):
     """The pass that measures the dot products of all pairs of models.
 
-    Finds float64 sums and what they lost, a row for every CHUNK elements: shape (chunks, 2 · products).
+    Finds float64 sums and their rounding errors, a row for every CHUNK elements: shape (chunks, 2 · products).
     """
 
     writes = False
@@ -187,9 +187,9 @@ class Gather(_Walk):
 
 
 class ElementSums(_Chained):
-    """The pass that adds up terms of each model's elements.
+    """The pass that sums terms of each model's elements.
 
-    Finds float64 sums and what they lost, a row for every CHUNK elements: shape (chunks, models · terms, 2).
+    Finds float64 sums and their rounding errors, a row for every CHUNK elements: shape (chunks, models · terms, 2).
     """
 
     writes = False
@@ -221,9 +221,9 @@ class ElementSums(_Chained):
 
 
 class TallyAll(_Walk):
-    """The pass that tallies all magnitudes; finds, for each model, the bins that hold any, and their rows.
+    """The pass that tallies all magnitudes; finds, for each model, the non-empty bins and their rows.
 
-    Where only ranks matter, a row is a count.
+    If no sums are needed, a row is only a count.
     """
 
     writes = False
@@ -249,7 +249,7 @@ class TallyAll(_Walk):
 
 
 class TallyWithin(_Walk):
-    """The pass that tallies chosen bins by their next digits; finds uint64 tables, shape (bins, digits, 3)."""
+    """The pass that tallies chosen bins by the next digit; finds uint64 tables, shape (bins, digits, 3)."""
 
     writes = False
 

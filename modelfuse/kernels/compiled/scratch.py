@@ -1,7 +1,6 @@
-"""What a worker keeps from span to span, laid out for the kernels once: its scratch, and the buffers it works on.
+"""Per-worker scratch memory and buffers that are reused from span to span, laid out for the kernels once.
 
-Passes of many tensors want the same: laying arguments out for machine code, and memory that the system gives and takes
-back, would take longer than the work on a small one.
+Laying out arguments for machine code and allocating memory would take longer than the work on a small tensor.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ RAW_CODES = {
 
 
 class TallyTables(NamedTuple):
-    """What a worker tallies in, laid out.
+    """A worker's tally tables, laid out.
 
     Attributes:
-        all: uint64, shape (models, words): all zero between two spans.
-        models: Its rows.
-        numbers: uint64, shape (BINS,): scratch for what is gathered of one.
-        rows: uint64, shape (BINS, 3): the same.
+        all: uint64, shape (models, words): zero between spans.
+        models: The rows of ``all``.
+        numbers: uint64, shape (BINS,): receives the non-empty bins of one model.
+        rows: uint64, shape (BINS, 3): receives their counts and sums.
     """
 
     all: Any
@@ -47,20 +46,20 @@ class TallyTables(NamedTuple):
 
 
 class Scratch:
-    """A worker's scratch for tensors of one kind.
+    """A worker's scratch memory for tensors of one kind.
 
     Args:
         models: The number of models.
-        has_base: Whether there is a base beside them.
+        has_base: Whether there is a base as well.
         compute: float32 or float64.
-        rows: How many rows of results the method's kernels take.
-        keeps: Whether its element step looks up probabilities by rank.
+        rows: The number of rows of results that the method's kernels need.
+        keeps: Whether the element step looks up probabilities by rank.
 
     Attributes:
-        kind: All of these.
+        kind: The tuple of these arguments.
         buffers: The :class:`modelfuse.kernels.compiled.merge_loops.BlockBuffers`, laid out.
-        bad: Its counts of elements that are not finite.
-        files: Where it reads from.
+        bad: The counts of non-finite elements.
+        files: The files that kernels read from.
     """
 
     def __init__(self, models: int, has_base: bool, compute: str, rows: int, keeps: bool) -> None:
@@ -86,7 +85,7 @@ class Scratch:
 
     @cached_property
     def tables(self) -> TallyTables:
-        """What to tally in; made when a pass first does."""
+        """The tally tables; allocated on first use."""
         models, _, compute, *_ = self.kind
         tables = np.zeros((models, BINS * (1 if compute == "float32" else 3)), np.uint64)
         numbers, rows = np.empty(BINS, np.uint64), np.empty((BINS, 3), np.uint64)
@@ -102,7 +101,7 @@ _own = _Own()
 
 
 def take_scratch(work: Work) -> Scratch:
-    """The worker's scratch. While a span is under way nobody else has it, and what a failure leaves is never used."""
+    """Take the worker's scratch for a span; if the span fails it is not given back, as its tables may be dirty."""
     chain = work.method.chain
     rows = kernels_of(chain).rows
     kind = work.models, work.has_base, work.compute, rows, chain.keeps
@@ -115,7 +114,7 @@ def take_scratch(work: Work) -> Scratch:
 
 
 def give_back(scratch: Scratch) -> None:
-    """End a span: the worker's next one may use it."""
+    """Give the scratch back for the worker's next span."""
     _own.scratch = scratch
 
 
@@ -131,7 +130,7 @@ def _inputs(names: tuple[str, ...], models: int, has_base: bool, deltas: tuple[b
 
 
 def lay_out(inputs: Any, raws: Bytes, out: Bytes) -> Any:
-    """The worker's buffers as :class:`~modelfuse.kernels.compiled.merge_loops.Stored`: often the last slice's."""
+    """The worker's buffers as :class:`~modelfuse.kernels.compiled.merge_loops.Stored`; cached for the last slice."""
     last = _own.stored
     same = last is not None and last.value.raws is raws and last.value.out is out
     if not same or last.value.inputs is not inputs.value:

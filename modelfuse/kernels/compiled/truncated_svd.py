@@ -1,8 +1,7 @@
-"""The best product of two thin matrices for a large one: a truncated singular value decomposition.
+"""Truncated singular value decomposition, bit-identical on all processors.
 
 Subspace iteration from random vectors (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), then one-sided Jacobi
-rotations. All sums are in float64 in a fixed order, so that the bits are the same on any processor, which a library's
-decomposition does not promise.
+rotations. All sums are in float64 in a fixed order; LAPACK does not guarantee the same bits on all processors.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ from modelfuse.methods.random import draws
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: Vectors beyond the rank that is asked for, and how often they are improved.
+#: Oversampling (vectors beyond the requested rank), and the number of subspace iterations.
 EXTRA, ROUNDS = 8, 4
-#: Rotations end when no two vectors have a larger cosine, or after so many sweeps.
+#: Jacobi rotations stop when no two vectors have a larger cosine, or after this many sweeps.
 COSINE, SWEEPS = 1e-12, 30
 
 
 def factorize(matrix: Array, rank: int, key: int) -> tuple[Array, Array]:
-    """The best product of that rank, or as many as the matrix has rows or columns.
+    """The best approximation of a matrix by a product of the given rank (at most the smaller dimension).
 
     Args:
-        matrix: float32 or float64, shape (rows, columns), without gaps.
+        matrix: float32 or float64, shape (rows, columns), contiguous.
         rank: The rank.
-        key: The random stream of the first vectors.
+        key: The key of the random stream of the initial vectors.
 
     Returns:
-        float64 matrices of shape (rows, rank) and (rank, columns), each with half of every singular value.
+        float64 factors of shape (rows, rank) and (rank, columns), each scaled by the square roots of the singular
+        values.
     """
     rows, columns = matrix.shape
     rank = min(rank, rows, columns)
@@ -103,7 +103,7 @@ def _dot(one: Array, other: Array) -> float:
 
 @compile_kernel(plain=plain.orthonormalize)
 def orthonormalize(vectors: Array) -> None:
-    """Gram and Schmidt's process, each vector twice; what depends on those before becomes zero."""
+    """Gram-Schmidt, each vector twice; linearly dependent vectors become zero."""
     for c in range(len(vectors)):
         before = np.sqrt(_dot(vectors[c], vectors[c]))
         for _ in range(2):
@@ -119,7 +119,7 @@ def orthonormalize(vectors: Array) -> None:
 
 @compile_kernel(plain=plain.rotate)
 def rotate(vectors: Array, beside: Array) -> None:
-    """Jacobi's rotations until the vectors are orthogonal; ``beside`` is rotated the same way."""
+    """One-sided Jacobi rotations until the vectors are orthogonal; the same rotations are applied to ``beside``."""
     for _ in range(SWEEPS):
         largest = 0.0
         for a in range(len(vectors) - 1):

@@ -1,1 +1,1 @@
-"""Kernels are compiled when they are first called, and their machine code is kept."""
+"""Compile kernels on first call, and cache their machine code."""

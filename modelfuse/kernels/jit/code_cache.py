@@ -1,9 +1,9 @@
-"""Compiled kernels kept as files, and called without the compiler.
+"""Cache of compiled kernels in files, callable without numba.
 
-numba needs a tenth of a second to be imported, and more to load what it has kept; llvmlite, which it is built on, loads
-a kernel's machine code in a few milliseconds. So a kernel is kept as an object file whose entry takes its arguments as
-a row of 64-bit words: arrays as their addresses, shapes and strides, tuples as what is in them. Where it can be made a
-shared library (:mod:`modelfuse.kernels.jit.linking`), not even llvmlite is needed.
+Importing numba takes 0.1 s, and loading its own cache more; llvmlite, on which it is built, loads a kernel's machine
+code in a few milliseconds. So a kernel is stored as an object file whose entry point takes the arguments as an array of
+64-bit words: address, shape and strides of arrays, and tuples flattened. If it can be linked to a shared library
+(:mod:`modelfuse.kernels.jit.linking`), not even llvmlite is needed.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from modelfuse.kernels.jit.linking import is_library, load_library
 from modelfuse.kernels.jit.private_files import FOLDER_MODE, private_folder, read_private, write_private
 
 PACKAGE = Path(__file__).parent.parent.parent
-#: How a file ends whose name says for which kernel, arguments, processor and sources it is.
+#: Suffix of cache files; their names encode the kernel, argument types, processor and sources.
 SUFFIX = ".kernel"
-#: Flags of an array that numba compiles differently for: contiguous (else in Fortran's order), aligned, writeable.
+#: Array flags that numba specializes on: C-contiguous, aligned, writeable.
 _FLAGS = 0x501
 _WORDS = tuple(struct.Struct(f"{count}Q") for count in range(20))
 _DOUBLE, _SINGLE = struct.Struct("d"), struct.Struct("f4x" if sys.byteorder == "little" else "4xf")
 _DIGEST_BYTES = 16
-#: Where Linux tells of its processors, and which lines tell the machine code of one from another's.
+#: Where Linux describes the processors, and the lines that machine code depends on.
 CPU_INFO = Path("/proc/cpuinfo")
 _TELLING = ("vendor_id", "cpu family", "model\t", "flags", "features", "cpu implementer", "cpu variant", "cpu part")
-#: What a kernel returns, by the first byte of its file.
+#: Conversions of a kernel's result, by the first byte of its file.
 _RESULTS: dict[bytes, Callable[[int], Any]] = {b"n": lambda _: None, b"i": lambda word: word, b"b": bool}
 
-#: A kernel's machine code: takes the words of its arguments.
+#: The entry point of a kernel's machine code: takes the words of its arguments.
 Entry = Callable[[bytes], Any]
 
 
 class Prepared(NamedTuple):
-    """An argument laid out once, for many calls; the arrays in it are kept, and must not be resized.
+    """An argument laid out once for many calls; it refers to the arrays, which must not be resized.
 
     Attributes:
-        value: What it stands for.
-        kind: What a compiler must know of it.
-        words: What a compiled kernel must know of it.
+        value: The argument.
+        kind: Its type, as far as compilation depends on it.
+        words: Its 64-bit words.
     """
 
     value: Any
@@ -59,7 +59,7 @@ class Prepared(NamedTuple):
     words: bytes
 
     def __reduce__(self) -> tuple[Callable[[Any], Prepared], tuple[Any]]:
-        return prepare, (self.value,)  # In another process, addresses are other ones.
+        return prepare, (self.value,)  # Addresses differ in another process.
 
 
 class NotLaidOut(TypeError):
@@ -67,7 +67,7 @@ class NotLaidOut(TypeError):
 
 
 def prepare(value: Any) -> Prepared:
-    """Lay out an argument: a number, an array, or a tuple of such.
+    """Lay out an argument: a number, an array, or a tuple of these.
 
     Raises:
         NotLaidOut: If it is anything else.
@@ -95,7 +95,7 @@ def prepare(value: Any) -> Prepared:
     if isinstance(value, tuple):
         parts = [prepare(each) for each in value]
         inner = "".join([part.kind for part in parts])
-        make = getattr(kind, "_make", tuple)  # Some parts may have been laid out before.
+        make = getattr(kind, "_make", tuple)  # Some items may already be laid out.
         whole = make([part.value for part in parts])
         return Prepared(whole, f"{kind.__name__}({inner})", b"".join([part.words for part in parts]))
     raise NotLaidOut(f"{kind.__name__} cannot be laid out in words")
@@ -103,7 +103,7 @@ def prepare(value: Any) -> Prepared:
 
 @cache
 def engine() -> Any:
-    """What holds the machine code of all kernels; on first use llvmlite makes itself ready, without a compiler."""
+    """The llvmlite engine that holds the machine code of all kernels; initialized on first use."""
     from llvmlite import binding
 
     binding.initialize_native_target()
@@ -113,7 +113,7 @@ def engine() -> Any:
 
 
 def load(content: bytes, symbol: str) -> Entry:
-    """Make a kernel of its file's content callable; not from two threads at a time."""
+    """Load a kernel from its file's content; not thread-safe."""
     result_of, code = _RESULTS[content[:1]], content[1:]
     function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p)
     run = function((symbol, load_library(code))) if is_library(code) else function(_address(code, symbol))
@@ -121,14 +121,14 @@ def load(content: bytes, symbol: str) -> Entry:
     def entry(words: bytes) -> Any:
         result = ctypes.c_int64()
         if run(words, ctypes.byref(result)):
-            raise RuntimeError(f"{symbol} has failed")
+            raise RuntimeError(f"{symbol} failed")
         return result_of(result.value)
 
     return entry
 
 
 def _address(code: bytes, symbol: str) -> int:
-    """Where the entry of an object file is, once llvmlite has loaded it."""
+    """Load an object file with llvmlite; returns the address of its entry point."""
     from llvmlite import binding
 
     engine().add_object_file(binding.ObjectFileRef.from_data(code))
@@ -138,13 +138,13 @@ def _address(code: bytes, symbol: str) -> int:
 
 
 def symbol_of(function: Callable[..., Any], kind: str) -> str:
-    """The name of a kernel's entry for arguments of some kind."""
+    """The entry point's name of a kernel for arguments of this kind."""
     digest = hashlib.blake2b(kind.encode(), digest_size=8).hexdigest()
     return f"{function.__module__}.{function.__qualname__}-{digest}"
 
 
 def find(symbol: str) -> bytes | None:
-    """The content of the file that holds an entry, if it is whole and nobody else can have written it."""
+    """The content of an entry point's cache file, if it is intact and cannot have been written by another user."""
     for path in folders():
         with contextlib.suppress(OSError, ValueError), private_folder(path) as folder:
             content = read_private(folder, symbol + _key() + SUFFIX)
@@ -154,7 +154,7 @@ def find(symbol: str) -> bytes | None:
 
 
 def keep(symbol: str, content: bytes) -> None:
-    """Write the file that holds an entry, where that can be done, in place of those made from older sources."""
+    """Write an entry point's cache file, if possible, and remove those made from older sources."""
     machine, _ = _key().rsplit("-", 1)
     name = symbol + _key() + SUFFIX
     for path in folders():
@@ -168,7 +168,7 @@ def keep(symbol: str, content: bytes) -> None:
 
 
 def kept_in() -> Path | None:
-    """The folder that machine code is written to; None if there is none."""
+    """The cache folder; None if no folder can be written."""
     for path in folders():
         with contextlib.suppress(OSError), private_folder(path, make=True):
             return path
@@ -176,7 +176,7 @@ def kept_in() -> Path | None:
 
 
 def folder_for_numba() -> Path | None:
-    """Where numba may keep what it has made: it runs whatever it finds there, so only this user may look into it."""
+    """The folder for numba's own cache: numba executes what it finds there, so it must be private to this user."""
     for path in (each / "numba" for each in folders()):
         with contextlib.suppress(OSError), private_folder(path, make=True) as folder:
             os.fchmod(folder, FOLDER_MODE)
@@ -189,9 +189,9 @@ def _digest(content: bytes) -> bytes:
 
 
 def folders() -> Iterator[Path]:
-    """Where files may be: beside the sources, or else with the user's.
+    """Candidates for the cache folder: beside the sources, else in the user's home.
 
-    With ``sudo -E``, HOME is another user's, whose files are not trusted; then they are in root's own home.
+    With ``sudo -E``, HOME belongs to another user, whose files are not trusted; then root's home is used.
     """
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(given) / "modelfuse"
@@ -204,7 +204,7 @@ def folders() -> Iterator[Path]:
 
 
 def _processor() -> str:
-    """What a compiler must know of the processor; LLVM would tell it, but takes long to be loaded."""
+    """The processor's features that machine code depends on; LLVM would know them, but is slow to load."""
     with contextlib.suppress(OSError), open(CPU_INFO, encoding="utf-8", errors="replace") as file:
         lines = [line for line in takewhile(str.strip, file) if line.lower().startswith(_TELLING)]
         if any(line.lower().startswith(("flags", "features")) for line in lines):
@@ -217,13 +217,13 @@ def _processor() -> str:
 
 @cache
 def _key() -> str:
-    """What the machine code depends on beside the arguments: the processor, and all that was compiled it from."""
+    """What machine code depends on beside the arguments: the processor, the sources and the compiler's version."""
     import llvmlite
 
     settings = sorted(
         (name, value)
         for name, value in os.environ.items()
-        if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR"  # Where code is kept does not change it.
+        if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR"  # The cache's location does not change the code.
     )
     machine = repr((sys.platform, _processor(), settings))
     sources = hashlib.blake2b(f"{sys.version_info} {llvmlite.__version__}".encode(), digest_size=8)

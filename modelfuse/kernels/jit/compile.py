@@ -1,8 +1,8 @@
-"""The door to the compiler: kernels are compiled when they are first called on a machine, and never again.
+"""Compile kernels with numba on first call, and cache the machine code.
 
-What numba has made of a kernel is kept as plain machine code (:mod:`modelfuse.kernels.jit.code_cache`), and numba is
-not even imported where that is found. A kernel that cannot live without numba, as one that allocates memory, is
-called by it, and kept by it; so is every kernel where numba or llvmlite are too different from those known here.
+Machine code is cached in files (:mod:`modelfuse.kernels.jit.code_cache`); if it is found there, numba is not even
+imported. A kernel that needs numba's runtime, such as one that allocates memory, is called and cached by numba itself;
+so are all kernels if the versions of numba or llvmlite differ too much from those supported here.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from modelfuse.kernels.jit.linking import link
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: What machine code may need of the process that loads it.
+#: Symbols of the C library that machine code may use.
 _LIBRARY = {"memcpy", "memmove", "memset", "pread"}
 _COUNTING = re.compile(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", re.MULTILINE)
-#: numba compiles, and llvmlite loads, one kernel at a time.
+#: Held while numba compiles or llvmlite loads: one kernel at a time.
 _lock = threading.RLock()
-COMPILING = "Kernels are being compiled for this processor, once: that takes some seconds."
-FALLING_BACK = "numba calls some kernels by itself: its release is not one that their machine code can be kept of."
-#: Whom to tell, each with what was told already.
+COMPILING = "Kernels are being compiled for this processor, once; this takes some seconds."
+FALLING_BACK = "Machine code cannot be cached for this release of numba; numba's own cache is used for some kernels."
+#: Listeners for notes, each with the notes that it has received.
 _listeners: list[tuple[Callable[[str], None], set[str]]] = []
 
 
@@ -40,11 +40,11 @@ def compile_kernel(*, plain: Callable[..., Any]) -> Callable[[F], F]: ...
 
 
 def compile_kernel(function: F | None = None, *, plain: Callable[..., Any] | None = None) -> Any:
-    """Have a function compiled when it is first called; the result is kept for later processes.
+    """Decorator: compile a function on first call, and cache the machine code for later processes.
 
     Args:
-        function: What to compile.
-        plain: Does the same without a compiler; it is called where none may be used.
+        function: The function.
+        plain: An equivalent that needs no compiler; called where compiling is not allowed or not possible.
     """
     if function is None:
         return lambda given: CompiledFunction(given, plain)
@@ -52,22 +52,22 @@ def compile_kernel(function: F | None = None, *, plain: Callable[..., Any] | Non
 
 
 class NotCompiledError(Exception):
-    """Raised by a kernel that was not compiled before, where nothing may be compiled now."""
+    """Raised by a kernel that is not cached while compiling is not allowed."""
 
 
 class _Policy(threading.local):
-    """Whether kernels may be compiled: in this thread, if it says anything, else in all others."""
+    """Whether this thread may compile kernels; None: the process-wide setting applies."""
 
     compiles: bool | None = None
 
 
 _policy = _Policy()
-#: One for each that has nothing compiled.
+#: One entry for each active :func:`nothing_compiled` context.
 _forbidding: list[None] = []
 
 
 def compiler_missing() -> str | None:
-    """Why nothing can be compiled; None if it can."""
+    """Why kernels cannot be compiled; None if they can."""
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return "NUMBA_DISABLE_JIT is set"
     if find_spec("numba") is None or find_spec("llvmlite") is None:
@@ -77,7 +77,7 @@ def compiler_missing() -> str | None:
 
 @contextlib.contextmanager
 def compiling(allowed: bool) -> Iterator[None]:
-    """Say for this thread whether anything may be compiled meanwhile."""
+    """Allow or forbid compiling in this thread, for the duration of the context."""
     before, _policy.compiles = _policy.compiles, allowed
     try:
         yield
@@ -87,8 +87,8 @@ def compiling(allowed: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """Have nothing compiled meanwhile, by threads that say nothing themselves."""
-    _forbidding.append(None)  # Several merges may run at the same time, and end in any order.
+    """Forbid compiling in all threads without a setting of their own, for the duration of the context."""
+    _forbidding.append(None)  # A list, as several merges may run concurrently and end in any order.
     try:
         yield
     finally:
@@ -97,7 +97,7 @@ def nothing_compiled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def announcing(tell: Callable[[str], None]) -> Iterator[None]:
-    """Have a function called with each sentence that is announced meanwhile, once: why kernels take longer."""
+    """Call ``tell`` once with each note on compiling that is announced during the context."""
     listener = tell, set[str]()
     _listeners.append(listener)
     try:
@@ -107,20 +107,21 @@ def announcing(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def announce(sentence: str) -> None:
-    """Say something about kernels to whoever listens."""
+    """Pass a note to all listeners that have not received it yet."""
     for tell, told in _listeners:
         if sentence not in told:
             told.add(sentence)
-            with contextlib.suppress(Exception):  # Nobody may be there to hear it.
+            with contextlib.suppress(Exception):  # A closed stderr must not fail a merge.
                 tell(sentence)
 
 
 class CompiledFunction:
-    """A compiled function.
+    """A function that is compiled on first call.
 
     Args:
-        function: Plain Python that numba can compile. Arguments are numbers, arrays, and tuples of them, or what
-            :func:`modelfuse.kernels.jit.code_cache.prepare` makes of such.
+        function: A Python function that numba can compile. Arguments are numbers, arrays and tuples of them, or
+            results of :func:`modelfuse.kernels.jit.code_cache.prepare`.
+        plain: See :func:`compile_kernel`.
     """
 
     def __init__(self, function: Callable[..., Any], plain: Callable[..., Any] | None = None) -> None:
@@ -130,7 +131,7 @@ class CompiledFunction:
         self._entries: dict[str, code_cache.Entry | None] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run on the arguments."""
+        """Call the compiled function, or ``plain``."""
         try:
             laid = [prepare(each) for each in arguments]
         except NotLaidOut:
@@ -157,7 +158,7 @@ class CompiledFunction:
         return self._fallback(*(each.value if type(each) is Prepared else each for each in arguments))
 
     def _find(self, kind: str, arguments: tuple[Any, ...]) -> code_cache.Entry | None:
-        """Machine code for arguments of this kind: kept, or compiled now; None if only numba can call it."""
+        """The cached or newly compiled entry point for arguments of this kind; None if only numba can call it."""
         symbol = code_cache.symbol_of(self.__wrapped__, kind)
         try:
             content = code_cache.find(symbol)
@@ -172,27 +173,27 @@ class CompiledFunction:
         except NotCompiledError:
             raise
         except Exception:
-            # numba and llvmlite change: what was built for others of theirs must not stand in the way of these.
+            # The export relies on internals of numba and llvmlite; with other versions, fall back to numba's own cache.
             announce(FALLING_BACK)
             return None
 
     @cached_property
     def _compiler(self) -> Any:
-        """numba's own function, which compiles when it is called."""
+        """numba's dispatcher, which compiles on call."""
         from numba import njit
 
         return njit(nogil=True, error_model="numpy")(self.__wrapped__)
 
     @cached_property
     def _fallback(self) -> Any:
-        """The same; it keeps what it has made. It does so for a function alone: those that it calls may be newer."""
+        """numba's dispatcher with its own cache, which does not notice changes of the functions that it calls."""
         import numba
 
         njit, config = numba.njit, cast("Any", numba.config)
         folder = code_cache.folder_for_numba()
         if folder is None:
             return self._compiler
-        with _lock, contextlib.suppress(RuntimeError):  # It cannot write there.
+        with _lock, contextlib.suppress(RuntimeError):  # The cache folder cannot be written.
             before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
             try:
                 return njit(cache=True, nogil=True, error_model="numpy")(self.__wrapped__)
@@ -202,24 +203,24 @@ class CompiledFunction:
 
     @property
     def _numba_type_(self) -> Any:
-        """So numba knows it where another kernel calls it."""
+        """Lets numba resolve it when another kernel calls it."""
         return self._compiler._numba_type_
 
 
 class Foreign:
-    """A function of the C library, for kernels to call.
+    """A function of the C library that kernels can call.
 
     Args:
-        name: Its name.
-        result: What it returns, as numba calls it.
-        arguments: What it takes.
+        name: The function's name.
+        result: numba's name of its result type.
+        arguments: numba's names of its parameter types.
     """
 
     def __init__(self, name: str, result: str, *arguments: str) -> None:
         self._name, self._result, self._arguments = name, result, arguments
 
     def __call__(self, *arguments: Any) -> Any:
-        """Only compiled code calls it."""
+        """Not callable from Python."""
         raise NotImplementedError(self._name)
 
     @cached_property
@@ -231,7 +232,7 @@ class Foreign:
 
 
 def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
-    """Compile a kernel for arguments like these into the content of a file; nothing if it needs numba when it runs."""
+    """Compile a kernel for such arguments to a cache file's content; empty if it needs numba's runtime."""
     import numba
     from llvmlite import binding
 
@@ -244,7 +245,7 @@ def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
         return b""
     module = binding.parse_assembly(str(_entry_module(overload, symbol)))
     module.link_in(binding.parse_bitcode(overload.library.serialize_using_bitcode()[2]))
-    # Counted references are those of numba's own arrays. Here there are none, and counting takes longer than the work.
+    # Reference counts concern arrays that numba allocates. There are none here, and counting is slower than the work.
     module = binding.parse_assembly(_COUNTING.sub("", str(module)))
     for each in module.functions:
         if not each.is_declaration and each.name != symbol:
@@ -257,7 +258,7 @@ def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
 
 
 def _entry_module(overload: Any, symbol: str) -> Any:
-    """A function that takes the words of a kernel's arguments, calls it, and leaves what it returns in a word."""
+    """The LLVM module of the entry point: unpacks the argument words, calls the kernel and stores its result."""
     from llvmlite import ir
 
     context, returned, word, status = (
@@ -285,7 +286,7 @@ def _entry_module(overload: Any, symbol: str) -> Any:
 
 
 def _narrow(builder: Any, value: Any, wanted: Any) -> Any:
-    """A word as what it was made of."""
+    """Convert a word back to the type of the argument."""
     from llvmlite import ir
 
     if isinstance(wanted, ir.PointerType):

@@ -1,6 +1,6 @@
-"""Machine code as a shared library, which the system loads by itself in no time; LLVM takes 30 ms to be loaded.
+"""Link machine code to a shared library, which the system can load without llvmlite (whose import takes 30 ms).
 
-Made where there is a linker, on Linux. Elsewhere an object file stays one.
+Needs Linux and a linker; otherwise the object file is kept.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-#: Where an ELF file says what it is, and that it is a shared library.
+#: The field of an ELF header with the file's type, and the type of shared libraries.
 _KIND, _SHARED = slice(16, 18), 3
-#: Objects that LLVM makes for itself have addresses in their code, which are filled in when they are loaded.
+#: Objects for LLVM's JIT have text relocations, hence notext.
 _LINK = ("ld", "-shared", "-z", "notext", "-z", "noexecstack")
-#: What a slow machine's linker takes at most, in seconds.
+#: Time limit of the linker in seconds.
 _PATIENCE = 20.0
 
 
@@ -25,7 +25,7 @@ def is_library(code: bytes) -> bool:
 
 
 def link(code: bytes, symbol: str) -> bytes:
-    """An object file as a shared library that this system loads; as it was, if that cannot be had."""
+    """Link an object file to a shared library that this system can load; the object file if that fails."""
     from subprocess import DEVNULL, SubprocessError, run
     from tempfile import TemporaryDirectory
 
@@ -40,13 +40,13 @@ def link(code: bytes, symbol: str) -> bytes:
 
 
 def load_library(code: bytes) -> ctypes.CDLL:
-    """Load a shared library from memory: a file of it may change, or lie where nothing may be executed.
+    """Load a shared library from memory: a file may change, or be on a filesystem that is mounted noexec.
 
     Raises:
-        OSError: If the system does not load it.
-        AttributeError: If the system has no such files.
+        OSError: If the system cannot load it.
+        AttributeError: If the system has no memfd_create.
     """
-    # Open as long as the process lives: the system takes libraries of one path for the same.
+    # Never closed: the loader identifies libraries by path, and the descriptor's path must stay unique.
     descriptor = os.memfd_create("modelfuse")
     try:
         with open(descriptor, "wb", closefd=False) as file:

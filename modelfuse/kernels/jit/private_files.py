@@ -1,7 +1,7 @@
-"""Files that nobody else can have written: what is loaded from them is run.
+"""Files that no other user can have written, since code is loaded from them.
 
-A folder or file is trusted if it is the effective user's or root's, and nobody else may write to it. So are the folders
-that it is in, up to the root: who may write to one of them can put another folder in the place of this one.
+A folder or file is trusted if it belongs to the effective user or root and nobody else may write to it, and if the same
+holds for all parent folders: whoever may write to one of them could replace the folder in it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
-#: A link is not followed, a pipe not waited for.
+#: Links are not followed, and opening a pipe does not block.
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextmanager
 def private_folder(path: Path, make: bool = False) -> Iterator[int]:
-    """Open a folder whose files may be trusted.
+    """Open a trusted folder.
 
     Args:
         path: The folder.
-        make: Whether to create what is missing of it, for this user alone.
+        make: Whether to create missing folders, accessible to this user only.
 
     Returns:
-        What gives its descriptor.
+        A context with the folder's descriptor.
 
     Raises:
-        OSError: If it is not there, cannot be made, or somebody else may write to it.
+        OSError: If it does not exist, cannot be created, or is not trusted.
     """
     path = Path(os.path.realpath(path))
     for parent in reversed(path.parents):
@@ -49,22 +49,22 @@ def private_folder(path: Path, make: bool = False) -> Iterator[int]:
 
 
 def read_private(folder: int, name: str) -> bytes:
-    """Read a file of a folder.
+    """Read a trusted file in a folder.
 
     Raises:
-        OSError: If it is no file that may be trusted.
+        OSError: If it cannot be read, or is not trusted.
     """
     descriptor = os.open(name, os.O_RDONLY | _FLAGS, dir_fd=folder)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise PermissionError(f"{name} is no regular file")
+            raise PermissionError(f"{name} is not a regular file")
         _check(name, status)
         return file.read()
 
 
 def write_private(folder: int, name: str, content: bytes) -> None:
-    """Write a file of a folder whole or not at all, for this user alone.
+    """Write a file in a folder atomically, accessible to this user only.
 
     Raises:
         OSError: If it cannot be written.
@@ -83,14 +83,14 @@ def write_private(folder: int, name: str, content: bytes) -> None:
 
 
 def _make(path: Path) -> None:
-    """Create a folder for this user alone, whatever the umask is, if there is none."""
+    """Create a folder that is accessible to this user only, whatever the umask is, unless it exists."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, FOLDER_MODE)
         os.chmod(path, FOLDER_MODE)
 
 
 def _check(what: object, status: os.stat_result, sticky: bool = False) -> None:
-    """Refuse what somebody else owns or may write to; in a sticky folder, nobody can replace what is another's."""
+    """Refuse what another user owns or may write to; a sticky folder is safe, as others cannot replace files in it."""
     shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (sticky and status.st_mode & stat.S_ISVTX)
     if status.st_uid not in (os.geteuid(), 0) or shared:
-        raise PermissionError(f"{what} may have been written by somebody else")
+        raise PermissionError(f"{what} may have been written by another user")
