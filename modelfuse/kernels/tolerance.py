@@ -15,7 +15,7 @@ STEPS = {F64.name: 2.0**-52, F32.name: 2.0**-23, F16.name: 2.0**-10, BF16.name: 
 
 
 def apart(one: Bytes, other: Bytes, dtype: DType, tolerance: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which elements differ by more than one rounding plus ``tolerance`` × the largest element; NaN is no number.
+    """Which elements differ by more than one rounding plus ``tolerance`` × the largest; NaN differs from numbers.
 
     >>> one, other = (np.array(values, np.float32).view(np.uint8) for values in ([1, 2, 3], [1, 2.0000002, 4]))
     >>> apart(one, other, F32, 0.0)
