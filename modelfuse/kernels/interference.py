@@ -3,7 +3,7 @@
 It is estimated in one pass. For a matrix τ of n outputs, a sketch S = C·τ is kept, where C sums the outputs into k
 buckets with random signs (a count sketch); it is accumulated row by row, so no matrix is held whole. Let M = τⱼ τᵢᵀ
 and Y = Sⱼ Sᵢᵀ = C M Cᵀ. For two buckets p ≠ q, the mean of Y²pq over the signs is the sum of M²ab over the outputs a in
-p and b in q. So the sum of Y² off the diagonal, scaled up to all pairs of outputs, estimates that of M² off the diagonal;
+p and b in q. So the sum of Y² off the diagonal, scaled to all pairs of outputs, estimates that of M² off the diagonal;
 the diagonal of M consists of dot products of each output with itself, which are summed exactly. The error is estimated
 by the jackknife over buckets, times the share 1 − k/n of outputs without a bucket of their own. With as many buckets as
 outputs everything is exact.
