@@ -334,6 +334,7 @@ def test_the_record_and_mergekits_command_give_the_same_bytes(models: Any, model
         ({"experts": [expert("a", "a")]}, "experts_per_token is 2, but there are 1 experts"),
         ({"experts": [expert("a"), expert("b", "b")]}, "experts[0] has no positive_prompts"),
         ({"experts": [expert("a", "x"), expert("b", "x")]}, "the router cannot tell them apart"),
+        ({"experts": [expert("a", "x"), expert("a", "y")]}, "All experts are a: whichever are chosen"),
         ({"experts": [expert("a", "x", noise_scale=-1), expert("b")]}, "experts[0].noise_scale is -1"),
         ({"experts": [expert("a", "x", residual_scale="much"), expert("b")]}, "experts[0].residual_scale is 'much'"),
         ({"experts": [{"model": "a"}]}, "experts[0] names no model"),
@@ -393,3 +394,18 @@ def test_routers_and_configurations_are_mergekits(models: Any, mix: Any, tmp_pat
     config["num_local_experts"] = config.get("num_local_experts", config.get("num_experts"))
     config.setdefault("head_dim", WIDTH // HEADS)
     assert {key: config[key] for key in case["config"]} == case["config"]
+
+
+def test_an_expert_may_be_a_model_with_an_adapter(models: Any, modelfuse: Run, mix: Any, tmp_path: Path) -> None:
+    made = models("llama")
+    said = modelfuse("extract-lora", "--model", "a", "--base_model", "base", "--output_path", "lora")
+    assert said.status == 0, said.err
+    found = mix(two(experts=[expert("base+lora", "a"), expert("b", "d")]))
+    for new, old in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+        ours = found[f"model.layers.1.block_sparse_moe.experts.0.{new}.weight"]
+        np.testing.assert_allclose(ours, made["a"][f"model.layers.1.mlp.{old}_proj.weight"], atol=1e-5)
+    query = "model.layers.1.self_attn.q_proj.weight"
+    assert np.array_equal(found[query], made["base"][query])
+    assert package.verify(tmp_path / "out", full=True).holds
+    found = mix(two(base_model="base+lora"))
+    np.testing.assert_allclose(found[query], made["a"][query], atol=1e-5)

@@ -84,7 +84,13 @@ class Gates:
 
 
 def _check_prompts(mixture: Mixture, allowed: bool) -> None:
-    """Refuse experts that the router cannot tell apart."""
+    """Refuse experts that the router cannot tell apart, or that are all the same."""
+    kinds = {(each.model, each.scale) for each in mixture.experts if not each.noise}
+    if len(kinds) == 1 < len(mixture.experts) and not any(each.noise for each in mixture.experts) and not allowed:
+        raise MismatchError(
+            f"All experts are {mixture.experts[0].model}: whichever are chosen, they compute the same",
+            "Name several models; or gate_mode: random, or --allow_mismatch, for a model that is to be trained.",
+        )
     seen = dict[object, int]()
     for number, each in enumerate(mixture.experts):
         key = _prompts_of(each)
