@@ -554,6 +554,7 @@ def test_every_command_has_its_help(modelfuse: Run) -> None:
         said = modelfuse("help", command)
         assert said.status == 0
         assert page.summary in said.out
+        assert "\\n" not in said.out
         assert command == "help" or modelfuse(command, "--help").out == said.out
     assert modelfuse("help").out == modelfuse("--help").out
     refused = modelfuse("help", "xyzzy")

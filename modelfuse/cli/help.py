@@ -51,7 +51,9 @@ def help_page(command: str) -> None:
     if command not in ("help", "completion"):
         _section("What it says", ((flags_of[name], [about]) for name, (_, about) in OPTIONS.items()))
     if page.ending:
-        out.say("\n{}", textwrap.fill(page.ending, WIDTH, break_on_hyphens=False))
+        out.say("")
+        for line in textwrap.wrap(page.ending, WIDTH, break_on_hyphens=False):
+            out.say("{}", line)
 
 
 def value_of(setting: Setting) -> str:
