@@ -138,7 +138,7 @@ class Pass(Protocol):
         """End a span; returns its finding, which is sent to the procedure."""
 
 
-class Step(NamedTuple):
+class PassStep(NamedTuple):
     """Elements that a pass processes in one call of ``apply``.
 
     Attributes:
@@ -152,7 +152,7 @@ class Step(NamedTuple):
     writes: bool = True
 
 
-def steps_of(pass_: Pass, state: Any, first: int, count: int, most: int) -> Iterator[Step]:
+def steps_of(pass_: Pass, state: Any, first: int, count: int, most: int) -> Iterator[PassStep]:
     """The steps of a pass over a span; the next one is requested once the last one is done.
 
     By default these are slices of at most ``most`` elements; a pass may have its own method ``steps``.
@@ -162,7 +162,7 @@ def steps_of(pass_: Pass, state: Any, first: int, count: int, most: int) -> Iter
         yield from own(state, first, count, most)
         return
     for start in range(first, first + count, most):
-        yield Step(start, min(most, first + count - start))
+        yield PassStep(start, min(most, first + count - start))
 
 
 def span_of(pass_: object, span: int) -> int:

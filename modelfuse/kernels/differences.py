@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.dtypes import BF16, DType, computed_in
-from modelfuse.kernels import Bytes, Extent, Procedure, Step
+from modelfuse.kernels import Bytes, Extent, PassStep, Procedure
 from modelfuse.kernels.bfloat16 import from_bfloat16
 from modelfuse.kernels.compiled.bins import count_bins
 from modelfuse.kernels.interference import Interference
@@ -228,12 +228,12 @@ class DifferencePass:
         """False: the worker reads the elements."""
         return False
 
-    def steps(self, state: DifferenceState, first: int, count: int, most: int) -> Iterator[Step]:
+    def steps(self, state: DifferenceState, first: int, count: int, most: int) -> Iterator[PassStep]:
         """Slices of whole blocks."""
         block = self._measurement.block
         size = max(most // block, 1) * block
         for start in range(first, first + count, size):
-            yield Step(start, min(size, first + count - start), False)
+            yield PassStep(start, min(size, first + count - start), False)
 
     def apply(self, state: DifferenceState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         del out

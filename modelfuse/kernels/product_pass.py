@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from modelfuse.kernels import Step
+from modelfuse.kernels import PassStep
 from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.matrices import SLICE
 from modelfuse.kernels.whole_matrix import MatrixPass, MatrixState
@@ -15,7 +15,7 @@ from modelfuse.kernels.whole_matrix import MatrixPass, MatrixState
 class ProductPass(MatrixPass):
     """Multiplies and writes, slice by slice; slices have a fixed size, so that the memory budget changes no bit."""
 
-    def steps(self, state: MatrixState, first: int, count: int, most: int) -> Iterator[Step]:
+    def steps(self, state: MatrixState, first: int, count: int, most: int) -> Iterator[PassStep]:
         """The steps: what is read, in order."""
         assert self._matrices.merged is not None
         left, right = self._matrices.merged.factors()
@@ -27,4 +27,4 @@ class ProductPass(MatrixPass):
             with one_thread(), np.errstate(all="ignore"):
                 rows = left[top:bottom] @ right
             state.result[: stop - start] = rows.ravel()[start - top * columns : stop - top * columns]
-            yield Step(start, stop - start)
+            yield PassStep(start, stop - start)

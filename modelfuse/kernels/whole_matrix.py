@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.errors import ModelfuseError
-from modelfuse.kernels import Bytes, Extent, Step, Work
+from modelfuse.kernels import Bytes, Extent, PassStep, Work
 from modelfuse.kernels.arrays.arithmetic import Arithmetic
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.blas_threads import one_thread
@@ -24,7 +24,7 @@ from modelfuse.kernels.matrices import PANEL, SLICE, MatrixPart, panel_of
 from modelfuse.methods.spec import Floats, WholeMatrix
 
 #: A generator of steps that returns a float64 array.
-Steps = Generator[Step, None, Floats]
+Steps = Generator[PassStep, None, Floats]
 
 
 @dataclass
@@ -83,7 +83,7 @@ class MatrixPass:
             else:
                 state.values = self._differences(state, count, raws)
 
-    def steps(self, state: MatrixState, first: int, count: int, most: int) -> Iterator[Step]:
+    def steps(self, state: MatrixState, first: int, count: int, most: int) -> Iterator[PassStep]:
         """The steps: what is read, in order; computations happen between the steps."""
         for unit in range(self._matrices.units):
             begin = unit * self._matrices.unit
@@ -135,7 +135,7 @@ class MatrixPass:
         state.bad[-1] += arithmetic.count_bad(stored)
         state.library.store(stored, out[: work.out.nbytes(count)])
 
-    def _windows(self, state: MatrixState, begin: int, first: int, stop: int) -> Iterator[Step | tuple[int, Floats]]:
+    def _windows(self, state: MatrixState, begin: int, first: int, stop: int) -> Iterator[PassStep | tuple[int, Floats]]:
         """Steps over rows of the matrix that starts at element ``begin``; after each, its first row and values."""
         columns = self._matrices.columns
         fits = (stop - first) * columns <= self._matrices.window
@@ -143,7 +143,7 @@ class MatrixPass:
         for start in range(first, stop, rows):
             count = min(rows, stop - start)
             state.writes = False
-            yield Step(begin + start * columns, count * columns, False)
+            yield PassStep(begin + start * columns, count * columns, False)
             yield start, state.values.reshape(-1, count, columns)
             state.values = np.empty((0, 0))
 
@@ -162,7 +162,7 @@ class MatrixPass:
                         gram += panel[i, :filled].T @ panel[j, :filled]
 
         for each in self._windows(state, begin, int(part.rows[0]), int(part.rows[-1]) + 1):
-            if isinstance(each, Step):
+            if isinstance(each, PassStep):
                 yield each
                 continue
             first, last, values = part.take(each[1], each[0])
@@ -187,7 +187,7 @@ class MatrixPass:
         for top in range(0, part.k, height):
             bottom = min(top + height, part.k)
             for each in self._windows(state, begin, int(part.rows[top]), int(part.rows[-1]) + 1):
-                if isinstance(each, Step):
+                if isinstance(each, PassStep):
                     yield each
                     continue
                 first, last, values = part.take(each[1], each[0])
@@ -222,14 +222,14 @@ class MatrixPass:
 
     def _scale_by_norm(
         self, state: MatrixState, begin: int, parts: Sequence[MatrixPart], factors: Sequence[Floats], share: float
-    ) -> Iterator[Step]:
+    ) -> Iterator[PassStep]:
         """Scale each part's result to ``share`` times the norm of the sum of its differences.
 
         With Gram matrices of single models only, this needs the result itself, which is then computed twice.
         """
         squares, matrices, weights = np.zeros((len(parts), 2)), self._matrices, even_weights(self._work.method.weights)
         for each in self._windows(state, begin, 0, matrices.rows):
-            if isinstance(each, Step):
+            if isinstance(each, PassStep):
                 yield each
                 continue
             for square, part in zip(squares, parts, strict=True):
@@ -250,7 +250,7 @@ class MatrixPass:
 
     def _emit(
         self, state: MatrixState, begin: int, parts: Sequence[MatrixPart], factors: Sequence[Floats]
-    ) -> Iterator[Step]:
+    ) -> Iterator[PassStep]:
         """Compute and write one matrix; a slice that spans several matrices is written once it is full."""
         matrices, size = self._matrices, self._work.size
         most = panel_of(max([part.k for part in parts if not part.of_columns], default=0))
@@ -266,12 +266,12 @@ class MatrixPass:
                 state.result[left - slice_ : right - slice_] = values[left - first : right - first]
                 if right == min(slice_ + SLICE, size):
                     state.writes = True
-                    yield Step(slice_, right - slice_)
+                    yield PassStep(slice_, right - slice_)
 
     def _multiply(
         self, state: MatrixState, begin: int, top: int, bottom: int, parts: Sequence[MatrixPart],
         factors: Sequence[Floats], block: Floats,
-    ) -> Iterator[Step]:  # fmt: skip
+    ) -> Iterator[PassStep]:  # fmt: skip
         """Add the parts' results to the rows from ``top`` to ``bottom``."""
         for of_columns in (True, False):
             chosen = [(part, own) for part, own in zip(parts, factors, strict=True) if part.of_columns == of_columns]
@@ -280,7 +280,7 @@ class MatrixPass:
                 continue
             rows = (top, bottom) if of_columns else (0, self._matrices.rows)
             for each in self._windows(state, begin, *rows):
-                if isinstance(each, Step):
+                if isinstance(each, PassStep):
                     yield each
                     continue
                 with one_thread(), np.errstate(all="ignore"):

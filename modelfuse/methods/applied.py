@@ -1,4 +1,4 @@
-"""A method with all its settings: what a merge of one tensor needs to know of it."""
+"""A method with all its settings, as the merge of one tensor needs it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The expressions of a sparsifier and a combination, for certain switches and choices.
+    """The expressions of a sparsifier and a combination, for given switches and choices.
 
     Attributes:
-        element: What becomes of a model's element before; None: nothing.
-        combine: What becomes of all.
-        terms: What is added up of each model's elements before that.
+        element: The element step, for one model's element; None: there is none.
+        combine: The combination, for all models' elements.
+        terms: Terms of each model's elements that are summed over the tensor before the element step.
     """
 
     element: Expression | None
@@ -41,37 +41,37 @@ class Chain:
 
     @cached_property
     def element_numbers(self) -> tuple[str, ...]:
-        """The numbers of the element step, one of each a model."""
+        """The names of the numbers in the element step, of which each model has its own."""
         return numbers_of(self.element, each=True)
 
     @cached_property
     def each_numbers(self) -> tuple[str, ...]:
-        """The numbers of the combination that are one a model; ``weight`` among them."""
+        """The names of the combination's numbers that each model has its own of, including ``weight``."""
         return numbers_of(self.combine, each=True)
 
     @cached_property
     def shared_numbers(self) -> tuple[str, ...]:
-        """The numbers of the combination that are the same for all models."""
+        """The names of the combination's numbers that all models share."""
         return numbers_of(self.combine, each=False)
 
     @cached_property
     def draws(self) -> bool:
-        """Whether the element step takes draws."""
+        """Whether the element step uses random draws."""
         return uses(self.element, "draw")
 
     @cached_property
     def keeps(self) -> bool:
-        """Whether it takes a probability that depends on the rank."""
+        """Whether the element step uses a probability that depends on the rank."""
         return uses(self.element, "keep")
 
     @cached_property
     def text(self) -> str:
-        """What tells it from others."""
+        """The expressions as text, which identifies the chain."""
         return f"{self.element} -> {self.combine}"
 
 
 class _Names(SimpleNamespace):
-    """Elements and numbers by name, for a declaration to compute with."""
+    """A namespace of symbolic elements and numbers, passed to a declaration's functions."""
 
     def __init__(self, each: bool, known: Mapping[str, object]) -> None:
         super().__init__(**known)
@@ -87,13 +87,13 @@ class _Names(SimpleNamespace):
 def _trace(
     function: Callable[[Any], T], merged: bool, static: tuple[tuple[str, Value], ...], lined: tuple[str, ...]
 ) -> T:
-    """What a declaration's function makes of the names of elements and numbers.
+    """Trace a declaration's function: call it with symbolic elements and numbers.
 
     Args:
-        function: Of a sparsifier or, ``merged``, a combination.
-        merged: Whether it is given all models' elements, after the element step.
-        static: The switches and choices.
-        lined: Numbers that each line has of its own.
+        function: The function of a sparsifier or, with ``merged``, of a combination.
+        merged: Whether the function gets all models' elements, after the element step.
+        static: The values of switches and choices.
+        lined: The names of numbers that each line has its own of.
     """
     known: dict[str, object] = dict(static)
     if merged:
@@ -105,18 +105,18 @@ def _trace(
 
 @dataclass(frozen=True)
 class Applied:
-    """A method with all its settings: what a merge of one tensor needs to know.
+    """A method with all its settings, as the merge of one tensor needs it.
 
     Attributes:
-        combination: Makes one tensor of all.
-        sparsifier: Acts on each model before, if there is one.
-        weights: One weight a model.
-        settings: The settings of both, by name; those that differ by model as a tuple of one a model.
+        combination: Combines the models' tensors.
+        sparsifier: Acts on each model first; None: there is none.
+        weights: One weight per model.
+        settings: The settings of both, by name; a tuple with one value per model for those that differ by model.
         seed: The seed of all random draws.
-        streams: Each model's number in the recipe, which its draws depend on; empty: 0, 1, 2, …
-        factor: What the merged difference (without a base: the merged tensor) is multiplied by: λ.
-        norm: Of a method of whole matrices: what is made of each matrix is multiplied so that its norm is this share of
-            that of the sum of the differences, weights having a mean of 1. None: it stays as it is.
+        streams: Each model's index in the recipe, which its draws depend on; empty: 0, 1, 2, …
+        factor: λ, which multiplies the merged difference (without a base: the merged tensor).
+        norm: For whole-matrix methods: each merged matrix is scaled so that its norm is this share of that of the sum
+            of the differences, with weights scaled to a mean of 1. None: no scaling.
     """
 
     combination: Combination
@@ -154,7 +154,7 @@ class Applied:
         return chain
 
     def traced(self, function: Callable[[Any], T], *, merged: bool) -> T:
-        """What a declaration's function makes of the names of elements and numbers, for these switches and choices."""
+        """Trace a declaration's function with the switches and choices of these settings."""
         parameters = (*self.combination.parameters, *(self.sparsifier.parameters if self.sparsifier else ()))
         static = {each.name for each in parameters if each.is_static}
         known = tuple((name, value) for name, value in self.settings if name in static and not isinstance(value, tuple))
@@ -168,7 +168,7 @@ class Applied:
         return traced
 
     def _needed(self, step: Step | None) -> list[Any]:
-        """The measures of a step that are taken, in their order."""
+        """The measures of a step that these settings need, in order."""
         known = self._cache.setdefault("measures", {})
         if step not in known:
             measures = step.measures if isinstance(step, Sparsifier | Combination) else ()
@@ -178,17 +178,17 @@ class Applied:
 
     @property
     def element_measures(self) -> list[OrderStatistics | Ranks | LineRanks | Sums]:
-        """What is measured before the element step, in this order."""
+        """The measures before the element step, in order."""
         return self._needed(self.sparsifier)
 
     @property
     def merged_measures(self) -> list[Gram | Sums | OrderStatistics | Divergence]:
-        """What is measured after it, in this order."""
+        """The measures after the element step, in order."""
         return self._needed(self.combination)
 
     @property
     def by_arrays(self) -> bool:
-        """Whether arrays do some of it on every backend: there are no compiled loops for lines and merged elements."""
+        """Whether every backend needs array operations: lines and merged elements have no compiled loops."""
         lined = any(isinstance(each, LineRanks) for each in self.element_measures)
         grams = [each for each in self.merged_measures if isinstance(each, Gram) and each.axis(self.shared) is None]
         return lined or len(grams) < len(self.merged_measures)
@@ -200,7 +200,7 @@ class Applied:
         )
 
     def numbers_of(self, model: int) -> dict[str, float]:
-        """The settings of one model that are numbers, and its weight, by name."""
+        """The numeric settings of one model, and its weight, by name."""
         own = {name: value[model] if isinstance(value, tuple) else value for name, value in self.settings}
         return {"weight": self.weights[model], **{
             name: float(value) for name, value in own.items() if not isinstance(value, bool | str)
@@ -212,12 +212,12 @@ class Applied:
         return SimpleNamespace(weights=self.weights, **dict(self.settings))
 
     def stream(self, model: int) -> int:
-        """The number that a model's draws depend on."""
+        """The stream number that a model's draws depend on."""
         return self.streams[model] if self.streams else model
 
     @property
     def coefficients(self) -> tuple[float, ...] | None:
-        """The models' factors where the result is a weighted sum of them, whatever they hold; None if it is not."""
+        """The models' factors if the result is a weighted sum with constant factors; else None."""
         weighted_sum = total(array("x") * number("weight"))
         measured = bool(self.merged_measures) or self.combination.matrix is not None
         if self.sparsifier is not None or measured or self.chain.combine != weighted_sum:
@@ -225,7 +225,7 @@ class Applied:
         return tuple(weight * self.factor for weight in self.weights)
 
     def described(self) -> dict[str, object]:
-        """All that it depends on by name, for a report; the seed, which is the recipe's, apart."""
+        """Everything that the method depends on, by name, for the report; without the seed, which is the recipe's."""
         weights = {"weights": list(self.weights)} if self.combination.weights != "none" else {}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings}
         factor: dict[str, object] = {"lambda": self.factor} if self.factor != 1 else {}
@@ -244,7 +244,7 @@ class Applied:
 
     @property
     def counts_magnitudes(self) -> bool:
-        """Whether magnitudes are counted before tensors are merged."""
+        """Whether magnitudes are tallied before tensors are merged."""
         measures = (*self.element_measures, *self.merged_measures)
         return any(isinstance(each, OrderStatistics | Ranks) for each in measures)
 

@@ -1,6 +1,6 @@
-"""The methods that configurations for arcee's mergekit name, with the defaults they have there.
+"""The methods of mergekit configurations, with mergekit's defaults.
 
-Some go by the name of a method of flat recipes and mean something else, so they have a table of their own.
+They have a table of their own, as some differ from the method of the same name in flat recipes.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from modelfuse.methods.slerp import SLERP
 from modelfuse.methods.spec import Combination, Sparsifier, Value
 from modelfuse.methods.ties import ELECT
 
-#: A parameter's value in a configuration; None where none was given.
+#: A parameter's value in a configuration; None if it is not given.
 Given = float | int | bool | str | None
-#: Sums of weights nearer to zero than this are not divided by.
+#: Weights are not divided by their sum if it is closer to zero than this.
 MIN_SUM = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
 class ArceeMethod:
-    """What a configuration's ``merge_method`` means.
+    """The meaning of a configuration's ``merge_method``.
 
     Attributes:
-        combination: Makes one tensor of all.
-        sparsifier: Acts on each model before; none where every density is at least 1.
-        names: Its parameters, and what settings they are.
-        defaults: Of parameters that need not be given, where the settings' own defaults are not meant.
-        divides: Whether weights are divided by their sum before: the parameter that says so.
-        guarded: Whether sums of weights that are nearly zero are not divided by; else they are an error.
+        combination: Combines the models' tensors.
+        sparsifier: Acts on each model first; skipped if every density is at least 1.
+        names: Maps its parameters to settings.
+        defaults: mergekit's defaults, for parameters where they differ from those of the settings.
+        divides: The parameter that says whether weights are divided by their sum.
+        guarded: Whether a sum of weights close to zero skips the division; else it is an error.
     """
 
     combination: Combination
@@ -55,7 +55,7 @@ class ArceeMethod:
 
 
 def _family(sparsifier: Sparsifier | None, *, elects: bool, normalize: bool, rescale: bool = False) -> ArceeMethod:
-    """A method that sparsifies differences, perhaps elects signs, and adds up."""
+    """A method that sparsifies the differences, optionally elects signs, and sums."""
     return ArceeMethod(
         ELECT if elects else LINEAR,
         sparsifier,
@@ -105,15 +105,15 @@ def applied(
     """A configuration's method for one tensor.
 
     Args:
-        name: What ``merge_method`` says; of :data:`METHODS`.
-        each: The parameters of every model that is merged, in order: for a method that compares with a base without
-            the base's, for slerp the base's first.
+        name: The ``merge_method``, a key of :data:`METHODS`.
+        each: The parameters of each merged model, in order: without the base for methods with a base; for slerp, the
+            base's first.
         whole: The parameters of the merge.
         seed: The seed of all random draws.
-        streams: Each model's number, which its draws depend on; empty: in order.
+        streams: Each model's index, which its draws depend on; empty: in order.
 
     Raises:
-        ValueError: If the parameters cannot be.
+        ValueError: If the parameters are invalid.
     """
     method = METHODS[name]
     given = {**method.defaults, **{key: value for key, value in whole.items() if value is not None}}
@@ -152,7 +152,7 @@ def _divided(name: str, weights: Sequence[float], guarded: bool) -> list[float]:
 
 
 def _sparsifier(method: ArceeMethod, settings: Mapping[str, Value | Sequence[Value]], models: int) -> Sparsifier | None:
-    """The one that there is, unless it drops nothing; checked with the settings of every model."""
+    """The sparsifier, unless it drops nothing; its settings are checked for every model."""
     if method.sparsifier is None:
         return None
     known = apply(method.sparsifier, method.combination, (1.0,) * models, settings)

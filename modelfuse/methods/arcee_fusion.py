@@ -1,4 +1,4 @@
-"""Taking a model's elements where they matter most."""
+"""Arcee Fusion: take a model's elements where they are most important."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from modelfuse.methods.expressions import Expression, total, where
 from modelfuse.methods.spec import Combination, Divergence, Magnitudes, Method, OrderStatistics
 
-#: Added to shares of a softmax.
+#: Added to the softmax.
 LEAST_SHARE = 1e-8
-#: How far above the median the threshold lies, in ranges between the quartiles.
+#: The threshold's distance from the median, in interquartile ranges.
 RANGES = 1.5
 
 

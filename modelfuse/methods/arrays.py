@@ -1,4 +1,4 @@
-"""Sums over tensors that no order of adding changes."""
+"""Exact sums, which do not depend on the order of summation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropping the largest elements and the smallest ones."""
+"""Model Breadcrumbs: drop the largest and the smallest elements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GAMMA = Parameter(
 
 
 def _ranks(size: int, settings: Any) -> Sequence[int]:
-    """The smallest and the largest rank that are kept, ascending from 0; none if nothing is kept."""
+    """The smallest and the largest kept rank, ascending from 0; empty if nothing is kept."""
     kept, top = math.floor(min(settings.reserve_p, 1) * size), math.floor(settings.gamma * size)
     bottom = max(0, size - kept - top)
     return (bottom, bottom + kept - 1) if kept > 0 else ()

@@ -1,4 +1,4 @@
-"""Dropping elements at random."""
+"""DARE: drop elements at random and rescale the rest."""
 
 from __future__ import annotations
 

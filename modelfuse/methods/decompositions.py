@@ -1,4 +1,4 @@
-"""What methods of whole matrices share: decompositions of Gram matrices, and whitened directions."""
+"""Decompositions of Gram matrices and whitening, shared by whole-matrix methods."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 from modelfuse.methods.spec import Floats
 
-#: Singular values below this share of the largest one are rounding.
+#: Singular values below this share of the largest one are rounding errors.
 NOISE = 1e-6
 
 
 def directions(gram: Floats, most: int, least: float = 0.0) -> tuple[Floats, Floats]:
-    """Of a matrix by its Gram matrix, the right singular vectors, shape (k, number), and values, largest first.
+    """Right singular vectors, shape (k, number), and singular values, descending, of a matrix with this Gram matrix.
 
     Args:
-        gram: Its Gram matrix.
+        gram: The Gram matrix.
         most: The most vectors.
-        least: Of what is left of a matrix: values below it are rounding, too.
+        least: Singular values below this are rounding errors too, for the remainder of a larger matrix.
     """
     squares, vectors = np.linalg.eigh(gram)
     sigma = np.sqrt(np.maximum(squares[::-1], 0))
@@ -27,7 +27,7 @@ def directions(gram: Floats, most: int, least: float = 0.0) -> tuple[Floats, Flo
 
 
 def inverse_root(square: Floats) -> Floats:
-    """square^(−1/2) of a Gram matrix, zero in directions that it does not have."""
+    """square^(−1/2) of a Gram matrix (pseudoinverse: zero in its null space)."""
     vectors, sigma = directions(square, len(square))
     half = vectors / np.sqrt(sigma)
     root: Floats = half @ half.T
@@ -35,13 +35,13 @@ def inverse_root(square: Floats) -> Floats:
 
 
 def whitened(grams: Floats, left: Sequence[Floats], right: Floats, sizes: Floats) -> Floats:
-    """What Ũ·diag(sizes)·Ṽᵀ multiplies each model by; Ũ and Ṽ are the nearest orthonormal ones.
+    """The factors of the models for Ũ·diag(sizes)·Ṽᵀ, with Ũ and Ṽ the orthonormal matrices nearest to U and V.
 
     Args:
-        grams: Of all pairs of models' matrices A, shape (models, models, k, k).
-        left: One matrix X a model, shape (k, number): U is the sum of all A·X.
+        grams: Gram matrices of all pairs of the models' matrices A, shape (models, models, k, k).
+        left: One matrix X per model, shape (k, number); U = Σ A·X.
         right: V, shape (k, number).
-        sizes: One for each of their columns.
+        sizes: One factor per column of U and V.
     """
     models = range(len(left))
     square = sum(left[i].T @ grams[i, j] @ left[j] for i in models for j in models)

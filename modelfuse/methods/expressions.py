@@ -1,9 +1,9 @@
-"""Arithmetic on elements, written down instead of carried out: what methods are declared in.
+"""Symbolic expressions in which methods are declared.
 
-A declaration computes with names of elements and numbers. What it returns is an :class:`Expression`, of which every
-backend makes its own: compiled loops, or operations on arrays. Values are of the compute type (float32 or float64)
-unless said otherwise; constants are rounded into it once. No operation is fused with another one, and sums over the
-models are added up in their order, so that all backends compute the same bits.
+A declaration computes with symbolic elements and numbers and returns an :class:`Expression`, which each backend turns
+into compiled loops or operations on arrays. Values have the compute type (float32 or float64) unless said otherwise;
+constants are rounded to it once. Operations are never fused, and sums over the models are in order, so that all
+backends compute the same bits.
 
 >>> x, low = array("x"), number("low")
 >>> print(where(abs(x) >= low, x, 0.0))
@@ -24,14 +24,14 @@ INFIX = {"+", "-", "*", "/", "&", "|", *COMPARISONS}
 
 @dataclass(frozen=True)
 class Expression:
-    """One operation, and what it is applied to.
+    """An operation and its operands.
 
     Attributes:
         operation: An operator, a function's name, or ``array``, ``number`` or ``constant``.
-        operands: What it is applied to.
-        value: The name of an array or number; a constant.
-        kind: ``real`` for the compute type, ``single`` for float32, ``truth`` for what is true or false.
-        each: Whether every model has its own; of an operation: whether any of its operands is such.
+        operands: The operands.
+        value: The name of an array or number, or the value of a constant.
+        kind: ``real`` for the compute type, ``single`` for float32, ``truth`` for booleans.
+        each: Whether each model has its own value, as that of at least one operand.
     """
 
     operation: str
@@ -48,7 +48,7 @@ class Expression:
         return self._hash
 
     def __bool__(self) -> bool:
-        raise TypeError("The value of an element is not known yet; use where(condition, one, other)")
+        raise TypeError("Expressions have no truth value; use where(condition, one, other)")
 
     def __add__(self, other: Operand) -> Expression:
         return _apply("+", self, other)
@@ -114,12 +114,12 @@ Operand = Expression | float
 
 
 def array(name: str, *, each: bool = True, kind: Kind = "real") -> Expression:
-    """An element of a tensor; ``each``: of every model's own."""
+    """An element of a tensor; with ``each``, of each model's tensor."""
     return Expression("array", value=name, kind=kind, each=each)
 
 
 def number(name: str, *, each: bool = True) -> Expression:
-    """A number that is the same for all elements of a tensor; ``each``: of every model's own."""
+    """A number that is the same for all elements of a tensor; with ``each``, one per model."""
     return Expression("number", value=name, each=each)
 
 
@@ -156,18 +156,18 @@ def root(x: Expression) -> Expression:
 
 
 def total(x: Expression) -> Expression:
-    """The sum over the models: the first one's, to which the others' are added in their order.
+    """The sum over the models, in order.
 
     Raises:
-        ValueError: If it is the same for all models.
+        ValueError: If the expression is the same for all models.
     """
     if not x.each:
-        raise ValueError(f"{x} is not one a model")
+        raise ValueError(f"{x} is not a per-model expression")
     return Expression("total", (x,))
 
 
 def walk(expression: Expression) -> Iterator[Expression]:
-    """All that an expression is made of, each once, operands first."""
+    """All distinct subexpressions, operands first."""
     seen: set[Expression] = set()
 
     def visit(one: Expression) -> Iterator[Expression]:
@@ -182,7 +182,7 @@ def walk(expression: Expression) -> Iterator[Expression]:
 
 
 def numbers_of(expression: Expression | None, *, each: bool) -> tuple[str, ...]:
-    """The names of the numbers in an expression, in the order in which they are met."""
+    """The names of the numbers in an expression, in the order of :func:`walk`."""
     found = walk(expression) if expression is not None else ()
     return tuple(str(one.value) for one in found if one.operation == "number" and one.each == each)
 

@@ -1,4 +1,4 @@
-"""A merged difference in whose every direction there is as much."""
+"""Iso-C: the merged difference with all singular values equal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANK_TOLERANCE = Parameter(
 
 
 def _factors(gram: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
-    """mean(σ)·(MᵀM)^(−1/2), over the singular values that count."""
+    """mean(σ)·(MᵀM)^(−1/2), over the singular values above the tolerance."""
     squares, vectors = np.linalg.eigh(gram)
     sigma = np.sqrt(np.maximum(squares, 0))
     counts = sigma > settings.rank_tolerance * sigma[-1]

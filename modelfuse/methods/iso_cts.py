@@ -1,4 +1,4 @@
-"""Directions that models share and directions of their own, with as much in every one."""
+"""Iso-CTS: as Iso-C, with common and task-specific directions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int
     vectors, sigma = vectors[:, : rank - own * models], sigma[: rank - own * models]
     rights, lefts, sizes = [vectors], [[vectors / sigma] for _ in range(models)], [sigma]
     for model in range(models) if own else ():
-        # In what the shared directions of the outputs leave of it: (I − UUᵀ)τ, so that where Gram matrices are of the
-        # outputs, it is these vectors that are taken out, else what the sum makes of them.
+        # Of the part outside the shared output directions, (I − UUᵀ)τ: with Gram matrices of the outputs, the vectors
+        # themselves are projected out, else the sum's image of them.
         gram = grams[model, model]
         least = NOISE * math.sqrt(max(float(np.trace(gram)), 0.0))
         if k == inputs:

@@ -1,4 +1,4 @@
-"""The Karcher mean of the models' directions: the point of the sphere with the least squared distances to all."""
+"""The Karcher mean of the models' directions: the point on the sphere with the least sum of squared distances."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOL = Parameter("karcher_tol", 1e-5, "karcher: norms, angles and steps below thi
 
 
 def coefficients(gram: Floats, max_iter: int, tol: float) -> list[float]:
-    """One factor a model. Points of the sphere are weighted sums of the models, told by their weights."""
+    """One factor per model. Points on the sphere are represented by their weights as sums of the models."""
     models = gram.shape[0]
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
     if not np.isfinite(gram).all():
@@ -41,7 +41,7 @@ def coefficients(gram: Floats, max_iter: int, tol: float) -> list[float]:
 
 
 def _step(cosines: Floats, mean: Floats, tol: float) -> Floats:
-    """The mean of the directions from a point of the sphere to all others, as long as their angles."""
+    """The mean of the logarithm maps: tangent vectors at a point towards the models, as long as the angles."""
     step = np.zeros(mean.size)
     for model, dot in enumerate(np.clip(cosines @ mean, -1.0, 1.0).tolist()):
         angle = math.acos(dot)

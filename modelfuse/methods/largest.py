@@ -1,4 +1,4 @@
-"""Keeping a number of the largest elements."""
+"""Keep a fixed number of the largest elements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelfuse.methods.trim import TRIM, scale
 
 
 def _ranks(size: int, settings: Any) -> Sequence[int]:
-    """The smallest rank that is kept, ascending from 0; none if nothing is kept."""
+    """The smallest kept rank, ascending from 0; empty if nothing is kept."""
     if settings.reserve_p <= 0:
         return ()
     return (size - min(max(1, math.floor(settings.reserve_p * size)), size),)

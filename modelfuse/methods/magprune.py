@@ -1,4 +1,4 @@
-"""Dropping elements at random, the small ones more often."""
+"""MagPrune (DELLA): drop elements at random, small ones more often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What declarations measure: of whole tensors, or of each of their lines."""
+"""The measures that declarations may request: of whole tensors, or of each of their lines."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Floats = npt.NDArray[np.float64]
 
 
 class Magnitudes(Protocol):
-    """What is known of the magnitudes of one model's tensor, once they were measured."""
+    """Measured magnitudes of one model's tensor."""
 
     @property
     def total(self) -> float:
         """Σ|x|, exact, rounded once; NaN if any is not finite."""
 
     def at(self, number: int) -> float:
-        """The magnitude at one of the ranks that were asked for."""
+        """The magnitude at the ``number``-th requested rank."""
 
     def between(self, first: int, last: int | None = None) -> float:
         """Σ|x| of the magnitudes from ``at(first)`` to ``at(last)``, or to the largest; exact, rounded once."""
@@ -33,12 +33,12 @@ class OrderStatistics:
     """Measures the magnitudes at given ranks.
 
     Attributes:
-        ranks: Of a tensor's size and the model's settings: ranks from 0, the smallest magnitude's, on.
-        numbers: Of the tensor's size, the model's settings and its magnitudes: numbers for the element step, by name.
-        sums: Of the settings: whether ``numbers`` asks for sums of magnitudes.
-        of: Of a combination: the element, made of all models', whose magnitudes are meant. Settings are then those of
-            the combination, with all numbers known by then.
-        needed: Of all settings: whether it is measured.
+        ranks: Maps the tensor's size and the model's settings to ranks, ascending from 0 (the smallest magnitude).
+        numbers: Maps the size, the model's settings and its magnitudes to numbers for the element step, by name.
+        sums: Maps the settings to whether ``numbers`` needs sums of magnitudes.
+        of: For a combination: the expression of all models' elements whose magnitudes are measured. Settings are then
+            those of the combination, with all numbers known so far.
+        needed: Maps all settings to whether the measure is needed.
     """
 
     ranks: Callable[[int, Any], Sequence[int]]
@@ -50,12 +50,12 @@ class OrderStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """Measures every magnitude's rank: the element step has a probability ``keep`` that depends on it.
+    """Measures each magnitude's rank, on which the element step's probability ``keep`` depends.
 
     Attributes:
-        probability: Of ranks from 0, the largest magnitude's, on (float64, shape (ranks,)), the tensor's size and
-            the model's settings: float64, shape (ranks,). A linear function of the rank.
-        spread: Of the model's settings: how far the probabilities of the largest and the smallest are apart.
+        probability: Maps ranks (float64, shape (ranks,); 0 is the largest magnitude), the tensor's size and the model's
+            settings to probabilities (float64, shape (ranks,)). Must be linear in the rank.
+        spread: Maps the model's settings to the difference between the probabilities of the largest and the smallest.
     """
 
     probability: Callable[[Floats, int, Any], Floats]
@@ -65,13 +65,13 @@ class Ranks:
 
 @dataclass(frozen=True, eq=False)
 class LineRanks:
-    """Measures every magnitude's rank in its line: the element step has a probability ``keep`` that depends on it.
+    """Measures each magnitude's rank within its line, on which the element step's probability ``keep`` depends.
 
     Attributes:
-        axis: Of the number of dimensions: the axis that lines lie along.
-        probability: Of ranks from 0, the smallest magnitude's, on (float64, any shape; equal magnitudes share their
-            mean rank), a line's length and the model's settings: float64, the same shape.
-        needed: Of all settings: whether it is measured.
+        axis: Maps the number of dimensions to the axis of the lines.
+        probability: Maps ranks (float64, any shape; 0 is the smallest magnitude, equal magnitudes share their mean
+            rank), the length of a line and the model's settings to probabilities (float64, the same shape).
+        needed: Maps all settings to whether the measure is needed.
     """
 
     axis: Callable[[int], int]
@@ -81,14 +81,14 @@ class LineRanks:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Measures sums over the whole tensor, in float64, as good as exact.
+    """Measures sums over the whole tensor, in compensated float64.
 
     Attributes:
-        terms: Of what ``element`` (of a combination: ``combine``) is given: the elements to add up, one a model or made
-            of all of them.
-        numbers: Of the sums (float64, shape (models, terms)), the tensor's size and all settings: numbers by name, one
-            a model.
-        needed: Of all settings: whether it is measured.
+        terms: Maps the namespace of ``element`` (for a combination, of ``combine``) to the expressions to sum, of each
+            model or of all models.
+        numbers: Maps the sums (float64, shape (models, terms)), the tensor's size and all settings to numbers by name,
+            one per model.
+        needed: Maps all settings to whether the measure is needed.
     """
 
     terms: Callable[[Any], Sequence[Expression]]
@@ -98,13 +98,13 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """Measures the dot products of all pairs of models (of what is left of them by the sparsifier), in float64.
+    """Measures dot products of all pairs of models, after the sparsifier, in float64.
 
     Attributes:
-        weights: Of the Gram matrix (float64, shape (models, models)) and the settings: one factor a model.
-        axis: Of the settings: the axis along whose lines products are added up, each line having factors of its own;
-            None for one product of whole tensors.
-        needed: Of all settings: whether it is measured.
+        weights: Maps the Gram matrix (float64, shape (models, models)) and the settings to one factor per model.
+        axis: Maps the settings to the axis of the lines whose products are measured, each line with factors of its own;
+            None for products of whole tensors.
+        needed: Maps all settings to whether the measure is needed.
     """
 
     weights: Callable[[Floats, Any], Sequence[float]]
@@ -114,13 +114,13 @@ class Gram:
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """Measures, for each row, how far the only model's softmax is from the base's: ``divergence``, an element's factor.
+    """Measures each row's Kullback-Leibler divergence of the single model's softmax from the base's: ``divergence``.
 
-    It is the Kullback-Leibler divergence Σ p ln(p/q), p and q the softmax over the row plus a small number.
+    It is Σ p ln(p/q), with p and q the softmax over the row plus a small number.
 
     Attributes:
         least: That number.
-        needed: Of all settings: whether it is measured.
+        needed: Maps all settings to whether the measure is needed.
     """
 
     least: float

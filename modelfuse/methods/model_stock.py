@@ -1,4 +1,4 @@
-"""The point between fine-tunes and their base that the angle between the fine-tunes tells."""
+"""Model Stock: interpolate between the base and the fine-tunes' mean by the angle between the fine-tunes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_PRODUCT = 1e-6
 
 
 def share(gram: Floats) -> float:
-    """How far from the base the result lies on the way to the models' mean."""
+    """The interpolation factor t: 0 is the base, 1 the models' mean."""
     models = gram.shape[0]
     norms = np.sqrt(np.diag(gram))
     cosines = [

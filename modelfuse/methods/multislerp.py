@@ -1,4 +1,4 @@
-"""The mean direction of any number of models, as long as they are."""
+"""Multi-SLERP: the mean direction of any number of models, with their mean norm."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ EPS = Parameter("multislerp_eps", 1e-8, "multislerp: added to norms, and the lea
 
 
 def coefficients(gram: Floats, weights: tuple[float, ...], eps: float) -> list[float]:
-    """One factor a model.
+    """One factor per model.
 
-    The models' unit tensors are projected onto the tangent plane at their mean m, and the mean of that is followed from
-    m. As m is their own mean, the projections add up to nothing, T = 0: what is left is m·cos ‖T‖, with ‖T‖ = eps.
+    The models' unit tensors are projected onto the tangent plane at their mean m, and the exponential map of the mean
+    projection T is taken. As m is their own mean, T = 0: what remains is m·cos ‖T‖, with ‖T‖ = eps.
 
     Raises:
         ValueError: If more than two models cancel each other.

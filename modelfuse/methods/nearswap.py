@@ -1,4 +1,4 @@
-"""Taking a model's elements where they are near the base's."""
+"""NearSwap: take a model's elements where they are close to the base's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from modelfuse.methods.expressions import Expression, least, most, total
 from modelfuse.methods.spec import Combination, Method, Parameter
 
-#: Distances below this count as this.
+#: Lower bound of distances.
 MIN_DISTANCE = 1e-6
 
 T = Parameter("nearswap_t", 0.001, "nearswap: elements that are no farther apart than this are the model's.")
@@ -20,7 +20,7 @@ def _combine(each: Any) -> Expression:
 
 NEARSWAP = Combination(
     name="nearswap",
-    summary="Move each element of the base towards the model's, all the way where they are near, less the farther.",
+    summary="Move each base element towards the model's: all the way where they are close, less where they are not.",
     formula="p·x + (1−p)·b, p = t/|x − b| between 0 and 1",
     paper="Alchemonaut 2024, QuartetAnemoi-70B (a model card)",
     parameters=(T,),

@@ -1,4 +1,4 @@
-"""Interpolation along the arc between two models or their differences, by weights."""
+"""NuSLERP: spherical interpolation between two models, or their differences, by weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from modelfuse.methods.expressions import total
 from modelfuse.methods.spec import Combination, Floats, Gram, Method, Parameter
 
-#: Norms below this count as this; sums of weights nearer to zero mean half of each.
+#: Lower bound of norms; weights whose sum is closer to zero than MIN_SUM count as equal.
 MIN_NORM, MIN_SUM = 1e-7, 1e-6
-#: Where the squared sine of the angle is no more than this, interpolate straight.
+#: Up to this squared sine of the angle, interpolate linearly.
 MIN_SQUARED_SINE = 1e-16
 
 FLATTEN = Parameter(

@@ -1,4 +1,4 @@
-"""What one model alone changed is kept whole, what several changed is averaged."""
+"""RAM: keep what a single model changed, average what several changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAPER = "Yuan et al. 2026, Behavior knowledge merge in reinforced agentic models
 
 
 def _active(each: Any) -> Expression:
-    # Compared so that a NaN is active: it must reach the output.
+    # Written so that NaN counts as active: it must reach the output.
     same: Expression = abs(each.x) <= each.ram_epsilon
     return ~same
 
@@ -32,7 +32,7 @@ def _mean(each: Any) -> Expression:
 
 
 def _terms(each: Any) -> tuple[Expression, ...]:
-    """Which elements a model shares with others, and which are its own."""
+    """Indicators of elements that a model shares with others, and of those that only it changed."""
     shared = _count(each) > 1.0
     return where(_active(each) & shared, 1.0, 0.0), where(_active(each) & ~shared, 1.0, 0.0)
 
@@ -60,7 +60,7 @@ RAM = Combination(
 )
 RAMPLUS_TL = Combination(
     name="ramplus_tl",
-    summary="The same, where what one model alone changed grows with the share of what it changed as others did.",
+    summary="As ram, and scales up what a single model changed by its share of elements that others changed too.",
     formula="dᵢ·(1 + r·min(ρᵢ, α)) where model i alone differs, ρᵢ = its shared elements ÷ its own; else as ram",
     paper=PAPER,
     parameters=(EPSILON, R, ALPHA),

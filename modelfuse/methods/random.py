@@ -1,4 +1,4 @@
-"""The random draws of DARE and magnitude pruning: counter-based, so order never matters.
+"""Counter-based random draws for DARE and magnitude pruning, independent of the order of elements.
 
 A draw is a pure function of (seed, model number, tensor name, element number). Splitmix64
 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") visits the numbers

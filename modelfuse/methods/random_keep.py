@@ -1,4 +1,4 @@
-"""Dropping elements at random, and making up for it by the sum of magnitudes."""
+"""Drop elements at random and restore the sum of magnitudes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _factors(sums: Floats, size: int, settings: Any) -> Mapping[str, Sequence[fl
 
 
 def _rescaled(kept: Any) -> Sums:
-    """What is measured to restore the sum of magnitudes after some were dropped."""
+    """The sums of magnitudes before and after dropping, to rescale by."""
     return Sums(lambda each: (abs(each.x), abs(kept(each))), _factors, needed=lambda settings: bool(settings.rescale))
 
 
@@ -71,7 +71,7 @@ RANDOM_BY_RANK = Sparsifier(
     check=_check,
     measures=(
         LineRanks(
-            # The last axis of a matrix; of more dimensions the second one.
+            # Axis 1: the last one of a matrix, the second one of tensors with more dimensions.
             axis=lambda dimensions: min(dimensions - 1, 1),
             probability=lambda ranks, length, settings: keep_probability(
                 ranks, length, settings.reserve_p, settings.epsilon

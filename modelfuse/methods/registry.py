@@ -1,4 +1,4 @@
-"""All methods by name. A method's own file declares it; this is the only other place that knows it.
+"""The registry of methods. Apart from a method's own file, only this module refers to it.
 
 A merge of one tensor has two steps. The *sparsifier* acts on each model alone, then the *combination* makes one
 tensor of all. ``METHODS`` gives pairs of them their names.
@@ -37,12 +37,12 @@ from modelfuse.methods import (
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.spec import Combination, Method, Parameter, Sparsifier, Value
 
-#: The files of methods, in the order in which help lists them.
+#: The modules of methods, in the order of the help.
 MODULES = (
     linear, slerp, nuslerp, multislerp, karcher, trim, magprune, dare, breadcrumbs, model_stock, nearswap, arcee_fusion,
     sce, ram, iso_c, iso_cts, tsv_m, ridge, swudi,
 )  # fmt: skip
-#: Steps that flat recipes have no name for: configurations mean them (:mod:`modelfuse.methods.arcee`).
+#: Steps without a name in flat recipes, used by mergekit configurations (:mod:`modelfuse.methods.arcee`).
 UNNAMED: tuple[Sparsifier | Combination, ...] = (
     largest.LARGEST, random_keep.RANDOM, random_keep.RANDOM_BY_RANK, ties.ELECT,
 )  # fmt: skip
@@ -52,17 +52,17 @@ SPARSIFIERS: dict[str, Sparsifier] = {}
 COMBINATIONS: dict[str, Combination] = {}
 #: merge_method → (sparsify_type, merge_type)
 MERGE_METHODS: dict[str, tuple[str | None, str]] = {}
-#: Every setting of any method.
+#: All settings of all methods, by name.
 PARAMETERS: dict[str, Parameter] = {}
-#: Other names of settings.
+#: Aliases of settings.
 PARAMETER_ALIASES: dict[str, str] = {}
 
 
 def register(method: Method) -> None:
-    """Make a method known by its name, and its steps and settings with it.
+    """Register a method with its steps and settings.
 
     Raises:
-        ValueError: If something else has one of the names already.
+        ValueError: If one of the names is already taken.
     """
     parts: list[tuple[dict[str, Any], str, Any]] = [
         (METHODS, method.name, method),
@@ -98,18 +98,18 @@ def apply(
     factor: float = 1.0,
     norm: float | None = None,
 ) -> Applied:
-    """A pair of steps with all that they need.
+    """Bind a sparsifier and a combination to their settings.
 
     Args:
-        sparsifier: Acts on each model before, if there is one.
-        combination: Makes one tensor of all.
-        weights: One a model.
-        settings: Settings by name, a sequence where they differ by model; others have the parameters' defaults, and
-            those that neither step has are left out.
+        sparsifier: Acts on each model first; None: there is none.
+        combination: Combines the models' tensors.
+        weights: One weight per model.
+        settings: Settings by name, a sequence for those that differ by model. Missing ones get their defaults; those
+            that neither step has are ignored.
         seed: The seed of all random draws.
-        streams: Each model's number in the recipe; empty: in order.
-        factor: What the merged difference is multiplied by.
-        norm: Of methods of whole matrices, the norm of what they make, relative to that of the sum.
+        streams: Each model's index in the recipe; empty: in order.
+        factor: Multiplies the merged difference.
+        norm: For whole-matrix methods: the norm of the result relative to that of the sum.
     """
     own: list[tuple[str, Value | tuple[Value, ...]]] = []
     for parameter in parameters_of(sparsifier, combination):
@@ -119,7 +119,7 @@ def apply(
 
 
 def every_chain(methods: Iterable[str], models: int) -> list[Applied]:
-    """Methods with all their switches and choices: one of each chain of expressions that there is."""
+    """Methods with all combinations of their switches and choices: one for each distinct chain of expressions."""
     found: dict[str, Applied] = {}
     for name in methods:
         method = METHODS[name]
@@ -141,5 +141,5 @@ _register_all(method for module in MODULES for method in module.METHODS)
 for step in UNNAMED:
     table: dict[str, Any] = SPARSIFIERS if isinstance(step, Sparsifier) else COMBINATIONS
     table[step.name] = step
-#: What makes one tensor of itself.
+#: The method that copies a single tensor.
 TAKE = apply(None, linear.LINEAR, (1.0,), {})

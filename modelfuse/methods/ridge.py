@@ -1,7 +1,7 @@
-"""The difference that does to each model's own inputs what the model does, as far as they can be told from weights.
+"""Data-free ridge regression: the merged difference that acts on each model's inputs like the model's own difference.
 
-Rows of a difference stand for the inputs that its model saw. With C = Σ τᵢᵀτᵢ/‖τᵢ‖² and D = Σ wᵢτᵢ(τᵢᵀτᵢ)/‖τᵢ‖², the
-quadratic Σ ‖(m − τᵢ)τᵢᵀ‖²/‖τᵢ‖² has the gradient 2(mC − D).
+The rows of a difference serve as a proxy for the inputs that its model saw. With C = Σ τᵢᵀτᵢ/‖τᵢ‖² and
+D = Σ wᵢτᵢ(τᵢᵀτᵢ)/‖τᵢ‖², the quadratic Σ ‖(m − τᵢ)τᵢᵀ‖²/‖τᵢ‖² has the gradient 2(mC − D).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RIDGE = Parameter(
 
 
 def normalized(grams: Floats) -> tuple[Floats, Floats]:
-    """Gram matrices divided by their traces, and the traces; of a model that is the base, zero."""
+    """Gram matrices divided by their traces, and the traces; zero for a model that equals the base."""
     traces: Floats = np.trace(grams, axis1=-2, axis2=-1)
     return grams / np.where(traces > 0, traces, 1)[:, None, None], traces
 
@@ -40,7 +40,10 @@ def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int
 
 
 def _dual(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
-    """The same from products of outputs: with S = [τ₁/‖τ₁‖; …] and P = SSᵀ, m = R(P + μ̄)⁻¹S, R = [wᵢ‖τᵢ‖(Pᵢᵢ + μ̄)]ᵢ."""
+    """The same from Gram matrices of outputs.
+
+    With S = [τ₁/‖τ₁‖; …], P = SSᵀ and R = [wᵢ‖τᵢ‖(Pᵢᵢ + μ̄)]ᵢ: m = R(P + μ̄)⁻¹S.
+    """
     models, k = len(weights), grams.shape[-1]
     sizes = np.sqrt([np.trace(grams[model, model]) for model in range(models)])
     if not sizes.any():
@@ -60,7 +63,7 @@ def _dual(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -
 
 RIDGE_MERGE = Combination(
     name="ridge",
-    summary="The difference nearest to each model's own in the directions that it uses: one linear system a matrix.",
+    summary="The difference closest to each model's own in the directions that it uses: one linear system per matrix.",
     formula="b + (D + μ̄Σwᵢτᵢ)(C + μ̄)⁻¹, C = Σ τᵢᵀτᵢ/‖τᵢ‖², D = Σ wᵢτᵢ(τᵢᵀτᵢ)/‖τᵢ‖², μ̄ = μT/inputs",
     paper=(
         "after Cheng et al. 2025, Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via "

@@ -1,4 +1,4 @@
-"""Selecting elements by their variance, weighting models by their squares, electing signs."""
+"""SCE: select elements by variance, weight models by mean squares, elect signs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from modelfuse.methods.expressions import Expression, most, total, where
 from modelfuse.methods.spec import Combination, Floats, Magnitudes, Method, OrderStatistics, Parameter, Sums
 
-#: Sums of mean squares below this give all models the same weight; sums of agreeing weights below it count as it.
+#: If the mean squares sum to less than this, weights are equal; also a lower bound of sums of agreeing weights.
 MIN_SUM = 1e-6
 
 SELECT_TOPK = Parameter(
@@ -24,7 +24,7 @@ def _variance(each: Any) -> Expression:
 
 
 def _selected(each: Any) -> Expression:
-    # Compared so that a NaN is selected: it must reach the output.
+    # Written so that NaN is selected: it must reach the output.
     return where(~(_variance(each) < each.least_variance), each.x, 0.0)
 
 

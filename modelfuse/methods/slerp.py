@@ -1,4 +1,4 @@
-"""Interpolation along the arc between two models."""
+"""SLERP: spherical linear interpolation between two models."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What a declaration of a method consists of.
+"""The classes that methods are declared with.
 
-A merge of one tensor takes up to four kinds of steps. *Measures* learn something of whole tensors, or of each of their
-lines (rows, columns): magnitudes at given ranks, each magnitude's rank, sums, or the Gram matrix of the inputs. They
-are taken one after the other, and what one has found may be used by the next. The *element* step of a
-:class:`Sparsifier` acts on each model alone. A :class:`Combination` makes one element of the models' elements. Both are
-written as expressions (:mod:`modelfuse.methods.expressions`). What works on whole matrices says what to multiply them
-by (:class:`WholeMatrix`). A :class:`Method` names a pair of them, with defaults of its own.
+A merge of one tensor has up to four kinds of steps. *Measures* are taken of whole tensors, or of each of their lines
+(rows, columns): magnitudes at given ranks, each magnitude's rank, sums, or the Gram matrix of the inputs. They are
+taken in order, and each may use the results of those before. The *element* step of a :class:`Sparsifier` acts on each model
+alone. A :class:`Combination` combines the models' elements. Both are expressions
+(:mod:`modelfuse.methods.expressions`). Methods of whole matrices compute the factors to multiply them by
+(:class:`WholeMatrix`). A :class:`Method` names a sparsifier and a combination, with defaults of its own.
 
 Everything else follows from the declarations: settings, help, checks, passes, memory, compiled loops, array code.
 """
@@ -27,7 +27,7 @@ from modelfuse.methods.measures import OrderStatistics as OrderStatistics
 from modelfuse.methods.measures import Ranks as Ranks
 from modelfuse.methods.measures import Sums as Sums
 
-#: A setting's value; one that may differ by model is a tuple with one for each.
+#: A setting's value; a setting that differs by model has a tuple of these.
 Value = float | bool | str
 #: Whether methods act on differences to a base model.
 Base = Literal["optional", "required", "none"]
@@ -38,13 +38,13 @@ class Parameter:
     """A setting of methods.
 
     Attributes:
-        name: As recipes and flags have it.
-        default: Its value where none is given.
-        description: What it does, for help.
-        choices: The texts that it may be; empty if it is a number or a switch.
-        bounds: Of a number: ``gt``, ``ge``, ``lt`` and ``le``.
-        per_model: Whether it may be given one a model.
-        aliases: What other tools call it.
+        name: Its name in recipes and flags.
+        default: The default value.
+        description: The help text.
+        choices: The allowed strings; empty for a number or a switch.
+        bounds: Bounds of a number: ``gt``, ``ge``, ``lt`` and ``le``.
+        per_model: Whether it may be a list with one value per model.
+        aliases: Its names in other tools.
     """
 
     name: str
@@ -57,27 +57,26 @@ class Parameter:
 
     @property
     def is_static(self) -> bool:
-        """Whether compiled code depends on its value: switches and choices."""
+        """Whether compiled code depends on its value (switches and choices)."""
         return isinstance(self.default, bool | str)
 
 
 @dataclass(frozen=True, eq=False)
 class WholeMatrix:
-    """Works on whole matrices: the merged difference is Σ τᵢ·Kᵢ, τᵢ = xᵢ − b, with K made of Gram matrices of the τᵢ.
+    """A step on whole matrices: the merged difference is Σ τᵢ·Kᵢ, τᵢ = xᵢ − b, with K computed from Gram matrices.
 
-    All is float64. Kᵢ multiplies from the right if Gram matrices are τᵢᵀτⱼ, of the columns; where they are taken of the
-    rows, all is as if the matrix were transposed. Decompositions differ in their last bits between processors and
-    versions of libraries, so the bytes are the same on one machine and with one version of numpy.
+    All is float64. Kᵢ multiplies from the right if Gram matrices are those of the columns, τᵢᵀτⱼ; with those of the
+    rows, everything is transposed. Decompositions differ in their last bits between processors and library versions,
+    so bytes are reproducible only on one machine with one version of numpy.
 
     Attributes:
-        factors: Of the Gram matrices, the weights, the settings and the number of inputs: K, shape (models, k, k);
-            (1, k, k) for ``sum``.
-        gram: Which Gram matrices there are: of the weighted ``sum`` M = Σ wᵢτᵢ, which the result then is a multiple of,
-            shape (k, k); of ``each`` model, shape (models, k, k); of all ``pairs``, shape (models, models, k, k).
-        side: Which side of the matrix they are of: the ``smaller`` one, or that of the ``inputs`` or ``outputs`` of a
-            Linear layer.
-        dual: The same computed otherwise, where all models' outputs together are fewer than the inputs.
-        tolerance: How far results of other machines may be apart beside one rounding, relative to a tensor's largest
+        factors: Maps the Gram matrices, the weights, the settings and the number of inputs to K, shape (models, k, k),
+            or (1, k, k) for ``sum``.
+        gram: Which Gram matrices are needed: that of the weighted ``sum`` M = Σ wᵢτᵢ, shape (k, k) (the result is then
+            M·K); those of ``each`` model, shape (models, k, k); of all ``pairs``, shape (models, models, k, k).
+        side: The side of the matrix: the ``smaller`` one, or the ``inputs`` or ``outputs`` of a Linear layer.
+        dual: An equivalent that is cheaper if all models have fewer outputs together than inputs.
+        tolerance: How much results of other machines may differ beyond one rounding, relative to a tensor's largest
             element.
     """
 
@@ -88,22 +87,22 @@ class WholeMatrix:
     tolerance: float = 1e-5
 
     def for_shape(self, outputs: int, inputs: int, models: int) -> WholeMatrix:
-        """This, or its dual where that is less work."""
+        """This step, or its dual if that is cheaper for the shape."""
         return self.dual if self.dual is not None and models * outputs < inputs else self
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Step:
-    """What the two kinds of steps have in common.
+    """Base class of sparsifiers and combinations.
 
     Attributes:
-        name: As recipes have it.
-        summary: One sentence.
-        formula: What it computes.
+        name: Its name in recipes.
+        summary: One sentence for help.
+        formula: The formula.
         paper: Authors, year, title, arXiv number.
         parameters: Its settings.
-        check: Raises ValueError for settings of one model (of a combination: of all) that cannot be: what is wrong,
-            and as a second argument perhaps what to do.
+        check: Raises ValueError for invalid settings of one model (for a combination: of all); its arguments are the
+            problem and, optionally, a hint.
     """
 
     name: str
@@ -114,19 +113,19 @@ class Step:
     check: Callable[[Any], None] = lambda settings: None
 
     def __repr__(self) -> str:
-        # The same in every process, as what a merge depends on is compared with what an earlier one has left.
+        # Stable across processes: resuming compares it with what an earlier run has recorded.
         return f"{type(self).__name__}({self.name!r})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sparsifier(Step):
-    """What is done to the elements of each model alone.
+    """A step on the elements of each model alone.
 
     Attributes:
-        element: Of a namespace with the element ``x``, a uniform ``draw`` in [0, 1) (float32), the probability ``keep``
-            of a :class:`Ranks`, the switches and choices among the settings, and all numbers by name: an element.
-        numbers: Of a model's settings: numbers for ``element`` that are not measured (there, or at all), by name.
-        measures: What must be known of the whole tensor before, in this order.
+        element: Maps a namespace to the new element: it has the element ``x``, a uniform ``draw`` in [0, 1) (float32),
+            the probability ``keep`` of a :class:`Ranks`, the switches and choices, and all numbers by name.
+        numbers: Maps a model's settings to further numbers for ``element``, by name.
+        measures: The measures of the whole tensor that it needs, in order.
     """
 
     element: Callable[[Any], Expression] = lambda each: each.x
@@ -139,18 +138,18 @@ class Sparsifier(Step):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Combination(Step):
-    """What makes one element of the models' elements.
+    """A step that combines the models' elements.
 
     Attributes:
-        combine: Of a namespace with every model's element ``x`` and ``weight``, the switches and choices among the
-            settings, and all numbers by name (``models`` is how many there are): an element.
-        numbers: Of the settings: the same for ``combine``, one for all models.
-        measures: What must be known of the whole tensors before, in this order.
-        matrix: What is done to whole matrices; ``combine`` is not used then. Other tensors are averaged.
-        models: The least and the most number of models; None for any.
+        combine: Maps a namespace to the merged element: it has each model's element ``x`` and ``weight``, the switches
+            and choices, and all numbers by name (``models`` is the number of models).
+        numbers: Maps the settings to further numbers for ``combine``, shared by all models.
+        measures: The measures of the whole tensors that it needs, in order.
+        matrix: The step on whole matrices, which replaces ``combine`` for them; other tensors are averaged.
+        models: The least and the greatest number of models; None for any.
         base: Whether it acts on differences to a base.
-        weights: What weights are: ``given`` ones are absolute or, with ``normalize``, divided by their sum;
-            ``relative`` ones stay as given, as ``combine`` divides by them itself; ``none`` may be given.
+        weights: The meaning of weights: ``given`` ones are absolute or, with ``normalize``, divided by their sum;
+            ``relative`` ones stay as given, as ``combine`` normalizes itself; ``none``: weights are not allowed.
     """
 
     combine: Callable[[Any], Expression] = lambda each: each.x
@@ -170,11 +169,11 @@ class Method:
     """A name for a combination, with or without a sparsifier, and defaults.
 
     Attributes:
-        name: As ``merge_method`` has it.
-        combination: Makes one tensor of all.
-        sparsifier: Acts on each model before.
-        defaults: Of settings whose default differs from the parameter's.
-        base: Whether it acts on differences to a base, if not as the combination does.
+        name: The ``merge_method``.
+        combination: Combines the models' tensors.
+        sparsifier: Acts on each model first; None: there is none.
+        defaults: Defaults that differ from the parameters' own.
+        base: Whether it acts on differences to a base, if that differs from the combination's ``base``.
     """
 
     name: str
@@ -198,12 +197,12 @@ class Method:
 
 
 def find_sparsifier(name: str) -> Sparsifier:
-    """The sparsifier of a name: how a declaration arrives in another process."""
+    """The sparsifier of a name; used to unpickle declarations in other processes."""
     found: Sparsifier = import_module("modelfuse.methods.registry").SPARSIFIERS[name]
     return found
 
 
 def find_combination(name: str) -> Combination:
-    """The combination of a name: how a declaration arrives in another process."""
+    """The combination of a name; used to unpickle declarations in other processes."""
     found: Combination = import_module("modelfuse.methods.registry").COMBINATIONS[name]
     return found

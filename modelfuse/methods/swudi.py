@@ -1,4 +1,4 @@
-"""The same quadratic as ridge's, by the flow of its gradient, or in its strongest directions alone."""
+"""SWUDI: minimize the quadratic of ridge by gradient flow, or only in its strongest directions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SHARE = Parameter(
     "swudi_share", 0.85, "swudi: the share of the directions, the strongest ones, in which anything is changed.",
     bounds={"gt": 0, "le": 1},
 )  # fmt: skip
-#: Eigenvalues are at least this.
+#: Lower bound of eigenvalues.
 LEAST = 1e-8
 PAPER = "SWUDI 2026, arXiv:2606.07289; Cheng et al. 2025, arXiv:2503.08099"
 
 
 def _filtered(grams: Floats, weights: Sequence[float], filter_: Callable[[Floats], Floats]) -> Floats:
-    """Σwᵢτᵢ but for C's directions, as far as the filter says, and there D·C⁻¹."""
+    """Σwᵢτᵢ, replaced by D·C⁻¹ in eigendirections of C, to the extent given by the filter."""
     grams, _ = normalized(grams)
     whole = grams.sum(0)
     if not whole.any():
@@ -72,7 +72,7 @@ SWUDI = Combination(
 )
 SWUDI_A = Combination(
     name="swudi_a",
-    summary="As swudi, without interference at all in as many directions as the spectrum says there are.",
+    summary="As swudi, removing all interference in as many directions as the effective rank of the spectrum.",
     formula="as swudi, with f = 1 for the first (Σ√λ)²/Σλ directions, else 0",
     paper=PAPER,
     matrix=WholeMatrix(_swudi_a, gram="each", side="inputs"),

@@ -1,4 +1,4 @@
-"""Electing a sign for every element, and keeping the models that agree with it."""
+"""TIES: elect a sign for each element, and combine the models that agree with it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from modelfuse.methods.expressions import Expression, sign, total, where
 from modelfuse.methods.parameters import NORMALIZE
 from modelfuse.methods.spec import Combination, Parameter
 
-#: Where the agreeing weights sum to less than this, the sum is not divided by them.
+#: The sum is not divided by the agreeing weights if these sum to less than this.
 MIN_DIVISOR = 1e-8
 
 ELECT_TYPE = Parameter("ties_elect_type", "sum", "ties: elect signs by value or by number.", choices=("sum", "count"))
 
 
 def _sum(each: Any) -> tuple[Expression, Expression]:
-    """The sum of those that agree, and the sum of their weights."""
+    """The weighted sum of the models that agree, and the sum of their weights."""
     y = each.x * each.weight
     elected = total(y if each.ties_elect_type == "sum" else sign(y))
-    # Compared so that a NaN agrees with every sign: it must reach the output.
+    # Written so that NaN agrees with either sign: it must reach the output.
     agrees = ~(y * where(elected >= 0.0, 1.0, -1.0) <= 0.0)
     return total(where(agrees, y, 0.0)), total(where(agrees, each.weight, 0.0))
 

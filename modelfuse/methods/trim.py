@@ -1,4 +1,4 @@
-"""Keeping the largest elements."""
+"""Trim (TIES): keep the largest elements."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MIN_SUM = 1e-8
 def kept_from(size: int, reserve_p: float) -> int:
     """The rank, ascending from 0, of the smallest magnitude that is kept.
 
-    The quantile lies at position (1−p)(size−1). Between two order statistics it is above the lower
-    one, and nothing lies between them: so what is kept starts at the next whole rank. The share is
-    taken as the decimal the user wrote, so that 0.7 of 11 elements starts at rank 3, not 4.
+    The quantile is at position (1−p)(size−1). If it falls between two order statistics, the kept elements start at the
+    upper one. ``reserve_p`` is taken as the decimal number that the user wrote, so that 0.7 of 11 elements starts at
+    rank 3, not 4.
     """
     dropped, of = _dropped(float(reserve_p))
     return -(-dropped * (size - 1) // of)
@@ -34,7 +34,7 @@ def _dropped(reserve_p: float) -> tuple[int, int]:
 
 
 def scale(before: float, after: float, least: float = MIN_SUM) -> float:
-    """The factor that restores the sum of magnitudes; 1 where a sum is below ``least`` or not finite."""
+    """The factor that restores the sum of magnitudes; 1 if a sum is below ``least`` or not finite."""
     return before / after if least <= before < math.inf and after >= least else 1.0
 
 

@@ -1,4 +1,4 @@
-"""The strongest directions of each model, made orthogonal to those of the others."""
+"""TSV-M: the leading singular directions of each model, orthogonalized against those of the others."""
 
 from __future__ import annotations
 

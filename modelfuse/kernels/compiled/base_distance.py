@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Extent, Measured, Pass, Procedure, SpanState, Step, Work, steps_of
+from modelfuse.kernels import Bytes, Extent, Measured, Pass, PassStep, Procedure, SpanState, Work, steps_of
 from modelfuse.kernels.arrays import plain
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.direct_reads import DirectReads, block_of
@@ -98,7 +98,7 @@ class MeasuredState:
     inner: SpanState
     seen: Any
     first: int | None = None
-    step: Step | None = None
+    step: PassStep | None = None
 
     @property
     def bad(self) -> Array:
@@ -123,7 +123,7 @@ class MeasuredPass:
         """As the wrapped pass, if it has one."""
         return getattr(self._inner, "span", None)
 
-    def steps(self, state: MeasuredState, first: int, count: int, most: int) -> Iterator[Step]:
+    def steps(self, state: MeasuredState, first: int, count: int, most: int) -> Iterator[PassStep]:
         """As the wrapped pass; only steps that write are measured."""
         for step in steps_of(self._inner, state.inner, first, count, most):
             state.step = step
