@@ -135,7 +135,9 @@ class MatrixPass:
         state.bad[-1] += arithmetic.count_bad(stored)
         state.library.store(stored, out[: work.out.nbytes(count)])
 
-    def _windows(self, state: MatrixState, begin: int, first: int, stop: int) -> Iterator[PassStep | tuple[int, Floats]]:
+    def _windows(
+        self, state: MatrixState, begin: int, first: int, stop: int
+    ) -> Iterator[PassStep | tuple[int, Floats]]:
         """Steps over rows of the matrix that starts at element ``begin``; after each, its first row and values."""
         columns = self._matrices.columns
         fits = (stop - first) * columns <= self._matrices.window

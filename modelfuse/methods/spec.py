@@ -2,8 +2,8 @@
 
 A merge of one tensor has up to four kinds of steps. *Measures* are taken of whole tensors, or of each of their lines
 (rows, columns): magnitudes at given ranks, each magnitude's rank, sums, or the Gram matrix of the inputs. They are
-taken in order, and each may use the results of those before. The *element* step of a :class:`Sparsifier` acts on each model
-alone. A :class:`Combination` combines the models' elements. Both are expressions
+taken in order, and each may use the results of those before. The *element* step of a :class:`Sparsifier` acts on each
+model alone. A :class:`Combination` combines the models' elements. Both are expressions
 (:mod:`modelfuse.methods.expressions`). Methods of whole matrices compute the factors to multiply them by
 (:class:`WholeMatrix`). A :class:`Method` names a sparsifier and a combination, with defaults of its own.
 
