@@ -21,7 +21,7 @@ import modelfuse as package
 from modelfuse.errors import OutputError
 from modelfuse.execution import run
 from modelfuse.execution.worker import Worker
-from modelfuse.storage import Url, place_of
+from modelfuse.storage import Url, path_or_url
 from modelfuse.storage.remote import uploads
 from modelfuse.storage.remote.uploads import Gate
 
@@ -233,7 +233,7 @@ def test_verify_finds_what_was_changed(modelfuse: Run, merge: Run, s3: S3, model
 
 
 def test_parts_come_together_in_any_order(s3: S3, parts: None) -> None:
-    url = place_of("s3://bucket/out/file")
+    url = path_or_url("s3://bucket/out/file")
     assert isinstance(url, Url)
     from modelfuse.storage.remote.open_store import store_of
 

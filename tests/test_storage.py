@@ -18,7 +18,7 @@ from stores import ENVIRONMENT, S3, Asked, Web
 
 import modelfuse as package
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Url, forget, is_file, place_of
+from modelfuse.storage import Url, forget, is_file, path_or_url
 from modelfuse.storage.remote import open_store, stores
 from modelfuse.storage.remote.range_cache import PAGE, RANGES, RUN, Ranges
 from modelfuse.storage.url import Entry, Version
@@ -418,20 +418,20 @@ def test_any_other_store(merge: Run, pair: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_urls() -> None:
-    url = place_of("S3a://bucket/a/b.safetensors/")
+    url = path_or_url("S3a://bucket/a/b.safetensors/")
     assert isinstance(url, Url)
     assert (str(url), url.name, url.suffix) == ("s3://bucket/a/b.safetensors", "b.safetensors", ".safetensors")
     assert [str(each) for each in url.parents] == ["s3://bucket/a", "s3://bucket"]
-    assert str(place_of("s3://bucket") / "x" / "y") == "s3://bucket/x/y"
+    assert str(path_or_url("s3://bucket") / "x" / "y") == "s3://bucket/x/y"
     assert str(url.with_name("c")) == "s3://bucket/a/c"
-    assert place_of("s3://bucket/what?") == Url("s3", "bucket", "what?")
-    signed = place_of("https://me:pw@host:1/a?sig=1")
+    assert path_or_url("s3://bucket/what?") == Url("s3", "bucket", "what?")
+    signed = path_or_url("https://me:pw@host:1/a?sig=1")
     assert isinstance(signed, Url)
     assert (str(signed), (signed / "b").address) == ("https://host:1/a", "https://me:pw@host:1/a/b?sig=1")
     assert "pw" not in repr(signed)
     assert "sig" not in repr(signed)
-    assert place_of("file:///tmp/x%20y") == Path("/tmp/x y")
-    assert place_of("a/b") == Path("a/b").absolute()
+    assert path_or_url("file:///tmp/x%20y") == Path("/tmp/x y")
+    assert path_or_url("a/b") == Path("a/b").absolute()
 
 
 def test_ranges_hold_no_more_than_their_room(s3: S3, tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_ranges_hold_no_more_than_their_room(s3: S3, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     content = np.random.default_rng(0).bytes(size)
     (tmp_path / "in" / "file").write_bytes(content)
-    url = place_of(s3.put(tmp_path / "in", "in") + "/file")
+    url = path_or_url(s3.put(tmp_path / "in", "in") + "/file")
     assert isinstance(url, Url)
     assert is_file(url)
     entry = open_store.store_of(url).entry(url)

@@ -17,7 +17,7 @@ from test_storage import large, same_but_for_names
 
 import modelfuse as package
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Url, named_hosts, place_of
+from modelfuse.storage import Url, named_hosts, path_or_url
 from modelfuse.storage.remote import open_store, stores, uploads
 from modelfuse.storage.remote.range_cache import RUN, Ranges
 from modelfuse.storage.url import Version
@@ -305,7 +305,7 @@ def file(s3: S3, tmp_path: Path) -> tuple[Version, bytes]:
     (tmp_path / "in").mkdir()
     content = np.random.default_rng(0).bytes(6 * RUN)
     (tmp_path / "in" / "file").write_bytes(content)
-    url = place_of(s3.put(tmp_path / "in", "in") + "/file")
+    url = path_or_url(s3.put(tmp_path / "in", "in") + "/file")
     assert isinstance(url, Url)
     entry = open_store.store_of(url).entry(url)
     assert entry is not None

@@ -19,7 +19,7 @@ from test_storage import large, same_but_for_names
 
 import modelfuse as package
 from modelfuse.errors import CheckpointError, MissingExtraError, RecipeError
-from modelfuse.storage import Url, place_of
+from modelfuse.storage import Url, path_or_url
 from modelfuse.storage.remote import open_store, settings, uploads
 from modelfuse.storage.remote.object_stores import S3Bucket
 
@@ -27,7 +27,7 @@ Run = Callable[..., Said]
 
 
 def s3_of(monkeypatch: pytest.MonkeyPatch) -> S3Bucket:
-    url = place_of("s3://bucket/A")
+    url = path_or_url("s3://bucket/A")
     assert isinstance(url, Url)
     open_store.forget(connections=True)
     store = open_store.store_of(url)
@@ -243,7 +243,7 @@ def test_places_that_are_no_stores(refuse: Callable[..., str], tmp_path: Path, p
 
 
 def test_urls_of_azure() -> None:
-    url = place_of("abfss://box@account.dfs.core.windows.net/a/b")
+    url = path_or_url("abfss://box@account.dfs.core.windows.net/a/b")
     assert isinstance(url, Url)
     assert (str(url), url.user) == ("abfss://box@account.dfs.core.windows.net/a/b", "")
 

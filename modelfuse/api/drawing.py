@@ -10,12 +10,12 @@ from modelfuse.api.functions import showing_comparison
 from modelfuse.errors import RecipeError
 from modelfuse.inspection.diff_result import Diff
 from modelfuse.inspection.merge_report import MergeReport, report_output
-from modelfuse.storage import Place, place_of
+from modelfuse.storage import PathOrUrl, path_or_url
 from modelfuse.storage.named_hosts import name_hosts
 
 
 def report(
-    path: Place | str,
+    path: PathOrUrl | str,
     *,
     exact: bool = False,
     n_process: int | None = None,
@@ -44,7 +44,7 @@ def report(
     """
     name_hosts([path])
     shown = showing_comparison(progress)
-    return report_output(place_of(path), exact=exact, n_process=n_process, memory=memory, shown=shown)
+    return report_output(path_or_url(path), exact=exact, n_process=n_process, memory=memory, shown=shown)
 
 
 def draw(

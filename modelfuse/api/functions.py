@@ -27,7 +27,7 @@ from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.installed_methods import register_all
 from modelfuse.recipe.names import renew
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, place_of
+from modelfuse.storage import PathOrUrl, path_or_url
 from modelfuse.storage.named_hosts import name_hosts
 
 Count = Callable[[int], None]
@@ -80,8 +80,8 @@ def check(**settings: Unpack[Keywords]) -> Plan:
 
 
 def diff(
-    *models: Place | str,
-    base: Place | str | None = None,
+    *models: PathOrUrl | str,
+    base: PathOrUrl | str | None = None,
     exact: bool = False,
     n_process: int | None = None,
     memory: int | str | None = None,
@@ -150,7 +150,7 @@ def register(*methods: Method) -> None:
 
 
 def inspect(
-    model: Place | str,
+    model: PathOrUrl | str,
     *,
     merge_prefix: str | None = None,
     hub_endpoint: str | None = None,
@@ -180,7 +180,7 @@ def inspect(
 
 
 def verify(
-    path: Place | str,
+    path: PathOrUrl | str,
     full: bool = False,
     *,
     sample: int | None = None,
@@ -215,7 +215,7 @@ def verify(
         RecipeError: If a number is out of range.
     """
     name_hosts([path])
-    folder = place_of(path)
+    folder = path_or_url(path)
     with shown.verifying(folder, not _shows(progress)) as advance, announcing(tell_of(progress)):
         return verify_output(
             folder,

@@ -17,7 +17,7 @@ from modelfuse.checkpoints.weight_files import find_files, format_of
 from modelfuse.dtypes import BF16, BY_NAME
 from modelfuse.errors import CheckpointError
 from modelfuse.printable import is_printable
-from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file
+from modelfuse.storage import PathOrUrl, Url, children, has_file, is_dir, is_file
 from modelfuse.storage.concurrent import each_of
 
 __all__ = ["CONFIG_FILE", "Checkpoint", "StoredTensor", "open_checkpoint", "read_config", "read_json"]
@@ -35,30 +35,30 @@ class Contents(NamedTuple):
     metadata: dict[str, str]
 
 
-def _from_safetensors(path: Place) -> Contents:
+def _from_safetensors(path: PathOrUrl) -> Contents:
     tensors, metadata = read_safetensors(path)
     hides = any(stored.dtype.name == "U16" for stored in tensors.values()) and _hides_bfloat16(path, metadata)
     return Contents(_as_bfloat16(tensors) if hides else tensors, {}, metadata)
 
 
-def _from_torch(path: Place) -> Contents:
+def _from_torch(path: PathOrUrl) -> Contents:
     from modelfuse.checkpoints.formats.torch_reader import read_torch
 
     return Contents(*read_torch(path), {})
 
 
-def _from_paddle(path: Place) -> Contents:
+def _from_paddle(path: PathOrUrl) -> Contents:
     from modelfuse.checkpoints.formats.paddle_reader import read_paddle
 
     return Contents(*read_paddle(path), {})
 
 
-_READERS: Mapping[str, Callable[[Place], Contents]] = {
+_READERS: Mapping[str, Callable[[PathOrUrl], Contents]] = {
     "safetensors": _from_safetensors, "torch": _from_torch, "paddle": _from_paddle,
 }  # fmt: skip
 
 
-def open_checkpoint(path: Place, prefix: str = "model") -> Checkpoint:
+def open_checkpoint(path: PathOrUrl, prefix: str = "model") -> Checkpoint:
     """Open the checkpoint in a folder, reading its headers only.
 
     Args:
@@ -93,7 +93,7 @@ def open_checkpoint(path: Place, prefix: str = "model") -> Checkpoint:
     return Checkpoint(path, form.kind, *contents, read_config(folder), stem=form.output_stem)
 
 
-def _check_all_are_files(folder: Place, names: list[str]) -> None:
+def _check_all_are_files(folder: PathOrUrl, names: list[str]) -> None:
     """Refuse links that lead nowhere, pipes and the like among the weight files on a disk."""
     for path in (folder / name for name in names if not isinstance(folder, Url)):
         try:
@@ -103,7 +103,7 @@ def _check_all_are_files(folder: Place, names: list[str]) -> None:
             raise CheckpointError(message, error.hint) from error
 
 
-def _join(path: Place, files: Mapping[str, Contents]) -> Contents:
+def _join(path: PathOrUrl, files: Mapping[str, Contents]) -> Contents:
     """The contents of all files as one; no name may be in two of them."""
     whole, owners = Contents({}, {}, {}), dict[str, str]()
     for name, part in files.items():
@@ -126,7 +126,7 @@ def _join(path: Place, files: Mapping[str, Contents]) -> Contents:
     return whole
 
 
-def read_config(folder: Place) -> dict[str, object]:
+def read_config(folder: PathOrUrl) -> dict[str, object]:
     """The contents of config.json in a folder, or an empty dict.
 
     Raises:
@@ -136,7 +136,7 @@ def read_config(folder: Place) -> dict[str, object]:
     return read_json(path) if has_file(path) else {}
 
 
-def _check_index(path: Place, weight_map: dict[str, str], contents: Contents) -> None:
+def _check_index(path: PathOrUrl, weight_map: dict[str, str], contents: Contents) -> None:
     tensors, aliases = contents.tensors, contents.aliases
     for name, file in weight_map.items():
         stored = tensors.get(aliases.get(name, name))
@@ -152,7 +152,7 @@ def _check_index(path: Place, weight_map: dict[str, str], contents: Contents) ->
         )
 
 
-def _hides_bfloat16(path: Place, metadata: Mapping[str, str]) -> bool:
+def _hides_bfloat16(path: PathOrUrl, metadata: Mapping[str, str]) -> bool:
     """Whether a file's uint16 tensors are bfloat16: numpy has no such type, so Paddle's tools write U16."""
     config = read_config(path.parent)
     declared = config.get("dtype", config.get("torch_dtype"))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 from modelfuse.storage.files import SourceFile, read_bytes
 
 MAX_JSON_BYTES = 256_000_000
 DEEPEST = 100
 
 
-def read_json(path: Place) -> dict[str, object]:
+def read_json(path: PathOrUrl) -> dict[str, object]:
     """Read a JSON object from a file.
 
     Raises:

@@ -17,7 +17,7 @@ from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.printable import is_printable
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, Url, children, has_file, is_dir, is_file, look_up, size_of
+from modelfuse.storage import PathOrUrl, Url, children, has_file, is_dir, is_file, look_up, size_of
 from modelfuse.storage.files import read_whole
 
 #: What a training run or an earlier merge leaves in the folder, as patterns.
@@ -47,7 +47,7 @@ LARGEST, LARGEST_LISTING = 200_000_000, 1_000_000
 class SideFile:
     """A file to copy as it is: from where, to which name in the output, its size in bytes."""
 
-    source: Place
+    source: PathOrUrl
     name: str
     size: int
 
@@ -79,7 +79,7 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
     return tuple(SideFile(place, name, size_of(place)) for name, place in files.items())
 
 
-def _usual_of(folder: Place, named: Collection[str]) -> list[str]:
+def _usual_of(folder: PathOrUrl, named: Collection[str]) -> list[str]:
     """A folder's files that a server needs; ``named`` are those that were asked for, whatever they are."""
     here = {path.name: path for path in children(folder)}
     sizes = _sizes(here)
@@ -104,7 +104,7 @@ def _usual_of(folder: Place, named: Collection[str]) -> list[str]:
     return usual
 
 
-def tokenizer_folder(recipe: Recipe) -> Place | None:
+def tokenizer_folder(recipe: Recipe) -> PathOrUrl | None:
     """The folder that tokenizer and generation settings are taken from, if it is not the reference's.
 
     Raises:
@@ -145,7 +145,7 @@ def special_tokens(recipe: Recipe) -> dict[str, object]:
     return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
 
 
-def _check_named(folder: Place, name: str) -> None:
+def _check_named(folder: PathOrUrl, name: str) -> None:
     """Refuse what the recipe wants to have copied and cannot be."""
     if not is_file(folder / name):
         raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
@@ -156,7 +156,7 @@ def _check_named(folder: Place, name: str) -> None:
         )
 
 
-def _sizes(paths: Mapping[str, Place]) -> dict[str, int]:
+def _sizes(paths: Mapping[str, PathOrUrl]) -> dict[str, int]:
     """The sizes of the files among what is in a folder.
 
     Raises:
@@ -165,14 +165,14 @@ def _sizes(paths: Mapping[str, Place]) -> dict[str, int]:
     return {name: size_of(path) for name, path in paths.items() if _is_here(name, path)}
 
 
-def _is_here(name: str, path: Place) -> bool:
+def _is_here(name: str, path: PathOrUrl) -> bool:
     own = name.rpartition("/")[2]
     if not own.startswith(".") and not is_weights(own) and not _is_left_over(own):
         return (own.endswith(FILES) or not is_dir(path)) and has_file(path)
     return is_file(path)
 
 
-def _refuse_links_outside(folder: Place, names: Iterable[str]) -> None:
+def _refuse_links_outside(folder: PathOrUrl, names: Iterable[str]) -> None:
     """A checkpoint may come from anybody, and its output go to everybody: it is not to say which files go with it."""
     if isinstance(folder, Url):  # A store has no links.
         return

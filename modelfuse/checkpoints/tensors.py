@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from modelfuse.dtypes import DType
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 from modelfuse.storage.files import Buffer, OpenFile, SourceFile
 
 
@@ -207,7 +207,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
         config_changes: Settings of config.json in its file that are no longer true of these tensors, and what is.
     """
 
-    path: Place
+    path: PathOrUrl
     kind: str
     tensors: Mapping[str, StoredTensor]
     aliases: Mapping[str, str] = field(default_factory=dict)

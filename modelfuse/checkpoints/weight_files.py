@@ -10,7 +10,7 @@ from typing import NamedTuple
 from modelfuse.checkpoints.json_files import read_json
 from modelfuse.errors import CheckpointError
 from modelfuse.printable import is_printable
-from modelfuse.storage import Place, Url, is_file, look_up
+from modelfuse.storage import PathOrUrl, Url, is_file, look_up
 
 #: Endings of files that hold weights or training state.
 WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pt", ".pth", ".pdopt", ".msgpack", ".h5", ".gguf", ".onnx", ".ckpt",
@@ -103,7 +103,7 @@ def is_weights(name: str) -> bool:
     return name.endswith(WEIGHTS) or is_index(name)
 
 
-def format_of(path: Place, prefix: str) -> Format:
+def format_of(path: PathOrUrl, prefix: str) -> Format:
     """The format of a file that is named itself.
 
     Raises:
@@ -151,7 +151,7 @@ class Files(NamedTuple):
     weight_map: dict[str, str] | None
 
 
-def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], Place]) -> Files:
+def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], PathOrUrl]) -> Files:
     """Which of a folder's files hold the model: by index, as one file, or as numbered shards.
 
     Args:
@@ -180,7 +180,7 @@ def find_files(place: object, names: Collection[str], prefix: str, get: Callable
     raise _no_checkpoint(place, names, prefix)
 
 
-def _read_weight_map(place: object, names: Collection[str], index: str, path: Place) -> dict[str, str]:
+def _read_weight_map(place: object, names: Collection[str], index: str, path: PathOrUrl) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{place}/{index} has no weight_map")

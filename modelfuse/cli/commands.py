@@ -14,7 +14,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.recipe.installed_methods import register_installed
 from modelfuse.recipe.names import renew
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, place_of
+from modelfuse.storage import PathOrUrl, path_or_url
 
 if TYPE_CHECKING:
     from modelfuse.planning.plan import Plan
@@ -287,8 +287,8 @@ def _tell(quiet: bool) -> Callable[[str], None]:
     return (lambda _: None) if quiet else render.note
 
 
-def _place(word: str) -> Place:
+def _place(word: str) -> PathOrUrl:
     try:
-        return place_of(word)
+        return path_or_url(word)
     except ValueError as error:
         raise RecipeError(f"{word}: {error}", "`modelfuse help verify` tells more.") from None

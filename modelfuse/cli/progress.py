@@ -13,7 +13,7 @@ from modelfuse.cli import console
 from modelfuse.cli.console import err
 from modelfuse.cli.units import duration, rate
 from modelfuse.recipe.sizes import size
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 if TYPE_CHECKING:
     from modelfuse.planning.diff_plan import DiffPlan
@@ -53,7 +53,7 @@ def merging(plan: Plan, quiet: bool, of_recipe: bool = False) -> Iterator[Advanc
         yield lambda count: advance(count, whole)
 
 
-def verifying(folder: Place, quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]:
+def verifying(folder: PathOrUrl, quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]:
     """Show a verification; how much there is to do is known with the first bytes."""
     return _shown("verifying", f"verifying {folder}", quiet)
 

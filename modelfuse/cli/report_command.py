@@ -11,7 +11,7 @@ from modelfuse.cli.drawing import Drawing, add_drawing, drawing_of, tell_written
 from modelfuse.cli.groups import from_environment
 from modelfuse.errors import ModelfuseError
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, place_of
+from modelfuse.storage import PathOrUrl, path_or_url
 
 
 def report_parser() -> Parser:
@@ -44,7 +44,7 @@ def tell_kept(words: Sequence[str]) -> int:
     given, drawing, options = parse_report(words)
     console.begin_logs(options.verbose, options.log_file)
     drawing.check(of_merge=True)
-    folder = place_of(given.pop("folder"))
+    folder = path_or_url(given.pop("folder"))
     found = report_output(folder, **given, shown=lambda plan: progress.comparing(plan, options.quiet))
     if options.json:
         from modelfuse.cli.json_output import write
@@ -59,7 +59,7 @@ def tell_kept(words: Sequence[str]) -> int:
     return 0
 
 
-def draw_merge(recipe: Recipe, folder: Place, options: Options) -> None:
+def draw_merge(recipe: Recipe, folder: PathOrUrl, options: Options) -> None:
     """Write the page of a merge that was just made, from a sample of its elements.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.hub_names import HubName
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 if TYPE_CHECKING:
     from modelfuse.kernels.compiled.base_distance import Distance
@@ -32,7 +32,7 @@ class Suspicious:
         median: The median of the relative distances of the tensors that differ; None if there is none.
     """
 
-    path: Place | HubName
+    path: PathOrUrl | HubName
     tensors: int
     equal: tuple[str, ...]
     far: Mapping[str, float | None]

@@ -10,7 +10,7 @@ import numpy as np
 
 from modelfuse.errors import MismatchError
 from modelfuse.kernels import Bytes, Extent, Procedure
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 #: The most differing tensors that an error lists.
 MOST_LINES = 20
@@ -21,8 +21,8 @@ class Difference:
     """A tensor whose sources differ: its name, the first source's input, and the inputs of the sources that differ."""
 
     name: str
-    first: Place
-    others: tuple[Place, ...]
+    first: PathOrUrl
+    others: tuple[PathOrUrl, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Copy:
     name: str
     chosen: int | None
     itemsize: int
-    models: tuple[Place, ...]
+    models: tuple[PathOrUrl, ...]
 
 
 def copy_procedure(copy: Copy, differences: list[Difference]) -> Procedure:

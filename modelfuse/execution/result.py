@@ -8,7 +8,7 @@ from modelfuse.checkpoints.made_files import REPORT_NAME
 from modelfuse.execution.anomalies import Suspicious
 from modelfuse.planning.tables import html
 from modelfuse.recipe.sizes import size
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -26,7 +26,7 @@ class Result:
         suspicious: Models with tensors that equal the base's, or are far from it.
     """
 
-    output_path: Place
+    output_path: PathOrUrl
     merged: int
     copied: int
     bytes_read: int

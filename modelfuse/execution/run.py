@@ -36,7 +36,7 @@ from modelfuse.planning.operations import Action, Operation
 from modelfuse.planning.output_location import check_disk_space
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, Url, hold, waiting_while
+from modelfuse.storage import PathOrUrl, Url, hold, waiting_while
 from modelfuse.storage.checksums import Checksum
 from modelfuse.storage.files import read_whole
 
@@ -220,7 +220,7 @@ def cluster_of(recipe: Recipe) -> AbstractContextManager[Cluster | None]:
     return Cluster.reached(recipe.ray_address, recipe.ray_timeout)
 
 
-def _output(plan: Plan, path: Place) -> Output:
+def _output(plan: Plan, path: PathOrUrl) -> Output:
     if isinstance(path, Url):
         from modelfuse.checkpoints.output.remote_folder import RemoteFolder
 

@@ -19,7 +19,7 @@ from modelfuse.kernels.kernel import Kernel
 from modelfuse.planning.memory_budget import SPAN
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.plan import Plan
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 from modelfuse.storage.checksums import Checksum
 
 #: Rows of the slice buffer start at multiples of a cache line.
@@ -41,7 +41,7 @@ class Task:
     """
 
     sources: tuple[StoredTensor, ...]
-    models: tuple[Place, ...]
+    models: tuple[PathOrUrl, ...]
     tensor: Operation | None = None
     strict: bool = False
     begun: int = 0
@@ -68,7 +68,7 @@ class Tasks(NamedTuple):
         """The tasks of a plan."""
         strict = plan.recipe.on_nonfinite == "error"
         equal_pairs = tuple(Task((pair.one, pair.other), (pair.path, pair.path)) for pair in plan.equal_pairs)
-        tensors, known = [], dict[tuple[Place, ...], tuple[Place, ...]]()
+        tensors, known = [], dict[tuple[PathOrUrl, ...], tuple[PathOrUrl, ...]]()
         for tensor in plan.tensors:
             models = tuple(model.path for model in plan.inputs_of(tensor))
             models = known.setdefault(models, models)
@@ -236,7 +236,9 @@ def row_bytes(sources: Sequence[StoredTensor], slice_elements: int) -> int:
     return -(-elements * max(source.dtype.bytes for source in sources) // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def nonfinite(tensor: Operation, models: Sequence[Place], bad: np.ndarray[Any, np.dtype[np.int64]]) -> CheckpointError:
+def nonfinite(
+    tensor: Operation, models: Sequence[PathOrUrl], bad: np.ndarray[Any, np.dtype[np.int64]]
+) -> CheckpointError:
     """The error for non-finite values: it names the tensor, the models and the counts, or an overflow of the result.
 
     Args:

@@ -24,7 +24,7 @@ from modelfuse.planning.hub import Watch, headers
 from modelfuse.planning.served_differences import Served
 from modelfuse.planning.whole_matrices import THIRDS
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, forget
+from modelfuse.storage import PathOrUrl, forget
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 OTHER_FUSED = dict.fromkeys(("query_key_value", *THIRDS), "queries, keys and values")
 
 
-def inspect_model(path: Place, prefix: str = "model", named: object = None) -> Inspection:
+def inspect_model(path: PathOrUrl, prefix: str = "model", named: object = None) -> Inspection:
     """Look at a model's headers and what lies beside them.
 
     Args:

@@ -25,7 +25,7 @@ from modelfuse.planning.diff_sample import sampled
 from modelfuse.planning.hub import QUIET, fetch
 from modelfuse.planning.tables import html
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, forget
+from modelfuse.storage import PathOrUrl, forget
 
 #: Gives what shows how far it is with what was planned.
 ShownBy = Callable[[DiffPlan], AbstractContextManager[Progress]]
@@ -107,7 +107,7 @@ class MergeReport:
 
 
 def report_output(
-    folder: Place,
+    folder: PathOrUrl,
     *,
     exact: bool = False,
     n_process: int | None = None,
@@ -144,7 +144,7 @@ def report_output(
 
 def compare_output(
     recipe: Recipe,
-    folder: Place,
+    folder: PathOrUrl,
     *,
     exact: bool = False,
     sample: int | None = None,
@@ -193,7 +193,7 @@ def _names_base(recipe: Recipe) -> bool:
     return recipe.configuration.base_model is not None
 
 
-def _at_hand(folder: Place, recipe: Recipe, report: Report) -> Recipe:
+def _at_hand(folder: PathOrUrl, recipe: Recipe, report: Report) -> Recipe:
     """The recipe with its inputs, none of which is fetched: anybody may have written the files of an output."""
     recipe = recipe.changed(output_path=None)
     if recipe.hub_names:
@@ -223,7 +223,7 @@ def _told(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def _suspicious(folder: Place) -> Iterator[SuspiciousModel]:
+def _suspicious(folder: PathOrUrl) -> Iterator[SuspiciousModel]:
     listed = read_json(folder / REPORT_NAME).get("suspicious")
     for each in listed if isinstance(listed, list) else []:
         if isinstance(each, Mapping):

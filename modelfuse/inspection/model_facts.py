@@ -16,7 +16,7 @@ from modelfuse.checkpoints.json_files import read_json
 from modelfuse.checkpoints.tensor_names import group_names, pattern
 from modelfuse.checkpoints.ties import TEXT_CONFIGS
 from modelfuse.planning.served_differences import Served
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 #: What config.json's settings are called, and what they are shown as; the first that is there counts.
 SETTINGS: Mapping[str, Sequence[str]] = {
@@ -157,7 +157,7 @@ class _Kind(NamedTuple):
     dora: bool
 
 
-def adapter_facts(path: Place, weights: Checkpoint) -> AdapterFacts | None:
+def adapter_facts(path: PathOrUrl, weights: Checkpoint) -> AdapterFacts | None:
     """What an adapter changes, None if it is none.
 
     Args:

@@ -15,7 +15,7 @@ from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.checkpoints.weight_files import index_of, is_index
 from modelfuse.errors import CheckpointError
 from modelfuse.inspection.report_reader import Problem, Report, ReportedTensor
-from modelfuse.storage import Place, children, is_file, size_of
+from modelfuse.storage import PathOrUrl, children, is_file, size_of
 from modelfuse.storage.files import SourceFile, read_bytes
 
 #: How the files end that a loader would take for weights.
@@ -35,7 +35,7 @@ class Contents:
         problems: What is wrong.
     """
 
-    folder: Place
+    folder: PathOrUrl
     report: Report
     files: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -145,7 +145,7 @@ class Contents:
                 yield Problem("config", message, tensor, CONFIG_FILE)
 
 
-def _reader(name: str) -> Callable[[Place], tuple[dict[str, StoredTensor], dict[str, str]]]:
+def _reader(name: str) -> Callable[[PathOrUrl], tuple[dict[str, StoredTensor], dict[str, str]]]:
     """What reads the header of a weight file."""
     if name.endswith(".bin"):
         from modelfuse.checkpoints.formats.torch_reader import read_torch
@@ -165,7 +165,7 @@ def _digest(file: SourceFile) -> str:
     return digest.hexdigest()
 
 
-def _frame_digest(path: Place, tensors: Iterable[StoredTensor]) -> str:
+def _frame_digest(path: PathOrUrl, tensors: Iterable[StoredTensor]) -> str:
     """The sha256 of all bytes of a weight file that are no tensor's, in their order.
 
     Raises:

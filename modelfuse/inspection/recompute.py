@@ -20,7 +20,7 @@ from modelfuse.kernels.tolerance import apart
 from modelfuse.planning.operations import Operation, method_numbers, methods_of
 from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, Url, exists, is_dir, is_file, look_up, place_of, size_of
+from modelfuse.storage import PathOrUrl, Url, exists, is_dir, is_file, look_up, path_or_url, size_of
 from modelfuse.storage.files import SourceFile
 
 #: A sample reads and compares about so many bytes, but never fewer tensors than the least.
@@ -30,7 +30,7 @@ SAMPLE_LEAST = 4
 
 def in_stores(report: Report, recipe: Recipe | None) -> list[Url]:
     """The inputs that are in stores: they are asked only if the user says so, as anybody may have written the files."""
-    places: list[object] = [place_of(model.path) for model in report.inputs]
+    places: list[object] = [path_or_url(model.path) for model in report.inputs]
     places += [] if recipe is None else [*recipe.inputs, recipe.tokenizer_from]
     return [*dict.fromkeys(place for place in places if isinstance(place, Url))]
 
@@ -58,14 +58,14 @@ def modified_inputs(report: Report) -> list[str]:
     return [str(path) for path, _, modified in files if SourceFile.at(path).mtime_ns != modified]
 
 
-def _places(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, Place]]:
+def _places(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, PathOrUrl]]:
     """Every input, and where it is now."""
     known = {} if recipe is None else dict(zip(map(str, recipe.inputs), recipe.input_paths, strict=True))
     for model in report.inputs:
-        yield model, known.get(model.path) or place_of(model.path)
+        yield model, known.get(model.path) or path_or_url(model.path)
 
 
-def _files(model: ReportedInput, path: Place) -> Iterator[tuple[Place, int, int]]:
+def _files(model: ReportedInput, path: PathOrUrl) -> Iterator[tuple[PathOrUrl, int, int]]:
     folder = path if is_dir(path) else path.parent
     look_up(folder, model.files)
     for name, file in model.files.items():

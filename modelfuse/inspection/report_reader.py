@@ -19,7 +19,7 @@ from modelfuse.printable import is_printable
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.files import load_recipe
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, is_dir, is_file, place_of
+from modelfuse.storage import PathOrUrl, is_dir, is_file, path_or_url
 from modelfuse.storage.checksums import ALGORITHM
 from modelfuse.storage.files import read_whole
 
@@ -113,7 +113,7 @@ class Report(Struct, frozen=True):
     methods: list[dict[str, object]] | None = None
 
 
-def read_report(folder: Place) -> tuple[Report, list[Problem]]:
+def read_report(folder: PathOrUrl) -> tuple[Report, list[Problem]]:
     """Read merge_report.json.
 
     Returns:
@@ -170,11 +170,11 @@ def _understood(content: Mapping[str, object]) -> Report:
     if strange := next((name for name in (*named, *report.tensors) if not is_printable(name)), None):
         raise ValueError(f"{strange!r} is no name")
     for each in report.inputs:
-        place_of(each.path)
+        path_or_url(each.path)
     return report
 
 
-def _is_as_written(path: Place, content: dict[str, object]) -> bool:
+def _is_as_written(path: PathOrUrl, content: dict[str, object]) -> bool:
     """Whether the report's own checksum holds, and there is nothing in the file beside what was understood."""
     if read_whole(path) != encode_json(content):
         return False
@@ -186,7 +186,7 @@ def _edited() -> Problem:
     return Problem("report", f"{REPORT_NAME} was edited or damaged: its own checksum does not hold", file=REPORT_NAME)
 
 
-def read_recipe(folder: Place, report: Report) -> tuple[Recipe | None, list[Problem]]:
+def read_recipe(folder: PathOrUrl, report: Report) -> tuple[Recipe | None, list[Problem]]:
     """Read merge_config.json and hold it against the report.
 
     Returns:

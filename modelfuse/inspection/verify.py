@@ -34,7 +34,7 @@ from modelfuse.planning.plan import Plan
 from modelfuse.planning.tables import html
 from modelfuse.recipe.hosts_in_files import without_hosts
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, forget
+from modelfuse.storage import PathOrUrl, forget
 from modelfuse.storage.checksums import BLOCK_BYTES, Checksum
 from modelfuse.storage.named_hosts import hosts_of
 
@@ -63,7 +63,7 @@ class Verification:
         seconds: Wall time.
     """
 
-    path: Place
+    path: PathOrUrl
     files: int
     tensors: int
     recomputed: int
@@ -91,7 +91,7 @@ class Verification:
 
 
 def verify_output(
-    path: Place,
+    path: PathOrUrl,
     *,
     full: bool = False,
     sample: int | None = None,

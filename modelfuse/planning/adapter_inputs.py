@@ -10,10 +10,10 @@ from modelfuse.errors import RecipeError
 from modelfuse.planning.matching import EqualPair
 from modelfuse.recipe.missing import MissingRule
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 
-def full_models(recipe: Recipe) -> tuple[Place, ...]:
+def full_models(recipe: Recipe) -> tuple[PathOrUrl, ...]:
     """The inputs that are no adapters, in order, the base last if there is one.
 
     Raises:

@@ -12,7 +12,7 @@ from modelfuse.checkpoints.ties import is_tied_class, says_tied
 from modelfuse.errors import MismatchError
 from modelfuse.planning.mismatch import InputsOf, Mismatch
 from modelfuse.recipe.missing import MissingRule, policy_of
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class EqualPair:
 
     one: StoredTensor
     other: StoredTensor
-    path: Place
+    path: PathOrUrl
     tied: bool
 
 

@@ -13,7 +13,7 @@ from modelfuse.printable import one_line
 from modelfuse.recipe.files import load_documents
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, Url, has_file, is_dir, size_of
+from modelfuse.storage import PathOrUrl, Url, has_file, is_dir, size_of
 from modelfuse.storage.files import read_whole
 from modelfuse.version import __version__
 
@@ -93,7 +93,7 @@ def _scalar(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)  # Which is YAML, too.
 
 
-def facts_of(folder: Place) -> CardFacts:
+def facts_of(folder: PathOrUrl) -> CardFacts:
     """What the front matter of a model's card says."""
     path = folder / CARD_FILE
     try:
@@ -118,7 +118,7 @@ def _is_word(value: object) -> bool:
     return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
-def folder_of(path: Place) -> Place:
+def folder_of(path: PathOrUrl) -> PathOrUrl:
     """The folder of a model that is perhaps one file."""
     return path if is_dir(path) else path.parent
 
@@ -175,5 +175,5 @@ def _configuration(recipe: Recipe) -> str:
     return as_yaml(settings)
 
 
-def _short(each: Place | HubName) -> str:
+def _short(each: PathOrUrl | HubName) -> str:
     return str(each) if isinstance(each, HubName) else one_line(each.name).replace("`", "'")

@@ -13,7 +13,7 @@ from modelfuse.errors import MismatchError
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.rules import Rules, operations_of
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, children, is_dir, is_file
+from modelfuse.storage import PathOrUrl, children, is_dir, is_file
 
 
 def merge_modules(
@@ -48,11 +48,11 @@ def merge_modules(
     return tuple(made), left
 
 
-def _folder_of(model: Checkpoint) -> Place:
+def _folder_of(model: Checkpoint) -> PathOrUrl:
     return model.path if is_dir(model.path) else model.path.parent
 
 
-def _has_weights(folder: Place) -> bool:
+def _has_weights(folder: PathOrUrl) -> bool:
     return is_dir(folder) and any(is_weights(each.name) and is_file(each) for each in children(folder))
 
 

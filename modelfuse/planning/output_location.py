@@ -13,7 +13,7 @@ from modelfuse.errors import CheckpointError, OutputError
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.recipe.sizes import size
-from modelfuse.storage import Place, Url, is_dir, is_file
+from modelfuse.storage import PathOrUrl, Url, is_dir, is_file
 
 
 def check_places(recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ def check_places(recipe: Recipe) -> None:
         raise OutputError(f"output_path {output}: {error.strerror}") from error
 
 
-def _meet(one: Place, other: Place) -> bool:
+def _meet(one: PathOrUrl, other: PathOrUrl) -> bool:
     """Whether two places are the same, or one is in the other."""
     if isinstance(one, Url) and isinstance(other, Url):
         places = [f"{place}/" for place in (one, other)]
@@ -85,7 +85,7 @@ def _is_something_else(path: Path) -> bool:
         return False
 
 
-def check_disk_space(output: Place | None, needed: int) -> None:
+def check_disk_space(output: PathOrUrl | None, needed: int) -> None:
     """Known before any work: the output and what it replaces exist side by side.
 
     Args:

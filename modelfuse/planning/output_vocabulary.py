@@ -15,7 +15,7 @@ from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, TOKENI
 from modelfuse.checkpoints.vocabulary.union import OutputVocabulary, one_of, union_of
 from modelfuse.errors import MismatchError
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import Place, is_dir, is_file
+from modelfuse.storage import PathOrUrl, is_dir, is_file
 
 
 class WithVocabulary(NamedTuple):
@@ -100,5 +100,5 @@ def _made(output: OutputVocabulary) -> dict[str, bytes]:
     return made
 
 
-def _folder(path: Place) -> Place:
+def _folder(path: PathOrUrl) -> PathOrUrl:
     return path if is_dir(path) else path.parent

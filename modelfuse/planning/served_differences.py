@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from modelfuse.checkpoints.json_files import read_json
 from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_FILE, Tokenizer, tokenizer_of
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place, children, is_dir, is_file, size_of
+from modelfuse.storage import PathOrUrl, children, is_dir, is_file, size_of
 from modelfuse.storage.files import read_whole
 
 #: Larger files of this kind are no text.
@@ -52,11 +52,11 @@ class ServedDifference(NamedTuple):
 class Served:
     """The files of a model's folder that are compared, read when they are needed."""
 
-    folder: Place
+    folder: PathOrUrl
     names: frozenset[str] = field(repr=False)
 
     @classmethod
-    def of(cls, path: Place) -> Served:
+    def of(cls, path: PathOrUrl) -> Served:
         """Those beside the weights of a model or an adapter."""
         folder = path if is_dir(path) else path.parent
         here = {each.name for each in children(folder) if is_file(each)}

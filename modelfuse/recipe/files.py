@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from modelfuse.errors import CheckpointError, RecipeError
-from modelfuse.storage import Place, Url
+from modelfuse.storage import PathOrUrl, Url
 from modelfuse.storage.files import read_whole
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ MERGE = "<<"
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
-def load_recipe(path: Place) -> dict[str, object]:
+def load_recipe(path: PathOrUrl) -> dict[str, object]:
     """Read the settings in a .json or .yaml recipe; ``Recipe.parse`` checks them.
 
     A merge_config.json says where its merge was written and what it replaced; that is left out. A configuration of
@@ -67,7 +67,7 @@ def load_recipe(path: Place) -> dict[str, object]:
     return content
 
 
-def _read(path: Place) -> str:
+def _read(path: PathOrUrl) -> str:
     try:
         if isinstance(path, Url):
             content = read_whole(path)

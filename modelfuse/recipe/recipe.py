@@ -29,7 +29,7 @@ from modelfuse.recipe.names import SETTINGS, canonical
 from modelfuse.recipe.schema import as_json, checked
 from modelfuse.recipe.settings import Settings
 from modelfuse.recipe.tensor_rules import Rule, checked_rules, rule_as_json
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 if TYPE_CHECKING:
     from modelfuse.recipe.arcee.configuration import Configuration
@@ -105,7 +105,7 @@ class Recipe(Settings):
             vars(self)["tokenizer_from"] = self.tokenizer
 
     @property
-    def inputs(self) -> tuple[Place | HubName, ...]:
+    def inputs(self) -> tuple[PathOrUrl | HubName, ...]:
         """The models in order, then the base if there is one."""
         return self.model_path_list if self.base_model_path is None else (*self.model_path_list, self.base_model_path)
 
@@ -126,7 +126,7 @@ class Recipe(Settings):
         return tuple(dict.fromkeys(each for each in named if isinstance(each, HubName)))
 
     @property
-    def input_paths(self) -> tuple[Place, ...]:
+    def input_paths(self) -> tuple[PathOrUrl, ...]:
         """Where the inputs are, once all are at hand."""
         paths = tuple(each.folder if isinstance(each, HubName) else each for each in self.inputs)
         if missing := [str(each) for each, path in zip(self.inputs, paths, strict=True) if path is None]:
@@ -134,17 +134,17 @@ class Recipe(Settings):
         return tuple(path for path in paths if path is not None)
 
     @property
-    def model_paths(self) -> tuple[Place, ...]:
+    def model_paths(self) -> tuple[PathOrUrl, ...]:
         """Where the models are, without the base."""
         return self.input_paths[: len(self.model_path_list)]
 
     @property
-    def base_path(self) -> Place | None:
+    def base_path(self) -> PathOrUrl | None:
         """Where the base is, if there is one."""
         return None if self.base_model_path is None else self.input_paths[-1]
 
     @property
-    def tokenizer_path(self) -> Place | None:
+    def tokenizer_path(self) -> PathOrUrl | None:
         """Where the tokenizer is taken from, if that is given."""
         return self.tokenizer_from.folder if isinstance(self.tokenizer_from, HubName) else self.tokenizer_from
 

@@ -18,7 +18,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import HELP, is_path, listed, shown
 from modelfuse.recipe.hub_names import HUB_SCHEME, HubName, hub_name
 from modelfuse.recipe.sizes import parse_bytes
-from modelfuse.storage import Place, Url, place_of
+from modelfuse.storage import PathOrUrl, Url, path_or_url
 
 #: What Paddle's tool takes for true and false.
 SWITCHES = {**dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True),
@@ -28,17 +28,17 @@ WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", 
          "object": "a map", "null": "none"}  # fmt: skip
 
 
-def _absolute(value: object) -> Place:
+def _absolute(value: object) -> PathOrUrl:
     if isinstance(value, str) and not is_path(value):
         raise ValueError("this is no path")
     if not isinstance(value, str | Path | Url):
         raise ValueError("input is not a valid path")
     if isinstance(value, str) and value.startswith(HUB_SCHEME):
         raise ValueError("a hub takes finished models: give a folder, and send it by `modelfuse push FOLDER org/model`")
-    return place_of(value)
+    return path_or_url(value)
 
 
-def read_input(value: object) -> Place | HubName:
+def read_input(value: object) -> PathOrUrl | HubName:
     """A place; or a hub name, if it looks like one and nothing of that name is here."""
     if isinstance(value, str) and not os.path.lexists(value) and (named := hub_name(value)) is not None:
         return named
@@ -92,7 +92,7 @@ class Instead(Before):
 
 Bytes = Annotated[int, Before(parse_bytes), Meta(le=2**63 - 1)]
 #: A path, made absolute, or a URL.
-AbsolutePath = Annotated[Place, Instead(_absolute)]
+AbsolutePath = Annotated[PathOrUrl, Instead(_absolute)]
 #: Most tensors are merged in float32, so their weights have its range.
 LARGEST = 3e38
 Weight = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
@@ -100,9 +100,9 @@ Weight = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 Factor = Annotated[float | str, Instead(read_factor)]
 Endpoint = Annotated[str, Before(_endpoint)]
 #: A model to merge: where it is, or what it is called on a hub.
-Input = Annotated[Place | HubName, Instead(read_input)]
+Input = Annotated[PathOrUrl | HubName, Instead(read_input)]
 #: A word, or a model.
-TokenizerChoice = Annotated[Place | HubName | str, Instead(lambda value: _word_or_input(value))]
+TokenizerChoice = Annotated[PathOrUrl | HubName | str, Instead(lambda value: _word_or_input(value))]
 
 
 NOUNS: Mapping[object, str] = {_absolute: "PATH", read_input: "MODEL", _endpoint: "URL", read_factor: "N"}

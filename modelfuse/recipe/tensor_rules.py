@@ -13,7 +13,7 @@ from modelfuse.recipe.checks import nearest, shown
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.method_settings import METHOD_SETTINGS, METHOD_SYNONYMS
 from modelfuse.recipe.schema import Instead, Unfit, as_json, read_input
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 #: What a rule has beside settings of methods.
 TENSORS, TAKE = "tensors", "take"
@@ -32,13 +32,13 @@ class Rule:
 
     tensors: str
     own: tuple[tuple[str, object], ...]
-    take: Place | HubName | int | None = None
+    take: PathOrUrl | HubName | int | None = None
 
     def matcher(self) -> Callable[[str], object]:
         """Tells whether a tensor's name is one that is meant."""
         return re.compile(fnmatch.translate(self.tensors)).match
 
-    def among(self, inputs: Sequence[Place | HubName]) -> Rule:
+    def among(self, inputs: Sequence[PathOrUrl | HubName]) -> Rule:
         """The same with the number of the input to take, from 0 on.
 
         Raises:
@@ -100,7 +100,7 @@ def _read_settings(given: Mapping[str, object]) -> tuple[dict[str, object], list
     return own, problems
 
 
-def _read_input(take: object) -> Place | HubName | int | None:
+def _read_input(take: object) -> PathOrUrl | HubName | int | None:
     if isinstance(take, bool):
         raise ValueError("give a model's path or number")
     return take if take is None or isinstance(take, int) else read_input(take)
@@ -111,7 +111,7 @@ RuleSetting = Annotated[Rule, Instead(read_rule)]
 
 
 def checked_rules(
-    rules: Sequence[Rule], inputs: Sequence[Place | HubName], check: Callable[[Rule], None]
+    rules: Sequence[Rule], inputs: Sequence[PathOrUrl | HubName], check: Callable[[Rule], None]
 ) -> tuple[Rule, ...]:
     """The rules with their inputs' numbers.
 
@@ -133,7 +133,7 @@ def checked_rules(
     return tuple(found)
 
 
-def rule_as_json(rule: Rule, inputs: Sequence[Place | HubName], used: Mapping[str, object]) -> dict[str, object]:
+def rule_as_json(rule: Rule, inputs: Sequence[PathOrUrl | HubName], used: Mapping[str, object]) -> dict[str, object]:
     """A rule as it took effect, ready for JSON; read again, it means the same.
 
     Args:

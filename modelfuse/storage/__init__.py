@@ -19,6 +19,7 @@ from modelfuse.errors import CheckpointError
 from modelfuse.storage.url import Url
 
 __all__ = [
+    "PathOrUrl",
     "Place",
     "Url",
     "children",
@@ -29,25 +30,28 @@ __all__ = [
     "is_dir",
     "is_file",
     "look_up",
+    "path_or_url",
     "place_of",
     "size_of",
     "waiting_while",
 ]
 
 #: Where a model is or is to be: a path on this machine, or a URL.
-Place = Path | Url
+PathOrUrl = Path | Url
 
+#: Old names, until nothing uses them.
+Place = PathOrUrl
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
-#: How fsspec writes one place behind another: a cache of a store, a file in an archive.
+#: How fsspec writes one path behind another: a cache of a store, a file in an archive.
 _CHAIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.:/-]*?::[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
-def place_of(word: str | Place) -> Place:
+def path_or_url(word: str | PathOrUrl) -> PathOrUrl:
     """What a word names: with ``scheme://`` a URL, else a path, made absolute.
 
-    >>> place_of("s3://models/llama/").name
+    >>> path_or_url("s3://models/llama/").name
     'llama'
-    >>> place_of("file:///models/llama")
+    >>> path_or_url("file:///models/llama")
     PosixPath('/models/llama')
 
     Raises:
@@ -65,13 +69,16 @@ def place_of(word: str | Place) -> Place:
     return Url.parse(str(word))
 
 
-def is_file(place: Place) -> bool:
+place_of = path_or_url
+
+
+def is_file(path: PathOrUrl) -> bool:
     """Whether there is a file; false for a name too long for any."""
-    if isinstance(place, Url):
+    if isinstance(path, Url):
         from modelfuse.storage.remote.open_store import store_of
 
-        return store_of(place).entry(place) is not None
-    return _answer(place, place.is_file)
+        return store_of(path).entry(path) is not None
+    return _answer(path, path.is_file)
 
 
 #: What may have a file's name without being one.
@@ -79,35 +86,35 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a so
           stat.S_IFBLK: "a device"}  # fmt: skip
 
 
-def has_file(place: Place) -> bool:
+def has_file(path: PathOrUrl) -> bool:
     """Whether there is a file; what has its name and cannot be read as one is not taken for nothing.
 
     Raises:
         CheckpointError: If it is a link that leads nowhere, a folder, a pipe or a device, or may not be read.
     """
-    if isinstance(place, Url):
-        return is_file(place)
-    if _answer(place, place.is_file):
-        if not os.access(place, os.R_OK):
-            raise CheckpointError(f"{place}: {os.strerror(errno.EACCES)}")
+    if isinstance(path, Url):
+        return is_file(path)
+    if _answer(path, path.is_file):
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"{path}: {os.strerror(errno.EACCES)}")
         return True
-    if not _answer(place, lambda: os.path.lexists(place)):
+    if not _answer(path, lambda: os.path.lexists(path)):
         return False
     try:
-        what = _KINDS.get(stat.S_IFMT(place.stat().st_mode), "something else")
+        what = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "something else")
     except OSError:
-        what = f"a link to {os.readlink(place)}, which is not there"
-    raise CheckpointError(f"{place} is not a regular file but {what}", "Fetch the file again, or remove it.")
+        what = f"a link to {os.readlink(path)}, which is not there"
+    raise CheckpointError(f"{path} is not a regular file but {what}", "Fetch the file again, or remove it.")
 
 
-def is_dir(place: Place) -> bool:
+def is_dir(path: PathOrUrl) -> bool:
     """Whether there is a folder; in a store, objects whose names begin as if there were one."""
-    return bool(children(place)) if isinstance(place, Url) else _answer(place, place.is_dir)
+    return bool(children(path)) if isinstance(path, Url) else _answer(path, path.is_dir)
 
 
-def exists(place: Place) -> bool:
+def exists(path: PathOrUrl) -> bool:
     """Whether there is a file or a folder."""
-    return is_dir(place) or is_file(place) if isinstance(place, Url) else _answer(place, place.exists)
+    return is_dir(path) or is_file(path) if isinstance(path, Url) else _answer(path, path.exists)
 
 
 def _answer(path: Path, ask: Callable[[], bool]) -> bool:
@@ -122,7 +129,7 @@ def _answer(path: Path, ask: Callable[[], bool]) -> bool:
         raise
 
 
-def children(folder: Place) -> list[Place]:
+def children(folder: PathOrUrl) -> list[PathOrUrl]:
     """All files and folders directly in a folder, by their names; none if there is no such folder in a store.
 
     A store is asked once, and then knows all of them.
@@ -134,7 +141,7 @@ def children(folder: Place) -> list[Place]:
     return sorted(folder.iterdir())
 
 
-def look_up(folder: Place, names: Iterable[str]) -> None:
+def look_up(folder: PathOrUrl, names: Iterable[str]) -> None:
     """Ask for many files of a folder at once, before each is asked for."""
     if isinstance(folder, Url):
         from modelfuse.storage.remote.open_store import store_of
@@ -142,7 +149,7 @@ def look_up(folder: Place, names: Iterable[str]) -> None:
         store_of(folder).look_up(folder, names)
 
 
-def size_of(file: Place) -> int:
+def size_of(file: PathOrUrl) -> int:
     """The size of a file that is there, in bytes."""
     if isinstance(file, Url):
         from modelfuse.storage.remote.open_store import store_of

@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from modelfuse.storage import Place, Url
+from modelfuse.storage import PathOrUrl, Url
 
 T = TypeVar("T")
 #: Files that are asked for at the same time.
 AT_ONCE = 32
 
 
-def each_of(work: Callable[[Place], T], places: Sequence[Place]) -> list[T]:
+def each_of(work: Callable[[PathOrUrl], T], places: Sequence[PathOrUrl]) -> list[T]:
     """The results of a function for each place, in their order; those in stores at the same time.
 
     Raises:

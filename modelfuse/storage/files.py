@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place, Url
+from modelfuse.storage import PathOrUrl, Url
 from modelfuse.storage.url import Entry, Version
 
 Buffer = memoryview
@@ -32,14 +32,14 @@ class SourceFile:
             time; None where the inode is.
     """
 
-    path: Place
+    path: PathOrUrl
     size: int
     mtime_ns: int
     inode: int | None
     ctime_ns: int | None
 
     @staticmethod
-    def at(path: Place) -> SourceFile:
+    def at(path: PathOrUrl) -> SourceFile:
         """Record the file at ``path``.
 
         Raises:
@@ -141,7 +141,7 @@ class OpenFile:
         descriptor: What the system knows it by.
     """
 
-    path: Place
+    path: PathOrUrl
     size: int
     descriptor: int
 
@@ -250,7 +250,7 @@ class OpenRemoteFile(OpenFile):
         RANGES.read(self.file.version, offset, buffer)
 
 
-def read_whole(path: Place) -> bytes:
+def read_whole(path: PathOrUrl) -> bytes:
     """Read a small file.
 
     Raises:

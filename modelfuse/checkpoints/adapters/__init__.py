@@ -9,17 +9,17 @@ from __future__ import annotations
 from modelfuse.checkpoints import Checkpoint, open_checkpoint
 from modelfuse.checkpoints.adapters.adapter import PADDLE_CONFIG, Adapter, config_of
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 __all__ = ["Adapter", "is_adapter", "open_adapter"]
 
 
-def is_adapter(path: Place) -> bool:
+def is_adapter(path: PathOrUrl) -> bool:
     """Whether a path is an adapter's folder, or the file with its weights."""
     return config_of(path) is not None
 
 
-def open_adapter(path: Place, base: Checkpoint, *, paddle: bool | None = None, strict: bool = True) -> Adapter:
+def open_adapter(path: PathOrUrl, base: Checkpoint, *, paddle: bool | None = None, strict: bool = True) -> Adapter:
     """Open an adapter over its base, reading headers only.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
-from modelfuse.storage import Place, has_file, is_dir
+from modelfuse.storage import PathOrUrl, has_file, is_dir
 from modelfuse.storage.files import SourceFile
 
 PEFT_CONFIG, PADDLE_CONFIG = "adapter_config.json", "lora_config.json"
@@ -44,7 +44,7 @@ class Adapter(Checkpoint):
         return self.own
 
 
-def config_of(path: Place) -> Place | None:
+def config_of(path: PathOrUrl) -> PathOrUrl | None:
     """The settings of the adapter at ``path``, a folder or the file with its weights; None if it is no adapter."""
     stems = ("adapter_model", "peft_model", "lora_model_state")
     folder = path if is_dir(path) else path.parent if path.name.startswith(stems) else None

@@ -11,7 +11,7 @@ from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG
 from modelfuse.checkpoints.adapters.module_numbers import ByPattern
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 #: Settings of PEFT that make something else of an adapter than base + scale·B·A, and what they are called.
 PEFT_KINDS = {
@@ -90,7 +90,7 @@ class Settings:
     """
 
     kind: Literal["peft", "paddle"]
-    file: Place
+    file: PathOrUrl
     rank: int
     alpha: float
     rank_pattern: ByPattern
@@ -117,7 +117,7 @@ class Settings:
         return next((rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}" if key else "")), ())
 
 
-def read_settings(file: Place) -> Settings:
+def read_settings(file: PathOrUrl) -> Settings:
     """Read the settings of an adapter.
 
     Raises:
@@ -127,7 +127,7 @@ def read_settings(file: Place) -> Settings:
     return _peft(file, content) if file.name == PEFT_CONFIG else _paddle(file, content)
 
 
-def _peft(file: Place, content: Mapping[str, object]) -> Settings:
+def _peft(file: PathOrUrl, content: Mapping[str, object]) -> Settings:
     kind = content.get("peft_type", "LORA")
     if not isinstance(kind, str) or kind not in KINDS:
         raise _unsupported(file, f"peft_type {kind}")
@@ -157,7 +157,7 @@ def _peft(file: Place, content: Mapping[str, object]) -> Settings:
     )
 
 
-def _paddle(file: Place, content: Mapping[str, object]) -> Settings:
+def _paddle(file: PathOrUrl, content: Mapping[str, object]) -> Settings:
     _refuse(file, content, PADDLE_KINDS)
     read = _Values(file, content)
     return Settings(
@@ -173,20 +173,20 @@ def _paddle(file: Place, content: Mapping[str, object]) -> Settings:
     )
 
 
-def _refuse(file: Place, content: Mapping[str, object], kinds: Mapping[str, str]) -> None:
+def _refuse(file: PathOrUrl, content: Mapping[str, object], kinds: Mapping[str, str]) -> None:
     for key, words in kinds.items():
         if content.get(key):
             raise _unsupported(file, words)
 
 
-def _unsupported(file: Place, words: str) -> CheckpointError:
+def _unsupported(file: PathOrUrl, words: str) -> CheckpointError:
     return CheckpointError(f"{file}: this kind of adapter is not supported: {words}", SUPPORTED)
 
 
 class _Values:
     """Reads settings of the right types."""
 
-    def __init__(self, file: Place, content: Mapping[str, object]) -> None:
+    def __init__(self, file: PathOrUrl, content: Mapping[str, object]) -> None:
         self._file, self._content = file, content
 
     def rank(self) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from modelfuse.checkpoints.name_patterns import Patterns, Unfit
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 
 class ByPattern:
@@ -22,7 +22,7 @@ class ByPattern:
         CheckpointError: If an expression is none, or cannot be looked for in a bounded time.
     """
 
-    def __init__(self, file: Place, key: str, values: Mapping[str, float]) -> None:
+    def __init__(self, file: PathOrUrl, key: str, values: Mapping[str, float]) -> None:
         self._file, self._key, self._values = file, key, list(values.values())
         with self._told():
             self._patterns = Patterns(list(values), suffixes=True)

@@ -23,7 +23,7 @@ from modelfuse.checkpoints.name_patterns import Patterns, Unfit
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import BF16, F16
 from modelfuse.errors import CheckpointError, MismatchError
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 from modelfuse.storage.files import Buffer
 
 #: The greatest code of what can be quantized.
@@ -130,7 +130,7 @@ def _there_and_back(weights: Array, scales: Array, scheme: Scheme) -> Array:
     return rounded
 
 
-def quantize_base(base: Checkpoint, adapters: Sequence[Place], paddle: bool | None) -> Checkpoint:
+def quantize_base(base: Checkpoint, adapters: Sequence[PathOrUrl], paddle: bool | None) -> Checkpoint:
     """The base as the adapters' folders say that it was quantized; as it is where they say nothing.
 
     Raises:
@@ -149,7 +149,7 @@ def quantize_base(base: Checkpoint, adapters: Sequence[Place], paddle: bool | No
 
 
 class _Quantizing:
-    def __init__(self, base: Checkpoint, folder: Place, config: object, paddle: bool | None) -> None:
+    def __init__(self, base: Checkpoint, folder: PathOrUrl, config: object, paddle: bool | None) -> None:
         self._base, self._paddle = base, paddle
         self._file = folder / CONFIG_FILE
         if not isinstance(config, Mapping):
@@ -212,7 +212,7 @@ def _texts(patterns: object) -> list[str]:
 
 
 @contextmanager
-def _told(file: Place) -> Iterator[None]:
+def _told(file: PathOrUrl) -> Iterator[None]:
     """A pattern that cannot be looked for as an error that names the file."""
     try:
         yield

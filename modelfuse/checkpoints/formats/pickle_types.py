@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 
 MAX_DIMENSIONS = 32
 
@@ -82,7 +82,7 @@ class Inert(Stateful):
 
 
 @contextmanager
-def naming(path: Place) -> Iterator[None]:
+def naming(path: PathOrUrl) -> Iterator[None]:
     """Turn Refused into a CheckpointError that names the file."""
     try:
         yield

@@ -15,7 +15,7 @@ from typing import NoReturn
 from modelfuse.checkpoints.tensors import Frame, StoredTensor
 from modelfuse.dtypes import BY_NAME, DType
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 from modelfuse.storage.files import SourceFile, read_bytes
 
 MAX_HEADER_BYTES = 100_000_000
@@ -25,7 +25,7 @@ ALIGNMENT = 8
 LFS_POINTER = b"version https://git-lfs"
 
 
-def read_safetensors(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_safetensors(path: PathOrUrl) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Read the header of one safetensors file.
 
     Returns:
@@ -106,13 +106,13 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return keys
 
 
-def _check_metadata(path: Place, metadata: object) -> dict[str, str]:
+def _check_metadata(path: PathOrUrl, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _invalid(path, "its __metadata__ is not a map of strings")
     return metadata
 
 
-def _check_entry(path: Place, name: str, entry: object) -> tuple[str, DType, tuple[int, ...], int, int]:
+def _check_entry(path: PathOrUrl, name: str, entry: object) -> tuple[str, DType, tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _invalid(path, f"tensor {name!r} needs exactly dtype, shape and data_offsets")
     dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -139,5 +139,5 @@ def _are_counts(values: object) -> bool:
     return True
 
 
-def _invalid(path: Place, why: str) -> NoReturn:
+def _invalid(path: PathOrUrl, why: str) -> NoReturn:
     raise CheckpointError(f"{path} is not a valid safetensors file: {why}", "Fetch or save it again.")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG
 from modelfuse.errors import RecipeError
-from modelfuse.storage import Place, is_file
+from modelfuse.storage import PathOrUrl, is_file
 from modelfuse.storage.files import read_whole
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -56,7 +56,7 @@ TEMPLATES: Mapping[str, str] = {
 }  # fmt: skip
 
 
-def template_of(wanted: str, folders: Sequence[Place]) -> str | None:
+def template_of(wanted: str, folders: Sequence[PathOrUrl]) -> str | None:
     """The text of a chat template.
 
     Args:
@@ -82,7 +82,7 @@ def template_of(wanted: str, folders: Sequence[Place]) -> str | None:
     return wanted
 
 
-def template_in(folder: Place) -> str | None:
+def template_in(folder: PathOrUrl) -> str | None:
     """The chat template that a model brings."""
     if is_file(folder / TEMPLATE_FILE):
         return read_whole(folder / TEMPLATE_FILE).decode("utf-8", "replace")

@@ -8,13 +8,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from modelfuse.errors import CheckpointError, MissingExtraError
-from modelfuse.storage import Place, Url
+from modelfuse.storage import PathOrUrl, Url
 
 #: The libraries that it takes, which are in one extra.
 LIBRARIES = ("transformers", "sentencepiece")
 
 
-def converted(folder: Place, file: str) -> Mapping[str, Any]:
+def converted(folder: PathOrUrl, file: str) -> Mapping[str, Any]:
     """What the tokenizer.json of a model would hold. No code of the model is run.
 
     Args:

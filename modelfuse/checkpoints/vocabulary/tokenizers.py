@@ -9,7 +9,7 @@ from typing import Any
 from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.vocabulary.converted import converted
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import Place, is_file
+from modelfuse.storage import PathOrUrl, is_file
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: Files of tokenizers that transformers is asked to read.
@@ -30,7 +30,7 @@ class Tokenizer:
         content: The file's.
     """
 
-    folder: Place
+    folder: PathOrUrl
     kind: str
     tokens: Mapping[str, int]
     added: Mapping[str, Mapping[str, Any]]
@@ -42,7 +42,7 @@ class Tokenizer:
         return max(self.tokens.values(), default=-1) + 1
 
 
-def read_tokenizer(folder: Place) -> Tokenizer:
+def read_tokenizer(folder: PathOrUrl) -> Tokenizer:
     """Read a model's tokenizer.json, or what it would be.
 
     Args:
@@ -64,7 +64,7 @@ def read_tokenizer(folder: Place) -> Tokenizer:
     return tokenizer_of(read_json(path), path)
 
 
-def tokenizer_of(content: Mapping[str, Any], path: Place) -> Tokenizer:
+def tokenizer_of(content: Mapping[str, Any], path: PathOrUrl) -> Tokenizer:
     """The vocabulary that a tokenizer.json describes.
 
     Args:
@@ -99,7 +99,7 @@ def _kind(model: Mapping[str, Any]) -> str:
     return "BPE" if "merges" in model else "Unigram" if isinstance(model.get("vocab"), list) else "WordPiece"
 
 
-def _added(listed: object, path: Place) -> dict[str, Mapping[str, Any]]:
+def _added(listed: object, path: PathOrUrl) -> dict[str, Mapping[str, Any]]:
     added = dict[str, Mapping[str, Any]]()
     for each in listed if isinstance(listed, list) else []:
         if not isinstance(each, dict) or not isinstance(each.get("content"), str) or type(each.get("id")) is not int:
@@ -108,7 +108,7 @@ def _added(listed: object, path: Place) -> dict[str, Mapping[str, Any]]:
     return added
 
 
-def _vocabulary(vocab: object, path: Place) -> dict[str, Any]:
+def _vocabulary(vocab: object, path: PathOrUrl) -> dict[str, Any]:
     """The numbers of the model's own tokens: a map, or a list of tokens with their scores."""
     if isinstance(vocab, dict):
         return dict(vocab)

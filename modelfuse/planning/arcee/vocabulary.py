@@ -19,7 +19,7 @@ from modelfuse.planning.arcee.models import OpenModel
 from modelfuse.planning.arcee.tensors import Slot
 from modelfuse.recipe.arcee.configuration import TokenizerSettings, TokenSource
 from modelfuse.recipe.arcee.references import Reference
-from modelfuse.storage import Place, is_dir
+from modelfuse.storage import PathOrUrl, is_dir
 
 
 @dataclass
@@ -163,7 +163,7 @@ def _row(
     return TokenRow((number, row), source.force)
 
 
-def folder_of(model: OpenModel) -> Place:
+def folder_of(model: OpenModel) -> PathOrUrl:
     """The folder that a model's other files are in."""
     path = model.checkpoint.path
     return path if is_dir(path) else path.parent

@@ -14,7 +14,7 @@ from modelfuse.dtypes import BF16
 from modelfuse.errors import CheckpointError, MismatchError
 from modelfuse.planning.mixture.tensors import Prompts, Tokens, direction, whole
 from modelfuse.planning.optional_packages import need
-from modelfuse.storage import Place, Url
+from modelfuse.storage import PathOrUrl, Url
 
 #: How far the states of other machines' bfloat16 products are apart, relative to the largest of a router.
 TOLERANCE = 0.05
@@ -34,7 +34,7 @@ class PromptStates:
     """
 
     base: Checkpoint = field(compare=False)
-    folder: Place
+    folder: PathOrUrl
     prompts: Prompts
     average: bool
     recent: Recent = field(compare=False, repr=False)
@@ -99,7 +99,7 @@ class HiddenRows:
         return rows
 
 
-def prompt_states(base: Checkpoint, folder: Place, prompts: Prompts, mode: str) -> PromptStates:
+def prompt_states(base: Checkpoint, folder: PathOrUrl, prompts: Prompts, mode: str) -> PromptStates:
     """What the base will compute of prompts.
 
     Raises:
@@ -115,7 +115,7 @@ def prompt_states(base: Checkpoint, folder: Place, prompts: Prompts, mode: str) 
     return PromptStates(base, folder, prompts, mode == "hidden_avg", Recent(1))
 
 
-def _model(base: Checkpoint, folder: Place) -> Any:
+def _model(base: Checkpoint, folder: PathOrUrl) -> Any:
     """The base as transformers has it, with the tensors that are merged: no code of its own is run."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig

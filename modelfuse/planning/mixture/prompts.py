@@ -12,7 +12,7 @@ from modelfuse.errors import CheckpointError, MismatchError
 from modelfuse.planning.mixture.tensors import Prompts, Tokens
 from modelfuse.planning.optional_packages import need
 from modelfuse.recipe.arcee.mixture import Expert
-from modelfuse.storage import Place, has_file
+from modelfuse.storage import PathOrUrl, has_file
 
 INSTEAD = "use gate_mode: random"
 
@@ -30,7 +30,7 @@ class PromptReader:
         MissingExtraError: If the library that reads it is not installed.
     """
 
-    def __init__(self, folder: Place, rows: int, mode: str) -> None:
+    def __init__(self, folder: PathOrUrl, rows: int, mode: str) -> None:
         self._folder, self._rows = folder, rows
         content = read_tokenizer(folder).content
         need("tokenizers", f"gate_mode {mode}", INSTEAD)

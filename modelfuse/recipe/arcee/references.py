@@ -10,7 +10,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.recipe.arcee.notes import Notes
 from modelfuse.recipe.checks import is_path, shown
 from modelfuse.recipe.hub_names import HUB_SCHEME, HubName, hub_name
-from modelfuse.storage import Place, place_of
+from modelfuse.storage import PathOrUrl, path_or_url
 
 MODEL_KEYS = ("model", "lora", "override_architecture")
 PATH_KEYS = ("path", "revision")
@@ -32,7 +32,7 @@ class Stage:
 
 
 #: A model's weights: where they are, what they are called on a hub, or which document makes them.
-Weights = Place | HubName | Stage
+Weights = PathOrUrl | HubName | Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +158,6 @@ def _look_for(path: str, revision: str | None, where: str, notes: Notes) -> Weig
     if revision is not None:
         notes.add(f"The revision {revision!r} of {where} has no effect: {path} is no hub name")
     try:
-        return place_of(path)
+        return path_or_url(path)
     except ValueError as error:
         raise RecipeError(f"{where} is {path!r}: {error}", HINT) from None

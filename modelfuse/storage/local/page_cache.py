@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from modelfuse.storage import Place, Url
+from modelfuse.storage import PathOrUrl, Url
 from modelfuse.storage.files import SourceFile
 from modelfuse.storage.local.journal import sync_data
 
@@ -55,7 +55,7 @@ class Advice(NamedTuple):
         step: How many bytes it may be told of at a time; what comes in is cut off after so many.
     """
 
-    path: Place
+    path: PathOrUrl
     runs: list[tuple[int, int]]
     what: int
     step: int = sys.maxsize
