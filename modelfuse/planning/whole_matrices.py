@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.checkpoints.layouts.tables import ARCHITECTURES, FUSED, Geometry, geometry_of, module_of
+from modelfuse.checkpoints.layouts.paddleformers import fuses_by_head
+from modelfuse.checkpoints.layouts.tables import FUSED, Geometry, geometry_of, module_of
 from modelfuse.checkpoints.tensor_names import OTHER_HEADS, TIED_HEADS, group_names
 from modelfuse.kernels.matrices import Matrices
 
@@ -100,7 +101,7 @@ class Cuts:
             if geometry.architecture in ALTERNATING:
                 groups = outputs // len(shares)
         elif fusion is not None and heads and narrow and heads % narrow == 0:
-            by_head = geometry.architecture in ARCHITECTURES
+            by_head = fuses_by_head(geometry.architecture)
             groups, shares = (narrow, (heads // narrow, 1, 1)) if by_head else (1, (heads, narrow, narrow))
         elif module == "query_key_value" and geometry.architecture in BY_HEAD and heads:
             groups, shares = heads, (1, 1, 1)

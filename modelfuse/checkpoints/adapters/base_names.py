@@ -171,7 +171,8 @@ class Names:
     def _share(self, fusion: Fusion, at: int, widens: bool) -> Share:
         if not fusion.by_head:
             return Share(1, (1,) * len(fusion.parts), at, widens)
-        _, _, heads, groups = geometry_of([self._base])
+        geometry = geometry_of([self._base])
+        heads, groups = geometry.heads, geometry.key_value_heads
         if not heads or not groups or heads % groups:
             raise MismatchError(
                 f"Queries, keys and values are fused, in the adapter or in the base {self._base.path}, but the base's "

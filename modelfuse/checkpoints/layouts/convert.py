@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.layouts.detect import ASK, kinds_of
+from modelfuse.checkpoints.layouts.paddleformers import ARCHITECTURES, Stated, stated
 from modelfuse.checkpoints.layouts.tables import (
-    ARCHITECTURES,
     EMBEDDING_MODULES,
     FUSED,
     HEAD,
@@ -97,8 +97,12 @@ class Relayout:
     target: Layout
     geometry: Geometry
     references: Shapes
+    _stated: Stated | None = field(init=False)
     _waiting: dict[tuple[str, Fusion], list[StoredTensor]] = field(default_factory=dict)
     _undecided: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stated = stated(self.geometry.architecture, self.geometry.layers)
 
     def convert(self) -> Checkpoint:
         """The checkpoint in the target's layout."""
@@ -108,9 +112,10 @@ class Relayout:
         model = self.model
         split = {alias for alias in model.aliases if module_of(alias) in {**FUSED, **PARTS}}
         everything = [*model.values(), *(replace(model[model.aliases[alias]], name=alias) for alias in sorted(split))]
-        tensors = {each.name: each for tensor in everything for each in self._convert(tensor)}
-        left = [tensor for parts in self._waiting.values() for tensor in parts]  # Told as missing names later.
-        tensors |= {tensor.name: tensor for tensor in left}
+        made = [each for tensor in everything for each in self._convert(tensor)]
+        made += [tensor for parts in self._waiting.values() for tensor in parts]  # Told as missing names later.
+        named = [replace(tensor, name=self.target.theirs(tensor.name)) for tensor in made]
+        tensors = {tensor.name: tensor for tensor in named}
         if self._undecided:
             raise MismatchError(
                 f"{self.model.path} is in {WORDS[self.own.kind]}; whether these weights change in "
@@ -119,14 +124,15 @@ class Relayout:
                 "Save all models in one layout first, with the library that wrote them.",
             )
         names = {alias: name for alias, name in model.aliases.items() if alias not in split}
-        aliases = {self._rename(alias): self._rename(name) for alias, name in names.items()}
+        rename = {name: self.target.theirs(self.own.ours(name)) for pair in names.items() for name in pair}
+        aliases = {rename[alias]: rename[name] for alias, name in names.items()}
         return replace(model, tensors=tensors, aliases=aliases)
 
     def _convert(self, tensor: StoredTensor) -> Iterator[StoredTensor]:
-        """A tensor under its new name and in its new order: none while it waits for others, or several."""
-        tensor = replace(tensor, name=self._rename(tensor.name))
+        """A tensor in its new order, named as Hugging Face does: none while it waits for others, or several."""
+        tensor = replace(tensor, name=self.own.ours(tensor.name))
         module = module_of(tensor.name)
-        is_layer = len(tensor.shape) in (1, 2)
+        is_layer = len(tensor.shape) in (1, 2) and self._is_shared(tensor.name)
         fusion = FUSED.get(module) if is_layer and module in self.own.fused else None
         if fusion is not None:
             fused = self._fused(fusion)
@@ -141,10 +147,13 @@ class Relayout:
         else:
             yield tensor
 
-    def _rename(self, name: str) -> str:
-        if name.startswith(self.own.prefix):
-            return self.target.prefix + name.removeprefix(self.own.prefix)
-        return name
+    def _is_shared(self, name: str) -> bool:
+        """Whether Paddle keeps it fused: not all that is called like a part of a fused layer is one."""
+        known = self.target.stated or self.own.stated or self._stated
+        module = module_of(name)
+        first = FUSED[module].parts[0] if module in FUSED else module
+        weight = None if known is None else known.weight(_with_module(name, module, first))
+        return weight is not None and weight.parts > 1
 
     def _fused(self, fusion: Fusion) -> str | None:
         """What the target calls the fused layer, if it has it fused."""
@@ -153,8 +162,11 @@ class Relayout:
     def _turn(self, tensor: StoredTensor) -> StoredTensor:
         """Transposed, if the target has it so."""
         module, shape = module_of(tensor.name), tensor.shape
+        one, two = self._stated_turn(self.own, tensor.name), self._stated_turn(self.target, tensor.name)
         if module == HEAD:
             turns = self.own.head != self.target.head
+        elif one is not None and two is not None:
+            turns = one != two
         elif self.own.kind == self.target.kind or module in EMBEDDING_MODULES:
             turns = False
         else:
@@ -163,10 +175,16 @@ class Relayout:
             return tensor
         return _part(tensor, self.own.kind if module != HEAD else self.own.head, True, 1, 0, None)
 
+    @staticmethod
+    def _stated_turn(layout: Layout, name: str) -> bool | None:
+        """Whether a layout has a weight transposed; None if that is not stated."""
+        weight = layout.stated.weight(name) if layout.stated is not None else None
+        return weight.turned if weight is not None else None if layout.kind == "paddle" else False
+
     def _turns_unknown(self, tensor: StoredTensor) -> bool:
         if len(tensor.shape) < 2:
             return False
-        shape, there = tensor.shape, self.references.get(tensor.name)
+        shape, there = tensor.shape, self.references.get(self.target.theirs(tensor.name))
         if there is None or (shape == there == shape[::-1]):
             self._undecided.append(tensor.name)
         return there is not None and there == shape[::-1] != shape and len(shape) == 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
+from modelfuse.checkpoints.layouts.paddleformers import ARCHITECTURES, FLEET, layout_of_names
 from modelfuse.checkpoints.layouts.tables import (
-    ARCHITECTURES,
     EMBEDDING_MODULES,
     HEAD,
     HF_PREFIX,
@@ -77,7 +77,7 @@ def _shapes(model: Checkpoint, geometry: Geometry) -> dict[Kind, str]:
     """The kinds that shapes speak for, which is sure, and of each the first weight that does."""
     embeddings = [tensor for name, tensor in model.items() if name.endswith(EMBEDDINGS[0])]
     # Beside a decoder of this width there may be an encoder of another one: only the decoder counts.
-    decoder = embeddings[0].name.removesuffix(EMBEDDINGS[0]) if len(embeddings) == 1 else ""
+    decoder = embeddings[0].name.removesuffix(EMBEDDINGS[0]).removesuffix("embedding.") if len(embeddings) == 1 else ""
     hidden = geometry.hidden or next((tensor.shape[-1] for tensor in embeddings if tensor.shape), None)
     first: dict[Kind, StoredTensor] = {}
     for name, tensor in model.items():
@@ -91,7 +91,10 @@ def _shapes(model: Checkpoint, geometry: Geometry) -> dict[Kind, str]:
 
 
 def _other_signs(model: Checkpoint, geometry: Geometry) -> Iterator[tuple[Kind, str]]:
-    prefix = prefix_of([*model, *model.aliases], geometry.architecture)
+    names = [*model, *model.aliases]
+    prefix = prefix_of(names, geometry.architecture)
+    if layout_of_names(geometry.architecture, names) == FLEET:
+        yield "paddle", "its names are those of PaddleFormers' models that are built with paddlefleet"
     if model.config.get("source") == "paddle":
         yield "paddle", "its config.json says source: paddle"
     if model.kind == "paddle":

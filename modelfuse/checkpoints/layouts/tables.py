@@ -1,8 +1,8 @@
 """The two worlds' layouts as tables: which weights are stored transposed, under which names, and fused or not.
 
-Hugging Face stores the weights of Linear layers as [out, in], Paddle as [in, out]. Sources: ``_gen_aoa_config`` and
-the forward passes of PaddleFormers 1.2 (``model.`` names, lm_head as [vocab, hidden]); ``_get_name_mappings`` of
-PaddleNLP 2 and 3 (``llama.`` names, lm_head as [hidden, vocab]).
+Hugging Face stores the weights of Linear layers as [out, in], Paddle as [in, out]. Sources: what PaddleFormers 1.2
+states of each of its models (``paddleformers.py``; ``model.`` names, lm_head as [vocab, hidden]) and their forward
+passes; ``_get_name_mappings`` of PaddleNLP 2 and 3 (``llama.`` names, lm_head as [hidden, vocab]).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints.layouts.paddleformers import ARCHITECTURES, Stated, layout_of_names, stated
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, POSITION_EMBEDDINGS, TIED_HEADS, TOKEN_EMBEDDINGS
 
 Kind = Literal["hf", "paddle"]
@@ -54,15 +55,6 @@ FUSIONS = (
 FUSED = {name: fusion for fusion in FUSIONS for name in fusion.names}
 PARTS = {part: fusion for fusion in FUSIONS for part in fusion.parts}
 
-#: Architectures whose names are known in both worlds, and what PaddleFormers keeps fused in them.
-ARCHITECTURES: Mapping[str, frozenset[str]] = {
-    "llama": frozenset(),
-    "mistral": frozenset(),
-    "qwen2": frozenset(("qkv_proj", "up_gate_proj")),
-    "qwen3": frozenset(("qkv_proj", "up_gate_proj")),
-}
-
-
 #: Architectures whose decoder is called like them by Hugging Face, too.
 NAMED_ALIKE = ("gpt_neox", "biogpt")
 
@@ -76,12 +68,24 @@ class Layout:
         prefix: What the decoder's names begin with: ``model.``, or ``llama.`` in PaddleNLP.
         head: The kind in which ``lm_head.weight`` is stored.
         fused: Names of fused layers that are in use, of those that can be taken apart.
+        stated: What PaddleFormers states of the weights, where the kind is its, and it knows the architecture.
     """
 
     kind: Kind
     prefix: str = HF_PREFIX
     head: Kind = "hf"
     fused: frozenset[str] = frozenset()
+    stated: Stated | None = None
+
+    def ours(self, name: str) -> str:
+        """A name in the file as Hugging Face has it."""
+        name = f"{HF_PREFIX}{name.removeprefix(self.prefix)}" if name.startswith(self.prefix) else name
+        return name if self.stated is None else self.stated.in_hugging_face(name)
+
+    def theirs(self, name: str) -> str:
+        """Hugging Face's name as the file has it."""
+        name = name if self.stated is None else self.stated.in_paddle(name)
+        return f"{self.prefix}{name.removeprefix(HF_PREFIX)}" if name.startswith(HF_PREFIX) else name
 
 
 class Geometry(NamedTuple):
@@ -91,6 +95,7 @@ class Geometry(NamedTuple):
     hidden: int | None
     heads: int | None
     key_value_heads: int | None
+    layers: int | None = None
 
 
 def module_of(name: str) -> str:
@@ -105,20 +110,21 @@ def module_of(name: str) -> str:
 def geometry_of(models: Iterable[Checkpoint]) -> Geometry:
     """What the first config.json says that says anything."""
     config = next((model.config for model in models if model.config), {})
-    text = config.get("text_config")
+    text, architecture = config.get("text_config"), config.get("model_type")
     config = {**config, **text} if isinstance(text, Mapping) else config
 
     def number(key: str) -> int | None:
         value = config.get(key)
         return value if type(value) is int and value > 0 else None
 
-    architecture = config.get("model_type")
+    architecture = architecture if architecture in ARCHITECTURES else config.get("model_type")
     heads = number("num_attention_heads")
     return Geometry(
         architecture if isinstance(architecture, str) else None,
         number("hidden_size"),
         heads,
         number("num_key_value_heads") or heads,
+        number("num_hidden_layers"),
     )
 
 
@@ -134,10 +140,11 @@ def prefix_of(names: Iterable[str], architecture: str | None) -> str:
 
 def layout_of(model: Checkpoint, kind: Kind, geometry: Geometry) -> Layout:
     """The layout of a checkpoint of a known kind."""
-    names = [*model, *model.aliases]
-    prefix = prefix_of(names, geometry.architecture)
-    fused = {module_of(name) for name in names} & FUSED.keys() if geometry.architecture in ARCHITECTURES else set()
-    return Layout(kind, prefix, _kind_of_head(model, prefix), frozenset(fused))
+    names, architecture = [*model, *model.aliases], geometry.architecture
+    prefix = prefix_of(names, architecture)
+    fused = {module_of(name) for name in names} & FUSED.keys() if architecture in ARCHITECTURES else set()
+    known = stated(architecture, geometry.layers, layout_of_names(architecture, names)) if kind == "paddle" else None
+    return Layout(kind, prefix, _kind_of_head(model, prefix), frozenset(fused), known)
 
 
 def _kind_of_head(model: Checkpoint, prefix: str) -> Kind:
@@ -154,5 +161,5 @@ def _kind_of_head(model: Checkpoint, prefix: str) -> Kind:
 
 def usual_layout(kind: Kind, geometry: Geometry) -> Layout:
     """The layout of a kind that transformers or PaddleFormers load."""
-    fused = ARCHITECTURES.get(geometry.architecture or "", frozenset()) if kind == "paddle" else frozenset[str]()
-    return Layout(kind, fused=fused)
+    known = stated(geometry.architecture, geometry.layers) if kind == "paddle" else None
+    return Layout(kind, fused=known.fused if known is not None else frozenset(), stated=known)
