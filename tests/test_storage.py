@@ -445,7 +445,7 @@ def test_ranges_hold_no_more_than_their_room(s3: S3, tmp_path: Path) -> None:
     entry = open_store.store_of(url).entry(url)
     assert isinstance(entry, Entry)
     version, ranges = Version(url, entry), Ranges()
-    ranges.room = 2 * RUN
+    ranges.capacity = 2 * RUN
     s3.asked.clear()
     assert ranges.expect(version, 0, RUN)
     assert not ranges.expect(version, RUN, RUN)  # Half of the room is for what was read.
@@ -453,7 +453,7 @@ def test_ranges_hold_no_more_than_their_room(s3: S3, tmp_path: Path) -> None:
         buffer = bytearray(min(1_000_000, size - start))
         ranges.read(version, start, memoryview(buffer))
         assert buffer == content[start : start + len(buffer)]
-        assert ranges._held <= ranges.room
+        assert ranges._held <= ranges.capacity
     ranges.forget()
     assert ranges._held == ranges._ahead == 0
     forget()

@@ -316,7 +316,7 @@ def file(s3: S3, tmp_path: Path) -> tuple[Version, bytes]:
 def test_what_is_read_after_it_was_refused_is_fetched_as_a_whole(s3: S3, file: tuple[Version, bytes]) -> None:
     version, content = file
     ranges = Ranges()
-    ranges.room = 4 * RUN
+    ranges.capacity = 4 * RUN
     assert ranges.expect(version, 0, 2 * RUN)
     assert not ranges.expect(version, 2 * RUN, RUN)
     for start in range(2 * RUN, 3 * RUN, RUN // 8):
@@ -330,7 +330,7 @@ def test_what_is_read_after_it_was_refused_is_fetched_as_a_whole(s3: S3, file: t
 def test_what_is_on_its_way_needs_no_room(s3: S3, file: tuple[Version, bytes]) -> None:
     version, _ = file
     ranges = Ranges()
-    ranges.room = 4 * RUN
+    ranges.capacity = 4 * RUN
     assert ranges.expect(version, 0, 2 * RUN)
     assert ranges.expect(version, RUN // 2, RUN)
     assert ranges.expect(version, 0, 2 * RUN)

@@ -36,7 +36,7 @@ from modelfuse.planning.operations import Action, Operation
 from modelfuse.planning.output_location import check_disk_space
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, Url, hold, waiting_while
+from modelfuse.storage import PathOrUrl, Url, configure_cache, waiting_while
 from modelfuse.storage.checksums import Checksum
 from modelfuse.storage.files import read_whole
 
@@ -68,7 +68,7 @@ class Run:
         # The nodes of a cluster compile their own kernels.
         self._kernel = choose(self.plan.device, self.plan.compiler if self.cluster is None else None)
         self._tasks, self._sizes = Tasks.of(self.plan), BufferSizes.of(self.plan)
-        hold(self._sizes.fetched, self._sizes.keeps)
+        configure_cache(self._sizes.fetched, self._sizes.keeps)
         workers = self.plan.workers if self.cluster is None else 0
         self._worker_states = [Worker(self._kernel, self._sizes, self._is_stopping) for _ in range(workers)]
         self.outcomes = {tensor.name: Outcome(tensor, Checksum(tensor.nbytes)) for tensor in self.plan.tensors}

@@ -28,7 +28,7 @@ from modelfuse.planning.hub import Watch, fetch
 from modelfuse.planning.memory_budget import SPAN
 from modelfuse.planning.served_differences import Served, other_differences, served_differences
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import hold, waiting_while
+from modelfuse.storage import configure_cache, waiting_while
 
 Progress = Callable[[int, int], None]
 
@@ -149,7 +149,7 @@ class Measuring:
         budget, kernel = plan.budget, CompiledKernel()
         slices = budget.slice_elements
         rows = max(row_bytes(each.sources, slices) * len(each.sources) for each in plan.tensors)
-        hold(budget.fetched, False)
+        configure_cache(budget.fetched, False)
         self._workers = [
             Worker(kernel, BufferSizes(slices, rows, 0, budget.fetched, False), lambda: self._scheduler.stopping)
             for _ in range(budget.workers)

@@ -23,10 +23,10 @@ __all__ = [
     "Place",
     "Url",
     "children",
+    "configure_cache",
     "exists",
     "forget",
     "has_file",
-    "hold",
     "is_dir",
     "is_file",
     "look_up",
@@ -159,7 +159,7 @@ def size_of(file: PathOrUrl) -> int:
     return file.stat().st_size
 
 
-def hold(nbytes: int, keeps: bool) -> None:
+def configure_cache(nbytes: int, keeps: bool) -> None:
     """Hold so many bytes of files in stores; nothing is done if none of them is read.
 
     Args:
@@ -169,7 +169,7 @@ def hold(nbytes: int, keeps: bool) -> None:
     if nbytes:
         from modelfuse.storage.remote.range_cache import RANGES
 
-        RANGES.room, RANGES.keeps = nbytes, keeps
+        RANGES.capacity, RANGES.keeps = nbytes, keeps
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from modelfuse.execution.worker import Task, Worker
 from modelfuse.kernels import Bytes
 from modelfuse.kernels.backends import choose
 from modelfuse.planning.operations import Operation
-from modelfuse.storage import hold
+from modelfuse.storage import configure_cache
 from modelfuse.storage.local.journal import write_all
 from modelfuse.version import __version__
 
@@ -35,7 +35,7 @@ class NodeWorker:
 
     def __init__(self, shipment: Shipment) -> None:
         self._shipment = shipment
-        hold(shipment.sizes.fetched, shipment.sizes.keeps)
+        configure_cache(shipment.sizes.fetched, shipment.sizes.keeps)
         self._worker = Worker(choose(shipment.device), shipment.sizes)
         #: The name of the tensor that is being processed.
         self.tensor = ""

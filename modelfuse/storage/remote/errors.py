@@ -34,7 +34,7 @@ _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)|(certificate verify failed)")
 
 
-class Cut(Exception):
+class Truncated(Exception):
     """Raised where fewer bytes came than were asked for."""
 
 
@@ -42,11 +42,11 @@ class Replaced(Exception):
     """Raised where the object is no longer the one that was looked at."""
 
 
-class Unranged(Exception):
+class RangesUnsupported(Exception):
     """Raised where a server sends whole files only."""
 
 
-class Untrue(Exception):
+class WrongAnswer(Exception):
     """Raised where an answer is not the one to the question: another range, or bytes that are encoded."""
 
 
@@ -54,7 +54,7 @@ class NoCredentials(Exception):
     """Raised where nobody says who asks."""
 
 
-class LeadsAway(Exception):
+class RedirectsAway(Exception):
     """Raised where a server sends a secret address on to another one, whose name is all that is said."""
 
 
@@ -105,7 +105,7 @@ def is_passing(error: BaseException) -> bool:
     status, code = answer(error)
     if status >= 400:
         return status in PASSING or code in PASSING_CODES
-    return isinstance(error, Cut | ConnectionError | TimeoutError) or kind_of(error) in PASSING_KINDS
+    return isinstance(error, Truncated | ConnectionError | TimeoutError) or kind_of(error) in PASSING_KINDS
 
 
 def is_missing(error: BaseException) -> bool:
@@ -116,7 +116,7 @@ def is_missing(error: BaseException) -> bool:
 
 def is_unranged(error: BaseException) -> bool:
     """Whether a server has sent something else than a part of a file."""
-    return isinstance(error, Unranged) or any(
+    return isinstance(error, RangesUnsupported) or any(
         words in _text(error) for words in ("Range request not supported", "non-partial response")
     )
 
@@ -126,10 +126,10 @@ def _asks_machine(error: BaseException) -> bool:
     return METADATA.search(_text(error).partition("\n\nDebug")[0]) is not None
 
 
-def _untruth(error: BaseException) -> str:
+def _wrong_answer(error: BaseException) -> str:
     """What was wrong with an answer that cannot be the one to the question."""
     text = _text(error)
-    if isinstance(error, Untrue):
+    if isinstance(error, WrongAnswer):
         return str(error)
     if "UnexpectedRange" in text:
         return "another range came than was asked for"
@@ -147,9 +147,9 @@ def told(url: Url, error: BaseException, kind: type[ModelfuseError] = Checkpoint
         )
     if is_unranged(error):
         return kind(f"{url} can only be fetched whole: its server ignores ranges", "Download it, and name the folder.")
-    if untruth := _untruth(error):
-        return kind(f"{url}: the server gives a wrong answer: {untruth}", "Download it, and name the folder.")
-    if isinstance(error, LeadsAway):
+    if wrong := _wrong_answer(error):
+        return kind(f"{url}: the server gives a wrong answer: {wrong}", "Download it, and name the folder.")
+    if isinstance(error, RedirectsAway):
         return kind(
             f"{url} leads on to {error}, which would be told the query of this address",
             "Leave the query out if it is no secret, or name the address that it leads to.",
@@ -185,7 +185,7 @@ def _way(url: Url, error: BaseException, kind: type[ModelfuseError]) -> Modelfus
         return kind(f"{url}: the server cannot be reached{_why(error)}", f"Check the network and {setting}.")
     if failure == "Timeout" or isinstance(error, TimeoutError):
         return kind(f"{url}: the server did not answer in time", f"Check the network and {setting}; then try again.")
-    if failure == "Interrupted" or isinstance(error, Cut):
+    if failure == "Interrupted" or isinstance(error, Truncated):
         return kind(f"{url}: the server has closed the connection before all bytes came", "Try again.")
     if "BareRedirect" in _text(error):
         return kind(f"{url}: the bucket is in another region", "Set AWS_REGION to the region of the bucket.")

@@ -14,7 +14,7 @@ from typing import Any
 import obstore
 
 from modelfuse.storage.remote import stores
-from modelfuse.storage.remote.errors import Replaced, Untrue, answer, is_missing
+from modelfuse.storage.remote.errors import Replaced, WrongAnswer, answer, is_missing
 from modelfuse.storage.remote.stores import Content, Part, Store
 from modelfuse.storage.url import Entry, Url
 
@@ -65,10 +65,10 @@ class ObjectStore(Store):
         if (now.size, now.version) != (entry.size, entry.version):  # Not every store knows conditions.
             raise Replaced
         if result.range != (start, end):
-            raise Untrue("another range came than was asked for")
+            raise WrongAnswer("another range came than was asked for")
         encoding = str(result.attributes.get("Content-Encoding", "identity"))
         if not {each.strip().lower() for each in encoding.split(",")} <= {*PLAIN, ""}:
-            raise Untrue("the bytes are encoded on their way")
+            raise WrongAnswer("the bytes are encoded on their way")
         return memoryview(result.bytes())
 
     def _condition(self, entry: Entry) -> str | None:

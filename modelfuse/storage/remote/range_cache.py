@@ -24,7 +24,7 @@ PAGE = 1 << 18
 #: The most bytes of one request.
 RUN = 1 << 23
 #: Bytes kept before a plan has said how many may be.
-ROOM = 16 * RUN
+CAPACITY = 16 * RUN
 #: Seconds between two looks whether a range is still waited for.
 LOOK = 0.1
 
@@ -46,7 +46,7 @@ class _Run:
         self.pages = range(self.start // PAGE, -(-self.end // PAGE))
 
 
-class Abandoned(Exception):
+class FetchAborted(Exception):
     """Raised where a range is no longer waited for."""
 
 
@@ -55,7 +55,7 @@ class Ranges:
 
     def __init__(self) -> None:
         #: The most bytes to hold. What is being read stays beside them.
-        self.room = ROOM
+        self.capacity = CAPACITY
         #: Whether what was read is kept while there is room, as it will be read again.
         self.keeps = True
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class Ranges:
                 self._send_expected(version)
                 begin = end = offset
             stop = max(end, offset + count)
-            if not self._has_room(stop - begin):
+            if not self._make_space(stop - begin):
                 self._refused.setdefault(version, {})[offset] = offset + count
                 return False
             self._refused.get(version, {}).pop(offset, None)
@@ -98,7 +98,7 @@ class Ranges:
 
         Raises:
             CheckpointError: If they cannot be fetched.
-            Abandoned: If they are no longer waited for.
+            FetchAborted: If they are no longer waited for.
         """
         end = offset + len(buffer)
         with self._lock:
@@ -106,7 +106,7 @@ class Ranges:
             if begin < end and offset < stop:
                 self._send_expected(version)
             for start, stop in self._wanted(version, offset, end):
-                self._has_room(stop - start, urgent=True)
+                self._make_space(stop - start, urgent=True)
                 self._send(version, start, stop)
         position, out = offset, np.frombuffer(buffer, np.uint8)
         while position < end:
@@ -121,7 +121,7 @@ class Ranges:
     def forget(self) -> None:
         """Keep nothing, and have the room of before any plan: the next one is made before it says how much it needs."""
         with self._lock:
-            self.room, self.keeps = ROOM, True
+            self.capacity, self.keeps = CAPACITY, True
             self._expected.clear()
             self._refused.clear()
             for run in list(self._runs):
@@ -140,10 +140,10 @@ class Ranges:
         """Whether anybody still waits.
 
         Raises:
-            Abandoned: If not.
+            FetchAborted: If not.
         """
         if not all(goes_on() for goes_on in self._abandoned):
-            raise Abandoned
+            raise FetchAborted
 
     def _run_at(self, version: Version, position: int) -> _Run:
         with self._lock:
@@ -173,8 +173,8 @@ class Ranges:
         except (Exception, CancelledError) as error:
             with self._lock:
                 self._drop(run)
-            if isinstance(error, Abandoned | CancelledError):
-                raise Abandoned from None
+            if isinstance(error, FetchAborted | CancelledError):
+                raise FetchAborted from None
             raise told(run.version.url, error) from error
 
     def _lacks(self, version: Version, start: int, end: int) -> bool:
@@ -222,21 +222,21 @@ class Ranges:
         self._ahead += end - start
         return run
 
-    def _has_room(self, count: int, urgent: bool = False) -> bool:
+    def _make_space(self, count: int, urgent: bool = False) -> bool:
         """Drop what was read longest ago until there is room; what is urgent also takes what was never read."""
-        if not urgent and self._ahead + count > self.room // 2:
+        if not urgent and self._ahead + count > self.capacity // 2:
             return False
         # What was read to its end goes first; somebody may be in the middle of the rest, and is where it was read last.
         orders: list[Callable[[_Run], bool]] = [lambda run: run.left <= 0, lambda run: run.is_read]
         if urgent:
             orders.append(lambda _: True)
         for may_go in orders:
-            for run in list(self._runs) if self._held + count > self.room else ():
+            for run in list(self._runs) if self._held + count > self.capacity else ():
                 if run.content.done() and may_go(run):
                     self._drop(run)
-                if self._held + count <= self.room:
+                if self._held + count <= self.capacity:
                     return True
-        return self._held + count <= self.room
+        return self._held + count <= self.capacity
 
     def _drop(self, run: _Run) -> None:
         if run not in self._runs:

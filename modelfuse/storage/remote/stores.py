@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from modelfuse.errors import CheckpointError, ModelfuseError
-from modelfuse.storage.remote.errors import Cut, Untrue, is_missing, is_passing, told
+from modelfuse.storage.remote.errors import Truncated, WrongAnswer, is_missing, is_passing, told
 from modelfuse.storage.remote.threads import ASKING, READING, pause, results
 from modelfuse.storage.url import Entry, Url
 
@@ -115,9 +115,9 @@ class Store(ABC):
         def once() -> Content:
             content = self._range(url, entry, start, end)
             if len(content) < end - start:
-                raise Cut
+                raise Truncated
             if len(content) > end - start:
-                raise Untrue("more bytes came than were asked for")
+                raise WrongAnswer("more bytes came than were asked for")
             return content
 
         return READING.submit(lambda: attempt(once))

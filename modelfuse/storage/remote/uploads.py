@@ -31,7 +31,7 @@ LEAST_PART = 1 << 20
 UNDER_WAY = 8
 
 
-class Abandoned(Exception):
+class UploadAborted(Exception):
     """Raised instead of the next part of a file that is not to be seen."""
 
 
@@ -51,7 +51,7 @@ class Gate:
             self._under_way += 1
         weakref.finalize(part, self._sent).atexit = False
 
-    def wait_for_room(self) -> None:
+    def wait_for_slot(self) -> None:
         """Wait while too many parts are under way: none of them waits for anything but the store.
 
         Raises:
@@ -60,7 +60,7 @@ class Gate:
         self._wait_for(UNDER_WAY)
 
     def drain(self) -> None:
-        """Wait until no part is under way; see :meth:`wait_for_room`."""
+        """Wait until no part is under way; see :meth:`wait_for_slot`."""
         self._wait_for(0)
 
     def check(self) -> None:
@@ -162,7 +162,7 @@ class Upload:
                 del part
                 self._send_full_ones()
             begin = stop
-        self._gate.wait_for_room()
+        self._gate.wait_for_slot()
 
     def close(self) -> None:
         """Send what is left, when all was written."""
@@ -200,7 +200,7 @@ class Upload:
 
     def begin_to_abandon(self) -> None:
         """Leave nothing of it, sooner or later."""
-        self._parts.add(Abandoned())
+        self._parts.add(UploadAborted())
 
     def abandon(self, until: float) -> None:
         """Wait until nothing is left of it, or until then."""
@@ -231,7 +231,7 @@ class Upload:
 
     def _ended(self, sending: Future[None]) -> None:
         error = None if sending.cancelled() else sending.exception()
-        if error is not None and not isinstance(error, Abandoned):
+        if error is not None and not isinstance(error, UploadAborted):
             self._gate.fail(self.url, error)
 
 

@@ -16,7 +16,7 @@ import obstore
 from obstore.store import HTTPStore
 
 from modelfuse.errors import CheckpointError, ModelfuseError
-from modelfuse.storage.remote.errors import LeadsAway, Unranged, answer, is_unranged
+from modelfuse.storage.remote.errors import RangesUnsupported, RedirectsAway, answer, is_unranged
 from modelfuse.storage.remote.object_stores import ObjectStore, attempts, connecting
 from modelfuse.storage.remote.stores import Part
 from modelfuse.storage.url import Entry, Url
@@ -125,7 +125,7 @@ class WebStore(ObjectStore):
             result = obstore.get(self._reader, self.key(url), options={"range": (0, 1)})
         except Exception as error:
             if is_unranged(error):
-                raise Unranged from error
+                raise RangesUnsupported from error
             if answer(error)[0] in (404, 410):
                 return None
             raise
@@ -150,7 +150,7 @@ class WebStore(ObjectStore):
             except URLError as error:
                 raise ConnectionError(str(error.reason)) from error
             if urlsplit(target).netloc != urlsplit(address).netloc:
-                raise LeadsAway(urlsplit(target).netloc.rpartition("@")[2])
+                raise RedirectsAway(urlsplit(target).netloc.rpartition("@")[2])
             address = target
 
     def _list(self, folder: Url) -> dict[str, Entry | None]:
