@@ -322,7 +322,7 @@ def test_settings_of_an_adapter_that_are_no_file(refuse: Callable[..., str], mod
     """Without them, an adapter would be a model."""
     path = models / "A" / f"{file}.json"
     path.symlink_to("gone")
-    refuse("check", "--model_path_list", models / "A", models / "B", says=[path, "which is not there"])
+    refuse("check", "--model_path_list", models / "A", models / "B", says=[path, "which does not exist"])
 
 
 def test_folders_of_training_are_no_files(merge: Run, models: Path) -> None:

@@ -265,7 +265,7 @@ def test_a_wrong_endpoint(refuse: Callable[..., str], s3: S3, tmp_path: Path, mo
         ("s3://nobody/A", "there is no bucket nobody"),
         ("s3://bucket/nothing", "There is no folder s3://bucket/nothing"),
         ("s3://", "names no bucket"),
-        ("nostore://a/b", "no kind of store that is called nostore"),
+        ("nostore://a/b", "nostore is not a known kind of store"),
     ],
 )
 def test_a_url_that_leads_nowhere(refuse: Callable[..., str], s3: S3, tmp_path: Path, url: str, says: str) -> None:

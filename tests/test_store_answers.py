@@ -50,8 +50,8 @@ def encoded(headers: Headers) -> Headers:
     return {**headers, "Content-Encoding": "gzip"}
 
 
-LIES = {"another range": (shifted, "another range came"), "no range": (unnamed, "came without Content-Range"),
-        "encoded": (encoded, "the bytes are encoded")}  # fmt: skip
+LIES = {"another range": (shifted, "sent another range"), "no range": (unnamed, "sent a range without Content-Range"),
+        "encoded": (encoded, "sent encoded bytes")}  # fmt: skip
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -78,7 +78,7 @@ def test_an_answer_that_is_none_of_a_web_server(refuse: Callable[..., str], web:
 def test_more_bytes_than_were_asked_for(web: Web, tmp_path: Path) -> None:
     make_model(tmp_path / "web" / "A", random_tensors(1))
     web.more = b"!"
-    with pytest.raises(CheckpointError, match=r"A/model.safetensors: .*more bytes came than were asked for"):
+    with pytest.raises(CheckpointError, match=r"A/model.safetensors: .*sent more bytes than were requested"):
         package.check(model_path_list=[f"{web.url}/A", f"{web.url}/A"])
 
 
@@ -200,7 +200,7 @@ def test_no_secret_of_a_url_is_in_an_error(
     says = ""
     if way == "circle":
         web.twist = lambda asked, headers: {**headers, "Location": f"{asked.path}?5ecret=1"}
-        web.fault, says = (lambda _: 302), "leads on"
+        web.fault, says = (lambda _: 302), "redirects"
     elif way == "refused":
         host, says = "127.0.0.1:1", "cannot be reached"
     elif way == "nobody":
@@ -243,7 +243,7 @@ def test_what_is_secret_does_not_follow_to_another_server(
         other.headers.clear()
         address = f"{web.url}/A/model.safetensors?sig=5ecret"
         words = ("--model_path_list", address, address, "--output_path", tmp_path / "o")
-        refused_without_secrets(refuse, *words, says=f"leads on to {other.url.removeprefix('http://')}")
+        refused_without_secrets(refuse, *words, says=f"redirects to {other.url.removeprefix('http://')}")
         assert other.headers == []
         # Any other header would follow.
         monkeypatch.setenv("FSSPEC_HTTP", '{"headers": {"X-Key": "t0ken"}}')

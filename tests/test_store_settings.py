@@ -117,7 +117,7 @@ def test_settings_of_fsspec(s3: S3, home: Path, pair: tuple[Path, Path], monkeyp
     config = s3_of(monkeypatch)._options["config"]
     assert (config["aws_endpoint_url_s3"], config["region"]) == ("https://bucket.host:1", "north")
     monkeypatch.setenv("FSSPEC_S3", "{'anon': 5ecret}")
-    with pytest.raises(CheckpointError, match="FSSPEC_S3 is no JSON object") as raised:
+    with pytest.raises(CheckpointError, match="FSSPEC_S3 is not a JSON object") as raised:
         s3_of(monkeypatch)
     assert "5ecret" not in str(raised.value)
 
@@ -134,7 +134,7 @@ def test_a_name_that_is_no_path(refuse: Callable[..., str], s3: S3, pair: tuple[
     urls = [s3.put(path, path.name) for path in pair]
     with s3.speaking() as client:
         client.put_object(Bucket="bucket", Key="A//x/b", Body=b"")
-    says = [urls[0], "a name that is no path"]
+    says = [urls[0], "name is not a valid path"]
     refuse("merge", "--model_path_list", *urls, "--output_path", tmp_path / "out", says=says)
 
 
@@ -226,11 +226,11 @@ def test_azure(merge: Run, refuse: Callable[..., str], tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        ("reference://b/A", "no kind of store that is called reference"),
-        ("dir://b/A", "no kind of store that is called dir"),
-        ("zip://A", "no kind of store that is called zip"),
-        ("simplecache::s3://b/A", "a chain of places"),
-        ("filecache::zip://a.zip::https://b/A", "a chain of places"),
+        ("reference://b/A", "reference is not a known kind of store"),
+        ("dir://b/A", "dir is not a known kind of store"),
+        ("zip://A", "zip is not a known kind of store"),
+        ("simplecache::s3://b/A", "a chained URL"),
+        ("filecache::zip://a.zip::https://b/A", "a chained URL"),
         ("abfss://box@evil.example.org/A", "no account of Azure"),
     ],
 )
@@ -262,7 +262,7 @@ def test_no_time_is_lost_where_no_machine_knows_who_asks(
 
 def test_files_of_settings_that_cannot_be_read(home: Path, tmp_path: Path) -> None:
     (home / ".aws" / "config").write_text("no section\n")
-    with pytest.raises(CheckpointError, match="is no file of settings"):
+    with pytest.raises(CheckpointError, match="is not a valid configuration file"):
         settings.Profile(None)
     (home / ".aws" / "config").unlink()
     assert settings.Profile(None).get("region") is None

@@ -1,6 +1,6 @@
-"""Places that are named by a URL: what they hold, read by ranges and written by parts.
+"""Files and folders that are named by a path or a URL, through one set of functions.
 
-The packages of each kind of store are imported when the first URL is met.
+The packages for a kind of store are imported when its first URL is used.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ __all__ = [
     "waiting_while",
 ]
 
-#: Where a model is or is to be: a path on this machine, or a URL.
+#: A file or folder: a path on this machine, or a URL.
 PathOrUrl = Path | Url
 
 #: Old names, until nothing uses them.
 Place = PathOrUrl
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
-#: How fsspec writes one path behind another: a cache of a store, a file in an archive.
+#: fsspec's syntax for chained URLs, such as a cache of a store or a file in an archive.
 _CHAIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.:/-]*?::[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def path_or_url(word: str | PathOrUrl) -> PathOrUrl:
-    """What a word names: with ``scheme://`` a URL, else a path, made absolute.
+    """Parse a word: with ``scheme://`` it is a URL, else a path, which is made absolute.
 
     >>> path_or_url("s3://models/llama/").name
     'llama'
@@ -55,12 +55,12 @@ def path_or_url(word: str | PathOrUrl) -> PathOrUrl:
     PosixPath('/models/llama')
 
     Raises:
-        ValueError: If it is a URL that names nothing, or is of no store.
+        ValueError: If it is a URL without bucket or server, or of an unknown store.
     """
     if isinstance(word, Url):
         return word
     if isinstance(word, str) and _CHAIN.match(word):
-        raise ValueError("this is a chain of places; name the URL of the store alone")
+        raise ValueError("this is a chained URL; give the URL of the store alone")
     scheme = _SCHEME.match(word) if isinstance(word, str) else None
     if scheme is None:
         return Path(os.path.abspath(word))
@@ -73,7 +73,7 @@ place_of = path_or_url
 
 
 def is_file(path: PathOrUrl) -> bool:
-    """Whether there is a file; false for a name too long for any."""
+    """Whether there is a file; False if the name is too long."""
     if isinstance(path, Url):
         from modelfuse.storage.remote.open_store import store_of
 
@@ -81,16 +81,16 @@ def is_file(path: PathOrUrl) -> bool:
     return _answer(path, path.is_file)
 
 
-#: What may have a file's name without being one.
+#: Names of things that are not regular files, by type.
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
           stat.S_IFBLK: "a device"}  # fmt: skip
 
 
 def has_file(path: PathOrUrl) -> bool:
-    """Whether there is a file; what has its name and cannot be read as one is not taken for nothing.
+    """Whether there is a file; anything else of that name is an error.
 
     Raises:
-        CheckpointError: If it is a link that leads nowhere, a folder, a pipe or a device, or may not be read.
+        CheckpointError: If it is a dangling link, a folder, a pipe or a device, or may not be read.
     """
     if isinstance(path, Url):
         return is_file(path)
@@ -103,12 +103,12 @@ def has_file(path: PathOrUrl) -> bool:
     try:
         what = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "something else")
     except OSError:
-        what = f"a link to {os.readlink(path)}, which is not there"
+        what = f"a link to {os.readlink(path)}, which does not exist"
     raise CheckpointError(f"{path} is not a regular file but {what}", "Fetch the file again, or remove it.")
 
 
 def is_dir(path: PathOrUrl) -> bool:
-    """Whether there is a folder; in a store, objects whose names begin as if there were one."""
+    """Whether there is a folder; in a store: objects with that prefix."""
     return bool(children(path)) if isinstance(path, Url) else _answer(path, path.is_dir)
 
 
@@ -118,7 +118,7 @@ def exists(path: PathOrUrl) -> bool:
 
 
 def _answer(path: Path, ask: Callable[[], bool]) -> bool:
-    """What the system says of a path; a disk that fails is not taken for one that says no."""
+    """Ask the system about a path; an I/O error is raised instead of counting as no."""
     try:
         return ask()
     except PermissionError as error:
@@ -130,9 +130,9 @@ def _answer(path: Path, ask: Callable[[], bool]) -> bool:
 
 
 def children(folder: PathOrUrl) -> list[PathOrUrl]:
-    """All files and folders directly in a folder, by their names; none if there is no such folder in a store.
+    """All files and folders directly in a folder, sorted by name; none if a store has no such folder.
 
-    A store is asked once, and then knows all of them.
+    A store is asked once; the listing is cached.
     """
     if isinstance(folder, Url):
         from modelfuse.storage.remote.open_store import store_of
@@ -142,7 +142,7 @@ def children(folder: PathOrUrl) -> list[PathOrUrl]:
 
 
 def look_up(folder: PathOrUrl, names: Iterable[str]) -> None:
-    """Ask for many files of a folder at once, before each is asked for."""
+    """Look up many files of a folder concurrently, so that later questions are answered from the cache."""
     if isinstance(folder, Url):
         from modelfuse.storage.remote.open_store import store_of
 
@@ -150,7 +150,7 @@ def look_up(folder: PathOrUrl, names: Iterable[str]) -> None:
 
 
 def size_of(file: PathOrUrl) -> int:
-    """The size of a file that is there, in bytes."""
+    """The size of an existing file in bytes."""
     if isinstance(file, Url):
         from modelfuse.storage.remote.open_store import store_of
 
@@ -160,11 +160,11 @@ def size_of(file: PathOrUrl) -> int:
 
 
 def configure_cache(nbytes: int, keeps: bool) -> None:
-    """Hold so many bytes of files in stores; nothing is done if none of them is read.
+    """Set the capacity of the cache for ranges of remote files, if any are read.
 
     Args:
-        nbytes: How many, those that are on their way included.
-        keeps: Whether those that were read are kept as long as there is room.
+        nbytes: The capacity, including ranges that are being fetched.
+        keeps: Whether ranges stay cached after they were read, as long as they fit.
     """
     if nbytes:
         from modelfuse.storage.remote.range_cache import RANGES
@@ -174,7 +174,7 @@ def configure_cache(nbytes: int, keeps: bool) -> None:
 
 @contextmanager
 def waiting_while(goes_on: Callable[[], bool]) -> Iterator[None]:
-    """Give up what is waited for in stores as soon as this says so."""
+    """Stop waiting for stores as soon as ``goes_on`` returns False, for the duration of the context."""
     if "modelfuse.storage.remote.range_cache" not in sys.modules:
         yield
         return
@@ -185,7 +185,7 @@ def waiting_while(goes_on: Callable[[], bool]) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Ask all stores anew from now on: what they hold may have changed since the last merge."""
+    """Drop cached listings and ranges of all stores: they may have changed since the last merge."""
     if "modelfuse.storage.remote.range_cache" in sys.modules:
         from modelfuse.storage.remote.open_store import forget as forget_answers
         from modelfuse.storage.remote.range_cache import RANGES

@@ -1,4 +1,4 @@
-"""Doing the same with many files of a store at the same time: each waits for answers most of the time."""
+"""Apply a function to many remote files concurrently, as most of the time is spent waiting for answers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import TypeVar
 from modelfuse.storage import PathOrUrl, Url
 
 T = TypeVar("T")
-#: Files that are asked for at the same time.
+#: The most concurrent requests.
 AT_ONCE = 32
 
 
-def each_of(work: Callable[[PathOrUrl], T], places: Sequence[PathOrUrl]) -> list[T]:
-    """The results of a function for each place, in their order; those in stores at the same time.
+def each_of(work: Callable[[PathOrUrl], T], paths: Sequence[PathOrUrl]) -> list[T]:
+    """The results of a function for each path, in order; remote ones are processed concurrently.
 
     Raises:
-        BaseException: What it raised for the first place that it raised anything for.
+        BaseException: The first exception, in the order of the paths.
     """
-    if len(places) < 2 or not any(isinstance(place, Url) for place in places):
-        return [work(place) for place in places]
+    if len(paths) < 2 or not any(isinstance(place, Url) for place in paths):
+        return [work(place) for place in paths]
     from concurrent.futures import ThreadPoolExecutor
 
     from modelfuse.storage.remote.range_cache import RANGES
 
     over = threading.Event()
-    pool = ThreadPoolExecutor(min(len(places), AT_ONCE), "asking")
+    pool = ThreadPoolExecutor(min(len(paths), AT_ONCE), "asking")
     with RANGES.waiting_while(lambda: not over.is_set()):
         try:
-            return list(pool.map(work, places))
+            return list(pool.map(work, paths))
         except BaseException:
             over.set()
             raise

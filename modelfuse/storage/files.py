@@ -1,4 +1,4 @@
-"""Reading bytes at a position from a file that must not change meanwhile."""
+"""Positioned reads from files that must not change during a merge."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Buffer = memoryview
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """An input file as it was when its header was read.
+    """An input file, as it was when its header was read.
 
-    Every later opening compares against this, so a checkpoint that is rewritten, cut or
-    lengthened during a merge ends the merge instead of being mixed into it.
+    Each later opening compares against this, so a checkpoint that is rewritten, truncated or extended during a merge
+    is an error instead of being mixed into the output.
 
     Attributes:
-        path: Where it is.
-        size: Its length in bytes.
-        mtime_ns: Its modification time in nanoseconds.
-        inode: Its inode number; None where another machine has recorded it, for which it may be another one.
-        ctime_ns: When anything of it was changed last, which no program can set back as it can the modification
-            time; None where the inode is.
+        path: The path.
+        size: The size in bytes.
+        mtime_ns: The modification time in nanoseconds.
+        inode: The inode number; None if another machine has recorded the file, as it may see another number.
+        ctime_ns: The status change time, which unlike the modification time cannot be set back; None if ``inode`` is
+            None.
     """
 
     path: PathOrUrl
@@ -57,11 +57,11 @@ class SourceFile:
 
     @property
     def identity(self) -> list[object]:
-        """What tells it from any other file of its name, ready for JSON."""
+        """What distinguishes it from other files of its name, as JSON."""
         return [self.size, self.mtime_ns, self.inode, self.ctime_ns]
 
     def expect(self, offset: int, count: int) -> bool:
-        """Say that bytes will be read soon; False if that is too early: there is no room for them yet."""
+        """Announce that bytes will be read soon; False if the cache is full, so that it must be announced again."""
         return True
 
     def __reduce__(self) -> tuple[type[SourceFile], tuple[object, ...]]:
@@ -69,11 +69,10 @@ class SourceFile:
 
     @contextmanager
     def open(self) -> Iterator[OpenFile]:
-        """Open for positioned reads; kept open for later where :func:`keeping_open` says so.
+        """Open for positioned reads; stays open within :func:`keeping_open`.
 
         Raises:
-            CheckpointError: If the file is gone or is no longer the one that was recorded,
-                at the opening or at the end of the reading.
+            CheckpointError: If the file is missing or was changed, at opening or at the end of reading.
         """
         kept = _kept.files
         if kept is not None and self in kept:
@@ -115,13 +114,13 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
-#: Files that a thread keeps open.
+#: The most files that a thread keeps open.
 MOST_KEPT_OPEN = 64
 
 
 @contextmanager
 def keeping_open() -> Iterator[None]:
-    """Have this thread keep files open meanwhile, as opening one takes longer than reading a small tensor."""
+    """Let this thread keep files open during the context: opening takes longer than reading a small tensor."""
     before, _kept.files = _kept.files, {}
     try:
         yield
@@ -133,12 +132,12 @@ def keeping_open() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A file that is open for positioned reads, from any thread.
+    """A file that is open for positioned reads; thread-safe.
 
     Attributes:
-        path: What it is called in errors.
-        size: Its length in bytes.
-        descriptor: What the system knows it by.
+        path: The path, for errors.
+        size: The size in bytes.
+        descriptor: The file descriptor; negative for a remote file.
     """
 
     path: PathOrUrl
@@ -166,7 +165,7 @@ class OpenFile:
 
 
 def allow_open_files(count: int) -> None:
-    """All files of an output stay open; systems allow a thousand unless asked for more."""
+    """Raise the limit of open files: all files of an output stay open, and the default limit is about a thousand."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         with suppress(ValueError, OSError):
@@ -175,10 +174,10 @@ def allow_open_files(count: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile(SourceFile):
-    """An input file in a store, as it was when the store was first asked.
+    """An input file in a store, in the version that the store first reported.
 
     Attributes:
-        entry: What the store said of it. Another version is never read.
+        entry: What the store has reported. Other versions are never read.
     """
 
     entry: Entry
@@ -188,7 +187,7 @@ class RemoteFile(SourceFile):
         """Record the file at a URL.
 
         Raises:
-            CheckpointError: If there is none, or the store cannot be asked.
+            CheckpointError: If there is no such file, or the store cannot be reached.
         """
         from modelfuse.storage.remote.open_store import store_of
 
@@ -202,17 +201,17 @@ class RemoteFile(SourceFile):
 
     @property
     def identity(self) -> list[object]:
-        """Its size, and what the store calls this version of it."""
+        """Its size, and the store's identifier of this version."""
         return [self.size, self.entry.version]
 
     @property
     def version(self) -> Version:
-        """What is fetched."""
+        """The URL and the version to fetch."""
         assert isinstance(self.path, Url)
         return Version(self.path, self.entry)
 
     def expect(self, offset: int, count: int) -> bool:
-        """Send for bytes that will be read soon; False if there is no room for them yet."""
+        """Start to fetch bytes that will be read soon; False if the cache is full."""
         from modelfuse.storage.remote.range_cache import RANGES
 
         return RANGES.expect(self.version, offset, min(count, self.size - offset))
@@ -225,20 +224,20 @@ class RemoteFile(SourceFile):
 
 @dataclass(frozen=True, slots=True)
 class OpenRemoteFile(OpenFile):
-    """A file in a store, from which ranges are fetched.
+    """A file in a store, read by ranges.
 
     Attributes:
-        file: Which.
+        file: The file.
     """
 
     file: RemoteFile
 
     def expect(self, offset: int, count: int) -> None:
-        """Send for bytes that will be read soon."""
+        """Start to fetch bytes that will be read soon."""
         self.file.expect(offset, count)
 
     def read(self, offset: int, buffer: Buffer) -> None:
-        """Fill ``buffer`` with the bytes at ``offset``, from where they were fetched or are on their way.
+        """Fill ``buffer`` with the bytes at ``offset``, from the range cache.
 
         Raises:
             CheckpointError: If the file ends before the buffer is full, was changed, or cannot be fetched.
@@ -261,7 +260,7 @@ def read_whole(path: PathOrUrl) -> bytes:
 
 
 def read_bytes(file: SourceFile, offset: int, count: int) -> bytes:
-    """Read ``count`` bytes at ``offset``; the caller has checked that they lie in the file."""
+    """Read ``count`` bytes at ``offset``; the caller has checked that the file is long enough."""
     content = bytearray(count)
     with file.open() as opened:
         opened.read(offset, memoryview(content))

@@ -1,4 +1,4 @@
-"""Which servers the user's own words name: the command line and calls of functions, and no file."""
+"""Record which servers the user has named on the command line or in function calls (not in files)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NAMED = set[str]()
 
 
 def name_hosts(words: Iterable[object]) -> None:
-    """Take note of the web servers in what the user has said: only these get headers that are configured.
+    """Record the web servers that the user has named: only these get configured headers.
 
-    Others stand in files (recipes, reports), which anybody may have written.
+    Others come from files (recipes, reports), which anybody may have written.
     """
     for word in words:
         if isinstance(word, list | tuple):
@@ -26,10 +26,10 @@ def name_hosts(words: Iterable[object]) -> None:
 
 
 def is_named(url: Url) -> bool:
-    """Whether the user's own words name the server of a URL."""
+    """Whether the user has named the server of a URL."""
     return url.host.lower() in _NAMED
 
 
-def hosts_of(places: Iterable[object]) -> list[str]:
-    """The stores that some places are in, without paths: buckets and servers."""
-    return sorted({f"{place.scheme}://{place.host}" for place in places if isinstance(place, Url)})
+def hosts_of(paths: Iterable[object]) -> list[str]:
+    """The buckets and servers of some paths or URLs, without their paths."""
+    return sorted({f"{place.scheme}://{place.host}" for place in paths if isinstance(place, Url)})

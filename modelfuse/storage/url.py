@@ -1,19 +1,19 @@
-"""What a URL names, as words: nothing is asked of any store here."""
+"""Parse URLs; no store is contacted here."""
 
 from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass, field, replace
 
-#: Schemes whose addresses end with a query; elsewhere a question mark is a letter of a name.
+#: Schemes whose URLs may have a query; elsewhere a question mark is part of a name.
 QUERIED = ("http", "https")
-#: Two schemes of one kind of store.
+#: Aliases of schemes.
 SAME = {"s3a": "s3", "gcs": "gs"}
-#: Azure's, where what stands before an @ is a container and no user.
+#: Azure's schemes, where the part before an @ is a container, not a user.
 AZURE = ("az", "abfs", "abfss")
-#: Schemes that may be without a server: the one that is configured is meant.
+#: Schemes that may omit the server, for the configured one.
 WITHOUT_SERVER = ("memory", "hdfs", "webhdfs")
-#: The kinds of stores. What else fsspec knows wraps other places (reference, dir, simplecache, …) and is no store.
+#: The supported schemes. fsspec's others wrap other filesystems (reference, dir, simplecache, …).
 KINDS = ("s3", "gs", *AZURE, "http", "https", "hdfs", "webhdfs", "ftp", "sftp", "smb", "oss", "memory")
 
 
@@ -21,14 +21,14 @@ KINDS = ("s3", "gs", *AZURE, "http", "https", "hdfs", "webhdfs", "ftp", "sftp", 
 class Url:
     """A file or folder of a store.
 
-    As text it has neither user, password nor query, so that nothing secret is shown or recorded.
+    Its text has no user, password or query, so that no secret is shown or recorded.
 
     Attributes:
-        scheme: Which kind of store.
-        host: The bucket, or the server with its port; of Azure, the container, with the account if the URL has it.
-        path: What follows, without slashes around it.
-        user: The user and the password, if the URL has them.
-        query: What follows a question mark, such as a signature.
+        scheme: The kind of store.
+        host: The bucket, or the server with its port; for Azure, the container, with the account if the URL has one.
+        path: The path without leading and trailing slashes.
+        user: User and password, if the URL has them.
+        query: The part after a question mark, such as a signature.
     """
 
     scheme: str
@@ -39,23 +39,23 @@ class Url:
 
     @classmethod
     def parse(cls, text: str) -> Url:
-        """The parts of a URL.
+        """Parse a URL.
 
         >>> str(Url.parse("https://me:secret@example.org/llama/model.safetensors?signature=1#top"))
         'https://example.org/llama/model.safetensors'
 
         Raises:
-            ValueError: If it is of no store, or names no bucket or server.
+            ValueError: If the scheme is unknown, or there is no bucket or server.
         """
         scheme, _, rest = text.partition("://")
         scheme = SAME.get(scheme.lower(), scheme.lower())
         if scheme not in KINDS:
-            raise ValueError(f"there is no kind of store that is called {scheme}; known are {', '.join(KINDS)}")
+            raise ValueError(f"{scheme} is not a known kind of store; known are {', '.join(KINDS)}")
         query = ""
         if scheme in QUERIED:
             rest, _, query = rest.partition("#")[0].partition("?")
-        place, _, path = rest.partition("/")
-        user, at, host = ("", "", place) if scheme in AZURE else place.rpartition("@")
+        authority, _, path = rest.partition("/")
+        user, at, host = ("", "", authority) if scheme in AZURE else authority.rpartition("@")
         if not host and scheme not in WITHOUT_SERVER:
             raise ValueError("this URL names no bucket or server")
         return cls(scheme, host, path.strip("/"), user + at, query)
@@ -65,18 +65,18 @@ class Url:
 
     @property
     def address(self) -> str:
-        """The whole URL, with what is secret of it."""
+        """The whole URL, including its secrets."""
         text = f"{self.scheme}://{self.user}{self.host}/{self.path}"
         return f"{text}?{self.query}" if self.query else text
 
     @property
     def name(self) -> str:
-        """What follows the last slash."""
+        """The part after the last slash."""
         return posixpath.basename(self.path)
 
     @property
     def suffix(self) -> str:
-        """The name from its last dot on."""
+        """The suffix of the name, from its last dot on."""
         return posixpath.splitext(self.name)[1]
 
     @property
@@ -86,7 +86,7 @@ class Url:
 
     @property
     def parents(self) -> tuple[Url, ...]:
-        """All folders that it is in, from the innermost."""
+        """All parent folders, from the innermost."""
         return () if not self.path else (self.parent, *self.parent.parents)
 
     def __truediv__(self, name: str) -> Url:
@@ -97,18 +97,18 @@ class Url:
         return self.parent / name
 
     def relative_to(self, folder: Url) -> str:
-        """Its name from a folder on that it is in."""
+        """Its path relative to a folder that contains it."""
         return self.path.removeprefix(f"{folder.path}/") if folder.path else self.path
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a store knows of a file.
+    """What a store reports about a file.
 
     Attributes:
-        size: Its length in bytes.
-        version: Changes when it is written again: an entity tag, or whatever the store has.
-        modified_ns: When it was written, in nanoseconds; zero if that is not known.
+        size: The size in bytes.
+        version: Identifies the version: an entity tag, or the store's equivalent.
+        modified_ns: The modification time in nanoseconds; zero if unknown.
     """
 
     size: int
@@ -118,7 +118,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A file as it was when its store was first asked."""
+    """A version of a file: the one that its store first reported."""
 
     url: Url
     entry: Entry

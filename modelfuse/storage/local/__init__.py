@@ -1,1 +1,1 @@
-"""Files of this machine: the journal, locks, the page cache, and calls that Python lacks."""
+"""Local files: journal, locks, page cache, and system calls that Python lacks."""

@@ -1,4 +1,4 @@
-"""Putting one folder in another's place in one step."""
+"""Replace one folder by another atomically."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _RENAME_EXCHANGE = 2
 
 
 def exchange(new: Path, old: Path, aside: Path) -> None:
-    """Swap two folders so that ``old`` is at no moment absent; what it held is left at ``new``.
+    """Swap two folders so that ``old`` always exists; its former content is then at ``new``.
 
-    Linux can do it in one system call; elsewhere two renames must do, and ``aside`` holds what was there meanwhile.
+    Linux has a system call for it; elsewhere it takes two renames, with the old folder at ``aside`` in between.
     """
     rename = find("renameat2")
     if rename is not None:
@@ -36,7 +36,7 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
 
 
 def restore(aside: Path, old: Path) -> bool:
-    """Put back what an exchange in two steps had put aside, if it was killed between them; whether it was."""
+    """Undo a two-step exchange that was killed between its renames; returns whether there was one."""
     if not is_own_folder(aside):
         return False
     if old.exists():

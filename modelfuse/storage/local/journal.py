@@ -1,7 +1,7 @@
-"""What a merge has finished, in a file that one which was killed leaves to the next.
+"""The journal of a merge: records finished spans in a file, from which the next run can resume.
 
-A line is an entry in JSON behind a checksum of it and of all lines before it. So a line that is torn, changed or
-not this journal's ends what is trusted. Whoever writes an entry has synced first what it speaks of.
+A line is a JSON entry after a checksum of it and of all lines before it. So reading stops at the first line that is
+torn, changed or from another journal. Data is synced before its entry is written.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import xxhash
 
 from modelfuse.storage.local.own_files import open_or_create, open_own
 
-#: No entry is longer; a file without ends of lines is not read into memory.
+#: The longest valid line; bounds the memory for a file without line breaks.
 LONGEST_LINE = 1 << 26
 
-#: Bytes written at a time. Linux keeps what one write brings in blocks of memory as large as the write, up to 2 MiB,
-#: and a virtual machine gives its host the largest free blocks back: to take those again costs up to 2 s a GB.
+#: Bytes per write. Linux caches a write in memory blocks of its size, up to 2 MiB, and a virtual machine returns its
+#: largest free blocks to the host: getting those back costs up to 2 s per GB.
 PIECE = 512 << 10
 
 #: macOS has no fdatasync.
@@ -27,10 +27,10 @@ sync_data: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
 class Journal:
-    """An append-only file of entries; made when the first one is written.
+    """An append-only file of entries, created with the first one.
 
     Args:
-        path: Where it is.
+        path: The file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +40,7 @@ class Journal:
         self._sum = 0
 
     def read(self) -> Iterator[object]:
-        """The entries that can be trusted, in order; what is appended later follows the last one taken."""
+        """The valid entries, in order; later entries are appended after the last one that was read."""
         try:
             with open(open_own(self.path, os.O_RDONLY), "rb") as file:
                 while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
@@ -52,13 +52,13 @@ class Journal:
                     self._sum, self._end = checksum, self._end + len(line)
                     yield entry
         except (OSError, ValueError):
-            return  # Gone, or the disk cannot give it back: what was read so far is what can be trusted.
+            return  # Missing or unreadable: only what was read so far is valid.
 
     def append(self, entries: Sequence[object]) -> None:
         """Write entries and sync them.
 
         Raises:
-            OSError: If they cannot be written; what was written before stays trusted.
+            OSError: If they cannot be written; earlier entries stay valid.
         """
         lines = bytearray()
         checksum = self._sum
@@ -68,7 +68,7 @@ class Journal:
             lines += b"%016x %s\n" % (checksum, text)
         is_new = self._descriptor < 0
         if is_new:
-            # One that is there and cannot be trusted, as the disk has failed, is written afresh.
+            # An existing file without valid entries is overwritten.
             self._descriptor = open_or_create(self.path, os.O_WRONLY)
             os.truncate(self._descriptor, self._end)
         write_all(self._descriptor, memoryview(lines), self._end)
@@ -79,11 +79,11 @@ class Journal:
 
     @property
     def exists(self) -> bool:
-        """Whether anything was written or taken from an earlier run."""
+        """Whether it has entries, of this run or an earlier one."""
         return self._end > 0
 
     def remove(self) -> None:
-        """Remove the file for good, so that not even a power cut brings it back.
+        """Remove the file and sync the folder, so that it does not reappear after a power failure.
 
         Raises:
             OSError: If it cannot be removed.
@@ -97,14 +97,14 @@ class Journal:
         sync_folder(self.path.parent)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write bytes at an offset of a file, however many system calls it takes; safe from any thread.
+    """Write all bytes at an offset of a file; thread-safe.
 
     Raises:
         OSError: If the disk is full or fails.
@@ -115,7 +115,7 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make what was created, renamed or removed in a folder last."""
+    """Sync a folder: makes created, renamed and removed entries durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A lock that keeps two merges apart and ends with the process that holds it."""
+"""A lock file that prevents two merges into one output; released when its process ends."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from modelfuse.storage.local.own_files import open_or_create
 
 
 class Lock:
-    """A lock file; holding it, not its being there, means that a merge is under way.
+    """A lock file. A merge is running if it is locked, not if it exists.
 
     Args:
         path: The file.
-        guarded: The output that it stands for, for messages.
+        guarded: The output that it guards, for messages.
     """
 
     def __init__(self, path: Path, guarded: Path) -> None:
@@ -25,11 +25,11 @@ class Lock:
         self._descriptor = -1
 
     def acquire(self) -> None:
-        """Take the lock, or say at once who holds it.
+        """Take the lock, or fail at once and name the process that holds it.
 
         Raises:
             OutputError: If another process, or another thread of this one, holds it.
-            OSError: If the file cannot be made or locked, or is not ours.
+            OSError: If the file cannot be created or locked, or belongs to another user.
         """
         while self._descriptor < 0:
             descriptor = open_or_create(self._path, os.O_RDWR)
@@ -43,7 +43,7 @@ class Lock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # Its holder removed it while we waited for it.
+            os.close(descriptor)  # Its holder has removed it meanwhile.
 
     def _lock(self, descriptor: int) -> None:
         try:
@@ -58,10 +58,10 @@ class Lock:
             ) from None
 
     def release(self) -> None:
-        """Let others have it; nothing happens if it is not held."""
+        """Release the lock, if it is held."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
-            with contextlib.suppress(OSError):  # The file alone locks nothing.
+            with contextlib.suppress(OSError):  # A leftover file does no harm.
                 os.unlink(self._path)
             with contextlib.suppress(OSError):
                 os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Files beside an output that are opened only if they are ours: links are never followed, and nobody else's are used.
+"""Open files beside an output only if this user owns them, and never through links.
 
-A folder that others may write to can hold a link of the name that a lock, a journal or a weight file is to have.
-Opened through it, whatever it leads to would be emptied, or taken for ours.
+In a folder that others may write to, a link may have the name of a lock, journal or weight file: opening it would
+truncate its target, or use another user's file.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import os
 import stat
 from pathlib import Path
 
-#: A pipe of that name is not waited for.
+#: O_NONBLOCK: opening a pipe of that name must not block.
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 MODE = 0o666
 
 
 class NotOurs(OSError):
-    """Raised where a path leads to what may be somebody else's.
+    """Raised if a path is a link or belongs to another user.
 
     Args:
         path: The path.
-        what: What is there.
+        what: What it is.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -29,19 +29,19 @@ class NotOurs(OSError):
 
 
 def open_new(path: Path, flags: int) -> int:
-    """Create a file that is not there yet, and open it.
+    """Create and open a new file.
 
     Raises:
-        OSError: If anything is there already, or it cannot be made.
+        OSError: If the path exists, or the file cannot be created.
     """
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | _FLAGS, MODE)
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file that an earlier run has made.
+    """Open a file that an earlier run has created.
 
     Raises:
-        NotOurs: If it is a link, no regular file, another user's, or has another name elsewhere.
+        NotOurs: If it is a link, not a regular file, another user's, or has further hard links.
         OSError: If it cannot be opened.
     """
     try:
@@ -53,11 +53,11 @@ def open_own(path: Path, flags: int) -> int:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise NotOurs(path, "no regular file")
+            raise NotOurs(path, "something that is not a regular file")
         if status.st_uid != os.geteuid():
             raise NotOurs(path, "a file of another user")
         if status.st_nlink > 1:
-            raise NotOurs(path, "a file that has another name elsewhere")
+            raise NotOurs(path, "a file with several hard links")
     except BaseException:
         os.close(descriptor)
         raise
@@ -65,11 +65,11 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def open_or_create(path: Path, flags: int) -> int:
-    """Open a file of ours, made if it is not there.
+    """Open a file that this user owns, or create it.
 
     Raises:
         NotOurs: As :func:`open_own`.
-        OSError: If it cannot be made or opened.
+        OSError: If it cannot be created or opened.
     """
     while True:
         try:
@@ -77,12 +77,12 @@ def open_or_create(path: Path, flags: int) -> int:
         except FileExistsError:
             try:
                 return open_own(path, flags)
-            except FileNotFoundError:  # Somebody removed it meanwhile.
+            except FileNotFoundError:  # Removed meanwhile.
                 continue
 
 
 def is_own_folder(path: Path) -> bool:
-    """Whether there is a folder of ours, and not a link to one."""
+    """Whether this is a folder (not a link to one) that this user owns."""
     try:
         status = os.lstat(path)
     except OSError:

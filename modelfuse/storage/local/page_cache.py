@@ -1,7 +1,7 @@
-"""The system's page cache: files that are streamed through it come in ahead of their readers, and leave after them.
+"""Manage the page cache for streamed files: read ahead of the workers, and drop pages after they were read.
 
-What somebody else has brought in stays. Where the system does not tell what is in the cache, nothing is made to
-leave; where it takes no advice, nothing is done at all.
+Pages that were already cached stay. Where the system cannot tell what is cached, nothing is dropped; where it takes no
+advice (posix_fadvise), nothing is done.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from modelfuse.storage import PathOrUrl, Url
 from modelfuse.storage.files import SourceFile
 from modelfuse.storage.local.journal import sync_data
 
-#: What a file comes and leaves by; the system's own pieces are not larger and never straddle two.
+#: The unit of reading ahead and dropping; the system's folios are not larger, and aligned.
 CHUNK = 2 << 20
-#: How far ahead the system reads, where it does not tell.
+#: The system's read-ahead in bytes, if it is unknown.
 READ_AHEAD = 128 << 10
-#: The number of the system call on all processors; Linux has it since 6.5.
+#: The number of Linux's system call cachestat (since 6.5) on all architectures.
 CACHESTAT = 451
-#: What a chunk is: absent; in the cache, because someone else wants it there or because it is not known who;
-#: brought in for a reader; gone again.
+#: States of a chunk: absent; cached by someone else, or unknown; cached by us; dropped again.
 ABSENT, THEIRS, OURS, GONE = range(4)
-#: Parts of a file are partly in the cache: what is missing is to come, and nothing is to leave.
+#: A chunk that is partly cached: the rest is read ahead, and nothing is dropped.
 MIXED = 4
-#: A file is taken to be in the cache where so many places of it are, of so many bytes each: all of it takes 5 ms a GB.
-#: Taking it for whole where it is not costs speed alone, as none of it is brought in, and none of it leaves.
+#: A file counts as cached if this many samples of this many bytes are: checking all of it takes 5 ms per GB. A wrong
+#: guess only costs speed, as nothing is read ahead and nothing is dropped.
 PROBES, PROBE = 64, 64 << 10
-#: A share of the memory that is not filled: below it, the system begins to throw out what was used longest ago.
+#: The share of memory that must stay free; below it, the system starts to evict the oldest pages.
 SPARE = 1 / 16
 
 
@@ -46,13 +45,13 @@ class _Pages(ctypes.Structure):
 
 
 class Advice(NamedTuple):
-    """What the system is to be told.
+    """Advice to the system about a file.
 
     Attributes:
-        path: Of which file.
-        runs: Of which bytes: offset and count.
-        what: One of posix_fadvise's.
-        step: How many bytes it may be told of at a time; what comes in is cut off after so many.
+        path: The file.
+        runs: Runs of bytes: (offset, count).
+        what: The constant of posix_fadvise.
+        step: The most bytes per call; read-ahead is cut off beyond that.
     """
 
     path: PathOrUrl
@@ -61,7 +60,7 @@ class Advice(NamedTuple):
     step: int = sys.maxsize
 
     def give(self) -> None:
-        """Tell it; what is wrong with the file its readers find out."""
+        """Give the advice; errors are ignored, as readers of the file will get them."""
         with contextlib.suppress(OSError):
             descriptor = os.open(str(self.path), os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -73,9 +72,9 @@ class Advice(NamedTuple):
 
 
 class PageCache:
-    """What the page cache has of some files, and what of it is there for us. Not safe from several threads.
+    """Tracks which chunks of files are cached, and which of them by us. Not thread-safe.
 
-    What is to be done about it is returned, so that nobody has to wait for anybody while it is done.
+    Methods return the advice instead of giving it, so that it can be given outside the caller's lock.
     """
 
     def __init__(self) -> None:
@@ -83,26 +82,26 @@ class PageCache:
         self._advises = hasattr(os, "posix_fadvise")
 
     def expect(self, file: SourceFile, offset: int, count: int) -> Iterator[Advice]:
-        """Bytes of a file are going to be read, each once: bring in what is not there."""
+        """Bytes that will be read once: advice to read the missing chunks ahead."""
         chunks = self._chunks(file)
         if chunks is not None and (runs := chunks.bring(offset, count)) and chunks.read_ahead < CHUNK:
             yield Advice(file.path, runs, os.POSIX_FADV_WILLNEED, chunks.read_ahead)
 
     def passed(self, file: SourceFile, offset: int, count: int) -> Iterator[Advice]:
-        """Bytes of a file were read: what came in for that may go, as soon as all of its chunk was."""
+        """Bytes that were read: advice to drop chunks of ours that were read completely."""
         chunks = self._files.get(file)
         if chunks is not None and (runs := chunks.release(offset, count)):
             yield Advice(file.path, runs, os.POSIX_FADV_DONTNEED)
 
     def leave(self) -> Iterator[Advice]:
-        """Nothing is going to be read any more: all that came in may go."""
+        """The end of reading: advice to drop all chunks of ours."""
         for file, chunks in self._files.items():
             if runs := chunks.release_all():
                 yield Advice(file.path, runs, os.POSIX_FADV_DONTNEED)
         self._files.clear()
 
     def _chunks(self, file: SourceFile) -> _Chunks | None:
-        if isinstance(file.path, Url):  # What is in a store is no file of this system.
+        if isinstance(file.path, Url):  # Remote files are not in the page cache.
             return None
         if self._advises and file not in self._files:
             self._files[file] = _Chunks(file)
@@ -110,21 +109,21 @@ class PageCache:
 
 
 class _Chunks:
-    """A file in chunks: what each is, and how many of its bytes are still to be read."""
+    """The chunks of a file: their states, and how many bytes of each are still to be read."""
 
     def __init__(self, file: SourceFile) -> None:
         self._size = file.size
         self._states, self.read_ahead = _look(file)
-        #: Of those that came in, once something of them was read.
+        #: Bytes still to be read, for chunks of ours that were read partly.
         self._left: dict[int, int] = {}
 
     def bring(self, offset: int, count: int) -> list[tuple[int, int]]:
-        """The runs of absent chunks among these bytes; they are ours from now on."""
+        """The runs of absent chunks in a range, which become ours."""
         numbers = self._numbers(offset, count)
         return [*self._turn(numbers, ABSENT, OURS), *self._turn(numbers, MIXED, THEIRS)]
 
     def release(self, offset: int, count: int) -> list[tuple[int, int]]:
-        """The runs of chunks that nothing is left of to be read; they are gone from now on."""
+        """The runs of chunks that were read completely, which become dropped."""
         numbers, done = self._numbers(offset, count), list[tuple[int, int]]()
         for number in numbers if self._states.find(OURS, numbers.start, numbers.stop) >= 0 else ():
             if self._states[number] == OURS:
@@ -137,7 +136,7 @@ class _Chunks:
         return done
 
     def release_all(self) -> list[tuple[int, int]]:
-        """The runs of all chunks that came in; those that were to go too, as some of it may be there still or again."""
+        """The runs of all chunks that were ever ours: parts of dropped ones may still, or again, be cached."""
         numbers = range(len(self._states))
         return [*self._turn(numbers, OURS, THEIRS), *self._turn(numbers, GONE, THEIRS)]
 
@@ -148,7 +147,7 @@ class _Chunks:
         return number * CHUNK, min((number + 1) * CHUNK, self._size)
 
     def _turn(self, numbers: range, state: int, becomes: int) -> Iterator[tuple[int, int]]:
-        """The runs of bytes of chunks in a state, which are in another one from now on."""
+        """Change chunks from one state to another; yields their runs of bytes."""
         begin = numbers.start
         while (begin := self._states.find(state, begin, numbers.stop)) >= 0:
             end = begin
@@ -160,9 +159,9 @@ class _Chunks:
 
 
 def settle(descriptor: int) -> None:
-    """Make what was written to a file last; where memory is scarce, let it leave the cache.
+    """Sync a file and, if memory is scarce, drop it from the cache.
 
-    A server reads an output next, so it may take memory that nobody uses, but not the place of something else.
+    A server will read the output next, so it may stay in memory that is free, but must not evict anything else.
 
     Raises:
         OSError: If it cannot be written to the disk.
@@ -174,9 +173,9 @@ def settle(descriptor: int) -> None:
 
 
 def _look(file: SourceFile) -> tuple[bytearray, int]:
-    """What every chunk of a file is, before anything of it was read; and how many bytes the system reads ahead."""
+    """The initial state of each chunk of a file, and the read-ahead of its device in bytes."""
     number = -(-file.size // CHUNK)
-    states, read_ahead = bytearray([MIXED]) * number, READ_AHEAD  # What may not be asked: it comes in, and stays.
+    states, read_ahead = bytearray([MIXED]) * number, READ_AHEAD  # If unknown: read ahead, drop nothing.
     with contextlib.suppress(OSError):
         descriptor = os.open(str(file.path), os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -197,10 +196,10 @@ def _look(file: SourceFile) -> tuple[bytearray, int]:
 
 @cache
 def _read_ahead(device: int) -> int:
-    """How many bytes the system reads ahead by itself from a device, or from a server."""
-    place = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    """The system's read-ahead in bytes for a device or network filesystem."""
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     try:
-        return (int(place.read_text()) << 10) or READ_AHEAD
+        return (int(setting.read_text()) << 10) or READ_AHEAD
     except (OSError, ValueError):
         return READ_AHEAD
 

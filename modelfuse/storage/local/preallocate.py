@@ -1,7 +1,7 @@
-"""The place of a file on the disk, taken when the file is made.
+"""Preallocate files on the disk.
 
-What is written to a place that was taken before needs none to be looked for: on ext4, threads that write wait for each
-other, and for the disk, as long as that takes. And a disk that is too small says so before there is any work in vain.
+Writes to preallocated blocks need no allocation: on ext4, concurrent writers would wait for each other, and for the
+disk, during allocation. And a disk that is too small is noticed before any work is done.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import os
 
 from modelfuse.storage.local.system_calls import failure_of, find
 
-#: What no filesystem means by "not here".
+#: Errors that do not mean that the filesystem cannot preallocate.
 _SERIOUS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Give a new file its size, and its place where the filesystem can; elsewhere it gets that as it is written.
+    """Set the size of a new file, and preallocate its blocks if the filesystem can.
 
     Raises:
-        OSError: If there is no room for it.
+        OSError: If the disk is too small.
     """
-    # Not posix_fallocate: glibc writes to every block where a filesystem cannot. musl has only the short name.
+    # Not posix_fallocate: glibc emulates it by writing to each block. musl has only the name without 64.
     take = find("fallocate64", "fallocate")
     start, length = ctypes.c_int64(0), ctypes.c_int64(size)
     failure = errno.ENOSYS if take is None else failure_of(take, descriptor, 0, start, length)

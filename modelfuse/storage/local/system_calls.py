@@ -1,4 +1,4 @@
-"""Calls of the C library that Python's own modules lack."""
+"""Functions of the C library that Python's modules lack."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Call = Callable[..., int]
 
 
 def find(*names: str) -> Call | None:
-    """The first of these functions that the C library has; it may go by another name in another library."""
+    """The first of these functions that the C library has; names differ between libraries."""
     library = ctypes.CDLL(None, use_errno=True)
     found: Call | None = next(filter(None, (getattr(library, name, None) for name in names)), None)
     return found
 
 
 def failure_of(call: Call, *arguments: object) -> int:
-    """Make a call, again where a signal interrupts it; returns the number of its error, zero if it is done."""
+    """Make a call, and repeat it if a signal interrupts it; returns the errno, zero on success."""
     failure = errno.EINTR
     while failure == errno.EINTR:
         failure = ctypes.get_errno() if call(*arguments) else 0

@@ -1,4 +1,4 @@
-"""Threads that are waited for, whatever happens."""
+"""Wait for threads even if the main thread is interrupted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 
 
 def join(threads: Iterable[threading.Thread], interrupted: Callable[[BaseException], None] | None = None) -> None:
-    """Wait for threads to end, whatever interrupts that: they write to files that are about to be closed.
+    """Wait for threads to end in spite of interruptions: they write to files that are about to be closed.
 
     Args:
-        threads: Which.
-        interrupted: Is told of an interruption at once; without it, the last one is raised at the end.
+        threads: The threads.
+        interrupted: Called with an interruption at once; without it, the last one is raised at the end.
     """
     last: BaseException | None = None
     for thread in threads:

@@ -1,1 +1,1 @@
-"""Stores that are named by a URL."""
+"""Remote stores, which are named by URLs."""

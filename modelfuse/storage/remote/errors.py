@@ -1,7 +1,7 @@
-"""What the libraries of stores raise, told apart without importing them, and in our words.
+"""Classify exceptions of the stores' libraries, without importing these, and translate them to our errors.
 
-What a library says has whole URLs in it, with users, passwords and signatures. Of obstore's errors only the status, the
-store's code and the kind of failure are taken, nothing else of them is shown.
+The libraries' messages contain whole URLs, with users, passwords and signatures. Of obstore's errors, only the status,
+the store's code and the kind of failure are used; nothing else is shown.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from modelfuse.errors import CheckpointError, ModelfuseError
 from modelfuse.storage.url import AZURE, Url
 
-#: Answers that another attempt may change.
+#: Status codes after which a retry may succeed.
 PASSING = (408, 429, 500, 502, 503, 504)
-#: Codes of S3 that mean the same, whatever the status.
+#: S3's error codes after which a retry may succeed, whatever the status.
 PASSING_CODES = ("SlowDown", "RequestTimeout", "InternalError")
-#: Kinds of failures on the way, as obstore calls them, after which another attempt may succeed; and without any answer.
+#: obstore's kinds of network failures after which a retry may succeed; and those without any answer.
 PASSING_KINDS = ("Connect", "Request", "Timeout", "Interrupted")
-#: Where the library looks for the credentials of a machine: nothing that a user names is there.
+#: URLs of machine credentials that the library tries; never named by a user.
 METADATA = re.compile(r"//169\.254\.170\.2/|/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity")
 NEXT = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket "
@@ -35,31 +35,31 @@ _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)|(certificate verify fai
 
 
 class Truncated(Exception):
-    """Raised where fewer bytes came than were asked for."""
+    """Raised if fewer bytes came than were requested."""
 
 
 class Replaced(Exception):
-    """Raised where the object is no longer the one that was looked at."""
+    """Raised if the object was replaced since it was first looked at."""
 
 
 class RangesUnsupported(Exception):
-    """Raised where a server sends whole files only."""
+    """Raised if a server only sends whole files."""
 
 
 class WrongAnswer(Exception):
-    """Raised where an answer is not the one to the question: another range, or bytes that are encoded."""
+    """Raised if an answer does not match the request: another range, or encoded bytes."""
 
 
 class NoCredentials(Exception):
-    """Raised where nobody says who asks."""
+    """Raised if there are no credentials."""
 
 
 class RedirectsAway(Exception):
-    """Raised where a server sends a secret address on to another one, whose name is all that is said."""
+    """Raised if a server redirects a URL with secrets to another server; has only that server's name."""
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it was raised from."""
+    """An exception and its causes."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -67,17 +67,17 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _text(error: BaseException) -> str:
-    """What obstore says; nothing of what others say."""
+    """The texts of obstore's exceptions in the chain."""
     return next((str(each) for each in chain(error) if is_obstore(each)), "")
 
 
 def is_obstore(error: BaseException) -> bool:
-    """Whether it is one of obstore's errors, some of which are Python's own types."""
+    """Whether obstore has raised it; some of its errors are Python's built-in types."""
     return type(error).__module__.startswith("obstore") or "\n\nDebug source:\n" in str(error)
 
 
 def answer(error: BaseException) -> tuple[int, str]:
-    """The server's status and its own code; zero and nothing if there was no answer."""
+    """The status and the server's error code; zero and an empty string without an answer."""
     text = _text(error)
     status, code = _STATUS.search(text), _CODE.search(text)
     if status is not None:
@@ -87,19 +87,19 @@ def answer(error: BaseException) -> tuple[int, str]:
 
 
 def kind_of(error: BaseException) -> str:
-    """What obstore calls a failure on the way to a server; nothing if it was none."""
+    """obstore's kind of a network failure; empty if it is none."""
     found = _KIND.search(_text(error))
     return found[1] if found else ""
 
 
 def _certificate(error: BaseException) -> str:
-    """Why the certificate of a server is refused; nothing if it is not."""
+    """Why the server's certificate is refused; empty if it is not."""
     found = _CERTIFICATE.search(_text(error) or "".join(str(each) for each in chain(error)))
     return (found[1] or found[2]) if found else ""
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether another attempt may succeed."""
+    """Whether a retry may succeed."""
     if isinstance(error, ModelfuseError) or _certificate(error) or _asks_machine(error):
         return False
     status, code = answer(error)
@@ -109,35 +109,35 @@ def is_passing(error: BaseException) -> bool:
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether there is nothing of that name."""
+    """Whether the file does not exist."""
     status, _ = answer(error)
     return status in (404, 410) or (status == 0 and isinstance(error, FileNotFoundError))
 
 
 def is_unranged(error: BaseException) -> bool:
-    """Whether a server has sent something else than a part of a file."""
+    """Whether the server does not support ranges."""
     return isinstance(error, RangesUnsupported) or any(
         words in _text(error) for words in ("Range request not supported", "non-partial response")
     )
 
 
 def _asks_machine(error: BaseException) -> bool:
-    """Whether credentials were looked for at last where only some machines have them."""
+    """Whether the last attempt was to get machine credentials, which most machines do not have."""
     return METADATA.search(_text(error).partition("\n\nDebug")[0]) is not None
 
 
 def _wrong_answer(error: BaseException) -> str:
-    """What was wrong with an answer that cannot be the one to the question."""
+    """Why an answer does not match the request; empty if it does."""
     text = _text(error)
     if isinstance(error, WrongAnswer):
         return str(error)
     if "UnexpectedRange" in text:
-        return "another range came than was asked for"
-    return "a range came without Content-Range" if "NoContentRange" in text or "ParseContentRange" in text else ""
+        return "it sent another range than was requested"
+    return "it sent a range without Content-Range" if "NoContentRange" in text or "ParseContentRange" in text else ""
 
 
 def told(url: Url, error: BaseException, kind: type[ModelfuseError] = CheckpointError) -> BaseException:
-    """The error to raise for what a store's library has raised; a bug stays what it is."""
+    """Translate an exception of a store's library to the error to raise; bugs are returned unchanged."""
     if isinstance(error, ModelfuseError | LookupError | AttributeError | TypeError | NameError | AssertionError):
         return error
     status, code = answer(error)
@@ -151,8 +151,8 @@ def told(url: Url, error: BaseException, kind: type[ModelfuseError] = Checkpoint
         return kind(f"{url}: the server gives a wrong answer: {wrong}", "Download it, and name the folder.")
     if isinstance(error, RedirectsAway):
         return kind(
-            f"{url} leads on to {error}, which would be told the query of this address",
-            "Leave the query out if it is no secret, or name the address that it leads to.",
+            f"{url} redirects to {error}, which would receive the query of this URL",
+            "Leave the query out if it is not needed, or use the URL that it redirects to.",
         )
     if code == "NoSuchBucket":
         return kind(f"{url}: there is no bucket {url.host}", "Check the URL, and the endpoint that is used.")
@@ -173,7 +173,7 @@ def _denied(url: Url) -> str:
 
 
 def _way(url: Url, error: BaseException, kind: type[ModelfuseError]) -> ModelfuseError:
-    """The error for a server that cannot be reached, or not be talked to."""
+    """The error for a server that cannot be reached, or does not speak the protocol."""
     (status, code), failure = answer(error), kind_of(error)
     setting = "AWS_ENDPOINT_URL_S3, if it is not AWS" if url.scheme == "s3" else "the URL"
     if why := _certificate(error):
@@ -195,19 +195,19 @@ def _way(url: Url, error: BaseException, kind: type[ModelfuseError]) -> Modelfus
             "Try again." if status in PASSING else f"Check {setting}.",
         )
     if "following redirect" in _text(error):
-        return kind(f"{url}: the server leads on in circles, or to where no secrets may go", "Check the URL.")
+        return kind(f"{url}: the server redirects in circles, or to where no secrets may go", "Check the URL.")
     if "InvalidPathError" in type(error).__name__ or "with invalid path" in _text(error):
-        return kind(f"{url}: an object has a name that is no path", "Names may not have empty parts, '.' or '..'.")
+        return kind(f"{url}: an object's name is not a valid path", "Names may not have empty parts, '.' or '..'.")
     if is_obstore(error):
-        return kind(f"{url}: the server cannot be understood", f"Check {setting}.")
+        return kind(f"{url}: the server's answer cannot be understood", f"Check {setting}.")
     return kind(f"{url}: {_short(error)}", "Try again." if is_passing(error) else None)
 
 
 def _why(error: BaseException) -> str:
-    """What the system says of a connection that was not made."""
+    """Why the connection failed, as far as the system says."""
     text = _text(error)
     if "dns error" in text:
-        return ": there is no host of that name"
+        return ": there is no such host"
     return ": the connection is refused" if "ConnectionRefused" in text else ""
 
 

@@ -1,4 +1,4 @@
-"""Stores that only fsspec knows: hdfs, ftp and others of a short list."""
+"""Stores that are only supported by fsspec: hdfs, ftp and a few others."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from modelfuse.storage.remote.errors import Replaced, is_missing
 from modelfuse.storage.remote.stores import Content, Part, Store
 from modelfuse.storage.url import Entry, Url
 
-#: How a file is called before it is whole.
+#: Prefix of a file's name while it is written.
 HIDDEN = ".modelfuse-"
-#: What fsspec's file systems call the time when a file was written, and what changes with it.
+#: Keys of the modification time in the listings of fsspec's filesystems.
 TIMES = ("LastModified", "mtime", "last_modified", "updated", "modified", "created", "Last-Modified")
 VERSIONS = ("ETag", "etag", "generation", "versionId")
 
 
 class FsspecStore(Store):
-    """A store that fsspec knows. It cannot be asked for a version: a file is looked at again when it was read.
+    """A store that fsspec supports. Reads cannot name a version, so the file's version is checked after reading.
 
     Args:
-        fs: fsspec's file system.
+        fs: The fsspec filesystem.
     """
 
     def __init__(self, fs: Any) -> None:
@@ -83,7 +83,7 @@ class FsspecStore(Store):
             raise
 
     def _hide(self, url: Url) -> str:
-        """The name of a file while it is written."""
+        """The temporary name of a file while it is written."""
         self._fs.makedirs(self._path(url.parent), exist_ok=True)
         return self._path(url.with_name(f"{HIDDEN}{url.name}"))
 
@@ -95,7 +95,7 @@ class FsspecStore(Store):
 
 
 def _entry(info: Mapping[str, Any]) -> Entry:
-    """What fsspec's description of a file comes to."""
+    """Convert fsspec's description of a file."""
     modified_ns = _nanoseconds(next((info[key] for key in TIMES if info.get(key)), 0))
     versions = [str(info[key]) for key in VERSIONS if info.get(key)]
     return Entry(int(info["size"]), " ".join(versions) or str(modified_ns), modified_ns)

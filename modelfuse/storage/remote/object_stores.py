@@ -1,8 +1,7 @@
 """S3, Google Cloud and Azure, through obstore.
 
-The library could try requests again by itself, also in the middle of a body, but would then take a certificate that is
-refused for a connection that was lost, and never show the headers of the second answer. So reads are attempted here,
-and the library's own attempts are for what it sends: parts of an upload.
+obstore could retry requests itself, even within a body, but it would also retry refused certificates, and would not
+show the headers of the second answer. So reads are retried here, and obstore's retries are used for uploads only.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from modelfuse.storage.remote.errors import Replaced, WrongAnswer, answer, is_mi
 from modelfuse.storage.remote.stores import Content, Part, Store
 from modelfuse.storage.url import Entry, Url
 
-#: Parts of one file that are on their way at a time.
+#: Parts of one file that are uploaded concurrently.
 SENT_AT_ONCE = 8
 #: Encodings of a body that leave its bytes as they are.
 PLAIN = ("identity", "aws-chunked")
 
 
 class ObjectStore(Store):
-    """Asks and reads through obstore.
+    """Queries and reads through obstore.
 
     Args:
-        reader: The library's store, which makes every request once.
+        reader: obstore's store, with retries disabled.
     """
 
     def __init__(self, reader: Any) -> None:
@@ -36,14 +35,14 @@ class ObjectStore(Store):
         self._reader = reader
 
     def key(self, url: Url) -> str:
-        """What the library calls a file."""
+        """The key of a file in the store."""
         return url.path
 
     @staticmethod
     def entry_of(meta: Mapping[str, Any]) -> Entry:
-        """What the library says of a file. Listings of some stores have tags without the quotation marks of headers."""
+        """Convert obstore's description of a file. Listings of some stores have entity tags without quotation marks."""
         tag, modified = meta["e_tag"], meta["last_modified"]
-        seconds = int(modified.timestamp())  # Listings have parts of seconds that headers have not.
+        seconds = int(modified.timestamp())  # Listings have fractions of seconds, headers do not.
         if tag and not tag.startswith(('"', "W/")):
             tag = f'"{tag}"'
         return Entry(meta["size"], tag or str(seconds), seconds * 10**9)
@@ -62,29 +61,29 @@ class ObjectStore(Store):
             options["if_match"] = condition
         result = obstore.get(self._reader, self.key(url), options=options)
         now = self.entry_of(result.meta)
-        if (now.size, now.version) != (entry.size, entry.version):  # Not every store knows conditions.
+        if (now.size, now.version) != (entry.size, entry.version):  # Not every store supports conditional requests.
             raise Replaced
         if result.range != (start, end):
-            raise WrongAnswer("another range came than was asked for")
+            raise WrongAnswer("it sent another range than was requested")
         encoding = str(result.attributes.get("Content-Encoding", "identity"))
         if not {each.strip().lower() for each in encoding.split(",")} <= {*PLAIN, ""}:
-            raise WrongAnswer("the bytes are encoded on their way")
+            raise WrongAnswer("it sent encoded bytes")
         return memoryview(result.bytes())
 
     def _condition(self, entry: Entry) -> str | None:
-        """What tells the store which version is meant."""
+        """The condition that names the version in a request."""
         return entry.version if entry.version.startswith('"') else None
 
 
 class Bucket(ObjectStore):
-    """A bucket of S3 or Google Cloud, a container of Azure.
+    """A bucket of S3 or Google Cloud, or a container of Azure.
 
     Args:
-        kind: The library's class of stores.
+        kind: obstore's class.
         name: The bucket.
-        config: What is known of it beside the environment.
-        client: How to connect.
-        credentials: Says who asks; None: the library finds out.
+        config: Its configuration, beside the environment.
+        client: Options of the HTTP client.
+        credentials: The credential provider; None: obstore's own.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Bucket(ObjectStore):
         self._kind, self._name, self._options = kind, name, options
 
     def _list(self, folder: Url) -> dict[str, Entry | None]:
-        # An object that is called as the folder is what some programs make of a folder.
+        # Some programs represent a folder by an object of its name.
         found = obstore.list_with_delimiter(self._reader, self.key(folder) or None)
         files = {
             _name(each["path"]): self.entry_of(each) for each in found["objects"] if each["path"] != self.key(folder)
@@ -123,7 +122,7 @@ class Bucket(ObjectStore):
 
 
 class S3Bucket(Bucket):
-    """A bucket of S3, whose unfinished uploads can be looked up."""
+    """A bucket of S3, whose unfinished uploads can be listed."""
 
     def clear(self, folder: Url) -> None:
         """Remove the parts of uploads to a folder that were never completed."""
@@ -134,9 +133,9 @@ class S3Bucket(Bucket):
             self.together(folder, [lambda: abort_all(self._signed, client, self.key(folder))])
 
     def _signed(self, method: str, path: str, query: str) -> str:
-        """An address that answers this store's question: obstore signs no queries, but any endpoint may have one.
+        """A signed URL for a query. obstore cannot sign queries, but an endpoint may contain one.
 
-        What it appends as the name of an object becomes the value of a parameter that S3 takes no notice of.
+        The object's name, which obstore appends, becomes the value of a parameter that S3 ignores.
         """
         config = self._options["config"]
         endpoint = f"{bucket_endpoint(self._name, config)}{path}?{query}&x-id="
@@ -146,7 +145,7 @@ class S3Bucket(Bucket):
 
 
 def bucket_endpoint(name: str, config: Mapping[str, Any]) -> str:
-    """Where a bucket of S3 is, as obstore would have it."""
+    """The endpoint of a bucket of S3, as obstore computes it."""
     endpoint, is_virtual = config.get("aws_endpoint_url_s3"), config.get("virtual_hosted_style_request")
     if endpoint is None:
         host = f"s3.{config['region']}.amazonaws.com"
@@ -155,7 +154,7 @@ def bucket_endpoint(name: str, config: Mapping[str, Any]) -> str:
 
 
 def attempts(number: int) -> dict[str, Any]:
-    """How often the library makes a request."""
+    """obstore's options for the number of attempts of a request."""
     return {
         "max_retries": number - 1,
         "retry_timeout": timedelta(seconds=stores.SECONDS),
@@ -164,7 +163,7 @@ def attempts(number: int) -> dict[str, Any]:
 
 
 def connecting(**more: Any) -> dict[str, Any]:
-    """How long a server may take to answer at all, to go on, and to answer a request as a whole."""
+    """Client options with time limits: to connect, between reads, and for a whole request."""
     limits = {"connect_timeout": timedelta(seconds=10), "read_timeout": timedelta(seconds=30)}
     return {**limits, "timeout": timedelta(seconds=stores.SECONDS), "user_agent": "modelfuse", **more}
 

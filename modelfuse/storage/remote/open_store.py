@@ -1,4 +1,4 @@
-"""Which store holds a URL, and how it is configured."""
+"""Open and configure the store of a URL."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from modelfuse.storage.remote.stores import Store
 from modelfuse.storage.remote.threads import share_heaps
 from modelfuse.storage.url import AZURE, Url
 
-#: The package that reads stores of a scheme for fsspec.
+#: The packages that fsspec needs, by scheme.
 PACKAGES = {"hdfs": "pyarrow", "webhdfs": "requests", "sftp": "paramiko", "smb": "smbprotocol", "oss": "ossfs"}
-#: Headers that a server's answer cannot send to another server: the library leaves them out there.
+#: Headers that the library drops when it follows a redirect to another server.
 SAFE_HEADERS = ("authorization", "cookie")
-#: Where machines of Amazon find their credentials, if they are told so.
+#: Variables that tell machines of Amazon where their credentials are.
 CONTAINERS = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
               "AWS_CONTAINER_CREDENTIALS_FULL_URI")  # fmt: skip
-#: What Azure's accounts are called in full.
+#: Domains of Azure's accounts.
 ACCOUNTS = tuple(
     f".{kind}.{domain}" for kind in ("dfs", "blob") for domain in ("core.windows.net", "fabric.microsoft.com")
 )
 
 
 def store_of(url: Url) -> Store:
-    """The store that holds a URL; one for each bucket, or server.
+    """The store of a URL; cached for each bucket or server.
 
     Raises:
-        MissingExtraError: If the package that reads such stores is not installed.
-        CheckpointError: If it cannot be used.
+        MissingExtraError: If the package for such stores is not installed.
+        CheckpointError: If the store cannot be opened.
     """
     server = url.scheme, url.user, url.host, url.query
     with _LOCK:
@@ -48,10 +48,10 @@ _LOCK = threading.Lock()
 
 
 def forget(*, connections: bool = False) -> None:
-    """Ask all stores anew: what they hold may have changed.
+    """Drop cached listings of all stores, as they may have changed.
 
     Args:
-        connections: Whether to read the configuration and the environment anew, too.
+        connections: Whether to drop the stores too, so that configuration and environment are read again.
     """
     with _LOCK:
         for store in _STORES.values():
@@ -86,7 +86,7 @@ def _s3(url: Url) -> Store:
         or profile.get("region") or "us-east-1",
         "aws_endpoint_url_s3": settings.get("endpoint_url") or client.get("endpoint_url")
         or _environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or profile.get("endpoint_url"),
-        "disable_bulk_delete": True,  # Not every store knows how to remove many at once.
+        "disable_bulk_delete": True,  # Not every store supports bulk deletes.
     }  # fmt: skip
     if _is_on(settings.get("requester_pays")):
         config["request_payer"] = True
@@ -106,10 +106,10 @@ def _s3(url: Url) -> Store:
 
 
 def _of_s3(settings: dict[str, Any], profile: Profile, config: dict[str, Any]) -> Any:
-    """Who asks: sets keys in a configuration, or returns what finds them out.
+    """Set credentials in a configuration, or return a credential provider.
 
     Raises:
-        NoCredentials: If nobody says so, and the machine is not to be asked.
+        NoCredentials: If there are none, and machine credentials may not be used.
     """
     if _is_on(settings.get("anon")) or _is_on(_environment("AWS_SKIP_SIGNATURE")):
         config["skip_signature"] = True
@@ -152,8 +152,8 @@ def _azure(url: Url) -> Store:
     container, at, account = url.host.partition("@")
     if at:
         name, dot, domain = account.partition(".")
-        if f"{dot}{domain}" not in ACCOUNTS:  # Credentials go there.
-            raise CheckpointError(f"{url}: {account} is no account of Azure", f"Name one as account{ACCOUNTS[0]}.")
+        if f"{dot}{domain}" not in ACCOUNTS:  # Credentials are sent there.
+            raise CheckpointError(f"{url}: {account} is not an account of Azure", f"Write it as account{ACCOUNTS[0]}.")
         config["account_name"] = name
         config["use_fabric_endpoint"] = "fabric" in domain
     elif settings.get("account_name"):
@@ -174,10 +174,10 @@ def _web(url: Url) -> Store:
     headers = {**settings.get("headers", {}), **settings.get("client_kwargs", {}).get("headers", {})}
     if unsafe := [name for name in headers if name.lower() not in SAFE_HEADERS]:
         raise CheckpointError(
-            f"The header {unsafe[0]} of fsspec's configuration cannot be sent: it would follow where a server leads",
-            "Only Authorization and Cookie stay with the server that they are meant for.",
+            f"The header {unsafe[0]} of fsspec's configuration cannot be sent: redirects would take it to other servers",
+            "Only Authorization and Cookie are dropped at redirects.",
         )
-    # What is configured is for all servers: none gets it that only a file names, which may be anybody's.
+    # Configured headers are for all servers, so they are not sent to servers that only a file names.
     return WebStore(url, headers if is_named(url) else {}, {})
 
 

@@ -1,7 +1,7 @@
-"""Ranges of remote files that were fetched, or are on their way: every read is served from here.
+"""Cache of ranges of remote files, through which all reads go.
 
-Files are cut into pages. Pages that are missing are fetched in runs, several at a time; what was fetched stays while
-there is room, for the next tensor that begins on the same page, and for methods that read a tensor twice.
+Files are split into pages. Missing pages are fetched in runs, several concurrently; fetched pages stay as long as they
+fit, for the next tensor that starts on the same page, and for methods that read tensors twice.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from modelfuse.storage.url import Version
 PAGE = 1 << 18
 #: The most bytes of one request.
 RUN = 1 << 23
-#: Bytes kept before a plan has said how many may be.
+#: Capacity in bytes, until a plan sets it.
 CAPACITY = 16 * RUN
-#: Seconds between two looks whether a range is still waited for.
+#: Seconds between checks whether a range is still needed.
 LOOK = 0.1
 
 
 @dataclass(eq=False, slots=True)
 class _Run:
-    """Neighbouring pages of one file, fetched together."""
+    """Adjacent pages of one file, fetched in one request."""
 
     version: Version
     start: int
@@ -47,40 +47,40 @@ class _Run:
 
 
 class FetchAborted(Exception):
-    """Raised where a range is no longer waited for."""
+    """Raised if a range is no longer needed."""
 
 
 class Ranges:
-    """What was fetched; safe from any thread."""
+    """The cache; thread-safe."""
 
     def __init__(self) -> None:
-        #: The most bytes to hold. What is being read stays beside them.
+        #: Capacity in bytes. Ranges that are being read may exceed it.
         self.capacity = CAPACITY
-        #: Whether what was read is kept while there is room, as it will be read again.
+        #: Whether ranges stay after they were read, as they will be read again.
         self.keeps = True
         self._lock = threading.Lock()
         self._pages: dict[Version, dict[int, _Run]] = {}
-        #: From the one that was read longest ago.
+        #: Ordered by the last read, oldest first.
         self._runs: OrderedDict[_Run, None] = OrderedDict()
         self._held = 0
-        #: Bytes of each file that are needed soon, but are too few for a request of their own.
+        #: For each file, expected bytes that are too few for a request of their own.
         self._expected: dict[Version, tuple[int, int]] = {}
-        #: What was expected of each file when there was no room: first bytes, and ends.
+        #: For each file, ranges that were expected while the cache was full: ends by start.
         self._refused: dict[Version, dict[int, int]] = {}
         self._ahead = 0
         self._abandoned: list[Callable[[], bool]] = []
 
     def expect(self, version: Version, offset: int, count: int) -> bool:
-        """Send for bytes that will be read soon.
+        """Start to fetch bytes that will be read soon.
 
         Returns:
-            Whether they are there or on their way; False if there is no room for them yet.
+            Whether they are cached or being fetched; False if the cache is full.
         """
         with self._lock:
             if not self._lacks(version, offset, offset + count):
                 return True
             begin, end = self._expected.get(version, (offset, offset))
-            if not begin <= offset <= end:  # Tensors mostly follow one another: those that do are fetched together.
+            if not begin <= offset <= end:  # Tensors are mostly adjacent; adjacent ones are fetched together.
                 self._send_expected(version)
                 begin = end = offset
             stop = max(end, offset + count)
@@ -94,11 +94,11 @@ class Ranges:
         return True
 
     def read(self, version: Version, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes at ``offset``, which lie in the file.
+        """Fill ``buffer`` with the bytes at ``offset``; the caller has checked that the file is long enough.
 
         Raises:
             CheckpointError: If they cannot be fetched.
-            FetchAborted: If they are no longer waited for.
+            FetchAborted: If they are no longer needed.
         """
         end = offset + len(buffer)
         with self._lock:
@@ -113,13 +113,13 @@ class Ranges:
             run = self._run_at(version, position)
             content = np.frombuffer(self._content(run), np.uint8)
             stop = min(run.end, end)
-            # This copy lets other threads go on, such as the one that fetches.
+            # numpy's copy releases the GIL for the threads that fetch.
             np.copyto(out[position - offset : stop - offset], content[position - run.start : stop - run.start])
             position = stop
             self._release(run, stop - max(offset, run.start))
 
     def forget(self) -> None:
-        """Keep nothing, and have the room of before any plan: the next one is made before it says how much it needs."""
+        """Drop everything, and reset the capacity: the next plan is made before it sets it."""
         with self._lock:
             self.capacity, self.keeps = CAPACITY, True
             self._expected.clear()
@@ -129,7 +129,7 @@ class Ranges:
 
     @contextmanager
     def waiting_while(self, goes_on: Callable[[], bool]) -> Iterator[None]:
-        """Give up what is waited for as soon as nobody needs it any more."""
+        """Stop waiting as soon as ``goes_on`` returns False, for the duration of the context."""
         self._abandoned.append(goes_on)
         try:
             yield
@@ -137,7 +137,7 @@ class Ranges:
             self._abandoned.remove(goes_on)
 
     def check(self) -> None:
-        """Whether anybody still waits.
+        """Check that ranges are still needed.
 
         Raises:
             FetchAborted: If not.
@@ -148,7 +148,7 @@ class Ranges:
     def _run_at(self, version: Version, position: int) -> _Run:
         with self._lock:
             run = self._pages.get(version, {}).get(position // PAGE)
-            if run is None:  # Dropped meanwhile, for want of room.
+            if run is None:  # Dropped meanwhile to make space.
                 start = position // PAGE * PAGE
                 run = self._send(version, start, min(start + PAGE, version.entry.size))
             if not run.is_read:
@@ -158,7 +158,7 @@ class Ranges:
             return run
 
     def _release(self, run: _Run, count: int) -> None:
-        """Take note that so many bytes were read. Room that is used again at once is the quickest."""
+        """Record that bytes were read; a run is dropped once all were, as memory that is reused at once is fastest."""
         with self._lock:
             run.left -= count
             if run.left <= 0 and not self.keeps:
@@ -178,21 +178,21 @@ class Ranges:
             raise told(run.version.url, error) from error
 
     def _lacks(self, version: Version, start: int, end: int) -> bool:
-        """Whether any bytes are neither there, nor on their way, nor expected."""
+        """Whether any bytes are neither cached, nor being fetched, nor expected."""
         begin, stop = self._expected.get(version, (end, end))
         return any(self._missing(version, start, begin if start < begin < end <= stop else end)) and not (
             begin <= start and end <= stop
         )
 
     def _wanted(self, version: Version, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Runs to send for, for bytes that are read now."""
-        if any(self._missing(version, start, end)):  # Who reads some of what was refused will soon read the rest.
+        """The runs to fetch for bytes that are read now."""
+        if any(self._missing(version, start, end)):  # The rest of a refused range will be read soon as well.
             refused = self._refused.get(version, {})
             ends = [refused.pop(begin) for begin, stop in list(refused.items()) if begin < end and start < stop]
             yield from self._missing(version, start, max([end, *ends]))
 
     def _missing(self, version: Version, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Runs of pages that are neither there nor on their way."""
+        """Runs of pages that are neither cached nor being fetched."""
         pages = self._pages.get(version, {})
         size, first = version.entry.size, None
         last = -(-min(end, size) // PAGE)
@@ -205,7 +205,7 @@ class Ranges:
                 first = page
 
     def _send_expected(self, version: Version, all_of_it: bool = True) -> None:
-        """Send for what is expected of a file; or for whole runs of it only."""
+        """Start to fetch the expected bytes of a file; without ``all_of_it``, only whole runs."""
         begin, end = self._expected.pop(version, (0, 0))
         stop = end if all_of_it else begin + (end - begin) // RUN * RUN
         for start, until in self._missing(version, begin, stop):
@@ -223,10 +223,10 @@ class Ranges:
         return run
 
     def _make_space(self, count: int, urgent: bool = False) -> bool:
-        """Drop what was read longest ago until there is room; what is urgent also takes what was never read."""
+        """Drop the oldest runs until ``count`` bytes fit; if urgent, also runs that were not read yet."""
         if not urgent and self._ahead + count > self.capacity // 2:
             return False
-        # What was read to its end goes first; somebody may be in the middle of the rest, and is where it was read last.
+        # Runs that were read completely go first; partly read ones may be in use, most likely the last read.
         orders: list[Callable[[_Run], bool]] = [lambda run: run.left <= 0, lambda run: run.is_read]
         if urgent:
             orders.append(lambda _: True)
@@ -253,5 +253,5 @@ class Ranges:
             self._ahead -= run.end - run.start
 
 
-#: Of the whole process, whatever it merges or verifies.
+#: The cache of this process.
 RANGES = Ranges()

@@ -1,6 +1,6 @@
-"""What users have configured for stores: fsspec's settings, of the environment and of files, and profiles of AWS.
+"""The user's configuration of stores: fsspec's settings in files and the environment, and AWS profiles.
 
-obstore reads AWS_*, GOOGLE_* and AZURE_* variables by itself; here is what it does not know of.
+obstore reads AWS_*, GOOGLE_* and AZURE_* variables itself; this module reads what it does not.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 
 from modelfuse.errors import CheckpointError, MissingExtraError
 
-#: Where fsspec looks for files of settings.
+#: fsspec's folder of configuration files.
 FOLDER = "~/.config/fsspec"
-#: What a profile of AWS may have instead of keys, which boto3 turns into keys.
+#: Settings of an AWS profile that boto3 exchanges for keys.
 WAYS = ("role_arn", "sso_session", "sso_start_url", "sso_account_id", "credential_process", "web_identity_token_file",
         "login_session")  # fmt: skip
 
 
 def fsspec_settings(*schemes: str) -> dict[str, Any]:
-    """What is configured for fsspec: files, then ``FSSPEC_S3`` (JSON), then ``FSSPEC_S3_KEY`` and the like.
+    """fsspec's configuration: files, then ``FSSPEC_S3`` (JSON), then ``FSSPEC_S3_KEY`` and the like.
 
     Raises:
-        CheckpointError: If that cannot be understood.
+        CheckpointError: If it cannot be parsed.
     """
     found: dict[str, Any] = {}
     for path in sorted(Path(os.environ.get("FSSPEC_CONFIG_DIR", FOLDER)).expanduser().glob("*")):
@@ -51,26 +51,26 @@ def _map(text: str, name: str) -> dict[str, Any]:
         found = json.loads(text)
     except ValueError:
         found = None
-    if not isinstance(found, dict):  # Not shown: there may be secrets in it.
-        raise CheckpointError(f"{name} is no JSON object", 'Write it as {"key": "value"}.')
+    if not isinstance(found, dict):  # Not shown, as it may contain secrets.
+        raise CheckpointError(f"{name} is not a JSON object", 'Write it as {"key": "value"}.')
     return found
 
 
 def _sections(path: Path) -> dict[str, dict[str, str]]:
-    """A file of sections; empty if there is none."""
+    """Parse an INI file; empty if it does not exist."""
     parser = configparser.RawConfigParser()
     try:
         parser.read(path)
     except (configparser.Error, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no file of settings: {type(error).__name__}") from error
+        raise CheckpointError(f"{path} is not a valid configuration file: {type(error).__name__}") from error
     return {name: dict(parser[name]) for name in parser.sections()}
 
 
 class Profile:
-    """A profile of AWS's own files.
+    """An AWS profile.
 
     Args:
-        name: Its name; None: the one that the environment names, or the default one.
+        name: Its name; None: the one that AWS_PROFILE names, else the default one.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -86,14 +86,14 @@ class Profile:
         self._service = dict(line.partition("=")[::2] for line in service.replace(" ", "").splitlines() if "=" in line)
 
     def get(self, key: str) -> str | None:
-        """A setting, if there is one."""
+        """A setting of the profile, if it has one."""
         return self._service.get(key) or self._settings.get(key)
 
     def credentials(self) -> Any:
-        """What finds out the keys of a role or of a login; None if the profile has none.
+        """The credential provider for a role or a login; None if the profile has none.
 
         Raises:
-            MissingExtraError: If that needs a package that is not installed.
+            MissingExtraError: If it needs a package that is not installed.
         """
         if not any(self.get(way) for way in WAYS):
             return None

@@ -1,6 +1,6 @@
-"""What holds objects: listed, asked, read by ranges and written by parts, with several requests at a time.
+"""The interface of stores: list, query, read by ranges and write in parts, with concurrent requests.
 
-Each request is tried again while that may help, and none is waited for without end.
+Requests are retried while that may help, and have time limits.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from modelfuse.storage.remote.threads import ASKING, READING, pause, results
 from modelfuse.storage.url import Entry, Url
 
 T = TypeVar("T")
-#: Bytes that were fetched.
+#: Fetched bytes.
 Content = bytes | memoryview
-#: Bytes to send: whoever holds one may not change it.
+#: Bytes to send; must not be modified.
 Part = np.ndarray[Any, np.dtype[np.uint8]]
-#: How often a request is made, and how long the first pause is (each is twice the one before). How long one may take,
-#: which is also how long after the first one another may begin.
+#: The number of attempts, and the seconds of the first pause (each pause is twice the one before). The time limit of an
+#: attempt, which is also the time after the first attempt until which another may start.
 ATTEMPTS = 6
 PAUSE = 0.2
 SECONDS = 300.0
 
 
 class Store(ABC):
-    """A store, or one bucket of it."""
+    """A store: a bucket or a server."""
 
-    #: Whether it tells all names in a folder, and whether it takes files.
+    #: Whether it can list folders, and whether it can be written.
     lists = writes = True
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Store(ABC):
     # --- questions ---------------------------------------------------------------------------------------------
 
     def listing(self, folder: Url) -> Mapping[str, Entry | None]:
-        """All that is directly in a folder, by name: files, and folders as None. Asked once.
+        """The content of a folder by name; subfolders are None. Cached.
 
         Raises:
-            CheckpointError: If the store cannot be asked.
+            CheckpointError: If the request fails.
         """
         with self._lock:
             known = self._listings.get(str(folder))
@@ -63,10 +63,10 @@ class Store(ABC):
         return known
 
     def entry(self, url: Url) -> Entry | None:
-        """What is known of a file, None if there is none.
+        """The entry of a file, None if it does not exist. Cached.
 
         Raises:
-            CheckpointError: If the store cannot be asked.
+            CheckpointError: If the request fails.
         """
         with self._lock:
             known = self._listings.get(str(url.parent)) if url.path else None
@@ -75,29 +75,29 @@ class Store(ABC):
         return self.ask(url)
 
     def ask(self, url: Url, kind: type[ModelfuseError] = CheckpointError) -> Entry | None:
-        """The same, asked now.
+        """The same, without the cache.
 
         Raises:
-            ModelfuseError: Of the given kind, if the store cannot be asked.
+            ModelfuseError: Of the given kind, if the request fails.
         """
         return self.together(url, [lambda: self._ask(url)], kind)[0]
 
     def list_now(self, folder: Url, kind: type[ModelfuseError] = CheckpointError) -> dict[str, Entry | None]:
-        """The listing as it is now; see :meth:`ask`."""
+        """The listing, without the cache; see :meth:`ask`."""
         return dict(sorted(self.together(folder, [lambda: self._list(folder)], kind)[0].items()))
 
     def look_up(self, folder: Url, names: Iterable[str]) -> None:
-        """Make sure that the listing of a folder knows these files, if they are there."""
+        """Make sure that the cached listing of a folder has these files, if they exist."""
         self.listing(folder)
 
     def forget(self) -> None:
-        """Ask again from now on."""
+        """Drop the cache."""
         with self._lock:
             self._listings.clear()
 
     @abstractmethod
     def _ask(self, url: Url) -> Entry | None:
-        """One attempt to ask for a file."""
+        """One attempt to query a file."""
 
     @abstractmethod
     def _list(self, folder: Url) -> dict[str, Entry | None]:
@@ -106,10 +106,10 @@ class Store(ABC):
     # --- bytes -------------------------------------------------------------------------------------------------
 
     def fetch(self, url: Url, entry: Entry, start: int, end: int) -> Future[Content]:
-        """Send for some bytes of a file.
+        """Start to fetch bytes of a file.
 
         Returns:
-            What fails with whatever the libraries raise; :func:`told` makes sense of it.
+            A future, which fails with the library's exceptions; see :func:`told`.
         """
 
         def once() -> Content:
@@ -117,17 +117,17 @@ class Store(ABC):
             if len(content) < end - start:
                 raise Truncated
             if len(content) > end - start:
-                raise WrongAnswer("more bytes came than were asked for")
+                raise WrongAnswer("it sent more bytes than were requested")
             return content
 
         return READING.submit(lambda: attempt(once))
 
     @abstractmethod
     def _range(self, url: Url, entry: Entry, start: int, end: int) -> Content:
-        """One attempt to read some bytes of a version of a file.
+        """One attempt to read bytes of a version of a file.
 
         Raises:
-            Replaced: If it is another version.
+            Replaced: If the store has another version.
         """
 
     @abstractmethod
@@ -136,9 +136,9 @@ class Store(ABC):
 
     @abstractmethod
     def put_parts(self, url: Url, parts: Iterator[Part], size: int) -> None:
-        """Write a file as its parts come, of so many bytes each but for the last one.
+        """Write a file in parts of ``size`` bytes; the last may be smaller.
 
-        It is seen when the parts have ended, and nothing is left of it if they end with an exception.
+        It becomes visible when the parts have ended; if they end with an exception, nothing is left of it.
         """
 
     @abstractmethod
@@ -146,7 +146,7 @@ class Store(ABC):
         """One attempt to remove a file."""
 
     def remove(self, folder: Url, names: Iterable[str], kind: type[ModelfuseError] = CheckpointError) -> None:
-        """Remove files of a folder, those that are not there included; see :meth:`ask`."""
+        """Remove files of a folder; missing ones are no error. See :meth:`ask`."""
 
         def one(url: Url) -> None:
             try:
@@ -158,12 +158,12 @@ class Store(ABC):
         self.together(folder, [functools.partial(one, folder / name) for name in names], kind)
 
     def clear(self, folder: Url) -> None:  # noqa: B027
-        """Remove what was written to a folder and never completed: by this run, or by one that was killed."""
+        """Remove unfinished uploads to a folder, of this run or of one that was killed."""
 
     def together(
         self, url: Url, requests: Iterable[Callable[[], T]], kind: type[ModelfuseError] = CheckpointError
     ) -> list[T]:
-        """Make small requests at the same time, with as many attempts as may help.
+        """Make small requests concurrently, with retries.
 
         Raises:
             ModelfuseError: Of the given kind, if one fails.
@@ -175,7 +175,7 @@ class Store(ABC):
 
 
 def attempt(request: Callable[[], T]) -> T:
-    """Make a request, and again after a pause while that may help."""
+    """Make a request; retry it after pauses while that may help."""
     until = time.monotonic() + SECONDS
     for number in range(ATTEMPTS - 1):
         try:

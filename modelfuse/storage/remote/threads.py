@@ -1,7 +1,7 @@
-"""Threads that wait for stores, so that whoever reads and writes need not.
+"""Threads for requests to stores.
 
-obstore is called from threads of Python's alone: its asynchronous calls have threads of their own hand over what they
-found, and a process that ends just then is aborted.
+obstore is called synchronously from Python threads: its asynchronous calls deliver results from threads of their own,
+and a process that exits at that moment is aborted.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-#: Requests at a time, and beside them questions, which are not to wait for what is large.
+#: The most concurrent fetches; queries have as many threads of their own, so that they do not wait for large fetches.
 REQUESTS = 32
-#: Seconds that the end of the process waits for requests that are under way.
+#: Seconds that the exit of the process waits for requests in progress.
 LEAVE = 3.0
 
-#: A number of glibc's mallopt, and how many heaps its threads may have together.
+#: glibc's mallopt parameter for the number of arenas, and its value.
 M_ARENA_MAX, HEAPS = -8, 2
 
 _LEAVING = threading.Event()
@@ -29,10 +29,10 @@ _BUSY = set[Future[Any]]()
 
 
 class Pool:
-    """Threads that do one piece of work after another; they do not keep the process from ending.
+    """A pool of daemon threads.
 
     Args:
-        most: How many, at most.
+        most: The most threads.
     """
 
     def __init__(self, most: int) -> None:
@@ -42,7 +42,7 @@ class Pool:
         _POOLS.append(self)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Have something done when a thread is free."""
+        """Run a function on the next free thread."""
         future = Future[T]()
         with self._lock:
             self._waiting += 1
@@ -53,7 +53,7 @@ class Pool:
         return future
 
     def clear(self) -> None:
-        """Forget what has not begun."""
+        """Drop work that has not started."""
         while True:
             try:
                 self._queue.get_nowait()[0].cancel()
@@ -72,14 +72,14 @@ READING, ASKING = Pool(REQUESTS), Pool(REQUESTS)
 
 
 def start(work: Callable[[], T]) -> Future[T]:
-    """Do something in a thread of its own."""
+    """Run a function in a new thread."""
     future = Future[T]()
     threading.Thread(target=_do, args=(future, work), name="upload", daemon=True).start()
     return future
 
 
 def results(futures: Iterable[Future[T]]) -> list[T]:
-    """What they come to, all of them cancelled if one fails or nobody waits any more."""
+    """The results of futures; all are cancelled if one fails or the results are no longer needed."""
     futures = list(futures)
     try:
         return [future.result() for future in futures]
@@ -89,7 +89,7 @@ def results(futures: Iterable[Future[T]]) -> list[T]:
 
 
 def pause(seconds: float) -> bool:
-    """Wait between two attempts; whether there is to be another one."""
+    """Sleep before a retry; returns whether to retry."""
     return not _LEAVING.wait(seconds)
 
 
@@ -106,16 +106,16 @@ def _do(future: Future[Any], work: Callable[[], Any]) -> None:
 
 
 def share_heaps() -> None:
-    """Let threads allocate from few heaps: each of its own would keep what ranges took, 90 MB in all, measured."""
+    """Limit the number of malloc arenas: one per thread would retain freed ranges, 90 MB in all, measured."""
     try:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
     except (OSError, AttributeError):
-        return  # Another library of C has other heaps.
+        return  # Not glibc.
 
 
 @atexit.register
 def _leave() -> None:
-    """Begin nothing more, and wait for what is in the library: a thread that comes back too late aborts the process."""
+    """Start nothing more, and wait for threads in the library: one that returns during exit aborts the process."""
     _LEAVING.set()
     for pool in _POOLS:
         pool.clear()

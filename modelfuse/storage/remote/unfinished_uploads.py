@@ -1,6 +1,6 @@
-"""Uploads to S3 that were never completed: those of a merge that was killed are aborted by the next one.
+"""Abort unfinished uploads to S3 that a killed merge has left; the next merge does it.
 
-obstore aborts what fails while it runs, but can neither list uploads nor abort those of another process.
+obstore aborts its own failed uploads, but can neither list uploads nor abort those of another process.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-#: Signs a request: a method, the path of an object after the bucket with its slash, and a query.
+#: Signs a request, given the method, the object's path (with a leading slash, without the bucket) and the query.
 Sign = Callable[[str, str, str], str]
-#: Seconds that one request may take; the most bytes of a listing, which has a thousand uploads; and of listings.
+#: Time limit of a request in seconds; the most bytes of a listing (of a thousand uploads); and the most listings.
 SECONDS, MOST_BYTES, MOST_PAGES = 30.0, 4 << 20, 100
 
 
@@ -38,14 +38,14 @@ def _text(xml: str, name: str) -> str:
 
 
 def _ask(client: Mapping[str, Any], method: str, address: str) -> str:
-    """Make a request whose address is its signature."""
+    """Make a request to a signed URL."""
     request = urllib.request.Request(address, method=method)
     with urllib.request.urlopen(request, timeout=SECONDS, context=_trust(client, address)) as response:
         return str(response.read(MOST_BYTES).decode())
 
 
 def _trust(client: Mapping[str, Any], address: str) -> ssl.SSLContext | None:
-    """Whom obstore trusts for this store."""
+    """The certificates that obstore trusts for this store."""
     if not address.startswith("https:"):
         return None
     context = ssl.create_default_context()

@@ -1,7 +1,7 @@
-"""Files on their way into a store: sent while they are made, seen when they are completed, or never.
+"""Upload files to a store while they are written; they become visible when they are completed.
 
-Parts go from the front of a file to its back. What comes before its turn waits here, and counts as ahead: whoever makes
-files is to keep that small.
+Parts are sent in order. Bytes that are written ahead of their turn are buffered here and counted in ``Gate.ahead``,
+which the scheduler keeps small.
 """
 
 from __future__ import annotations
@@ -23,57 +23,57 @@ from modelfuse.storage.remote.stores import Part, Store
 from modelfuse.storage.remote.threads import ASKING, start
 from modelfuse.storage.url import Entry, Url
 
-#: Bytes of a part, unless that makes more parts than a file may have. Smaller files go in one request.
+#: Bytes per part, unless a file would have too many parts. Smaller files are sent in one request.
 PART = 8 << 20
 MOST_PARTS = 10_000
 LEAST_PART = 1 << 20
-#: Parts on their way at a time, of all files together.
+#: The most parts in flight, of all files together.
 UNDER_WAY = 8
 
 
 class UploadAborted(Exception):
-    """Raised instead of the next part of a file that is not to be seen."""
+    """Raised instead of the next part, to abort an upload."""
 
 
 class Gate:
-    """Bounds the parts under way, counts what waits for its turn, and remembers the first failure."""
+    """Limits the parts in flight, counts buffered bytes, and keeps the first failure."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._under_way = 0
         self._failure: BaseException | None = None
-        #: Bytes that wait for others that come before them in their files.
+        #: Buffered bytes that wait for earlier bytes of their files.
         self.ahead = 0
 
     def hand_over(self, part: Part) -> None:
-        """A part is going to be sent: it is under way until nobody has it any more."""
+        """Count a part as in flight until it is garbage collected."""
         with self._changed:
             self._under_way += 1
         weakref.finalize(part, self._sent).atexit = False
 
     def wait_for_slot(self) -> None:
-        """Wait while too many parts are under way: none of them waits for anything but the store.
+        """Wait while too many parts are in flight; these wait for nothing but the store.
 
         Raises:
-            OutputError: If any has failed.
+            OutputError: If an upload has failed.
         """
         self._wait_for(UNDER_WAY)
 
     def drain(self) -> None:
-        """Wait until no part is under way; see :meth:`wait_for_slot`."""
+        """Wait until no part is in flight; see :meth:`wait_for_slot`."""
         self._wait_for(0)
 
     def check(self) -> None:
-        """Make sure that none has failed.
+        """Check for failures.
 
         Raises:
-            OutputError: If one has.
+            OutputError: If an upload has failed.
         """
         if self._failure is not None:
             raise self._failure
 
     def fail(self, url: Url, error: BaseException) -> None:
-        """A file cannot be written; the first such error counts."""
+        """Record that a file cannot be written; the first error is kept."""
         with self._changed:
             if self._failure is None:
                 self._failure = told(url, error, OutputError)
@@ -81,7 +81,7 @@ class Gate:
             self._changed.notify_all()
 
     def move(self, nbytes: int) -> None:
-        """So many bytes more wait for their turn, or less."""
+        """Add to the number of buffered bytes; may be negative."""
         with self._changed:
             self.ahead += nbytes
 
@@ -99,13 +99,13 @@ class Gate:
 
 
 class Parts(Iterator[Part]):
-    """The parts of a file as they come, for a store that sends them."""
+    """An iterator over the parts of a file, which blocks until the next part is added."""
 
     def __init__(self) -> None:
         self._queue = SimpleQueue[Part | BaseException | None]()
 
     def add(self, part: Part | BaseException | None) -> None:
-        """The next part; None if there are no more, an exception if the file is given up. From any thread."""
+        """Add the next part; None ends the file, an exception aborts it. Thread-safe."""
         self._queue.put(part)
 
     def __next__(self) -> Part:
@@ -118,14 +118,14 @@ class Parts(Iterator[Part]):
 
 
 class Upload:
-    """One file on its way. Written from any thread; completed or abandoned by one.
+    """The upload of one file. Writes are thread-safe; completed or aborted by one thread.
 
     Args:
-        store: Where to.
-        url: Its name.
-        size: Its size, if that is known. Otherwise it is written from front to back.
-        gate: Bounds what is under way.
-        before: What is there of that name until it is completed.
+        store: The store.
+        url: The file.
+        size: The size, if it is known; otherwise the file is written in order.
+        gate: Limits the parts in flight.
+        before: The file of that name that is there before the upload completes.
     """
 
     def __init__(self, store: Store, url: Url, size: int | None, gate: Gate, before: Entry | None = None) -> None:
@@ -140,7 +140,7 @@ class Upload:
         self._whole: bytes | None = None
 
     def write(self, offset: int, data: memoryview | bytes) -> None:
-        """Take some of its bytes; waits while too many parts are under way.
+        """Write bytes at an offset; blocks while too many parts are in flight.
 
         Raises:
             OutputError: If parts could not be sent.
@@ -165,7 +165,7 @@ class Upload:
         self._gate.wait_for_slot()
 
     def close(self) -> None:
-        """Send what is left, when all was written."""
+        """Send the remaining bytes, after all were written."""
         with self._lock:
             if self._sending is None and self._written < LEAST_PART:
                 self._whole = b"".join(part[: self._filled[number]].data for number, part in self._waiting.items())
@@ -174,7 +174,7 @@ class Upload:
                     self._send(number)
 
     def begin_to_complete(self) -> None:
-        """Make it seen, sooner or later."""
+        """Start to complete the upload."""
         if self._whole is not None:
             content = self._whole
             self._sending = ASKING.submit(lambda: self._store.put(self.url, content))
@@ -182,16 +182,16 @@ class Upload:
             self._parts.add(None)
 
     def complete(self) -> None:
-        """Wait until it is seen.
+        """Wait until the upload is complete.
 
         Raises:
-            OutputError: If it will not be.
+            OutputError: If it fails.
         """
         assert self._sending is not None
         try:
             self._sending.result()
         except Exception as error:
-            # An answer may have been lost: another attempt finds no upload, as it is an object by now.
+            # If the answer was lost, a retry finds no upload, because the object already exists.
             there = None
             with contextlib.suppress(OutputError):
                 there = self._store.ask(self.url, OutputError)
@@ -199,11 +199,11 @@ class Upload:
                 raise told(self.url, error, OutputError) from error
 
     def begin_to_abandon(self) -> None:
-        """Leave nothing of it, sooner or later."""
+        """Start to abort the upload."""
         self._parts.add(UploadAborted())
 
     def abandon(self, until: float) -> None:
-        """Wait until nothing is left of it, or until then."""
+        """Wait until the upload is aborted, at most until the given time."""
         if self._sending is not None:
             wait([self._sending], max(0.0, until - time.monotonic()))
 
@@ -212,10 +212,10 @@ class Upload:
         return min(self._part, left)
 
     def _send_full_ones(self) -> None:
-        """Send the parts whose turn it is."""
+        """Send the complete parts that are next in order."""
         while self._filled.get(self._next) == self._length(self._next):
             if self._next == 0 and self._filled[0] < LEAST_PART:
-                return  # It is all there is.
+                return  # The file has a single part.
             self._send(self._next)
 
     def _send(self, number: int) -> None:
@@ -224,7 +224,7 @@ class Upload:
             self._sending.add_done_callback(self._ended)
         part, count = self._waiting.pop(number), self._filled.pop(number)
         self._gate.move(-count)
-        if count == self._part:  # What is left at the end is sent when there is no more, and is not waited for.
+        if count == self._part:  # The remainder is sent at the end, without waiting.
             self._gate.hand_over(part)
         self._parts.add(part[:count] if count < len(part) else part)
         self._next = number + 1
@@ -236,10 +236,10 @@ class Upload:
 
 
 def begin(store: Store, url: Url, size: int | None, gate: Gate, before: Entry | None = None) -> Upload:
-    """Begin a file; see :class:`Upload`.
+    """Begin an upload; see :class:`Upload`.
 
     Raises:
-        OutputError: If such a store cannot be written to.
+        OutputError: If the store cannot be written.
     """
     if not store.writes:
         raise OutputError(f"{url} cannot be written: a web server takes no files", "Choose another output_path.")

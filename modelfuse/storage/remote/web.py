@@ -1,4 +1,4 @@
-"""Web servers, which list nothing: files are asked for by the names that they may have."""
+"""Web servers. They have no listings, so files are looked up under their possible names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modelfuse.storage.remote.object_stores import ObjectStore, attempts, connec
 from modelfuse.storage.remote.stores import Part
 from modelfuse.storage.url import Entry, Url
 
-#: What is looked for on a server that lists nothing: weights, and what serves them.
+#: File names that are looked up: weights, and files beside them.
 KNOWN = (
     *(f"{stem}{suffix}{index}"
       for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin"), ("model_state", ".pdparams"),
@@ -37,14 +37,13 @@ KNOWN = (
     "processor_config.json", "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model",
     "merge_config.json", "merge_report.json",
 )  # fmt: skip
-#: How the names end of what is a file and no folder.
+#: Suffixes of files; other names are folders.
 FILES = (".safetensors", ".bin", ".pdparams", ".json")
-#: Answers to a question for the size after which a part of the file is asked for instead: servers that sign addresses
-#: allow one method only.
+#: Status codes of HEAD requests after which a range is requested instead: signed URLs allow only one method.
 ANOTHER_WAY = (403, 405, 501)
-#: Answers that name another address, and how many of them may follow one another.
+#: Status codes of redirects, and the most redirects in a row.
 LEADS, MOST_LEADS = (301, 302, 303, 307, 308), 10
-#: Seconds that a server may take to say where an address leads.
+#: Time limit in seconds to resolve a redirect.
 LOOK_SECONDS = 30.0
 
 
@@ -52,16 +51,16 @@ class WebStore(ObjectStore):
     """A web server.
 
     Args:
-        url: An address on it, with the user and the query that all others have, too.
-        headers: What else every request has.
-        client: How to connect.
+        url: A URL on the server, whose user and query are used for all requests.
+        headers: Additional headers of all requests.
+        client: Options of the HTTP client.
     """
 
     lists = writes = False
 
     def __init__(self, url: Url, headers: Mapping[str, str], client: Mapping[str, Any]) -> None:
         self._headers = {"Accept-Encoding": "identity", **headers}
-        if url.user:  # Not in the address: it would be in the library's errors, and in what is sent on.
+        if url.user:  # As a header: in the URL, it would appear in the library's errors and in redirects.
             user = unquote(url.user.removesuffix("@"))
             self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
         base = replace(url, path="", user="")
@@ -79,7 +78,7 @@ class WebStore(ObjectStore):
         return unquote(url.path)
 
     def _condition(self, entry: Entry) -> str | None:
-        return None  # Few of them know conditions; every answer has its tag.
+        return None  # Few web servers support conditions; the entity tag of each answer is compared instead.
 
     def list_now(self, folder: Url, kind: type[ModelfuseError] = CheckpointError) -> dict[str, Entry | None]:
         return {} if folder.path.endswith(FILES) else self._all(folder, KNOWN, kind)
@@ -108,7 +107,7 @@ class WebStore(ObjectStore):
     ) -> dict[str, Entry | None]:
         names = list(names)
         requests = [functools.partial(self._ask, folder / name) for name in names]
-        # One goes first: a server that does not answer at all is asked once.
+        # One request goes first, so that a server that does not answer is asked only once.
         found = [*self.together(folder, requests[:1], kind), *self.together(folder, requests[1:], kind)]
         return {name: entry for name, entry in zip(names, found, strict=True) if entry is not None}
 
@@ -121,7 +120,7 @@ class WebStore(ObjectStore):
         except Exception as error:
             if answer(error)[0] not in ANOTHER_WAY and "MissingContentLength" not in str(error):
                 raise
-        try:  # A byte tells the size, too.
+        try:  # The answer for one byte has the size, too.
             result = obstore.get(self._reader, self.key(url), options={"range": (0, 1)})
         except Exception as error:
             if is_unranged(error):
@@ -132,9 +131,9 @@ class WebStore(ObjectStore):
         return self.entry_of(result.meta)
 
     def _look_where_it_leads(self, url: Url) -> None:
-        """Make sure that an address does not lead to another server.
+        """Check that a URL does not redirect to another server.
 
-        The library would follow, and tell that server where it comes from: all of the address, signatures included.
+        The library would follow, and send the whole URL with its signature as the referrer.
         """
         address = replace(url, user="", path=quote(self.key(url))).address
         for _ in range(MOST_LEADS):
@@ -167,7 +166,7 @@ class WebStore(ObjectStore):
 
 
 class _Staying(urllib.request.HTTPRedirectHandler):
-    """Follows nothing: where an address leads is an error that says so."""
+    """Does not follow redirects: they raise an HTTPError."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
