@@ -231,7 +231,7 @@ def test_azure(merge: Run, refuse: Callable[..., str], tmp_path: Path, monkeypat
         ("zip://A", "zip is not a known kind of store"),
         ("simplecache::s3://b/A", "a chained URL"),
         ("filecache::zip://a.zip::https://b/A", "a chained URL"),
-        ("abfss://box@evil.example.org/A", "no account of Azure"),
+        ("abfss://box@evil.example.org/A", "not an account of Azure"),
     ],
 )
 def test_places_that_are_no_stores(refuse: Callable[..., str], tmp_path: Path, place: str, says: str) -> None:

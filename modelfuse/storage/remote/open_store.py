@@ -174,7 +174,7 @@ def _web(url: Url) -> Store:
     headers = {**settings.get("headers", {}), **settings.get("client_kwargs", {}).get("headers", {})}
     if unsafe := [name for name in headers if name.lower() not in SAFE_HEADERS]:
         raise CheckpointError(
-            f"The header {unsafe[0]} of fsspec's configuration cannot be sent: redirects would take it to other servers",
+            f"The header {unsafe[0]} of fsspec's configuration cannot be sent: redirects take it to other servers",
             "Only Authorization and Cookie are dropped at redirects.",
         )
     # Configured headers are for all servers, so they are not sent to servers that only a file names.
