@@ -189,3 +189,30 @@ def test_mistakes_are_refused(refuse: Callable[..., str], pair: tuple[Path, Path
     refuse("diff", pair[0], strange, says=["no tensors of the same name and shape"], hint="one architecture")
     adapter, _ = adapter_of(tmp_path / "adapter", 1, Q)
     refuse("diff", adapter, pair[0], says=["is an adapter"], hint="trained on")
+
+
+def test_advice_fits_what_was_found(tmp_path: Path) -> None:
+    """Gentle experts are added up, strong ones are not; three or more are solved for; nothing without a base."""
+    models = ROOT / "demo" / "models"
+    two = [models / "code", models / "prose"]
+    (sum_up,) = modelfuse_package.diff(*two, base=models / "base", progress=False).advice
+    assert sum_up.settings == {"merge_method": "task_arithmetic", "weight_list": [1, 1]}
+    solve, weigh = modelfuse_package.diff(*two, models / "arithmetic", base=models / "base", progress=False).advice
+    assert solve.settings == {"merge_method": "ridge"}
+    assert weigh.settings["weight_list"] == [0.97] * 3
+    assert modelfuse_package.diff(models / "base", *two, progress=False).advice == ()
+    tensors = {name: np.asarray(each) for name, each in random_tensors(1).items()}
+    base = make_model(tmp_path / "base", tensors)
+    strong = [
+        make_model(tmp_path / str(seed), {name: each + random_tensors(seed)[name] for name, each in tensors.items()})
+        for seed in (2, 3)
+    ]
+    (weigh,) = modelfuse_package.diff(*strong, base=base, progress=False).advice
+    assert weigh.settings["weight_list"][0] < 0.1  # type: ignore[operator]
+    modelfuse_package.check(
+        model_path_list=strong,
+        base_model_path=base,
+        output_path=tmp_path / "C",
+        **weigh.settings,  # type: ignore[arg-type]
+    )
+    assert modelfuse_package.diff(strong[0], base, base=base, progress=False).advice == ()

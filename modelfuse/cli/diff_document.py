@@ -6,7 +6,7 @@ from typing import Literal
 
 from modelfuse.cli.json_output import Document
 from modelfuse.inspection import diff_result
-from modelfuse.inspection.diff_result import Group, NotCompared, SideDifference, TensorFacts
+from modelfuse.inspection.diff_result import Advice, Group, NotCompared, SideDifference, TensorFacts
 
 
 class Diff(Document, frozen=True, kw_only=True):
@@ -34,6 +34,7 @@ class Diff(Document, frozen=True, kw_only=True):
         findings: What matters, in sentences.
         bytes_read: Bytes of the tensors that were read.
         seconds: Wall time.
+        advice: Settings of a merge that are worth trying, the best first.
     """
 
     document: Literal["diff/1"] = "diff/1"
@@ -55,6 +56,7 @@ class Diff(Document, frozen=True, kw_only=True):
     findings: list[str]
     bytes_read: int
     seconds: float
+    advice: list[Advice]
 
 
 def of_diff(found: diff_result.Diff) -> Diff:
@@ -78,4 +80,5 @@ def of_diff(found: diff_result.Diff) -> Diff:
         findings=[*found.findings],
         bytes_read=found.bytes_read,
         seconds=found.seconds,
+        advice=[*found.advice],
     )

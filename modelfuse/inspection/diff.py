@@ -14,6 +14,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.execution.prefetch import Streaming
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.execution.worker import BufferSizes, Task, Worker, row_bytes
+from modelfuse.inspection.diff_advice import advice_of
 from modelfuse.inspection.diff_findings import findings_of
 from modelfuse.inspection.diff_result import Diff, Group, NotCompared, SideDifference, TensorFacts
 from modelfuse.inspection.diff_sums import TensorSums
@@ -115,7 +116,7 @@ def carry_out(plan: DiffPlan, base_given: bool, progress: Progress | None = None
         bytes_read=plan.bytes_read,
         seconds=time.perf_counter() - started,
     )
-    return result.telling(findings_of(result))
+    return result.telling(findings_of(result), advice_of(result))
 
 
 def _groups(located: Iterable[tuple[tuple[str, int | None, str | None], TensorSums]]) -> tuple[Group, ...]:

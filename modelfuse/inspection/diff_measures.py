@@ -134,6 +134,19 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Advice:
+    """Settings that are worth trying.
+
+    Attributes:
+        text: Why, in words.
+        settings: Settings of a merge, and their values.
+    """
+
+    text: str
+    settings: dict[str, str | list[float]]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorFacts:
     """What is known of a compared tensor beside its measures.
 

@@ -11,6 +11,7 @@ from modelfuse.inspection.diff_measures import (
     DENSITIES,
     OUTLYING,
     PROBES,
+    Advice,
     Change,
     Group,
     Kept,
@@ -21,8 +22,8 @@ from modelfuse.inspection.diff_measures import (
 )
 from modelfuse.inspection.diff_tables import Level, frame_of, html_of
 
-__all__ = ["BLOCK", "DENSITIES", "OUTLYING", "PROBES", "Change", "Diff", "Group", "Kept", "NotCompared", "Pair",
-           "SideDifference", "TensorFacts"]  # fmt: skip
+__all__ = ["BLOCK", "DENSITIES", "OUTLYING", "PROBES", "Advice", "Change", "Diff", "Group", "Kept", "NotCompared",
+           "Pair", "SideDifference", "TensorFacts"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -45,6 +46,7 @@ class Diff:
         exact: Whether interference was computed exactly; else a matrix of more than PROBES (127) outputs is sketched.
         bytes_read: Bytes of the tensors that were read.
         seconds: Wall time.
+        advice: Settings that are worth trying, the best first; by rules that were tested on other models.
     """
 
     base: str
@@ -62,10 +64,11 @@ class Diff:
     exact: bool
     bytes_read: int
     seconds: float
+    advice: tuple[Advice, ...] = ()
 
-    def telling(self, findings: Sequence[str]) -> Diff:
-        """The same with sentences on what matters."""
-        return replace(self, findings=tuple(findings))
+    def telling(self, findings: Sequence[str], advice: Sequence[Advice] = ()) -> Diff:
+        """The same with sentences on what matters, and what to try."""
+        return replace(self, findings=tuple(findings), advice=tuple(advice))
 
     def to_pandas(self, level: Level = "tensors", *, pairs: bool = False) -> Any:
         """The numbers as a table of pandas.
