@@ -197,7 +197,7 @@ def test_advice_fits_what_was_found(tmp_path: Path) -> None:
     two = [models / "code", models / "prose"]
     (sum_up,) = modelfuse_package.diff(*two, base=models / "base", progress=False).advice
     assert sum_up.settings == {"merge_method": "task_arithmetic", "weight_list": [1, 1]}
-    solve, weigh = modelfuse_package.diff(*two, models / "arithmetic", base=models / "base", progress=False).advice
+    weigh, solve = modelfuse_package.diff(*two, models / "arithmetic", base=models / "base", progress=False).advice
     assert solve.settings == {"merge_method": "ridge"}
     assert weigh.settings["weight_list"] == [0.97] * 3
     assert modelfuse_package.diff(models / "base", *two, progress=False).advice == ()

@@ -116,7 +116,8 @@ def carry_out(plan: DiffPlan, base_given: bool, progress: Progress | None = None
         bytes_read=plan.bytes_read,
         seconds=time.perf_counter() - started,
     )
-    return result.telling(findings_of(result), advice_of(result))
+    adapters = any(isinstance(model, Adapter) for model in plan.models)
+    return result.telling(findings_of(result), advice_of(result, adapters))
 
 
 def _groups(located: Iterable[tuple[tuple[str, int | None, str | None], TensorSums]]) -> tuple[Group, ...]:

@@ -18,13 +18,18 @@ LEAST_CHANGE = 1.25
 SEVERAL = 3
 
 
-def advice_of(diff: Diff) -> tuple[Advice, ...]:
-    """What to try; nothing where the rules say nothing, as for models without a common base."""
+def advice_of(diff: Diff, adapters: bool) -> tuple[Advice, ...]:
+    """What to try; nothing where the rules say nothing, as for models without a common base.
+
+    Args:
+        diff: What was found.
+        adapters: Whether any of the models is an adapter.
+    """
     changed = [each for each in diff.whole.models if each.norm > 0]
     fatal = any(each.fatal for each in diff.side_differences)
     if not diff.base_given or fatal or len(changed) < len(diff.models) or len(diff.models) < 2:
         return ()
-    return (*_solving(diff), *_scaling(diff))
+    return (*_scaling(diff), *(() if adapters else _solving(diff)))
 
 
 def _scaling(diff: Diff) -> Iterator[Advice]:
@@ -41,11 +46,11 @@ def _scaling(diff: Diff) -> Iterator[Advice]:
 
 
 def _solving(diff: Diff) -> Iterator[Advice]:
-    """Where several experts act on each other's inputs, a method that minimizes interference."""
+    """Where several experts act on each other's inputs, a method that minimizes interference; not of adapters."""
     if len(diff.models) >= SEVERAL and any(each.interference for each in diff.whole.pairs):
         yield Advice(
-            f"{len(diff.models)} models act on each other's inputs: ridge makes the merge that disturbs each of them "
-            "least, where weights and sparsifiers only balance them.",
+            f"{len(diff.models)} models act on each other's inputs: ridge makes the merge that disturbs each least. Of "
+            "experts that were tuned in full it kept more than any equal weights; of LoRAs it kept less.",
             {"merge_method": "ridge"},
         )
 

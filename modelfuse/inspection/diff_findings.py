@@ -128,8 +128,8 @@ class _Writer:
         least = min(pairs, key=lambda each: each.interference or 0.0)
         if len(pairs) > 2:
             yield (
-                f"Least disturbed is {self._names[least.model]} by {self._names[least.other]} ({_told(least)}). "
-                "Of the numbers here, only interference was found to predict what a merge keeps."
+                f"Least disturbed is {self._names[least.model]} by {self._names[least.other]} ({_told(least)}). For a "
+                "given model, partners of larger interference were found to cost it more."
             )
 
     def left_out(self) -> Iterator[str]:
