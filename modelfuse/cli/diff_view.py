@@ -40,7 +40,7 @@ def show(found: Diff) -> None:
         out.say("")
     for advice in found.advice:
         out.say("- worth trying: {}", advice.text)
-        out.command(" ".join(f"--{name} {_value(value)}" for name, value in advice.settings.items()))
+        out.command(advice.told)
     out.say("")
     out.table(("", "model", "‖τ‖/‖b‖", "unchanged", "90 % of ‖τ‖²", "outlying", "NaN, inf"), _models(found))
     if len(found.models) > 1:
@@ -55,10 +55,6 @@ def show(found: Diff) -> None:
         _map(found, "largest interference of any pair", _interference)
     for each in found.side_differences:
         out.tell("warning" if each.fatal else "note", "{}: {}", short_names(found.models)[each.model], each.text)
-
-
-def _value(value: str | list[float]) -> str:
-    return value if isinstance(value, str) else " ".join(f"{each:g}" for each in value)
 
 
 def _models(found: Diff) -> Iterator[Sequence[object]]:

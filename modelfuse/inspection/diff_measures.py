@@ -145,6 +145,15 @@ class Advice:
     text: str
     settings: dict[str, str | list[float]]
 
+    @property
+    def told(self) -> str:
+        """The settings as flags."""
+        values = {
+            name: value if isinstance(value, str) else " ".join(f"{each:g}" for each in value)
+            for name, value in self.settings.items()
+        }
+        return " ".join(f"--{name} {value}" for name, value in values.items())
+
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
 
 from modelfuse.errors import MissingExtraError, RecipeError
-from modelfuse.inspection.diff_measures import Change, Group, Kept, Pair
+from modelfuse.inspection.diff_measures import Advice, Change, Group, Kept, Pair
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.planning.tables import Row, html
 
@@ -31,6 +31,8 @@ class Diff(Protocol):
     def whole(self) -> Group: ...
     @property
     def findings(self) -> tuple[str, ...]: ...
+    @property
+    def advice(self) -> tuple[Advice, ...]: ...
 
 
 def frame_of(found: Diff, level: Level, pairs: bool) -> Any:
@@ -81,7 +83,8 @@ def html_of(found: Diff) -> str:
             [(names[i], *("" if i == j else _told(found.whole.pair(i, j).interference) for j in numbers))
              for i in numbers],
         ))  # fmt: skip
-    return html(repr(found)[1:-1], *tables, notes=found.findings)
+    advice = [f"worth trying: {each.text} ({each.told})" for each in found.advice]
+    return html(repr(found)[1:-1], *tables, notes=(*found.findings, *advice))
 
 
 def _told(value: float | None) -> str:
