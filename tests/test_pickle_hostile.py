@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from modelfuse.checkpoints.formats import paddle_reader, safe_unpickler, torch_pickle_types
 from modelfuse.checkpoints.formats.byte_window import Window
 from modelfuse.checkpoints.formats.paddle_reader import read_paddle
-from modelfuse.checkpoints.formats.pickle_types import Builder, Refused, Span, TextSpan
+from modelfuse.checkpoints.formats.pickle_types import Builder, ByteRange, Refused, TextRange
 from modelfuse.checkpoints.formats.safe_unpickler import PickleMachine
 from modelfuse.checkpoints.formats.torch_reader import read_torch
 from modelfuse.errors import CheckpointError
@@ -440,7 +440,7 @@ def test_long_strings_stay_in_the_file(tmp_path: Path) -> None:
     with file.open() as opened:
         spans = PickleMachine(Window(opened), {}).load()
     assert isinstance(spans, list)
-    assert [type(span) for span in spans] == [Span, Span, TextSpan, Span]
+    assert [type(span) for span in spans] == [ByteRange, ByteRange, TextRange, ByteRange]
     for span, original in zip(spans, value, strict=True):
         expected = original.encode() if isinstance(original, str) else original
         assert whole[span.offset : span.offset + span.length] == expected

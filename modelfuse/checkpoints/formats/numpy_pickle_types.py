@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from modelfuse.checkpoints.formats.pickle_types import (
     NEVER_EXECUTED,
     Builder,
+    ByteRange,
     Inert,
     Refused,
-    Span,
     Stateful,
-    TextSpan,
+    TextRange,
     counts,
 )
 from modelfuse.dtypes import BF16, BY_NAME, DType
@@ -45,7 +45,7 @@ _LATIN_1 = ("latin1", "latin-1")
 class EncodedText:
     """Bytes that protocol 2 writes as text, each byte a character: short ones as they are."""
 
-    text: str | TextSpan
+    text: str | TextRange
 
 
 class NumpyType(Stateful):
@@ -85,7 +85,7 @@ class NumpyArray(Stateful):
         self.shape: tuple[int, ...] = ()
         self.type: NumpyType | None = None
         self.fortran = False
-        self.data: Span | EncodedText | None = None
+        self.data: ByteRange | EncodedText | None = None
 
     def set_state(self, state: object) -> None:
         """Take ``(version, shape, dtype, whether Fortran order, bytes)``."""
@@ -95,7 +95,7 @@ class NumpyArray(Stateful):
 
     def fill(self, shape: object, kind: object, fortran: bool, data: object) -> None:
         """Check and keep what the array is made of."""
-        if not isinstance(kind, NumpyType) or not isinstance(data, Span | EncodedText):
+        if not isinstance(kind, NumpyType) or not isinstance(data, ByteRange | EncodedText):
             raise Refused("a numpy array in it has no type, or its bytes are not bytes")
         self.shape, self.type, self.fortran = counts(shape, "the shape of an array"), kind, fortran
         self.data = data
@@ -137,7 +137,7 @@ def _encode(arguments: tuple[object, ...]) -> EncodedText:
     """Bytes in protocol 2: ``(text, "latin1")``."""
     if len(arguments) != 2 or not isinstance(arguments[1], str) or arguments[1] not in _LATIN_1:
         raise Refused("its pickle encodes a text in an unexpected way", NEVER_EXECUTED)
-    if not isinstance(arguments[0], str | TextSpan):
+    if not isinstance(arguments[0], str | TextRange):
         raise Refused("its pickle encodes something that is no text")
     return EncodedText(arguments[0])
 

@@ -12,8 +12,8 @@ from modelfuse.checkpoints.formats.pickle_types import (
     NEVER_EXECUTED,
     PLAIN_NAMES,
     Builder,
+    ByteRange,
     Refused,
-    Span,
     counts,
     naming,
     not_this_format,
@@ -103,14 +103,14 @@ def _place(name: str, array: NumpyArray, file: SourceFile) -> StoredTensor:
     if nbytes == 0:
         return StoredTensor(name, dtype, shape, file, 0)
     strides = tuple(reversed(row_major(shape[::-1]))) if array.fortran else row_major(shape)
-    if isinstance(data, Span):
+    if isinstance(data, ByteRange):
         return place(name, dtype, shape, file, data.offset, strides, array.type.big_endian)
     return _place_text(StoredTensor(name, dtype, shape, file, 0), data, strides, array.type.big_endian)
 
 
-def _length_of(data: Span | EncodedText) -> tuple[int, int]:
+def _length_of(data: ByteRange | EncodedText) -> tuple[int, int]:
     """How many bytes an array has, at least and at most."""
-    if isinstance(data, Span):
+    if isinstance(data, ByteRange):
         return data.length, data.length
     if isinstance(data.text, str):
         return len(data.text), len(data.text)

@@ -32,7 +32,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ByteRange:
     """A byte string left in the file: ``length`` bytes from ``offset`` on."""
 
     offset: int
@@ -40,7 +40,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class TextSpan:
+class TextRange:
     """A long text left in the file: ``length`` bytes of UTF-8 from ``offset`` on."""
 
     offset: int

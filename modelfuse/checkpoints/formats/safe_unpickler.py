@@ -3,7 +3,7 @@
 Python's own unpickler imports whatever a file names and calls it, so opening a checkpoint with it
 means running a stranger's program. This one looks names up in a table that its caller brings, and
 calls only the functions it finds there. It reads by position: byte strings are not loaded but
-become a ``Span``, which is how a checkpoint of many gigabytes is opened in milliseconds.
+become a ``ByteRange``, which is how a checkpoint of many gigabytes is opened in milliseconds.
 
 Whatever the bytes are, the outcome is a value or ``Refused``. Every opcode takes constant
 time and memory apart from the literal it carries, so the limits below bound the whole run.
@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Mapping
 
 from modelfuse.checkpoints.formats.byte_window import MAX_LITERAL, Window
-from modelfuse.checkpoints.formats.pickle_types import NEVER_EXECUTED, Builder, Refused, Span, Stateful, TextSpan
+from modelfuse.checkpoints.formats.pickle_types import NEVER_EXECUTED, Builder, ByteRange, Refused, Stateful, TextRange
 
 #: An ordinary tensor takes about forty opcodes, so this allows for 100,000 tensors in one file.
 MAX_OPCODES = 4_000_000
@@ -119,7 +119,7 @@ class PickleMachine:
 
     def _text(self, length: int) -> None:
         if length > MAX_LITERAL:
-            self._push(TextSpan(self._window.skip(length), length))
+            self._push(TextRange(self._window.skip(length), length))
             return
         self._literals_left -= length
         if self._literals_left < 0:
@@ -130,7 +130,7 @@ class PickleMachine:
             raise Refused(f"the text before byte {self._window.position:,} is not UTF-8") from None
 
     def _span(self, length: int) -> None:
-        self._push(Span(self._window.skip(length), length))
+        self._push(ByteRange(self._window.skip(length), length))
 
     # Containers
 
