@@ -27,7 +27,7 @@ CONFIG_FILE = "config.json"
 Tensors = dict[str, StoredTensor]
 
 
-class Contents(NamedTuple):
+class Headers(NamedTuple):
     """What the headers of one file, or of all of a checkpoint's, say."""
 
     tensors: Tensors
@@ -35,25 +35,25 @@ class Contents(NamedTuple):
     metadata: dict[str, str]
 
 
-def _from_safetensors(path: PathOrUrl) -> Contents:
+def _from_safetensors(path: PathOrUrl) -> Headers:
     tensors, metadata = read_safetensors(path)
     hides = any(stored.dtype.name == "U16" for stored in tensors.values()) and _hides_bfloat16(path, metadata)
-    return Contents(_as_bfloat16(tensors) if hides else tensors, {}, metadata)
+    return Headers(_as_bfloat16(tensors) if hides else tensors, {}, metadata)
 
 
-def _from_torch(path: PathOrUrl) -> Contents:
+def _from_torch(path: PathOrUrl) -> Headers:
     from modelfuse.checkpoints.formats.torch_reader import read_torch
 
-    return Contents(*read_torch(path), {})
+    return Headers(*read_torch(path), {})
 
 
-def _from_paddle(path: PathOrUrl) -> Contents:
+def _from_paddle(path: PathOrUrl) -> Headers:
     from modelfuse.checkpoints.formats.paddle_reader import read_paddle
 
-    return Contents(*read_paddle(path), {})
+    return Headers(*read_paddle(path), {})
 
 
-_READERS: Mapping[str, Callable[[PathOrUrl], Contents]] = {
+_READERS: Mapping[str, Callable[[PathOrUrl], Headers]] = {
     "safetensors": _from_safetensors, "torch": _from_torch, "paddle": _from_paddle,
 }  # fmt: skip
 
@@ -103,9 +103,9 @@ def _check_all_are_files(folder: PathOrUrl, names: list[str]) -> None:
             raise CheckpointError(message, error.hint) from error
 
 
-def _join(path: PathOrUrl, files: Mapping[str, Contents]) -> Contents:
+def _join(path: PathOrUrl, files: Mapping[str, Headers]) -> Headers:
     """The contents of all files as one; no name may be in two of them."""
-    whole, owners = Contents({}, {}, {}), dict[str, str]()
+    whole, owners = Headers({}, {}, {}), dict[str, str]()
     for name, part in files.items():
         for tensor in (*part.tensors, *part.aliases):
             if tensor in owners:
@@ -136,7 +136,7 @@ def read_config(folder: PathOrUrl) -> dict[str, object]:
     return read_json(path) if has_file(path) else {}
 
 
-def _check_index(path: PathOrUrl, weight_map: dict[str, str], contents: Contents) -> None:
+def _check_index(path: PathOrUrl, weight_map: dict[str, str], contents: Headers) -> None:
     tensors, aliases = contents.tensors, contents.aliases
     for name, file in weight_map.items():
         stored = tensors.get(aliases.get(name, name))

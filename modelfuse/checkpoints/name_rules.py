@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 
-class Rule(NamedTuple):
+class NameRule(NamedTuple):
     """One thing that names may differ in.
 
     Attributes:
@@ -26,8 +26,8 @@ class Rule(NamedTuple):
     key: str
 
 
-def _rule(what: str, pattern: str, key: str) -> Rule:
-    return Rule(what, re.compile(pattern), key)
+def _rule(what: str, pattern: str, key: str) -> NameRule:
+    return NameRule(what, re.compile(pattern), key)
 
 
 #: In the order in which they are applied.

@@ -29,7 +29,7 @@ TIED_CLASSES = frozenset((
 PIECE = 1 << 20
 
 
-class Pair(NamedTuple):
+class TiedPair(NamedTuple):
     """The names of a model's input embedding and of its output head."""
 
     embedding: str
@@ -71,13 +71,13 @@ def is_tied_class(config: Mapping[str, object]) -> bool:
     return isinstance(kind, str) and kind in TIED_CLASSES
 
 
-def pair_of(model: Checkpoint) -> Pair | None:
+def pair_of(model: Checkpoint) -> TiedPair | None:
     """A model's embedding and head; the head's name is the usual one where it has none. None if that is not clear."""
     embeddings = [name for name in model if name.endswith(EMBEDDINGS)]
     heads = [name for name in (*model, *model.aliases) if name.endswith(HEADS)]
     if len(embeddings) != 1 or len(heads) > 1 or model.config.get("is_encoder_decoder"):
         return None
-    return Pair(embeddings[0], heads[0] if heads else _usual_head(embeddings[0]))
+    return TiedPair(embeddings[0], heads[0] if heads else _usual_head(embeddings[0]))
 
 
 def _usual_head(embedding: str) -> str:
@@ -97,7 +97,7 @@ def has_head(model: Checkpoint) -> bool:
     return not re.search(r"(Model|For\w*(Classification|QuestionAnswering|MultipleChoice))(?<!LMHeadModel)$", first)
 
 
-def apart(model: Checkpoint, pair: Pair) -> Checkpoint:
+def apart(model: Checkpoint, pair: TiedPair) -> Checkpoint:
     """The model with the head as a tensor of its own, the embedding's where it has none."""
     tensors = dict(model.tensors)
     if pair.head not in tensors:
@@ -150,7 +150,7 @@ def settle(models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
     heads = {pair.head for pair, model in zip(known, models, strict=True) if pair.head in (*model, *model.aliases)}
     if len(heads) != 1:
         return tuple(models)
-    pair = Pair(known[0].embedding, heads.pop())
+    pair = TiedPair(known[0].embedding, heads.pop())
     own = [model for model in models if pair.head in model.tensors]
     if all(are_equal(model.tensors[pair.head], model.tensors[pair.embedding]) for model in own):
         return tuple(map(together, models))

@@ -143,7 +143,7 @@ def _formats(prefix: str, names: Collection[str]) -> Iterator[Format]:
             yield form._replace(variant=found.pop())
 
 
-class Files(NamedTuple):
+class WeightFiles(NamedTuple):
     """Which files hold a model: how they are stored, their names, and what the index says if there is one."""
 
     format: Format
@@ -151,7 +151,7 @@ class Files(NamedTuple):
     weight_map: dict[str, str] | None
 
 
-def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], PathOrUrl]) -> Files:
+def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], PathOrUrl]) -> WeightFiles:
     """Which of a folder's files hold the model: by index, as one file, or as numbered shards.
 
     Args:
@@ -172,11 +172,11 @@ def find_files(place: object, names: Collection[str], prefix: str, get: Callable
                     f"{place} holds two models: {form.file}, and the shards that {index} names",
                     "Remove the one that is out of date.",
                 )
-            return Files(form, sorted(set(weight_map.values())), weight_map)
+            return WeightFiles(form, sorted(set(weight_map.values())), weight_map)
         if form.file in names:
-            return Files(form, [form.file], None)
+            return WeightFiles(form, [form.file], None)
         if shards := _numbered_shards(place, names, form):
-            return Files(form, shards, None)
+            return WeightFiles(form, shards, None)
     raise _no_checkpoint(place, names, prefix)
 
 

@@ -14,7 +14,7 @@ from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.adapter import Adapter
 from modelfuse.checkpoints.adapters.changed_base import RowsTensor
 from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
-from modelfuse.checkpoints.ties import Pair, apart, are_equal, has_head, is_tied, pair_of
+from modelfuse.checkpoints.ties import TiedPair, apart, are_equal, has_head, is_tied, pair_of
 
 
 def base_for_adapters(base: Checkpoint) -> Checkpoint:
@@ -43,7 +43,7 @@ def settle_adapters(models: Sequence[Checkpoint], base: Checkpoint) -> tuple[Che
     )  # fmt: skip
 
 
-def _stays_tied(adapter: Adapter, base: Checkpoint, pair: Pair) -> bool:
+def _stays_tied(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> bool:
     one, other = adapter.tensors[pair.embedding], adapter.tensors[pair.head]
     changed = [one != base.tensors[pair.embedding], other != base.tensors[pair.head]]
     if not any(changed) or adapter.added:
@@ -67,7 +67,7 @@ def _are_the_same_change(one: StoredTensor, other: StoredTensor) -> bool:
     return type(one) is type(other) is StoredTensor and are_equal(one, other)
 
 
-def _tied_again(adapter: Adapter, base: Checkpoint, pair: Pair) -> Adapter:
+def _tied_again(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> Adapter:
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if name != pair.head or name in base.tensors}
     if pair.head in tensors:
         tensors[pair.head] = replace(tensors[pair.embedding], name=pair.head)
@@ -76,7 +76,7 @@ def _tied_again(adapter: Adapter, base: Checkpoint, pair: Pair) -> Adapter:
     )  # fmt: skip
 
 
-def _with_both_ends(adapter: Adapter, base: Checkpoint, pair: Pair) -> Adapter:
+def _with_both_ends(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> Adapter:
     """The adapter with the head that it means: its trained rows are the head's, too."""
     one, other = adapter.tensors[pair.embedding], adapter.tensors[pair.head]
     if isinstance(one, RowsTensor) and other == base.tensors[pair.head]:
