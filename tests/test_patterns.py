@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from modelfuse.checkpoints import name_patterns
-from modelfuse.checkpoints.name_patterns import Patterns, Unfit
+from modelfuse.checkpoints.name_patterns import Patterns, UnsupportedPattern
 
 #: Names as models have them, and some that they never have.
 NAMES = ["q_proj", "layers.0.q_proj", "model.layers.10.self_attn.q_proj", "", ".", "a.b", "aab", "é_x", "a b"]
@@ -87,7 +87,7 @@ def agree(compiled: list[list[re.Pattern[str]]], texts: list[str], given: list[s
 )  # fmt: skip
 def test_no_pattern_takes_for_ever(text: str) -> None:
     started = time.process_time()
-    with contextlib.suppress(Unfit):
+    with contextlib.suppress(UnsupportedPattern):
         for name in ("a" * 500, "\\" * 500, "model.layers.0" * 30):
             Patterns([text], suffixes=True).fitting(name)
     assert time.process_time() - started < 5
@@ -107,7 +107,7 @@ def test_no_pattern_takes_for_ever(text: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_taken(text: str, why: str) -> None:
-    with pytest.raises(Unfit, match=why):
+    with pytest.raises(UnsupportedPattern, match=why):
         Patterns([text])
 
 
@@ -125,5 +125,5 @@ def test_all_names_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(name_patterns, "MOST_VISITS", 10_000)
     several, draw = Patterns(["(a|b){20}a(a|b)*"]), random.Random(0)
     names = ["".join(draw.choices("ab", k=30)) for _ in range(10**4)]
-    with pytest.raises(Unfit, match="takes too long"):
+    with pytest.raises(UnsupportedPattern, match="takes too long"):
         [several.fitting(name) for name in names]

@@ -24,7 +24,7 @@ _LITERAL_ESCAPE = re.compile(r"\\[^0-9A-Za-z]")
 Test = str | Callable[[str], object]
 
 
-class Unfit(ValueError):
+class UnsupportedPattern(ValueError):
     """A pattern that is malformed, takes syntax that is not on the list, or would take too long; says what it is."""
 
 
@@ -51,7 +51,7 @@ class Patterns:
         suffixes: Whether they also fit the end of a name behind a dot, as PEFT's do.
 
     Raises:
-        Unfit: If one is none, or there are too many; names it.
+        UnsupportedPattern: If one is none, or there are too many; names it.
     """
 
     def __init__(self, texts: Sequence[str], suffixes: bool = False) -> None:
@@ -64,7 +64,7 @@ class Patterns:
         """The numbers of all patterns that fit a name.
 
         Raises:
-            Unfit: If looking for them takes too long.
+            UnsupportedPattern: If looking for them takes too long.
         """
         states, found, right = self._begin, set[int](), ""
         for at in range(len(name) - 1, -2, -1):
@@ -107,7 +107,7 @@ class Patterns:
                 seen.update(state.after)
         self._visits -= len(seen)
         if self._visits < 0:
-            raise Unfit("too much to look for in all names: it takes too long")
+            raise UnsupportedPattern("too much to look for in all names: it takes too long")
         return frozenset(after), frozenset(done)
 
 
@@ -136,9 +136,9 @@ class _Reader:
         self._states.append(State(kind, test, after))
         return len(self._states) - 1
 
-    def _unfit(self, why: str) -> Unfit:
+    def _unfit(self, why: str) -> UnsupportedPattern:
         shown = self._text if len(self._text) <= 200 else f"{self._text[:200]}…"
-        return Unfit(f"{shown!r}, which is no pattern that can be looked for: {why}")
+        return UnsupportedPattern(f"{shown!r}, which is no pattern that can be looked for: {why}")
 
     # What is read becomes functions that add its states in front of those that follow it.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import shown
 from modelfuse.recipe.names import SETTINGS
-from modelfuse.recipe.schema import Unfit
+from modelfuse.recipe.schema import InvalidValue
 
 #: The settings by what they are about; all others say how to merge.
 GROUPS: Mapping[str, Sequence[str]] = {
@@ -59,7 +59,7 @@ def from_environment(names: Sequence[str] = FROM_ENVIRONMENT) -> dict[str, objec
 def _read(name: str, text: str) -> object:
     try:
         return SETTINGS[name].read(text)
-    except Unfit as error:
+    except InvalidValue as error:
         raise RecipeError(
             f"The environment variable {PREFIX}{name.upper()} is {shown(text)}: {error}", "Change or unset it."
         ) from None

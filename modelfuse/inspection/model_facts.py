@@ -10,8 +10,8 @@ from msgspec import Struct
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.adapter import config_of
-from modelfuse.checkpoints.adapters.config import Settings, read_settings
-from modelfuse.checkpoints.adapters.tensor_roles import Module, sort_out
+from modelfuse.checkpoints.adapters.config import AdapterConfig, read_settings
+from modelfuse.checkpoints.adapters.tensor_roles import AdaptedLayer, sort_out
 from modelfuse.checkpoints.json_files import read_json
 from modelfuse.checkpoints.tensor_names import group_names, pattern
 from modelfuse.checkpoints.ties import TEXT_CONFIGS
@@ -193,7 +193,7 @@ def _text(value: object) -> str | None:
     return value[:LONGEST] if isinstance(value, str) and value else None
 
 
-def _kind_of(module: Module, settings: Settings) -> _Kind:
+def _kind_of(module: AdaptedLayer, settings: AdapterConfig) -> _Kind:
     has_rank = module.kind not in ("ia3", "tokens")
     return _Kind(
         pattern(module.name),

@@ -41,7 +41,7 @@ def adapter_draft(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], ma
         MismatchError: If an adapter cannot hold it.
         RecipeError: If it takes a rank that is not given.
     """
-    from modelfuse.checkpoints.adapters.as_adapter import Change, as_adapter
+    from modelfuse.checkpoints.adapters.as_adapter import TensorChange, as_adapter
 
     base = models[-1]
     if added := [name for name in match.partial if name not in base.tensors]:
@@ -51,7 +51,7 @@ def adapter_draft(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], ma
         )
     whole = {each.name: each for each in operations_of(recipe, rules, models, list(base.tensors), match.partial)}
     changes = [
-        Change(name, each.models, base[name], each.method or TAKE, matrices=each.matrices)
+        TensorChange(name, each.models, base[name], each.method or TAKE, matrices=each.matrices)
         for name, each in whole.items()
         if base[name].dtype.compute is not None and any(source != base[name] for source in each.models)
     ]

@@ -133,7 +133,7 @@ class PerModel(Generic[T]):
     """The type of a setting that is one value for all models, or a list of one a model."""
 
 
-class Unfit(ValueError):
+class InvalidValue(ValueError):
     """A value that a setting cannot have.
 
     Attributes:
@@ -194,7 +194,7 @@ class Setting:
         """What was given, as it should be.
 
         Raises:
-            Unfit: If it cannot be.
+            InvalidValue: If it cannot be.
         """
         if value is None and self.default is None:
             return None
@@ -207,9 +207,9 @@ class Setting:
         except Exception:
             if self.is_per_model:
                 return self._read(value)
-            raise Unfit(value, "give a list") from None
+            raise InvalidValue(value, "give a list") from None
         if len(several) > MOST_VALUES:
-            raise Unfit(several[:3], f"and {len(several) - 3:,} more values; give at most {MOST_VALUES:,}")
+            raise InvalidValue(several[:3], f"and {len(several) - 3:,} more values; give at most {MOST_VALUES:,}")
         read = tuple(map(self._read, several))
         return read[0] if self.is_per_model and len(read) == 1 else read
 
@@ -231,9 +231,9 @@ class Setting:
                 raise ValueError("give a finite number")
         except ValidationError as error:
             choices = ", ".join(map(repr, self.choices))
-            raise Unfit(given, f"give one of {choices}" if choices else _in_words(error)) from None
+            raise InvalidValue(given, f"give one of {choices}" if choices else _in_words(error)) from None
         except ValueError as error:
-            raise Unfit(given, str(error)) from None
+            raise InvalidValue(given, str(error)) from None
         return read
 
 
@@ -250,7 +250,7 @@ def checked(settings: Mapping[str, Setting], values: Mapping[str, object]) -> di
                 problems.append(f"{name} is not given")
             else:
                 read[name] = each.read(values[name])
-        except Unfit as error:
+        except InvalidValue as error:
             marked = isinstance(error.value, Mapping) and "tune" in error.value
             reason = "only `modelfuse tune` searches numbers" if marked else error.reason
             problems.append(f"{name} is {shown(error.value)}: {reason}")

@@ -12,7 +12,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import nearest, shown
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.method_settings import METHOD_SETTINGS, METHOD_SYNONYMS
-from modelfuse.recipe.schema import Instead, Unfit, as_json, read_input
+from modelfuse.recipe.schema import Instead, InvalidValue, as_json, read_input
 from modelfuse.storage import PathOrUrl
 
 #: What a rule has beside settings of methods.
@@ -95,7 +95,7 @@ def _read_settings(given: Mapping[str, object]) -> tuple[dict[str, object], list
             continue
         try:
             own[name] = METHOD_SETTINGS[name].read(each)
-        except Unfit as error:
+        except InvalidValue as error:
             problems.append(f"{name} is {shown(error.value)}: {error.reason}")
     return own, problems
 

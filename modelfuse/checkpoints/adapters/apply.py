@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, replace
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.adapter import Adapter
-from modelfuse.checkpoints.adapters.base_names import Names, Share, Target, Targets, renamed_by
+from modelfuse.checkpoints.adapters.base_names import BaseTensor, Names, Share, Targets, renamed_by
 from modelfuse.checkpoints.adapters.changed_base import scaled, with_rows
 from modelfuse.checkpoints.adapters.computed_tensors import ComputedTensor, LowRankTensor, Widened
-from modelfuse.checkpoints.adapters.config import Settings
+from modelfuse.checkpoints.adapters.config import AdapterConfig
 from modelfuse.checkpoints.adapters.dora import DoraTensor
 from modelfuse.checkpoints.adapters.fitting import Fitting
 from modelfuse.checkpoints.adapters.heads import has_other_rows, new_heads
-from modelfuse.checkpoints.adapters.low_rank_terms import Cut, Shared, Term, difference_type
+from modelfuse.checkpoints.adapters.low_rank_terms import FusedPart, Shared, Term, difference_type
 from modelfuse.checkpoints.adapters.products import product
-from modelfuse.checkpoints.adapters.tensor_roles import Contents, Module, sort_out
+from modelfuse.checkpoints.adapters.tensor_roles import AdaptedLayer, AdapterContents, sort_out
 from modelfuse.checkpoints.name_rules import told
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
 from modelfuse.errors import MismatchError
@@ -28,7 +28,9 @@ Shape = tuple[int, ...]
 TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 
 
-def lay_over(weights: Checkpoint, settings: Settings, base: Checkpoint, paddle: bool | None, strict: bool) -> Adapter:
+def lay_over(
+    weights: Checkpoint, settings: AdapterConfig, base: Checkpoint, paddle: bool | None, strict: bool
+) -> Adapter:
     """Lay an adapter over its base.
 
     Args:
@@ -48,7 +50,7 @@ def lay_over(weights: Checkpoint, settings: Settings, base: Checkpoint, paddle: 
 @dataclass
 class _Laying:
     weights: Checkpoint
-    settings: Settings
+    settings: AdapterConfig
     base: Checkpoint
     paddle: bool | None
     shared: Shared
@@ -64,13 +66,13 @@ class _Laying:
         added = new_heads(contents, self.settings, self.names.has)
         contents.whole = {name: tensor for name, tensor in contents.whole.items() if name not in added}
         self.account |= {tensor.name: [name] for name, tensor in added.items()}
-        places = self._find(contents)
-        self._fitting = Fitting(self.weights, self.settings, self.base, self.paddle, contents, places)
+        targets = self._find(contents)
+        self._fitting = Fitting(self.weights, self.settings, self.base, self.paddle, contents, targets)
         for module in contents.modules.values():
-            self._adapt(module, places)
+            self._adapt(module, targets)
         for name, tensor in contents.whole.items():
-            self._replace(name, tensor, places)
-        copies = tuple(self._copies(contents, places))
+            self._replace(name, tensor, targets)
+        copies = tuple(self._copies(contents, targets))
         if self.problems:
             raise MismatchError(
                 f"The adapter {self.weights.path} does not fit the base {self.base.path}:\n"
@@ -89,7 +91,7 @@ class _Laying:
             copies=copies,
             changed=frozenset(self.tensors),
             modules=self.modules,
-            renamed=tuple(told(dict(renamed_by(places)))),
+            renamed=tuple(told(dict(renamed_by(targets)))),
             transposed=not self._fitting.out_first,
             added=tuple(added),
             resized=tuple(self.resized),
@@ -103,7 +105,7 @@ class _Laying:
         if has_file(beside):
             yield SourceFile.at(beside)
 
-    def _find(self, contents: Contents) -> dict[str, Targets]:
+    def _find(self, contents: AdapterContents) -> dict[str, Targets]:
         """The base's tensors for every name: of weights, of trained biases, of whole tensors, of copies."""
         wanted = [module.weight for module in contents.modules.values()]
         wanted += [f"{name}.bias" for name, module in contents.modules.items() if "bias" in module.factors]
@@ -112,28 +114,28 @@ class _Laying:
 
     # --- what becomes of it ------------------------------------------------------------------------------------
 
-    def _adapt(self, module: Module, places: Mapping[str, Targets]) -> None:
+    def _adapt(self, module: AdaptedLayer, targets: Mapping[str, Targets]) -> None:
         if module.kind in ("lora", "hada", "lokr"):
             self._fitting.check_rank(module)
-        for place in places[module.weight]:
-            made = self._made(module, place)
+        for target in targets[module.weight]:
+            made = self._made(module, target)
             if made is None:
-                self._misfit([*module.factors.values()], self.base[place.name])
+                self._misfit([*module.factors.values()], self.base[target.name])
                 continue
-            self._put(place.name, made, module)
-            self.modules.setdefault(place.name, module.name)
-        for place in places.get(f"{module.name}.bias", ()) if "bias" in module.factors else ():
+            self._put(target.name, made, module)
+            self.modules.setdefault(target.name, module.name)
+        for target in targets.get(f"{module.name}.bias", ()) if "bias" in module.factors else ():
             bias, scale = module.factors["bias"], self.settings.scale_of(module.name)
-            self._put(place.name, self._computed(bias, place.name, place.share, scale), module, "bias")
+            self._put(target.name, self._computed(bias, target.name, target.share, scale), module, "bias")
 
-    def _made(self, module: Module, place: Target) -> StoredTensor | None:
+    def _made(self, module: AdaptedLayer, target: BaseTensor) -> StoredTensor | None:
         """What becomes of a tensor of the base; None if the adapter's do not fit it."""
-        base, ways = self.base[place.name], self._fitting.ways(place, module.embedding)
+        base, ways = self.base[target.name], self._fitting.ways(target, module.embedding)
         if module.kind == "lora":
-            term = self._fitting.term(module, place)
-            fits = [way for way in ways if self._fitting.fits(term, place, way)]
+            term = self._fitting.term(module, target)
+            fits = [way for way in ways if self._fitting.fits(term, target, way)]
             return self._low_rank(module, term, base, fits[0]) if term is not None and fits else None
-        if place[1:] != (None, None, None):
+        if target[1:] != (None, None, None):
             self.problems.append(f"{base.name} is fused, which is supported for LoRA only")
             return base
         if module.kind == "tokens":
@@ -142,7 +144,7 @@ class _Laying:
             return self._scaled(module, base)
         return product(module.factors, module.kind, base, self.settings.scale_of(module.name), ways, self.shared)
 
-    def _scaled(self, module: Module, base: StoredTensor) -> StoredTensor | None:
+    def _scaled(self, module: AdaptedLayer, base: StoredTensor) -> StoredTensor | None:
         """A weight times IA³'s numbers; where they are the outputs', the bias too."""
         made = scaled(base, module.factors["ia3_l"], self._fitting.out_first, self.shared)
         bias = self.names.known(f"{module.name}.bias")
@@ -152,7 +154,7 @@ class _Laying:
                 self._put(bias, numbers, module, "ia3_l")
         return made
 
-    def _low_rank(self, module: Module, term: Term, base: StoredTensor, out_first: bool) -> StoredTensor:
+    def _low_rank(self, module: AdaptedLayer, term: Term, base: StoredTensor, out_first: bool) -> StoredTensor:
         dtype = difference_type(term.a, term.b)
         difference = LowRankTensor(
             base.name, dtype, base.shape, term.a.file, 0, (term,), out_first, self.shared
@@ -167,7 +169,7 @@ class _Laying:
         dtype = difference_type(base, magnitude, difference)
         return DoraTensor(base.name, dtype, base.shape, term.a.file, 0, base, difference, magnitude)
 
-    def _put(self, name: str, tensor: StoredTensor, module: Module, *parts: str) -> None:
+    def _put(self, name: str, tensor: StoredTensor, module: AdaptedLayer, *parts: str) -> None:
         """Note what a tensor of the base becomes; differences of several parts of a fused layer are added up."""
         for part in parts or module.factors:
             if part != "bias" or parts:
@@ -179,16 +181,16 @@ class _Laying:
             self.problems.append(f"{name} of the base is changed by two of its tensors")
         self.tensors[name] = tensor
 
-    def _replace(self, name: str, tensor: StoredTensor, places: Mapping[str, Targets]) -> None:
-        for place in places[name]:
-            self.account.setdefault(tensor.name, []).append(place.name)
-            if place.name in self.tensors:
-                self.problems.append(f"{place.name} of the base is changed by {tensor.name} and by another tensor")
-            if place.share is None and has_other_rows(place.name, tensor, self.base[place.name]):
-                self.resized.append(place.name)
-                self.tensors[place.name] = replace(tensor, name=place.name)
+    def _replace(self, name: str, tensor: StoredTensor, targets: Mapping[str, Targets]) -> None:
+        for target in targets[name]:
+            self.account.setdefault(tensor.name, []).append(target.name)
+            if target.name in self.tensors:
+                self.problems.append(f"{target.name} of the base is changed by {tensor.name} and by another tensor")
+            if target.share is None and has_other_rows(target.name, tensor, self.base[target.name]):
+                self.resized.append(target.name)
+                self.tensors[target.name] = replace(tensor, name=target.name)
                 continue
-            self.tensors[place.name] = self._computed(tensor, place.name, place.share, None)
+            self.tensors[target.name] = self._computed(tensor, target.name, target.share, None)
 
     def _computed(self, tensor: StoredTensor, name: str, share: Share | None, scale: float | None) -> StoredTensor:
         """The tensor as the base stores it: transposed or cut where that differs."""
@@ -228,19 +230,21 @@ class _Laying:
         shapes = " and ".join(f"{each.name} {list(each.shape)}" for each in tensors)
         self.problems.append(f"{shapes} cannot go into {base.name} {list(base.shape)}")
 
-    def _copies(self, contents: Contents, places: Mapping[str, Targets]) -> Iterator[tuple[StoredTensor, StoredTensor]]:
+    def _copies(
+        self, contents: AdapterContents, targets: Mapping[str, Targets]
+    ) -> Iterator[tuple[StoredTensor, StoredTensor]]:
         for name, tensor in contents.copies.items():
-            for place in places[name]:
-                base = self.base[place.name]
-                self.account[tensor.name] = [f"a copy of {place.name}"]
-                if place.name in self.resized and tensor.shape == self.tensors[place.name].shape:
+            for target in targets[name]:
+                base = self.base[target.name]
+                self.account[tensor.name] = [f"a copy of {target.name}"]
+                if target.name in self.resized and tensor.shape == self.tensors[target.name].shape:
                     continue  # Of the rows that it was trained with.
-                if tensor.shape != base.shape or place.share is not None:
+                if tensor.shape != base.shape or target.share is not None:
                     self._misfit([tensor], base)
                 yield (tensor, base) if tensor.dtype == base.dtype else (Widened.of(tensor), Widened.of(base))
 
 
-def _cut_shape(shape: Shape, cut: Cut | None, last: bool) -> Shape:
+def _cut_shape(shape: Shape, cut: FusedPart | None, last: bool) -> Shape:
     if cut is None:
         return shape
     return (*shape[:-1], cut.outputs) if last else (cut.outputs, *shape[1:])

@@ -24,7 +24,7 @@ from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
 
 
-class Change(NamedTuple):
+class TensorChange(NamedTuple):
     """A tensor of the base that changes.
 
     Attributes:
@@ -55,13 +55,13 @@ class AdapterOutput:
         notes: What the user should know.
     """
 
-    tensors: tuple[tuple[Change, StoredTensor], ...]
+    tensors: tuple[tuple[TensorChange, StoredTensor], ...]
     config: bytes
-    whole: tuple[tuple[Change, str], ...]
+    whole: tuple[tuple[TensorChange, str], ...]
     notes: tuple[str, ...]
 
 
-def as_adapter(recipe: Recipe, models: Sequence[Checkpoint], changes: Sequence[Change]) -> AdapterOutput:
+def as_adapter(recipe: Recipe, models: Sequence[Checkpoint], changes: Sequence[TensorChange]) -> AdapterOutput:
     """What no full model is needed for: A and B of every weight that changes, and what else changes as it will be.
 
     Args:
@@ -83,12 +83,12 @@ class _Output:
     ranks: dict[str, int] = field(default_factory=dict)
     whole: list[str] = field(default_factory=list)
     impossible: list[str] = field(default_factory=list)
-    tensors: list[tuple[Change, StoredTensor]] = field(default_factory=list)
-    as_they_are: list[tuple[Change, str]] = field(default_factory=list)
+    tensors: list[tuple[TensorChange, StoredTensor]] = field(default_factory=list)
+    as_they_are: list[tuple[TensorChange, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    biases: list[tuple[Change, str]] = field(default_factory=list)
+    biases: list[tuple[TensorChange, str]] = field(default_factory=list)
 
-    def made_of(self, changes: Sequence[Change]) -> AdapterOutput:
+    def made_of(self, changes: Sequence[TensorChange]) -> AdapterOutput:
         self._shared = Shared(self.recipe.on_nonfinite == "error", Recent(most=RUN))
         self._errors: dict[str, float] = {}
         self._adapters = [model for model in self.models if isinstance(model, Adapter)]
@@ -110,7 +110,7 @@ class _Output:
             tuple(_in_runs(self.tensors)), self._config(self.models[-1]), tuple(self.as_they_are), notes
         )
 
-    def _convert(self, change: Change) -> Iterator[StoredTensor]:
+    def _convert(self, change: TensorChange) -> Iterator[StoredTensor]:
         name, sources, base, method, *_ = change
         layer, _, parameter = name.rpartition(".")
         module = next((each.modules[name] for each in self._adapters if name in each.modules), layer)
@@ -150,7 +150,7 @@ class _Output:
         loose = [module for _, module in self.biases if module not in self.whole]
         return "none" if not loose else "lora_only" if all(module in self.ranks for module in loose) else "all"
 
-    def _factors(self, module: str, change: Change) -> Iterator[StoredTensor]:
+    def _factors(self, module: str, change: TensorChange) -> Iterator[StoredTensor]:
         name, sources, base, method, drawn_as, matrices = change
         sources = tuple(difference(each, base) for each in sources)
         embedding = name.endswith(EMBEDDINGS)
@@ -190,10 +190,10 @@ class _Output:
         others = {module: rank for module, rank in self.ranks.items() if rank != usual}
         architectures = base.config.get("architectures")
         causal = isinstance(architectures, list) and str(next(iter(architectures), "")).endswith("ForCausalLM")
-        place = self.recipe.base_model_path
-        named = {"base_model_name_or_path": str(place)}
-        if isinstance(place, HubName):
-            named = {"base_model_name_or_path": place.name, "revision": place.revision or "main"}
+        named_base = self.recipe.base_model_path
+        named = {"base_model_name_or_path": str(named_base)}
+        if isinstance(named_base, HubName):
+            named = {"base_model_name_or_path": named_base.name, "revision": named_base.revision or "main"}
         config: Mapping[str, object] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM" if causal else None,
@@ -224,7 +224,7 @@ def _exact_rank(sources: Sequence[StoredTensor], base: StoredTensor, method: App
     return None if method.coefficients is None else products_rank(sources, base)
 
 
-def _in_runs(tensors: Sequence[tuple[Change, StoredTensor]]) -> Iterator[tuple[Change, StoredTensor]]:
+def _in_runs(tensors: Sequence[tuple[TensorChange, StoredTensor]]) -> Iterator[tuple[TensorChange, StoredTensor]]:
     parts = [[each for each in tensors if getattr(each[1], "part", None) == part] for part in ("A", "B", None)]
     for begin in range(0, len(parts[0]), RUN):
         yield from parts[0][begin : begin + RUN]

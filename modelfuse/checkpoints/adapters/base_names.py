@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.checkpoints.adapters.low_rank_terms import Cut
+from modelfuse.checkpoints.adapters.low_rank_terms import FusedPart
 from modelfuse.checkpoints.layouts.tables import FUSED, PARTS, Fusion, geometry_of
 from modelfuse.checkpoints.name_rules import by_key, key_of, part_of
 from modelfuse.checkpoints.tensor_names import group_names
@@ -38,16 +38,16 @@ class Share(NamedTuple):
     at: int
     widens: bool
 
-    def cut(self, outputs: int) -> Cut | None:
+    def cut(self, outputs: int) -> FusedPart | None:
         """The outputs, if the adapter's layer has so many; None if they cannot be shared out so."""
         unit, rest = divmod(outputs, self.groups * (self.sizes[self.at] if self.widens else sum(self.sizes)))
         if rest or not unit:
             return None
         begin, width = sum(self.sizes[: self.at]) * unit, self.sizes[self.at] * unit
-        return Cut(self.groups, sum(self.sizes) * unit, begin, width, self.widens)
+        return FusedPart(self.groups, sum(self.sizes) * unit, begin, width, self.widens)
 
 
-class Target(NamedTuple):
+class BaseTensor(NamedTuple):
     """A tensor of the base that is changed.
 
     Attributes:
@@ -63,7 +63,7 @@ class Target(NamedTuple):
     block: int | None = None
 
 
-Targets = tuple[Target, ...]
+Targets = tuple[BaseTensor, ...]
 
 
 class Names:
@@ -115,15 +115,19 @@ class Names:
                 best = max(best, found, key=len)
         if len(whole) > 1:
             first = wanted[0]
-            places = " and ".join(each[first][0].name for each in whole)
-            raise MismatchError(f"The adapter {path} fits several parts of the base: its {first} may be {places}")
+            candidates = " and ".join(each[first][0].name for each in whole)
+            raise MismatchError(f"The adapter {path} fits several parts of the base: its {first} may be {candidates}")
         return best
 
     def _targets(self, name: str) -> Targets:
         known = self.known(name)
         if known is not None:
             experts = self._experts_of(known) if _ALL.fullmatch(key_of(name)) else 0
-            return tuple(Target(known, None, each, each) for each in range(experts)) if experts else (Target(known),)
+            return (
+                tuple(BaseTensor(known, None, each, each) for each in range(experts))
+                if experts
+                else (BaseTensor(known),)
+            )
         return self._of_experts(key_of(name)) or self._of_fused(name)
 
     def _experts_of(self, name: str) -> int:
@@ -135,13 +139,13 @@ class Names:
         """The experts' own weights of a name that is for all together, or the part of all that one expert has."""
         if match := _ALL.fullmatch(key):
             parts = EXPERTS[match["fused"]]
-            found: list[Target] = []
+            found: list[BaseTensor] = []
             for expert in range(MOST_EXPERTS):
                 names = [self.known(f"{match['experts']}.{expert}.{part}.weight") for part in parts]
                 if None in names:
                     break
                 found += (
-                    Target(name, Share(1, (1,) * len(parts), at, False) if len(parts) > 1 else None, expert)
+                    BaseTensor(name, Share(1, (1,) * len(parts), at, False) if len(parts) > 1 else None, expert)
                     for at, name in enumerate(names) if name is not None
                 )  # fmt: skip
             return tuple(found)
@@ -150,7 +154,7 @@ class Names:
             whole, number = self.known(f"{match['experts']}.{fused}"), int(match["number"])
             if whole is not None and number < self._experts_of(whole):
                 share = Share(1, (1,) * len(parts), parts.index(match["part"]), True) if len(parts) > 1 else None
-                return (Target(whole, share, None, number),)
+                return (BaseTensor(whole, share, None, number),)
         return ()
 
     def _of_fused(self, name: str) -> Targets:
@@ -160,12 +164,12 @@ class Names:
             names = [self.known(f"{stem}{dot}{part}.{parameter}") for part in FUSED[module].parts]
             known = [each for each in names if each is not None]
             if len(known) == len(names):
-                return tuple(Target(each, self._share(FUSED[module], at, False)) for at, each in enumerate(known))
+                return tuple(BaseTensor(each, self._share(FUSED[module], at, False)) for at, each in enumerate(known))
         fusion = PARTS.get(module)
         for fused in fusion.names if fusion is not None else ():
             whole = self.known(f"{stem}{dot}{fused}.{parameter}")
             if fusion is not None and whole is not None:
-                return (Target(whole, self._share(fusion, fusion.parts.index(module), True)),)
+                return (BaseTensor(whole, self._share(fusion, fusion.parts.index(module), True)),)
         return ()
 
     def _share(self, fusion: Fusion, at: int, widens: bool) -> Share:
@@ -213,8 +217,8 @@ def _prefixes_of(name: str) -> Iterable[str]:
         yield ".".join(parts[:count]) + "."
 
 
-def renamed_by(places: dict[str, Targets]) -> Iterator[tuple[str, str]]:
+def renamed_by(found: dict[str, Targets]) -> Iterator[tuple[str, str]]:
     """The names that are the base's by another name, and which."""
-    for name, targets in places.items():
+    for name, targets in found.items():
         if len(targets) == 1 and targets[0][1:] == (None, None, None) and targets[0].name != name:
             yield name, targets[0].name

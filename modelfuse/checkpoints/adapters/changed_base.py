@@ -84,7 +84,7 @@ def scaled(base: StoredTensor, numbers: StoredTensor, out_first: bool, shared: S
 
 
 @dataclass(frozen=True, slots=True)
-class RowsTensor(StoredTensor):
+class TrainedRowsTensor(StoredTensor):
     """A matrix of the base some of whose rows were trained, such as those of new tokens.
 
     Attributes:
@@ -134,10 +134,12 @@ class RowsTensor(StoredTensor):
             yield read
 
 
-def with_rows(base: StoredTensor, trained: StoredTensor, rows: tuple[int, ...], shared: Shared) -> RowsTensor | None:
+def with_rows(
+    base: StoredTensor, trained: StoredTensor, rows: tuple[int, ...], shared: Shared
+) -> TrainedRowsTensor | None:
     """An embedding of the base with rows that were trained; None if they do not fit."""
     fits = len(base.shape) == 2 and trained.shape == (len(rows), base.shape[1]) and max(rows, default=0) < base.shape[0]
     if not fits:
         return None
     dtype = difference_type(base, trained)
-    return RowsTensor(base.name, dtype, base.shape, trained.file, 0, base, trained, rows, shared)
+    return TrainedRowsTensor(base.name, dtype, base.shape, trained.file, 0, base, trained, rows, shared)

@@ -14,7 +14,7 @@ import numpy as np
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.adapters.arrays import Array, load, read_values
-from modelfuse.checkpoints.adapters.low_rank_terms import Cut, Shared, Term
+from modelfuse.checkpoints.adapters.low_rank_terms import FusedPart, Shared, Term
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import F64
 from modelfuse.storage.files import Buffer
@@ -99,7 +99,7 @@ class ComputedTensor(StoredTensor):
     source: StoredTensor
     scale: float | None
     turns: bool
-    cut: Cut | None
+    cut: FusedPart | None
     outputs_last: bool
     shared: Shared = field(compare=False, repr=False)
 

@@ -13,7 +13,7 @@ from modelfuse.checkpoints.adapters.module_numbers import ByPattern
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import PathOrUrl
 
-#: Settings of PEFT that make something else of an adapter than base + scale·B·A, and what they are called.
+#: AdapterConfig of PEFT that make something else of an adapter than base + scale·B·A, and what they are called.
 PEFT_KINDS = {
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
@@ -70,7 +70,7 @@ KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class AdapterConfig:
     """An adapter's settings.
 
     Attributes:
@@ -117,7 +117,7 @@ class Settings:
         return next((rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}" if key else "")), ())
 
 
-def read_settings(file: PathOrUrl) -> Settings:
+def read_settings(file: PathOrUrl) -> AdapterConfig:
     """Read the settings of an adapter.
 
     Raises:
@@ -127,7 +127,7 @@ def read_settings(file: PathOrUrl) -> Settings:
     return _peft(file, content) if file.name == PEFT_CONFIG else _paddle(file, content)
 
 
-def _peft(file: PathOrUrl, content: Mapping[str, object]) -> Settings:
+def _peft(file: PathOrUrl, content: Mapping[str, object]) -> AdapterConfig:
     kind = content.get("peft_type", "LORA")
     if not isinstance(kind, str) or kind not in KINDS:
         raise _unsupported(file, f"peft_type {kind}")
@@ -140,7 +140,7 @@ def _peft(file: PathOrUrl, content: Mapping[str, object]) -> Settings:
             "PEFT makes a LoRA of that model of it: save_pretrained with path_initial_model_for_weight_conversion.",
         )
     read, own = _Values(file, content), KINDS[str(kind)]
-    return Settings(
+    return AdapterConfig(
         "peft",
         file,
         read.rank(),
@@ -157,10 +157,10 @@ def _peft(file: PathOrUrl, content: Mapping[str, object]) -> Settings:
     )
 
 
-def _paddle(file: PathOrUrl, content: Mapping[str, object]) -> Settings:
+def _paddle(file: PathOrUrl, content: Mapping[str, object]) -> AdapterConfig:
     _refuse(file, content, PADDLE_KINDS)
     read = _Values(file, content)
-    return Settings(
+    return AdapterConfig(
         "paddle",
         file,
         read.rank(),

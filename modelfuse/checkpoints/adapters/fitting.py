@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from modelfuse.checkpoints import Checkpoint
-from modelfuse.checkpoints.adapters.base_names import Target, Targets
-from modelfuse.checkpoints.adapters.config import Settings
-from modelfuse.checkpoints.adapters.low_rank_terms import Expert, Term
-from modelfuse.checkpoints.adapters.tensor_roles import Contents, Module
+from modelfuse.checkpoints.adapters.base_names import BaseTensor, Targets
+from modelfuse.checkpoints.adapters.config import AdapterConfig
+from modelfuse.checkpoints.adapters.low_rank_terms import ExpertIndex, Term
+from modelfuse.checkpoints.adapters.tensor_roles import AdaptedLayer, AdapterContents
 from modelfuse.errors import CheckpointError, MismatchError
 
 Shape = tuple[int, ...]
@@ -29,21 +29,21 @@ class Fitting:
         base: The base.
         paddle: Whether the base has Paddle's layout, [in, out]; None if that is not known.
         contents: The adapter's tensors by what they do.
-        places: The base's tensors that they change.
+        targets: The base's tensors that they change.
 
     Attributes:
         out_first: Whether the base stores Linear weights as [out, in].
     """
 
     def __init__(
-        self, weights: Checkpoint, settings: Settings, base: Checkpoint, paddle: bool | None, contents: Contents,
-        places: Mapping[str, Targets],
+        self, weights: Checkpoint, settings: AdapterConfig, base: Checkpoint, paddle: bool | None, contents: AdapterContents,
+        targets: Mapping[str, Targets],
     ) -> None:  # fmt: skip
         self.weights, self.settings, self.base, self.paddle = weights, settings, base, paddle
-        self.places = places
+        self.targets = targets
         self.out_first = self._orientation(contents)
 
-    def _orientation(self, contents: Contents) -> bool:
+    def _orientation(self, contents: AdapterContents) -> bool:
         """Whether the base stores Linear weights as [out, in]: what most shapes say counts for those that are square.
 
         Raises:
@@ -52,11 +52,11 @@ class Fitting:
         votes = {True: 0, False: 0}
         squares = False
         for module in contents.modules.values():
-            for place in self.places[module.weight] if module.kind == "lora" and not module.embedding else ():
-                if place.block is not None:  # Experts in one tensor go their own way.
+            for target in self.targets[module.weight] if module.kind == "lora" and not module.embedding else ():
+                if target.block is not None:  # Experts in one tensor go their own way.
                     continue
-                term = self.term(module, place)
-                ways = [out_first for out_first in (True, False) if self.fits(term, place, out_first)]
+                term = self.term(module, target)
+                ways = [out_first for out_first in (True, False) if self.fits(term, target, out_first)]
                 if len(ways) == 1:
                     votes[ways[0]] += 1
                 squares |= len(ways) > 1
@@ -74,57 +74,57 @@ class Fitting:
             "Say it with --input_layout.",
         )
 
-    def ways(self, place: Target, embedding: bool) -> tuple[bool, ...]:
+    def ways(self, target: BaseTensor, embedding: bool) -> tuple[bool, ...]:
         """Whether a weight is [out, in]: what to try, the likeliest first."""
         if embedding:
             return (False,)
         first = self.out_first
-        if place.block is not None:
+        if target.block is not None:
             paddle = self.settings.kind == "paddle" if self.paddle is None else self.paddle
             first = not paddle and self.base.config.get("model_type") not in TRANSPOSED_EXPERTS
         return first, not first
 
-    def fits(self, term: Term | None, place: Target, out_first: bool) -> bool:
+    def fits(self, term: Term | None, target: BaseTensor, out_first: bool) -> bool:
         """Whether a product has the shape of a tensor of the base that is stored so."""
-        shape = self._shape_of(place)
+        shape = self._shape_of(target)
         if term is None or len(shape) < 2:
             return False
         rows, columns = (term.outputs, term.inputs) if out_first else (term.inputs, term.outputs)
         return shape[0] == rows and math.prod(shape[1:]) == columns
 
-    def _shape_of(self, place: Target) -> Shape:
-        return self.base[place.name].shape[0 if place.block is None else 1 :]
+    def _shape_of(self, target: BaseTensor) -> Shape:
+        return self.base[target.name].shape[0 if target.block is None else 1 :]
 
-    def term(self, module: Module, place: Target) -> Term | None:
+    def term(self, module: AdaptedLayer, target: BaseTensor) -> Term | None:
         """The product that changes a tensor of the base; None if the factors' shapes make none."""
         a, b = module.factors["A"], module.factors["B"]
-        expert = self._expert(module, place)
+        expert = self._expert(module, target)
         if not self._are_factors(a.shape, b.shape, expert):
             return None
-        first = (place.block or 0) * math.prod(self._shape_of(place))
+        first = (target.block or 0) * math.prod(self._shape_of(target))
         term = Term(a, b, self._transposed, self.settings.scale_of(module.name), None, expert, first)
         if b.size != self._count(expert) * term.rank * b.shape[-1 if self._transposed else 0]:
             return None
-        if place.share is None:
+        if target.share is None:
             return term
-        cut = place.share.cut(term.outputs)
+        cut = target.share.cut(term.outputs)
         return replace(term, cut=cut) if cut is not None else None
 
     @property
     def _transposed(self) -> bool:
         return self.settings.kind == "paddle"
 
-    def _expert(self, module: Module, place: Target) -> Expert | None:
+    def _expert(self, module: AdaptedLayer, target: BaseTensor) -> ExpertIndex | None:
         """Whose factors they are, where the adapter has those of all experts together."""
-        if place.expert is None:
+        if target.expert is None:
             return None
-        return Expert(place.expert, 1 + max(each.expert or 0 for each in self.places[module.weight]))
+        return ExpertIndex(target.expert, 1 + max(each.expert or 0 for each in self.targets[module.weight]))
 
     @staticmethod
-    def _count(expert: Expert | None) -> int:
+    def _count(expert: ExpertIndex | None) -> int:
         return 1 if expert is None else expert.of
 
-    def _are_factors(self, a: Shape, b: Shape, expert: Expert | None) -> bool:
+    def _are_factors(self, a: Shape, b: Shape, expert: ExpertIndex | None) -> bool:
         if min(len(a), len(b)) < 2 or not math.prod(a) * math.prod(b):
             return False
         if not self._transposed:
@@ -133,14 +133,14 @@ class Fitting:
             return len(a) == 2
         return len(a) == len(b) == 3 and a[0] == b[0] == expert.of
 
-    def check_rank(self, module: Module) -> None:
+    def check_rank(self, module: AdaptedLayer) -> None:
         """Refuse factors of another rank than the settings say.
 
         Raises:
             CheckpointError: If they have another one.
         """
         wanted = self.settings.rank_of(module.name)
-        experts = len({place.expert for place in self.places[module.weight]} - {None})
+        experts = len({target.expert for target in self.targets[module.weight]} - {None})
         for a, b in ((module.factors[one], module.factors[two]) for one, two in PAIRS if one in module.factors):
             if self._transposed:
                 found = {*a.shape[-1:], *b.shape[-2:-1]}

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.adapter import Adapter
-from modelfuse.checkpoints.adapters.config import Settings
-from modelfuse.checkpoints.adapters.tensor_roles import Contents
+from modelfuse.checkpoints.adapters.config import AdapterConfig
+from modelfuse.checkpoints.adapters.tensor_roles import AdapterContents
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.errors import MismatchError
 from modelfuse.recipe.missing import MissingRule
@@ -22,7 +22,9 @@ NEW_HEAD = re.compile(r"(score|classifier|qa_outputs)\..+")
 OLD_HEAD = re.compile(r"(lm_head|cls|embed_out)\..+")
 
 
-def new_heads(contents: Contents, settings: Settings, has: Callable[[str], bool]) -> dict[str, StoredTensor]:
+def new_heads(
+    contents: AdapterContents, settings: AdapterConfig, has: Callable[[str], bool]
+) -> dict[str, StoredTensor]:
     """The head of a task that the base's class does not have."""
     if settings.task not in CLASSES:
         return {}

@@ -13,7 +13,7 @@ from modelfuse.checkpoints.adapters.arrays import Array, Recent, load
 from modelfuse.dtypes import DType, computed_in
 
 
-class Cut(NamedTuple):
+class FusedPart(NamedTuple):
     """Which outputs of a fused layer belong to one of its parts.
 
     Attributes:
@@ -46,7 +46,7 @@ class Cut(NamedTuple):
         return wide.reshape(self.outputs, *outputs.shape[1:])
 
 
-class Expert(NamedTuple):
+class ExpertIndex(NamedTuple):
     """Which of several experts' factors are meant, where all are stored together.
 
     Attributes:
@@ -78,8 +78,8 @@ class Term:
     b: StoredTensor
     transposed: bool
     scale: float
-    cut: Cut | None = None
-    expert: Expert | None = None
+    cut: FusedPart | None = None
+    expert: ExpertIndex | None = None
     first: int = 0
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from modelfuse.checkpoints.name_patterns import Patterns, Unfit
+from modelfuse.checkpoints.name_patterns import Patterns, UnsupportedPattern
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import PathOrUrl
 
@@ -41,5 +41,5 @@ class ByPattern:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except Unfit as error:
+        except UnsupportedPattern as error:
             raise CheckpointError(f"{self._file}: {self._key} is {error}") from None

@@ -19,7 +19,7 @@ import numpy as np
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor, read_config
 from modelfuse.checkpoints.adapters.arrays import Array, Recent, narrow, read_values, widen
 from modelfuse.checkpoints.adapters.base_names import Names
-from modelfuse.checkpoints.name_patterns import Patterns, Unfit
+from modelfuse.checkpoints.name_patterns import Patterns, UnsupportedPattern
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import BF16, F16
 from modelfuse.errors import CheckpointError, MismatchError
@@ -34,7 +34,7 @@ GROUPS = (-1, 64, 128)
 PIECE = 1 << 18
 
 
-class Scheme(NamedTuple):
+class GroupQuantization(NamedTuple):
     """How a weight is quantized.
 
     Attributes:
@@ -58,7 +58,7 @@ class QuantizedTensor(StoredTensor):
     """
 
     source: StoredTensor
-    scheme: Scheme
+    scheme: GroupQuantization
     out_first: bool
     recent: Recent = field(compare=False, repr=False)
 
@@ -113,8 +113,8 @@ class QuantizedTensor(StoredTensor):
                 out = np.frombuffer(buffer, np.uint16)
                 for begin in range(0, out.size, PIECE):
                     part = out[begin : begin + PIECE]
-                    rows, places = np.divmod(np.arange(start + begin, start + begin + part.size), columns)
-                    outputs, inputs = (rows, places) if self.out_first else (places, rows)
+                    rows, columns = np.divmod(np.arange(start + begin, start + begin + part.size), columns)
+                    outputs, inputs = (rows, columns) if self.out_first else (columns, rows)
                     weights = read_values(source, self.dtype, start + begin, part.size)
                     weights = _there_and_back(weights, scales[inputs // group, outputs], self.scheme)
                     part[:] = narrow(self.dtype, weights)
@@ -122,7 +122,7 @@ class QuantizedTensor(StoredTensor):
             yield read
 
 
-def _there_and_back(weights: Array, scales: Array, scheme: Scheme) -> Array:
+def _there_and_back(weights: Array, scales: Array, scheme: GroupQuantization) -> Array:
     with np.errstate(all="ignore"):  # A group of zeros has the scale zero, and stays.
         codes = weights / scales
     sizes = np.minimum(np.floor(np.abs(codes) + np.float32(0.5)), np.float32(scheme.greatest))
@@ -167,13 +167,13 @@ class _Quantizing:
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
             raise CheckpointError(f"{self._file}: quantization_linear_list is no list of names")
         schemes = {f"{layer}.weight": scheme for layer in layers if (scheme := self._scheme(layer)) is not None}
-        places = Names(self._base).find(self._file, list(schemes))
-        chosen = {place.name: scheme for name, scheme in schemes.items() for place in places[name]}
+        found = Names(self._base).find(self._file, list(schemes))
+        chosen = {target.name: scheme for name, scheme in schemes.items() for target in found[name]}
         recent, out_first = Recent(), self._out_first()
         quantized = {name: self._wrap(name, scheme, out_first, recent) for name, scheme in chosen.items()}
         return replace(self._base, tensors={**self._base.tensors, **quantized})
 
-    def _scheme(self, layer: str) -> Scheme | None:
+    def _scheme(self, layer: str) -> GroupQuantization | None:
         algorithm = self._config.get("weight_quantize_algo")
         with _told(self._file):
             if isinstance(algorithm, Mapping):
@@ -187,12 +187,12 @@ class _Quantizing:
                 f"{self._file}: weights quantized by {algorithm} in groups of {group} are not supported",
                 f"Supported are {', '.join(GREATEST)}, for each output or in groups of 64 or 128.",
             )
-        return Scheme(GREATEST[str(algorithm)], int(str(group)))
+        return GroupQuantization(GREATEST[str(algorithm)], int(str(group)))
 
     def _out_first(self) -> bool:
         return not (self._base.config.get("source") == "paddle" if self._paddle is None else self._paddle)
 
-    def _wrap(self, name: str, scheme: Scheme, out_first: bool, recent: Recent) -> StoredTensor:
+    def _wrap(self, name: str, scheme: GroupQuantization, out_first: bool, recent: Recent) -> StoredTensor:
         source = self._base[name]
         if source.dtype not in (BF16, F16) or len(source.shape) != 2 or not source.size:
             raise CheckpointError(
@@ -216,5 +216,5 @@ def _told(file: PathOrUrl) -> Iterator[None]:
     """A pattern that cannot be looked for as an error that names the file."""
     try:
         yield
-    except Unfit as error:
+    except UnsupportedPattern as error:
         raise CheckpointError(f"{file}: a pattern of quantization_config is {error}") from None

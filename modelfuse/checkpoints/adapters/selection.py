@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.adapters.heads import has_other_rows
-from modelfuse.checkpoints.name_patterns import Patterns, Unfit
+from modelfuse.checkpoints.name_patterns import Patterns, UnsupportedPattern
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.recipe import Recipe
@@ -71,5 +71,5 @@ def _patterns(setting: str, text: str | None) -> Patterns | None:
         return None
     try:
         return Patterns([f".*({text}).*"])
-    except Unfit as error:
+    except UnsupportedPattern as error:
         raise RecipeError(f"{setting} is {text!r}: {error}", "Give a regular expression.") from None

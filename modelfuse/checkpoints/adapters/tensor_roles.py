@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
-from modelfuse.checkpoints.adapters.config import SUPPORTED, Settings
+from modelfuse.checkpoints.adapters.config import SUPPORTED, AdapterConfig
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.errors import CheckpointError
 
@@ -44,7 +44,7 @@ _NEEDED: Mapping[str, tuple[frozenset[str], ...]] = {
 
 
 @dataclass
-class Module:
+class AdaptedLayer:
     """The tensors of one adapted layer.
 
     Attributes:
@@ -72,7 +72,7 @@ class Module:
 
 
 @dataclass
-class Contents:
+class AdapterContents:
     """An adapter's tensors.
 
     Attributes:
@@ -81,12 +81,12 @@ class Contents:
         copies: Tensors of the base that the adapter has a copy of.
     """
 
-    modules: dict[str, Module] = field(default_factory=dict)
+    modules: dict[str, AdaptedLayer] = field(default_factory=dict)
     whole: dict[str, StoredTensor] = field(default_factory=dict)
     copies: dict[str, StoredTensor] = field(default_factory=dict)
 
 
-def sort_out(weights: Checkpoint, settings: Settings, has: Callable[[str], bool]) -> Contents:
+def sort_out(weights: Checkpoint, settings: AdapterConfig, has: Callable[[str], bool]) -> AdapterContents:
     """Sort an adapter's tensors by what they do.
 
     Args:
@@ -97,7 +97,7 @@ def sort_out(weights: Checkpoint, settings: Settings, has: Callable[[str], bool]
     Raises:
         CheckpointError: If one of a pair is missing, or a tensor is of an unsupported kind.
     """
-    contents, strange = Contents(), list[str]()
+    contents, strange = AdapterContents(), list[str]()
     for tensor in weights.values():
         name = tensor.name.removeprefix(PEFT_PREFIX)
         if match := _FACTOR.fullmatch(name):
@@ -124,9 +124,9 @@ def sort_out(weights: Checkpoint, settings: Settings, has: Callable[[str], bool]
     return contents
 
 
-def _add_factor(contents: Contents, match: re.Match[str], tensor: StoredTensor) -> None:
+def _add_factor(contents: AdapterContents, match: re.Match[str], tensor: StoredTensor) -> None:
     name = f"{match['module']}{match['wrapped']}"
-    module = contents.modules.setdefault(name, Module(name, parameter=match["own"] is not None))
+    module = contents.modules.setdefault(name, AdaptedLayer(name, parameter=match["own"] is not None))
     part = (match["own"] or match["part"]).removeprefix("lora_")
     module.embedding |= part.startswith("embedding_")
     short = part.removeprefix("embedding_").removesuffix("_vector")
@@ -134,7 +134,7 @@ def _add_factor(contents: Contents, match: re.Match[str], tensor: StoredTensor) 
     module.factors["bias" if match["parameter"] == "bias" else short] = tensor
 
 
-def _check_kinds(weights: Checkpoint, modules: Mapping[str, Module], settings: Settings) -> None:
+def _check_kinds(weights: Checkpoint, modules: Mapping[str, AdaptedLayer], settings: AdapterConfig) -> None:
     other = [
         next(iter(each.factors.values())).name for each in modules.values() if each.kind not in settings.adapts.modules
     ]
@@ -151,7 +151,7 @@ def _check_kinds(weights: Checkpoint, modules: Mapping[str, Module], settings: S
         )
 
 
-def _check_pairs(weights: Checkpoint, modules: Mapping[str, Module]) -> None:
+def _check_pairs(weights: Checkpoint, modules: Mapping[str, AdaptedLayer]) -> None:
     alone = [
         next(iter(module.factors.values())).name
         for module in modules.values()
@@ -165,17 +165,17 @@ def _check_pairs(weights: Checkpoint, modules: Mapping[str, Module]) -> None:
 
 
 def _by_parameter(
-    weights: Checkpoint, modules: Mapping[str, Module], settings: Settings, has: Callable[[str], bool]
-) -> dict[str, Module]:
+    weights: Checkpoint, modules: Mapping[str, AdaptedLayer], settings: AdapterConfig, has: Callable[[str], bool]
+) -> dict[str, AdaptedLayer]:
     """The layers by their names, with those of single parameters told apart.
 
     PEFT wraps a layer once for each of its adapted parameters, the first one innermost, and names the factors by the
     wrappers: ``experts.base_layer.lora_A`` and ``experts.lora_A``.
     """
-    wrappers: dict[str, list[Module]] = {}
+    wrappers: dict[str, list[AdaptedLayer]] = {}
     for name, module in modules.items():
         wrappers.setdefault(re.sub(r"(\.base_layer)+$", "", name), []).append(module)
-    named: dict[str, Module] = {}
+    named: dict[str, AdaptedLayer] = {}
     for name, found in wrappers.items():
         leaves = _parameters_of(name, settings)
         if len(found) == 1 and found[0].name == name and (not leaves or has(f"{name}.weight")):
@@ -192,7 +192,7 @@ def _by_parameter(
     return named
 
 
-def _parameters_of(name: str, settings: Settings) -> list[str]:
+def _parameters_of(name: str, settings: AdapterConfig) -> list[str]:
     """Which parameters of a layer are adapted, as the settings have it, in the order in which a model declares them."""
     leaves = {target.rpartition(".")[2] for target in settings.parameters}
     fits = [leaf for leaf in leaves if any(f".{name}.{leaf}".endswith(f".{target}") for target in settings.parameters)]

@@ -12,7 +12,7 @@ import numpy as np
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.adapter import Adapter
-from modelfuse.checkpoints.adapters.changed_base import RowsTensor
+from modelfuse.checkpoints.adapters.changed_base import TrainedRowsTensor
 from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
 from modelfuse.checkpoints.ties import TiedPair, apart, are_equal, has_head, is_tied, pair_of
 
@@ -49,7 +49,7 @@ def _stays_tied(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> bool:
     if not any(changed) or adapter.added:
         return True
     if not changed[1]:  # PEFT ties rows by itself; a class without a head has nothing to untie.
-        return isinstance(one, RowsTensor) or not has_head(base)
+        return isinstance(one, TrainedRowsTensor) or not has_head(base)
     return all(changed) and _are_the_same_change(one, other)
 
 
@@ -62,7 +62,7 @@ def _are_the_same_change(one: StoredTensor, other: StoredTensor) -> bool:
         return len(one.terms) == len(other.terms) and all(same)
     if isinstance(one, LowRankTensor) or isinstance(other, LowRankTensor):
         return False
-    if isinstance(one, RowsTensor) and isinstance(other, RowsTensor):
+    if isinstance(one, TrainedRowsTensor) and isinstance(other, TrainedRowsTensor):
         return one.rows == other.rows and are_equal(one.trained, other.trained)
     return type(one) is type(other) is StoredTensor and are_equal(one, other)
 
@@ -79,6 +79,6 @@ def _tied_again(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> Adapter:
 def _with_both_ends(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> Adapter:
     """The adapter with the head that it means: its trained rows are the head's, too."""
     one, other = adapter.tensors[pair.embedding], adapter.tensors[pair.head]
-    if isinstance(one, RowsTensor) and other == base.tensors[pair.head]:
+    if isinstance(one, TrainedRowsTensor) and other == base.tensors[pair.head]:
         return replace(adapter, tensors={**adapter.tensors, pair.head: replace(one, name=pair.head)})
     return adapter

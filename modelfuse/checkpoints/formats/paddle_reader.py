@@ -21,7 +21,7 @@ from modelfuse.checkpoints.formats.pickle_types import (
 from modelfuse.checkpoints.formats.safe_unpickler import PickleMachine
 from modelfuse.checkpoints.formats.state_dicts import find_state_dict, split_aliases
 from modelfuse.checkpoints.tensors import StoredTensor
-from modelfuse.checkpoints.views.strided import ReorderedTensor, is_plain, place, reorder, row_major
+from modelfuse.checkpoints.views.strided import ReorderedTensor, is_plain, reorder, row_major, strided_tensor
 from modelfuse.storage import Place
 from modelfuse.storage.files import SourceFile
 
@@ -54,7 +54,7 @@ def read_paddle(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         slices = _take_slices(entries, arrays)
         # One array, not one place in the file: Python shares strings of one byte between unrelated arrays.
         kept, aliases = split_aliases(arrays, id)
-        tensors = {name: _place(name, array, file) for name, array in kept.items()}
+        tensors = {name: _stored(name, array, file) for name, array in kept.items()}
         for name, (shape, parts) in slices.items():
             tensors[name] = _join(name, shape, parts, file)
         return tensors, aliases
@@ -92,7 +92,7 @@ def _take_slices(
     return slices
 
 
-def _place(name: str, array: NumpyArray, file: SourceFile) -> StoredTensor:
+def _stored(name: str, array: NumpyArray, file: SourceFile) -> StoredTensor:
     if array.type is None or array.data is None:
         raise Refused(f"tensor {name!r} has no bytes")
     dtype, shape, data = array.type.dtype(), array.shape, array.data
@@ -104,8 +104,8 @@ def _place(name: str, array: NumpyArray, file: SourceFile) -> StoredTensor:
         return StoredTensor(name, dtype, shape, file, 0)
     strides = tuple(reversed(row_major(shape[::-1]))) if array.fortran else row_major(shape)
     if isinstance(data, ByteRange):
-        return place(name, dtype, shape, file, data.offset, strides, array.type.big_endian)
-    return _place_text(StoredTensor(name, dtype, shape, file, 0), data, strides, array.type.big_endian)
+        return strided_tensor(name, dtype, shape, file, data.offset, strides, array.type.big_endian)
+    return _stored_text(StoredTensor(name, dtype, shape, file, 0), data, strides, array.type.big_endian)
 
 
 def _length_of(data: ByteRange | EncodedText) -> tuple[int, int]:
@@ -118,7 +118,7 @@ def _length_of(data: ByteRange | EncodedText) -> tuple[int, int]:
     return (data.text.length + 1) // 2, data.text.length
 
 
-def _place_text(tensor: StoredTensor, data: EncodedText, strides: tuple[int, ...], big_endian: bool) -> StoredTensor:
+def _stored_text(tensor: StoredTensor, data: EncodedText, strides: tuple[int, ...], big_endian: bool) -> StoredTensor:
     name, dtype, shape, file = tensor.name, tensor.dtype, tensor.shape, tensor.file
     if isinstance(data.text, str):
         try:
@@ -133,7 +133,7 @@ def _place_text(tensor: StoredTensor, data: EncodedText, strides: tuple[int, ...
 
 
 def _join(name: str, shape: tuple[int, ...], slices: list[NumpyArray], file: SourceFile) -> StoredTensor:
-    parts = tuple(_place(f"{name}@@.{number}", part, file) for number, part in enumerate(slices))
+    parts = tuple(_stored(f"{name}@@.{number}", part, file) for number, part in enumerate(slices))
     dtype = parts[0].dtype
     if any(part.dtype != dtype for part in parts) or sum(part.size for part in parts) != math.prod(shape):
         raise Refused(f"the slices of tensor {name!r} do not make up its shape {shape}")

@@ -48,14 +48,14 @@ def find_state_dict(value: object, is_tensor: Callable[[object], bool]) -> dict[
         if not holders:
             return value
         if direct or len(holders) > 1:
-            places = ", ".join(repr(name) for name in (direct[:1] + holders)[:4])
-            raise Refused(f"it holds tensors in several places: {places}", _SAVE_ALONE)
+            shown = ", ".join(repr(name) for name in (direct[:1] + holders)[:4])
+            raise Refused(f"it holds tensors in several dicts: {shown}", _SAVE_ALONE)
         value = value[holders[0]]
     raise Refused(f"its tensors lie more than {_MAX_WRAPPERS} dicts deep", _SAVE_ALONE)
 
 
 def split_aliases(
-    tensors: Mapping[str, T], place: Callable[[T], Hashable | None]
+    tensors: Mapping[str, T], identity: Callable[[T], Hashable | None]
 ) -> tuple[dict[str, T], dict[str, str]]:
     """Keep one name of every tensor.
 
@@ -64,14 +64,14 @@ def split_aliases(
 
     Args:
         tensors: All names.
-        place: Two tensors are the same if this gives the same; None stands for a tensor of its own.
+        identity: Two tensors are the same if this gives the same; None stands for a tensor of its own.
 
     Returns:
         The tensors in their order, and the other names: alias → name that stayed.
     """
     groups: dict[Hashable, list[str]] = {}
     for name, tensor in tensors.items():
-        where = place(tensor)
+        where = identity(tensor)
         groups.setdefault(name if where is None else (where,), []).append(name)
     aliases: dict[str, str] = {}
     for names in groups.values():

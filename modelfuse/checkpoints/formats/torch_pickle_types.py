@@ -55,7 +55,7 @@ class TorchTensor:
         return math.prod(self.shape)
 
     @property
-    def place(self) -> str:
+    def identity(self) -> str:
         """Tells it from tensors of other elements; text, as a file can choose numbers whose hashes are all the same."""
         storage = self.storage
         return repr((storage.key, storage.dtype, storage.size, storage.start, self.offset, self.shape, self.strides,

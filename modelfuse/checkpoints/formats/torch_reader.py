@@ -15,7 +15,7 @@ from modelfuse.checkpoints.formats.state_dicts import find_state_dict, split_ali
 from modelfuse.checkpoints.formats.torch_pickle_types import KNOWN, Storage, TorchTensor, storage_of
 from modelfuse.checkpoints.formats.zip_index import ZipIndex
 from modelfuse.checkpoints.tensors import StoredTensor
-from modelfuse.checkpoints.views.strided import extent_of, place
+from modelfuse.checkpoints.views.strided import extent_of, strided_tensor
 from modelfuse.storage import Place
 from modelfuse.storage.files import OpenFile, SourceFile
 
@@ -49,8 +49,8 @@ def read_torch(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             raise not_this_format(start, "torch")
         entries = find_state_dict(value, lambda item: isinstance(item, TorchTensor))
         tensors = {name: item for name, item in entries.items() if isinstance(item, TorchTensor)}
-        kept, aliases = split_aliases(tensors, lambda tensor: tensor.place if tensor.size else None)
-        return {name: _place(name, tensor, file, locate, big_endian) for name, tensor in kept.items()}, aliases
+        kept, aliases = split_aliases(tensors, lambda tensor: tensor.identity if tensor.size else None)
+        return {name: _stored(name, tensor, file, locate, big_endian) for name, tensor in kept.items()}, aliases
 
 
 def _read_zip(file: OpenFile) -> tuple[object, Locate, bool]:
@@ -87,8 +87,8 @@ def _read_stream(file: OpenFile) -> tuple[object, Locate]:
         return storage
 
     value = PickleMachine(window, KNOWN, remember).load()
-    places = _walk_storages(window, storages)
-    return value, lambda storage: places[storage.key]
+    extents = _walk_storages(window, storages)
+    return value, lambda storage: extents[storage.key]
 
 
 def _walk_storages(window: Window, storages: dict[str, Storage]) -> dict[str, tuple[int, int]]:
@@ -97,18 +97,18 @@ def _walk_storages(window: Window, storages: dict[str, Storage]) -> dict[str, tu
         raise Refused("its list of storages does not fit its tensors")
     if len(keys) != len(storages):
         raise Refused("its list of storages has duplicates")
-    places: dict[str, tuple[int, int]] = {}
+    extents: dict[str, tuple[int, int]] = {}
     for key in keys:
         storage = storages[key]
         size = int.from_bytes(window.take(8), "little", signed=True)
         if size != storage.size:
             raise Refused(f"storage {key!r} has {size:,} elements, its tensors say {storage.size:,}")
         nbytes = storage.dtype.nbytes(size)
-        places[key] = window.skip(nbytes), nbytes
-    return places
+        extents[key] = window.skip(nbytes), nbytes
+    return extents
 
 
-def _place(name: str, tensor: TorchTensor, file: SourceFile, locate: Locate, big_endian: bool) -> StoredTensor:
+def _stored(name: str, tensor: TorchTensor, file: SourceFile, locate: Locate, big_endian: bool) -> StoredTensor:
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
     if tensor.size == 0:
         return StoredTensor(name, dtype, shape, file, 0)
@@ -119,4 +119,4 @@ def _place(name: str, tensor: TorchTensor, file: SourceFile, locate: Locate, big
     end = first + dtype.nbytes(extent_of(shape, strides))
     if max(end, tensor.storage.dtype.nbytes(tensor.storage.size)) > available:
         raise Refused(f"tensor {name!r} reaches beyond its storage of {available:,} bytes (truncated?)")
-    return place(name, dtype, shape, file, start + first, strides, big_endian)
+    return strided_tensor(name, dtype, shape, file, start + first, strides, big_endian)

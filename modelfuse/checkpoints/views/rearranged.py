@@ -44,12 +44,12 @@ def view(
     elif type(tensor) is not StoredTensor:
         return ReorderedTensor(name, dtype, shape, file, tensor.offset, tensor, steps, False, dims, first)
 
-    def place(step: int) -> int:
+    def position(step: int) -> int:
         """How far apart elements lie in the file that are so far apart in row-major order."""
         counts = divmod(step, tensor.shape[-1])[-len(strides) :]
         return sum(count * stride for count, stride in zip(counts, strides, strict=True))
 
-    offset, placed = tensor.offset + dtype.nbytes(place(first)), tuple(place(step) for step in steps)
+    offset, placed = tensor.offset + dtype.nbytes(position(first)), tuple(position(step) for step in steps)
     if is_plain(dtype, dims, placed, big_endian):
         return StoredTensor(name, dtype, shape, file, offset)
     return StridedTensor(name, dtype, shape, file, offset, placed, big_endian, dims)
@@ -112,8 +112,8 @@ class _Weaver:
         for reader, width, (left, right) in zip(self._readers, self._widths, self._edges, strict=True):
             begin, stop = max(left, skipped), min(right, end)
             if begin < stop:
-                place = slice(self._dtype.nbytes(begin - skipped), self._dtype.nbytes(stop - skipped))
-                reader(row * width + begin - left, buffer[place])
+                part = slice(self._dtype.nbytes(begin - skipped), self._dtype.nbytes(stop - skipped))
+                reader(row * width + begin - left, buffer[part])
 
     def _read_rows(self, row: int, rows: int, buffer: Buffer) -> None:
         """So many whole rows."""

@@ -172,8 +172,8 @@ class _Gatherer:
             rows, pitch, width = 1, extent, extent
         storage, itemsize = np.empty((rows, width), self.element), self.element.itemsize
         for row, part in enumerate(storage):
-            place = self.offset + (first + row * pitch) * itemsize
-            self.file.read(place, part.view(np.uint8).data)
+            position = self.offset + (first + row * pitch) * itemsize
+            self.file.read(position, part.view(np.uint8).data)
         strides = [width if each == axis and rows > 1 else stride for each, (_, stride) in enumerate(dims)]
         steps = tuple(stride * itemsize for stride in strides)
         _copy_rows(as_strided(storage, tuple(size for size, _ in dims), steps, writeable=False), out)
@@ -199,7 +199,7 @@ def is_plain(dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...], big
     return ordered and (not big_endian or dtype.bytes == 1)
 
 
-def place(
+def strided_tensor(
     name: str,
     dtype: DType,
     shape: tuple[int, ...],
