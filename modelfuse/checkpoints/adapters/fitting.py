@@ -36,8 +36,8 @@ class Fitting:
     """
 
     def __init__(
-        self, weights: Checkpoint, settings: AdapterConfig, base: Checkpoint, paddle: bool | None, contents: AdapterContents,
-        targets: Mapping[str, Targets],
+        self, weights: Checkpoint, settings: AdapterConfig, base: Checkpoint, paddle: bool | None,
+        contents: AdapterContents, targets: Mapping[str, Targets],
     ) -> None:  # fmt: skip
         self.weights, self.settings, self.base, self.paddle = weights, settings, base, paddle
         self.targets = targets

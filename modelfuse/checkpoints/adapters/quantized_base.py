@@ -113,8 +113,8 @@ class QuantizedTensor(StoredTensor):
                 out = np.frombuffer(buffer, np.uint16)
                 for begin in range(0, out.size, PIECE):
                     part = out[begin : begin + PIECE]
-                    rows, columns = np.divmod(np.arange(start + begin, start + begin + part.size), columns)
-                    outputs, inputs = (rows, columns) if self.out_first else (columns, rows)
+                    rows, across = np.divmod(np.arange(start + begin, start + begin + part.size), columns)
+                    outputs, inputs = (rows, across) if self.out_first else (across, rows)
                     weights = read_values(source, self.dtype, start + begin, part.size)
                     weights = _there_and_back(weights, scales[inputs // group, outputs], self.scheme)
                     part[:] = narrow(self.dtype, weights)
