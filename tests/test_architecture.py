@@ -165,6 +165,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "recipe",
         "kernels.jit",
         "checkpoints",
+        "checkpoints.adapters",
         "checkpoints.output",
         "planning",
         "planning.hub",

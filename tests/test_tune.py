@@ -23,6 +23,7 @@ from modelfuse.tuning import merged_folders
 from modelfuse.tuning.evaluation import numbers_in
 from modelfuse.tuning.layer_groups import find_groups
 from modelfuse.tuning.marks import read_space
+from modelfuse.tuning.perplexity import Perplexity
 
 pytestmark = pytest.mark.skipif(
     any(__import__("importlib.util").util.find_spec(each) is None for each in ("optuna", "cmaes")),
@@ -118,9 +119,9 @@ def command(tmp_path: Path, *, sleep: float = 0.0) -> str:
 
 
 def test_weights_of_layer_groups_are_found(tmp_path: Path, models: dict[str, Any]) -> None:
-    found = package.tune(models, distance, 30, groups=1, attention_apart=True, progress=False)
+    found = package.tune(models, distance, 20, groups=1, attention_apart=True, progress=False)
     first, best = found.trials[0].numbers["value"], found.best.numbers["value"]
-    assert best < 0.5 * first
+    assert best < 0.8 * first
     assert [*found.best.parameters] == [
         f"layers 0-3 {part} weight {model}" for part in ("attention", "MLP") for model in (1, 2)
     ], "embedding and norm are the base's in every model"
@@ -133,7 +134,7 @@ def test_weights_of_layer_groups_are_found(tmp_path: Path, models: dict[str, Any
     settings = json.loads((tmp_path / "out" / "merge_config.json").read_text())
     assert settings["rules"][0]["weight_list"] == [*found.best.parameters.values()][:2]
     assert [row["trial"] for row in table(study) if row["best"] == "1"] == [str(found.best.number)]
-    assert (study / "history.svg").read_text().count("<circle") == 31
+    assert (study / "history.svg").read_text().count("<circle") == 21
 
 
 def package_recipe(path: Path) -> dict[str, Any]:
@@ -204,7 +205,8 @@ def test_a_killed_run_goes_on(tmp_path: Path, models: dict[str, Any]) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    left = [each.parent for each in Path("/dev/shm").glob("modelfuse-tune-*/*")] if Path("/dev/shm").is_dir() else []
+    shared = merged_folders.RAM_DISK
+    left = [*shared.glob(f"{merged_folders.prefix_of(tmp_path / 'out.tune')}*")] if shared.is_dir() else []
     assert not (tmp_path / "out").exists()
     before = len(log.read_text().splitlines())
     process = start(*words)
@@ -405,6 +407,56 @@ def test_perplexity_of_texts_is_built_in(tmp_path: Path) -> None:
     assert [*found.directions] == ["texts", "sums"]
     code = found.trials[1]
     assert code.numbers["texts"] < found.trials[0].numbers["texts"], "the expert of code predicts code better"
+
+
+def test_gradients_are_those_of_the_loss(tmp_path: Path) -> None:
+    """And steps along them lead down, whichever process makes them."""
+    pytest.importorskip("transformers")
+    shipped = ROOT / "demo" / "models"
+    (tmp_path / "texts.txt").write_text("function add(a, b) {\n  return a + b;\n}\n12 + 30 = 42\n")
+    recipe: dict[str, Any] = {
+        "model_path_list": [str(shipped / "code"), str(shipped / "arithmetic")],
+        "base_model_path": str(shipped / "base"), "output_dtype": "float32", "output_path": str(tmp_path / "out"),
+        "weight_list": [{"tune": [0, 1]}, 0.25], "lambda": {"tune": [0.5, 1.5]},
+        "rules": [{"tensors": "*.mlp.*", "weight_list": [0.25, {"tune": [0, 1], "start": 0.75}]}],
+    }  # fmt: skip
+    words: dict[str, Any] = {"data": [tmp_path / "texts.txt"], "sampler": "gradient", "progress": False}
+    first = package.tune(recipe, "perplexity", 2, **words).trials
+    found = package.tune(recipe, "perplexity", 3, **words, overwrite=True).trials
+    assert found[:2] == first
+    losses = [math.log(each.numbers["perplexity"]) for each in found]
+    assert losses == sorted(losses, reverse=True)
+    evaluate = Perplexity([tmp_path / "texts.txt"])
+    space = read_space(recipe)
+    assert found[0].gradient.keys() == space.start.keys() == {"weight_list 1", "lambda", "rule 1 weight_list 2"}
+    for name, slope in found[0].gradient.items():
+        sides = []
+        for step in (-0.05, 0.05):
+            point = {**space.start, name: space.start[name] + step}
+            settings: dict[str, Any] = {**space.settings(point), "output_path": tmp_path / "side", "overwrite": True}
+            package.merge(**settings, progress=False)
+            sides.append(math.log(evaluate(tmp_path / "side")["perplexity"]))
+        assert slope == pytest.approx((sides[1] - sides[0]) / 0.1, rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "told"),
+    [
+        ({}, ("--evaluate", "echo 1; : {model}"), "needs the loss itself"),
+        ({"merge_method": "ties"}, (), "is for linear merges"),
+        ({"seed": {"tune": [0, 5]}}, (), "seed is neither"),
+        ({}, ("--jobs", 2), "one step after the other"),
+    ],
+)
+def test_gradients_that_nobody_knows_are_refused(
+    tmp_path: Path, modelfuse: Run, models: dict[str, Any], recipe: dict[str, Any], words: tuple[object, ...], told: str
+) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "texts.txt").write_text("text")
+    evaluation = () if "--evaluate" in words else ("--evaluate", "perplexity", "--data", tmp_path / "texts.txt")
+    said = modelfuse("tune", written(tmp_path, {**models, **recipe}), "--sampler", "gradient", *evaluation, *words)
+    assert said.status == 2
+    assert told in said.err
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def tune(
         groups: Parts of the depth that have weights of their own for each model; 0: none.
         attention_apart: Whether attention and MLP of each part have weights of their own.
         direction: ``"minimize"`` or ``"maximize"``; ``["accuracy=maximize"]`` for one of several numbers.
-        sampler: ``"cmaes"``, ``"tpe"``, or ``"auto"``.
+        sampler: ``"cmaes"``, ``"tpe"``, ``"gradient"`` (weights of linear merges, with perplexity), or ``"auto"``.
         jobs: How many evaluations run at a time, each in a thread.
         scratch: A folder for merges while they are evaluated; None: a RAM disk if they fit, else beside the study.
         data: Files of texts for ``"perplexity"``.

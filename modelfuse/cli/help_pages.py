@@ -109,7 +109,8 @@ PAGES = {
             ("--direction WORD ...", "minimize or maximize; NAME=maximize for one of several. Default: minimize."),
             (
                 "--sampler NAME",
-                "cmaes, tpe or auto. Default: auto, cmaes for one number and several settings, else tpe.",
+                "cmaes, tpe, gradient (weights of linear merges, with perplexity) or auto. Default: auto, cmaes for "
+                "one number and several settings, else tpe.",
             ),
             ("--jobs N", "Evaluations at a time. Default: 1."),
             (

@@ -12,7 +12,10 @@ import numpy as np
 from modelfuse.tuning.search_space import Dimension
 
 #: The first step's size, as a share of the ranges.
-SIGMA = 0.15
+SIGMA = 0.12
+#: How much weights of one model in different layers go together at first, and those of different models: what is
+#: wrong first of all is how large they are.
+SAME_MODEL, OTHER_MODEL = 0.9, 0.5
 #: Generations that a budget should have; and the least that one may consist of.
 GENERATIONS, LEAST = 5, 4
 
@@ -72,7 +75,17 @@ class CmaEs:
         self._strategy = import_module("cmaes").CMA(
             mean=np.array([each.to_unit(each.start) for each in self._dimensions]),
             sigma=SIGMA,
+            cov=_covariance(self._dimensions),
             bounds=np.array([[0.0, 1.0]] * count),
             seed=self._seed,
             population_size=self._size,
         )
+
+
+def _covariance(dimensions: Sequence[Dimension]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    found = np.eye(len(dimensions))
+    for at, one in enumerate(dimensions):
+        for beside, other in enumerate(dimensions[:at]):
+            if one.model and other.model:
+                found[at, beside] = found[beside, at] = SAME_MODEL if one.model == other.model else OTHER_MODEL
+    return found

@@ -159,13 +159,18 @@ def _most_ram() -> int:
     return int(min(found) * MOST_RAM)
 
 
+def prefix_of(study: Path) -> str:
+    """What folders of merges begin with, so that those are known that a killed run of the same study has left."""
+    return f"modelfuse-tune-{hashlib.sha256(os.fsencode(study)).hexdigest()[:16]}-"
+
+
 def _parent_of(study: Path, scratch: Path | None, needed: int) -> Path:
     """A new folder for merged models, that only the user may look into.
 
     Raises:
         OutputError: If there is no room anywhere.
     """
-    prefix = f"modelfuse-tune-{hashlib.sha256(os.fsencode(study)).hexdigest()[:16]}-"
+    prefix = prefix_of(study)
     places = [scratch] if scratch is not None else [RAM_DISK, study]
     for place in dict.fromkeys((*places, RAM_DISK)):
         # The study's lock is held: nobody uses what a killed run has left.

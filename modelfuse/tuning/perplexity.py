@@ -17,6 +17,8 @@ from modelfuse.tuning.evaluation import Numbers
 NAME = "perplexity"
 #: Tokens of a text that are looked at; longer ones are cut into pieces of as many.
 MOST_TOKENS = 1024
+#: The logarithm of the largest number that is told.
+LARGEST = math.log(1e300)
 #: The extra that installs what it needs.
 EXTRA = "transformers"
 
@@ -49,22 +51,48 @@ class Perplexity:
         digest = hashlib.sha256(b"\0".join(contents.values())).hexdigest()
         self.told = f"{NAME} of {', '.join(map(str, files))} (sha256 {digest})"
 
+    @property
+    def names(self) -> Sequence[str]:
+        """What its numbers are called."""
+        return [*self._texts]
+
     def __call__(self, folder: Path) -> Numbers:
+        torch = import_module("torch")
+        model, tokenizer, most = self._load(folder, "auto")
+        with torch.inference_mode():
+            return {
+                name: _exp(_loss(torch, model, tokenizer, texts, most, False)) for name, texts in self._texts.items()
+            }
+
+    def with_gradients(self, folder: Path) -> tuple[Numbers, dict[str, Any]]:
+        """The same of the one file that there is, and for each parameter the gradient of the mean loss, as arrays."""
+        torch = import_module("torch")
+        model, tokenizer, most = self._load(folder, torch.float32)
+        ((name, texts),) = self._texts.items()
+        loss = _loss(torch, model, tokenizer, texts, most, True)
+        found = {
+            parameter: each.grad.detach().to("cpu").numpy()
+            for parameter, each in model.named_parameters()
+            if each.grad is not None
+        }
+        return {name: _exp(loss)}, found
+
+    def _load(self, folder: Path, dtype: Any) -> tuple[Any, Any, int]:
+        """A model, its tokenizer, and how many tokens it takes at once."""
         torch, transformers = import_module("torch"), import_module("transformers")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise EvaluationError(
                 f"transformers cannot load the merged model as one that predicts text: {str(error).splitlines()[0]}",
                 "Give a command of your own with --evaluate.",
             ) from error
-        most = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS)
-        with torch.inference_mode():
-            return {name: _perplexity(torch, model, tokenizer, texts, most) for name, texts in self._texts.items()}
+        limit = getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS
+        return model, tokenizer, min(MOST_TOKENS, limit)
 
     def stop(self) -> None:
         """Nothing: it ends soon."""
@@ -107,16 +135,27 @@ def _content(path: Path) -> bytes:
         raise RecipeError(f"data: {path} cannot be read: {error.strerror}") from None
 
 
-def _perplexity(torch: Any, model: Any, tokenizer: Any, texts: Sequence[str], most: int) -> float:
-    whole, count = 0.0, 0
-    for text in texts:
-        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
-        for piece in tokens.split(most, dim=1):
-            if piece.shape[1] > 1:
-                logits = model(input_ids=piece).logits[0, :-1].float()
-                whole += float(torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum"))
-                count += piece.shape[1] - 1
+def _loss(torch: Any, model: Any, tokenizer: Any, texts: Sequence[str], most: int, backward: bool) -> float:
+    """The mean loss of the next token; its gradients are left in the parameters if wanted."""
+    pieces = [
+        piece
+        for text in texts
+        for piece in tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+        .to(model.device)
+        .split(most, dim=1)
+        if piece.shape[1] > 1
+    ]
+    count, whole = sum(piece.shape[1] - 1 for piece in pieces), 0.0
     if not count:
         raise EvaluationError("The texts have no token that could be predicted", "Give longer ones with --data.")
-    mean = whole / count
-    return math.exp(mean) if mean < math.log(1e300) else math.inf
+    for piece in pieces:
+        logits = model(input_ids=piece).logits[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum") / count
+        if backward:
+            loss.backward()
+        whole += float(loss.detach())
+    return whole
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < LARGEST else math.inf

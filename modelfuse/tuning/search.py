@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from modelfuse.errors import EvaluationError, RecipeError
 from modelfuse.execution.intermediate import keep_intermediate
@@ -16,6 +17,8 @@ from modelfuse.execution.resume import facts_of
 from modelfuse.execution.run import cluster_of, run_into, run_plan
 from modelfuse.kernels.jit.compile import announcing
 from modelfuse.planning.plan import Plan, make_plan
+from modelfuse.tuning.gradient import NAME as DESCENT
+from modelfuse.tuning.gradient import Descent
 from modelfuse.tuning.history import write_history
 from modelfuse.tuning.merged_folders import MergedFolder, merged_folders
 from modelfuse.tuning.request import Request, Tuned
@@ -23,6 +26,14 @@ from modelfuse.tuning.search_space import Dimension, Space
 from modelfuse.tuning.study import Study, Trial
 
 Tell = Callable[[str], None]
+
+
+class Made(NamedTuple):
+    """A trial with the folder and the plan of its merge, if there is one."""
+
+    trial: Trial
+    path: Path | None = None
+    plan: Plan | None = None
 
 
 @dataclass
@@ -55,6 +66,7 @@ class Search:
                 self.tell(f"The study has {known} evaluated merges already.")
                 return
             self.tell(f"Resuming the interrupted run: {known} of {request.budget} merges are evaluated.")
+        self._descent = Descent(self.space, plan, request) if request.sampler == DESCENT else None
         with ExitStack() as stack:
             folders = stack.enter_context(
                 merged_folders(self.study.path.parent, request.scratch, plan.disk_space, request.jobs)
@@ -134,7 +146,9 @@ class Search:
             return self._pending.pop(0)
         if len(self.study.done()) + running >= self.request.budget:
             return None
-        return self.study.propose(running > 0)
+        if self._descent is None:
+            return self.study.propose(running > 0)
+        return self.study.propose(False, self._descent.propose(self.study.done(), self.space.dimensions))
 
     def _run_several(self, folders: Sequence[MergedFolder]) -> None:
         """Several evaluations at a time; merges are made one after the other meanwhile."""
@@ -155,8 +169,8 @@ class Search:
                 self.request.evaluation.stop()
                 raise
 
-    def _merged(self, trial: Trial, folder: MergedFolder) -> tuple[Trial, Path | None]:
-        """The folder of a trial's merge; None if its settings, together, are none that a merge takes."""
+    def _merged(self, trial: Trial, folder: MergedFolder) -> Made:
+        """A trial's merge, if its settings, together, are some that a merge takes."""
         started = time.perf_counter()
         name = f"trial-{trial.number}"
         try:
@@ -166,18 +180,22 @@ class Search:
             if trial.number == 0:
                 raise
             self.tell(f"Trial {trial.number} cannot be merged: {error.message}")
-            return trial, None
+            return Made(trial)
         path = folder.prepare(plan, name)
         run_into(plan, folder, self._cluster)
-        return replace(trial, seconds=(time.perf_counter() - started, 0.0)), path
+        return Made(replace(trial, seconds=(time.perf_counter() - started, 0.0)), path, plan)
 
-    def _evaluated(self, made: tuple[Trial, Path | None]) -> Trial:
+    def _evaluated(self, made: Made) -> Trial:
         """The trial with its numbers."""
-        trial, path = made
-        if path is None:
+        trial, path, plan = made
+        if path is None or plan is None:
             return replace(trial, numbers=dict.fromkeys(self.study.directions, math.nan))
         started = time.perf_counter()
-        numbers = self.request.evaluation(path)
+        if self._descent is not None:
+            numbers, gradient = self._descent.evaluate(path, plan)
+            trial = replace(trial, gradient=gradient)
+        else:
+            numbers = self.request.evaluation(path)
         return replace(trial, numbers=numbers, seconds=(trial.seconds[0], time.perf_counter() - started))
 
     def _take(self, trial: Trial) -> None:

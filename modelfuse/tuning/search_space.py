@@ -26,6 +26,7 @@ class Dimension:
         log: Whether its logarithm is searched.
         whole: Whether it is a whole number.
         share: Whether it is a share of a norm, as ``lambda: norm 0.6`` is.
+        model: The number of the model that it is a weight of, from 1 on; 0 if it is none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Dimension:
     log: bool = False
     whole: bool = False
     share: bool = False
+    model: int = 0
 
     def value(self, number: float) -> float | int | str:
         """A number of it as the recipe has it."""
@@ -123,7 +125,7 @@ def weights_of(name: str, models: int, low: float, high: float, start: Sequence[
     """One weight a model, as dimensions."""
     starts = start or [1 / models if low <= 1 / models <= high else (low + high) / 2] * models
     return [
-        Dimension(f"{name} {number}", min(low, first), max(high, first), first)
+        Dimension(f"{name} {number}", min(low, first), max(high, first), first, model=number)
         for number, first in enumerate(starts, 1)
     ]
 

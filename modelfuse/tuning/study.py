@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ STUDY = "modelfuse"
 #: Attributes of the study: what it depends on, the names of the numbers, the dimensions, and CMA-ES's population.
 FACTS, NUMBERS, DIMENSIONS, POPULATION = "facts", "numbers", "dimensions", "population"
 #: Of a trial: numbers as they were given, and how long it took.
-GIVEN, MERGING, EVALUATING = "numbers", "merge_seconds", "evaluation_seconds"
-SAMPLERS = ("auto", "cmaes", "tpe")
+GIVEN, MERGING, EVALUATING, SLOPES = "numbers", "merge_seconds", "evaluation_seconds", "gradient"
+SAMPLERS = ("auto", "cmaes", "tpe", "gradient")
 #: Random trials before TPE looks at what was found.
 TPE_RANDOM = 10
 #: Samplers take seeds below it.
@@ -39,12 +39,14 @@ class Trial:
         parameters: A number of each dimension.
         numbers: What its evaluation gave; empty before.
         seconds: How long merging and evaluating took.
+        gradient: Of the logarithm of its number, if that is known.
     """
 
     number: int
     parameters: Mapping[str, float]
     numbers: Mapping[str, float]
     seconds: tuple[float, float] = (0.0, 0.0)
+    gradient: Mapping[str, float] = field(default_factory=dict)
 
 
 class Study:
@@ -170,11 +172,12 @@ class Study:
                 found.append(Trial(each.number, self._parameters(trial), {}))
         return found
 
-    def propose(self, others: bool) -> Trial | None:
+    def propose(self, others: bool, point: Mapping[str, float] | None = None) -> Trial | None:
         """Begin another trial.
 
         Args:
             others: Whether some are under way.
+            point: What to try; None: what the sampler says.
 
         Returns:
             The trial; None if what is under way must be known before.
@@ -187,6 +190,7 @@ class Study:
                 point = self._cma.propose(number - 1, {each.number - 1: self._loss(each) for each in self.done()})
                 if point is None:
                     return None
+            if point is not None:
                 self._study.enqueue_trial(
                     {each.name: _stored(each, point[each.name]) for each in self._dimensions}, skip_if_exists=True
                 )
@@ -293,7 +297,8 @@ def _value(number: float, upward: bool) -> float:
 
 def _attributes(trial: Trial) -> dict[str, object]:
     numbers = {name: number if math.isfinite(number) else str(number) for name, number in trial.numbers.items()}
-    return {GIVEN: numbers, MERGING: trial.seconds[0], EVALUATING: trial.seconds[1]}
+    own = {GIVEN: numbers, MERGING: trial.seconds[0], EVALUATING: trial.seconds[1]}
+    return {**own, SLOPES: dict(trial.gradient)} if trial.gradient else own
 
 
 def _trial(found: Any, parameters: Mapping[str, float]) -> Trial:
@@ -301,4 +306,4 @@ def _trial(found: Any, parameters: Mapping[str, float]) -> Trial:
     with suppress(KeyError, AttributeError, ValueError):
         numbers = {name: float(value) for name, value in found.user_attrs[GIVEN].items()}
     seconds = (float(found.user_attrs.get(MERGING, 0)), float(found.user_attrs.get(EVALUATING, 0)))
-    return Trial(found.number, parameters, numbers, seconds)
+    return Trial(found.number, parameters, numbers, seconds, found.user_attrs.get(SLOPES, {}))
