@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,6 +190,15 @@ def test_mistakes_are_refused(refuse: Callable[..., str], pair: tuple[Path, Path
     refuse("diff", pair[0], strange, says=["no tensors of the same name and shape"], hint="one architecture")
     adapter, _ = adapter_of(tmp_path / "adapter", 1, Q)
     refuse("diff", adapter, pair[0], says=["is an adapter"], hint="trained on")
+
+
+def test_models_on_a_web_server(web: Any, modelfuse: Run) -> None:
+    for seed, name in enumerate("AB"):
+        make_model(web.folder / name, random_tensors(seed), shards=2)
+    here = [str(web.folder / name) for name in "AB"]
+    said = [modelfuse("diff", *models, "--json") for models in ([f"{web.url}/A", f"{web.url}/B"], here)]
+    there, local = (json.loads(each.out) for each in said)
+    assert there["tensors"] == local["tensors"] != []
 
 
 def test_advice_fits_what_was_found(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from diff_definitions import Array, Whole, as_stored, hold, turned
 
 from modelfuse.inspection import diff
 from modelfuse.inspection.diff_result import Diff
+from modelfuse.kernels import differences, interference
 from modelfuse.kernels.arrays import plain
 from modelfuse.kernels.compiled import bins
 from modelfuse.kernels.interference import Interference
@@ -277,3 +278,26 @@ def test_the_sketch_finds_its_own_error() -> None:
         misses.append((sketch.sums[0, 0, 1] - wanted) / sketch.sums[1, 0, 1] ** 0.5)
     assert abs(np.mean(misses)) < 0.6  # No bias.
     assert 0.2 < np.std(misses) < 1.6
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (20, 300)])
+def test_exact_products_are_taken_either_way(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interference, "PANEL", 64)
+    tau = np.random.default_rng(1).standard_normal((3, *shape)).astype(np.float32)
+    exact = Interference("x", Matrices(1, *shape), 3, exact=True)
+    exact.take(0, tau.reshape(3, -1), tau.reshape(3, -1).astype(np.float64))
+    wide = tau.astype(np.float64)
+    wanted = [[np.linalg.norm(other @ own.T) ** 2 for other in wide] for own in wide]
+    np.testing.assert_allclose(exact.sums[0], wanted, rtol=1e-12)
+    assert not exact.sums[1:].any()
+
+
+def test_bits_are_counted_alike_by_older_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = differences.bits_of(np.random.default_rng(1).random((3, 1000)) < 0.3)
+    counted = differences.ones_in(words)
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    monkeypatch.delattr(np, "vecdot", raising=False)
+    np.testing.assert_array_equal(differences.ones_in(words), counted)
+    rows = np.random.default_rng(2).standard_normal((2, 5, 7))
+    found = interference._squares_of_dots(rows)
+    np.testing.assert_allclose(found, np.einsum("irc,jrc->ijr", rows, rows).__pow__(2).sum(2))

@@ -13,6 +13,7 @@ Output a goes to bucket a mod k; k is prime, so that buckets do not line up with
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -153,17 +154,14 @@ class Interference:
         self._dots[:], self._squares[:] = 0, 0
 
     def _add_exact(self, matrices: Array) -> None:
-        for i in range(self._models):
-            for j in range(i, self._models):
-                square = 0.0
-                for top in range(0, matrices.shape[1], PANEL):
-                    one = matrices[j, top : top + PANEL].astype(np.float64)
-                    for left in range(0, matrices.shape[1], PANEL):
-                        product = one @ matrices[i, left : left + PANEL].astype(np.float64).T
-                        square += float(np.vdot(product, product))
-                self.sums[0, i, j] += square
-                if i != j:
-                    self.sums[0, j, i] += square
+        """Add the squares of the products of whole matrices, or the dot products of their Gram matrices: the same."""
+        _, outputs, inputs = matrices.shape
+        by_inputs = 2 * inputs < (self._models + 1) * outputs
+        panels = _grams(matrices) if by_inputs else _products(matrices)
+        for i, j, square in panels:
+            self.sums[0, i, j] += square
+            if i != j:
+                self.sums[0, j, i] += square
 
     def _add_estimate(self, buckets: Buckets, sketch: Array, diagonal: Array) -> None:
         k, n, scale = buckets.k, buckets.outputs.size, buckets.scale
@@ -183,6 +181,32 @@ class Interference:
         self.sums[1] += share * (deviations * deviations).sum(axis=2)
         itself = deviations[np.arange(self._models), np.arange(self._models)]
         self.sums[2] += share * (deviations * itself[:, None]).sum(axis=2)
+
+
+def _products(matrices: Array) -> Iterator[tuple[int, int, float]]:
+    """The sums of squares of τⱼ τᵢᵀ, pair by pair, in parts."""
+    models, outputs, _ = matrices.shape
+    for i in range(models):
+        for j in range(i, models):
+            for top in range(0, outputs, PANEL):
+                one = matrices[j, top : top + PANEL].astype(np.float64)
+                for left in range(0, outputs, PANEL):
+                    product = one @ matrices[i, left : left + PANEL].astype(np.float64).T
+                    yield i, j, float(np.vdot(product, product))
+
+
+def _grams(matrices: Array) -> Iterator[tuple[int, int, float]]:
+    """The same as the dot products of τᵢᵀτᵢ and τⱼᵀτⱼ, some columns at a time: less work where inputs are few."""
+    models, outputs, inputs = matrices.shape
+    for left in range(0, inputs, PANEL):
+        grams = np.zeros((models, inputs, min(PANEL, inputs - left)))
+        for gram, own in zip(grams, matrices, strict=True):
+            for top in range(0, outputs, PANEL):
+                rows = own[top : top + PANEL].astype(np.float64)
+                gram += rows.T @ rows[:, left : left + PANEL]
+        for i in range(models):
+            for j in range(i, models):
+                yield i, j, float(np.vdot(grams[i], grams[j]))
 
 
 def _squares_of_dots(rows: Array) -> Array:
@@ -213,5 +237,5 @@ def memory_of(matrices: Matrices, models: int, exact: bool) -> int:
     """Peak memory of :class:`Interference` in bytes."""
     sizes = [each.size if exact else min(each.size, PROBES) for each in matrices.outputs]
     dots = 0 if matrices.out_first or exact else models * models * matrices.columns * 8
-    wide = 2 * min(max(sizes), PANEL) * matrices.inputs * 8
+    wide = (models + 2) * PANEL * matrices.inputs * 8
     return models * sum(sizes) * matrices.inputs * 4 + wide + dots
