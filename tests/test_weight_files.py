@@ -109,3 +109,45 @@ def test_what_trainers_leave_stays_out_of_the_output(tmp_path: Path, merge: Call
     merge("--model_path_list", model, make_model(tmp_path / "B", TWICE), "--output_path", tmp_path / "out")
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made & left.keys() == {"tokenizer.json"}
+
+
+def stable_diffusion(seed: int) -> dict[str, np.ndarray]:
+    """A whole pipeline under the names of those who published it."""
+    draw = np.random.default_rng(seed)
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (8, 8),
+        "first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.k_proj.weight": (8, 8),
+    }
+    made: dict[str, np.ndarray] = {name: draw.standard_normal(each).astype(np.float16) for name, each in shapes.items()}
+    position = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    return made | {position: np.arange(7)[None], "alphas_cumprod": np.linspace(1, 0, 5, dtype=np.float32)}
+
+
+@pytest.mark.parametrize("suffixes", [(".safetensors", ".safetensors"), (".ckpt", ".ckpt"), (".ckpt", ".safetensors")])
+def test_a_pipeline_in_one_file_stays_in_one(
+    merge: Callable[..., Said], tmp_path: Path, suffixes: tuple[str, str]
+) -> None:
+    """Its loaders find no shards; it has no config.json, and wants none."""
+    torch = pytest.importorskip("torch", reason="makes files of torch")
+    files = []
+    for seed, suffix in enumerate(suffixes):
+        state = stable_diffusion(seed)
+        files.append(tmp_path / f"{seed}{suffix}")
+        if suffix == ".ckpt":
+            tensors = {name: torch.from_numpy(each) for name, each in state.items()}
+            torch.save({"state_dict": tensors, "global_step": seed, "pytorch-lightning_version": "1.4.2"}, files[-1])
+        else:
+            save_file(files[-1], state)
+    out = tmp_path / "out"
+    said = merge("--model_path_list", *files, "--output_path", out, "--max_shard_size", "200B")
+    assert "server" not in said.err
+    assert f"  StableDiffusionPipeline.from_single_file('{out}/model.safetensors')  # of diffusers" in said.out
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    got, (one, two) = read_file(out / "model.safetensors")[0], (stable_diffusion(seed) for seed in range(2))
+    assert got.keys() == one.keys()
+    for name, each in got.items():
+        want = one[name] if one[name].dtype.kind == "i" else (one[name].astype(np.float32) + two[name]) / 2
+        np.testing.assert_array_equal(array(each), want.astype(one[name].dtype))
+    assert modelfuse.verify(out, full=True).holds

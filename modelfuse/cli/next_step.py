@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 
+from modelfuse.checkpoints.single_files import loader_of
 from modelfuse.planning.plan import Plan
 
 #: How the class of a model that writes text ends, as config.json names it.
@@ -23,6 +24,8 @@ def next_steps(plan: Plan) -> Iterator[str]:
         yield f"vllm serve {base} --enable-lora --lora-modules merged={shlex.quote(folder)}"
     elif "config.json" in names:
         yield _loads(folder, config, names, plan.format.layout)
+    elif plan.format.whole and (loader := loader_of(plan.reference)) is not None:
+        yield f"{loader}.from_single_file({f'{folder}/{plan.files[0].name}'!r})  # of diffusers"
     yield f"modelfuse verify {shlex.quote(folder)}"
 
 

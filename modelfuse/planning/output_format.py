@@ -11,6 +11,7 @@ from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.formats.safetensors import frame_safetensors
 from modelfuse.checkpoints.layouts.tables import WORDS
 from modelfuse.checkpoints.quantization import DECLARATIONS
+from modelfuse.checkpoints.single_files import loader_of
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.checkpoints.weight_files import index_of
 from modelfuse.dtypes import DType
@@ -57,17 +58,19 @@ class OutputFormat:
             return cls(layout, ADAPTER_STEM, suffix, metadata, changes, whole=True)
         if recipe.output_format == "pdparams":
             return cls(layout, PADDLE_STEMS[recipe.merge_prefix], ".pdparams", {}, changes)
+        # What loads a model of one file, which has no config.json, finds no shards.
+        single = not reference.config and loader_of(reference) is not None
         if not recipe.safe_serialization:
             if layout == "paddle":
                 raise RecipeError(
                     f"{reference.path} is in Paddle's layout, which is not stored in torch's .bin files",
                     "Add --output_format hf.",
                 )
-            return cls(layout, reference.stem or TORCH_STEMS[recipe.merge_prefix], ".bin", {}, changes)
+            return cls(layout, reference.stem or TORCH_STEMS[recipe.merge_prefix], ".bin", {}, changes, single)
         # Loaders of each world look for its word, though it proves nothing.
         known = {"format": {"hf": "pt", "paddle": "np"}[layout]} if layout is not None else {}
         stem = reference.stem or recipe.merge_prefix
-        return cls(layout, stem, ".safetensors", {"format": "pt", **reference.metadata, **known}, changes)
+        return cls(layout, stem, ".safetensors", {"format": "pt", **reference.metadata, **known}, changes, single)
 
     @property
     def index(self) -> str:
