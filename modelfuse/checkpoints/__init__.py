@@ -1,7 +1,7 @@
-"""Where tensors come from and go to.
+"""Read and write checkpoints.
 
-``open_checkpoint(path)`` turns any folder that holds a model into a Mapping of names to
-:class:`StoredTensor`, reading headers only.
+``open_checkpoint(path)`` opens any folder with a model as a mapping of names to :class:`StoredTensor`, reading headers
+only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tensors = dict[str, StoredTensor]
 
 
 class Headers(NamedTuple):
-    """What the headers of one file, or of all of a checkpoint's, say."""
+    """The headers of one file, or of all files of a checkpoint together."""
 
     tensors: Tensors
     aliases: dict[str, str]
@@ -67,7 +67,7 @@ def open_checkpoint(path: PathOrUrl, prefix: str = "model") -> Checkpoint:
             training keeps; ``adapter_model`` and ``peft_model`` for the tensors of PEFT's and Paddle's adapters.
 
     Returns:
-        The checkpoint: every tensor's name, type, shape and place.
+        The checkpoint: the name, type, shape and location of each tensor.
 
     Raises:
         CheckpointError: If there is no checkpoint, a shard is missing, or any file is malformed.
@@ -94,7 +94,7 @@ def open_checkpoint(path: PathOrUrl, prefix: str = "model") -> Checkpoint:
 
 
 def _check_all_are_files(folder: PathOrUrl, names: list[str]) -> None:
-    """Refuse links that lead nowhere, pipes and the like among the weight files on a disk."""
+    """Refuse dangling links, pipes and the like among local weight files."""
     for path in (folder / name for name in names if not isinstance(folder, Url)):
         try:
             has_file(path)
@@ -104,7 +104,7 @@ def _check_all_are_files(folder: PathOrUrl, names: list[str]) -> None:
 
 
 def _join(path: PathOrUrl, files: Mapping[str, Headers]) -> Headers:
-    """The contents of all files as one; no name may be in two of them."""
+    """Combine the headers of all files; no name may be in two of them."""
     whole, owners = Headers({}, {}, {}), dict[str, str]()
     for name, part in files.items():
         for tensor in (*part.tensors, *part.aliases):

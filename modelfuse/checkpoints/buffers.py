@@ -1,4 +1,4 @@
-"""Tensors that a model computes from its configuration: old releases of libraries stored them, new ones do not."""
+"""Buffers that a model computes from its configuration; old releases of libraries stored them, new ones do not."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import replace
 
 from modelfuse.checkpoints import Checkpoint
 
-#: How their names end: frequencies, their sines and cosines, numbers of positions, and the value that masks attention.
+#: Suffixes of their names: frequencies, their sines and cosines, position ids, and masks.
 ENDINGS = (".inv_freq", ".original_inv_freq", ".cos_cached", ".sin_cached", ".embed_positions", ".position_ids",
            ".token_type_ids", ".relative_position_index", ".masked_bias")  # fmt: skip
-#: The same of masks, which are tensors of one matrix; anything else of that name is a bias.
+#: Suffixes of masks, and their number of dimensions; other tensors of these names are biases.
 MASKS, MASK_DIMENSIONS = (".attn.bias", ".attention.bias"), 4
 STRAY = "computed from config.json, and not alike in every model"
 
 
 def is_buffer(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is computed, so that merging it means nothing.
+    """Whether a tensor is a computed buffer, which is not to be merged.
 
     >>> is_buffer("h.0.attn.bias", (1, 1, 1024, 1024)), is_buffer("encoder.0.attn.bias", (768,))
     (True, False)
@@ -25,7 +25,7 @@ def is_buffer(name: str, shape: Sequence[int]) -> bool:
 
 
 def without_strays(models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
-    """Leave out the buffers that not all models hold alike: whoever loads those without computes them."""
+    """Leave out buffers that differ between the models or are missing in some: loaders compute them."""
     endings, strays = (*ENDINGS, *MASKS), set[str]()
     for name in {name for model in models for name in (*model, *model.aliases) if f".{name}".endswith(endings)}:
         found = [model.get(model.aliases.get(name, name)) for model in models]
@@ -37,7 +37,7 @@ def without_strays(models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
 
 
 def without(model: Checkpoint, names: Collection[str], reason: str) -> Checkpoint:
-    """A model without some tensors, which it tells as left out for a reason."""
+    """A model without some tensors, which are recorded in ``left_out`` with a reason."""
     if not names:
         return model
     aliases = {name: kept for name, kept in model.aliases.items() if name not in names}

@@ -1,4 +1,4 @@
-"""config.json against the shapes of the tensors: what a loader would stumble over.
+"""Check config.json against the shapes of the tensors, as a loader would.
 
 Architectures differ, so only what cannot be meant is a problem: numbers that the decoder of a usual name
 (``….embed_tokens.weight``, ``….layers.N.…``) contradicts.
@@ -22,7 +22,7 @@ OTHER_WIDTHS = ("word_embed_proj_dim", "embedding_size")
 
 
 def contradictions(config: Mapping[str, object], shapes: Shapes) -> Iterator[Contradiction]:
-    """Find what config.json and the shapes contradict each other in.
+    """Find contradictions between config.json and the shapes.
 
     >>> list(contradictions({"vocab_size": 5}, {"model.embed_tokens.weight": (4, 2)}))
     [('model.embed_tokens.weight', 'config.json: vocab_size is 5, but model.embed_tokens.weight is [4, 2]')]

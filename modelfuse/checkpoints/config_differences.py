@@ -1,7 +1,7 @@
-"""What the config.json files of several models contradict each other in.
+"""Find contradictions between the config.json files of several models.
 
-A difference is *fatal* where it decides what the weights mean, so that a merge of them means nothing. All others are
-told, but for those that no forward pass depends on, and sizes, which the tensors' shapes tell.
+A difference is *fatal* if it changes the meaning of the weights, so that merging them is meaningless. Others are
+reported, except for settings that no forward pass depends on, and sizes, which the tensors' shapes show.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ConfigDifference(NamedTuple):
         key: Its name; of a part, with the part's.
         one: The first one's value.
         other: The other one's.
-        fatal: Whether a merge of such models means nothing.
+        fatal: Whether merging such models is meaningless.
     """
 
     key: str
@@ -31,7 +31,7 @@ class ConfigDifference(NamedTuple):
     fatal: bool
 
 
-#: What decides what weights mean.
+#: Settings that the meaning of the weights depends on.
 FATAL = re.compile(
     r"model_type|num_attention_heads|n_heads?|num_heads|num_key_value_heads|n_kv_heads|multi_query|head_dim|kv_channels"
     r"|(q|kv)_lora_rank|qk_(rope|nope)_head_dim|v_head_dim"
@@ -43,10 +43,10 @@ FATAL = re.compile(
     r"|do_layer_norm_before|norm_type|use_qk_norm|qk_layernorm|state_size|conv_kernel|time_step_rank|ssm_state_size"
     r"|patch_size|spatial_merge_size|temporal_patch_size|_class_name|prediction_type|is_decoder|is_encoder_decoder"
 )
-#: Where to add to what is squared, lest it be zero: fatal where it differs by orders of magnitude.
+#: Epsilons of norms: fatal if they differ by orders of magnitude.
 EPSILON = re.compile(r"(rms|layer)?_?norm(alization)?_eps(ilon)?|layer_norm_epsilon|eps")
 MOST_TIMES = 50.0
-#: What no forward pass depends on, or what is compared elsewhere.
+#: Settings that no forward pass depends on, or that are compared elsewhere.
 IGNORED = re.compile(
     r"transformers_version|_.*|architectures|auto_map|use_cache|\w*dropout\w*|\w*drop_path\w*|\w*_drop|\w*_pdrop"
     r"|layerdrop|initializer_\w+|init_std|output_\w+|return_dict\w*|id2label|label2id|num_labels|problem_type"
@@ -55,13 +55,13 @@ IGNORED = re.compile(
     r"|fuse_\w+|max_length|min_length|do_sample|temperature|top_[kp]|num_beams|torchscript|is_composition|unsloth\w*"
     r"|router_aux_loss_coef|aux_loss_\w+|seq_aux|chunk_size_feed_forward|mlp_bias_init|name_or_path|router_jitter_noise"
 )
-#: Sizes: shapes tell whether they differ, and which tensors do.
+#: Sizes: the shapes show which tensors differ.
 SIZES = re.compile(
     r"hidden_size|d_model|n_embd|num_hidden_layers|num_layers|n_layers?|intermediate_size|n_inner|d_ff|ffn_dim|vocab_size"
     r"|moe_intermediate_size|shared_expert_intermediate_size|num_nextn_predict_layers|max_window_layers"
     r"|first_k_dense_replace|decoder_sparse_step|mlp_only_layers|no_rope_layers|layer_types|depth"
 )
-#: Parts that are said twice, by older and newer releases of libraries.
+#: Settings that older and newer releases of libraries name differently.
 SAME = {"torch_dtype": "dtype", "rope_parameters": "rope", "rope_scaling": "rope", "rope_theta": "rope",
         "text_model_config": "text_config", "llm_config": "text_config", "language_config": "text_config"}  # fmt: skip
 PARTS = ("text_config", "vision_config", "audio_config", "thinker_config", "encoder", "decoder")
@@ -69,7 +69,7 @@ MOST_CHARACTERS = 80
 
 
 def config_differences(one: Config, other: Config) -> Iterator[ConfigDifference]:
-    """What two configurations contradict each other in; what only one of them says is the other's default.
+    """Contradictions between two configurations; a setting that only one of them has is the other's default.
 
     >>> [each.key for each in config_differences({"head_dim": 8, "rope_theta": 1e4}, {"head_dim": 4})]
     ['head_dim']
@@ -84,7 +84,7 @@ def config_differences(one: Config, other: Config) -> Iterator[ConfigDifference]
 
 
 def _of_classes(one: Config, other: Config) -> Iterator[ConfigDifference]:
-    """Another architecture: of one family, as with another head, the tensors tell what differs."""
+    """Different architectures; within one family, as with another head, the tensors show the differences."""
     names = [each.get("architectures") for each in (one, other)]
     first = [str(each[0]) for each in names if isinstance(each, list) and each]
     families = {re.sub(r"(For[A-Z]\w*|LMHead\w*|Text)?(Model)?$", "", name) for name in first}
@@ -113,7 +113,7 @@ def _of_parts(prefix: str, one: Config, other: Config, but: set[str]) -> Iterato
 
 
 def _plain(config: Config) -> dict[str, object]:
-    """The settings by one name each, positions by rotation as one."""
+    """The settings under unique names; rotary position settings as one."""
     found: dict[str, object] = {}
     for key, value in config.items():
         if SAME.get(key) != "rope" and value is not None:
@@ -128,7 +128,7 @@ def _plain(config: Config) -> dict[str, object]:
 
 
 def _rope(config: Config) -> dict[str, object] | None:
-    """How positions are rotated: old releases say the base apart from the scaling."""
+    """The rotary position settings; old releases store the base separately from the scaling."""
     if not any(SAME.get(key) == "rope" for key in config):
         return None
     found: dict[str, object] = {"theta": config.get("rope_theta")} if "rope_theta" in config else {}
@@ -155,6 +155,6 @@ def _far_apart(one: object, other: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """A setting as JSON has it, as far as a line has room."""
+    """A setting as JSON, shortened to fit a line."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"

@@ -1,4 +1,4 @@
-"""config.json of a model whose layers are other ones than before: their number, and what it says of each."""
+"""Adapt config.json to rearranged layers: their number, and per-layer settings."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from modelfuse.checkpoints.layer_stacks import NEXT_TOKENS, ConfigKey, Stack
 
-#: Lists that have as many entries as there are layers, by chance.
+#: Lists that may have as many entries as there are layers by chance.
 _OTHER_LISTS = re.compile(r"architectures|.*token_ids?|.*section|.*_shape|.*_size_list|id2label")
-#: Lists of one entry a layer, if they are as long as that.
+#: Lists with one entry per layer, if their length matches.
 _PER_LAYER = re.compile(r".*(?:layer|block|pattern|types|heads|multipliers).*")
-#: A list so long is one of layers, whatever it is called.
+#: A list of at least this length that matches the number of layers is per-layer, whatever its name is.
 _LONG = 5
-#: Lists of the numbers of some layers.
+#: Lists of layer indices.
 _SOME_LAYERS = re.compile(r".*(?:_layers|layers?_i\w+|block_indexes|_visual_indexes|attn_idxs)")
-#: A number that says of which kind the layers are from there on, and counts all of them where all are of the first.
+#: Settings with the index of the first layer of another kind, or the number of layers if there is none.
 _UP_TO = ("max_window_layers",)
-#: Numbers that say which layers are of which kind; lists would, these cannot, for layers in another order.
+#: Settings that determine the kind of layers by a pattern, which cannot describe layers in another order.
 _RHYTHMS = ("first_k_dense_replace", "decoder_sparse_step", "sliding_window_pattern", "full_attention_interval",
             "attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset",
             "global_attn_every_n_layers", "interleave_moe_layer_step", "no_rope_layer_interval", "moe_layer_freq",
             "num_kv_shared_layers")  # fmt: skip
 
-#: A layer: the config.json of the model that it is of, and its number there.
+#: The origin of a layer: its model's config.json, and its index there.
 Origin = tuple[Mapping[str, object], int]
 
 
@@ -42,10 +42,10 @@ def with_layers(
     Args:
         config: The content that it had.
         stack: The layers that it is about.
-        origins: Every layer of the output, in order.
+        origins: The origin of each layer of the output, in order.
 
     Returns:
-        The content, and sentences on what it cannot say.
+        The new content, and notes on what it cannot express.
     """
     changed, notes = copy.deepcopy(dict(config)), list[str]()
     if not stack.keys:
@@ -86,7 +86,7 @@ def _value(key: str, value: object, place: ConfigKey, count: int, origins: Seque
 
 
 def _entries(key: str, value: Sequence[object], place: ConfigKey, origins: Sequence[Origin]) -> Iterator[object]:
-    """What each layer's own model says of it, else what the output's says of the layer of that number."""
+    """The entry of each layer in its own model, else the output model's entry at that index."""
     for config, layer in origins:
         own = _lookup(config, place).get(key)
         found = own if isinstance(own, type(value)) and len(own) > layer else value
@@ -94,7 +94,7 @@ def _entries(key: str, value: Sequence[object], place: ConfigKey, origins: Seque
 
 
 def _are_layers(value: Sequence[object], count: int) -> bool:
-    """Whether these are numbers of some layers, rather than one entry a layer."""
+    """Whether these are layer indices, rather than one entry per layer."""
     numbers = [each for each in value if type(each) is int and 0 <= each < count]
     return len(numbers) == len(value) == len(set(numbers)) and (len(value) < count or numbers == sorted(numbers))
 

@@ -1,4 +1,4 @@
-"""The layers of any model, found from the names of its tensors and the numbers in config.json."""
+"""Find the layers of any model, by the names of its tensors and the numbers in config.json."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ _NUMBERED = re.compile(r"((?:[^.]+\.)+?)(\d+)\.(.+)")
 _COUNTS = re.compile(r"(?:.*_)?(?:layers?|blocks|depth)")
 _NO_COUNTS = re.compile(r"(?:max|first|last|num_nextn|num_mtp|every|num_dense|num_kv_shared|num_shared|global_attn)_.*"
                         r"|.*_(?:every|per|from|predict|to|at|first|last|shared)_.*")  # fmt: skip
-#: The number of layers beyond the others that predict further tokens.
+#: Keys of the number of additional multi-token prediction layers.
 NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers")
-#: What lists of layers are called where config.json is silent.
+#: Usual names of lists of layers, if config.json does not have their number.
 _USUAL = ("layers", "layer", "h", "block", "blocks")
 #: Words in names of parts that are not the language model.
 _TOWERS = ("vision", "visual", "vit", "image", "audio", "speech", "video")
 _PROJECTORS = ("projector", "merger", "connector", "mm_proj", "aligner")
-#: What comes before the layers; anything else outside of them comes after.
+#: Tensors before the layers; all others outside of layers come after them.
 _FIRST = re.compile(r"(?:^|[._])(?:embed|emb|embedding|embeddings|embeds|wte|wpe|shared|embd)(?:[._s]|$)|embed")
 #: The only module of a model with one stack; the one that holds the rest of an encoder with a decoder.
 DEFAULT, SHARED, TEXT, PROJECTOR = "default", "shared", "text_decoder", "multi_modal_projector"
 
-#: A key of config.json, from the outside to the inside.
+#: A nested key of config.json, outermost first.
 ConfigKey = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Layers of a model that follow each other.
+    """A stack of consecutive layers.
 
     Attributes:
-        module: What a configuration calls the part of the model that it is in.
-        prefix: What their names begin with, up to the number.
-        root: What all names of that part begin with.
-        count: How many there are; those that predict further tokens come behind.
-        keys: Where config.json has their number.
+        module: The name of its part of the model in mergekit configurations.
+        prefix: The prefix of the layers' names, up to the index.
+        root: The prefix of all names of that part.
+        count: The number of layers, without multi-token prediction layers after them.
+        keys: The keys of config.json with their number.
     """
 
     module: str
@@ -49,12 +49,12 @@ class Stack:
     keys: tuple[ConfigKey, ...]
 
     def layer_of(self, name: str) -> int | None:
-        """The number of the layer that a tensor is of, if it is of one of these."""
+        """The index of the layer that a tensor belongs to; None if it is not in this stack."""
         match = _NUMBERED.match(name)
         return int(match[2]) if match is not None and match[1] == self.prefix else None
 
     def renamed(self, name: str, layer: int) -> str:
-        """The name of the same tensor of another layer."""
+        """The name of the corresponding tensor of another layer."""
         match = _NUMBERED.match(name)
         return name if match is None else f"{match[1]}{layer}.{match[3]}"
 
@@ -69,14 +69,14 @@ def comes_first(name: str) -> bool:
 
 
 def find_stacks(names: Collection[str], config: Mapping[str, object]) -> tuple[Stack, ...]:
-    """The stacks of layers that a model has.
+    """The stacks of layers of a model.
 
     >>> names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
     >>> find_stacks([*names, "model.norm.weight"], {"num_hidden_layers": 3})[0].keys
     (('num_hidden_layers',),)
 
     Args:
-        names: Of its tensors.
+        names: The names of its tensors.
         config: The content of its config.json.
     """
     layers = dict[str, set[int]]()
@@ -119,7 +119,7 @@ def _is_tower(text: str) -> bool:
 
 
 def _keys_of(words: Collection[str], keys: Collection[ConfigKey]) -> tuple[ConfigKey, ...]:
-    """Of the keys that have the right number, those that are about a stack."""
+    """Of the keys with the right number, those that describe this stack."""
     tower = any(map(_is_tower, words))
     about = [key for key in keys if any(map(_is_tower, key)) == tower]
     if tower:
@@ -135,7 +135,7 @@ def _keys_of(words: Collection[str], keys: Collection[ConfigKey]) -> tuple[Confi
 
 
 def module_of(name: str, stacks: Collection[Stack]) -> str:
-    """The part of a model that a tensor belongs to, as configurations call it."""
+    """The part of a model that a tensor belongs to, as named in mergekit configurations."""
     if len(stacks) == 1:
         return next(iter(stacks)).module
     inside = [stack for stack in stacks if name.startswith(stack.root)]
@@ -156,7 +156,7 @@ def _counts(config: Mapping[str, object]) -> Iterator[tuple[ConfigKey, int]]:
 
 
 def _numbers(config: Mapping[str, object], outside: ConfigKey = ()) -> Iterator[tuple[ConfigKey, int]]:
-    """Every whole number in config.json, with its key."""
+    """All integers in config.json, with their keys."""
     for key, value in config.items():
         if type(value) is int:
             yield (*outside, key), value

@@ -1,4 +1,4 @@
-"""What a merge writes, by name: only that may be replaced by another output."""
+"""Names of the files that a merge writes; only these may be replaced by another output."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from modelfuse.errors import OutputError
 
 CONFIG_NAME = "merge_config.json"
 REPORT_NAME = "merge_report.json"
-#: What the merge itself writes, and what a loader would take for it.
+#: Files that a merge writes, and files that a loader would mistake for them.
 MADE = re.compile(
     r"(model|master_weights|pytorch_model|model_state|diffusion_pytorch_model)(\.[\w-]+)?(-\d+-of-\d+)?"
     r"\.(safetensors|bin|pdparams)(\.index(\.[\w-]+)?\.json)?"
     r"|merge_(config|report)\.json"
 )
-#: The other files of an output as they are usually called: of adapters, configuration, tokenizers, processors, code.
+#: Usual names of the other files of an output: adapters, configuration, tokenizers, processors, code.
 USUAL = re.compile(
     r"adapter_(model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|config\.json)"
     r"|(config|generation_config|special_tokens_map|added_tokens|vocab|modules|params|tekken)\.json"
@@ -27,9 +27,9 @@ USUAL = re.compile(
     r"|(pre|video_pre|audio_pre)?processor_config\.json|(sentence_bert_config|config_sentence_transformers)\.json"
     r"|(configuration|modeling|tokenization|processing|image_processing|generation)_\w+\.py"
 )
-#: A larger report is none.
+#: The largest valid report in bytes.
 LARGEST_REPORT = 256_000_000
-#: Files that are named in an error.
+#: The most files that an error names.
 MOST_NAMED = 4
 
 
@@ -56,7 +56,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _reported(folder: Path) -> set[str]:
-    """The files that the report in a folder says were written there; none if there is no such report."""
+    """The files that a folder's report lists; empty without a report."""
     path = folder / REPORT_NAME
     try:
         if not path.is_file() or path.stat().st_size > LARGEST_REPORT:
@@ -68,7 +68,7 @@ def _reported(folder: Path) -> set[str]:
 
 
 def _files_in(folder: Path) -> Iterator[str]:
-    """All that is no folder, in a folder and those in it, by its path from there; links are not followed."""
+    """Relative paths of all files in a folder and its subfolders; links are not followed."""
     for place, folders, files in os.walk(folder, onerror=_cannot_look):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for name in (*files, *links):

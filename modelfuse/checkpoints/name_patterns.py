@@ -1,8 +1,8 @@
-"""Regular expressions of strangers, looked for in names without going back: in time that the length of a name bounds.
+"""Match untrusted regular expressions without backtracking, in time linear in the length of a name.
 
-An adapter's configuration may hold patterns, and Python's own engine takes for ever for some short ones. So a short
-list of syntax is taken (letters, classes, groups, alternatives, repeats, and the ends of a name), and all patterns of a
-setting become one automaton, which reads a name once. It reads from the end: patterns nearly always say how names end.
+An adapter's configuration may contain patterns, for some of which Python's engine takes exponential time. So only a
+subset of the syntax is supported (letters, classes, groups, alternatives, repeats and anchors), and all patterns of a
+setting become one automaton, which reads a name once. It reads from the end, as patterns mostly describe suffixes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-#: Of one pattern: its letters, groups in groups, and what braces may say.
+#: Limits of one pattern: letters, nesting of groups, and repeats in braces.
 LONGEST, DEEPEST, MOST_REPEATS = 2000, 50, 1000
-#: Of all patterns: the automaton's states, and how many of them all names may visit, a few seconds of work.
+#: Limits of all patterns: states of the automaton, and visits of states for all names (a few seconds of work).
 MOST_STATES, MOST_VISITS = 500_000, 3_000_000
-#: What was found out is kept for combinations of states and letters, so many states in all.
+#: The most states in the cache of transitions.
 MOST_KEPT = 300_000
 _CLASS = re.compile(r"\[\^?\]?(?:\\[\\\]\[^\-./dDwWsS]|[^\\\]\[&|~])*\]")
 _BRACES = re.compile(r"\{(\d{0,5})(,?)(\d{0,5})\}")
@@ -25,17 +25,17 @@ Test = str | Callable[[str], object]
 
 
 class UnsupportedPattern(ValueError):
-    """A pattern that is malformed, takes syntax that is not on the list, or would take too long; says what it is."""
+    """Raised for a pattern that is malformed, uses unsupported syntax, or would take too long."""
 
 
 class State(NamedTuple):
     """A state of the automaton.
 
     Attributes:
-        kind: ``letter`` takes one that the test lets through, ``fork`` goes on in several states, ``end`` and
-            ``start`` go on there, ``edge`` and ``inside`` at the edge of a word or not, ``done`` is a pattern found.
-        test: What a letter must be.
-        after: Where it goes on; of ``done``, the pattern's number.
+        kind: ``letter`` consumes a letter that passes the test, ``fork`` continues in several states, ``end`` and
+            ``start`` match there, ``edge`` and ``inside`` match at a word boundary or elsewhere, ``done`` is a match.
+        test: The test for a letter.
+        after: The next states; for ``done``, the pattern's index.
     """
 
     kind: str
@@ -44,11 +44,11 @@ class State(NamedTuple):
 
 
 class Patterns:
-    """Several regular expressions, looked for at once.
+    """Several regular expressions, matched at once.
 
     Args:
         texts: The expressions, each for a whole name.
-        suffixes: Whether they also fit the end of a name behind a dot, as PEFT's do.
+        suffixes: Whether they also match the part of a name after any dot, as PEFT's do.
 
     Raises:
         UnsupportedPattern: If one is none, or there are too many; names it.
@@ -61,7 +61,7 @@ class Patterns:
         self._kept_states, self._visits = 0, MOST_VISITS
 
     def fitting(self, name: str) -> set[int]:
-        """The numbers of all patterns that fit a name.
+        """The indices of all patterns that match a name.
 
         Raises:
             UnsupportedPattern: If looking for them takes too long.
@@ -77,7 +77,7 @@ class Patterns:
         return found
 
     def _step(self, states: frozenset[int], left: str, right: str) -> tuple[frozenset[int], frozenset[int]]:
-        """What a letter leads to, and the patterns that end there; no letter is the name's beginning, or its end."""
+        """The next states after a letter, and the patterns that match there; an empty letter is an end of the name."""
         key = states, left, right and ("w" if _is_word(right) else "-")
         known = self._kept.get(key)
         if known is None:
@@ -116,13 +116,13 @@ def _is_word(letter: str) -> bool:
 
 
 class _Reader:
-    """Reads one expression, and adds its states; what follows in it comes first, as names are read from the end."""
+    """Parses one expression and adds its states, in reverse order, as names are read from the end."""
 
     def __init__(self, text: str, states: list[State]) -> None:
         self._text, self._states, self._at = text, states, 0
 
     def build(self, number: int) -> int:
-        """The state to begin with."""
+        """The start state."""
         if len(self._text) > LONGEST:
             raise self._unfit("it is too long")
         parsed = self._alternatives(0)
@@ -218,7 +218,7 @@ class _Reader:
         return part
 
     def _times(self) -> tuple[int, int | None] | None:
-        """How often what was read is repeated, at least and at most; None if nothing says so."""
+        """The least and greatest number of repeats; None if there is no quantifier."""
         known = {"*": (0, None), "+": (1, None), "?": (0, 1)}
         times: tuple[int, int | None]
         if self._text[self._at : self._at + 1] in known:

@@ -1,7 +1,7 @@
-"""Names that mean the same tensor: what programs and loaders put before a name, and what they call its parts.
+"""Rules for equivalent tensor names: prefixes and names of parts that differ between programs and loaders.
 
-A *key* is a name by all rules. Two names with one key are the same tensor to whoever loads the model, as long as
-a model has no two tensors of one key.
+A *key* is a name normalized by all rules. Two names with the same key are the same tensor to a loader, as long as a
+model does not have two tensors with one key.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 
 class NameRule(NamedTuple):
-    """One thing that names may differ in.
+    """One way in which names may differ.
 
     Attributes:
-        what: What it is, in a few words.
-        pattern: What is looked for in a name.
-        key: What stands for it in the key.
+        what: A short description.
+        pattern: The regular expression to replace in a name.
+        key: The replacement in the key.
     """
 
     what: str
@@ -64,7 +64,7 @@ RULES = (
     _rule("the layer back", r"(?<!\.attention)\.output\.dense\.", ".mlp.fc2."),
     _rule("Swin's table", r"\.(?:self|relative_position_bias)\.(relative_position_bias_table)$", r".\1"),
 )
-#: Parts of a model that are not its language model: nothing of one is ever looked for in another.
+#: Parts of a model other than its language model: tensors of different parts are never matched.
 PARTS = re.compile(
     r"(?<![^.])(?:\w*(?:vision|visual|image|video|audio|speech|sound|projector|aligner|connector)\w*|vae|unet|"
     r"text_encoder\w*)(?![^.])"
@@ -72,7 +72,7 @@ PARTS = re.compile(
 
 
 def key_of(name: str) -> str:
-    """A name by all rules.
+    """A name normalized by all rules.
 
     >>> key_of("model.language_model.layers.0.norm.weight"), key_of("language_model.model.layers.0.norm.weight")
     ('layers.0.norm.weight', 'layers.0.norm.weight')
@@ -85,19 +85,19 @@ def key_of(name: str) -> str:
 
 
 def by_key(names: Iterable[str]) -> dict[str, str]:
-    """A model's names by their keys; a key that two of them have stands for neither."""
+    """A model's names by their keys; ambiguous keys are left out."""
     names = tuple(names)
     counts = Counter(map(key_of, names))
     return {key: name for name in names if counts[key := key_of(name)] == 1}
 
 
 def part_of(name: str) -> frozenset[str]:
-    """The words of a name that say which part of a model it is in; none for the language model."""
+    """The words of a name that determine its part of the model; empty for the language model."""
     return frozenset(PARTS.findall(name))
 
 
 def told(renamed: Mapping[str, str]) -> list[str]:
-    """What is called otherwise, as few lines: the names without what both have at their end.
+    """Describe renamed tensors in a few lines, without the common suffix of both names.
 
     >>> told({"model.layers.0.q": "layers.0.q", "model.layers.1.q": "layers.1.q"})
     ['model.… is … in the output (2 tensors)']
@@ -109,7 +109,7 @@ def told(renamed: Mapping[str, str]) -> list[str]:
 
 
 def _heads(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
-    """Both without their common end, numbers as stars."""
+    """Both names without their common suffix, with stars for numbers."""
     end = 0
     while end < min(len(one), len(other)) and one[-1 - end] == other[-1 - end]:
         end += 1

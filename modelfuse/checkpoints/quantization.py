@@ -1,6 +1,6 @@
-"""Checkpoints whose stored bits are not the weights: fp8 becomes values, all else is refused by name.
+"""Quantized checkpoints: fp8 is dequantized, all other schemes are refused by name.
 
-What is known of the schemes is what transformers, vLLM and the tools that write such checkpoints document.
+The schemes are those documented by transformers, vLLM and the tools that write such checkpoints.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from modelfuse.checkpoints.views.fp8 import FORMATS, SCALE_DTYPES, Fp8Tensor, ex
 from modelfuse.dtypes import DType
 from modelfuse.errors import CheckpointError
 
-#: Where config.json, and the configurations of a model's parts in it, declare how weights are stored.
+#: Keys of quantization settings in config.json and in the configurations of a model's parts.
 DECLARATIONS = ("quantization_config", "compression_config")
-#: Schemes that are understood: fp8 with one scale a tensor or a block (DeepSeek, transformers, AutoFP8), or a row.
+#: Supported schemes: fp8 with one scale per tensor or block (DeepSeek, transformers, AutoFP8), or per row.
 SUPPORTED = ("fp8", "fbgemm_fp8")
-#: Blocks that transformers assumes where config.json does not give them.
+#: transformers' default block size.
 USUAL_BLOCK = (128, 128)
 
-#: Behind a weight's name, what its scale is called; both are multiplied by.
+#: Suffixes of scales after the weight's name; weights are multiplied by either.
 SCALES = ("_scale_inv", "_scale")
 #: Ends of the names of scales of what flows through a model while it runs; the second ones are of one element.
 INPUT_SCALES = tuple(f"{mark}{name}" for mark in "._" for name in ("input_scale", "activation_scale", "act_scale"))
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_scale", ".output_scale")
 
-#: What may be any of several schemes.
+#: Names for signs that several schemes share.
 SCALED, GPTQ_OR_AWQ = "a scheme with scales", "GPTQ or AWQ"
-#: Last parts of names that only quantized checkpoints have, and whose they are.
+#: Last parts of names that only quantized checkpoints have, and their schemes.
 TELLTALES = {
     "qweight": GPTQ_OR_AWQ, "qzeros": GPTQ_OR_AWQ, "g_idx": "GPTQ",
     "weight_packed": "compressed-tensors", "weight_zero_point": "compressed-tensors",
@@ -43,16 +43,16 @@ TELLTALES = {
     "weight_scale": SCALED, "weight_scale_inv": SCALED,
     "weight_scales": SCALED, "weight_scale_2": SCALED,
 }  # fmt: skip
-#: The same, where the tensor holds integers: others may have such a name without being quantized.
+#: The same for integer tensors; other tensors may have these names without being quantized.
 INTEGER_TELLTALES = {"codes": "AQLM", "W_q": "HQQ", "q_weight": "EXL2", "trellis": "EXL3", "_data": "Quanto"}
-#: Ends of names of gpt-oss's packed experts, integers too.
+#: Suffixes of gpt-oss's packed experts, which are integers too.
 MXFP4_ENDINGS = ("_blocks", "_scales")
 
 UNQUANTIZED = "Merge the unquantized models, then quantize the result."
 UNDECLARED = (
     "Restore quantization_config in its config.json if it is fp8 with scales. Otherwise merge the unquantized models."
 )
-#: How to get weights out of a checkpoint of some scheme.
+#: How to dequantize checkpoints, by scheme.
 WAYS_OUT = {
     "bitsandbytes": "Save it as bfloat16 first: load it with transformers, call model.dequantize(), then "
     "save_pretrained. Better, merge the unquantized models and quantize the result.",
@@ -64,17 +64,17 @@ WAYS_OUT = {
 }  # fmt: skip
 
 
-#: Rows and columns of a block; None for one scale a tensor.
+#: Rows and columns of a block; None for one scale per tensor.
 Block = tuple[int, int] | None
 
 
 class Scheme(NamedTuple):
-    """A scheme of scales that a config.json declares.
+    """A quantization scheme that a config.json declares.
 
     Attributes:
         method: Its name.
-        blocks: Rows and columns of a block, in the order of trying; None for one scale a tensor, ``row`` for one a
-            row, ``matrix`` for one a matrix of several.
+        blocks: Candidates for rows and columns of a block, in order; None for one scale per tensor, ``row`` for one per
+            row, ``matrix`` for one per matrix.
     """
 
     method: str
@@ -82,10 +82,10 @@ class Scheme(NamedTuple):
 
 
 def dequantized(model: Checkpoint) -> Checkpoint:
-    """A checkpoint of values: one whose bits are values as it is, one of fp8 with its scales multiplied in.
+    """The dequantized checkpoint; one that is not quantized is returned as it is.
 
     Raises:
-        CheckpointError: If it is quantized in any other way, or its scales are missing or do not fit.
+        CheckpointError: If it has an unsupported quantization, or scales are missing or do not fit.
     """
     schemes = list(dict.fromkeys(_scheme(model, declared) for declared in _declarations(model.config)))
     if len(schemes) > 1:
@@ -100,7 +100,7 @@ def dequantized(model: Checkpoint) -> Checkpoint:
 
 
 def _declarations(config: Mapping[str, object]) -> Iterator[object]:
-    """What config.json declares for the model or for one of its parts."""
+    """The quantization settings in config.json, of the model and of its parts."""
     pending = [config]
     while pending:
         for key, value in pending.pop().items():
@@ -112,7 +112,7 @@ def _declarations(config: Mapping[str, object]) -> Iterator[object]:
 
 
 def _says_nothing(declared: object) -> bool:
-    """Whether it is the record that Paddle's tools write for models that are not quantized."""
+    """Whether these are the settings that Paddle's tools write for models that are not quantized."""
     if not isinstance(declared, Mapping) or "weight_quantize_algo" not in declared or declared.get("quant_method"):
         return False
     return not declared["weight_quantize_algo"] and not declared.get("quant_type")
@@ -151,13 +151,13 @@ def _method(settings: Mapping[str, object]) -> str:
 
 @dataclass(frozen=True)
 class _Fp8:
-    """The values of a checkpoint that declares a scheme of fp8."""
+    """Dequantizes an fp8 checkpoint."""
 
     model: Checkpoint
     scheme: Scheme
 
     def values(self) -> Checkpoint:
-        """The same checkpoint with its codes as values, and without scales."""
+        """The dequantized checkpoint, without scales."""
         everything = {**self.model.tensors, **{a: self.model.tensors[to] for a, to in self.model.aliases.items()}}
         scales = self._scales(everything)
         left_out = dict.fromkeys(scales.values(), "a scale, multiplied into its tensor")
@@ -165,7 +165,7 @@ class _Fp8:
             if name.endswith(INPUT_SCALES) or (name.endswith(CACHE_SCALES) and stored.size == 1):
                 left_out[name] = "a scale of activations, which the merged model does not quantize"
         self._refuse_strays(everything, scales, left_out)
-        # A name that shares codes, but not their scales, is a tensor of its own.
+        # An alias that shares the codes but not the scales is a tensor of its own.
         aliases = {alias: to for alias, to in self.model.aliases.items()
                    if not {alias, to} & left_out.keys() and alias not in scales}  # fmt: skip
         tensors = {
@@ -176,7 +176,7 @@ class _Fp8:
         return replace(self.model, tensors=tensors, aliases=aliases, left_out=left_out, dequantized=True)
 
     def _scales(self, everything: Mapping[str, StoredTensor]) -> dict[str, str]:
-        """The names of the scales, by the tensors that they belong to."""
+        """The names of the scales, by those of their tensors."""
         scales: dict[str, str] = {}
         for name in everything:
             weight = next((name.removesuffix(ending) for ending in SCALES if name.endswith(ending)), None)
@@ -236,7 +236,7 @@ class _Fp8:
 
 @cache
 def _possible_blocks(shape: tuple[int, ...], scheme: Scheme) -> tuple[Block, ...]:
-    """Rows and columns of a block in a tensor of this shape, in the order of trying."""
+    """Candidates for rows and columns of a block in a tensor of this shape, in order."""
     if len(shape) < 2 or 0 in shape:
         return (None,)
     known: dict[str | None, Block] = {None: None, "row": (1, shape[-1]), "matrix": (shape[-2], shape[-1])}
@@ -245,19 +245,19 @@ def _possible_blocks(shape: tuple[int, ...], scheme: Scheme) -> tuple[Block, ...
 
 @cache
 def _block(shape: tuple[int, ...], scale: tuple[int, ...], blocks: tuple[Block, ...]) -> Block | Literal[False]:
-    """The first of the blocks that the scale's shape fits; without elements, nothing can be wrong."""
+    """The first block size that fits the scale's shape; any, for a tensor without elements."""
     return next((block for block in blocks if 0 in shape or fits(scale, shape, block)), False)
 
 
 def _refuse_undeclared(model: Checkpoint) -> None:
-    """Refuse bits that mean nothing by themselves, whatever config.json does not say of them."""
+    """Refuse tensors that must be quantized although config.json does not declare it."""
     betrayals: dict[str, str] = {}
     for name, tensor in model.items():
         method = _betrays(name, tensor.dtype)
         if method is not None:
             betrayals.setdefault(method, name)
     if betrayals:
-        # Several schemes have scales; what else there is says more.
+        # Several schemes have scales; other signs are more specific.
         method = min(betrayals, key=lambda each: (each == SCALED, each == GPTQ_OR_AWQ))
         raise CheckpointError(
             f"{model.path} is quantized ({method}): it has {betrayals[method]!r}, though its config.json declares "
@@ -274,7 +274,7 @@ def _refuse_undeclared(model: Checkpoint) -> None:
 
 
 def _betrays(name: str, dtype: DType) -> str | None:
-    """The scheme that a tensor of this name and type belongs to, if it can only be quantized."""
+    """The scheme of a tensor whose name and type only occur in quantized checkpoints; else None."""
     last = name.rpartition(".")[2]
     if last in TELLTALES:
         return TELLTALES[last]

@@ -1,4 +1,4 @@
-"""The same tensors under other names: every model's in those of one, by rules, a common prefix, or the form of experts.
+"""Rename the tensors of all models to the names of one, by rules, a prefix, or by stacking or splitting experts.
 
 Nothing is read or copied: a tensor gets another name, a part of one becomes a tensor, or several become one.
 """
@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 from modelfuse.checkpoints.name_rules import by_key, key_of, part_of, told
 from modelfuse.checkpoints.tensors import Checkpoint, MovedTensor, Reader, StoredTensor
 
-#: Names of experts by their keys: all in one tensor, or one of each.
+#: Keys of experts: all in one tensor, or one tensor each.
 ALL = re.compile(r"(?P<experts>.*\bexperts)\.(?P<fused>gate_up_proj|down_proj)")
-#: What is in the tensor of all experts, one below the other.
+#: The layers that are stacked in a tensor of all experts.
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-#: More experts than any model has; parts of a name that a prefix may have; how many a prefix must bring together.
+#: Limits: the number of experts; the parts of a prefix; the share of names that a prefix must match.
 MOST_EXPERTS, DEEPEST, LEAST = 1 << 14, 2, 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class BlockTensor(MovedTensor):
-    """Some elements of a tensor, one after another.
+    """Consecutive elements of a tensor.
 
     Attributes:
         source: The tensor.
-        first: The first of its elements.
+        first: The index of the first element.
     """
 
     source: StoredTensor
@@ -51,11 +51,11 @@ class BlockTensor(MovedTensor):
 
 
 def with_same_names(models: Sequence[Checkpoint], lead: int) -> tuple[Checkpoint, ...]:
-    """Every model with the names of one of them, as far as their tensors are the same.
+    """All models with the names of one of them, for equivalent tensors.
 
     Args:
         models: The models.
-        lead: The one whose names stay.
+        lead: The index of the one whose names stay.
     """
     reference = models[lead]
     keys = by_key((*reference, *reference.aliases))
@@ -67,12 +67,12 @@ def with_same_names(models: Sequence[Checkpoint], lead: int) -> tuple[Checkpoint
 
 
 class _Renaming:
-    """One model's way to the names of another.
+    """Renames the tensors of one model to the names of another.
 
     Args:
         model: The model.
-        reference: The other one.
-        keys: The other one's names by their keys.
+        reference: The model whose names are used.
+        keys: The reference's names by their keys.
     """
 
     def __init__(self, model: Checkpoint, reference: Checkpoint, keys: Mapping[str, str]) -> None:
@@ -103,7 +103,7 @@ class _Renaming:
         return len(one.shape) == len(two.shape)
 
     def _by_prefix(self, names: Sequence[str]) -> dict[str, str]:
-        """One prefix on or off, that brings most of what is left together."""
+        """Add or remove the one prefix that matches most of the remaining names."""
         left = {key: name for key, name in self._keys.items() if name not in self._own}
         own = {key_of(name): name for name in names}
         best: dict[str, str] = {}
@@ -127,7 +127,7 @@ class _Renaming:
         return replace(self._model, tensors=tensors, aliases=aliases)
 
     def _fused(self, model: Checkpoint) -> Iterator[tuple[str, Sequence[str], list[StoredTensor]]]:
-        """Tensors of all experts, of those that the model has one by one."""
+        """Stacked tensors of all experts, from those of single experts."""
         own = by_key(model)
         for key, name in self._keys.items():
             match = ALL.fullmatch(key)
@@ -150,7 +150,7 @@ class _Renaming:
             yield name, parts, [whole]
 
     def _apart(self, model: Checkpoint) -> Iterator[tuple[str, Sequence[str], list[StoredTensor]]]:
-        """Tensors of single experts, of those that the model has in one."""
+        """Tensors of single experts, from stacked ones."""
         for key, name in by_key(model).items():
             match = ALL.fullmatch(key)
             if match is None or name in self._theirs or len(model[name].shape) != 3:
@@ -173,7 +173,7 @@ def _block(whole: StoredTensor, name: str, shape: tuple[int, ...], first: int) -
 
 
 def _prefixes(keys: Mapping[str, str]) -> Iterator[str]:
-    """What may stand before names: the first one's parts, up to a number."""
+    """Possible prefixes: leading parts of the first name, up to a number."""
     for key in list(keys)[:1]:
         parts = key.split(".")[:-2]
         for count in range(1, min(DEEPEST, len(parts)) + 1):

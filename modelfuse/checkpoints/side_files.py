@@ -20,14 +20,14 @@ from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import PathOrUrl, Url, children, has_file, is_dir, is_file, look_up, size_of
 from modelfuse.storage.files import read_whole
 
-#: What a training run or an earlier merge leaves in the folder, as patterns.
+#: Patterns of files that training or an earlier merge leaves in a folder.
 LEFTOVERS = (CONFIG_NAME, REPORT_NAME, "trainer_state.json", "trainer_log.jsonl", "training_args.*", "*_results.json",
              "README.md", "latest", "latest_checkpointed_iteration.txt", "zero_to_fp32.py", "saved_signal_*",
              "running_log.txt", "training_*.png", "llamaboard_config.yaml", "events.out.tfevents.*",
              "rng_state*", "*.log", "predict_results*", "generated_predictions*")  # fmt: skip
 GENERATION_FILE = "generation_config.json"
 TEMPLATES = "additional_chat_templates"
-#: What a tokenizer, its chat templates and the settings of generation are in.
+#: Files of tokenizers, chat templates and generation settings.
 TOKENIZERS = re.compile(
     r"tokenizer[\w.]*\.(json|model)|(special_tokens_map|added_tokens|vocab|tekken|generation_config)\.json"
     r"|(vocab|merges)\.txt|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|[\w.-]+\.tiktoken"
@@ -35,17 +35,17 @@ TOKENIZERS = re.compile(
 )
 #: sentence-transformers lists a model's modules in this file; those beside the transformer have a folder each.
 MODULES_FILE = "modules.json"
-#: The weights of a module, the format first that is loaded where there are both.
+#: Suffixes of a module's weights; the first is preferred.
 MODULE_WEIGHTS = (".safetensors", ".bin")
-#: A folder of such a name is no folder that training or a tool has left, but takes the place of a file.
+#: Suffixes of files; a folder with such a name is an error, as it replaces a file.
 FILES = (".json", ".jinja", ".model", ".py", ".txt", ".tiktoken", ".vocab", ".yaml", ".yml")
-#: Larger files are no configuration; tokenizers stay well below.
+#: The largest file that is copied unasked, and the largest listing of modules, in bytes.
 LARGEST, LARGEST_LISTING = 200_000_000, 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file to copy as it is: from where, to which name in the output, its size in bytes."""
+    """A file to copy unchanged: its path, its name in the output and its size in bytes."""
 
     source: PathOrUrl
     name: str
@@ -53,7 +53,7 @@ class SideFile:
 
     @property
     def holds_weights(self) -> bool:
-        """Whether there are tensors in it, which are not merged."""
+        """Whether it contains tensors, which are copied, not merged."""
         return is_weights(self.name)
 
 
@@ -80,7 +80,7 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
 
 
 def _usual_of(folder: PathOrUrl, named: Collection[str]) -> list[str]:
-    """A folder's files that a server needs; ``named`` are those that were asked for, whatever they are."""
+    """The files of a folder that a server needs; ``named`` are those that the user has requested."""
     here = {path.name: path for path in children(folder)}
     sizes = _sizes(here)
     modules = modules_of(read_whole(here[MODULES_FILE])) if lists_modules(sizes) else ()
@@ -105,7 +105,7 @@ def _usual_of(folder: PathOrUrl, named: Collection[str]) -> list[str]:
 
 
 def tokenizer_folder(recipe: Recipe) -> PathOrUrl | None:
-    """The folder that tokenizer and generation settings are taken from, if it is not the reference's.
+    """The folder of the tokenizer and generation settings, if it is not the reference's.
 
     Raises:
         RecipeError: If it is none, or has no tokenizer.
@@ -122,7 +122,7 @@ def tokenizer_folder(recipe: Recipe) -> PathOrUrl | None:
 
 
 def encoded_json(content: Mapping[str, object]) -> bytes:
-    """A small JSON file, as people read it."""
+    """Encode a small JSON file, indented."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
@@ -137,7 +137,7 @@ def is_tokenizers(name: str) -> bool:
 
 
 def special_tokens(recipe: Recipe) -> dict[str, object]:
-    """The numbers of special tokens that config.json is to name, where the tokenizer is taken from elsewhere."""
+    """The ids of special tokens for config.json, if the tokenizer is taken from elsewhere."""
     folder = tokenizer_folder(recipe)
     if folder is None:
         return {}
@@ -146,7 +146,7 @@ def special_tokens(recipe: Recipe) -> dict[str, object]:
 
 
 def _check_named(folder: PathOrUrl, name: str) -> None:
-    """Refuse what the recipe wants to have copied and cannot be."""
+    """Check a file of ``copy_file_list``."""
     if not is_file(folder / name):
         raise CheckpointError(f"copy_file_list names {name}, which is not in {folder}")
     if MADE.fullmatch(name):
@@ -173,7 +173,7 @@ def _is_here(name: str, path: PathOrUrl) -> bool:
 
 
 def _refuse_links_outside(folder: PathOrUrl, names: Iterable[str]) -> None:
-    """A checkpoint may come from anybody, and its output go to everybody: it is not to say which files go with it."""
+    """Refuse links out of the folder: an untrusted checkpoint must not choose which other files are published."""
     if isinstance(folder, Url):  # A store has no links.
         return
     home = folder.resolve()
@@ -209,7 +209,7 @@ def modules_of(content: bytes) -> tuple[str, ...]:
 
 
 def usual_files(sizes: Mapping[str, int], modules: Collection[str] = ()) -> list[str]:
-    """Of a model's files, by their names and sizes, those that a server needs.
+    """Select the files that a server needs, by name and size.
 
     Args:
         sizes: The files, by their paths in the model's folder.

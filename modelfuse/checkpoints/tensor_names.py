@@ -1,4 +1,4 @@
-"""Names of tensors: those of embeddings and output heads, and many names told in few lines."""
+"""Names of embeddings and output heads, and grouping of many names for messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIED_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
 HEADS = tuple(f"{module}.weight" for module in TIED_HEADS)
 #: What other libraries call them.
 OTHER_HEADS = ("output_projection", "output_layer", "vocab_projector", "lm_loss")
-#: Groups of differing tensors that an error lists.
+#: The most groups of names that an error lists.
 MOST_GROUPS = 20
 
 
@@ -28,7 +28,7 @@ def pattern(name: str) -> str:
 
 
 def group_names(names: Iterable[str]) -> list[str]:
-    """Names that differ in numbers only become one line.
+    """Group names that differ only in numbers, one line per group.
 
     >>> group_names(["layers.0.q", "layers.1.q", "norm"])
     ['layers.*.q (2 tensors)', 'norm']

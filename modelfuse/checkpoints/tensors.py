@@ -1,4 +1,4 @@
-"""What is known of a stored tensor before its values are read, and of a whole checkpoint."""
+"""Stored tensors and checkpoints: what is known from headers, and how values are read."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ class Reader(Protocol):
     """Reads a tensor's elements in row-major order."""
 
     def __call__(self, start: int, buffer: Buffer) -> None:
-        """Fill ``buffer`` with the bytes of the elements from number ``start`` on.
+        """Fill ``buffer`` with the bytes of the elements from index ``start`` on.
 
-        Elements are little-endian. Safe to call from several threads.
+        Elements are little-endian. Thread-safe.
 
         Raises:
-            CheckpointError: If the file is shorter than it was, or the disk fails.
+            CheckpointError: If the file was truncated, or the disk fails.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class PlainReader:
-    """Reads elements that lie in a file as they are, one after another.
+    """Reads elements that are stored contiguously and unencoded.
 
     Attributes:
         file: The file.
-        offset: Where the first one lies.
-        dtype: Their type.
+        offset: The byte offset of the first element.
+        dtype: The element type.
     """
 
     file: OpenFile
@@ -42,7 +42,7 @@ class PlainReader:
     dtype: DType
 
     def __call__(self, start: int, buffer: Buffer) -> None:
-        """As a :class:`Reader`."""
+        """See :class:`Reader`."""
         self.file.read(self.offset + self.dtype.nbytes(start), buffer)
 
 
@@ -55,7 +55,7 @@ class StoredTensor:
         dtype: Its element type.
         shape: Its shape.
         file: The file that holds it.
-        offset: Where its first byte lies in the file.
+        offset: The byte offset of its first element.
     """
 
     name: str
@@ -76,32 +76,32 @@ class StoredTensor:
 
     @property
     def natural(self) -> DType:
-        """The type that an output stores it in unless told otherwise; a tensor that is computed may read wider."""
+        """The default output type; a computed tensor may read wider."""
         return self.dtype
 
     @property
     def stored(self) -> DType:
-        """The type of the elements in the file; a tensor that is computed may read wider."""
+        """The element type in the file; a computed tensor may read wider."""
         return self.dtype
 
     @property
     def is_delta(self) -> bool:
-        """Whether its values are differences to the base already, as an adapter's are."""
+        """Whether its values are already differences to the base, as an adapter's are."""
         return False
 
     @property
     def reader_bytes(self) -> int:
-        """The most memory that reading a slice takes beside the buffer that is filled."""
+        """Peak memory in bytes of reading a slice, beside the buffer that is filled."""
         return 0
 
     @property
     def held(self) -> int:
-        """Bytes that computing its values keeps resident while its tensor is under way."""
+        """Bytes that stay in memory to compute its values, while its tensor is in progress."""
         return 0
 
     @property
     def made_of(self) -> tuple[StoredTensor, ...]:
-        """The tensors that its values are computed from; none if they lie in its file as they are."""
+        """The tensors that its values are computed from; empty for a tensor that is stored as it is."""
         return ()
 
     @property
@@ -116,23 +116,23 @@ class StoredTensor:
 
     @property
     def tolerance(self) -> float | None:
-        """How far its values may be apart on another machine, relative to the largest; None: not by one bit."""
+        """How much its values may differ on another machine, relative to the largest; None: they are bit-identical."""
         return None
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """What a report should tell of it beside its values, known once it was read."""
+        """Report entries about it, known once it was read."""
         return {}
 
     def expect(self, start: int, count: int) -> bool:
-        """Say that elements will be read soon, so that those in a store are sent for, all at once.
+        """Announce that elements will be read soon, so that remote ones are fetched together.
 
         Returns:
-            Whether that is done; False if there is no room for them yet.
+            False if the range cache is full, so that it must be announced again.
         """
         if not self.made_of:
             return self.file.expect(self.offset + self.dtype.nbytes(start), self.dtype.nbytes(count))
-        # About what they are made of; what is read all the same and was not expected is fetched then.
+        # Approximately: what is read without having been announced is fetched on read.
         shares = [(part, start * part.size // self.size, -(-count * part.size // self.size)) for part in self.made_of]
         return all(part.expect(first, share) for part, first, share in shares)
 
@@ -145,35 +145,35 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class MovedTensor(StoredTensor):
-    """A tensor whose elements are those of others, in another order: all else is as it is there."""
+    """A tensor whose elements are those of other tensors, in another order; its properties are theirs."""
 
     @property
     def natural(self) -> DType:
-        """That of what it is made of."""
+        """That of its sources."""
         return self.made_of[0].natural
 
     @property
     def stored(self) -> DType:
-        """That of what it is made of."""
+        """That of its sources."""
         return self.made_of[0].stored
 
     @property
     def is_delta(self) -> bool:
-        """That of what it is made of."""
+        """That of its sources."""
         return self.made_of[0].is_delta
 
     @property
     def held(self) -> int:
-        """What all that it is made of holds."""
+        """The sum of its sources'."""
         return sum(part.held for part in self.made_of)
 
 
 class Frame(NamedTuple):
-    """How a weight file is laid out before any tensor is in it.
+    """The layout of a weight file without its tensors' bytes.
 
     Attributes:
-        pieces: All bytes that are no tensor's, as runs: where each begins, and its bytes.
-        offsets: Where each tensor begins.
+        pieces: All bytes that belong to no tensor, as runs: (offset, bytes).
+        offsets: The byte offset of each tensor.
         size: The size of the file.
     """
 
@@ -183,7 +183,7 @@ class Frame(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The sha256 of all bytes that are no tensor's, in their order."""
+        """The sha256 of all bytes that belong to no tensor, in order."""
         return hashlib.sha256(b"".join(piece for _, piece in self.pieces)).hexdigest()
 
 
@@ -199,11 +199,11 @@ class Checkpoint(Mapping[str, StoredTensor]):
             (pickle formats keep tied weights so): alias → name in ``tensors``.
         metadata: The ``__metadata__`` of a safetensors file.
         config: The contents of config.json, empty if there is none.
-        left_out: Tensors of the files that are not among these, and why: name → reason.
-        dequantized: Whether config.json declares a quantization that is undone here.
+        left_out: Tensors of the files that are left out: name → reason.
+        dequantized: Whether config.json declares a quantization that is undone on read.
         layout: ``hf`` or ``paddle``: how its Linear weights are stored, once that is known.
-        stem: What its weight files are called, where that is not as usual.
-        renamed: What was called otherwise than in the model whose names the output has, in words.
+        stem: The stem of its weight files' names, if it is not the usual one.
+        renamed: Descriptions of renamed tensors, which had other names than in the output.
         config_changes: Settings of config.json in its file that are no longer true of these tensors, and what is.
     """
 

@@ -1,4 +1,4 @@
-"""Output heads that share the input embedding's values: which models tie them, and both as tensors of their own."""
+"""Output heads tied to the input embedding: which models tie them, and how to tie and untie them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import NamedTuple
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.checkpoints.tensors import Checkpoint, StoredTensor
 
-#: Where a multimodal model's config.json keeps its language model's.
+#: Keys of the language model's configuration in a multimodal model's config.json.
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 #: The setting of config.json.
 TIES = "tie_word_embeddings"
-#: Models of transformers whose class ties where config.json says nothing; it leaves out what is the class's default.
+#: Model types whose class in transformers ties by default; config.json omits defaults.
 TIED_CLASSES = frozenset((
     "albert", "bart", "bert", "big_bird", "biogpt", "blenderbot", "bloom", "camembert", "cohere", "cohere2", "ctrl",
     "deberta", "deberta-v2", "distilbert", "electra", "ernie4_5", "ernie4_5_moe", "esm", "falcon", "falcon_mamba",
@@ -25,7 +25,7 @@ TIED_CLASSES = frozenset((
     "smollm3", "starcoder2", "switch_transformers", "t5", "t5gemma", "umt5", "vaultgemma", "whisper", "xglm",
     "xlm-roberta", "xlm-roberta-xl", "xlnet", "zamba", "zamba2",
 ))  # fmt: skip
-#: Elements that are compared together.
+#: Elements that are compared at a time.
 PIECE = 1 << 20
 
 
@@ -39,9 +39,9 @@ class TiedPair(NamedTuple):
 def says_tied(config: Mapping[str, object]) -> bool | None:
     """Whether a config.json ties the output head to the input embedding; None if it does not say.
 
-    A multimodal model may say it at the top, of its language model, or both. Loaders differ in which they look at, so
-    where both disagree the answer is no: any loader takes a model that has both tensors. Where neither says it, the
-    default is the class's, and a shared storage shows which it was.
+    A multimodal model may say it at the top level, for its language model, or both. Loaders differ in which they use,
+    so if both disagree the answer is no: all loaders accept a model with both tensors. If neither says it, the default
+    is the class's, and shared storage shows which one it was.
 
     >>> says_tied({"text_config": {"tie_word_embeddings": True}})
     True
@@ -52,10 +52,10 @@ def says_tied(config: Mapping[str, object]) -> bool | None:
 
 
 def is_tied(model: Checkpoint) -> bool:
-    """Whether whoever loads a model gives its head the embedding's values.
+    """Whether loaders tie a model's head to its embedding.
 
-    Where config.json is silent, it means what the class means; of a class that is not known, a model without a head
-    in its files, or with one that shares its storage.
+    If config.json does not say it, the class's default applies; for an unknown class, a model is tied if its files have
+    no head, or one that shares the embedding's storage.
     """
     said = says_tied(model.config)
     if said is not None:
@@ -72,7 +72,7 @@ def is_tied_class(config: Mapping[str, object]) -> bool:
 
 
 def pair_of(model: Checkpoint) -> TiedPair | None:
-    """A model's embedding and head; the head's name is the usual one where it has none. None if that is not clear."""
+    """The names of a model's embedding and head (the usual name, if it has no head); None if they are ambiguous."""
     embeddings = [name for name in model if name.endswith(EMBEDDINGS)]
     heads = [name for name in (*model, *model.aliases) if name.endswith(HEADS)]
     if len(embeddings) != 1 or len(heads) > 1 or model.config.get("is_encoder_decoder"):
@@ -81,7 +81,7 @@ def pair_of(model: Checkpoint) -> TiedPair | None:
 
 
 def _usual_head(embedding: str) -> str:
-    """What the head of a model is called that has none in its files.
+    """The usual name of the head for an embedding's name.
 
     >>> _usual_head("model.embed_tokens.weight"), _usual_head("language_model.model.embed_tokens.weight")
     ('lm_head.weight', 'language_model.lm_head.weight')
@@ -98,7 +98,7 @@ def has_head(model: Checkpoint) -> bool:
 
 
 def apart(model: Checkpoint, pair: TiedPair) -> Checkpoint:
-    """The model with the head as a tensor of its own, the embedding's where it has none."""
+    """The model with the head as a tensor of its own; a copy of the embedding's, if it has none."""
     tensors = dict(model.tensors)
     if pair.head not in tensors:
         tensors[pair.head] = replace(tensors[pair.embedding], name=pair.head)
@@ -107,7 +107,7 @@ def apart(model: Checkpoint, pair: TiedPair) -> Checkpoint:
 
 
 def together(model: Checkpoint) -> Checkpoint:
-    """The model with a config.json that ties its head to the embedding, which it equals."""
+    """The model with a config.json that ties its head, which equals the embedding."""
     return _saying(model, True)
 
 
@@ -123,7 +123,7 @@ def _saying(model: Checkpoint, ties: bool) -> Checkpoint:
 
 
 def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors hold the same bytes; reads them as far as they are alike."""
+    """Whether two tensors have the same bytes; reads them up to the first difference."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     if one == replace(other, name=one.name):
@@ -141,7 +141,7 @@ def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def settle(models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
-    """Have all models tie their heads, or none: untied where any model has a head that is not its embedding."""
+    """Tie the heads of all models or of none: untied if any model's head differs from its embedding."""
     pairs = [pair_of(model) for model in models]
     tied = [is_tied(model) for model in models]
     if None in pairs or len({pair.embedding for pair in pairs if pair is not None}) > 1 or all(tied) or not any(tied):

@@ -1,4 +1,4 @@
-"""Which files of a folder hold a model, by their names, and how an output's are called."""
+"""Find the weight files of a model in a folder, and name those of an output."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from modelfuse.errors import CheckpointError
 from modelfuse.printable import is_printable
 from modelfuse.storage import PathOrUrl, Url, is_file, look_up
 
-#: Endings of files that hold weights or training state.
+#: Suffixes of files with weights or training state.
 WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pt", ".pth", ".pdopt", ".msgpack", ".h5", ".gguf", ".onnx", ".ckpt",
            ".ot", ".pdiparams", ".pdmodel", ".pdstates", ".npz", ".distcp")  # fmt: skip
-#: Those that can be read when they are named, and the formats that they are in.
+#: Suffixes of files that can be opened directly, and their formats.
 READABLE = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch", ".ckpt": "torch",
             ".pdparams": "paddle"}  # fmt: skip
-#: What diffusers calls a part of a pipeline.
+#: diffusers' stem of weight files.
 DIFFUSERS = "diffusion_pytorch_model"
-#: What is known by one prefix: the format, the name and the ending of its files, the best first.
+#: For each prefix: format, stem and suffix of its files, the preferred first.
 _KNOWN: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "model": (
         ("safetensors", "model", ".safetensors"), ("torch", "pytorch_model", ".bin"),
@@ -33,24 +33,24 @@ _KNOWN: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "adapter_model": (("safetensors", "adapter_model", ".safetensors"), ("torch", "adapter_model", ".bin")),
     "peft_model": (("safetensors", "peft_model", ".safetensors"), ("paddle", "lora_model_state", ".pdparams")),
 }  # fmt: skip
-#: What whole models are called; an output's safetensors files are called ``model``.
+#: Standard stems of whole models; an output's safetensors files have the stem ``model``.
 _STANDARD = ("model", "pytorch_model", "model_state", "master_weights")
 _INDEX = re.compile(r".+\.(?:safetensors|bin|pdparams)\.index(?:\.[\w-]+)?\.json")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)")
-#: What training leaves, each a model of its own.
+#: Checkpoint folders of training, each with a model of its own.
 _TRAINED = re.compile(r"(?:checkpoint|epoch|step|iter)[-_]\d+")
-#: Names that an error lists.
+#: The most names that an error lists.
 MOST_NAMED = 6
 
 
 class Format(NamedTuple):
-    """A way to store a model.
+    """The format and file names of a model.
 
     Attributes:
         kind: ``safetensors``, ``torch`` or ``paddle``.
-        stem: What the file's name begins with.
-        suffix: Its ending.
-        variant: What stands between both, such as ``fp16``, if anything does.
+        stem: The stem of the file's name.
+        suffix: The suffix.
+        variant: A variant between both, such as ``fp16``, or an empty string.
     """
 
     kind: str
@@ -75,14 +75,14 @@ class Format(NamedTuple):
 
     @property
     def output_stem(self) -> str | None:
-        """What an output's files are to be called, so that loaders find them; None as is usual."""
+        """The stem of an output's files, so that loaders find them; None: the usual one."""
         if self.stem == DIFFUSERS:
             return self.whole_stem
         return f"model.{self.variant}" if self.variant is not None and self.stem in _STANDARD else None
 
 
 def index_of(file: str) -> str:
-    """What the index of a weight file's shards is called, as transformers and diffusers have it.
+    """The name of the index of a weight file's shards, as in transformers and diffusers.
 
     >>> index_of("model.safetensors"), index_of("model.fp16.safetensors")
     ('model.safetensors.index.json', 'model.safetensors.index.fp16.json')
@@ -104,7 +104,7 @@ def is_weights(name: str) -> bool:
 
 
 def format_of(path: PathOrUrl, prefix: str) -> Format:
-    """The format of a file that is named itself.
+    """The format of a weight file that the user has named.
 
     Raises:
         CheckpointError: If it is one shard of several, or of no known format.
@@ -125,9 +125,9 @@ def format_of(path: PathOrUrl, prefix: str) -> Format:
 
 
 def _formats(prefix: str, names: Collection[str]) -> Iterator[Format]:
-    """The formats of one prefix, best first: where a folder holds several, the first is read.
+    """The formats of one prefix, preferred first: if a folder has several, the first is read.
 
-    A variant is a model of its own: it is looked for where there is nothing without one.
+    A variant is a model of its own; it is only used if there are no files without a variant.
     """
     plain = [Format(*each) for each in _KNOWN[prefix]]
     yield from plain
@@ -144,7 +144,7 @@ def _formats(prefix: str, names: Collection[str]) -> Iterator[Format]:
 
 
 class WeightFiles(NamedTuple):
-    """Which files hold a model: how they are stored, their names, and what the index says if there is one."""
+    """The weight files of a model: their format, their names, and the index's weight map if there is one."""
 
     format: Format
     names: list[str]
@@ -152,13 +152,13 @@ class WeightFiles(NamedTuple):
 
 
 def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], PathOrUrl]) -> WeightFiles:
-    """Which of a folder's files hold the model: by index, as one file, or as numbered shards.
+    """Find the weight files in a folder: by an index, as one file, or as numbered shards.
 
     Args:
         place: The folder, for errors.
         names: All its files.
         prefix: As for :func:`open_checkpoint`.
-        get: Where to read a small one of them.
+        get: Returns the path to read a small file of the folder.
 
     Raises:
         CheckpointError: If there is no checkpoint, a shard is missing, or an index is malformed.
@@ -218,7 +218,7 @@ def _no_checkpoint(place: object, names: Collection[str], prefix: str) -> Checkp
 
 
 def _what_is_there(place: object, names: list[str], prefix: str) -> str:
-    """What a folder without a model holds instead, and what can be done with that."""
+    """A hint for a folder without a model: what it has instead, and what to do with that."""
     other = {"model": "master_weights", "master_weights": "model"}.get(prefix)
     there = [Format(*each).file for each in _KNOWN[other] if Format(*each).file in names] if other else []
     if there:

@@ -1,1 +1,1 @@
-"""The output: a folder, here or in a store, that appears whole or not at all."""
+"""Write outputs atomically, to a local folder or a store."""

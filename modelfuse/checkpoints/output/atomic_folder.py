@@ -1,9 +1,9 @@
-"""An output folder that appears whole or not at all.
+"""An output folder that appears atomically.
 
-Files are made in a hidden sibling of the output at their final size; workers write at planned offsets.
-Then everything is synced, and one rename shows it. A lock beside it keeps two merges apart, and ends with
-the process that holds it. A journal beside it says what is finished: what is killed, interrupted or finds the
-disk full leaves both, and the same request resumes from there.
+Files are created at their final size in a hidden folder beside the output; workers write at planned offsets. Then
+everything is synced, and one rename makes it visible. A lock file beside it prevents two merges into one output; it is
+released when its process ends. A journal beside it records finished spans: a merge that is killed, interrupted or
+finds the disk full leaves both, and the same request resumes from there.
 """
 
 from __future__ import annotations
@@ -30,25 +30,24 @@ from modelfuse.storage.local.own_files import is_own_folder, open_new, open_own
 from modelfuse.storage.local.page_cache import settle
 from modelfuse.storage.local.preallocate import allocate
 
-#: Open files beside the weight files: a few for every worker.
+#: Open files besides the weight files: a few per worker.
 SPARE_FILES = 512
 
 
 class OutputFolder:
-    """The output while it is being made; a context manager.
+    """An output folder that is being written; a context manager.
 
-    Left by an error that says the request or an input is wrong, it leaves nothing behind; by an interruption or
-    a failure of the system, what the next run resumes.
+    On an error of the request or an input, it removes everything; on an interruption or a system failure, it leaves
+    what the next run can resume.
 
     Args:
-        path: Where the output is to appear.
-        overwrite: Whether it may replace what is there.
-        facts: What decides its bytes: name → value, ready for JSON. Work that was done for other facts is not
-            taken up.
+        path: The path of the output.
+        overwrite: Whether it may replace an existing output.
+        facts: Everything that its bytes depend on, by name, as JSON values. Work for other facts is not resumed.
     """
 
     def __init__(self, path: Path, overwrite: bool = False, facts: Mapping[str, object] | None = None) -> None:
-        # Where a link leads, so that the link stays one.
+        # The target of a link, so that the link itself is kept.
         self.path = path = Path(os.path.realpath(path))
         self._overwrite = overwrite
         self._facts = dict(facts or {})
@@ -61,9 +60,9 @@ class OutputFolder:
         #: Weight files that an earlier run has left, by name.
         self._left: frozenset[str] = frozenset()
         self._entries: Iterator[object] = iter(())
-        #: Why nothing that an earlier run has left can be used; None if there was nothing, or it can.
+        #: Why an earlier run cannot be resumed; None if there was none, or it can.
         self.afresh: str | None = None
-        #: The sha256 of every small file, and of all but the tensors of every weight file, by name.
+        #: sha256 by file name: of every small file, and of each weight file without its tensors' bytes.
         self.digests: dict[str, str] = {}
         self._new_parents: list[Path] = []
 
@@ -98,7 +97,7 @@ class OutputFolder:
             keeps = error is not None and not done and is_worth_going_on(error) and self._kept()
             self._close()
             if not keeps:
-                with contextlib.suppress(OSError):  # What stays does no harm: the next run removes it.
+                with contextlib.suppress(OSError):  # Leftovers do no harm: the next run removes them.
                     self._clear()
         finally:
             self._close()
@@ -114,13 +113,13 @@ class OutputFolder:
             self._remove_new_parents()
 
     def finished(self) -> Iterator[object]:
-        """The entries that earlier runs have handed to :meth:`keep`; to be taken before anything is written."""
+        """The entries that earlier runs passed to :meth:`keep`; must be read before anything is written."""
         yield from self._entries
 
     def create(self, name: str, frame: Frame) -> None:
-        """Create a weight file of its final size and write all that is no tensor's, or open what a run has left."""
+        """Create a weight file of its final size with its frame, or open the one that an earlier run has left."""
         path = self._temporary / name
-        # Numbers are given out from the lowest on: the last one tells what else the process has open.
+        # Descriptors are assigned from the lowest on, so the last one shows how many files the process has open.
         allow_open_files(max(self._descriptors.values(), default=0) + SPARE_FILES)
         made = name not in self._left
         try:
@@ -134,15 +133,15 @@ class OutputFolder:
         self.digests[name] = frame.digest
 
     def keep(self, name: str, nbytes: int, entry: object) -> None:
-        """Note that so many bytes of a weight file are finished; soon, they survive the end of this process.
+        """Record a finished span of a weight file; it is synced and journaled in the background.
 
         Args:
             name: The file.
-            nbytes: How many were written since the last call.
-            entry: What :meth:`finished` is to give to the next run, ready for JSON.
+            nbytes: The bytes of the span.
+            entry: The journal entry, as a JSON value.
 
         Raises:
-            OutputError: If an earlier part could not be synced.
+            OutputError: If an earlier span could not be synced.
         """
         try:
             self._keeper.add(name, nbytes, entry)
@@ -150,7 +149,7 @@ class OutputFolder:
             raise cannot_write(error, self.path / name) from error
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write at an offset of a weight file; safe from any thread.
+        """Write at an offset of a weight file; thread-safe.
 
         Raises:
             OutputError: If the disk is full or fails.
@@ -161,12 +160,12 @@ class OutputFolder:
             raise cannot_write(error, self.path / name) from error
 
     def ahead(self) -> None:
-        """Nothing: files take bytes in any order."""
+        """None: files take writes in any order."""
 
     def share(self) -> Path:
-        """The folder of the files, which other machines may now write to.
+        """The folder, for other machines to write the files directly.
 
-        What was created is synced: a page of it that this machine wrote later would undo what others write there.
+        The files are synced first: a page that this machine wrote back later would undo writes of other machines.
         """
         try:
             for descriptor in self._descriptors.values():
@@ -177,7 +176,7 @@ class OutputFolder:
         return self._temporary
 
     def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
-        """Write and sync a small file, whole or by its parts."""
+        """Write and sync a small file, given whole or in parts."""
         digest, path = hashlib.sha256(), self._temporary / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +191,7 @@ class OutputFolder:
         self.digests[name] = digest.hexdigest()
 
     def commit(self) -> None:
-        """Sync everything and make it appear, in one step.
+        """Sync everything, and make the output visible atomically.
 
         Raises:
             OutputError: If syncing or renaming fails; the output is then as it was.
@@ -212,7 +211,7 @@ class OutputFolder:
             raise cannot_write(error, self.path) from error
 
     def _keep(self, names: set[str], entries: list[object]) -> None:
-        """First the data, then the word that it is there. What the first word rests on is all that was created."""
+        """Sync the data, then write the journal entries; the first time, sync all created files too."""
         is_first = not self._journal.exists
         for name in self._descriptors if is_first else names:
             settle(self._descriptors[name])
@@ -224,13 +223,13 @@ class OutputFolder:
         self._journal.append(entries)
 
     def _kept(self) -> bool:
-        """Keep what is not kept yet, as far as that can be done; whether the next run finds anything."""
+        """Journal the remaining finished spans, if possible; returns whether the next run can resume anything."""
         with contextlib.suppress(OSError):
             self._keeper.flush()
         return self._journal.exists
 
     def _takes_up(self) -> bool:
-        """Whether an earlier run of the same request has left something to go on from."""
+        """Whether an earlier run of the same request can be resumed."""
         self._entries = self._journal.read()
         facts, files = next(self._entries, None), next(self._entries, None)
         if not isinstance(facts, dict) or not isinstance(files, dict):
@@ -246,7 +245,7 @@ class OutputFolder:
         except OSError:
             there = {}
         if not is_own_folder(self._temporary) or any(there.get(name) != known for name, known in files.items()):
-            # Also after a replacement that was killed: what is there now is the old output.
+            # Also after a killed replacement: the folder then has the old output.
             self.afresh = f"{self._temporary} is not as the last run has left it"
             return False
         self._left = frozenset(files)
@@ -259,7 +258,7 @@ class OutputFolder:
         remove(self._temporary)
 
     def _appeared(self) -> bool:
-        """Whether the folder at the output's place is the one made here."""
+        """Whether the folder at the output's path is the one that was written here."""
         some = next(iter(self._descriptors.items()), None)
         if some is None:
             return False
@@ -270,7 +269,7 @@ class OutputFolder:
 
     def _close(self) -> None:
         while self._descriptors:
-            with contextlib.suppress(OSError):  # All that matters was synced.
+            with contextlib.suppress(OSError):  # Everything relevant was synced.
                 os.close(self._descriptors.popitem()[1])
         with contextlib.suppress(OSError):
             self._journal.close()
@@ -279,14 +278,14 @@ class OutputFolder:
         if not self.path.exists():
             os.rename(self._temporary, self.path)
         elif self._overwrite:
-            check_replaceable(self.path)  # Again: a merge may take hours, and something may have come into it.
+            check_replaceable(self.path)  # Checked again: a merge may take hours, and files may have been added.
             exchange(self._temporary, self.path, self._aside)
         else:
-            # Replaces an empty folder; fails if anything has come into it meanwhile.
+            # Replaces an empty folder; fails if files were added meanwhile.
             os.rename(self._temporary, self.path)
 
     def _remove_new_parents(self) -> None:
-        """Leave no empty folder behind; what others have put there meanwhile stays."""
+        """Remove parent folders that were created, if they are empty."""
         with contextlib.suppress(OSError):
             for parent in self._new_parents:
                 parent.rmdir()
@@ -297,12 +296,12 @@ def _identity(status: os.stat_result) -> list[int]:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """Where the output that is to appear at a resolved path is made."""
+    """The hidden folder that an output at a resolved path is written to."""
     return path.with_name(f".{path.name}.modelfuse")
 
 
 def bytes_left(path: Path) -> int:
-    """The bytes on the disk of what an earlier run has left beside an output: used again, or removed."""
+    """The disk space of what an earlier run has left beside an output, which is reused or removed."""
     with contextlib.suppress(OSError), os.scandir(temporary_sibling(Path(os.path.realpath(path)))) as entries:
         return sum(entry.stat().st_blocks * 512 for entry in entries)
     return 0

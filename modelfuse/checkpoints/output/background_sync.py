@@ -1,4 +1,4 @@
-"""Making what is finished last, in the background."""
+"""Sync finished spans to the disk in the background."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Callable
 
 from modelfuse.storage.local.threads import join
 
-#: Bytes of output, and seconds, between two syncs: what a merge that is killed loses is not much more.
+#: Bytes of output, and seconds, between two syncs: about what a killed merge loses.
 SYNC_BYTES = 64_000_000
 SYNC_SECONDS = 5.0
-#: Spans between two syncs: of tiny tensors, what is known of them takes more memory than they do.
+#: The most spans between two syncs: entries of tiny tensors take more memory than the tensors.
 SYNC_ENTRIES = 8192
 
 
 class Keeper:
-    """Makes finished work last: now and then, on a thread of its own, so that no worker waits for the disk.
+    """Syncs and journals finished spans periodically, on a thread of its own, so that no worker waits for the disk.
 
     Args:
-        keep: Syncs the named files, then writes the entries about them.
+        keep: Syncs the named files, then writes the entries to the journal.
     """
 
     def __init__(self, keep: Callable[[set[str], list[object]], None]) -> None:
@@ -35,10 +35,10 @@ class Keeper:
         self._thread: threading.Thread | None = None
 
     def add(self, file: str, nbytes: int, entry: object) -> None:
-        """Note what is finished in a file; safe from any thread.
+        """Record a finished span of a file; thread-safe.
 
         Raises:
-            BaseException: What an earlier attempt to keep something failed with.
+            BaseException: The error of an earlier sync.
         """
         with self._changed:
             self.check()
@@ -49,14 +49,14 @@ class Keeper:
             self._pending += nbytes
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="keeper", daemon=True)
-                # A system that gives no more threads only delays this: what is finished is kept at the end.
+                # If no thread can be started, everything is synced at the end instead.
                 with contextlib.suppress(RuntimeError):
                     self._thread.start()
             if len(self._entries) == 1 or self._is_due():
                 self._changed.notify()
 
     def stop(self) -> None:
-        """End the thread; what is not kept yet is left to :meth:`flush`."""
+        """End the thread; the rest is left to :meth:`flush`."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -64,10 +64,10 @@ class Keeper:
             join([self._thread])
 
     def flush(self) -> None:
-        """Keep what is finished; after :meth:`stop`.
+        """Sync and journal the rest; call after :meth:`stop`.
 
         Raises:
-            BaseException: What this or an earlier attempt failed with.
+            BaseException: The error of this or an earlier sync.
         """
         self.check()
         files, entries = self._take()
@@ -75,10 +75,10 @@ class Keeper:
             self._keep(files, entries)
 
     def check(self) -> None:
-        """Make sure that nothing has failed so far: the system tells of a lost write once, to whoever syncs first.
+        """Check that no sync has failed: the system reports a lost write only once, to the first sync.
 
         Raises:
-            BaseException: What an attempt to keep something failed with.
+            BaseException: The error of a sync.
         """
         if self._failure is not None:
             raise self._failure

@@ -1,4 +1,4 @@
-"""What failures mean for an output that is being made."""
+"""Errors while an output is written."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from modelfuse.errors import ClusterError, ModelfuseError, OutputError
 
 
 def cannot_write(error: OSError, path: Path) -> OutputError:
-    """What it means that the system did not write a file of the output."""
+    """The error for a file of the output that could not be written."""
     hint = "Free some space and merge again." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
     return OutputError(f"{path} cannot be written: {error.strerror}", hint)
 
 
 def is_worth_going_on(error: BaseException) -> bool:
-    """Whether the same request can succeed later: it was interrupted, or the system has failed it."""
+    """Whether the same request may succeed later: after an interruption or a system failure."""
     cause = error.__cause__ if isinstance(error, ModelfuseError) else error
     return isinstance(error, OutputError | ClusterError) or (
         isinstance(cause, KeyboardInterrupt | OSError | MemoryError) and not isinstance(cause, FileNotFoundError)

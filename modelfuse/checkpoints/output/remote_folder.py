@@ -1,8 +1,8 @@
-"""An output in a store, of which a reader that starts from its index sees all or nothing.
+"""An output in a store; readers that start from its index see all of it or nothing.
 
-Weight files are sent by parts while they are made, from front to back. At the end all of them are completed, then the
-small files, and last what a reader starts from: the index, or the one weight file. What fails before leaves nothing
-behind.
+Weight files are uploaded in parts while they are written, in order. At the end all of them are completed, then the
+small files, and last the file that a reader starts from: the index, or the only weight file. A failure before that leaves
+nothing.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from modelfuse.storage.remote.open_store import store_of
 from modelfuse.storage.remote.uploads import Gate, Upload, begin
 from modelfuse.storage.url import Entry, Url
 
-#: Seconds that uploads may take to be given up, before what they have sent is looked for and removed.
+#: Time limit in seconds for aborting uploads; leftovers are then removed.
 LEAVE = 20.0
-#: The name of a weight file that is not all of a model.
+#: Names of shards.
 SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 
 
 class RemoteFolder:
-    """The output while it is being made; a context manager, used as an OutputFolder is.
+    """An output in a store that is being written; a context manager like OutputFolder.
 
-    Nothing of it is kept for another run. Two merges to one place at once disturb each other: the later one removes
-    what the earlier one has under way, which ends with an error.
+    It cannot be resumed. Of two concurrent merges into the same URL, the later one aborts the uploads of the earlier
+    one, which then fails.
 
     Args:
-        path: Where the output is to appear.
-        overwrite: Whether it may replace what is there.
+        path: The URL of the output.
+        overwrite: Whether it may replace an existing output.
     """
 
     def __init__(self, path: Url, overwrite: bool = False) -> None:
@@ -50,12 +50,12 @@ class RemoteFolder:
         self._small: dict[str, Upload] = {}
         self._old: dict[str, Entry | None] = {}
         self._completed: list[str] = []
-        #: As of an OutputFolder.
+        #: See OutputFolder.
         self.afresh: str | None = None
         self.digests: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        with contextlib.suppress(ModelfuseError):  # Who may not look at what is left may still write.
+        with contextlib.suppress(ModelfuseError):  # Without permission to list uploads, writing may still be allowed.
             self._store.clear(self.path)
         self._old = self._store.list_now(self.path, OutputError)
         if self._old and not self._overwrite:
@@ -67,7 +67,7 @@ class RemoteFolder:
     ) -> None:
         if error is None:
             return
-        with contextlib.suppress(OutputError):  # What could not be removed is removed by the next run.
+        with contextlib.suppress(OutputError):  # Leftovers are removed by the next run.
             self._give_up()
 
     def finished(self) -> Iterator[object]:
@@ -75,7 +75,7 @@ class RemoteFolder:
         return iter(())
 
     def create(self, name: str, frame: Frame) -> None:
-        """Begin a weight file of this size with all that is no tensor's."""
+        """Begin a weight file of its final size, with its frame."""
         self._weights[name] = self._begin(name, frame.size)
         for offset, piece in frame.pieces:
             self.write(name, offset, memoryview(piece))
@@ -85,23 +85,23 @@ class RemoteFolder:
         """Nothing; see :meth:`finished`."""
 
     def share(self) -> None:
-        """Nothing: other machines send their bytes to this one."""
+        """None: other machines send their output to this one."""
 
     def ahead(self) -> int:
-        """Bytes that wait for what comes before them."""
+        """Bytes that are buffered until those before them are written."""
         return self._gate.ahead
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Take bytes of a weight file; safe from any thread.
+        """Write bytes of a weight file; thread-safe.
 
         Raises:
-            OutputError: If the store does not take what was sent.
+            OutputError: If an upload has failed.
         """
         self._gate.check()
         self._weights[name].write(offset, data)
 
     def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
-        """Send a small file, whole or by its parts."""
+        """Upload a small file, given whole or in parts."""
         upload = self._small[name] = self._begin(name, None)
         digest, position = hashlib.sha256(), 0
         for part in (content,) if isinstance(content, bytes) else content:
@@ -112,10 +112,10 @@ class RemoteFolder:
         self.digests[name] = digest.hexdigest()
 
     def commit(self) -> None:
-        """Make everything appear: first all that is found through something else, and that last.
+        """Complete all uploads; the file that readers start from is the last.
 
         Raises:
-            OutputError: If that fails; nothing of the output is then there.
+            OutputError: If that fails; nothing of the output is then visible.
         """
         files = {**self._weights, **self._small}
         for upload in files.values():
@@ -129,7 +129,7 @@ class RemoteFolder:
         self._complete([upload for name, upload in self._weights.items() if name != last])
         self._complete([upload for name, upload in self._small.items() if name != last])
         self._complete([files[last]])
-        # Whoever starts from the new index finds none of these.
+        # The new index does not refer to any of these.
         with contextlib.suppress(OutputError):
             self._store.remove(self.path, replaced, OutputError)
         self._store.forget()
@@ -155,10 +155,10 @@ class RemoteFolder:
         self._store.remove(self.path, self._completed, OutputError)
 
     def _of_an_output(self) -> set[str]:
-        """What is there of an earlier output: weights and their indexes, and what its report names."""
+        """The files of an earlier output: weights, their indexes, and those in its report."""
         known = {name for name in self._old if is_weights(name)}
         if REPORT_NAME in self._old:
-            with contextlib.suppress(Exception):  # A report that cannot be read names nothing.
+            with contextlib.suppress(Exception):  # An unreadable report lists nothing.
                 known |= set(json.loads(read_whole(self.path / REPORT_NAME))["sha256"]) & set(self._old)
         return known
 

@@ -1,1 +1,1 @@
-"""Stored tensors seen otherwise: in another order, or fp8 as values."""
+"""Views of stored tensors: elements in another order, and dequantized fp8."""

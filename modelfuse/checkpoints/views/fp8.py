@@ -1,9 +1,8 @@
-"""Tensors of one-byte floats with scales, read as the float32 values that they stand for.
+"""8-bit float tensors with scales, dequantized to float32 on read.
 
-A code is a sign, exponent bits and mantissa bits as in IEEE 754, apart from what stands for infinities and NaN
-(Micikevicius et al. 2022, arXiv:2209.05433). The value of an element is that of its code times the scale of
-the block that it lies in, rounded to float32 once; this is what DeepSeek-V3's and transformers' own
-conversions compute.
+A code consists of sign, exponent and mantissa bits as in IEEE 754, except for the codes of infinities and NaN
+(Micikevicius et al. 2022, arXiv:2209.05433). An element is its code's value times the scale of its block, rounded to
+float32 once, as in the conversions of DeepSeek-V3 and transformers.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
 def values_of(dtype: DType) -> Array:
-    """What the 256 codes of a type stand for.
+    """The values of the 256 codes of a type.
 
     >>> from modelfuse.dtypes import BY_NAME
     >>> values_of(BY_NAME["F8_E4M3"])[[0x00, 0x01, 0x38, 0x7E, 0xC0]].tolist()
@@ -73,7 +72,7 @@ def scales_of(dtype: DType, content: bytes) -> Array:
         content: Their bytes.
 
     Returns:
-        float32, one a scale.
+        float32, one per scale.
     """
     if dtype.name == "F8_E8M0":
         codes = np.frombuffer(content, np.uint8)
@@ -89,8 +88,8 @@ class Fp8Tensor(StoredTensor):
     """A tensor of one-byte floats, read as float32.
 
     Attributes:
-        codes: The tensor as it is stored.
-        scale: Its scales as they are stored, row-major over all matrices' blocks.
+        codes: The stored codes.
+        scale: The stored scales, row-major over all matrices' blocks.
         block: Rows and columns of a block; the last two dimensions are a matrix's. None: one scale for all.
     """
 
@@ -105,7 +104,7 @@ class Fp8Tensor(StoredTensor):
 
     @property
     def natural(self) -> DType:
-        """bfloat16, as such models are served without their scales."""
+        """bfloat16, the type in which such models are served without scales."""
         return BF16
 
     @property
@@ -120,7 +119,7 @@ class Fp8Tensor(StoredTensor):
 
     @property
     def grid(self) -> Grid:
-        """Where its blocks lie."""
+        """The grid of its blocks."""
         from modelfuse.kernels.compiled.fp8 import Grid
 
         if self.block is None:

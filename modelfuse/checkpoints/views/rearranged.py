@@ -1,6 +1,6 @@
-"""Vectors and matrices seen in another order: transposed, cut into parts, or several woven into one.
+"""Views of vectors and matrices: transposed, sliced, or several interleaved.
 
-Nothing is copied when they are made: elements are read from where they lie.
+Creating a view copies nothing; elements are read from the original files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modelfuse.checkpoints.views.strided import ReorderedTensor, StridedTensor, 
 from modelfuse.dtypes import DType
 from modelfuse.storage.files import Buffer
 
-#: Elements that are put together at a time: enough for rows of a transposed matrix to share cache lines.
+#: Elements that are assembled at a time: enough for rows of a transposed matrix to share cache lines.
 _BATCH = 1 << 20
 
 
@@ -30,10 +30,10 @@ def view(
     Args:
         tensor: A tensor of one or two dimensions.
         shape: The shape of the result.
-        dims: The dimensions that ``steps`` are of: together as many elements as ``shape``, in the same order.
-        steps: How far apart neighbours along each of ``dims`` are among the elements of ``tensor`` in row-major
-            order; each goes along one dimension of ``tensor``.
-        first: The element of ``tensor`` that comes first.
+        dims: The dimensions of ``steps``, with as many elements as ``shape``, in the same order.
+        steps: The stride along each of ``dims``, in elements of ``tensor`` in row-major order; each is along one
+            dimension of ``tensor``.
+        first: The index in ``tensor`` of the first element.
     """
     name, dtype, file = tensor.name, tensor.dtype, tensor.file
     if math.prod(shape) == 0:
@@ -45,7 +45,7 @@ def view(
         return ReorderedTensor(name, dtype, shape, file, tensor.offset, tensor, steps, False, dims, first)
 
     def position(step: int) -> int:
-        """How far apart elements lie in the file that are so far apart in row-major order."""
+        """The distance in the file of elements with this distance in row-major order."""
         counts = divmod(step, tensor.shape[-1])[-len(strides) :]
         return sum(count * stride for count, stride in zip(counts, strides, strict=True))
 
@@ -57,11 +57,11 @@ def view(
 
 @dataclass(frozen=True, slots=True)
 class WovenTensor(MovedTensor):
-    """Several tensors side by side: each row holds the same row of every part, one after another.
+    """Several tensors side by side: each row is the concatenation of that row of all parts.
 
     Attributes:
         parts: The tensors, of one type.
-        rows: How many rows each part is cut into, whatever its shape.
+        rows: The number of rows that each part is split into, whatever its shape.
     """
 
     parts: tuple[StoredTensor, ...]

@@ -1,4 +1,4 @@
-"""Tensors whose elements do not lie in the file in row-major, little-endian order."""
+"""Tensors that are not stored in row-major, little-endian order."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _PIECE = 1 << 20
 _TILE = 32
-#: Bytes of the storage that are read at a time: a slice of a transposed matrix reaches over all of it.
+#: Bytes of storage that are read at a time: a slice of a transposed matrix is spread over all of it.
 MOST_READ = 16 << 20
-#: Rows are read together, with what lies between, where at least one in so many elements is needed.
+#: Rows are read together with the gaps between them if at least one in so many elements is needed.
 MOST_WASTED = 4
 
 
@@ -45,12 +45,12 @@ class StridedTensor(StoredTensor):
 
     @property
     def reader_bytes(self) -> int:
-        """What is read of the storage at a time."""
+        """The storage that is read at a time."""
         return MOST_READ
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
-        """Open for reading; elements come out in row-major, little-endian order."""
+        """Open for reading, in row-major, little-endian order."""
         with self.file.open() as file:
             yield _gatherer(self, file, self.offset).read
 
@@ -61,10 +61,10 @@ class ReorderedTensor(MovedTensor):
 
     Attributes:
         source: The same elements, and perhaps more, in the order in which they are stored.
-        strides: As of a StridedTensor, over the elements of ``source``.
+        strides: See StridedTensor; over the elements of ``source``.
         big_endian: Whether ``source`` gives the bytes of each element most significant first.
-        dims: As of a StridedTensor.
-        first: The number of this tensor's first element in ``source``.
+        dims: See StridedTensor.
+        first: The index in ``source`` of this tensor's first element.
     """
 
     source: StoredTensor
@@ -80,12 +80,12 @@ class ReorderedTensor(MovedTensor):
 
     @property
     def reader_bytes(self) -> int:
-        """What is read of the copy at a time, or what it takes to make it."""
+        """The part of the copy that is read at a time, or the memory to make the copy."""
         return max(MOST_READ, self.source.reader_bytes + _PIECE)
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
-        """Open for reading; elements come out in row-major, little-endian order."""
+        """Open for reading, in row-major, little-endian order."""
         with self.source.open() as read, tempfile.TemporaryFile() as copy:
             piece = memoryview(bytearray(_PIECE // self.dtype.bytes * self.dtype.bytes))
             try:
@@ -97,7 +97,7 @@ class ReorderedTensor(MovedTensor):
             except OSError as error:
                 raise CheckpointError(
                     f"{self.file.path}: tensor {self.name!r} needs a temporary copy: {error.strerror}",
-                    "Set TMPDIR to a folder with more room.",
+                    "Set TMPDIR to a folder with more space.",
                 ) from error
             file = OpenFile(self.file.path, self.source.nbytes, copy.fileno())
             yield _gatherer(self, file, self.dtype.nbytes(self.first)).read
@@ -105,15 +105,15 @@ class ReorderedTensor(MovedTensor):
 
 @dataclass(frozen=True, slots=True)
 class _Gatherer:
-    """Reads a strided tensor from an open file: for each piece of it, all bytes from its first element to its last.
+    """Reads a strided tensor from an open file: for each piece, all bytes from its first to its last element.
 
-    A file that is mapped instead would end the process if it were cut meanwhile.
+    The file is not mapped into memory, as truncating a mapped file would crash the process.
 
     Attributes:
         tensor: The tensor.
-        file: What holds it.
-        offset: Where the tensor's first element lies in it.
-        element: The type of the elements as they are stored.
+        file: The open file.
+        offset: The byte offset of the tensor's first element.
+        element: The stored element type, with its byte order.
     """
 
     tensor: StridedTensor | ReorderedTensor
@@ -122,15 +122,15 @@ class _Gatherer:
     element: np.dtype[Any]
 
     def read(self, start: int, buffer: Buffer) -> None:
-        """As a Reader."""
+        """See Reader."""
         kept = zip(self.tensor.dims or self.tensor.shape, self.tensor.strides, strict=True)
         dims = [(size, stride) for size, stride in kept if size > 1] or [(1, 1)]
         self._copy(0, dims, start, np.frombuffer(buffer, _element(self.tensor.dtype, "<")))
 
     def _copy(self, first: int, dims: Sequence[tuple[int, int]], start: int, out: Array) -> None:
-        """Copy elements of a view from number ``start`` on, in row-major order, until ``out`` is full.
+        """Copy elements of a view from index ``start`` on, in row-major order, until ``out`` is full.
 
-        A view is its first element in the storage, and for each dimension its size and stride.
+        A view is described by its first element in the storage, and the size and stride of each dimension.
         """
         (_, stride), rest = dims[0], dims[1:]
         if not rest:
@@ -150,7 +150,7 @@ class _Gatherer:
             self._copy(first + (row + rows) * stride, rest, 0, out[rows * row_size :])
 
     def _move(self, first: int, dims: Sequence[tuple[int, int]], out: Array) -> None:
-        """Copy a whole view, by halves until each reaches over few bytes."""
+        """Copy a whole view, split in halves until each spans few bytes."""
         if not out.size:
             return
         extent = extent_of(*zip(*dims, strict=True))
@@ -164,10 +164,10 @@ class _Gatherer:
         self._fetch(first, dims, extent, out)
 
     def _fetch(self, first: int, dims: Sequence[tuple[int, int]], extent: int, out: Array) -> None:
-        """Read a view that reaches over so many elements: as one run, or row by row where most of it is not needed."""
+        """Read a view that spans ``extent`` elements: as one run, or row by row if most of it is not needed."""
         axis = max(range(len(dims)), key=lambda each: dims[each][1])
         rows, pitch = dims[axis]
-        width = extent - (rows - 1) * pitch  # What a row reaches over.
+        width = extent - (rows - 1) * pitch  # The extent of a row.
         if rows == 1 or width * MOST_WASTED > pitch:
             rows, pitch, width = 1, extent, extent
         storage, itemsize = np.empty((rows, width), self.element), self.element.itemsize
@@ -184,7 +184,7 @@ def _gatherer(tensor: StridedTensor | ReorderedTensor, file: OpenFile, offset: i
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides, in elements, of a tensor stored without gaps, the last dimension fastest.
+    """The row-major strides of a contiguous tensor, in elements.
 
     >>> row_major((2, 3, 4))
     (12, 4, 1)
@@ -193,7 +193,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_plain(dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...], big_endian: bool) -> bool:
-    """Whether elements lie in row-major, little-endian order; dimensions of size one do not matter."""
+    """Whether elements are in row-major, little-endian order; dimensions of size one do not matter."""
     wanted = row_major(shape)
     ordered = all(size == 1 or step == want for size, step, want in zip(shape, strides, wanted, strict=True))
     return ordered and (not big_endian or dtype.bytes == 1)
@@ -215,7 +215,7 @@ def strided_tensor(
 
 
 def extent_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements of storage a tensor reaches over; nothing in it may be of size zero.
+    """The number of elements of storage that a tensor spans; no dimension may be zero.
 
     >>> extent_of((2, 3), (1, 2))
     6
