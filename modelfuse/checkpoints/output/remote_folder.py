@@ -1,7 +1,7 @@
 """An output in a store; readers that start from its index see all of it or nothing.
 
 Weight files are uploaded in parts while they are written, in order. At the end all of them are completed, then the
-small files, and last the file that a reader starts from: the index, or the only weight file. A failure before that leaves
+small files, and last the file that a reader starts from: the index, or the only weight file. A failure before leaves
 nothing.
 """
 
