@@ -1,7 +1,7 @@
-"""LoRA adapters as checkpoints: the base's tensors, those that the adapter changes computed while they are read.
+"""Open adapters as checkpoints: the base's tensors, with those that the adapter changes computed on read.
 
-The methods act on the products scale·B·A, never on A and B apart. A tensor that an adapter does not change is the
-base's own, so that a plan sees where nothing is to be done.
+Methods act on the products scale·B·A, never on A and B separately. A tensor that an adapter does not change is the
+base's own object, so that the plan knows that there is nothing to merge.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def open_adapter(path: PathOrUrl, base: Checkpoint, *, paddle: bool | None = Non
     Args:
         path: The adapter's folder, or the one file with its weights.
         base: The model that it was trained on.
-        paddle: Whether the base has Paddle's layout, [in, out]; None if that is not known.
-        strict: Whether values that are not finite are an error.
+        paddle: Whether the base has Paddle's layout, [in, out]; None if unknown.
+        strict: Whether non-finite values are an error.
 
     Raises:
         CheckpointError: If the adapter is missing, malformed or of an unsupported kind.

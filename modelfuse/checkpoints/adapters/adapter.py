@@ -1,4 +1,4 @@
-"""What tells that a folder is an adapter, and what an adapter is to those who merge."""
+"""An adapter as a checkpoint, and the detection of adapter folders."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PEFT_CONFIG, PADDLE_CONFIG = "adapter_config.json", "lora_config.json"
 
 @dataclass(frozen=True)
 class Adapter(Checkpoint):
-    """An adapter as a checkpoint: the base's tensors, those that it changes computed.
+    """An adapter as a checkpoint: the base's tensors, with those that it changes computed on read.
 
     Attributes:
         own: Its own files.
-        account: What became of each of its tensors: the base's tensors that it went into.
-        copies: Pairs of tensors that must be equal: its copy of one of the base's, and that one.
+        account: For each of its tensors, the tensors of the base that it went into.
+        copies: Pairs of tensors that must be equal: its copy of a tensor of the base, and that tensor.
         changed: The names of the tensors of the base that it changes.
-        modules: For a changed tensor, the layer's name in the model, where the adapter gives it.
+        modules: For a changed tensor, the layer's name in the model, if the adapter has it.
         transposed: Whether the base stores Linear weights as [in, out].
         added: The names of tensors that the base lacks: the head of a task.
-        resized: The names of matrices that have other rows than the base's.
-        task: What it was trained for, as PEFT calls it.
+        resized: The names of matrices with another number of rows than the base's.
+        task: PEFT's task type.
     """
 
     own: tuple[SourceFile, ...] = ()
@@ -45,7 +45,7 @@ class Adapter(Checkpoint):
 
 
 def config_of(path: PathOrUrl) -> PathOrUrl | None:
-    """The settings of the adapter at ``path``, a folder or the file with its weights; None if it is no adapter."""
+    """The configuration file of the adapter at ``path`` (a folder or weight file); None if it is not an adapter."""
     stems = ("adapter_model", "peft_model", "lora_model_state")
     folder = path if is_dir(path) else path.parent if path.name.startswith(stems) else None
     if folder is None:

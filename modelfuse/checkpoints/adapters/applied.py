@@ -1,4 +1,4 @@
-"""A base with an adapter applied: a model like any other, computed while it is read."""
+"""A base with an adapter applied, as a model that is computed on read."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class AppliedTensor(MovedTensor):
 
     @property
     def is_delta(self) -> bool:
-        """It is a whole tensor."""
+        """False: it is a whole tensor."""
         return False
 
     @property
     def made_of(self) -> tuple[StoredTensor, ...]:
-        """Both."""
+        """The base's tensor and the difference."""
         return (self.base, self.delta)
 
     @property
     def reader_bytes(self) -> int:
-        """What reading both takes, and some elements of each."""
+        """Memory to read both, and a piece of each."""
         return self.base.reader_bytes + self.delta.reader_bytes + 2 * self.dtype.nbytes(PIECE)
 
     @contextmanager
@@ -66,7 +66,7 @@ def applied(adapter: Adapter, base: Checkpoint) -> Checkpoint:
     """The base with an adapter applied.
 
     Args:
-        adapter: The adapter, laid over the base.
+        adapter: The adapter, opened over the base.
         base: The base.
     """
     tensors = {

@@ -1,4 +1,4 @@
-"""An adapter laid over its base: which tensors of the base become what."""
+"""Apply an adapter to its base: build the changed tensors of the base."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 def lay_over(
     weights: Checkpoint, settings: AdapterConfig, base: Checkpoint, paddle: bool | None, strict: bool
 ) -> Adapter:
-    """Lay an adapter over its base.
+    """Open an adapter over its base.
 
     Args:
         weights: The adapter's own tensors.
-        settings: Its settings.
-        base: The base; its tensors may be computed themselves.
-        paddle: Whether the base has Paddle's layout, [in, out]; None if that is not known.
-        strict: Whether values that are not finite are an error.
+        settings: Its configuration.
+        base: The base; its tensors may be computed.
+        paddle: Whether the base has Paddle's layout, [in, out]; None if unknown.
+        strict: Whether non-finite values are an error.
 
     Raises:
         CheckpointError: If the adapter is malformed or of an unsupported kind.
-        MismatchError: If it does not fit the base; everything that does not is listed.
+        MismatchError: If it does not fit the base; all problems are listed.
     """
     return _Laying(weights, settings, base, paddle, Shared(strict)).done()
 
@@ -99,14 +99,14 @@ class _Laying:
         )
 
     def _configs(self) -> Iterator[SourceFile]:
-        """Its settings, and the model's beside it, which may say how the base was quantized."""
+        """Its configuration, and the config.json beside it, which may say how the base was quantized."""
         yield SourceFile.at(self.settings.file)
         beside = self.settings.file.with_name(CONFIG_FILE)
         if has_file(beside):
             yield SourceFile.at(beside)
 
     def _find(self, contents: AdapterContents) -> dict[str, Targets]:
-        """The base's tensors for every name: of weights, of trained biases, of whole tensors, of copies."""
+        """The base's tensors for the names of adapted weights, trained biases, whole tensors and copies."""
         wanted = [module.weight for module in contents.modules.values()]
         wanted += [f"{name}.bias" for name, module in contents.modules.items() if "bias" in module.factors]
         wanted += [*contents.whole, *contents.copies]
@@ -129,7 +129,7 @@ class _Laying:
             self._put(target.name, self._computed(bias, target.name, target.share, scale), module, "bias")
 
     def _made(self, module: AdaptedLayer, target: BaseTensor) -> StoredTensor | None:
-        """What becomes of a tensor of the base; None if the adapter's do not fit it."""
+        """The changed tensor of the base; None if the adapter's tensors do not fit it."""
         base, ways = self.base[target.name], self._fitting.ways(target, module.embedding)
         if module.kind == "lora":
             term = self._fitting.term(module, target)
@@ -145,7 +145,7 @@ class _Laying:
         return product(module.factors, module.kind, base, self.settings.scale_of(module.name), ways, self.shared)
 
     def _scaled(self, module: AdaptedLayer, base: StoredTensor) -> StoredTensor | None:
-        """A weight times IA³'s numbers; where they are the outputs', the bias too."""
+        """A weight times IA³'s factors; the bias too, if the factors are per output."""
         made = scaled(base, module.factors["ia3_l"], self._fitting.out_first, self.shared)
         bias = self.names.known(f"{module.name}.bias")
         if made is not None and bias is not None and (made.axis == 0) == self._fitting.out_first:
@@ -170,7 +170,7 @@ class _Laying:
         return DoraTensor(base.name, dtype, base.shape, term.a.file, 0, base, difference, magnitude)
 
     def _put(self, name: str, tensor: StoredTensor, module: AdaptedLayer, *parts: str) -> None:
-        """Note what a tensor of the base becomes; differences of several parts of a fused layer are added up."""
+        """Record the changed tensor of the base; differences to several parts of a fused layer are summed."""
         for part in parts or module.factors:
             if part != "bias" or parts:
                 self.account.setdefault(module.factors[part].name, []).append(name)
@@ -193,7 +193,7 @@ class _Laying:
             self.tensors[target.name] = self._computed(tensor, target.name, target.share, None)
 
     def _computed(self, tensor: StoredTensor, name: str, share: Share | None, scale: float | None) -> StoredTensor:
-        """The tensor as the base stores it: transposed or cut where that differs."""
+        """The tensor as the base stores it: transposed or sliced if that differs."""
         base = self.base[name]
         outputs_last = self.settings.kind == "paddle" and len(tensor.shape) == 2
         cut = share.cut(tensor.shape[-1 if outputs_last else 0]) if share is not None and tensor.shape else None

@@ -1,4 +1,4 @@
-"""Stored elements as arrays, and what is computed from them kept while it is in use."""
+"""Decode stored elements to arrays, and cache what is computed from them while it is in use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def widen(dtype: DType, raw: Array) -> Array:
-    """Stored bytes as numbers of the type that ``dtype`` computes in."""
+    """Decode stored bytes to the compute type of ``dtype``."""
     if dtype == BF16:
         return from_bfloat16(raw.view(np.uint16))
     values: Array = raw.view(np.dtype(dtype.numpy))
@@ -28,24 +28,24 @@ def widen(dtype: DType, raw: Array) -> Array:
 
 
 def narrow(dtype: DType, values: Array) -> Array:
-    """float32 values rounded to a 16-bit type, to nearest even, as the numbers that are stored."""
+    """Round float32 values to a 16-bit type, ties to even, and encode them."""
     if dtype != BF16:
         return values.astype(np.float16).view(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), halves_of(to_bfloat16(np.ascontiguousarray(values))))
 
 
 def read_values(read: Reader, dtype: DType, start: int, count: int) -> Array:
-    """So many elements of an open tensor as numbers."""
+    """Read and decode elements of an open tensor."""
     raw = np.empty(dtype.nbytes(count), np.uint8)
     read(start, raw.data)
     return widen(dtype, raw)
 
 
 def load(tensor: StoredTensor, strict: bool) -> Array:
-    """All of a tensor as numbers, in its shape.
+    """Read and decode a whole tensor, in its shape.
 
     Raises:
-        CheckpointError: If it is ``strict`` and any of them is not finite.
+        CheckpointError: If ``strict`` and any element is not finite.
     """
     with tensor.open() as read:
         values = read_values(read, tensor.dtype, 0, tensor.size).reshape(tensor.shape)
@@ -65,10 +65,10 @@ class _Entry:
 
 
 class Recent:
-    """The last few values that were made, for any thread: each is made once while it is among them.
+    """A thread-safe LRU cache of computed values.
 
     Args:
-        most: How many are kept.
+        most: The number of values.
     """
 
     def __init__(self, most: int = 2) -> None:
@@ -77,11 +77,11 @@ class Recent:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[Recent], tuple[int]]:
-        # Another process makes its own values.
+        # Not sent to other processes, which compute their own values.
         return Recent, (self.most,)
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value of ``key``: one of the last few, or made now while other threads wait for it."""
+        """The value of ``key``: cached, or computed now while other threads wait for it."""
         with self._lock:
             entry = self._entries.pop(key, None) or _Entry()
             self._entries[key] = entry

@@ -1,4 +1,4 @@
-"""A merge whose result is one PEFT adapter: its tensors and its adapter_config.json."""
+"""Save a merge as one PEFT adapter: its tensors and adapter_config.json."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TensorChange(NamedTuple):
         sources: The models' tensors.
         base: The base's.
         method: What merges their differences.
-        drawn_as: The tensor whose random draws it has, if those are another one's.
-        matrices: How it is cut into matrices, if the method works on whole ones.
+        drawn_as: The tensor whose random draws it uses, if not its own.
+        matrices: How it is split into matrices, for whole-matrix methods.
     """
 
     name: str
@@ -46,13 +46,13 @@ class TensorChange(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """What the output is made of.
+    """The content of an adapter output.
 
     Attributes:
         tensors: The adapter's tensors, each with the change that it is part of.
         config: The content of its adapter_config.json.
-        whole: Changes that it holds as they will be, and what they are called in it.
-        notes: What the user should know.
+        whole: Changed tensors that are saved whole, and their names in the adapter.
+        notes: Notes for the user.
     """
 
     tensors: tuple[tuple[TensorChange, StoredTensor], ...]
@@ -62,16 +62,16 @@ class AdapterOutput:
 
 
 def as_adapter(recipe: Recipe, models: Sequence[Checkpoint], changes: Sequence[TensorChange]) -> AdapterOutput:
-    """What no full model is needed for: A and B of every weight that changes, and what else changes as it will be.
+    """The adapter for a merge: A and B of each changed weight, and other changed tensors whole.
 
     Args:
-        recipe: The settings.
+        recipe: The recipe.
         models: The models in order, then the base.
-        changes: What changes, in the base's order.
+        changes: The changed tensors, in the base's order.
 
     Raises:
-        MismatchError: If an adapter cannot hold a change, or nothing changes.
-        RecipeError: If the result is not a product of factors, and ``lora_rank`` is not given.
+        MismatchError: If an adapter cannot represent a change, or nothing changes.
+        RecipeError: If the result is not a low-rank product, and ``lora_rank`` is not given.
     """
     return _Output(recipe, models).made_of(changes)
 

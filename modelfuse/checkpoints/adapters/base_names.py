@@ -1,4 +1,4 @@
-"""Which tensors of the base an adapter's layers are: the same names, other names by rules, fused layers, experts."""
+"""Find the base's tensors for an adapter's layers: by name, by name rules, in fused layers, among experts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from modelfuse.checkpoints.name_rules import by_key, key_of, part_of
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.errors import MismatchError
 
-#: Parts of a name that a prefix may have.
+#: The most parts of a prefix.
 DEEPEST = 3
-#: All experts' weights in one tensor, and each expert's own: what they are called, and how the first is made of them.
+#: Names of stacked experts' weights, and the names of each expert's layers in them.
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _ALL = re.compile(r"(?P<experts>.*\bexperts)\.(?P<fused>gate_up_proj|down_proj)")
 _ONE = re.compile(r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
@@ -24,12 +24,12 @@ MOST_EXPERTS = 1 << 14
 
 
 class Share(NamedTuple):
-    """Which outputs of a fused layer one of its parts has.
+    """The outputs of one part of a fused layer.
 
     Attributes:
-        groups: How many times the parts follow one another.
+        groups: The number of groups; in each, the parts follow one another.
         sizes: The relative sizes of the parts in each group.
-        at: Which part it is.
+        at: The index of the part.
         widens: Whether the base has the fused layer and the adapter the part; otherwise the reverse.
     """
 
@@ -39,7 +39,7 @@ class Share(NamedTuple):
     widens: bool
 
     def cut(self, outputs: int) -> FusedPart | None:
-        """The outputs, if the adapter's layer has so many; None if they cannot be shared out so."""
+        """The outputs for an adapter's layer with ``outputs`` outputs; None if they cannot be divided so."""
         unit, rest = divmod(outputs, self.groups * (self.sizes[self.at] if self.widens else sum(self.sizes)))
         if rest or not unit:
             return None
@@ -52,9 +52,9 @@ class BaseTensor(NamedTuple):
 
     Attributes:
         name: Its name.
-        share: Its share, if it is fused here and not there.
-        expert: Whose factors change it, if the adapter has those of all experts together.
-        block: Which expert's part of it is changed, if the base has all experts in one tensor.
+        share: Its share, if the layer is fused only in the base or only in the adapter.
+        expert: The expert whose factors change it, if the adapter stacks the factors of all experts.
+        block: The expert whose part of it is changed, if the base stacks all experts in one tensor.
     """
 
     name: str
@@ -78,18 +78,18 @@ class Names:
         self._keys = by_key(base)
 
     def has(self, name: str) -> bool:
-        """Whether the base has a tensor of this name, or of one that means the same."""
+        """Whether the base has a tensor of this or an equivalent name."""
         return self.known(name) is not None
 
     def known(self, name: str) -> str | None:
-        """The base's tensor of this name, or the one that means the same; None if there is none."""
+        """The base's tensor of this or an equivalent name; None if there is none."""
         return name if name in self._base.tensors else self._keys.get(key_of(name))
 
     def find(self, path: object, wanted: Sequence[str]) -> dict[str, Targets]:
-        """Find each of the names: as it is, by the rules of names, or those of a part of the model by another prefix.
+        """Find each of the names: unchanged, by the name rules, or for a part of the model by another prefix.
 
         Raises:
-            MismatchError: If the base has none or only some of them, or several prefixes would do.
+            MismatchError: If the base has none or only some of them, or several prefixes match.
         """
         found = {name: targets for name in wanted if (targets := self._targets(name))}
         groups: dict[frozenset[str], list[str]] = {}
@@ -103,7 +103,7 @@ class Names:
         return found
 
     def _by_prefix(self, path: object, part: frozenset[str], wanted: Sequence[str]) -> dict[str, Targets]:
-        """All names of one part of the model by one change of prefix: as many as can be found."""
+        """Match names of one part of the model by the prefix that matches most of them."""
         best: dict[str, Targets] = {}
         whole: list[dict[str, Targets]] = []
         news = dict.fromkeys(prefix for name in self._base if part_of(name) == part for prefix in _prefixes_of(name))
@@ -131,12 +131,12 @@ class Names:
         return self._of_experts(key_of(name)) or self._of_fused(name)
 
     def _experts_of(self, name: str) -> int:
-        """How many experts one tensor holds."""
+        """The number of experts that are stacked in a tensor."""
         shape = self._base[name].shape
         return shape[0] if len(shape) == 3 and shape[0] <= MOST_EXPERTS else 0
 
     def _of_experts(self, key: str) -> Targets:
-        """The experts' own weights of a name that is for all together, or the part of all that one expert has."""
+        """Single experts' weights for the name of a stacked tensor, or an expert's part of a stacked tensor."""
         if match := _ALL.fullmatch(key):
             parts = EXPERTS[match["fused"]]
             found: list[BaseTensor] = []
@@ -204,7 +204,7 @@ def _renamed(name: str, old: str, new: str) -> str:
 
 
 def _prefixes_of(name: str) -> Iterable[str]:
-    """Nothing, and the first parts of a name up to a number.
+    """Possible prefixes of a name: empty, and its leading parts up to a number.
 
     >>> list(_prefixes_of("model.layers.0.mlp.up_proj.weight"))
     ['', 'model.', 'model.layers.']
@@ -218,7 +218,7 @@ def _prefixes_of(name: str) -> Iterable[str]:
 
 
 def renamed_by(found: dict[str, Targets]) -> Iterator[tuple[str, str]]:
-    """The names that are the base's by another name, and which."""
+    """Pairs of names: the adapter's, and the base's if it differs."""
     for name, targets in found.items():
         if len(targets) == 1 and targets[0][1:] == (None, None, None) and targets[0].name != name:
             yield name, targets[0].name

@@ -1,4 +1,4 @@
-"""A tensor of the base that an adapter scales, or of which it replaces some rows, computed while it is read."""
+"""Tensors of the base that an adapter scales (IA³) or of which it replaces rows, computed on read."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from modelfuse.checkpoints.tensors import Reader
 from modelfuse.dtypes import DType
 from modelfuse.storage.files import Buffer
 
-#: Elements that are computed together.
+#: Elements that are computed at a time.
 PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledTensor(StoredTensor):
-    """A tensor of the base, each of its outputs or inputs times a learnt number.
+    """A tensor of the base, scaled per output or per input by learned factors.
 
     That is IA³ (Liu et al. 2022, arXiv 2205.05638).
 
     Attributes:
         base: The base's tensor.
-        numbers: The numbers.
-        axis: The axis of the base's tensor that they are along.
-        shared: What is shared with the adapter's other tensors.
+        numbers: The factors.
+        axis: The axis of the base's tensor that they apply along.
+        shared: State that all tensors of the adapter share.
     """
 
     base: StoredTensor
@@ -39,12 +39,12 @@ class ScaledTensor(StoredTensor):
 
     @property
     def made_of(self) -> tuple[StoredTensor, ...]:
-        """Both."""
+        """The base's tensor and the adapter's."""
         return self.numbers, self.base
 
     @property
     def held(self) -> int:
-        """The numbers, and pieces."""
+        """The factors, and pieces of the base."""
         return self.dtype.nbytes(2 * self.numbers.size + 4 * min(PIECE, self.size)) + self.base.held
 
     @contextmanager
@@ -60,20 +60,20 @@ class ScaledTensor(StoredTensor):
                     out = whole[begin : begin + PIECE]
                     at = np.arange(start + begin, start + begin + out.size) // inner % self.shape[self.axis]
                     out[:] = read_values(base, self.base.dtype, start + begin, out.size)
-                    with np.errstate(all="ignore"):  # What is not finite is counted where it is used.
+                    with np.errstate(all="ignore"):  # Non-finite values are counted by the passes.
                         out *= numbers[at]
 
             yield read
 
 
 def scaled(base: StoredTensor, numbers: StoredTensor, out_first: bool, shared: Shared) -> ScaledTensor | None:
-    """A weight of the base with IA³'s numbers, which PEFT keeps as [out, 1, …] or [1, in, …]; None if they do not fit.
+    """A weight of the base with IA³'s factors, which PEFT stores as [out, 1, …] or [1, in, …]; None if they do not fit.
 
     Args:
         base: The weight, or a bias, which only has outputs.
-        numbers: The numbers.
+        numbers: The factors.
         out_first: Whether the base stores the weight as [out, in].
-        shared: What is shared with the adapter's other tensors.
+        shared: State that all tensors of the adapter share.
     """
     along = [axis for axis, length in enumerate(numbers.shape) if length == numbers.size][:1] or [0]
     axis = 0 if len(base.shape) == 1 else along[0] if out_first else 1 - along[0]
@@ -85,13 +85,13 @@ def scaled(base: StoredTensor, numbers: StoredTensor, out_first: bool, shared: S
 
 @dataclass(frozen=True, slots=True)
 class TrainedRowsTensor(StoredTensor):
-    """A matrix of the base some of whose rows were trained, such as those of new tokens.
+    """A matrix of the base with trained rows, such as those of new tokens.
 
     Attributes:
         base: The base's tensor.
-        trained: The rows that were trained, one below the other.
-        rows: Which rows they are.
-        shared: What is shared with the adapter's other tensors.
+        trained: The trained rows, stacked.
+        rows: The indices of these rows.
+        shared: State that all tensors of the adapter share.
     """
 
     base: StoredTensor
@@ -106,12 +106,12 @@ class TrainedRowsTensor(StoredTensor):
 
     @property
     def made_of(self) -> tuple[StoredTensor, ...]:
-        """Both."""
+        """The base's tensor and the adapter's."""
         return self.trained, self.base
 
     @property
     def held(self) -> int:
-        """The trained rows, and pieces."""
+        """The trained rows, and pieces of the base."""
         return self.dtype.nbytes(2 * self.trained.size + 2 * min(PIECE, self.size)) + self.base.held
 
     @contextmanager
@@ -137,7 +137,7 @@ class TrainedRowsTensor(StoredTensor):
 def with_rows(
     base: StoredTensor, trained: StoredTensor, rows: tuple[int, ...], shared: Shared
 ) -> TrainedRowsTensor | None:
-    """An embedding of the base with rows that were trained; None if they do not fit."""
+    """An embedding of the base with trained rows; None if they do not fit."""
     fits = len(base.shape) == 2 and trained.shape == (len(rows), base.shape[1]) and max(rows, default=0) < base.shape[0]
     if not fits:
         return None

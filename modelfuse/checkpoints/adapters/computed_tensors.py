@@ -1,4 +1,4 @@
-"""Tensors that an adapter gives the base: computed while they are read, in float32 unless a part is float64.
+"""Differences and tensors of an adapter, computed on read, in float32 unless a source is float64.
 
 With B of shape [out, rank] and A of shape [rank, in], a LoRA's difference to a weight is scale·B·A (Hu et al. 2021,
 arXiv 2106.09685).
@@ -25,9 +25,9 @@ class LowRankTensor(StoredTensor):
     """The sum of low-rank products: a difference to the base.
 
     Attributes:
-        terms: The products, added up in order.
+        terms: The products, summed in order.
         out_first: Whether the base stores the layer's weight as [out, in].
-        shared: What is shared with the adapter's other tensors.
+        shared: State that all tensors of the adapter share.
     """
 
     terms: tuple[Term, ...]
@@ -36,7 +36,7 @@ class LowRankTensor(StoredTensor):
 
     @property
     def is_delta(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     @property
@@ -46,11 +46,11 @@ class LowRankTensor(StoredTensor):
 
     @property
     def held(self) -> int:
-        """All factors, twice: as they are read, and as they are kept."""
+        """All factors twice: as they are read, and as they are cached."""
         return 2 * self.dtype.nbytes(sum(term.held for term in self.terms))
 
     def factors(self) -> list[tuple[Array, Array, float, int]]:
-        """For every term the left and the right matrix, without gaps, the scale, and where the product begins."""
+        """For each term: the left and the right matrix (contiguous), the scale, and the first element."""
         found: list[tuple[Array, Array, float, int]] = self.shared.recent.get(self, self._load)
         return found
 
@@ -85,15 +85,15 @@ class LowRankTensor(StoredTensor):
 
 @dataclass(frozen=True, slots=True)
 class ComputedTensor(StoredTensor):
-    """A small tensor made whole in memory: scaled, transposed, or some outputs of a fused one.
+    """A small tensor that is computed whole in memory: scaled, transposed, or a slice of a fused one.
 
     Attributes:
-        source: What it is made of.
-        scale: What a difference is multiplied by; None for a tensor that replaces the base's.
-        turns: Whether it is the transpose.
-        cut: Which outputs to take, None for all.
+        source: The source.
+        scale: The factor of a difference; None for a tensor that replaces the base's.
+        turns: Whether to transpose.
+        cut: The outputs to take, None for all.
         outputs_last: Whether the source has its outputs along the last axis, as Paddle's weights.
-        shared: What is shared with the adapter's other tensors.
+        shared: State that all tensors of the adapter share.
     """
 
     source: StoredTensor
@@ -115,7 +115,7 @@ class ComputedTensor(StoredTensor):
 
     @property
     def held(self) -> int:
-        """All of it, as it is read and as it is kept."""
+        """The whole tensor twice: as it is read, and as it is cached."""
         return self.source.nbytes + 2 * self.nbytes + self.source.held
 
     def _make(self) -> Array:
@@ -142,7 +142,7 @@ class ComputedTensor(StoredTensor):
 
 @dataclass(frozen=True, slots=True)
 class Widened(StoredTensor):
-    """A tensor read in float64, so that it can be compared with one of another type.
+    """A tensor read as float64, to compare it with one of another type.
 
     Attributes:
         source: The tensor.

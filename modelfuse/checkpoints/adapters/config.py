@@ -1,4 +1,4 @@
-"""What an adapter's adapter_config.json (PEFT) or lora_config.json (Paddle) says, or why it cannot be merged."""
+"""Read an adapter's adapter_config.json (PEFT) or lora_config.json (Paddle); refuse unsupported kinds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelfuse.checkpoints.adapters.module_numbers import ByPattern
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import PathOrUrl
 
-#: AdapterConfig of PEFT that make something else of an adapter than base + scale·B·A, and what they are called.
+#: PEFT settings whose adapters are not base + scale·B·A, and their descriptions.
 PEFT_KINDS = {
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
@@ -24,7 +24,7 @@ PEFT_KINDS = {
     "layer_replication": "layer replication",
     "megatron_config": "Megatron's parallel layers",
 }
-#: The same of Paddle's.
+#: The same for Paddle.
 PADDLE_KINDS = {
     "loraga": "LoRA-GA, which changes the base",
     "pissa": "PiSSA, which changes the base",
@@ -34,10 +34,10 @@ PADDLE_KINDS = {
     "use_mora": "MoRA",
     "nola": "NoLA",
 }
-#: Ways to begin that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) subtract from it.
+#: Initializations that leave the base unchanged; the others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) subtract from it.
 HARMLESS_STARTS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
 
-#: A float32 holds no more, nor does a weight.
+#: The largest alpha: about the largest float32.
 MOST_ALPHA = 3e38
 SUPPORTED = "Supported are LoRA, rsLoRA and DoRA, LoHa, LoKr, IA³ and trainable tokens."
 
@@ -47,8 +47,8 @@ class Kind(NamedTuple):
 
     Attributes:
         name: Its name.
-        alpha: What its alpha is called, if it has one.
-        modules: What its layers may be, as the names of their tensors tell.
+        alpha: The name of its alpha setting, if it has one.
+        modules: The kinds of its layers, as determined by their tensors' names.
     """
 
     name: str
@@ -71,22 +71,22 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """An adapter's settings.
+    """An adapter's configuration.
 
     Attributes:
-        kind: Which library's adapter it is.
-        file: Where they are written.
+        kind: The library of the adapter.
+        file: The configuration file.
         rank: The rank of most modules.
         alpha: The alpha of most modules.
-        rank_pattern: Other ranks.
-        alpha_pattern: Other alphas.
-        root_scaled: Whether the scale is alpha/√rank (rank-stabilised) instead of alpha/rank.
-        transposed: Whether the base is said to store these weights as [in, out] (``fan_in_fan_out``).
-        trains_biases: Whether biases of the base were trained, so that the adapter's replace them.
-        parameters: How the names of parameters end that have factors of their own, as fused experts have.
-        adapts: Which of PEFT's kinds it is.
-        task: What it was trained for, as PEFT calls it, such as ``SEQ_CLS``.
-        tokens: The rows of embeddings that were trained, by how the layer's name ends; "" is any layer.
+        rank_pattern: Ranks of other modules.
+        alpha_pattern: Alphas of other modules.
+        root_scaled: Whether the scale is alpha/√rank (rsLoRA) instead of alpha/rank.
+        transposed: Whether the base stores these weights as [in, out] (``fan_in_fan_out``).
+        trains_biases: Whether biases were trained, so that the adapter's replace the base's.
+        parameters: Suffixes of the names of parameters with factors of their own, such as stacked experts.
+        adapts: PEFT's kind of the adapter.
+        task: PEFT's task type, such as ``SEQ_CLS``.
+        tokens: Trained rows of embeddings, by the suffix of the layer's name; "" is any layer.
     """
 
     kind: Literal["peft", "paddle"]
@@ -108,20 +108,20 @@ class AdapterConfig:
         return int(self.rank_pattern.of(module, self.rank))
 
     def scale_of(self, module: str) -> float:
-        """What B·A of one module is multiplied by."""
+        """The scale of B·A of one module."""
         rank = self.rank_of(module)
         return self.alpha_pattern.of(module, self.alpha) / (math.sqrt(rank) if self.root_scaled else rank)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
-        """The rows of an embedding that were trained."""
+        """The trained rows of an embedding."""
         return next((rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}" if key else "")), ())
 
 
 def read_settings(file: PathOrUrl) -> AdapterConfig:
-    """Read the settings of an adapter.
+    """Read the configuration of an adapter.
 
     Raises:
-        CheckpointError: If they are malformed, or of a kind that is not supported, which is named.
+        CheckpointError: If it is malformed, or the adapter is of an unsupported kind.
     """
     content = read_json(file)
     return _peft(file, content) if file.name == PEFT_CONFIG else _paddle(file, content)
@@ -184,7 +184,7 @@ def _unsupported(file: PathOrUrl, words: str) -> CheckpointError:
 
 
 class _Values:
-    """Reads settings of the right types."""
+    """Reads settings and checks their types."""
 
     def __init__(self, file: PathOrUrl, content: Mapping[str, object]) -> None:
         self._file, self._content = file, content

@@ -1,8 +1,8 @@
-"""Products of thin factors merged by methods of whole matrices, without a large matrix.
+"""Whole-matrix methods on low-rank differences, without forming the large matrices (core space merging).
 
-All differences Bᵢ·Aᵢ lie in what the Bᵢ span on one side and the Aᵢ on the other. With orthonormal bases of both they
-are small matrices, of as many rows and columns as the ranks add up to (Panariello et al. 2025, arXiv:2509.17786). What
-a method does that no rotation changes is the same there, and exact: directions that no difference has are not there.
+All differences Bᵢ·Aᵢ lie in the span of the Bᵢ on one side and of the Aᵢ on the other. In orthonormal bases of both,
+they are small matrices, whose size is the sum of the ranks (Panariello et al. 2025, arXiv:2509.17786). A method that
+commutes with rotations gives exactly the same result there.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class MergedProducts:
 
     Attributes:
         name: The tensor.
-        sources: Each model's difference; one that is no product is zero.
-        method: A method of whole matrices.
-        matrices: How the tensor is cut; one unit.
-        shared: What the factors are read with.
+        sources: Each model's difference; one that is not a product is zero.
+        method: A whole-matrix method.
+        matrices: How the tensor is split; one unit.
+        shared: The state to read factors with.
     """
 
     name: str
@@ -43,20 +43,20 @@ class MergedProducts:
 
     @property
     def memory(self) -> int:
-        """For both stacks of factors in float64, their bases, and what decomposing them takes."""
+        """Memory of both stacks of factors in float64, their bases and the decompositions."""
         terms = [term for source in self.sources if isinstance(source, LowRankTensor) for term in source.terms]
         ranks = sum(term.rank for term in terms)
         sides = max((term.inputs + term.outputs for term in terms), default=0)
         return 8 * 6 * ranks * (sides + len(self.sources) ** 2 * ranks)
 
     def factors(self) -> tuple[Floats, Floats]:
-        """As the tensor is stored."""
+        """The factors in the tensor's orientation."""
         b, a = merge_in_core(self.name, self.sources, self.method, self.matrices, self.shared)
         return (b, a) if self.matrices.out_first else (a.T, b.T)
 
 
 def products_rank(sources: Sequence[StoredTensor], base: StoredTensor) -> int | None:
-    """The rank of all products side by side, None if a difference to the base's tensor is no product."""
+    """The sum of the ranks of all products; None if a difference to the base is not a product."""
     rank = 0
     for source in sources:
         if isinstance(source, LowRankTensor):
@@ -67,7 +67,7 @@ def products_rank(sources: Sequence[StoredTensor], base: StoredTensor) -> int | 
 
 
 def fits_core(sources: Sequence[StoredTensor], base: StoredTensor, method: Applied, matrices: Matrices | None) -> bool:
-    """Whether a tensor can be merged in the space that its products span."""
+    """Whether a tensor can be merged in the space spanned by its products."""
     how = method.combination.matrix
     if matrices is None or matrices.units != 1 or how is None or how.gram not in ("sum", "each", "pairs"):
         return False
@@ -84,15 +84,15 @@ def in_core(
     matrices: Matrices | None,
     strict: bool,
 ) -> Matrices | None:
-    """How a tensor is cut, with its merged difference if it can be known from products.
+    """How a tensor is split, with its merged difference if it can be computed from products.
 
     Args:
         name: The tensor.
         sources: The models' tensors.
         base: The base's.
-        method: What merges them.
-        matrices: How it is cut, if the method works on whole matrices.
-        strict: Whether factors that are not finite are an error.
+        method: The method that merges them.
+        matrices: How it is split, for whole-matrix methods.
+        strict: Whether non-finite factors are an error.
     """
     if matrices is None or not fits_core(sources, base, method, matrices):
         return matrices
@@ -134,14 +134,14 @@ def merge_in_core(
 
 
 def _factors(source: StoredTensor, shared: Shared) -> list[tuple[Floats, Array]]:
-    """B, scaled, and A of each product that a difference consists of."""
+    """Scaled B, and A, of each product of a difference."""
     terms = source.terms if isinstance(source, LowRankTensor) else ()
     found = [(*term.factors(shared), term.scale) for term in terms]
     return [(b.astype(np.float64) * scale, a) for b, a, scale in found]
 
 
 def _part(name: str, lefts: Floats, upper: Floats, ranks: Sequence[int], method: Applied, inputs: int) -> Floats:
-    """The merged outputs of one layer, by the basis of the inputs."""
+    """The merged outputs of one layer, in the basis of the inputs."""
     with one_thread():
         side, lower = np.linalg.qr(lefts)
     ends = np.cumsum(ranks)
@@ -157,13 +157,13 @@ def _part(name: str, lefts: Floats, upper: Floats, ranks: Sequence[int], method:
 
 
 def cut(b: Floats, a: Floats, rank: int, distributes: bool) -> tuple[Floats, Floats, float]:
-    """The nearest product of a rank, and its relative error.
+    """The best approximation of a product by a smaller rank, and its relative error.
 
     Args:
         b: Shape (out, more).
         a: Shape (more, in); of as many rows as columns of ``b``.
         rank: The rank.
-        distributes: Whether both factors have half of every singular value; else A has all of it.
+        distributes: Whether both factors are scaled by the square roots of the singular values; else A by all of them.
     """
     if not np.isfinite(b).all():
         return b[:, :rank], a[:rank], np.nan
@@ -171,7 +171,7 @@ def cut(b: Floats, a: Floats, rank: int, distributes: bool) -> tuple[Floats, Flo
         basis, upper = np.linalg.qr(a.T)
         left, sizes, right = np.linalg.svd(b @ upper.T, full_matrices=False)
         right = right @ basis.T
-    # A vector's sign is anybody's choice: its largest element is positive, on every machine.
+    # The sign of a singular vector is arbitrary: its largest element is made positive.
     signs = np.sign(np.take_along_axis(right, np.abs(right).argmax(1)[:, None], 1))
     left, right = (left * signs[:, 0])[:, :rank], (right * signs)[:rank]
     whole, halves = float(np.linalg.norm(sizes)), np.sqrt(sizes[:rank])

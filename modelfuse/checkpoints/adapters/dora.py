@@ -1,4 +1,4 @@
-"""Weights whose outputs have learnt magnitudes.
+"""DoRA: weights with learned magnitudes of their outputs.
 
 With W the base's weight, DoRA gives m·(W + scale·B·A)/‖W + scale·B·A‖, a magnitude m and a norm for each output
 (Liu et al. 2024, arXiv 2402.09353).
@@ -18,18 +18,18 @@ from modelfuse.checkpoints.adapters.computed_tensors import LowRankTensor
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.storage.files import Buffer
 
-#: Elements of a base that are looked at together for its norms; whole rows, but at least one.
+#: Elements of the base per piece, for its norms; whole rows, at least one.
 PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class DoraTensor(StoredTensor):
-    """A weight whose outputs have learnt magnitudes.
+    """A weight with learned magnitudes of its outputs.
 
     Attributes:
         base: The base's weight.
         difference: scale·B·A.
-        magnitude: One number an output.
+        magnitude: One number per output.
     """
 
     base: StoredTensor
@@ -52,7 +52,7 @@ class DoraTensor(StoredTensor):
         return self.size // max(self.shape[0], 1)
 
     def factors(self) -> Array:
-        """magnitude/‖W + scale·B·A‖, one an output."""
+        """magnitude/‖W + scale·B·A‖, one per output."""
         found: Array = self.difference.shared.recent.get(self, self._measure)
         return found
 
@@ -67,10 +67,10 @@ class DoraTensor(StoredTensor):
                 if self.difference.out_first:
                     squares[row : row + rows] = np.cumsum(part, axis=1)[:, -1]
                 else:
-                    for each in part:  # One after another: the order of a library's sums depends on their number.
+                    for each in part:  # Sequentially: the order of a library's sums depends on their number.
                         squares += each
         magnitude = load(self.magnitude, self.difference.shared.strict).ravel()
-        with np.errstate(all="ignore"):  # What is not finite is counted where it is used.
+        with np.errstate(all="ignore"):  # Non-finite values are counted by the passes.
             return (magnitude / np.sqrt(squares)).astype(self.dtype.compute)
 
     def _sum(self, base: Reader, difference: Reader, start: int, count: int) -> Array:

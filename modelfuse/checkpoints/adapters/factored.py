@@ -1,4 +1,4 @@
-"""The two factors of a merged difference, as tensors that are computed while they are read."""
+"""The two factors of a merged difference, as tensors that are computed on read."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from modelfuse.methods.applied import Applied
 from modelfuse.methods.random import stream_key
 from modelfuse.storage.files import Buffer
 
-#: Differences whose factors are kept: so many A come before their B, so that several workers factorize at the same
-#: time and no B is made again.
+#: Differences whose factors are cached. This many A precede their B, so that workers factorize concurrently and each
+#: difference is factorized once.
 RUN = 16
-#: Elements of a tensor that are merged together.
+#: Elements of a tensor that are merged at a time.
 PIECE = 1 << 20
-#: Tensors of a model, roughly.
+#: Approximate number of such tensors of a model.
 TENSORS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class DifferenceTensor(StoredTensor):
-    """What a model has more than the base.
+    """A model's difference to the base.
 
     Attributes:
         source: The model's tensor.
@@ -49,7 +49,7 @@ class DifferenceTensor(StoredTensor):
 
     @property
     def held(self) -> int:
-        """What both hold."""
+        """The sum of both tensors'."""
         return self.source.held + self.base.held
 
     @contextmanager
@@ -72,16 +72,16 @@ class Factoring:
 
     Attributes:
         name: The base's tensor.
-        sources: Every model's difference.
-        method: How they are merged.
-        rank: The rank to find, None for that of all products together, which is exact.
+        sources: Each model's difference.
+        method: The method that merges them.
+        rank: The rank to find; None for the sum of the products' ranks, which is exact.
         in_core: Whether all differences are products, merged by a method of whole matrices without making these.
         out_first: Whether the base stores the weight as [out, in].
-        matrices: How it is cut into matrices, if the method works on whole ones.
-        shared: What is shared with the other factorings.
-        errors: Where the relative error goes, by name.
-        kept: How many of the pairs of that rank are kept; None: all.
-        distributes: Whether A and B have half of every singular value each; else A has all of it.
+        matrices: How it is split into matrices, for whole-matrix methods.
+        shared: State that all factorings share.
+        errors: Receives the relative error, by name.
+        kept: The number of singular values to keep of that rank; None: all.
+        distributes: Whether A and B are scaled by the square roots of the singular values; else A by all of them.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Factoring:
 
     @property
     def elements(self) -> int:
-        """Elements of the difference that are held at once."""
+        """Elements of the difference that are in memory at once."""
         return 0 if self.rank is None or self.in_core else self.sources[0].size
 
     @property
@@ -123,7 +123,7 @@ class Factoring:
         return b, a
 
     def _exact(self) -> tuple[Array, Array]:
-        """All products side by side: Σ wᵢ·sᵢ·Bᵢ·Aᵢ = [w₁s₁B₁ w₂s₂B₂ …]·[A₁; A₂; …]."""
+        """The concatenated products: Σ wᵢ·sᵢ·Bᵢ·Aᵢ = [w₁s₁B₁ w₂s₂B₂ …]·[A₁; A₂; …]."""
         pairs = []
         for source, weight in zip(self.sources, self.method.coefficients or (), strict=True):
             for term in source.terms if isinstance(source, LowRankTensor) else ():
@@ -150,7 +150,7 @@ class Factoring:
         return (left, right) if self.out_first else (np.ascontiguousarray(right.T), np.ascontiguousarray(left.T))
 
     def _undistributed(self, left: Array, right: Array) -> tuple[Array, Array]:
-        """All of every singular value in A, whichever of the two that is."""
+        """Move the singular values to A, whichever of the two factors that is."""
         sizes = np.sqrt(np.square(left).sum(axis=0))
         shares = np.where(sizes > 0, sizes, 1.0)
         if self.out_first:
@@ -158,7 +158,7 @@ class Factoring:
         return left * sizes, right / shares[:, None]
 
     def larger_than(self, epsilon: float) -> int:
-        """How many singular values are larger; the difference is read."""
+        """The number of singular values above ``epsilon``; reads the difference."""
         b, a = (np.asarray(each, np.float64) for each in self.factors())
         sizes = np.sqrt(np.square(b).sum(axis=0) * np.square(a).sum(axis=1))
         return int(np.count_nonzero(sizes > epsilon))
@@ -169,8 +169,8 @@ class FactorTensor(StoredTensor):
     """A or B of a merged difference.
 
     Attributes:
-        factoring: Both.
-        part: Which one.
+        factoring: The factorization.
+        part: Which of the two factors.
     """
 
     factoring: Factoring
@@ -183,7 +183,7 @@ class FactorTensor(StoredTensor):
 
     @property
     def held(self) -> int:
-        """The difference in float32 and in float64, what its models hold, and factors: those of a run are kept."""
+        """The difference in float32 and float64, the memory of its sources, and the cached factors."""
         sources = sum(source.held for source in self.factoring.sources)
         pieces = PIECE * 4 * (len(self.factoring.sources) + 1) if self.factoring.elements else 0
         pieces += self.factoring.products.memory if self.factoring.in_core else 0
@@ -198,7 +198,7 @@ class FactorTensor(StoredTensor):
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """The relative error of the product of both, once it is known."""
+        """The relative error of the product, once it is known."""
         errors = self.factoring.errors
         return {"relative_error": errors[self.factoring.name]} if self.factoring.name in errors else {}
 
@@ -220,10 +220,10 @@ class WholeTensor(StoredTensor):
     """A small tensor of several models merged whole, base and all.
 
     Attributes:
-        key: The tensor's name in the base, which random draws depend on.
-        sources: Every model's tensor, then the base's.
-        method: How they are merged.
-        shared: What is shared.
+        key: The tensor's name in the base; random draws depend on it.
+        sources: Each model's tensor, then the base's.
+        method: The method that merges them.
+        shared: State that all tensors of the output share.
     """
 
     key: str
@@ -238,7 +238,7 @@ class WholeTensor(StoredTensor):
 
     @property
     def held(self) -> int:
-        """All of it, and what its models hold."""
+        """The whole tensor, and the memory of its sources."""
         return 12 * self.size + PIECE * 4 * (len(self.sources) + 1) + sum(each.held for each in self.sources)
 
     def _make(self) -> Array:
@@ -275,7 +275,7 @@ def merge_whole(
     """Merge one tensor's differences in memory, in one thread; returns float32 or float64, shape (elements,).
 
     Raises:
-        CheckpointError: If it is ``strict`` and a difference is not finite.
+        CheckpointError: If ``strict`` and a difference is not finite.
     """
     from modelfuse.kernels import Pass, Work, span_of, steps_of
     from modelfuse.kernels.adaptive import SMALL, shared_kernel
@@ -286,7 +286,7 @@ def merge_whole(
     merged = np.empty(kind.nbytes(size), np.uint8)
     most = max(PIECE, matrices.window if matrices is not None else 0)
     raws = np.empty((len(sources), most * max(dtype.bytes for dtype in dtypes)), np.uint8)
-    # A model has hundreds of such tensors: large ones are worth compiling for.
+    # A model has hundreds of such tensors: compiling pays off for large ones.
     kernel = shared_kernel(TENSORS * sum(dtype.nbytes(size) for dtype in dtypes) < SMALL)
     work = Work(name, size, dtypes, False, kind, method, matrices=matrices, shape=sources[0].shape)
     with ExitStack() as files:

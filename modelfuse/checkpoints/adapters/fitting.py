@@ -1,4 +1,4 @@
-"""Which way round a base stores its weights, and whether an adapter's factors fit them."""
+"""The orientation of the base's weights, and whether an adapter's factors fit them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PAIRS = (("A", "B"), *((f"{part}_a", f"{part}_b") for part in ("hada_w1", "hada_
 
 
 class Fitting:
-    """How an adapter's factors are laid over the base's tensors.
+    """Fits an adapter's factors to the base's tensors.
 
     Args:
         weights: The adapter's own tensors.
-        settings: Its settings.
+        settings: Its configuration.
         base: The base.
-        paddle: Whether the base has Paddle's layout, [in, out]; None if that is not known.
-        contents: The adapter's tensors by what they do.
+        paddle: Whether the base has Paddle's layout, [in, out]; None if unknown.
+        contents: The adapter's tensors by role.
         targets: The base's tensors that they change.
 
     Attributes:
@@ -44,16 +44,16 @@ class Fitting:
         self.out_first = self._orientation(contents)
 
     def _orientation(self, contents: AdapterContents) -> bool:
-        """Whether the base stores Linear weights as [out, in]: what most shapes say counts for those that are square.
+        """Whether the base stores Linear weights as [out, in]: decided by most of the shapes that are not square.
 
         Raises:
-            MismatchError: If nothing tells.
+            MismatchError: If all are square.
         """
         votes = {True: 0, False: 0}
         squares = False
         for module in contents.modules.values():
             for target in self.targets[module.weight] if module.kind == "lora" and not module.embedding else ():
-                if target.block is not None:  # Experts in one tensor go their own way.
+                if target.block is not None:  # Stacked experts have an orientation of their own.
                     continue
                 term = self.term(module, target)
                 ways = [out_first for out_first in (True, False) if self.fits(term, target, out_first)]
@@ -75,7 +75,7 @@ class Fitting:
         )
 
     def ways(self, target: BaseTensor, embedding: bool) -> tuple[bool, ...]:
-        """Whether a weight is [out, in]: what to try, the likeliest first."""
+        """Whether a weight is [out, in]: the possible answers, the most likely first."""
         if embedding:
             return (False,)
         first = self.out_first
@@ -85,7 +85,7 @@ class Fitting:
         return first, not first
 
     def fits(self, term: Term | None, target: BaseTensor, out_first: bool) -> bool:
-        """Whether a product has the shape of a tensor of the base that is stored so."""
+        """Whether a product has the shape of a tensor of the base in this orientation."""
         shape = self._shape_of(target)
         if term is None or len(shape) < 2:
             return False
@@ -96,7 +96,7 @@ class Fitting:
         return self.base[target.name].shape[0 if target.block is None else 1 :]
 
     def term(self, module: AdaptedLayer, target: BaseTensor) -> Term | None:
-        """The product that changes a tensor of the base; None if the factors' shapes make none."""
+        """The product that changes a tensor of the base; None if the factors' shapes do not match."""
         a, b = module.factors["A"], module.factors["B"]
         expert = self._expert(module, target)
         if not self._are_factors(a.shape, b.shape, expert):
@@ -115,7 +115,7 @@ class Fitting:
         return self.settings.kind == "paddle"
 
     def _expert(self, module: AdaptedLayer, target: BaseTensor) -> ExpertIndex | None:
-        """Whose factors they are, where the adapter has those of all experts together."""
+        """The expert whose factors are used, if the adapter stacks those of all experts."""
         if target.expert is None:
             return None
         return ExpertIndex(target.expert, 1 + max(each.expert or 0 for each in self.targets[module.weight]))
@@ -134,10 +134,10 @@ class Fitting:
         return len(a) == len(b) == 3 and a[0] == b[0] == expert.of
 
     def check_rank(self, module: AdaptedLayer) -> None:
-        """Refuse factors of another rank than the settings say.
+        """Check the factors' rank against the configuration.
 
         Raises:
-            CheckpointError: If they have another one.
+            CheckpointError: If it differs.
         """
         wanted = self.settings.rank_of(module.name)
         experts = len({target.expert for target in self.targets[module.weight]} - {None})

@@ -1,4 +1,4 @@
-"""What an adapter brings that its base has not: the head of another task, and rows for added tokens."""
+"""Parts of an adapter that its base lacks: the head of another task, and rows for added tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 from modelfuse.errors import MismatchError
 from modelfuse.recipe.missing import MissingRule
 
-#: What transformers calls the class of a task, by PEFT's name of it.
+#: Suffixes of transformers' classes, by PEFT's task type.
 CLASSES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification",
            "QUESTION_ANS": "ForQuestionAnswering"}  # fmt: skip
-#: How heads of these classes are called, and those of the models that they are put on.
+#: Names of the heads of these classes, and of the heads that they replace.
 NEW_HEAD = re.compile(r"(score|classifier|qa_outputs)\..+")
 OLD_HEAD = re.compile(r"(lm_head|cls|embed_out)\..+")
 
@@ -33,15 +33,15 @@ def new_heads(
 
 
 def has_other_rows(name: str, tensor: StoredTensor, base: StoredTensor) -> bool:
-    """Whether a matrix of tokens has others than the base's, as with added tokens."""
+    """Whether a matrix with a row per token has another number of rows than the base's, as with added tokens."""
     same = len(tensor.shape) == 2 and tensor.shape[1:] == base.shape[1:]
     return same and tensor.shape != base.shape and name.endswith((*EMBEDDINGS, *HEADS))
 
 
 def with_new_heads(models: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], tuple[MissingRule, ...]]:
-    """The models, adapters of a task's class without the heads that it has not; and what becomes of them.
+    """The models, where adapters for a task's class lack the replaced heads; and rules for these.
 
-    Where all models are such adapters of one task, the output is of the task's class.
+    If all models are such adapters for one task, the output is of the task's class.
     """
     *adapters, base = models
     found = [model for model in adapters if isinstance(model, Adapter) and model.added]
@@ -61,7 +61,7 @@ def with_new_heads(models: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...]
 
 
 def _of_class(base: Checkpoint, adapter: Adapter) -> dict[str, object]:
-    """What config.json is to say of the task's class."""
+    """The settings of config.json for the task's class."""
     named = base.config.get("architectures")
     family = str(named[0]) if isinstance(named, list) and named else ""
     family = re.sub(r"(For[A-Z]\w*|LMHead\w*)?(Model)?$", "", family)
@@ -81,7 +81,7 @@ def _exactly(name: str) -> str:
 
 
 def resized_rows(models: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
-    """The models with the size of their vocabulary corrected, and the matrices that need nothing of the base's.
+    """The models with corrected vocabulary sizes, and the matrices that do not need the base's.
 
     Raises:
         MismatchError: If only one of the embedding and the head has other rows, or not all models have them.

@@ -14,15 +14,15 @@ from modelfuse.dtypes import DType, computed_in
 
 
 class FusedPart(NamedTuple):
-    """Which outputs of a fused layer belong to one of its parts.
+    """The outputs of a fused layer that belong to one of its parts.
 
     Attributes:
-        groups: Into how many equal groups the fused outputs fall.
-        per_group: Fused outputs a group.
-        begin: The part's first output in each.
-        width: How many it has in each.
-        widens: Whether an adapter of the part is laid into the fused layer, zero elsewhere; otherwise one of the
-            fused layer is cut.
+        groups: The number of equal groups of fused outputs.
+        per_group: Fused outputs per group.
+        begin: The part's first output in each group.
+        width: The number of its outputs in each group.
+        widens: Whether an adapter of the part is extended to the fused layer with zeros; otherwise an adapter of the
+            fused layer is sliced.
     """
 
     groups: int
@@ -33,11 +33,11 @@ class FusedPart(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """How many outputs the layer that the adapter is placed on has."""
+        """The number of outputs of the layer that the adapter is applied to."""
         return self.groups * (self.per_group if self.widens else self.width)
 
     def apply(self, outputs: Array) -> Array:
-        """Select or lay out along the first axis."""
+        """Slice, or extend with zeros, along the first axis."""
         part = slice(self.begin, self.begin + self.width)
         if not self.widens:
             return outputs.reshape(self.groups, self.per_group, -1)[:, part].reshape(self.outputs, *outputs.shape[1:])
@@ -47,11 +47,11 @@ class FusedPart(NamedTuple):
 
 
 class ExpertIndex(NamedTuple):
-    """Which of several experts' factors are meant, where all are stored together.
+    """One expert among stacked factors.
 
     Attributes:
-        number: The expert.
-        of: How many there are.
+        number: The index of the expert.
+        of: The number of experts.
     """
 
     number: int
@@ -63,15 +63,15 @@ class Term:
     """One product scale·B·A.
 
     Attributes:
-        a: A: [rank, in], or [in, rank] as Paddle stores it; further dimensions count as inputs. Of several experts:
-            their A one below the other, or [experts, in, rank] as Paddle stores them.
-        b: B: [out, rank], or [rank, out] as Paddle stores it; further dimensions are of size one. Of several experts:
-            [out, rank·experts], the experts' columns in turn, or [experts, rank, out].
+        a: A: [rank, in], or [in, rank] as Paddle stores it; further dimensions count as inputs. For several
+            experts: their A stacked vertically, or [experts, in, rank] as Paddle stores them.
+        b: B: [out, rank], or [rank, out] as Paddle stores it; further dimensions are of size one. For several
+            experts: [out, rank·experts] with interleaved columns, or [experts, rank, out].
         transposed: Whether both are as Paddle stores them.
-        scale: What the product is multiplied by.
-        cut: Which outputs to take, None for all.
-        expert: Whose factors to take of several experts'.
-        first: The element of the base's tensor that the product begins at.
+        scale: The factor of the product.
+        cut: The outputs to take, None for all.
+        expert: The expert whose factors to take, if several are stacked.
+        first: The index in the base's tensor of the product's first element.
     """
 
     a: StoredTensor
@@ -96,7 +96,7 @@ class Term:
 
     @property
     def outputs(self) -> int:
-        """The number of outputs of the layer, of those that are taken."""
+        """The number of outputs of the layer that are taken."""
         return self.cut.outputs if self.cut is not None else self.b.size // self._experts // self.rank
 
     @property
@@ -106,7 +106,7 @@ class Term:
 
     @property
     def held(self) -> int:
-        """Elements that are kept to compute it."""
+        """Elements that are in memory to compute it."""
         return self.rank * (self.inputs + self.outputs) + (self.a.size + self.b.size if self.expert else 0)
 
     @property
@@ -136,12 +136,12 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the tensors of one adapter share.
+    """State that all tensors of one adapter share.
 
     Attributes:
-        strict: Whether factors that are not finite are an error.
-        recent: Factors in use.
-        experts: Factors of all experts together that are in use: those of a layer are wanted one after another.
+        strict: Whether non-finite factors are an error.
+        recent: A cache of factors.
+        experts: A cache of stacked factors of experts, which are used one expert after the other.
     """
 
     strict: bool

@@ -17,15 +17,15 @@ from modelfuse.methods.applied import Applied
 
 
 class ModuleTensor(NamedTuple):
-    """How one of its tensors is made.
+    """One of its tensors.
 
     Attributes:
         name: Its name in the file.
-        dtype: The type it is stored in.
+        dtype: The output type.
         shape: Its shape.
         sources: The models' tensors, the base's last if there is one.
-        has_base: Whether there is one.
-        method: What merges them; None: the first is taken as it is.
+        has_base: Whether there is a base.
+        method: The method that merges them; None: the first is copied.
     """
 
     name: str
@@ -43,7 +43,7 @@ class ModuleFile:
     Attributes:
         name: Its path in the output.
         tensors: Its tensors.
-        strict: Whether values that are not finite are an error.
+        strict: Whether non-finite values are an error.
     """
 
     name: str
@@ -52,11 +52,11 @@ class ModuleFile:
 
     @property
     def size(self) -> int:
-        """About how many bytes it has."""
+        """Its approximate size in bytes."""
         return sum(each.dtype.nbytes(each.sources[0].size) for each in self.tensors)
 
     def content(self) -> bytes:
-        """Merge all tensors; the bytes of a safetensors file."""
+        """Merge all tensors, and encode them as a safetensors file."""
         frame = frame_safetensors([(each.name, each.dtype, each.shape) for each in self.tensors], {"format": "pt"})
         whole = bytearray(frame.size)
         for start, piece in frame.pieces:

@@ -1,4 +1,4 @@
-"""Ranks and alphas of single modules, which an adapter's configuration gives by patterns of their names."""
+"""Ranks and alphas of single modules, which a configuration gives by patterns of names."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from modelfuse.storage import PathOrUrl
 
 
 class ByPattern:
-    """Numbers of modules, by regular expressions that fit a module's name or its end behind a dot, as in PEFT.
+    """Numbers by regular expressions that match a module's name, or the part after any dot, as in PEFT.
 
     Args:
-        file: Where they are written.
+        file: The configuration file.
         key: The name of the setting.
-        values: The numbers by their expressions; the first that fits counts.
+        values: The numbers by expression; the first match counts.
 
     Raises:
-        CheckpointError: If an expression is none, or cannot be looked for in a bounded time.
+        CheckpointError: If an expression is invalid, or cannot be matched in bounded time.
     """
 
     def __init__(self, file: PathOrUrl, key: str, values: Mapping[str, float]) -> None:
@@ -29,7 +29,7 @@ class ByPattern:
         self._known: dict[str, float | None] = {}
 
     def of(self, module: str, usual: float) -> float:
-        """The number of one module, ``usual`` where none is given."""
+        """The number of one module; ``usual`` if none matches."""
         if module not in self._known:
             with self._told():
                 fitting = self._patterns.fitting(module)

@@ -1,4 +1,4 @@
-"""Differences that are products of other kinds than B·A, computed while they are read.
+"""Differences of LoHa and LoKr adapters, computed on read.
 
 LoHa: scale·(A₁·B₁)∘(A₂·B₂), element by element (Hyeon-Woo et al. 2022, arXiv 2108.06098). LoKr: scale·W₁⊗W₂, where
 either may be a product A·B (Edalati et al. 2022, arXiv 2212.10650). Of convolutions, B may be a core tensor times B.
@@ -20,13 +20,13 @@ from modelfuse.checkpoints.adapters.low_rank_terms import Shared, difference_typ
 from modelfuse.checkpoints.tensors import Reader
 from modelfuse.storage.files import Buffer
 
-#: Elements that are computed together.
+#: Elements that are computed at a time.
 PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A matrix as it is, or as the product of two.
+    """A matrix, or two factors of it.
 
     Attributes:
         whole: The matrix [out, in]; further dimensions count as inputs.
@@ -42,7 +42,7 @@ class Factors:
 
     @classmethod
     def of(cls, parts: Mapping[str, StoredTensor], name: str, core: str) -> Factors:
-        """Those of an adapter's tensors that begin with a name."""
+        """The factors among an adapter's tensors whose names begin with ``name``."""
         return cls(parts.get(name), parts.get(f"{name}_a"), parts.get(f"{name}_b"), parts.get(core))
 
     @property
@@ -52,7 +52,7 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """Of the matrix; None if its parts do not fit together."""
+        """The matrix's shape; None if its factors do not match."""
         if self.whole is not None:
             return (self.whole.shape[0], self.whole.size // self.whole.shape[0]) if self.whole.size else None
         assert self.left is not None
@@ -77,7 +77,7 @@ class Factors:
         return out.reshape(len(left), -1)
 
     def pair(self, kind: str, strict: bool) -> tuple[Array, Array]:
-        """Two matrices whose product it is, if it is none of its own."""
+        """The two factors, if it is not stored whole."""
         assert self.left is not None
         assert self.right is not None
         left, right = (load(each, strict).astype(kind, copy=False) for each in (self.left, self.right))
@@ -85,7 +85,7 @@ class Factors:
             core = load(self.core, strict).astype(kind, copy=False)
             left = left.T
             product = np.zeros((core.shape[0], right.shape[1], *core.shape[2:]), kind)
-            for rank, row in enumerate(right):  # One after another: the bits do not depend on a library.
+            for rank, row in enumerate(right):  # Sequentially, so that the bits do not depend on a library.
                 product += core[:, rank, None] * row[None, :, None, None]
             right = product.reshape(core.shape[0], -1)
         return np.ascontiguousarray(left), np.ascontiguousarray(right)
@@ -93,15 +93,15 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class ProductTensor(StoredTensor):
-    """A difference to the base that two matrices give.
+    """A difference to the base, given by two matrices.
 
     Attributes:
         kind: ``hada`` or ``lokr``.
         one: The first matrix.
         other: The second.
-        scale: What their product is multiplied by.
+        scale: The factor of the product.
         out_first: Whether the base stores the weight as [out, in].
-        shared: What is shared with the adapter's other tensors.
+        shared: State that all tensors of the adapter share.
     """
 
     kind: str
@@ -113,7 +113,7 @@ class ProductTensor(StoredTensor):
 
     @property
     def is_delta(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     @property
@@ -155,14 +155,14 @@ class ProductTensor(StoredTensor):
 def product(
     parts: Mapping[str, StoredTensor], kind: str, base: StoredTensor, scale: float, ways: Sequence[bool], shared: Shared
 ) -> ProductTensor | None:
-    """The difference that an adapter's parts make to a tensor of the base; None if they do not fit it.
+    """The difference to a tensor of the base; None if the adapter's tensors do not fit it.
 
     Args:
-        parts: The parts, as PEFT calls them.
+        parts: The adapter's tensors, by PEFT's names.
         kind: ``hada`` or ``lokr``.
         base: The base's tensor.
-        scale: What the product is multiplied by.
-        ways: Whether the base stores it as [out, in]: what to try.
+        scale: The factor of the product.
+        ways: Whether the base stores it as [out, in]: the answers to try.
         shared: What is shared with the adapter's other tensors.
     """
     if kind == "hada":

@@ -1,7 +1,7 @@
-"""A base quantized and dequantized, as its adapter saw it in training.
+"""A base that is quantized and dequantized, as its adapter saw it in training.
 
-What is quantized, and how, is said by ``quantization_config`` in the config.json of the adapter's folder, as
-PaddleFormers writes it. Weight-only, symmetric, for each output over all of its inputs or in groups of them:
+The quantization is declared by ``quantization_config`` in the config.json of the adapter's folder, as PaddleFormers
+writes it. Weight-only, symmetric, for each output over all of its inputs or in groups of them:
 scale = max|w|/127 (int8) or /7 (int4), rounded to the weight's 16-bit type; code = w/scale rounded half away from zero
 and clipped; the weight becomes code·scale, rounded to its type. As Paddle's ``weight_quantize`` and
 ``weight_dequantize`` have it.
@@ -26,11 +26,11 @@ from modelfuse.errors import CheckpointError, MismatchError
 from modelfuse.storage import PathOrUrl
 from modelfuse.storage.files import Buffer
 
-#: The greatest code of what can be quantized.
+#: The largest code, by algorithm.
 GREATEST = {"weight_only_int8": 127, "llm.int8": 127, "weight_only_int4": 7}
-#: Inputs a group; −1 is all of them.
+#: Inputs per group; −1 is all of them.
 GROUPS = (-1, 64, 128)
-#: Elements that are quantized together: whole rows, but at least one.
+#: Elements that are quantized at a time: whole rows, at least one.
 PIECE = 1 << 18
 
 
@@ -38,7 +38,7 @@ class GroupQuantization(NamedTuple):
     """How a weight is quantized.
 
     Attributes:
-        greatest: The greatest code.
+        greatest: The largest code.
         group: Inputs that share a scale, −1 for all.
     """
 
@@ -48,13 +48,13 @@ class GroupQuantization(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor(StoredTensor):
-    """A 16-bit weight, quantized and dequantized while it is read.
+    """A 16-bit weight that is quantized and dequantized on read.
 
     Attributes:
         source: The weight.
-        scheme: How it is quantized.
+        scheme: The quantization.
         out_first: Whether it is stored as [out, in].
-        recent: Scales in use.
+        recent: A cache of scales.
     """
 
     source: StoredTensor
@@ -69,7 +69,7 @@ class QuantizedTensor(StoredTensor):
 
     @property
     def held(self) -> int:
-        """The scales, and a piece of the weight in several forms."""
+        """The scales, and several copies of a piece of the weight."""
         columns = self.shape[1]
         return 4 * (self._groups * self.shape[not self.out_first] + 6 * max(PIECE, columns)) + self.source.held
 
@@ -123,7 +123,7 @@ class QuantizedTensor(StoredTensor):
 
 
 def _there_and_back(weights: Array, scales: Array, scheme: GroupQuantization) -> Array:
-    with np.errstate(all="ignore"):  # A group of zeros has the scale zero, and stays.
+    with np.errstate(all="ignore"):  # A group of zeros has the scale zero, and stays zero.
         codes = weights / scales
     sizes = np.minimum(np.floor(np.abs(codes) + np.float32(0.5)), np.float32(scheme.greatest))
     rounded: Array = np.where(scales > 0, np.copysign(sizes, codes) * scales, weights)
@@ -131,7 +131,7 @@ def _there_and_back(weights: Array, scales: Array, scheme: GroupQuantization) ->
 
 
 def quantize_base(base: Checkpoint, adapters: Sequence[PathOrUrl], paddle: bool | None) -> Checkpoint:
-    """The base as the adapters' folders say that it was quantized; as it is where they say nothing.
+    """The base, quantized and dequantized as the adapters' folders declare; unchanged if they declare nothing.
 
     Raises:
         CheckpointError: If a quantization is malformed or of an unsupported kind.
@@ -213,7 +213,7 @@ def _texts(patterns: object) -> list[str]:
 
 @contextmanager
 def _told(file: PathOrUrl) -> Iterator[None]:
-    """A pattern that cannot be looked for as an error that names the file."""
+    """Convert errors of patterns to errors that name the file."""
     try:
         yield
     except UnsupportedPattern as error:

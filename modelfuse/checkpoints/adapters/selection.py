@@ -1,4 +1,4 @@
-"""Which modules an output that is an adapter has, and which of them it holds as they are."""
+"""Select the modules of an adapter output, and those that are saved whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS = (*EMBEDDINGS, *HEADS)
 
 @dataclass
 class Selection:
-    """What the settings choose of the changes.
+    """Selects changed tensors by the recipe's settings.
 
     Attributes:
         recipe: The settings.
@@ -27,7 +27,7 @@ class Selection:
         small: Tensors that change by no more than ``lora_epsilon``.
 
     Raises:
-        RecipeError: If an expression is none.
+        RecipeError: If an expression is invalid.
     """
 
     recipe: Recipe
@@ -41,7 +41,7 @@ class Selection:
         )
 
     def takes(self, module: str, name: str) -> bool:
-        """Whether a module is chosen; embeddings and heads need not be included."""
+        """Whether a module is selected; embeddings and heads need not be included explicitly."""
         included = self._include is None or name.endswith(TOKENS) or bool(self._include.fitting(module))
         if included and (self._exclude is None or not self._exclude.fitting(module)):
             return True
@@ -49,7 +49,7 @@ class Selection:
         return False
 
     def saves_whole(self, module: str, name: str, sources: Sequence[StoredTensor], base: StoredTensor) -> bool:
-        """Whether a tensor is held as it will be: because it is asked for, or has rows that the base lacks."""
+        """Whether a tensor is saved whole: because it is requested, or because it has rows that the base lacks."""
         if any(f".{module}".endswith(f".{each}") for each in self.recipe.lora_whole):
             return True
         if not name.endswith(TOKENS):
@@ -57,7 +57,7 @@ class Selection:
         return self.recipe.lora_embeddings == "whole" or any(has_other_rows(name, each, base) for each in sources)
 
     def notes(self) -> Iterator[str]:
-        """What is left out, and why."""
+        """Notes on what is left out, and why."""
         for why, names in (
             ("by lora_include and lora_exclude", self.unchosen), ("by lora_skip_whole", self.skipped),
             ("as it changes by no more than lora_epsilon", self.small),

@@ -1,4 +1,4 @@
-"""Which of an adapter's tensors belong together, by their names."""
+"""Group an adapter's tensors by layer and role, by their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelfuse.checkpoints.adapters.config import SUPPORTED, AdapterConfig
 from modelfuse.checkpoints.tensor_names import group_names
 from modelfuse.errors import CheckpointError
 
-#: What PEFT's names begin with.
+#: The prefix of PEFT's names.
 PEFT_PREFIX = "base_model.model."
 #: ``….q_proj.lora_A.weight``; PEFT leaves the adapter's own name out when it saves, other tools do not. Paddle's names
 #: end with ``lora_A``.
@@ -23,13 +23,13 @@ _FACTOR = re.compile(
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.(?P<parameter>weight|bias)")
 _OWN_BASE = re.compile(r"(?P<module>.+)\.(?:base_layer|original_module)\.(?P<parameter>weight|bias)")
-#: What is in names of tensors that are no whole weights.
+#: Parts of names of tensors that are not whole weights.
 _STRANGE = re.compile(
     r"lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|vblora|token_adapter|_quanter|quant_weight|weight_scale|randlora|hra_u"
 )
 #: Parameters of fused experts in the order in which a model declares them, which is that of PEFT's wrappers.
 _EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
-#: What each kind of adapted layer must have: one of the sets of its parts, by a part that only this kind has.
+#: The required parts of each kind of layer: one of several sets, by a part that only this kind has.
 _NEEDED: Mapping[str, tuple[frozenset[str], ...]] = {
     "hada": (frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),),
     "lokr": tuple(
@@ -67,7 +67,7 @@ class AdaptedLayer:
 
     @property
     def weight(self) -> str:
-        """The name of the weight that is adapted."""
+        """The name of the adapted weight."""
         return self.name if self.parameter else f"{self.name}.weight"
 
 
@@ -78,7 +78,7 @@ class AdapterContents:
     Attributes:
         modules: Adapted layers by name.
         whole: Tensors that replace the base's, by the base's name as the adapter has it.
-        copies: Tensors of the base that the adapter has a copy of.
+        copies: Copies of tensors of the base.
     """
 
     modules: dict[str, AdaptedLayer] = field(default_factory=dict)
@@ -87,11 +87,11 @@ class AdapterContents:
 
 
 def sort_out(weights: Checkpoint, settings: AdapterConfig, has: Callable[[str], bool]) -> AdapterContents:
-    """Sort an adapter's tensors by what they do.
+    """Sort an adapter's tensors by role.
 
     Args:
         weights: The adapter's tensors.
-        settings: Its settings.
+        settings: Its configuration.
         has: Whether the base has a tensor of a name.
 
     Raises:
@@ -167,7 +167,7 @@ def _check_pairs(weights: Checkpoint, modules: Mapping[str, AdaptedLayer]) -> No
 def _by_parameter(
     weights: Checkpoint, modules: Mapping[str, AdaptedLayer], settings: AdapterConfig, has: Callable[[str], bool]
 ) -> dict[str, AdaptedLayer]:
-    """The layers by their names, with those of single parameters told apart.
+    """The layers by name, with single parameters separated.
 
     PEFT wraps a layer once for each of its adapted parameters, the first one innermost, and names the factors by the
     wrappers: ``experts.base_layer.lora_A`` and ``experts.lora_A``.
@@ -193,7 +193,7 @@ def _by_parameter(
 
 
 def _parameters_of(name: str, settings: AdapterConfig) -> list[str]:
-    """Which parameters of a layer are adapted, as the settings have it, in the order in which a model declares them."""
+    """The adapted parameters of a layer by the configuration, in the model's order."""
     leaves = {target.rpartition(".")[2] for target in settings.parameters}
     fits = [leaf for leaf in leaves if any(f".{name}.{leaf}".endswith(f".{target}") for target in settings.parameters)]
     order = {leaf: number for number, leaf in enumerate(_EXPERT_PARAMETERS)}

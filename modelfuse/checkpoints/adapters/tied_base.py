@@ -1,4 +1,4 @@
-"""Adapters of models whose output head shares the embedding's values: what changes one end unties both.
+"""Adapters of models with a tied output head: an adapter that changes only one end unties both.
 
 PEFT trains one end alone unless it is told otherwise, and its forward pass leaves the other as it was.
 """
@@ -18,17 +18,17 @@ from modelfuse.checkpoints.ties import TiedPair, apart, are_equal, has_head, is_
 
 
 def base_for_adapters(base: Checkpoint) -> Checkpoint:
-    """The base as adapters are laid over it: with a head of its own, where it is tied to the embedding."""
+    """The base for opening adapters: with a head of its own, if it is tied to the embedding."""
     pair = pair_of(base)
     return apart(base, pair) if pair is not None and is_tied(base) else base
 
 
 def settle_adapters(models: Sequence[Checkpoint], base: Checkpoint) -> tuple[Checkpoint, ...]:
-    """Tie the heads of adapters again that change both ends alike; where any changes one end, untie all models.
+    """Tie the heads again if adapters change both ends alike; if any changes one end only, untie all models.
 
     Args:
-        models: The models in order, the adapters laid over :func:`base_for_adapters`, then the base.
-        base: The base as it was.
+        models: The models in order, adapters opened over :func:`base_for_adapters`, then the base.
+        base: The original base.
     """
     pair = pair_of(base)
     if pair is None or not is_tied(base) or not any(isinstance(model, Adapter) for model in models):
@@ -77,7 +77,7 @@ def _tied_again(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> Adapter:
 
 
 def _with_both_ends(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> Adapter:
-    """The adapter with the head that it means: its trained rows are the head's, too."""
+    """The adapter with its trained rows applied to the head as well."""
     one, other = adapter.tensors[pair.embedding], adapter.tensors[pair.head]
     if isinstance(one, TrainedRowsTensor) and other == base.tensors[pair.head]:
         return replace(adapter, tensors={**adapter.tensors, pair.head: replace(one, name=pair.head)})
