@@ -9,7 +9,7 @@ demo: $(CORE)/ready  ## Merge trained models with every method and show how good
 	$(CORE)/bin/python -m demo.run
 
 test: $(FULL)/ready  ## All the tests, warnings as errors.
-	$(FULL)/bin/python -W error -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(FULL)/bin/python -W error -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(FULL)/ready
 	$(FULL)/bin/ruff check .

@@ -41,13 +41,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the groups.
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, whole files are shared among them."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "compiling" if item.path.name in COMPILING else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """In several processes, each takes whole files, and one takes those that compile the same kernels."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "compiling" if file.rpartition("/")[2] in COMPILING else file
+
+    return Scheduling(config, log)
 
 
 @dataclass(frozen=True)
