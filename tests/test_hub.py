@@ -1020,3 +1020,20 @@ def test_nothing_of_it_is_loaded_without_hub_names(pair: tuple[Path, Path], tmp_
     command = [sys.executable, "-c", code, "merge", "--quiet", "--model_path_list", *map(str, pair)]
     done = subprocess.run([*command, "--output_path", str(tmp_path / "C")], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_models_of_the_hub_are_tuned(published: Hub, tmp_path: Path) -> None:
+    """Fetched once; each trial merges the same commits."""
+    pytest.importorskip("optuna")
+    pytest.importorskip("cmaes")
+    recipe = {
+        "model_path_list": ["org/a", "org/b"],
+        "weight_list": {"tune": [0, 1]},
+        "output_path": str(tmp_path / "C"),
+    }
+    words: dict[str, Any] = {"hub_endpoint": published.endpoint, "progress": False}
+    found = package.tune(recipe, lambda folder: float(folder.name[-1]), 3, **words)
+    assert [each.number for each in found.trials] == [0, 1, 2]
+    commits = [f"{name}@{head(published, name)}" for name in ("org/a", "org/b")]
+    assert config_of(tmp_path / "C")["model_path_list"] == commits
+    assert all(commit in (tmp_path / "C.tune" / "best.yaml").read_text() for commit in commits)
