@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapting import DOWN, Q, adapter_of, make_base
 from conftest import ROOT, Said, array, make_model, read_model, snapshot, start
 
 import modelfuse as package
@@ -192,6 +193,17 @@ def test_tensors_that_did_not_change_are_not_made_again(
     package.tune({**models, "rules": rules}, evaluate, 4, progress=False)
     assert merges[0] > sum(4 * math.prod(shape) for shape in SHAPES.values())
     assert merges[1:] == [4 * 6 * 4] * 3
+
+
+def test_weights_of_adapters_are_searched(tmp_path: Path) -> None:
+    base, _ = make_base(tmp_path / "base")
+    adapters = [adapter_of(tmp_path / f"L{seed}", seed, Q, DOWN)[0] for seed in (1, 2)]
+    recipe = {"model_path_list": adapters, "base_model_path": base, "output_path": tmp_path / "out"}
+    for number, more in enumerate([{}, {"output_format": "lora"}, {"output_format": "lora", "merge_method": "ridge"}]):
+        output = tmp_path / f"out{number}"
+        found = package.tune({**recipe, **more}, lambda _: 1.0, 2, output_path=output, progress=False)
+        weights = ["weight 1", "weight 2", *(["lambda"] if "merge_method" in more else [])]
+        assert [*found.best.parameters] == weights, more
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, models: dict[str, Any]) -> None:

@@ -243,6 +243,6 @@ def _without_effect(space: Space, plan: Plan, unchanged: Mapping[str, Sequence[b
         same, several = unchanged.get(tensor.name, ()), weights if isinstance(weights, list) else []
         for model, weight in enumerate(several):
             if isinstance(weight, Dimension):
-                has_none = tensor.action != "merge" or (len(same) == len(several) and same[model])
+                has_none = tensor.method is None or (len(same) == len(several) and same[model])
                 found[weight.name] = found.get(weight.name, True) and has_none
     return {name for name, has_none in found.items() if has_none}
