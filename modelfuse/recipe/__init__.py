@@ -1,1 +1,1 @@
-"""What the user asked for: every setting, checked once."""
+"""The request: all settings, checked once."""

@@ -1,4 +1,4 @@
-"""The model that an adapter names as its own base."""
+"""Find the base that an adapter's configuration names."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 from modelfuse.errors import RecipeError
 
-#: Larger files are no settings of an adapter.
+#: The largest configuration of an adapter in bytes.
 LARGEST = 10_000_000
 
 
 def base_of(adapter: object) -> str:
-    """The folder that an adapter on this machine says that it was trained on.
+    """The local folder of the base that a local adapter names.
 
     Args:
         adapter: The adapter's folder, or a file in it.
 
     Raises:
-        RecipeError: If it names none, or one that is not here; names it.
+        RecipeError: If it names none, or one that is not on this machine.
     """
     named = _named(adapter)
     where = "lora_model_path needs base_model_path"

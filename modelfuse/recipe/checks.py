@@ -1,4 +1,4 @@
-"""The checks of settings that concern each other, and how errors about settings read."""
+"""Checks of settings against each other, and the wording of errors about settings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from modelfuse.methods.registry import MERGE_METHODS
 from modelfuse.methods.spec import Combination, Step
 from modelfuse.printable import Lines
 
-#: Of an error: what is shown of a value, and the settings that are listed.
+#: Limits of an error: characters of a value that are shown, and settings that are listed.
 MOST_CHARACTERS = 500
 MOST_LINES = 20
-#: Numbers of models in words.
+#: Numbers in words.
 WORDS = {1: "one", 2: "two", 3: "three"}
 HELP = "`modelfuse merge --help` lists every setting."
-#: What other tools call otherwise, and what to give here.
+#: Hints for names of settings in other tools.
 ELSEWHERE = {
     **dict.fromkeys(("p", "keep"), "The share of elements to keep is reserve_p."),
     **dict.fromkeys(("weight", "weights", "scale"), "Weights are a list, one a model: weight_list."),
@@ -37,28 +37,28 @@ ELSEWHERE = {
 }
 
 
-#: The models of a merge.
+#: The most models of a merge.
 MOST_MODELS = 1000
 
 
 def listed(problems: Sequence[str]) -> str:
-    """What is wrong with single settings, a line each."""
+    """Problems of single settings, one per line."""
     if len(problems) > MOST_LINES:
         problems = [*problems[:MOST_LINES], f"and {len(problems) - MOST_LINES} more"]
     return Lines.of(problems)
 
 
 def shown(value: object) -> str:
-    """A value as it was given, as far as a line has room."""
+    """A value as it was given, shortened to fit a line."""
     try:
         text = repr(value)
-    except Exception:  # Of somebody's own class.
+    except Exception:  # A class may raise anything in its repr.
         return "a number of too many digits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """A question naming the known word that a misspelt one is near to; empty where none is."""
+    """A "Did you mean" question for a misspelled word; empty if no known word is close."""
     from difflib import get_close_matches
 
     close = get_close_matches(word, list(known), n=1, cutoff=0.75)
@@ -66,14 +66,14 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """What to do about a setting that does not exist."""
+    """The hint for an unknown setting."""
     if word in ELSEWHERE:
         return ELSEWHERE[word]
     return closest(word, known).strip() or HELP
 
 
 def is_path(text: str) -> bool:
-    """Whether a system can look for a file of this name; half a character, which JSON can spell, is none."""
+    """Whether this is a valid file name for the system; lone surrogates, which JSON allows, are not."""
     try:
         return bool(text) and b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -81,12 +81,12 @@ def is_path(text: str) -> bool:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name stays within the folder that it is looked for in."""
+    """Whether a relative name stays within its folder."""
     return is_path(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def check_configured(others: Sequence[str], output_format: str | None) -> None:
-    """Refuse settings beside a configuration of mergekit's that it says itself."""
+    """Refuse settings that a mergekit configuration contains itself."""
     if others:
         raise RecipeError(
             f"{' and '.join(others)} cannot stand beside a configuration of mergekit's", "Say it in the configuration."
@@ -99,7 +99,7 @@ def check_configured(others: Sequence[str], output_format: str | None) -> None:
 
 
 def check_models(models: int, has_base: bool) -> None:
-    """Refuse too few models to merge, and too many: every one has files that stay open."""
+    """Check the number of models; it is limited, as their files stay open."""
     if models > MOST_MODELS:
         raise RecipeError(f"model_path_list names {models:,} models; a merge takes at most {MOST_MODELS:,}")
     if models < 2 - has_base:
@@ -110,7 +110,7 @@ def check_models(models: int, has_base: bool) -> None:
 
 
 def check_device(tensor_type: str, device: str) -> None:
-    """Refuse kernels that cannot run on the device."""
+    """Check tensor_type against the device."""
     if tensor_type == "np" and device != "cpu":
         raise RecipeError(
             f"tensor_type np computes on the CPU, so device {device} cannot be used",
@@ -119,7 +119,7 @@ def check_device(tensor_type: str, device: str) -> None:
 
 
 def check_engine(engine: str, ray_address: str | None, tensor_type: str) -> None:
-    """Refuse a cluster's address without the cluster, one of another kind, and kernels that it does not run."""
+    """Check the settings of a Ray cluster."""
     if engine != "ray":
         if ray_address is not None:
             raise RecipeError(f"ray_address is {ray_address}, but engine is {engine}", "Add --engine ray.")
@@ -137,7 +137,7 @@ def check_engine(engine: str, ray_address: str | None, tensor_type: str) -> None
 
 
 def check_method(merge_method: str | None, merge_type: str | None, sparsify_type: str | None) -> None:
-    """Refuse a merge_method whose steps are given otherwise."""
+    """Check merge_method against merge_type and sparsify_type."""
     if merge_method is None:
         return
     steps = MERGE_METHODS[merge_method]
@@ -150,7 +150,7 @@ def check_method(merge_method: str | None, merge_type: str | None, sparsify_type
 
 
 def check_models_of(name: str, combination: Combination, needs_base: bool, models: int, has_base: bool) -> None:
-    """Refuse a number of models, or a base, that the method does not take."""
+    """Check the number of models and the base against the method."""
     least, most = combination.models
     if models < least or (most is not None and models > most):
         number = f"exactly {WORDS.get(least, least)}" if least == most else f"at least {WORDS.get(least, least)}"
@@ -168,7 +168,7 @@ def check_models_of(name: str, combination: Combination, needs_base: bool, model
 def check_weights(
     combination: Combination, models: int, weights: Sequence[float] | None, normalize: bool | None
 ) -> None:
-    """Refuse weights that the models or the method do not fit."""
+    """Check the weights against the models and the method."""
     if weights is None:
         return
     if combination.weights == "none":
@@ -180,7 +180,7 @@ def check_weights(
     if normalize and abs(total) < 1e-8:
         raise RecipeError("weight_list sums to zero, so it cannot be normalized", "Use --no_normalize.")
     if normalize and total < 0:
-        # Divided by it, every weight would change its sign: votes for one sign would count for the other one.
+        # Division by a negative sum flips the sign of each weight, and so of votes for signs.
         raise RecipeError(
             f"weight_list sums to {total:g}: normalized, each weight would change its sign",
             "Use --no_normalize, or the opposite weights.",
@@ -188,7 +188,7 @@ def check_weights(
 
 
 def check_step(step: Step, settings: object) -> None:
-    """Refuse settings that a declaration does."""
+    """Run the checks of a method's declaration."""
     try:
         step.check(settings)
     except ValueError as error:
@@ -196,7 +196,7 @@ def check_step(step: Step, settings: object) -> None:
 
 
 def check_input_layout(inputs: int, layouts: Sequence[str] | None, convert_from_hf: bool | None) -> None:
-    """Refuse layouts that are not one for all or one an input, or that Paddle's flag contradicts."""
+    """Check the number of input layouts, and Paddle's flag against them."""
     if layouts is None:
         return
     if len(layouts) not in (1, inputs):
@@ -227,7 +227,7 @@ def check_output_format(
 
 
 def check_adapter_output(output_format: str | None, has_base: bool, given: Sequence[str]) -> None:
-    """Refuse an adapter without a base, and settings of adapters without one."""
+    """Check the settings of adapter outputs."""
     if output_format == "lora" and not has_base:
         raise RecipeError(
             "output_format lora saves differences to a base, but base_model_path is not given",
@@ -240,7 +240,7 @@ def check_adapter_output(output_format: str | None, has_base: bool, given: Seque
 def check_tokenizer(
     tokenizer: object, tokenizer_from: object, inputs: Sequence[object], output_format: str | None
 ) -> None:
-    """Refuse a vocabulary that is none of the models', or that other settings contradict."""
+    """Check the tokenizer setting against the models and other settings."""
     if tokenizer is None:
         return
     if output_format == "lora":
@@ -254,7 +254,7 @@ def check_tokenizer(
 
 
 def check_copied(names: Iterable[str]) -> None:
-    """Refuse files to copy that lie outside the model's folder."""
+    """Check that the files to copy are inside the model's folder."""
     for name in names:
         if not is_inside(name):
             raise RecipeError(f"copy_file_list names {name!r}, which is not inside the model's folder")

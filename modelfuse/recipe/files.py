@@ -1,4 +1,4 @@
-"""Recipes kept in files: JSON, and of YAML what settings need.
+"""Read recipe files: JSON, and a subset of YAML.
 
 No aliases, so a short text cannot stand for a long one; no tags, so every value is text, a number, true, false, null,
 a list or a map; no key twice. Dates stay text, as they may be names of folders.
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
     Pairs = list[tuple[Node, Node]]
 
-#: A recipe is a page of text: more than this takes yaml seconds.
+#: The largest recipe in bytes; larger ones take yaml seconds.
 MAX_BYTES = 200_000
-#: What is merged in mergekit's configurations: each has exactly one of these, and is known by them.
+#: Keys of mergekit's configurations: each has exactly one of these, and is recognized by it.
 CONTENT_KEYS = ("models", "slices", "modules")
-#: The key by which one of mergekit-moe's is known.
+#: The key by which mergekit-moe's configurations are recognized.
 EXPERTS_KEY = "experts"
 _KNOWN_BY = (*CONTENT_KEYS, EXPERTS_KEY)
-#: Lines, and marks that values begin or end with: yaml takes a second for these.
+#: The most lines and structural characters: yaml takes a second for these.
 MOST_MARKS = 15_000
 _MARKS = re.compile(r"[\n\r,:\[{?&]")
-#: What aliases may make of it.
+#: The most values after expanding aliases.
 MAX_VALUES = 100_000
-#: Settings are numbers, words, and lists of those.
+#: The deepest nesting.
 MAX_DEPTH = 50
-#: What tells that a recipe is a merge_config.json, and what it records of that merge that is no wish of the next one.
+#: The key by which a merge_config.json is recognized, and its settings that do not apply to another merge.
 RECORD, RECORDED = "modelfuse_version", ("output_path", "overwrite", "intermediate_dir")
 #: The key of maps whose keys a map takes, where it has none of that name.
 MERGE = "<<"
@@ -45,8 +45,8 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "f
 def load_recipe(path: PathOrUrl) -> dict[str, object]:
     """Read the settings in a .json or .yaml recipe; ``Recipe.parse`` checks them.
 
-    A merge_config.json says where its merge was written and what it replaced; that is left out. A configuration of
-    mergekit's is one setting, its text.
+    The output path and similar settings of a merge_config.json are left out. A mergekit configuration is read as a
+    single setting, its text.
 
     Raises:
         RecipeError: If the file cannot be read or is not a map of settings.
@@ -91,18 +91,18 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _twice(names: Iterable[str]) -> str:
-    """The first name that was there before; there is one."""
+    """The first duplicate name; there must be one."""
     seen = set[str]()
     return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
 def _may_be_configuration(text: str) -> bool:
-    """Whether one of its keys stands anywhere, so that a look at all of it is worth while."""
+    """Whether the text contains one of the keys of configurations, a cheap test before parsing."""
     return re.search(rf"""(?m)(?:^|[{{,])\s*["']?(?:{"|".join(_KNOWN_BY)})["']?\s*:""", text) is not None
 
 
 def is_configuration(content: object) -> bool:
-    """Whether what a file holds is a configuration of mergekit's, by its keys.
+    """Whether the content of a file is a mergekit configuration, by its keys.
 
     >>> is_configuration({"merge_method": "linear", "models": []}), is_configuration({"merge_method": "linear"})
     (True, False)
@@ -111,7 +111,7 @@ def is_configuration(content: object) -> bool:
 
 
 def is_mixture(content: Mapping[object, object]) -> bool:
-    """Whether a configuration is one of mergekit-moe's, by its keys."""
+    """Whether a configuration is one of mergekit-moe, by its keys."""
     return EXPERTS_KEY in content and not any(key in content for key in CONTENT_KEYS)
 
 
@@ -132,14 +132,14 @@ def load_documents(text: str) -> list[object]:
 
 
 def dump_documents(documents: Iterable[object]) -> str:
-    """Plain values as the documents of a YAML text."""
+    """Dump plain values as the documents of a YAML text."""
     import yaml
 
     return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
 
 
 def _count_values(value: object, count: int = 0, depth: int = 0) -> int:
-    """The number of values in one, those that aliases repeat each time."""
+    """The number of values in a value, counting aliases each time."""
     if depth > MAX_DEPTH:
         raise RecursionError
     count += 1
@@ -177,12 +177,12 @@ def _documents(text: str, aliases: bool) -> list[object]:
 
 @cache
 def _loader(aliases: bool) -> type[SafeLoader]:
-    """yaml's own loader of plain values, with less."""
+    """yaml's safe loader, restricted to the supported subset."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def fetch_flow_collection_start(self, token_class: Any) -> None:
-            if self.flow_level >= MAX_DEPTH:  # The time that yaml takes grows with the square of it.
+            if self.flow_level >= MAX_DEPTH:  # yaml's time is quadratic in the depth.
                 raise RecursionError
             super().fetch_flow_collection_start(token_class)
 

@@ -1,7 +1,7 @@
-"""No file says whom this machine connects to: a token may go along, and a cluster is trusted with everything.
+"""Files may not choose the hosts to connect to: a token may be sent there, and a cluster is fully trusted.
 
-Recipes, merge_config.json among them, may come from anybody. The hub and the cluster are named on the command line, by
-the environment, or by a program that calls this package.
+Recipes, including merge_config.json, may come from anybody. The hub and the cluster are set on the command line, in the
+environment, or by a calling program.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from urllib.parse import urlsplit
 
 from modelfuse.errors import RecipeError
 
-#: Where huggingface_hub looks names up if nothing else is said.
+#: huggingface_hub's default endpoint.
 USUAL_ENDPOINT = "https://huggingface.co"
 
 
 def is_usual(endpoint: object) -> bool:
-    """Whether hub names would be looked up there without a word from any file."""
+    """Whether this is the endpoint that is used without any file."""
     usual = os.environ.get("HF_ENDPOINT") or USUAL_ENDPOINT
     return str(endpoint).rstrip("/") == usual.rstrip("/")
 
 
 def without_hosts(what: str, settings: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
-    """The settings of a file, without an endpoint of the hub where the user names one.
+    """The settings of a file, without its hub endpoint if the user gives one.
 
     Args:
         what: The file, for errors.
-        settings: What it says.
-        own: What the user says; with ``hub_anonymous``, the file's endpoint is asked without a token.
+        settings: The file's settings.
+        own: The user's settings; with ``hub_anonymous``, the file's endpoint is used without a token.
 
     Raises:
-        RecipeError: If the file names another host than the user does.
+        RecipeError: If the file names another host than the user.
     """
     endpoint, address = settings.get("hub_endpoint"), settings.get("ray_address")
     kept = {name: value for name, value in settings.items() if name != "hub_endpoint"}
@@ -49,7 +49,7 @@ def without_hosts(what: str, settings: Mapping[str, object], own: Mapping[str, o
 
 
 def refusal(what: str, endpoint: object) -> tuple[str, str]:
-    """What is wrong with a file that names a hub, and what to do."""
+    """The message and the hint for a file that names a hub."""
     parts = urlsplit(str(endpoint))
     host = parts.hostname or str(endpoint)
     return (

@@ -1,4 +1,4 @@
-"""Names of models on a hub: ``organization/model``, perhaps with ``@revision``."""
+"""Names of models on a hub: ``organization/model``, optionally with ``@revision``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 #: What may stand before a name, so that no folder can be meant.
 HUB_SCHEME = "hf://"
-#: As huggingface_hub's ``validate_repo_id`` has it, with both parts.
+#: The rules of huggingface_hub's ``validate_repo_id``, with both parts required.
 _NAME = re.compile(r"(?!.*(--|\.\.))\b[\w\-.]{1,96}\b/\b[\w\-.]{1,96}\b(?<!\.git)", re.ASCII)
-#: What git allows in the name of a branch, a tag or a commit, and nobody would take for something else.
+#: A subset of git's names of branches, tags and commits, without ambiguous ones.
 _REVISION = re.compile(r"(?!.*(\.\.|//))[\w](?:[\w\-./+]*[\w\-+])?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-#: A word that ends so is a file that is not there.
+#: Suffixes of files, which are not hub names.
 _FILES = (".safetensors", ".bin", ".pdparams")
 
 
@@ -26,8 +26,8 @@ class HubName:
 
     Attributes:
         name: ``organization/model``.
-        revision: A branch, a tag or a commit; None for the main branch. The commit, once its files are at hand.
-        folder: Where its files are, once they are at hand.
+        revision: A branch, a tag or a commit; None for the main branch. The commit, once it is resolved.
+        folder: The folder of its files, once they are fetched.
     """
 
     name: str
@@ -39,12 +39,12 @@ class HubName:
 
     @property
     def commit(self) -> str | None:
-        """The revision, if it is a commit's whole hash, which always means the same files."""
+        """The revision, if it is a full commit hash, which identifies the files."""
         return self.revision if self.revision is not None and _COMMIT.fullmatch(self.revision) else None
 
 
 def hub_name(word: str) -> HubName | None:
-    """The model of that name, if a word looks like one.
+    """Parse a hub name; None if the word does not look like one.
 
     >>> hub_name("./org/model") is hub_name("models/org/model") is hub_name("org/model.safetensors") is None
     True

@@ -1,4 +1,4 @@
-"""Methods of other packages: those that installed ones declare by an entry point."""
+"""Methods from installed packages, declared by entry points."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GROUP = "modelfuse.methods"
 
 @cache
 def register_installed() -> bool:
-    """Register them, the first time; looking for them takes longer than planning a merge, so it is done when needed.
+    """Register the methods of installed packages, once; done lazily, as the search takes longer than a plan.
 
     Returns:
         Whether there are any.
 
     Raises:
-        RecipeError: If one cannot be loaded, or has a name that there is already.
+        RecipeError: If one cannot be loaded, or its name is taken.
     """
     from importlib.metadata import entry_points
 
@@ -35,7 +35,7 @@ def register_installed() -> bool:
             register_all(_methods(point))
         except RecipeError:
             raise
-        except Exception as error:  # Of somebody's own code.
+        except Exception as error:  # Code of another package may raise anything.
             raise RecipeError(
                 f"The method {point.name} of {_package(point)} cannot be loaded: {type(error).__name__}: {error}",
                 f"Repair or uninstall {_package(point)}.",
@@ -47,7 +47,7 @@ def register_all(methods: Iterable[Method]) -> None:
     """Register methods.
 
     Raises:
-        RecipeError: If one has a name that there is already, or is none.
+        RecipeError: If one is not a method, or its name is taken.
     """
     for method in methods:
         if not isinstance(method, Method):

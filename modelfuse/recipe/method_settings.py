@@ -1,4 +1,4 @@
-"""The settings of methods: what was given of them, for all tensors or for some, and what follows from it."""
+"""The settings of methods, for all tensors or for those of a rule, and the method that they select."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from modelfuse.methods.spec import Combination, Parameter, Sparsifier
 from modelfuse.recipe.checks import check_method, check_models_of, check_step, check_weights
 from modelfuse.recipe.schema import Factor, PerModel, Setting, Weight, as_json, setting
 
-#: What chooses a method.
+#: The settings that select a method.
 STEPS = ("merge_method", "merge_type", "sparsify_type")
-#: What methods that have weights take.
+#: The settings of weights.
 WEIGHTS = ("weight_list", "normalize")
 
 
-#: The factor on what methods make of differences to a base.
+#: The setting of the factor on the merged difference.
 FACTOR = "lambda"
-#: Of methods of whole matrices: nobody knows a factor before, and this share is good for all of them.
+#: The default for whole-matrix methods: a good factor is not known in advance, but this share suits all of them.
 USUAL_NORM = "norm 0.6"
 
 
 def _settings() -> dict[str, Setting]:
-    """The settings that choose a method, weights, and those that methods declare."""
+    """The settings that select a method, the weights, and the settings that methods declare."""
 
     def by_method(parameter: Parameter) -> str:
-        """A default in words, where some methods have another one."""
+        """The default in words, if methods have different ones."""
         words = {name: str(each.defaults[parameter.name]).lower() for name, each in METHODS.items()
                  if each.defaults.get(parameter.name, parameter.default) != parameter.default}  # fmt: skip
         usual = str(parameter.default).lower()
@@ -68,25 +68,25 @@ def _settings() -> dict[str, Setting]:
     return {**found, **{name: declared(each) for name, each in PARAMETERS.items() if name not in found}}
 
 
-#: Every setting that a rule may give for some tensors.
+#: All settings that a rule may set for its tensors.
 METHOD_SETTINGS = _settings()
-#: Other names of them: those that other tools use, and one that Python takes.
+#: Their aliases: names in other tools, and a valid Python identifier for lambda.
 METHOD_SYNONYMS = {**PARAMETER_ALIASES, f"{FACTOR}_": FACTOR}
 
 
 def take_up() -> None:
-    """Take up what was registered since."""
+    """Update the settings after methods were registered."""
     METHOD_SETTINGS.update(_settings())
     METHOD_SYNONYMS.update(PARAMETER_ALIASES)
 
 
 @dataclass(frozen=True, slots=True)
 class MethodSettings:
-    """What was given of the settings of methods.
+    """The given settings of methods.
 
     Attributes:
-        given: The settings by name, checked one by one; the others are as by default.
-        models: How many models there are.
+        given: The given settings by name, checked one by one; the others have their defaults.
+        models: The number of models.
         has_base: Whether there is a base.
     """
 
@@ -98,12 +98,12 @@ class MethodSettings:
         return hash((*self.given.items(), self.models, self.has_base))
 
     def __getitem__(self, name: str) -> Any:
-        """A setting's value as it is in effect."""
+        """The effective value of a setting."""
         value = self.given.get(name)
         return self._default(name) if value is None else value
 
     def _default(self, name: str) -> object:
-        """That of the method, if it has one of its own."""
+        """The method's default, if it has one of its own, else the setting's."""
         if name == FACTOR:
             return USUAL_NORM if self.declared[1].matrix is not None else 1.0
         method = self.given.get("merge_method")
@@ -111,7 +111,7 @@ class MethodSettings:
         return METHODS[str(method)].defaults.get(name, usual) if method is not None else usual
 
     def overridden(self, own: Mapping[str, object]) -> MethodSettings:
-        """The same where some are given otherwise: what is not named there is as here."""
+        """These settings with some replaced."""
         given = dict(self.given)
         if any(name in own for name in STEPS):
             for name in STEPS:
@@ -129,10 +129,10 @@ class MethodSettings:
         return changed
 
     def check(self) -> None:
-        """Refuse settings that contradict each other.
+        """Check the settings against each other.
 
         Raises:
-            RecipeError: Saying which.
+            RecipeError: If they contradict each other.
         """
         method, (sparsifier, combination) = self["merge_method"], self.declared
         check_method(method, self["merge_type"], self["sparsify_type"])
@@ -175,7 +175,7 @@ class MethodSettings:
 
     @property
     def name(self) -> str:
-        """What the method is called: by its merge_method if it was given by it, else by its steps."""
+        """The method's name: its merge_method if that was given, else its steps."""
         return self["merge_method"] or " → ".join(step for step in self.steps if step)
 
     @property
@@ -185,13 +185,13 @@ class MethodSettings:
 
     @property
     def normalizes(self) -> bool:
-        """The effective ``normalize``: absent weights are equal and normalised, unless the method says otherwise."""
+        """The effective ``normalize``: without weights it is true, unless the method has another default."""
         if self["weight_list"] is None:
             return self._default("normalize") is not False
         return bool(self["normalize"])
 
     def weights(self, models: Sequence[int]) -> tuple[float, ...]:
-        """The effective weights of some of the models, by their numbers from 0 on."""
+        """The effective weights of some models, given by index."""
         weights = self._stated_weights(models)
         total = math.fsum(weights)
         is_relative = self["weight_list"] is None or self.normalizes
@@ -202,11 +202,11 @@ class MethodSettings:
         return tuple(weights[model] for model in models)
 
     def applied(self, models: Sequence[int], seed: int) -> Applied:
-        """All that the mathematics depends on, where some of the models are merged, by their numbers from 0 on."""
+        """The method for a merge of some models, given by index."""
         sparsifier, combination = self.declared
         weights = self.weights(models)
         if combination.weights == "relative" and self.normalizes:
-            # The division cancels their scale, and a third in float32 would tip votes that cancel exactly.
+            # The method divides by them, so their scale cancels; 1/3 rounded to float32 could tip tied votes.
             weights = self._stated_weights(models)
         settings = {name: self[name] for name in PARAMETERS}
         for name, value in settings.items():
@@ -218,7 +218,7 @@ class MethodSettings:
         return apply(sparsifier, combination, weights, settings, seed=seed, streams=models, factor=factor, norm=share)
 
     def effective(self) -> dict[str, object]:
-        """Every setting as it takes effect, ready for JSON."""
+        """All effective settings, as JSON values."""
         settings: dict[str, object] = {name: as_json(self[name]) for name in METHOD_SETTINGS}
         settings["sparsify_type"], settings["merge_type"] = self.steps
         if self.has_weights:
@@ -228,7 +228,7 @@ class MethodSettings:
         return settings
 
     def used(self) -> dict[str, object]:
-        """Those of them that the method takes, and what chooses it."""
+        """The effective settings that the method uses, and those that select it."""
         names = {*STEPS, *(each.name for each in parameters_of(*self.declared))}
         names |= {*(WEIGHTS if self.has_weights else ()), *((FACTOR,) if self.has_base else ())}
         return {name: value for name, value in self.effective().items() if name in names}

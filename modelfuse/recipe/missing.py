@@ -1,4 +1,4 @@
-"""What becomes of tensors that only some inputs have."""
+"""Policies for tensors that only some inputs have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 
 from modelfuse.recipe.schema import Instead
 
-#: ``error`` refuses, ``copy`` takes the base's or merges what there is, ``drop`` leaves it out.
+#: ``error`` refuses, ``copy`` takes the base's or merges those of the models that have it, ``drop`` leaves it out.
 Policy = Literal["error", "copy", "drop"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 

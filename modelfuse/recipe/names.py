@@ -1,4 +1,4 @@
-"""All settings by name: what they are called elsewhere, and other ways to give them."""
+"""All settings by name, with their aliases and alternatives."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from modelfuse.recipe.method_settings import METHOD_SETTINGS, METHOD_SYNONYMS, S
 from modelfuse.recipe.schema import Setting, settings_of
 from modelfuse.recipe.settings import Settings
 
-#: Keys that merge_config.json holds beside the settings; a recipe may carry them.
+#: Keys of merge_config.json that are not settings; accepted in recipes.
 INFORMATION = (RECORD,)
-#: Other ways to give model_path_list: as one string, and as the one adapter to merge.
+#: Alternatives to model_path_list: a comma-separated string, and a single adapter.
 ANOTHER_WAY = ("model_path_str", "lora_model_path")
-#: Other names of a setting.
+#: Aliases of settings.
 SYNONYMS = {"model_prefix": "merge_prefix", **METHOD_SYNONYMS}
 
 
 def _settings() -> dict[str, Setting]:
-    """All settings by name, those of methods in their place."""
+    """All settings by name, in order, including those of methods."""
     found = settings_of(Settings)
     before = list(found)[: list(found).index("rules")]
     return {**{name: found[name] for name in before}, **METHOD_SETTINGS, **found}
@@ -32,13 +32,13 @@ SETTINGS = _settings()
 
 
 def _look_further(unknown: Iterable[bool]) -> None:
-    """Take up methods of other packages, if any name is not known."""
+    """Register methods of installed packages, if any name is unknown."""
     if any(unknown) and register_installed():
         renew()
 
 
 def renew() -> None:
-    """Take up methods that were registered since, and their settings."""
+    """Update the settings after methods were registered."""
     take_up()
     SETTINGS.update(_settings())
     SYNONYMS.update(METHOD_SYNONYMS)
@@ -48,7 +48,7 @@ def canonical_name(name: str) -> str:
     """A setting's name with dashes made underscores and synonyms resolved.
 
     Raises:
-        RecipeError: If there is no such setting; names the nearest.
+        RecipeError: If there is no such setting; suggests the closest.
     """
     plain = name.replace("-", "_")
     plain = SYNONYMS.get(plain, plain)
@@ -74,7 +74,7 @@ def by_canonical_name(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def canonical(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings as a recipe takes them: by their canonical names, other ways to give models resolved.
+    """Settings under their canonical names, with alternatives to model_path_list resolved.
 
     Raises:
         RecipeError: If there is no such setting, or models are given in two ways.

@@ -1,6 +1,6 @@
-"""What is to be merged and how: all settings, and every check that needs no file.
+"""The recipe: all settings of a merge, and every check that needs no file.
 
-Flags, recipe files and the Python API all become a :class:`Recipe`; nothing downstream checks a setting again.
+Flags, recipe files and API calls are converted to a :class:`Recipe`; nothing downstream checks a setting again.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
     from modelfuse.recipe.arcee.configuration import Configuration
     from modelfuse.recipe.arcee.documents import Configurations
 
-#: The layout of the formats that an output can have.
+#: The layouts of output formats.
 LAYOUTS: Mapping[str, Literal["hf", "paddle"]] = {"hf": "hf", "paddle": "paddle", "pdparams": "paddle"}
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class Recipe(Settings):
-    """What to merge, how, and where to. Frozen; paths are absolute.
+    """All settings of a merge. Frozen; paths are absolute.
 
     Args:
-        settings: By name, those of methods beside the others.
+        settings: The settings by name, including those of methods.
 
     Attributes:
         parameters: The settings of methods.
 
     Raises:
-        RecipeError: If a setting has a wrong type or value, or contradicts another.
+        RecipeError: If a setting has an invalid type or value, or contradicts another.
     """
 
     def __init__(self, **settings: object) -> None:
@@ -68,19 +68,19 @@ class Recipe(Settings):
         """Build a recipe from named settings, as they come from flags, a file or keyword arguments.
 
         Raises:
-            RecipeError: As the class says; an unknown name is answered with the nearest one.
+            RecipeError: As for the class; for an unknown name it suggests the closest one.
         """
         return cls(**canonical(settings))
 
     def changed(self, **changes: object) -> Recipe:
-        """The same with other values, which are not checked again."""
+        """A copy with changed settings, which are not checked again."""
         other = copy(self)
         vars(other).update(changes)
-        vars(other).pop("configurations", None)  # What models are called is found in it.
+        vars(other).pop("configurations", None)  # It depends on the settings.
         return other
 
     def _check(self) -> None:
-        """Refuse settings that contradict each other."""
+        """Check the settings against each other."""
         if self.mergekit is None:
             check_models(len(self.model_path_list), self.has_base)
         else:
@@ -116,18 +116,18 @@ class Recipe(Settings):
 
     @property
     def reference(self) -> int:
-        """The number of the input that the output takes its files, names and types from: the base's, else 0."""
+        """The index of the input that the output takes files, names and types from: the base's, else 0."""
         return len(self.model_path_list) if self.has_base else 0
 
     @property
     def hub_names(self) -> tuple[HubName, ...]:
-        """Those that are hub names, each once."""
+        """The distinct hub names among the inputs."""
         named = (*self.inputs, self.tokenizer_from)
         return tuple(dict.fromkeys(each for each in named if isinstance(each, HubName)))
 
     @property
     def input_paths(self) -> tuple[PathOrUrl, ...]:
-        """Where the inputs are, once all are at hand."""
+        """The paths of the inputs, once all are fetched."""
         paths = tuple(each.folder if isinstance(each, HubName) else each for each in self.inputs)
         if missing := [str(each) for each, path in zip(self.inputs, paths, strict=True) if path is None]:
             raise ValueError(f"{', '.join(missing)}: not fetched yet")
@@ -135,59 +135,59 @@ class Recipe(Settings):
 
     @property
     def model_paths(self) -> tuple[PathOrUrl, ...]:
-        """Where the models are, without the base."""
+        """The paths of the models, without the base."""
         return self.input_paths[: len(self.model_path_list)]
 
     @property
     def base_path(self) -> PathOrUrl | None:
-        """Where the base is, if there is one."""
+        """The path of the base, if there is one."""
         return None if self.base_model_path is None else self.input_paths[-1]
 
     @property
     def tokenizer_path(self) -> PathOrUrl | None:
-        """Where the tokenizer is taken from, if that is given."""
+        """The path of ``tokenizer_from``, if it is given."""
         return self.tokenizer_from.folder if isinstance(self.tokenizer_from, HubName) else self.tokenizer_from
 
     def at_hand(self, found: Mapping[object, HubName]) -> Recipe:
-        """The same with what hub names have become: a commit, and a folder."""
+        """A copy in which hub names are resolved to a commit and a folder."""
         update: dict[str, object] = {"model_path_list": tuple(found.get(each, each) for each in self.model_path_list)}
         for name in ("base_model_path", "unmerged_from", "tokenizer_from", "tokenizer"):
             update[name] = found.get(getattr(self, name), getattr(self, name))
         return self.changed(**update)
 
     def declared_layouts(self, formats: Sequence[str]) -> tuple[Literal["hf", "paddle"] | None, ...]:
-        """The layout that the settings give each input, None where they say nothing.
+        """The declared layout of each input; None if the settings do not declare it.
 
         Args:
-            formats: The format of every input: ``safetensors``, ``torch`` or ``paddle``.
+            formats: The format of each input: ``safetensors``, ``torch`` or ``paddle``.
         """
         if self.input_layout is not None:
             return self.input_layout if len(self.input_layout) > 1 else self.input_layout * len(formats)
         if self.convert_from_hf is None:
             return (None,) * len(formats)
-        # Paddle's own files hold Paddle's layout, and its tool loads them as they are.
+        # Paddle's files have Paddle's layout, and its tool loads them unchanged.
         return tuple("paddle" if not self.convert_from_hf else None if kind == "paddle" else "hf" for kind in formats)
 
     @property
     def output_layout(self) -> Literal["hf", "paddle"] | None:
-        """The layout that the settings give the output; None: that of the base, else of the first model."""
+        """The declared layout of the output; None: that of the base, else of the first model."""
         if self.output_format is not None and self.output_format in LAYOUTS:
             return LAYOUTS[self.output_format]
         return None if self.save_to_hf is None else "hf" if self.save_to_hf else "paddle"
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The effective weights, one a model, where no rule says otherwise."""
+        """The effective weights, one per model, outside of rules."""
         return self.parameters.weights(range(len(self.model_path_list)))
 
     @property
     def method(self) -> Applied:
-        """All that the mathematics depends on, where no rule says otherwise."""
+        """The method, outside of rules."""
         return self.parameters.applied(range(len(self.model_path_list)), self.seed)
 
     @cached_property
     def configurations(self) -> Configurations:
-        """What the text of ``mergekit`` says."""
+        """The parsed text of ``mergekit``."""
         from modelfuse.recipe.arcee.documents import read_configurations
 
         return read_configurations(self.mergekit or "", self.model_path_list)
@@ -199,7 +199,7 @@ class Recipe(Settings):
 
     @property
     def method_told(self) -> tuple[str, str | None, list[float]]:
-        """What a report tells of the method: (merge_type, sparsify_type) and weights, or a configuration's method."""
+        """The method in a report: merge_type, sparsify_type and weights, or a configuration's method."""
         if self.mergekit is not None:
             mixture = self.configurations.mixture
             return self.configuration.merge_method if mixture is None else mixture.merge_method, None, []
@@ -207,11 +207,11 @@ class Recipe(Settings):
         return merge_type, sparsify_type, list(self.weights)
 
     def parameters_of(self, rule: Rule) -> MethodSettings:
-        """The settings of methods where a rule holds: its own, else the recipe's."""
+        """The settings of methods for a rule: its own, else the recipe's."""
         return self.parameters.overridden(dict(rule.own))
 
     def effective(self) -> dict[str, object]:
-        """Every setting as it took effect, ready for JSON; parsing it gives the same merge."""
+        """All effective settings as JSON values; parsing them gives the same merge."""
         methods, settings = self.parameters.effective(), dict[str, object]()
         for name in SETTINGS:
             settings[name] = methods[name] if name in methods else as_json(getattr(self, name))
@@ -220,6 +220,6 @@ class Recipe(Settings):
             del settings["rules"]
         if self.mergekit is None:
             return settings
-        # What the configuration says is said nowhere else.
+        # These are part of the configuration's text.
         own = (*METHOD_SETTINGS, "base_model_path", "merge_with_qdq_base_model", "tokenizer")
         return {name: value for name, value in settings.items() if name not in own}

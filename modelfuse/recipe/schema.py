@@ -1,4 +1,4 @@
-"""What single settings may be: sizes, numbers, places, and the inputs of a merge."""
+"""Types of single settings: sizes, numbers, paths, and the inputs of a merge."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from modelfuse.recipe.hub_names import HUB_SCHEME, HubName, hub_name
 from modelfuse.recipe.sizes import parse_bytes
 from modelfuse.storage import PathOrUrl, Url, path_or_url
 
-#: What Paddle's tool takes for true and false.
+#: Words that Paddle's tool accepts for true and false.
 SWITCHES = {**dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True),
             **dict.fromkeys(("no", "false", "f", "n", "0", "off"), False)}  # fmt: skip
-#: What types are called.
+#: Names of types in messages.
 WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "array": "a list",
          "object": "a map", "null": "none"}  # fmt: skip
 
@@ -39,7 +39,7 @@ def _absolute(value: object) -> PathOrUrl:
 
 
 def read_input(value: object) -> PathOrUrl | HubName:
-    """A place; or a hub name, if it looks like one and nothing of that name is here."""
+    """A path or URL; or a hub name, if it looks like one and no such path exists."""
     if isinstance(value, str) and not os.path.lexists(value) and (named := hub_name(value)) is not None:
         return named
     if isinstance(value, str) and value.startswith(HUB_SCHEME):
@@ -54,7 +54,7 @@ def _endpoint(value: object) -> object:
 
 
 def read_factor(value: object) -> float | str:
-    """A number; or ``norm`` and a share, as text.
+    """A number, or the text ``norm`` and a share.
 
     >>> read_factor("0.5"), read_factor("norm 0.80")
     (0.5, 'norm 0.8')
@@ -70,13 +70,13 @@ def read_factor(value: object) -> float | str:
     return float(number) if word is None else f"norm {float(number):g}"
 
 
-#: The values of a setting that takes several: more are refused before any is looked at.
+#: The most values of a list; longer ones are refused before any value is read.
 MOST_VALUES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """Metadata of a setting's type: what makes of a given value one that is checked.
+    """Metadata of a setting's type: converts a given value before it is checked.
 
     Attributes:
         read: Raises ValueError if the value cannot be understood.
@@ -87,19 +87,19 @@ class Before:
 
 @dataclass(frozen=True, slots=True)
 class Instead(Before):
-    """The same where there is nothing left to check."""
+    """Converts a given value, which is then not checked further."""
 
 
 Bytes = Annotated[int, Before(parse_bytes), Meta(le=2**63 - 1)]
 #: A path, made absolute, or a URL.
 AbsolutePath = Annotated[PathOrUrl, Instead(_absolute)]
-#: Most tensors are merged in float32, so their weights have its range.
+#: The largest number: about the largest float32, in which most tensors are merged.
 LARGEST = 3e38
 Weight = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
-#: What a merged difference is multiplied by.
+#: The factor on the merged difference.
 Factor = Annotated[float | str, Instead(read_factor)]
 Endpoint = Annotated[str, Before(_endpoint)]
-#: A model to merge: where it is, or what it is called on a hub.
+#: A model to merge: a path, a URL or a hub name.
 Input = Annotated[PathOrUrl | HubName, Instead(read_input)]
 #: A word, or a model.
 TokenizerChoice = Annotated[PathOrUrl | HubName | str, Instead(lambda value: _word_or_input(value))]
@@ -113,13 +113,13 @@ def _word_or_input(value: object) -> object:
 
 
 def setting(default: object, description: str, otherwise: str = "", **bounds: Any) -> Any:
-    """A dataclass's field that is a setting.
+    """A dataclass field for a setting.
 
     Args:
-        default: Its default, ``MISSING`` where it must be given.
-        description: What it does.
-        otherwise: The default in words, where the value does not say what happens.
-        bounds: Of numbers, as msgspec's ``Meta`` has them.
+        default: The default; ``MISSING`` if it is required.
+        description: The help text.
+        otherwise: The default in words, if the value does not explain itself.
+        bounds: Bounds of numbers, as in msgspec's ``Meta``.
     """
     return field(
         default=default, metadata={"description": description, "otherwise": otherwise, "bounds": Meta(**bounds)}
@@ -130,14 +130,14 @@ T = TypeVar("T")
 
 
 class PerModel(Generic[T]):
-    """The type of a setting that is one value for all models, or a list of one a model."""
+    """The type of a setting that is one value for all models, or a list with one per model."""
 
 
 class InvalidValue(ValueError):
-    """A value that a setting cannot have.
+    """Raised for an invalid value of a setting.
 
     Attributes:
-        value: What was given; of a list, the first that does not fit.
+        value: The given value; for a list, the first invalid one.
         reason: What is expected.
     """
 
@@ -147,31 +147,31 @@ class InvalidValue(ValueError):
 
 
 class Setting:
-    """What a setting may be, and what it is by default.
+    """The type and the default of a setting.
 
     Args:
-        kind: The type of the dataclass's field.
+        kind: The type of the dataclass field.
         made: The field.
 
     Attributes:
-        default: Its default, ``MISSING`` where it must be given.
-        description: What it does.
-        otherwise: The default in words, where the value does not say what happens; else empty.
+        default: The default; ``MISSING`` if it is required.
+        description: The help text.
+        otherwise: The default in words, if the value does not explain itself; else empty.
         takes_several: Whether it is a list.
-        is_per_model: Whether it is one value, or a list of one a model.
-        aliases: What other tools call it.
-        choices: The values that it may have, if they can be listed.
+        is_per_model: Whether it is one value, or a list with one per model.
+        aliases: Its names in other tools.
+        choices: The allowed values, if they can be listed.
         is_switch: Whether it is true or false.
         is_number: Whether it is a number.
-        is_fraction: Whether it is one that need not be whole.
-        is_size: Whether it is a number of bytes.
-        noun: What its value is called in capitals, if it is neither.
+        is_fraction: Whether it is a number that need not be an integer.
+        is_size: Whether it is a size in bytes.
+        noun: The placeholder of its value in help, in capitals, for other types.
     """
 
     def __init__(self, kind: Any, made: Field[Any]) -> None:
         self.default, self.description = made.default, str(made.metadata["description"])
         self.otherwise, self.aliases = str(made.metadata["otherwise"]), tuple[str, ...]()
-        # None is what the default stands for, and is read nowhere.
+        # None only stands for the default.
         some = next(each for each in get_args(kind) if each is not NoneType) if NoneType in get_args(kind) else kind
         self.is_per_model = get_origin(some) is PerModel
         some = get_args(some)[0] if self.is_per_model else some
@@ -187,14 +187,14 @@ class Setting:
 
     @property
     def is_required(self) -> bool:
-        """Whether it must be given."""
+        """Whether it is required."""
         return self.default is MISSING
 
     def read(self, value: object) -> object:
-        """What was given, as it should be.
+        """Convert and check a given value.
 
         Raises:
-            InvalidValue: If it cannot be.
+            InvalidValue: If it is invalid.
         """
         if value is None and self.default is None:
             return None
@@ -238,10 +238,10 @@ class Setting:
 
 
 def checked(settings: Mapping[str, Setting], values: Mapping[str, object]) -> dict[str, object]:
-    """All settings, as they should be.
+    """Convert and check all settings.
 
     Raises:
-        RecipeError: If any cannot be; lists all of them.
+        RecipeError: If any are invalid; lists all of them.
     """
     read, problems = dict[str, object](), list[str]()
     for name, each in settings.items():
@@ -260,7 +260,7 @@ def checked(settings: Mapping[str, Setting], values: Mapping[str, object]) -> di
 
 
 def as_json(value: object) -> object:
-    """A setting as JSON has it; a place without what is secret of it."""
+    """A setting as a JSON value; URLs without their secrets."""
     if type(value) is tuple:
         return [as_json(each) for each in value]
     return value if isinstance(value, bool | int | float | str | None) else str(value)
@@ -273,19 +273,19 @@ def settings_of(kind: type) -> dict[str, Setting]:
 
 
 def _plain(value: Any) -> object:
-    """Python's own number for one of numpy's or torch's; anything else as it is."""
+    """Convert a number of numpy or torch to a Python number; other values unchanged."""
     if type(value) in (str, bool, int, float, NoneType):
         return value
     if isinstance(value, int | float):
         return float(value) if isinstance(value, float) else int(value)
     try:
         return value.item()
-    except Exception:  # Of whatever was given.
+    except Exception:  # A given object may raise anything.
         return value
 
 
 def _number(value: object) -> object:
-    """A number that was given as text, as words of a command line are; anything else as it is."""
+    """Convert a number that was given as text, as on a command line; other values unchanged."""
     if isinstance(value, str):
         for kind in (int, float):
             with suppress(ValueError):
@@ -299,6 +299,6 @@ def _number(value: object) -> object:
 
 
 def _in_words(error: ValidationError) -> str:
-    """What msgspec says, for those who do not program."""
+    """msgspec's message in plain words."""
     text = re.sub(r"`(\w+)`", lambda word: WORDS.get(word[1], word[1]), str(error))
     return text[0].lower() + text[1:]

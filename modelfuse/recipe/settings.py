@@ -1,4 +1,4 @@
-"""Every setting of a merge: its name, its default and what it does."""
+"""All settings of a merge, with their defaults and help texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelfuse.recipe.tensor_rules import RuleSetting
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings as they are given; a :class:`~modelfuse.recipe.recipe.Recipe` checks them.
+    """The given settings; a :class:`~modelfuse.recipe.recipe.Recipe` checks them.
 
     Attributes:
         parameters: The settings of methods.

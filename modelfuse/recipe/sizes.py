@@ -1,4 +1,4 @@
-"""Numbers of bytes, as people write and read them."""
+"""Sizes in bytes: parsing and formatting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parse_bytes(value: object) -> object:
 
 
 def size(count: float) -> str:
-    """So many bytes in the unit that fits, in three digits.
+    """A size in a suitable unit, with three digits.
 
     >>> size(14_200_000), size(999_700), size(70), size(1)
     ('14.2 MB', '1 MB', '70 bytes', '1 byte')

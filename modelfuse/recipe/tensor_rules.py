@@ -1,4 +1,4 @@
-"""Rules: which tensors have settings of methods of their own, or are taken from one input as they are."""
+"""Rules: settings of methods for some tensors, or tensors that are taken from one input unchanged."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from modelfuse.recipe.method_settings import METHOD_SETTINGS, METHOD_SYNONYMS
 from modelfuse.recipe.schema import Instead, InvalidValue, as_json, read_input
 from modelfuse.storage import PathOrUrl
 
-#: What a rule has beside settings of methods.
+#: Keys of a rule besides settings of methods.
 TENSORS, TAKE = "tensors", "take"
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What holds for some tensors.
+    """Settings for some tensors.
 
     Attributes:
         tensors: A glob over the names of the output's tensors.
-        own: The settings that it names, with their values; the others are the recipe's.
-        take: The input that the tensors are taken from as they are: its path or name; or its number, from 1 on in a
-            recipe, from 0 on once it was found among the inputs. None: they are merged.
+        own: Its settings; the others are the recipe's.
+        take: The input that the tensors are taken from unchanged: a path or name; or a number, from 1 on in a recipe,
+            from 0 on after :meth:`among`. None: they are merged.
     """
 
     tensors: str
@@ -35,14 +35,14 @@ class Rule:
     take: PathOrUrl | HubName | int | None = None
 
     def matcher(self) -> Callable[[str], object]:
-        """Tells whether a tensor's name is one that is meant."""
+        """A function that tells whether the rule applies to a tensor's name."""
         return re.compile(fnmatch.translate(self.tensors)).match
 
     def among(self, inputs: Sequence[PathOrUrl | HubName]) -> Rule:
-        """The same with the number of the input to take, from 0 on.
+        """The rule with the index of the input to take, from 0 on.
 
         Raises:
-            RecipeError: If it is none of them.
+            RecipeError: If it is not among the inputs.
         """
         if self.take is None:
             return self
@@ -57,10 +57,10 @@ class Rule:
 
 
 def read_rule(value: object) -> Rule:
-    """One rule, as it is given in a recipe.
+    """Parse one rule of a recipe.
 
     Raises:
-        ValueError: If it is not as it should be; says all that is wrong.
+        ValueError: If it is invalid; lists all problems.
     """
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"give a map with {TENSORS}, and settings of methods or {TAKE}")
@@ -86,7 +86,7 @@ def read_rule(value: object) -> Rule:
 
 
 def _read_settings(given: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """Settings of methods as they should be, and what is wrong with the others."""
+    """The valid settings of methods, and the problems of the others."""
     own, problems = dict[str, object](), list[str]()
     for name, each in given.items():
         if name not in METHOD_SETTINGS:
@@ -113,15 +113,15 @@ RuleSetting = Annotated[Rule, Instead(read_rule)]
 def checked_rules(
     rules: Sequence[Rule], inputs: Sequence[PathOrUrl | HubName], check: Callable[[Rule], None]
 ) -> tuple[Rule, ...]:
-    """The rules with their inputs' numbers.
+    """The checked rules, with the indices of their inputs.
 
     Args:
-        rules: As they were given.
+        rules: The given rules.
         inputs: The models in order, then the base if there is one.
-        check: Refuses settings that contradict each other.
+        check: Checks the settings of a rule.
 
     Raises:
-        RecipeError: Naming the rule that cannot be.
+        RecipeError: If a rule is invalid; names it.
     """
     found = []
     for number, rule in enumerate(rules, 1):
@@ -134,7 +134,7 @@ def checked_rules(
 
 
 def rule_as_json(rule: Rule, inputs: Sequence[PathOrUrl | HubName], used: Mapping[str, object]) -> dict[str, object]:
-    """A rule as it took effect, ready for JSON; read again, it means the same.
+    """An effective rule as JSON values; parsing it gives the same rule.
 
     Args:
         rule: The rule.

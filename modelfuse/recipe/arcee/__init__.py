@@ -1,1 +1,1 @@
-"""The configurations of arcee's mergekit, read as they are: for any tensor, its method, models and parameters."""
+"""mergekit's configurations, parsed to the method, models and parameters of each tensor."""

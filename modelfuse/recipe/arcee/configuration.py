@@ -1,4 +1,4 @@
-"""A configuration as values: modules, slices, sources, and the parameters of every scope."""
+"""A parsed configuration: modules, slices, sources, and the parameters of each scope."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from modelfuse.errors import RecipeError
-from modelfuse.recipe.arcee.methods import METHODS, MethodGrammar, Parameter
+from modelfuse.recipe.arcee.methods import METHODS, MethodGrammar, ParameterSpec
 from modelfuse.recipe.arcee.parameters import Parameters, Scalar, value_of
 from modelfuse.recipe.arcee.references import Reference
 
@@ -19,9 +19,9 @@ class Source:
     """One model of a slice.
 
     Attributes:
-        model: Which model.
-        layers: Its layers, the end exclusive; None for all that it has.
-        parameters: Its own.
+        model: The model.
+        layers: Its range of layers, end exclusive; None for all.
+        parameters: The parameters of this scope.
     """
 
     model: Reference
@@ -31,12 +31,12 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Some consecutive layers of the output.
+    """Consecutive layers of the output.
 
     Attributes:
-        sources: The models that are merged there.
-        parameters: Those of this slice.
-        base_model: The base here; None for the configuration's.
+        sources: The models that are merged.
+        parameters: The parameters of this scope.
+        base_model: The base of this slice; None: the configuration's.
     """
 
     sources: tuple[Source, ...]
@@ -46,11 +46,11 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A stack of layers with what belongs to it.
+    """A stack of layers with the other tensors of its part of the model.
 
     Attributes:
-        slices: The output's layers in order; one without a range of layers is all of the models.
-        parameters: Those of this module.
+        slices: The output's layers in order; a slice without a range is whole models.
+        parameters: The parameters of this scope.
     """
 
     slices: tuple[Slice, ...]
@@ -59,14 +59,14 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class TokenSource:
-    """Where the row of a token comes from.
+    """The source of a token's row.
 
     Attributes:
-        kind: ``zero``; ``model``: a model's row of the same token; ``model_token``: a model's row of another one.
+        kind: ``zero``; ``model``: a model's row of the same token; ``model_token``: a model's row of another token.
         model: That model.
-        token: That other token's text.
-        token_id: Its number.
-        force: Whether it replaces the rows of models that have the token.
+        token: The text of that other token.
+        token_id: The id of that other token.
+        force: Whether it also replaces the rows of models that have the token.
     """
 
     kind: str
@@ -78,12 +78,12 @@ class TokenSource:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSettings:
-    """Which tokenizer the output gets.
+    """The tokenizer of the output.
 
     Attributes:
         source: ``union``, ``base`` or a model.
-        tokens: Tokens whose rows come from somewhere particular; None: as the others, but present.
-        pad_to_multiple_of: What the number of rows is to be a multiple of.
+        tokens: Tokens with a source of their own; None: the token is only required to be present.
+        pad_to_multiple_of: The number of rows is padded to a multiple of this.
     """
 
     source: str | Reference
@@ -93,20 +93,20 @@ class TokenizerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """All that one document says.
+    """One parsed document.
 
     Attributes:
-        name: The document's, where there are several.
+        name: The document's name, if there are several.
         merge_method: The method.
-        modules: What is merged, by the name of the module.
-        applies_to_all: Whether it is the same for all modules that the models have.
+        modules: The modules by name.
+        applies_to_all: Whether the same applies to all modules of the models.
         base_model: The base.
-        parameters: Those of the global scope.
-        dtype: The type that there is to be stored in unless ``out_dtype`` says otherwise.
-        out_dtype: The type to store.
-        tokenizer: Which tokenizer the output gets; None: the base's files.
+        parameters: The parameters of the global scope.
+        dtype: The output type, unless ``out_dtype`` is given.
+        out_dtype: The output type.
+        tokenizer: The tokenizer of the output; None: the base's files.
         chat_template: ``auto``, a name, or a template.
-        notes: What has no effect.
+        notes: Notes on settings without effect.
     """
 
     name: str | None
@@ -123,12 +123,12 @@ class Configuration:
 
     @property
     def grammar(self) -> MethodGrammar:
-        """What the method takes."""
+        """The models and parameters that the method takes."""
         return METHODS[self.merge_method]
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Every model that is named, each once: the base first, then as listed."""
+        """All distinct models: the base first, then in order."""
         return tuple(dict.fromkeys(self._references()))
 
     def _references(self) -> Iterator[Reference]:
@@ -152,13 +152,13 @@ class Configuration:
         """The parameters of the merge for one tensor.
 
         Args:
-            module: Where it stands.
-            part: The slice that it stands in.
-            name: Its name in the output.
-            depth: Where gradients are read.
+            module: The tensor's module.
+            part: The tensor's slice.
+            name: The tensor's name in the output.
+            depth: The depth at which gradients are evaluated.
 
         Raises:
-            RecipeError: If one that must be given is not.
+            RecipeError: If a required parameter is missing.
         """
         scopes = (part.parameters, module.parameters, self.parameters)
         return {
@@ -172,14 +172,14 @@ class Configuration:
         """The parameters of one model for one tensor.
 
         Args:
-            module: Where the tensor stands.
-            part: The slice that it stands in.
+            module: The tensor's module.
+            part: The tensor's slice.
             source: The model.
             name: The tensor's name in that model.
-            depth: Where gradients are read.
+            depth: The depth at which gradients are evaluated.
 
         Raises:
-            RecipeError: If one that must be given is not.
+            RecipeError: If a required parameter is missing.
         """
         scopes = (source.parameters, part.parameters, module.parameters, self.parameters)
         is_base = self.grammar.base != "ignored" and source.model == self.base_of(part)
@@ -191,16 +191,16 @@ class Configuration:
 
 
 def _value(
-    parameter: Parameter, key: str, scopes: tuple[Parameters, ...], name: str, depth: float, needed_by: str | None
+    parameter: ParameterSpec, key: str, scopes: tuple[Parameters, ...], name: str, depth: float, needed_by: str | None
 ) -> Scalar | None:
     """The value of the innermost scope that has one.
 
     Args:
-        parameter: What is looked for.
+        parameter: The parameter.
         key: Its name.
-        scopes: Innermost first.
-        name: The tensor's name that filters are matched with.
-        depth: Where gradients are read.
+        scopes: The scopes, innermost first.
+        name: The tensor's name, for filters.
+        depth: The depth at which gradients are evaluated.
         needed_by: What needs it, for an error; None: it may be missing.
     """
     for scope in scopes:

@@ -1,4 +1,4 @@
-"""Configuration files: one document, or several whose results are each other's models."""
+"""Configuration files: one document, or several that use each other's results as models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelfuse.recipe.arcee.references import Reference, References, Stage, Weig
 from modelfuse.recipe.arcee.structure import check_configuration
 from modelfuse.recipe.files import is_mixture, load_documents
 
-#: A name is one of a folder, too.
+#: Characters that a document's name may not have, as it may become the name of a folder.
 FORBIDDEN = ("/", "\\", "\0")
 
 
@@ -23,9 +23,9 @@ class Configurations:
     """A configuration file.
 
     Attributes:
-        documents: In an order in which each comes after those that it uses; the last is the result.
-        models: What each word that names a model means: the base of the first document first, then as they are met.
-        mixture: What mergekit-moe makes, if that is what the file is about; there are no documents then.
+        documents: The documents, each after those that it uses; the last is the result.
+        models: The meaning of each word that names a model: the first document's base first, then in order.
+        mixture: The configuration of mergekit-moe, if the file is one; it then has no documents.
     """
 
     documents: tuple[Configuration, ...]
@@ -34,7 +34,7 @@ class Configurations:
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """All models that are named, each once."""
+        """All distinct models."""
         parts = self.documents if self.mixture is None else (self.mixture,)
         return tuple(dict.fromkeys(each for part in parts for each in part.references))
 
@@ -62,10 +62,10 @@ def read_configurations(text: str, models: Sequence[Weights] | None = None) -> C
 
     Args:
         text: Its content.
-        models: What its words were found to mean before, in the order of ``Configurations.models``.
+        models: Known meanings of its words, in the order of ``Configurations.models``.
 
     Raises:
-        RecipeError: If anything in it is not as it should be.
+        RecipeError: If anything in it is invalid.
     """
     contents = [each for each in load_documents(text) if each is not None]
     names = [_name(each) for each in contents]
@@ -117,7 +117,7 @@ def _name(content: object) -> str | None:
 
 
 def _in_order(read: Sequence[Configuration], names: Sequence[str | None]) -> tuple[Configuration, ...]:
-    """Each after those that it uses; the one without a name, else the last that nothing uses, at the end."""
+    """The documents, each after those that it uses; the unnamed one, else the last unused one, is at the end."""
     places = {name: number for number, name in enumerate(names)}
     uses = {number: {places[stage] for stage in stages_of(each)} for number, each in enumerate(read)}
     try:

@@ -1,4 +1,4 @@
-"""One document of a configuration file becomes a :class:`Configuration`; every check that needs no model is here."""
+"""Parse one document of a configuration file to a :class:`Configuration`, with all checks that need no model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelfuse.recipe.arcee.configuration import (
     Source,
     TokenizerSettings,
 )
-from modelfuse.recipe.arcee.methods import METHODS, WITHOUT_EFFECT, Parameter
+from modelfuse.recipe.arcee.methods import METHODS, WITHOUT_EFFECT, ParameterSpec
 from modelfuse.recipe.arcee.notes import Notes
 from modelfuse.recipe.arcee.parameters import Parameters, read_setting
 from modelfuse.recipe.arcee.references import Reference, References
@@ -33,14 +33,14 @@ MOST_LAYERS = 1_000_000
 
 
 def read_configuration(content: object, references: References) -> Configuration:
-    """Read one document; whether its models fit together is not checked.
+    """Parse one document; whether its models fit together is not checked.
 
     Args:
-        content: What YAML has made of it.
-        references: Reads what names models.
+        content: The content of the YAML document.
+        references: Reads references to models.
 
     Raises:
-        RecipeError: If anything in it is not as it should be.
+        RecipeError: If anything in it is invalid.
     """
     if not isinstance(content, Mapping):
         raise RecipeError("The configuration is not a map of keys to values")
@@ -48,7 +48,7 @@ def read_configuration(content: object, references: References) -> Configuration
 
 
 class _Reader:
-    """Reads one document; keeps what all parts of it need."""
+    """Parses one document."""
 
     def __init__(self, references: References) -> None:
         self._references, self._notes = references, Notes()
@@ -137,9 +137,9 @@ class _Reader:
         )
 
     def _parameters(
-        self, content: Mapping[object, object], where: str, known: Mapping[str, Parameter] | None = None
+        self, content: Mapping[object, object], where: str, known: Mapping[str, ParameterSpec] | None = None
     ) -> Parameters:
-        """The parameters of one scope; all of the method's, or those that are ``known`` there."""
+        """The parameters of one scope: all of the method's, or those in ``known``."""
         where = "parameters" if where == "parameters" else f"{where}parameters"
         if content.get("parameters") is None:
             return {}
@@ -164,7 +164,7 @@ def _layers(value: object, where: str) -> tuple[int, int]:
 
 
 def read_dtype(content: Mapping[object, object], key: str) -> str | None:
-    """The name of a type that weights are merged in, if one is given."""
+    """The name of an output type, if one is given."""
     value = content.get(key)
     if value is None:
         return None
@@ -177,7 +177,7 @@ def read_dtype(content: Mapping[object, object], key: str) -> str | None:
 
 
 def read_text(content: Mapping[object, object], key: str) -> str | None:
-    """The text that stands under a key, if any does."""
+    """The text at a key, if there is one."""
     value = content.get(key)
     if value is not None and not isinstance(value, str):
         raise RecipeError(f"{key} is {shown(value)}, which is no text")
@@ -185,7 +185,7 @@ def read_text(content: Mapping[object, object], key: str) -> str | None:
 
 
 def read_list(content: Mapping[object, object], key: str, where: str) -> Sequence[object]:
-    """The list that stands under a key."""
+    """The list at a key."""
     value = content.get(key)
     if not isinstance(value, list) or not value:
         raise RecipeError(f"{where} is {shown(value)}", "Give a list, each entry after a dash.")

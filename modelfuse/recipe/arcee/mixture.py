@@ -1,4 +1,4 @@
-"""What mergekit-moe's configurations ask for: experts from several models beside the attention of one."""
+"""Parse mergekit-moe's configurations: experts from several models with the attention of one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from modelfuse.recipe.checks import nearest, shown
 
 GateMode = Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"]
 GATE_MODES: tuple[GateMode, ...] = get_args(GateMode)
-#: Those that take no prompts, and those that run the base.
+#: Gate modes without prompts, and those that run the base.
 RANDOM, HIDDEN = ("random", "uniform_random"), ("hidden", "hidden_avg", "hidden_last")
 TOP_KEYS = ("base_model", "experts", "shared_experts", "gate_mode", "dtype", "experts_per_token", "architecture")
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
-#: More experts than any model has.
+#: The most experts.
 MOST_EXPERTS = 1000
 
 
@@ -29,10 +29,10 @@ class Expert:
 
     Attributes:
         model: The model.
-        prompts: Texts that are to be routed to it.
-        negative: Texts that are not.
-        noise: The standard deviation of noise to add to its weights.
-        scale: What its results are multiplied by.
+        prompts: Texts that are routed to it.
+        negative: Texts that are not routed to it.
+        noise: The standard deviation of noise that is added to its weights.
+        scale: The factor of its output.
     """
 
     model: Reference
@@ -44,17 +44,17 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """A mixture of experts to be made of dense models.
+    """A mixture of experts built from dense models.
 
     Attributes:
-        base_model: The model that all but the MLPs is taken from.
-        experts: Those that the router chooses among.
-        shared: Those that every token goes through.
-        gate_mode: What the router's weights are made of.
-        dtype: The type to store; None: the inputs'.
-        per_token: How many experts each token goes through.
-        architecture: The kind of model to make; None: the first that fits.
-        notes: What has no effect.
+        base_model: The model of everything except the MLPs.
+        experts: The routed experts.
+        shared: The shared experts, which every token uses.
+        gate_mode: How the router's weights are made.
+        dtype: The output type; None: the inputs'.
+        per_token: The number of routed experts per token.
+        architecture: The architecture of the output; None: the first that fits.
+        notes: Notes on settings without effect.
     """
 
     base_model: Reference
@@ -68,24 +68,24 @@ class Mixture:
 
     @property
     def merge_method(self) -> str:
-        """What it is called in reports."""
+        """Its name in reports."""
         return "moe"
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """The models, each once, the base first."""
+        """All distinct models, the base first."""
         return tuple(dict.fromkeys((self.base_model, *(each.model for each in (*self.experts, *self.shared)))))
 
 
 def read_mixture(content: Mapping[object, object], references: References) -> Mixture:
-    """Read a configuration of mergekit-moe's.
+    """Parse a configuration of mergekit-moe.
 
     Args:
-        content: What YAML has made of it.
-        references: Reads what names models.
+        content: The content of the YAML document.
+        references: Reads references to models.
 
     Raises:
-        RecipeError: If anything in it is not as it should be.
+        RecipeError: If anything in it is invalid.
     """
     notes = Notes()
     notes.unknown(content, TOP_KEYS, "")

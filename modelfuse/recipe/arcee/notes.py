@@ -1,4 +1,4 @@
-"""What stands in a configuration without effect, to be told."""
+"""Notes on parts of a configuration that have no effect."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from difflib import get_close_matches
 
 @dataclass(slots=True)
 class Notes:
-    """Sentences on a configuration, each once.
+    """Distinct notes on a configuration.
 
     Attributes:
-        lines: The sentences so far.
+        lines: The notes so far.
     """
 
     lines: list[str] = field(default_factory=list)
 
     def add(self, line: str) -> None:
-        """Take a sentence."""
+        """Add a note."""
         if line not in self.lines:
             self.lines.append(line)
 
     def unknown(
         self, given: Mapping[object, object], known: Collection[str], where: str, parameters: Collection[str] = ()
     ) -> None:
-        """Name the keys of a map that nothing reads.
+        """Add notes on the keys of a map that are not used.
 
         >>> notes = Notes()
         >>> notes.unknown({"densty": 1}, ("density", "weight"), "models[0].parameters")
@@ -34,9 +34,9 @@ class Notes:
 
         Args:
             given: The map.
-            known: The keys that are read.
-            where: Its place in the configuration; empty for the whole.
-            parameters: What is read from ``parameters:`` below it.
+            known: The keys that are used.
+            where: The map's path in the configuration; empty for the root.
+            parameters: The keys that are used in ``parameters:`` below it.
         """
         for key in given:
             if key not in known:

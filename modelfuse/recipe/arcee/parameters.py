@@ -13,39 +13,39 @@ from modelfuse.recipe.checks import shown
 from modelfuse.recipe.schema import SWITCHES
 
 Scalar = float | int | bool
-#: What a parameter is: a number, a whole number, or true or false.
+#: The kind of a parameter's value.
 Kind = Literal["number", "count", "switch"]
 WORDS: Mapping[Kind, str] = {"number": "a number", "count": "a whole number", "switch": "true or false"}
-#: The keys of a value that only some tensors have.
+#: The keys of a value with a filter.
 ENTRY_KEYS = ("filter", "value")
-#: More layers than any model has, and more than anyone writes numbers for.
+#: The most values of a gradient.
 MOST_VALUES = 10_000
-#: Tensors are merged in float32, so their factors have its range.
+#: The largest number: about the largest float32, in which tensors are merged.
 MOST = 3e38
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class FilteredValue:
     """A value for the tensors whose names contain a text.
 
     Attributes:
-        filter: The text; None: any tensor.
-        values: One scalar, or several that stand at equal distances from the first layer to the last.
+        filter: The text; None: all tensors.
+        values: One scalar, or a gradient: scalars at equal distances from the first layer to the last.
     """
 
     filter: str | None
     values: tuple[Scalar, ...]
 
     def matches(self, name: str) -> bool:
-        """Whether it is meant for a tensor of this name."""
+        """Whether it applies to a tensor of this name."""
         return self.filter is None or self.filter in name
 
     def at(self, depth: float) -> Scalar:
         """The value at a depth between 0, the first layer, and 1, the last.
 
-        >>> Entry(None, (0.0, 1.0, 0.5)).at(0.25)
+        >>> FilteredValue(None, (0.0, 1.0, 0.5)).at(0.25)
         0.5
-        >>> Entry(None, (True, False, False)).at(0.49)
+        >>> FilteredValue(None, (True, False, False)).at(0.49)
         True
         """
         place = depth * (len(self.values) - 1)
@@ -56,19 +56,19 @@ class Entry:
         return low + (self.values[before + 1] - low) * (place - before)
 
 
-#: What a parameter is in one scope: of several entries, the first that matches counts.
-Setting = tuple[Entry, ...]
+#: A parameter in one scope: the first matching entry counts.
+Setting = tuple[FilteredValue, ...]
 #: The parameters of one scope, by name.
 Parameters = Mapping[str, Setting]
 
 
 def value_of(setting: Setting, name: str, depth: float) -> Scalar | None:
-    """The value that a setting has for a tensor; None if no entry is meant for it."""
+    """The value of a setting for a tensor; None if no entry matches."""
     return next((entry.at(depth) for entry in setting if entry.matches(name)), None)
 
 
 def depth_of(layer: int, layers: int) -> float:
-    """Where gradients are read for a layer of a slice; a single layer has their last value.
+    """The depth at which gradients are evaluated for a layer of a slice; a single layer has the last value.
 
     >>> depth_of(1, 3), depth_of(0, 1)
     (0.5, 1.0)
@@ -77,16 +77,16 @@ def depth_of(layer: int, layers: int) -> float:
 
 
 def read_setting(value: object, kind: Kind, where: str, notes: Notes) -> Setting:
-    """Read what stands for a parameter.
+    """Parse the value of a parameter.
 
     >>> read_setting([{"filter": "mlp", "value": [0, 1]}, {"value": "0.5"}], "number", "t", Notes())
-    (Entry(filter='mlp', values=(0, 1)), Entry(filter=None, values=(0.5,)))
+    (FilteredValue(filter='mlp', values=(0, 1)), FilteredValue(filter=None, values=(0.5,)))
 
     Args:
-        value: A scalar, a list of scalars, a map with ``value`` and perhaps ``filter``, or a list of those.
-        kind: What the parameter is.
-        where: Its place in the configuration, for errors.
-        notes: Takes what stands there without effect.
+        value: A scalar, a list of scalars, a map with ``value`` and optionally ``filter``, or a list of those.
+        kind: The kind of the parameter.
+        where: Its path in the configuration, for errors.
+        notes: Receives notes on what has no effect.
 
     Raises:
         RecipeError: If it is none of these.
@@ -95,17 +95,17 @@ def read_setting(value: object, kind: Kind, where: str, notes: Notes) -> Setting
         return (_entry(value, kind, where, notes),)
     if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
         return tuple(_entry(each, kind, f"{where}[{number}]", notes) for number, each in enumerate(value))
-    return (Entry(None, _scalars(value, kind, where)),)
+    return (FilteredValue(None, _scalars(value, kind, where)),)
 
 
-def _entry(value: Mapping[object, object], kind: Kind, where: str, notes: Notes) -> Entry:
+def _entry(value: Mapping[object, object], kind: Kind, where: str, notes: Notes) -> FilteredValue:
     notes.unknown(value, ENTRY_KEYS, where)
     if "value" not in value:
         raise RecipeError(f"{where} has no value", "Write - filter: TEXT, and value: VALUE below it.")
     text = value.get("filter")
     if text is not None and not isinstance(text, str):
         text = str(text)
-    return Entry(None if text == "*" else text, _scalars(value["value"], kind, f"{where}.value"))
+    return FilteredValue(None if text == "*" else text, _scalars(value["value"], kind, f"{where}.value"))
 
 
 def _scalars(value: object, kind: Kind, where: str) -> tuple[Scalar, ...]:
@@ -120,7 +120,7 @@ def _scalars(value: object, kind: Kind, where: str) -> tuple[Scalar, ...]:
 
 
 def scalar(value: object, kind: Kind) -> Scalar | None:
-    """One value as its kind has it; None if it is of another kind.
+    """Convert one value to a kind; None if it is of another kind.
 
     >>> scalar("1e-5", "number"), scalar("yes", "switch"), scalar(1.0, "switch"), scalar("many", "count")
     (1e-05, True, True, None)
@@ -129,7 +129,7 @@ def scalar(value: object, kind: Kind) -> Scalar | None:
         return SWITCHES[value.lower()]
     if isinstance(value, str):
         value = _number(value)
-    if not isinstance(value, bool | int | float) or not -MOST <= value <= MOST:  # NaN is neither.
+    if not isinstance(value, bool | int | float) or not -MOST <= value <= MOST:  # Also refuses NaN.
         return None
     if kind == "switch":
         return bool(value) if value in (0, 1) else None

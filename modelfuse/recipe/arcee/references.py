@@ -1,4 +1,4 @@
-"""What configurations call models by: a path or a hub name, perhaps with a revision, and an adapter on top."""
+"""References to models: a path or a hub name, optionally with a revision and an adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Stage:
     """The result of another document of the same file.
 
     Attributes:
-        name: Its name there.
+        name: The document's name.
     """
 
     name: str
@@ -31,18 +31,18 @@ class Stage:
         return self.name
 
 
-#: A model's weights: where they are, what they are called on a hub, or which document makes them.
+#: A model's weights: a path, a hub name, or the result of a document.
 Weights = PathOrUrl | HubName | Stage
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A model of a configuration. Two are equal if they mean the same weights, however they were written.
+    """A reference to a model. Two are equal if they mean the same weights, however they are written.
 
     Attributes:
         model: The model.
-        lora: An adapter to be applied to it.
-        words: How the configuration names them.
+        lora: An adapter to apply to it.
+        words: The text in the configuration.
     """
 
     model: Weights
@@ -60,12 +60,12 @@ class Reference:
 
 @dataclass(slots=True)
 class References:
-    """Reads what names models.
+    """Reads references to models.
 
     Attributes:
         stages: The names of the file's documents.
-        known: What words were found to mean before; a word that is not among them is looked for.
-        found: What each word means, in the order in which they were met.
+        known: Known meanings of words; other words are looked up.
+        found: The meaning of each word, in order of occurrence.
     """
 
     stages: Collection[str] = ()
@@ -73,15 +73,15 @@ class References:
     found: dict[str, Weights] = field(default_factory=dict)
 
     def read(self, value: object, where: str, notes: Notes) -> Reference:
-        """Read what names a model.
+        """Read a reference to a model.
 
         >>> str(References().read("org/model@main+org/adapter", "base_model", Notes()).lora)
         'org/adapter'
 
         Args:
-            value: Text, or the map that mergekit writes it out as.
-            where: Its place in the configuration, for errors.
-            notes: Takes what has no effect.
+            value: Text, or mergekit's map for it.
+            where: Its path in the configuration, for errors.
+            notes: Receives notes on what has no effect.
 
         Raises:
             RecipeError: If it names no model.
@@ -132,7 +132,7 @@ class References:
         return Reference(found[0], found[1] if len(found) > 1 else None, tuple(words))
 
     def _weights(self, path: str, revision: str | None, word: str, where: str, notes: Notes) -> Weights:
-        """What a word means, which is remembered."""
+        """The meaning of a word, which is recorded."""
         if path in self.stages and revision is None:
             return Stage(path)
         found = self.known.get(word)

@@ -1,4 +1,4 @@
-"""Whether the models of a configuration are those that its method takes."""
+"""Check the slices of a configuration, and its models against its method."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from modelfuse.recipe.arcee.configuration import Configuration, Slice
 
 
 def check_configuration(read: Configuration) -> None:
-    """Refuse slices that do not fit together, and models that the method cannot merge.
+    """Check the slices, and the number of models.
 
     Raises:
-        RecipeError: Naming the slice.
+        RecipeError: If a slice is invalid; names it.
     """
     if read.grammar.base == "required" and read.base_model is None:
         everywhere = chain.from_iterable(module.slices for module in read.modules.values())

@@ -1,4 +1,4 @@
-"""What a configuration says of the output's tokenizer."""
+"""Parse the tokenizer settings of a configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelfuse.recipe.checks import shown
 
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 TOKEN_KEYS, SOURCE_KEYS = ("source", "force"), ("kind", "model", "token", "token_id")
-#: Sources that are no models.
+#: Sources other than models.
 WORDS = ("union", "base")
 MOST_MULTIPLE = 1 << 20
 
@@ -24,7 +24,7 @@ def read_tokenizer(content: Mapping[object, object], model: ReadModel, notes: No
     """Read ``tokenizer_source`` or ``tokenizer``.
 
     Raises:
-        RecipeError: If both are there, or anything in them is wrong.
+        RecipeError: If both are given, or anything in them is invalid.
     """
     old, given = content.get("tokenizer_source"), content.get("tokenizer")
     if old is not None and given is not None:
