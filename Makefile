@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORE := .venv/core
 FULL := .venv/full
 
-.PHONY: demo test lint bench docs dist clean
+.PHONY: demo test lint bench bench-quality docs dist clean
 
 demo: $(CORE)/ready  ## Merge trained models with every method and show how good the results are.
 	$(CORE)/bin/python -m demo.run
@@ -15,6 +15,9 @@ lint: $(FULL)/ready
 	$(FULL)/bin/ruff check .
 	$(FULL)/bin/ruff format --check .
 	$(FULL)/bin/mypy
+
+bench-quality: $(CORE)/ready  ## Which method keeps most of what experts learnt, in three regimes; see docs/quality.md.
+	$(CORE)/bin/python -m benchmarks.quality
 
 bench: $(FULL)/ready  ## The reference work beside a plain copy; see benchmarks/README.md for the options.
 	$(FULL)/bin/python benchmarks/run.py

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Said, Stored, array, make_model, random_tensors, read_model
+from conftest import Said, Stored, array, make_model, random_tensors, read_model, save_file
 
 import modelfuse as package
+from modelfuse.checkpoints.input_grams import KIND
 from modelfuse.cli.arguments import parse
 from modelfuse.methods.registry import METHODS, PARAMETERS
 from modelfuse.recipe.method_settings import METHOD_SETTINGS
@@ -26,7 +27,11 @@ WITH_BASE = [name for name, each in METHODS.items() if (each.base or each.combin
 def taken_by(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with as many models as a method takes, and without a base if it takes none."""
     most = METHODS[method].combination.models[1]
-    changed = {**settings, "merge_method": method, "model_path_list": settings["model_path_list"][:most]}
+    models = settings["model_path_list"][:most]
+    changed = {**settings, "merge_method": method, "model_path_list": models}
+    how = METHODS[method].combination.matrix
+    if how is not None and how.gram == "given":
+        changed["gram_list"] = [f"{model}.grams.safetensors" for model in models]
     return changed if method in WITH_BASE else {**changed, "base_model_path": None}
 
 
@@ -34,6 +39,9 @@ def taken_by(method: str, settings: dict[str, Any]) -> dict[str, Any]:
 def models(tmp_path: Path) -> dict[str, Any]:
     """Two models and their base, as settings."""
     one, two, base = (make_model(tmp_path / name, random_tensors(seed)) for seed, name in enumerate(("A", "B", "base")))
+    for each in (one, two):
+        grams = {f"model.layers.{layer}.mlp": np.diag(np.arange(1, 6, dtype=np.float32)) for layer in (0, 1)}
+        save_file(each.with_name(f"{each.name}.grams.safetensors"), grams, {"kind": KIND})
     return {"model_path_list": [one, two], "base_model_path": base}
 
 

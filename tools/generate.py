@@ -110,6 +110,8 @@ def _methods() -> Iterator[str]:
         yield f"- formula: {step.formula}"
         yield f"- settings: {', '.join(f'`{name}` ({default})' for name, default in step.settings.items())}"
         yield f"- paper: {step.paper}"
+        if step.measured:
+            yield f"- measured: {step.measured}"
 
 
 def _command_line() -> Iterator[str]:

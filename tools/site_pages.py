@@ -134,7 +134,7 @@ def on_config(config: Any) -> Any:
                    {"The demo's data": "demo-data.md"}]},
         {"How to": [*how, {"See what is in a model": "inspect.md"}, {"See how models differ": "diff.md"},
                     {"Pages and pictures": "pictures.md"},
-                    {"Search settings in full": "tuning.md"},
+                    {"Search settings in full": "tuning.md"}, {"Choosing a method": "choosing.md"},
                     {"Examples": "examples/index.md"}, {"Add a method": "adding_a_method.md"}]},
         {"Reference": [
             {"Settings": "reference/settings.md"}, {"Methods": "reference/methods.md"},
@@ -142,7 +142,8 @@ def on_config(config: Any) -> Any:
             {"The report": "report.md"}]},
         {"Explanations": [
             *why, {"What holds the promises": "guarantees.md"}, {"How cost grows": "scale.md"},
-            {"Benchmarks": "benchmarks.md"}, {"How it is built": "architecture.md"}]},
+            {"Benchmarks": "benchmarks.md"},
+            {"Which method is best": "quality.md"}, {"How it is built": "architecture.md"}]},
         {"Project": [{"Changes": "changelog.md"}, {"Contributing": "contributing.md"}, {"Security": "security.md"}]},
     ]  # fmt: skip
     return config

@@ -20,8 +20,8 @@ class Keywords(TypedDict, total=False):
     mergekit: str | None
     mergekit_document: str | None
     intermediate_dir: Path | None
-    merge_method: Literal["linear", "task_arithmetic", "slerp", "nuslerp", "multislerp", "karcher", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "nearswap", "arcee_fusion", "sce", "ram", "ramplus_tl", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a"] | str | None
-    merge_type: Literal["linear", "slerp", "nuslerp", "multislerp", "karcher", "ties", "model_stock", "nearswap", "arcee_fusion", "sce", "ram", "ramplus_tl", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a", "elect"] | str | None
+    merge_method: Literal["linear", "task_arithmetic", "slerp", "nuslerp", "multislerp", "karcher", "ties", "della", "della_linear", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "nearswap", "arcee_fusion", "sce", "ram", "ramplus_tl", "pcb", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a", "regmean"] | str | None
+    merge_type: Literal["linear", "slerp", "nuslerp", "multislerp", "karcher", "ties", "model_stock", "nearswap", "arcee_fusion", "sce", "ram", "ramplus_tl", "pcb", "iso_c", "iso_cts", "tsv_m", "ridge", "swudi", "swudi_a", "regmean", "elect"] | str | None
     sparsify_type: Literal["trim", "magprune", "dare", "breadcrumbs", "largest", "random", "random_by_rank"] | str | None
     weight_list: Sequence[float] | None
     normalize: bool | None
@@ -45,12 +45,15 @@ class Keywords(TypedDict, total=False):
     ram_epsilon: float
     ram_r: float
     ram_alpha: float
+    pcb_keep: float
     rank_tolerance: float
     common_fraction: float
     ridge_mu: float
     swudi_time: float
     swudi_share: float
+    regmean_shrink: float
     rules: Sequence[Any]
+    gram_list: Sequence[Path]
     seed: int
     device: Literal["cpu", "gpu", "low_gpu_mem"] | str
     tensor_type: Literal["np", "pd", "pt"] | str

@@ -162,6 +162,12 @@ def _inspect(words: list[str], _: Mapping[str, object]) -> int:
     return look(words)
 
 
+def _collect(words: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.collect_command import collect_inputs
+
+    return collect_inputs(words)
+
+
 def _report(words: list[str], _: Mapping[str, object]) -> int:
     from modelfuse.cli.report_command import tell_kept
 
@@ -264,7 +270,8 @@ MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe
 #: What each command does with the words behind it, and settings to take where those say nothing.
 COMMANDS: dict[str, Command] = {
     "merge": _merge, "check": _check, "verify": _verify, "tune": _tune, "inspect": _inspect, "diff": _diff, "moe": _moe,
-    "report": _report, "push": _push, "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
+    "report": _report, "push": _push, "collect": _collect, "demo": _demo, "methods": _methods, "warm": _warm,
+    "completion": _completion,
     **{name: _mergekit(name) for name in ("extract-lora", *MERGEKIT)},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."

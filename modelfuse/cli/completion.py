@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from modelfuse.cli.arguments import Parser, merge_parser, push_parser, verify_parser
+from modelfuse.cli.collect_command import collect_parser
 from modelfuse.cli.diff_command import diff_parser
 from modelfuse.cli.help_pages import PAGES
 from modelfuse.cli.inspect_command import inspect_parser
@@ -16,7 +17,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 #: Of commands that take neither settings nor options alone.
 OWN_PARSERS = {
     "verify": verify_parser, "push": push_parser, "inspect": inspect_parser, "diff": diff_parser,
-    "report": report_parser, "tune": tune_parser,
+    "report": report_parser, "tune": tune_parser, "collect": collect_parser,
 }  # fmt: skip
 #: How names of arguments end that are paths.
 PATHS = (

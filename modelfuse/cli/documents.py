@@ -129,6 +129,15 @@ class Push(Document, frozen=True, kw_only=True):
     private: bool
 
 
+class Collect(Document, frozen=True, kw_only=True):
+    """What Gram matrices were written: ``modelfuse collect --json``."""
+
+    document: Literal["collect/1"] = "collect/1"
+    output: str
+    modules: int
+    tokens: int
+
+
 class Pair(Struct, frozen=True):
     """A name for a pair of steps."""
 
@@ -145,6 +154,7 @@ class Step(Struct, frozen=True):
     summary: str
     formula: str
     paper: str
+    measured: str
     settings: dict[str, str]
 
 
@@ -167,7 +177,7 @@ class Error(Document, frozen=True, kw_only=True):
     status: int
 
 
-DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Tune, Diff, Inspect, Report, Verify, Push, Methods, Error)
+DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Tune, Diff, Inspect, Report, Verify, Push, Collect, Methods, Error)
 
 
 def of_plan(plan: Plan) -> Check:

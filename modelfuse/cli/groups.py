@@ -13,7 +13,7 @@ from modelfuse.recipe.schema import InvalidValue
 #: The settings by what they are about; all others say how to merge.
 GROUPS: Mapping[str, Sequence[str]] = {
     "What to merge": (
-        "model_path_list", "base_model_path", "mergekit", "mergekit_document",
+        "model_path_list", "base_model_path", "gram_list", "mergekit", "mergekit_document",
         "merge_prefix", "input_layout", "convert_from_hf",
         "merge_with_qdq_base_model", "unmerged_from", "missing", "allow_mismatch", "on_nonfinite", "hub_endpoint",
         "hub_anonymous",

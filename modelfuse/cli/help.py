@@ -104,6 +104,9 @@ def methods() -> None:
         out.say("  formula: {}", step.formula)
         out.say("  settings: {}", ", ".join(f"{name} = {default}" for name, default in step.settings.items()) or "–")
         out.say("  paper: {}", step.paper)
+        if step.measured:
+            out.say("  measured: {}", step.measured)
+    out.say("\nWhat was measured, and on what: docs/quality.md; what to take when: docs/choosing.md")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class StepFacts:
     summary: str
     formula: str
     paper: str
+    measured: str
     settings: dict[str, str]
 
 
@@ -129,4 +133,4 @@ def steps() -> Iterator[StepFacts]:
 def _facts(step: Step, kind: Literal["sparsify_type", "merge_type"], more: Sequence[str] = ()) -> StepFacts:
     names = [*more, *(each.name for each in step.parameters)]
     settings = {name: default_of(SETTINGS[name]) for name in names if name in SETTINGS}
-    return StepFacts(step.name, kind, step.summary, step.formula, step.paper, settings)
+    return StepFacts(step.name, kind, step.summary, step.formula, step.paper, step.measured, settings)

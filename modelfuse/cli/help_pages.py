@@ -241,6 +241,23 @@ PAGES = {
         ),
         ending="It takes huggingface_hub's token: `hf auth login`, or HF_TOKEN.",
     ),
+    "collect": Page(
+        "modelfuse collect MODEL --data TEXTS.jsonl --output GRAMS.safetensors [--tokens N] [--device cpu|gpu]",
+        "Run a model over a few texts of its task, for --merge_method regmean.",
+        (
+            "modelfuse collect code --data code.jsonl --output code-grams.safetensors",
+            "modelfuse merge --merge_method regmean --base_model_path base --model_path_list code law \\\n"
+            "    --gram_list code-grams.safetensors law-grams.safetensors --output_path merged",
+        ),
+        (
+            ("--data FILE", 'Texts: JSON lines such as {"text": …} or {"messages": […]}, or plain text.'),
+            ("--output FILE", "The file to write: a Gram matrix of the inputs of every layer, in float32."),
+            ("--tokens N", "How many tokens to read, at most a quarter of them of one text. Default: 512."),
+            ("--device cpu|gpu", "Where to run the model. Default: cpu."),
+            ("--overwrite", "Replace the file."),
+        ),
+        ending="It takes torch and transformers: pip install 'modelfuse[calibrate]'. " + STATUS,
+    ),
     "demo": Page(
         "modelfuse demo [FOLDER]",
         "Make tiny models to try every command on, in a new folder (default: models).",

@@ -106,6 +106,9 @@ def plan(plan: Plan) -> None:
         size(plan.memory),
         _device(plan),
     )
+    if (found := plan.expected) is not None:
+        side = f"{found.largest:,}²"
+        out.say("about {}: {} of up to {}", duration(found.seconds), counted(found.solved, "decomposition"), side)
     for text in plan.notes[len(warnings_of(recipe)) :]:
         out.tell("note", "{}", text)
     for text in plan.warnings:

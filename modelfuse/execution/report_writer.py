@@ -20,6 +20,7 @@ from modelfuse.planning.operations import Operation, method_numbers, methods_of
 from modelfuse.planning.plan import Plan
 from modelfuse.planning.warnings import warnings_of
 from modelfuse.storage.checksums import ALGORITHM, Checksum
+from modelfuse.storage.files import SourceFile
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def write_report(
         "methods": [each.described() for each in methods_of(plan.tensors)],
         **({"rules": plan.recipe.effective()["rules"]} if plan.recipe.rules else {}),
         "inputs": [_input(plan, number, model) for number, model in enumerate(plan.models)],
+        **_grams(plan),
         "warnings": list(warnings_of(plan.recipe)),
         "left_out": [{"tensor": tied.name, "because": f"tied to {tied.other}"} for tied in plan.tied],
         "suspicious": [_suspicious(each) for each in suspicious],
@@ -168,12 +170,23 @@ def _input(plan: Plan, number: int, model: Checkpoint) -> dict[str, object]:
         "format": model.kind,
         "layout": model.layout,
         "tensors": len(model) + len(model.aliases) + len(model.left_out),
-        "files": {name: {"size": file.size, "modified_ns": file.mtime_ns} for name, file in sorted(files.items())},
+        "files": {name: _file(file) for name, file in sorted(files.items())},
         **_left_out(model),
     }
     if isinstance(model, Adapter):
         entry |= {"role": "adapter", "tensors": len(model.account), "went_into": dict(model.account)}
     return entry
+
+
+def _grams(plan: Plan) -> dict[str, object]:
+    """The files that Gram matrices of inputs came from."""
+    files = [SourceFile.at(path) for path in plan.recipe.gram_list]
+    entries = [{"path": str(file.path), "files": {file.path.name: _file(file)}} for file in files]
+    return {"grams": entries} if entries else {}
+
+
+def _file(file: SourceFile) -> dict[str, int]:
+    return {"size": file.size, "modified_ns": file.mtime_ns}
 
 
 def _left_out(model: Checkpoint) -> dict[str, object]:

@@ -40,6 +40,10 @@ def facts_of(plan: Plan) -> dict[str, object]:
             headers.setdefault(str(model.path), hashlib.sha256()).update(_describe(source))
             for file in source.files:
                 facts[str(file.path)] = file.identity
+    for tensor in plan.tensors:
+        for gram in tensor.grams:
+            headers.setdefault(str(gram.file.path), hashlib.sha256()).update(_describe(gram))
+            facts[str(gram.file.path)] = gram.file.identity
     facts |= {f"what the headers of {path} say": digest.hexdigest() for path, digest in headers.items()}
     layout = [[file.name, file.size, file.frame.digest] for file in plan.files]
     layout += [[tensor.name, tensor.action, tensor.inputs, tensor.chosen, tensor.rule] for tensor in plan.tensors]

@@ -30,8 +30,8 @@ SAMPLE_LEAST = 4
 
 def in_stores(report: Report, recipe: Recipe | None) -> list[Url]:
     """The inputs that are in stores: they are asked only if the user says so, as anybody may have written the files."""
-    places: list[object] = [path_or_url(model.path) for model in report.inputs]
-    places += [] if recipe is None else [*recipe.inputs, recipe.tokenizer_from]
+    places: list[object] = [path_or_url(model.path) for model in report.read]
+    places += [] if recipe is None else [*recipe.inputs, *recipe.gram_list, recipe.tokenizer_from]
     return [*dict.fromkeys(place for place in places if isinstance(place, Url))]
 
 
@@ -61,7 +61,7 @@ def modified_inputs(report: Report) -> list[str]:
 def _places(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, PathOrUrl]]:
     """Every input, and where it is now."""
     known = {} if recipe is None else dict(zip(map(str, recipe.inputs), recipe.input_paths, strict=True))
-    for model in report.inputs:
+    for model in report.read:
         yield model, known.get(model.path) or path_or_url(model.path)
 
 

@@ -111,6 +111,12 @@ class Report(Struct, frozen=True):
     copied_files: list[str]
     sha256: dict[str, str]
     methods: list[dict[str, object]] | None = None
+    grams: list[ReportedInput] = []
+
+    @property
+    def read(self) -> list[ReportedInput]:
+        """All that was read: the inputs, and files of Gram matrices."""
+        return [*self.inputs, *self.grams]
 
 
 def read_report(folder: PathOrUrl) -> tuple[Report, list[Problem]]:
@@ -163,13 +169,13 @@ def _understood(content: Mapping[str, object]) -> Report:
                 raise ValueError(f"tensor {name}: {own}") from None
         raise ValueError(str(error)) from None
     named = [*report.files, *report.copied_files, *report.sha256, *(each.file for each in report.tensors.values())]
-    for name in [*named, *(name for each in report.inputs for name in each.files)]:
+    for name in [*named, *(name for each in report.read for name in each.files)]:
         # Nothing beside the output is looked at, whatever an edited report says.
         if not is_inside(name):
             raise ValueError(f"{name!r} is no file inside the folder")
     if strange := next((name for name in (*named, *report.tensors) if not is_printable(name)), None):
         raise ValueError(f"{strange!r} is no name")
-    for each in report.inputs:
+    for each in report.read:
         path_or_url(each.path)
     return report
 

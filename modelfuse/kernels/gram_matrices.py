@@ -10,6 +10,9 @@ import numpy as np
 from modelfuse.kernels.matrices import MatrixPart
 from modelfuse.methods.spec import Floats
 
+#: Kinds of Gram matrices that do not tell the norm of the sum of the models.
+BY_MODEL = ("each", "given")
+
 
 def allocate_grams(part: MatrixPart, models: int) -> tuple[Floats, dict[tuple[int, int], Floats]]:
     """Zero Gram matrices: as one array, as methods take them, and as views by the indices of their two matrices."""

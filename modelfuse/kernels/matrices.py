@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
+from modelfuse.dtypes import DType
 from modelfuse.methods.spec import Floats, WholeMatrix
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -29,6 +32,17 @@ class MergedDifference(Protocol):
         """Matrices of shape (rows, rank) and (rank, columns), before the factor on the difference."""
 
 
+class Readable(Protocol):
+    """A tensor in a file, of which some elements can be read."""
+
+    @property
+    def dtype(self) -> DType:
+        """Its type."""
+
+    def open(self) -> AbstractContextManager[Callable[[int, Any], None]]:
+        """Give what fills a buffer with the elements from a number on."""
+
+
 @dataclass(frozen=True)
 class Matrices:
     """How the elements of a tensor, in row-major order, form matrices.
@@ -40,6 +54,7 @@ class Matrices:
         out_first: Whether rows are the outputs of the Linear layer and columns its inputs.
         parts: For fused layers, the outputs of each as runs: (first, number). Empty: one layer.
         merged: The merged difference, where it can be known without these matrices.
+        grams: For methods that take given Gram matrices of inputs: one tensor per model, with its units in order.
     """
 
     units: int
@@ -48,6 +63,7 @@ class Matrices:
     out_first: bool = True
     parts: tuple[tuple[tuple[int, int], ...], ...] = ()
     merged: MergedDifference | None = None
+    grams: tuple[Readable, ...] = ()
 
     @property
     def unit(self) -> int:
@@ -132,10 +148,10 @@ def memory_of(matrices: Matrices, how: WholeMatrix, models: int) -> int:
     parts = [MatrixPart(matrices, part, how, models) for part in range(len(matrices.outputs))]
     number, kept, most, panel, by_rows = 1, 0, 0, 0, 0
     for part in parts:
-        own, grams = {"sum": (1, 1), "each": (models, models), "pairs": (models, models**2)}[part.how.gram]
+        own, grams = {"sum": (1, 1), "pairs": (models, models**2)}.get(part.how.gram, (models, models))
         # Decompositions need the memory of four matrices; methods of several Gram matrices hold up to five copies.
         square = part.k**2
-        work = 4 + {"sum": 0, "each": 5 * own, "pairs": 4 * grams}[part.how.gram]
+        work = 4 + {"sum": 0, "pairs": 4 * grams}.get(part.how.gram, 5 * own)
         most = max(most, kept + square * (grams + work), kept + square * (grams + 1) + max(square, PANEL) * own)
         kept += square * own
         number = max(number, own)

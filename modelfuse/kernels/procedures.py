@@ -25,10 +25,12 @@ from modelfuse.kernels.measures import (
 )
 from modelfuse.kernels.product_pass import ProductPass
 from modelfuse.kernels.whole_matrix import MatrixPass
-from modelfuse.methods.expressions import Expression
+from modelfuse.methods.expressions import Expression, number, total, where
 from modelfuse.methods.spec import Divergence, Gram, OrderStatistics, Sums
 
 Array = np.ndarray[Any, Any]
+#: A number that is 1 for the model whose own elements are measured, else 0.
+CHOSEN = "chosen"
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,22 @@ def _measure_order(
 ) -> Passes:
     assert measure.of is not None
     settings = _known(work, numbers)
-    sums = measure.sums(settings)
-    merged = Merged(work.method.traced(measure.of, merged=True), element, numbers, sums)
-    found = yield from measure_magnitudes(work, backend, measure, [settings], sums, merged)
-    numbers.shared.update(measure.numbers(work.size, settings, found[0]))
+    sums, of = measure.sums(settings), work.method.traced(measure.of, merged=True)
+    if not measure.each:
+        merged = Merged(of, element, numbers, sums)
+        found = yield from measure_magnitudes(work, backend, measure, [settings], sums, merged)
+        numbers.shared.update(measure.numbers(work.size, settings, found[0]))
+        return
+    # One model after the other: of the rest, zeros are added.
+    alone, named = total(where(number(CHOSEN) > 0.0, of, 0.0)), list[Mapping[str, float]]()
+    for model in range(work.models):
+        for other, own in enumerate(numbers.each):
+            own[CHOSEN] = float(other == model)
+        merged = Merged(alone, element, numbers, sums)
+        found = yield from measure_magnitudes(work, backend, measure, [settings], sums, merged)
+        named.append(measure.numbers(work.size, settings, found[0]))
+    for own, more in zip(numbers.each, named, strict=True):
+        own.update(more)
 
 
 def _measure_divergence(

@@ -9,7 +9,8 @@ import numpy as np
 from modelfuse.kernels import PassStep
 from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.matrices import SLICE
-from modelfuse.kernels.whole_matrix import MatrixPass, MatrixState
+from modelfuse.kernels.matrix_state import MatrixState
+from modelfuse.kernels.whole_matrix import MatrixPass
 
 
 class ProductPass(MatrixPass):

@@ -9,44 +9,20 @@ a Gram matrix, or small. The shapes of all products depend on the tensor's shape
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from modelfuse.errors import ModelfuseError
 from modelfuse.kernels import Bytes, Extent, PassStep, Work
-from modelfuse.kernels.arrays.arithmetic import Arithmetic
-from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.blas_threads import one_thread
-from modelfuse.kernels.gram_matrices import allocate_grams, even_weights, ratio, ratio_by_gram
+from modelfuse.kernels.gram_matrices import BY_MODEL, allocate_grams, even_weights, ratio, ratio_by_gram
 from modelfuse.kernels.matrices import PANEL, SLICE, MatrixPart, panel_of
+from modelfuse.kernels.matrix_state import MatrixState
 from modelfuse.methods.spec import Floats, WholeMatrix
 
 #: A generator of steps that returns a float64 array.
 Steps = Generator[PassStep, None, Floats]
-
-
-@dataclass
-class MatrixState:
-    """The state of a span.
-
-    Attributes:
-        bad: See :class:`SpanState`.
-        writes: Whether the current step writes.
-        values: The differences of the last step that does not write: float64, shape (matrices, elements).
-        result: The merged difference of the slice that is being filled, float64.
-    """
-
-    bad: np.ndarray[Any, np.dtype[np.int64]]
-    result: Floats
-    writes: bool = False
-    values: Floats = field(default_factory=lambda: np.empty((0, 0)))
-    library: NumpyLibrary = field(default_factory=lambda: NumpyLibrary(0, 0))
-    arithmetic: Arithmetic = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.arithmetic = Arithmetic(self.library, "float64")
 
 
 class MatrixPass:
@@ -91,11 +67,11 @@ class MatrixPass:
             parts = [MatrixPart(self._matrices, each, self._how, models) for each in numbers]
             factors = []
             for part in parts:
-                gram = yield from (self._of_columns if part.of_columns else self._of_rows)(state, begin, part)
+                gram = yield from self._gram_of(state, unit, part)
                 factors.append(self._solve(gram, part))
                 del gram
             share = self._work.method.norm
-            unscaled = [each for each in zip(parts, factors, strict=True) if each[0].how.gram == "each"]
+            unscaled = [each for each in zip(parts, factors, strict=True) if each[0].how.gram in BY_MODEL]
             if share is not None and unscaled:
                 some, own = [part for part, _ in unscaled], [each for _, each in unscaled]
                 yield from self._scale_by_norm(state, begin, some, own, share)
@@ -105,8 +81,7 @@ class MatrixPass:
 
     def _decode(self, state: MatrixState, raws: Bytes, source: int, count: int) -> Floats:
         dtype = self._work.sources[source]
-        values: Floats = state.arithmetic.decode(state.library.load(raws[source, : dtype.nbytes(count)], dtype))
-        return values
+        return state.decode(raws[source, : dtype.nbytes(count)], dtype)
 
     def _differences(self, state: MatrixState, count: int, raws: Bytes) -> Floats:
         """Each model's difference to the base, or the weighted sum of these: shape (matrices, elements)."""
@@ -150,6 +125,13 @@ class MatrixPass:
             state.values = np.empty((0, 0))
 
     # Gram matrices ----------------------------------------------------------------------------------------------------
+
+    def _gram_of(self, state: MatrixState, unit: int, part: MatrixPart) -> Steps:
+        """The Gram matrices of a part of one matrix."""
+        if part.how.gram == "given":
+            return state.read_grams(self._matrices.grams, unit, part.k)
+        of_side = self._of_columns if part.of_columns else self._of_rows
+        return (yield from of_side(state, unit * self._matrices.unit, part))
 
     def _of_columns(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
         """Gram matrices of the columns: sums of products of hundreds or thousands of rows."""
@@ -213,7 +195,7 @@ class MatrixPass:
         try:
             with one_thread(), np.errstate(all="ignore"):
                 factors = part.how.factors(gram, method.weights, method.shared, part.inputs)
-                if method.norm is not None and part.how.gram != "each":
+                if method.norm is not None and part.how.gram not in BY_MODEL:
                     factors *= method.norm * ratio_by_gram(gram, factors, part.how.gram, method.weights)
         except np.linalg.LinAlgError as error:
             raise ModelfuseError(

@@ -34,6 +34,7 @@ ARCEE_FUSION = Combination(
     summary="The model's elements where their distance to the base, times their row's, is large; else the base's.",
     formula="x where |x − b|·D ≥ median + 1.5·(Q₃ − Q₁) of it, else b; D = Σ p ln(p/q) of the row's softmax of x and b",
     paper="Arcee.ai 2024, Arcee Fusion (Virtuoso's model cards)",
+    measured="Experts merged in turn: far below task arithmetic.",
     measures=(
         Divergence(LEAST_SHARE),
         OrderStatistics(_ranks, _threshold, sums=lambda settings: False, of=_importance),

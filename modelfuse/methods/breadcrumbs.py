@@ -38,6 +38,7 @@ BREADCRUMBS = Sparsifier(
     summary="Zero the largest and the smallest elements; those that equal the last one kept are kept too.",
     formula="of n by |x| ascending, drop the last ⌊γn⌋ as far as p allows, keep ⌊pn⌋ before them, drop the rest",
     paper="Davari and Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795",
+    measured="A little below task arithmetic.",
     parameters=(RESERVE_P, GAMMA, RESCALE),
     measures=(OrderStatistics(ranks=_ranks, numbers=_numbers, sums=lambda settings: bool(settings.rescale)),),
     element=lambda each: where((abs(each.x) >= each.low) & (abs(each.x) <= each.high), each.x, 0.0) * each.factor,

@@ -33,6 +33,7 @@ ISO_C = Combination(
     summary="The weighted sum of the differences with all its singular values replaced by their mean.",
     formula="b + mean(σ)·U·Vᵀ, with Σ wᵢ(xᵢ − b) = U·diag(σ)·Vᵀ; other tensors than matrices: Σ wᵢxᵢ / Σ wᵢ",
     paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging, arXiv:2502.04959",
+    measured="Far above task arithmetic with six hard experts, a little with three gentle ones; below with adapters.",
     parameters=(RANK_TOLERANCE,),
     matrix=WholeMatrix(_factors),
     base="required",

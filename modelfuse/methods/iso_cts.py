@@ -54,8 +54,9 @@ ISO_CTS = Combination(
     summary="As iso_c, but a share of the directions is kept for what single models have beside those of the sum.",
     formula="b + mean(σ)·Ũ·Ṽᵀ, of the sum's first directions and each model's first ones outside of them",
     paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging, arXiv:2502.04959",
+    measured="As iso_c.",
     parameters=(COMMON_FRACTION,),
-    matrix=WholeMatrix(_factors, gram="pairs"),
+    matrix=WholeMatrix(_factors, gram="pairs", work=lambda models: 22.5 + 11.5 * models + models**2),
     base="required",
     combine=lambda each: total(each.x * each.weight),
 )

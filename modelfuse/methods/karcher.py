@@ -65,6 +65,7 @@ KARCHER = Combination(
     summary="The mean of the models' directions on the sphere, found by iterations, times the mean of their norms.",
     formula="m · Σ‖xᵢ‖/N, m the unit tensor with the least Σ (angle of m and xᵢ)²",
     paper="Karcher 1977, Riemannian center of mass and mollifier smoothing, CPAM 30(5)",
+    measured="Below task arithmetic, as it has no λ.",
     parameters=(MAX_ITER, TOL),
     measures=(Gram(_weights),),
     weights="none",

@@ -14,6 +14,7 @@ LINEAR = Combination(
         "Wortsman et al. 2022, Model soups, arXiv:2203.05482; Ilharco et al. 2022, Editing models with task "
         "arithmetic, arXiv:2212.04089"
     ),
+    measured="With a base and λ chosen, the one to beat; on ordinary checkpoints of LLMs none does reliably.",
     parameters=(NORMALIZE,),
     combine=lambda each: total(each.x * each.weight),
 )

@@ -38,6 +38,7 @@ class OrderStatistics:
         sums: Maps the settings to whether ``numbers`` needs sums of magnitudes.
         of: For a combination: the expression of all models' elements whose magnitudes are measured. Settings are then
             those of the combination, with all numbers known so far.
+        each: Whether ``of`` is an expression of each model's elements, so that each model has numbers of its own.
         needed: Maps all settings to whether the measure is needed.
     """
 
@@ -45,6 +46,7 @@ class OrderStatistics:
     numbers: Callable[[int, Any, Magnitudes], Mapping[str, float]]
     sums: Callable[[Any], bool] = lambda settings: True
     of: Callable[[Any], Expression] | None = None
+    each: bool = False
     needed: Callable[[Any], bool] = lambda settings: True
 
 

@@ -39,6 +39,7 @@ MODEL_STOCK = Combination(
     summary="Move from the base towards the models' mean as far as the angle between the models says.",
     formula="b + t·(mean x − b), t = Nc/(1 + (N−1)c), c the mean cosine of the pairs of differences",
     paper="Jang et al. 2024, Model Stock, arXiv:2403.19522",
+    measured="For runs of one task: of experts of different tasks it is nearly the base, and last.",
     parameters=(FILTER_WISE,),
     measures=(Gram(_weights, lambda settings: -1 if settings.filter_wise else None),),
     models=(2, None),

@@ -27,6 +27,8 @@ def coefficients(gram: Floats, weights: tuple[float, ...], eps: float) -> list[f
         return [1.0]
     own = np.array(weights)
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    if not norms.any():  # A tensor that no model changed is the base's.
+        return [0.0] * len(weights)
     units = own / (norms + eps)
     mean = math.sqrt(max(float(units @ gram @ units), 0.0))
     if mean < eps:
@@ -46,6 +48,7 @@ MULTISLERP = Combination(
     summary="The normalised weighted mean of the models' directions, times the weighted mean of their norms.",
     formula="m/‖m‖ · cos ε · Σ wᵢ‖xᵢ‖, with m = Σ wᵢ xᵢ/(‖xᵢ‖ + ε); Σ wᵢxᵢ for two models where ‖m‖ < ε",
     paper="Buss and Fillmore 2001, Spherical averages, ACM Transactions on Graphics 20(2), in its first step",
+    measured="As task arithmetic; a little above it with six experts, once λ is chosen.",
     parameters=(NORMALIZE, EPS),
     measures=(Gram(_weights),),
     combine=lambda each: total(each.x * each.weight),

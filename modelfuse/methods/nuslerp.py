@@ -51,6 +51,7 @@ NUSLERP = Combination(
         "tensors, rows or columns"
     ),
     paper="Shoemake 1985, Animating rotation with quaternion curves, SIGGRAPH; Goddard 2024, mergekit's NuSLERP",
+    measured="As task arithmetic, once λ is chosen.",
     parameters=(FLATTEN, ROW_WISE),
     measures=(Gram(_weights, _axis),),
     models=(2, 2),

@@ -14,6 +14,7 @@ EPSILON = Parameter("ram_epsilon", 1e-5, "ram: an element was changed where it d
 R = Parameter("ram_r", 0.1, "ramplus_tl: how much a model's own elements grow with its share of common ones.")
 ALPHA = Parameter("ram_alpha", 0.2, "ramplus_tl: the most that this share counts.", bounds={"ge": 0})
 PAPER = "Yuan et al. 2026, Behavior knowledge merge in reinforced agentic models (RAM), arXiv:2601.13572"
+MEASURED = "As task arithmetic. Meant for experts of reinforcement learning, which were not measured."
 
 
 def _active(each: Any) -> Expression:
@@ -53,6 +54,7 @@ RAM = Combination(
     summary="The mean, element by element, of the models that differ from the base there.",
     formula="Σ dᵢ / c over the c models with |dᵢ| > ε",
     paper=PAPER,
+    measured=MEASURED,
     parameters=(EPSILON,),
     base="required",
     weights="none",
@@ -63,6 +65,7 @@ RAMPLUS_TL = Combination(
     summary="As ram, and scales up what a single model changed by its share of elements that others changed too.",
     formula="dᵢ·(1 + r·min(ρᵢ, α)) where model i alone differs, ρᵢ = its shared elements ÷ its own; else as ram",
     paper=PAPER,
+    measured=MEASURED,
     parameters=(EPSILON, R, ALPHA),
     measures=(Sums(_terms, _gains),),
     base="required",

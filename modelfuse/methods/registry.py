@@ -24,8 +24,10 @@ from modelfuse.methods import (
     multislerp,
     nearswap,
     nuslerp,
+    pcb,
     ram,
     random_keep,
+    regmean,
     ridge,
     sce,
     slerp,
@@ -40,7 +42,7 @@ from modelfuse.methods.spec import Combination, Method, Parameter, Sparsifier, V
 #: The modules of methods, in the order of the help.
 MODULES = (
     linear, slerp, nuslerp, multislerp, karcher, trim, magprune, dare, breadcrumbs, model_stock, nearswap, arcee_fusion,
-    sce, ram, iso_c, iso_cts, tsv_m, ridge, swudi,
+    sce, ram, pcb, iso_c, iso_cts, tsv_m, ridge, swudi, regmean,
 )  # fmt: skip
 #: Steps without a name in flat recipes, used by mergekit configurations (:mod:`modelfuse.methods.arcee`).
 UNNAMED: tuple[Sparsifier | Combination, ...] = (

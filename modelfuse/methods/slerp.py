@@ -45,6 +45,7 @@ SLERP = Combination(
     summary="Spherical linear interpolation between exactly two models; straight where they are nearly parallel.",
     formula="sin((1−α)θ)/sin θ · x₁ + sin(αθ)/sin θ · x₂, with cos θ = x₁·x₂ / (‖x₁‖‖x₂‖)",
     paper="Shoemake 1985, Animating rotation with quaternion curves, SIGGRAPH",
+    measured="As task arithmetic, once λ is chosen.",
     parameters=(ALPHA, NORMALIZE_EPS, DOT_THRESHOLD),
     measures=(Gram(_weights),),
     models=(2, 2),

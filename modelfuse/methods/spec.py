@@ -74,15 +74,19 @@ class WholeMatrix:
             or (1, k, k) for ``sum``.
         gram: Which Gram matrices are needed: that of the weighted ``sum`` M = Σ wᵢτᵢ, shape (k, k) (the result is then
             M·K); those of ``each`` model, shape (models, k, k); of all ``pairs``, shape (models, models, k, k).
+            ``given`` ones are read from files: those of the inputs of each model's layer, shape (models, k, k).
         side: The side of the matrix: the ``smaller`` one, or the ``inputs`` or ``outputs`` of a Linear layer.
+        work: Maps the number of models to the cost of ``factors``, in products of two Gram matrices. An eigenvalue
+            decomposition costs about 6, a linear system 0.7, and 2 more for as many right sides as unknowns.
         dual: An equivalent that is cheaper if all models have fewer outputs together than inputs.
         tolerance: How much results of other machines may differ beyond one rounding, relative to a tensor's largest
             element.
     """
 
     factors: Callable[[Floats, Sequence[float], Any, int], Floats]
-    gram: Literal["sum", "each", "pairs"] = "sum"
+    gram: Literal["sum", "each", "pairs", "given"] = "sum"
     side: Literal["smaller", "inputs", "outputs"] = "smaller"
+    work: Callable[[int], float] = lambda models: 6.5
     dual: WholeMatrix | None = None
     tolerance: float = 1e-5
 
@@ -100,6 +104,7 @@ class Step:
         summary: One sentence for help.
         formula: The formula.
         paper: Authors, year, title, arXiv number.
+        measured: How it does beside task arithmetic, as docs/quality.md has it.
         parameters: Its settings.
         check: Raises ValueError for invalid settings of one model (for a combination: of all); its arguments are the
             problem and, optionally, a hint.
@@ -109,6 +114,7 @@ class Step:
     summary: str
     formula: str
     paper: str = ""
+    measured: str = ""
     parameters: tuple[Parameter, ...] = ()
     check: Callable[[Any], None] = lambda settings: None
 

@@ -65,8 +65,9 @@ SWUDI = Combination(
     summary="The sum of the differences, moved along the gradient of their interference, in its strongest directions.",
     formula="b + m₀ − m₀VfVᵀ + DV(f/λ)Vᵀ, C = VλVᵀ and D as for ridge, m₀ = Σ wᵢτᵢ, f = 1 − exp(−tλ/mean λ)",
     paper=PAPER,
+    measured="As ridge.",
     parameters=(TIME, SHARE),
-    matrix=WholeMatrix(_swudi, gram="each", side="inputs"),
+    matrix=WholeMatrix(_swudi, gram="each", side="inputs", work=lambda models: 8 + models),
     base="required",
     combine=lambda each: total(each.x * each.weight),
 )
@@ -75,7 +76,8 @@ SWUDI_A = Combination(
     summary="As swudi, removing all interference in as many directions as the effective rank of the spectrum.",
     formula="as swudi, with f = 1 for the first (Σ√λ)²/Σλ directions, else 0",
     paper=PAPER,
-    matrix=WholeMatrix(_swudi_a, gram="each", side="inputs"),
+    measured="As ridge; no gain with three gentle experts.",
+    matrix=WholeMatrix(_swudi_a, gram="each", side="inputs", work=lambda models: 8 + models),
     base="required",
     combine=lambda each: total(each.x * each.weight),
 )

@@ -48,6 +48,7 @@ TRIM = Sparsifier(
     summary="Zero all but the largest share of the elements; rescale to the magnitude there was before.",
     formula="keep |x| ≥ the (1−p) quantile of |x|; × Σ|x| before ÷ Σ|x| after",
     paper="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708",
+    measured="See ties; with six hard experts, the less is kept, the worse.",
     parameters=(RESERVE_P, RESCALE),
     measures=(
         OrderStatistics(

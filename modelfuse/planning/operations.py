@@ -86,6 +86,11 @@ class Operation:
         return Work(self.name, self.size, dtypes, self.has_base, self.dtype, method, deltas, matrices, self.shape)
 
     @property
+    def grams(self) -> tuple[StoredTensor, ...]:
+        """Gram matrices of the models' inputs, if its method takes given ones."""
+        return () if self.matrices is None else self.matrices.grams  # type: ignore[return-value]
+
+    @property
     def window(self) -> int:
         """The most elements that are read together where slices are not enough; zero where they are."""
         return self.matrices.window if self.matrices is not None and self.action == "merge" else 0

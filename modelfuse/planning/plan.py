@@ -19,6 +19,7 @@ from modelfuse.dtypes import BF16, OUTPUT_DTYPES
 from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
 from modelfuse.kernels.kernel import Compiler
+from modelfuse.kernels.matrix_time import Expected, computation_of, expected
 from modelfuse.planning.adapter_inputs import copies, with_what_adapters_bring
 from modelfuse.planning.configured import configured_draft
 from modelfuse.planning.drafts import Draft, with_vocabulary
@@ -139,6 +140,17 @@ class Plan:
     def reads_twice(self) -> bool:
         """Whether any tensor is measured before it is merged."""
         return any(method.reads_twice for method in methods_of(self.tensors))
+
+    @property
+    def expected(self) -> Expected | None:
+        """About how long methods of whole matrices compute; None if there are none. Measures this processor."""
+        return expected(
+            (computation_of(each.matrices, each.method, len(each.models))
+             for each in self.tensors
+             if each.matrices is not None and each.matrices.merged is None and each.method is not None
+             and each.action == "merge"),
+            self.workers,
+        )  # fmt: skip
 
     @property
     def bytes_read(self) -> int:

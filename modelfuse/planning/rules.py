@@ -12,6 +12,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.linear import LINEAR
 from modelfuse.methods.registry import apply
+from modelfuse.planning.input_grams import GivenGrams
 from modelfuse.planning.operations import Operation, can_be_merged, merged, taken
 from modelfuse.planning.whole_matrices import Cuts
 from modelfuse.recipe.method_settings import STEPS
@@ -127,6 +128,7 @@ def operations_of(
     inputs = tuple(range(len(models)))
     merging = inputs[:-1] if has_base else inputs
     found = [(model.tensors, model.aliases) for model in models]
+    grams = GivenGrams(recipe)
     cuts = Cuts((models[recipe.reference], *models), recipe.output_layout or models[recipe.reference].layout)
     operations = []
     for name in names:
@@ -149,6 +151,7 @@ def operations_of(
             if method.combination.matrix is not None:
                 if can_be_merged(name, sources[-1]):
                     matrices = cuts.of(name, sources[-1].shape, rules.names_method(rule))
+                    matrices = grams.with_grams(matrices, name, sources, method)
                     if has_base and any(source.is_delta for source in sources):
                         strict = recipe.on_nonfinite == "error"
                         matrices = in_core(name, sources[:-1], sources[-1], method, matrices, strict)
@@ -164,7 +167,8 @@ def operations_of(
             base = tensors[aliases.get(name, name)] if source.is_delta else None  # Of an adapter, there is one.
             operation = taken(name, source, take, base=base, base_input=inputs[-1], dtype=dtype, rule=rule)
         operations.append(operation)
-    rules.told = tuple(cuts.notes())
+    grams.check()
+    rules.told = (*grams.notes(), *cuts.notes())
     return operations
 
 

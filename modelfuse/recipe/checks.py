@@ -226,6 +226,25 @@ def check_output_format(
         )
 
 
+def check_grams(files: int, models: int, takers: Sequence[str]) -> None:
+    """Refuse Gram matrices that are not one file a model, missing, or for nothing.
+
+    Args:
+        files: How many there are.
+        models: How many models there are.
+        takers: The methods that take some.
+    """
+    if takers and not files:
+        raise RecipeError(
+            f"{takers[0]} takes Gram matrices of the models' inputs, but gram_list is not given",
+            "Have `modelfuse collect MODEL --data texts.jsonl --output grams.safetensors` make a file of each model.",
+        )
+    if files and not takers:
+        raise RecipeError("gram_list is given, but no method takes Gram matrices", "Use --merge_method regmean.")
+    if takers and files != models:
+        raise RecipeError(f"gram_list names {files} files for {models} models", "Give one a model, in their order.")
+
+
 def check_adapter_output(output_format: str | None, has_base: bool, given: Sequence[str]) -> None:
     """Check the settings of adapter outputs."""
     if output_format == "lora" and not has_base:

@@ -18,6 +18,7 @@ from modelfuse.recipe.checks import (
     check_copied,
     check_device,
     check_engine,
+    check_grams,
     check_input_layout,
     check_models,
     check_output_format,
@@ -93,6 +94,7 @@ class Recipe(Settings):
         check_engine(self.engine, self.ray_address, self.tensor_type)
         self.parameters.check()
         vars(self)["rules"] = checked_rules(self.rules, self.inputs, lambda rule: self.parameters_of(rule).check())
+        check_grams(len(self.gram_list), len(self.model_path_list), self._takers_of_grams())
         check_copied(self.copy_file_list)
         check_input_layout(len(self.inputs), self.input_layout, self.convert_from_hf)
         layout = LAYOUTS.get(self.output_format or "")
@@ -103,6 +105,12 @@ class Recipe(Settings):
         check_tokenizer(self.tokenizer, self.tokenizer_from, self.inputs, self.output_format)
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
             vars(self)["tokenizer_from"] = self.tokenizer
+
+    def _takers_of_grams(self) -> list[str]:
+        """The methods that take Gram matrices from files."""
+        every = [self.parameters, *(self.parameters_of(rule) for rule in self.rules if rule.take is None)]
+        declared = [(each.name, each.declared[1].matrix) for each in every]
+        return [name for name, how in declared if how is not None and how.gram == "given"]
 
     @property
     def inputs(self) -> tuple[PathOrUrl | HubName, ...]:

@@ -40,6 +40,9 @@ class Settings:
     rules: tuple[RuleSetting, ...] = setting(
         (), "Settings of methods, or take, for tensors whose names match a glob; in a recipe file.", "none"
     )
+    gram_list: tuple[AbsolutePath, ...] = setting(
+        (), "regmean: Gram matrices of every model's inputs, files of `modelfuse collect` in the models' order.", "none"
+    )
     seed: int = setting(0, "dare, magprune: which random draws.", ge=0, le=2**63 - 1)
     device: Literal["cpu", "gpu", "low_gpu_mem"] = setting("cpu", "Where to compute.")
     tensor_type: Literal["np", "pd", "pt"] = setting("np", "numpy, Paddle or torch kernels.")

@@ -1,0 +1,45 @@
+"""``modelfuse collect``: its words, and what is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modelfuse.cli import console
+from modelfuse.cli.arguments import Parser, plain_flags
+
+
+def collect_parser() -> Parser:
+    """The parser of ``collect``."""
+    parser = Parser("collect")
+    parser.add_argument("model")
+    for flag in ("--data", "--output"):
+        parser.add_argument(flag, required=True)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--device", choices=("cpu", "gpu"))
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def collect_inputs(words: Sequence[str]) -> int:
+    """Run a model over texts as the words say, and write Gram matrices of what its layers are given.
+
+    Raises:
+        RecipeError: If a flag is unknown, lacks its value or is missing.
+    """
+    from modelfuse.inspection.collect import collect
+
+    parser = collect_parser()
+    given = vars(parser.parse_args(plain_flags(words)))
+    options = parser.options_of(given)
+    console.begin_logs(options.verbose, options.log_file)
+    model, data, output = (given.pop(name) for name in ("model", "data", "output"))
+    found = collect(model, data, output, **given)
+    if options.json:
+        from modelfuse.cli.documents import Collect
+        from modelfuse.cli.json_output import write
+
+        write(Collect(output=str(found.output), modules=found.modules, tokens=found.tokens))
+    elif not options.quiet:
+        said = "[green]wrote[/] {}: Gram matrices of the inputs of {} modules, {} tokens"
+        console.out.tell("info", said, found.output, str(found.modules), str(found.tokens))
+    return 0

@@ -1,0 +1,219 @@
+"""Gram matrices of the inputs that a model's layers have while it reads texts: what regmean merges by."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from modelfuse.checkpoints.input_grams import frame_of
+from modelfuse.errors import CheckpointError, OutputError, RecipeError
+from modelfuse.inspection.seen_inputs import SeenInputs
+from modelfuse.planning.optional_packages import need
+from modelfuse.recipe.hub_names import HubName
+from modelfuse.recipe.schema import read_input
+
+#: Of each text no more than this share of all tokens is read, so that there are several; but so many at least.
+SHARE, LEAST = 4, 32
+#: What a line of texts may have them under.
+KEYS = ("text", "content", "prompt")
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was written.
+
+    Attributes:
+        output: The file.
+        modules: How many modules it has Gram matrices of.
+        tokens: How many tokens the model has read.
+    """
+
+    output: Path
+    modules: int
+    tokens: int
+
+
+def collect(
+    model: str | Path,
+    data: str | Path | Sequence[str],
+    output: str | Path,
+    *,
+    tokens: int = 512,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Collected:
+    """Run a model over a few texts of its task, and write Gram matrices of its layers' inputs.
+
+    Args:
+        model: Its folder, in the format of transformers, an adapter's with its base; or a name on the hub.
+        data: A file of texts, JSON lines or plain text; or the texts.
+        output: The file to write.
+        tokens: How many tokens to read.
+        device: ``cpu`` or ``gpu``.
+        overwrite: Whether to replace a file.
+
+    Raises:
+        ModelfuseError: If a library, the model or the texts are not there, or the file is.
+    """
+    if tokens < 1:
+        raise RecipeError(f"tokens is {tokens}; it should be at least 1", "The default, 512, is enough.")
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists", "Name another file, or add --overwrite.")
+    if not output.absolute().parent.is_dir():
+        raise OutputError(f"There is no folder {output.absolute().parent}", "Make it, or name another file.")
+    if not isinstance(read_input(str(model)), HubName) and not Path(model).is_dir():
+        raise CheckpointError(f"There is no folder {model}", "Name a model's folder, or a hub name: org/model.")
+    texts = read_texts(Path(data)) if isinstance(data, str | Path) else [*data]
+    for module in ("torch", "transformers"):
+        need(module, "collect", "have another machine collect", extra="calibrate")
+    torch, transformers = import_module("torch"), import_module("transformers")
+    with _quiet(transformers):
+        rows = _tokens(transformers, str(model), texts, tokens)
+        running = _load(torch, transformers, str(model), device)
+        seen = SeenInputs(torch, running)
+        with seen.watching():
+            for row in rows:
+                numbers = torch.tensor([row], device=running.device)
+                more = {"decoder_input_ids": numbers} if running.config.is_encoder_decoder else {}
+                running(input_ids=numbers, **more)
+    read = sum(map(len, rows))
+    grams = {name: gram if gram.shape[0] > 1 else gram[0] for name, gram in seen.grams.items()}
+    _write(output, grams, Path(model).absolute().name if Path(model).exists() else str(model), read)
+    return Collected(output, len(grams), read)
+
+
+def read_texts(path: Path) -> list[str | list[dict[str, Any]]]:
+    """The texts of a file: of JSON lines each one's, of any other file all of it. Conversations are lists of messages.
+
+    Raises:
+        RecipeError: If there are none.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}", "Name a file of texts with --data.") from None
+    texts = [*_lines(path, content)] if path.suffix in (".jsonl", ".json", ".ndjson") else [content]
+    if not any(texts):
+        raise RecipeError(f"{path} holds no text", 'Give lines such as {"text": "…"}.')
+    return [text for text in texts if text]
+
+
+def _lines(path: Path, content: str) -> Iterator[Any]:
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise RecipeError(f"{path}, line {number}: {error}", "Give one JSON value a line.") from None
+        if isinstance(value, dict) and isinstance(value.get("messages"), list):
+            yield value["messages"]
+            continue
+        text = value if isinstance(value, str) else None
+        if isinstance(value, dict):
+            text = next((value[key] for key in KEYS if isinstance(value.get(key), str)), None)
+        if text is None:
+            raise RecipeError(f"{path}, line {number}: there is no text", 'Give lines such as {"text": "…"}.')
+        yield text
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's own bars and warnings, which are about its versions."""
+    logging = transformers.utils.logging
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _load(torch: Any, transformers: Any, model: str, device: str) -> Any:
+    """The model as its config.json names it, so that its modules are called as they are saved."""
+    if device == "gpu" and not torch.cuda.is_available():
+        raise RecipeError("device is gpu, but torch finds none", "Use --device cpu.")
+    adapter = Path(model, "adapter_config.json").is_file()
+    if adapter:
+        need("peft", "collect from an adapter", "merge it into its base first", extra="calibrate")
+    try:
+        if adapter:
+            kind = transformers.AutoModelForCausalLM
+        else:
+            config = transformers.AutoConfig.from_pretrained(model)
+            names = [*(config.architectures or ()), "AutoModel"]
+            kind = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
+        dtype = torch.float32 if device == "cpu" else "auto"
+        # Experts one by one, as products of some of them at once would not be seen.
+        running = kind.from_pretrained(model, dtype=dtype, experts_implementation="eager")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot open {model}: {error}", "Name a model's folder.") from error
+    return running.eval().to("cuda" if device == "gpu" else "cpu")
+
+
+def _tokens(transformers: Any, model: str, texts: Sequence[Any], most: int) -> list[list[int]]:
+    """The first tokens of as many texts as make up their number."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{model} has no tokenizer that transformers can open: {error}") from error
+    rows: list[list[int]] = []
+    left, each = most, max(most // SHARE, LEAST)
+    for text in texts:
+        if not isinstance(text, str) and getattr(tokenizer, "chat_template", None):
+            text = tokenizer.apply_chat_template(text, tokenize=False)
+        elif not isinstance(text, str):
+            text = "\n".join(str(message.get("content", "")) for message in text)
+        row = tokenizer(text)["input_ids"][: min(each, left)]
+        if row:
+            rows.append([*row])
+            left -= len(row)
+        if left <= 0:
+            break
+    if not rows:
+        raise RecipeError("The texts have no tokens", "Give texts that the model was trained for.")
+    return rows
+
+
+def _write(output: Path, grams: dict[str, Any], model: str, tokens: int) -> None:
+    """Write the file, whole or not at all."""
+    frame = frame_of([(name, tuple(gram.shape)) for name, gram in grams.items()], model, tokens)
+    try:
+        with tempfile.NamedTemporaryFile(dir=output.absolute().parent, prefix=f".{output.name}.", delete=False) as file:
+            try:
+                for start, piece in frame.pieces:
+                    file.seek(start)
+                    file.write(piece)
+                for offset, gram in zip(frame.offsets, grams.values(), strict=True):
+                    file.seek(offset)
+                    file.write(gram.cpu().numpy().astype("<f4").tobytes())
+                file.close()
+                os.chmod(file.name, 0o666 & ~_umask())
+                os.replace(file.name, output)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

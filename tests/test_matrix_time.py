@@ -1,0 +1,73 @@
+"""How long methods of whole matrices are expected to take, as `check` tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Said, make_model
+
+import modelfuse as package
+from modelfuse.cli.units import duration
+from modelfuse.kernels import matrix_time
+from modelfuse.kernels.matrices import Matrices
+from modelfuse.kernels.matrix_time import Computation, computation_of, expected
+from modelfuse.methods import registry
+
+Run = Callable[..., Said]
+
+
+def method(name: str, norm: float | None = None) -> Any:
+    return registry.apply(None, registry.COMBINATIONS[name], (0.5, 0.5), {}, norm=norm)
+
+
+def test_products_and_decompositions_are_counted() -> None:
+    """Of the sum: a Gram matrix, eigenvalues, the result. Of each model, the result twice where a norm is asked for."""
+    cut, product = Matrices(1, 60, 40), 2.0 * 60 * 40 * 40
+    work = {}
+    for name in ("iso_c", "swudi", "tsv_m"):
+        how = registry.COMBINATIONS[name].matrix
+        assert how is not None
+        work[name] = how.work(2) * 2.0 * 40**3
+    assert computation_of(cut, method("iso_c"), 2) == Computation(2 * product + work["iso_c"], 1, 40)
+    assert computation_of(cut, method("swudi"), 2).operations == 4 * product + work["swudi"]
+    assert computation_of(cut, method("swudi", 0.6), 2).operations == 6 * product + work["swudi"]
+    assert computation_of(cut, method("tsv_m", 0.6), 2).operations == 5 * product + work["tsv_m"]
+    experts = Matrices(8, 60, 40, parts=(((0, 30),), ((30, 30),)))
+    assert computation_of(experts, method("iso_c"), 2)[1:] == (16, 30)
+
+
+def test_workers_share_tensors_but_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_time, "rate", lambda: 1e9)
+    many = [Computation(1e9, 1, 8)] * 8
+    assert expected(many, 1) == matrix_time.Expected(8, 8, 8)
+    assert expected(many, 4) == matrix_time.Expected(2, 8, 8)
+    large = expected([*many, Computation(6e9, 2, 64)], 4)
+    assert large is not None
+    assert (large.seconds, large.solved, large.largest) == (6, 10, 64)
+    assert expected([], 4) is None
+
+
+def test_the_rate_is_that_of_products() -> None:
+    assert 1e7 < matrix_time.rate() < 1e13
+    assert matrix_time.rate() == matrix_time.rate()
+
+
+def test_check_tells(tmp_path: Path, modelfuse: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_time, "rate", lambda: 100.0)
+    folders = []
+    for seed, name in enumerate(("base", "A", "B")):
+        draw = np.random.default_rng(seed)
+        tensors = {f"model.layers.{layer}.mlp.up_proj.weight": draw.standard_normal((20, 10)).astype(np.float32)
+                   for layer in range(3)}  # fmt: skip
+        folders.append(make_model(tmp_path / name, tensors))
+    request = ("check", "--base_model_path", folders[0], "--model_path_list", *folders[1:], "--n_process", 1)
+    said = modelfuse(*request, "--merge_method", "ridge")
+    assert said.status == 0, said.err
+    plan = package.check(merge_method="ridge", base_model_path=folders[0], model_path_list=folders[1:], n_process=1)
+    assert plan.expected is not None
+    assert f"about {duration(plan.expected.seconds)}: 3 decompositions of up to 10²" in said.out
+    assert "decomposition" not in modelfuse(*request, "--merge_method", "linear").out
