@@ -86,7 +86,9 @@ def _between(text: str, start: str, end: str, content: str) -> str:
 
 def draw(results: Mapping[str, Sequence[Score]]) -> None:
     """A row a method, a panel a regime: the share with its interval, and where it is without any λ given."""
-    order = sorted({each.label for own in results.values() for each in own}, key=lambda label: -_mean(results, label))
+    order = sorted(
+        {each.label for own in results.values() for each in own}, key=lambda label: (-_mean(results, label), label)
+    )
     picture = Picture(LEFT + len(results) * (PANEL + GAP) + 10, TOP + ROW * len(order) + 40)
     picture.text(20, 32, "How much of what experts learnt a merge keeps", size=18, bold=True)
     picture.text(20, 54, "Share of the experts' gain over the base: λ chosen (dots; blue: surely above task "
