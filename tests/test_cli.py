@@ -160,6 +160,7 @@ DEFAULTS = {
     "ridge_mu": 0.3,
     "swudi_share": 0.85,
     "swudi_time": 1.5,
+    "gram_list": (),
     "overwrite": False,
     "on_nonfinite": "error",
     "unmerged_from": None,
@@ -189,7 +190,8 @@ def test_defaults() -> None:
 @pytest.mark.parametrize("name", sorted({*DEFAULTS, "model_path_list"}))
 def test_every_setting_is_a_flag_with_either_dash(name: str) -> None:
     several = {"model_path_list": ["A", "B"], "weight_list": ["1", "2"], "copy_file_list": ["a", "b"]}
-    several |= {"input_layout": ["hf", "paddle"], "rules": ["a", "b"], "missing": ["a", "b"], "lora_whole": ["a", "b"]}
+    several |= {"input_layout": ["hf", "paddle"], "rules": ["a", "b"], "missing": ["a", "b"], "lora_whole": ["a", "b"],
+                "gram_list": ["a", "b"]}  # fmt: skip
     value = several.get(name, ["False"])
     for flag in (f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('_', '-', 1)}"):
         settings, options = parse([flag, *value])
