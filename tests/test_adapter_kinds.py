@@ -367,6 +367,49 @@ def test_whole_matrices_with_rows_for_added_tokens(tmp_path: Path, refuse: Calla
            says=["has other rows for tokens than its base", "lm_head.weight has 48"], hint="resize")  # fmt: skip
 
 
+#: Adapters of a model with added rows, whether both ends are saved with them.
+GROWN: dict[str, dict[str, Any]] = {
+    "LoRA on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "LoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "DoRA on both": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    "trained rows": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [48, 49, 50]}},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", GROWN)
+def test_adapters_of_embeddings_with_added_rows(
+    tmp_path: Path, refuse: Callable[..., str], kind: str, tied: bool
+) -> None:
+    """PEFT saves the matrices that it was trained on beside the factors; without them their rows cannot be known."""
+    torch.manual_seed(0)
+    cls, config = llama()
+    config.tie_word_embeddings = tied
+    cls(config).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(51, mean_resizing=False)
+    trained = peft.get_peft_model(model, peft.LoraConfig(r=2, **GROWN[kind])).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    trained.save_pretrained(tmp_path / "adapter")
+    words = ("--lora_model_path", tmp_path / "adapter", "--base_model_path", tmp_path / "base")
+    if kind == "LoRA on the embedding" and not tied:  # PEFT leaves out the head, whose rows are new, too.
+        refuse("check", *words, says=["lm_head.weight has 48"], hint="resize_token_embeddings")
+        return
+    modelfuse.merge(lora_model_path=words[1], base_model_path=words[3], output_path=tmp_path / "out")
+    assert modelfuse.verify(tmp_path / "out", full=True).holds
+    ids = torch.tensor([[1, 50, 49, 2]])
+    made, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        want, got = trained(input_ids=ids).logits, made.eval()(input_ids=ids).logits
+    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=0, atol=1e-6)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    refuse("check", *words, says=["cannot go into"], hint="save_embedding_layers=True")
+
+
 @pytest.mark.parametrize("base_is", ["paddle", "one tensor", "apart"])
 def test_paddle_s_lora_of_experts(tmp_path: Path, base_is: str) -> None:
     """``experts.gate_up_proj_lora_A`` [experts, in, r] and ``_lora_B`` [experts, r, out], in any layout of the base."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.adapter import Adapter
+from modelfuse.checkpoints.adapters.added_rows import as_trained, with_added_rows
 from modelfuse.checkpoints.adapters.base_names import BaseTensor, Names, Share, Targets, renamed_by
 from modelfuse.checkpoints.adapters.changed_base import scaled, with_rows
 from modelfuse.checkpoints.adapters.computed_tensors import ComputedTensor, LowRankTensor, Widened
@@ -24,8 +25,11 @@ from modelfuse.storage import has_file
 from modelfuse.storage.files import SourceFile
 
 Shape = tuple[int, ...]
-#: Models whose experts are [experts, in, out] in one tensor; all others that PEFT knows have [experts, out, in].
-TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
+#: The way out where rows may be missing.
+MORE_ROWS = (
+    "Give the base that the adapter was trained on. If tokens were added to it: with as many rows "
+    "(resize_token_embeddings of transformers), or save the adapter with save_embedding_layers=True of PEFT."
+)
 
 
 def lay_over(
@@ -59,6 +63,7 @@ class _Laying:
     modules: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    _lacks_rows: bool = False
 
     def done(self) -> Adapter:
         self.names = Names(self.base)
@@ -67,17 +72,20 @@ class _Laying:
         contents.whole = {name: tensor for name, tensor in contents.whole.items() if name not in added}
         self.account |= {tensor.name: [name] for name, tensor in added.items()}
         targets = self._find(contents)
+        self.base, grown = with_added_rows(self.base, contents, targets)
         self._fitting = Fitting(self.weights, self.settings, self.base, self.paddle, contents, targets)
         for module in contents.modules.values():
             self._adapt(module, targets)
         for name, tensor in contents.whole.items():
             self._replace(name, tensor, targets)
+        self.tensors |= as_trained(grown, self.tensors)
+        self.resized += grown
         copies = tuple(self._copies(contents, targets))
         if self.problems:
             raise MismatchError(
                 f"The adapter {self.weights.path} does not fit the base {self.base.path}:\n"
                 + "\n".join(f"  {problem}" for problem in group_names(self.problems)),
-                "Give the base that the adapter was trained on.",
+                MORE_ROWS if self._lacks_rows else "Give the base that the adapter was trained on.",
             )
         return Adapter(
             self.weights.path,
@@ -229,6 +237,7 @@ class _Laying:
     def _misfit(self, tensors: Sequence[StoredTensor], base: StoredTensor) -> None:
         shapes = " and ".join(f"{each.name} {list(each.shape)}" for each in tensors)
         self.problems.append(f"{shapes} cannot go into {base.name} {list(base.shape)}")
+        self._lacks_rows |= base.name.endswith((*EMBEDDINGS, *HEADS))
 
     def _copies(
         self, contents: AdapterContents, targets: Mapping[str, Targets]

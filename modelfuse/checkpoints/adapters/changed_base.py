@@ -134,6 +134,53 @@ class TrainedRowsTensor(StoredTensor):
             yield read
 
 
+@dataclass(frozen=True, slots=True)
+class SummedTensor(StoredTensor):
+    """A weight and a difference to it, where the difference alone means nothing to the base.
+
+    Attributes:
+        base: The weight.
+        difference: The difference.
+    """
+
+    base: StoredTensor
+    difference: StoredTensor
+
+    @classmethod
+    def of(cls, base: StoredTensor, difference: StoredTensor) -> SummedTensor:
+        """Their sum."""
+        return cls(base.name, difference_type(base, difference), base.shape, base.file, 0, base, difference)
+
+    @property
+    def natural(self) -> DType:
+        """The weight's."""
+        return self.base.natural
+
+    @property
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """Both."""
+        return self.difference, self.base
+
+    @property
+    def held(self) -> int:
+        """What the difference holds, and pieces."""
+        return self.difference.held + self.dtype.nbytes(3 * min(PIECE, self.size)) + self.base.held
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for reading."""
+        with self.base.open() as base, self.difference.open() as difference:
+
+            def read(start: int, buffer: Buffer) -> None:
+                whole = np.frombuffer(buffer, self.dtype.compute)
+                for begin in range(0, whole.size, PIECE):
+                    out = whole[begin : begin + PIECE]
+                    out[:] = read_values(base, self.base.dtype, start + begin, out.size)
+                    out += read_values(difference, self.difference.dtype, start + begin, out.size)
+
+            yield read
+
+
 def with_rows(
     base: StoredTensor, trained: StoredTensor, rows: tuple[int, ...], shared: Shared
 ) -> TrainedRowsTensor | None:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG
 from modelfuse.checkpoints.adapters.module_numbers import ByPattern
+from modelfuse.checkpoints.tensor_names import HEADS
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import PathOrUrl
 
@@ -113,8 +114,11 @@ class AdapterConfig:
         return self.alpha_pattern.of(module, self.alpha) / (math.sqrt(rank) if self.root_scaled else rank)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
-        """The trained rows of an embedding."""
-        return next((rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}" if key else "")), ())
+        """The trained rows of an embedding, and of a head that is tied to it."""
+        found = [rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}" if key else "")]
+        if not found and f"{module}.weight".endswith(HEADS) and len(self.tokens) == 1:
+            found = [*self.tokens.values()]
+        return found[0] if found else ()
 
 
 def read_settings(file: PathOrUrl) -> AdapterConfig:

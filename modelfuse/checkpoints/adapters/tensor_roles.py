@@ -22,7 +22,9 @@ _FACTOR = re.compile(
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<parameter>weight|bias))?"
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.(?P<parameter>weight|bias)")
-_OWN_BASE = re.compile(r"(?P<module>.+)\.(?:base_layer|original_module)\.(?P<parameter>weight|bias)")
+_OWN_BASE = re.compile(
+    r"(?P<module>.+?)(?:\.token_adapter)?\.(?:base_layer|original_module)\.(?P<parameter>weight|bias)"
+)
 #: Parts of names of tensors that are not whole weights.
 _STRANGE = re.compile(
     r"lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|vblora|token_adapter|_quanter|quant_weight|weight_scale|randlora|hra_u"

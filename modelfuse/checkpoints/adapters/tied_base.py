@@ -72,7 +72,8 @@ def _tied_again(adapter: Adapter, base: Checkpoint, pair: TiedPair) -> Adapter:
     if pair.head in tensors:
         tensors[pair.head] = replace(tensors[pair.embedding], name=pair.head)
     return replace(
-        adapter, tensors=tensors, aliases=base.aliases, config=base.config, config_changes=base.config_changes
+        adapter, tensors=tensors, aliases=base.aliases, config=base.config, config_changes=base.config_changes,
+        resized=tuple(name for name in adapter.resized if name in tensors),
     )  # fmt: skip
 
 
