@@ -137,7 +137,7 @@ def test_a_killed_merge_is_gone_on_with(tmp_path: Path, merge: Callable[..., Sai
     with start("merge", *words, code=KILLED_AFTER.format(span=SPAN, spans=3)) as process:
         _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err
-    assert "Going on" in merge(*words).err
+    assert "Resuming" in merge(*words).err
     assert snapshot(tmp_path / "out" / "C") == expected
 
 

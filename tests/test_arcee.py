@@ -570,7 +570,7 @@ def test_a_killed_merge_of_several_documents_is_gone_on_with(
     with start("merge", *words, code=KILLED_AFTER.format(span=SPAN, spans=5), folder=tmp_path) as process:
         _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err
-    assert "Going on" in merge(*words).err
+    assert "Resuming" in merge(*words).err
     assert snapshot(tmp_path / "out" / "C") == expected
 
 

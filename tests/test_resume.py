@@ -200,7 +200,7 @@ def test_killed_before_anything_was_kept(merge: Command, words: Words, written: 
     assert os.listdir(tmp_path / "out" / ".C.modelfuse") == ["model.safetensors"]
     written.begin()
     said = merge(*words)
-    assert "Going on" not in said.err
+    assert "Resuming" not in said.err
     assert "Starting over" not in said.err
     assert len(written.slices) == slices()
     assert os.listdir(tmp_path / "out") == ["C"]
@@ -312,7 +312,7 @@ def test_another_version_starts_afresh(
 def test_a_setting_that_changes_no_byte_goes_on(
     left: Path, merge: Command, words: Words, written: Written, more: Words
 ) -> None:
-    assert "Going on" in merge(*words, *more).err
+    assert "Resuming" in merge(*words, *more).err
     assert len(written.slices) == slices() - LEFT_BY_INTERRUPTING
 
 
