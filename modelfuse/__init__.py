@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from modelfuse.api.functions import check, diff, inspect, merge, register, verify
     from modelfuse.api.tune import tune
     from modelfuse.execution.result import Result
+    from modelfuse.execution.tuning.request import Tuned
     from modelfuse.inspection.diff_result import Diff
     from modelfuse.inspection.inspected_model import Inspection
     from modelfuse.inspection.merge_report import MergeReport
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from modelfuse.inspection.verify import Verification
     from modelfuse.planning.plan import Plan
     from modelfuse.recipe.recipe import Recipe
-    from modelfuse.tuning.request import Tuned
 
 __all__ = [
     "CheckpointError",
@@ -76,7 +76,7 @@ _LATER = {
     "Problem": "modelfuse.inspection.report_reader",
     "Recipe": "modelfuse.recipe.recipe",
     "Result": "modelfuse.execution.result",
-    "Tuned": "modelfuse.tuning.request",
+    "Tuned": "modelfuse.execution.tuning.request",
     "Verification": "modelfuse.inspection.verify",
     **dict.fromkeys(("check", "diff", "inspect", "merge", "register", "verify"), "modelfuse.api.functions"),
     **dict.fromkeys(("draw", "report"), "modelfuse.api.drawing"),

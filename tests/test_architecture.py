@@ -157,7 +157,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "execution",
     },
     "inspection.pictures": {"printable", "errors", "version", "recipe", "kernels.jit", "inspection"},
-    "tuning": {
+    "execution.tuning": {
         "printable",
         "errors",
         "storage",
@@ -188,7 +188,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "execution",
         "inspection",
         "inspection.pictures",
-        "tuning",
+        "execution.tuning",
     },
     "api": {
         "errors",
@@ -201,7 +201,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "execution",
         "inspection",
         "inspection.pictures",
-        "tuning",
+        "execution.tuning",
         "cli",
     },
     "__main__": {"cli"},
@@ -228,7 +228,7 @@ THIRD_PARTY = {
         "execution",
         "execution.ray",
         "inspection",
-        "tuning",
+        "execution.tuning",
     },
     "llvmlite": {"kernels.jit"},
     "numba": {"kernels.jit"},

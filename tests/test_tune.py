@@ -20,11 +20,11 @@ from conftest import ROOT, Said, array, make_model, read_model, snapshot, start
 import modelfuse as package
 from modelfuse.cli.tune import parse_tune
 from modelfuse.errors import EvaluationError, ModelfuseError, OutputError, RecipeError
-from modelfuse.tuning import merged_folders
-from modelfuse.tuning.evaluation import numbers_in
-from modelfuse.tuning.layer_groups import find_groups
-from modelfuse.tuning.marks import read_space
-from modelfuse.tuning.perplexity import Perplexity
+from modelfuse.execution.tuning import merged_folders
+from modelfuse.execution.tuning.evaluation import numbers_in
+from modelfuse.execution.tuning.layer_groups import find_groups
+from modelfuse.execution.tuning.marks import read_space
+from modelfuse.execution.tuning.perplexity import Perplexity
 
 pytestmark = pytest.mark.skipif(
     any(__import__("importlib.util").util.find_spec(each) is None for each in ("optuna", "cmaes")),

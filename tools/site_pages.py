@@ -42,7 +42,7 @@ PYTHON = """# Python
       show_root_heading: false
       members: [tune]
 
-::: modelfuse.tuning.request.Tuned
+::: modelfuse.execution.tuning.request.Tuned
 
 ::: modelfuse.planning.plan.Plan
     options: {members: [bytes_read, bytes_written, disk_space]}

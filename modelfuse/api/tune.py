@@ -8,14 +8,14 @@ from pathlib import Path
 
 from modelfuse.api.functions import tell_of
 from modelfuse.cli.tune import evaluation_of
+from modelfuse.execution.tuning.evaluation import Function
+from modelfuse.execution.tuning.request import Request, Tuned
+from modelfuse.execution.tuning.tune import tune as run_request
 from modelfuse.planning.hub import QUIET
 from modelfuse.recipe.files import load_recipe
 from modelfuse.recipe.hosts_in_files import without_hosts
 from modelfuse.recipe.names import by_canonical_name
 from modelfuse.storage.named_hosts import name_hosts
-from modelfuse.tuning.evaluation import Function
-from modelfuse.tuning.request import Request, Tuned
-from modelfuse.tuning.tune import tune as run_request
 
 Evaluate = Callable[[Path], float | Mapping[str, float]]
 

@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 from modelfuse.cli import console
 from modelfuse.cli.arguments import Options, Parser, merge_parser, parse
 from modelfuse.errors import RecipeError
-from modelfuse.tuning.evaluation import Command, Evaluation
-from modelfuse.tuning.perplexity import NAME as PERPLEXITY
-from modelfuse.tuning.perplexity import Perplexity
-from modelfuse.tuning.request import Request, Tuned
-from modelfuse.tuning.study import SAMPLERS
-from modelfuse.tuning.tune import tune
+from modelfuse.execution.tuning.evaluation import Command, Evaluation
+from modelfuse.execution.tuning.perplexity import NAME as PERPLEXITY
+from modelfuse.execution.tuning.perplexity import Perplexity
+from modelfuse.execution.tuning.request import Request, Tuned
+from modelfuse.execution.tuning.study import SAMPLERS
+from modelfuse.execution.tuning.tune import tune
 
 #: Its own flags: type, and how many values.
 OWN: Mapping[str, tuple[Any, str | None]] = {

@@ -10,8 +10,8 @@ from msgspec import Struct
 from modelfuse.cli.json_output import Document
 
 if TYPE_CHECKING:
-    from modelfuse.tuning import study
-    from modelfuse.tuning.request import Tuned
+    from modelfuse.execution.tuning import study
+    from modelfuse.execution.tuning.request import Tuned
 
 
 class Trial(Struct, frozen=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.tuning.search_space import Dimension
+from modelfuse.execution.tuning.search_space import Dimension
 
 #: The first step's size, as a share of the ranges.
 SIGMA = 0.12

@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from modelfuse.checkpoints.layer_stacks import Stack, find_stacks
 from modelfuse.errors import RecipeError
+from modelfuse.execution.tuning.search_space import Dimension, Space, weights_of
+from modelfuse.execution.tuning.usual_search import WEIGHTS, factor_of, is_relative, start_weights
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.method_settings import FACTOR
-from modelfuse.tuning.search_space import Dimension, Space, weights_of
-from modelfuse.tuning.usual_search import WEIGHTS, factor_of, is_relative, start_weights
 
 #: What the modules of layers that mix tokens are called, as words of their names.
 ATTENTION = re.compile(r"attn|attention|mixer|ssm|rwkv|^att$")

@@ -15,15 +15,15 @@ from modelfuse.errors import EvaluationError, RecipeError
 from modelfuse.execution.intermediate import keep_intermediate
 from modelfuse.execution.resume import facts_of
 from modelfuse.execution.run import cluster_of, run_into, run_plan
+from modelfuse.execution.tuning.gradient import NAME as DESCENT
+from modelfuse.execution.tuning.gradient import Descent
+from modelfuse.execution.tuning.history import write_history
+from modelfuse.execution.tuning.merged_folders import MergedFolder, merged_folders
+from modelfuse.execution.tuning.request import Request, Tuned
+from modelfuse.execution.tuning.search_space import Dimension, Space
+from modelfuse.execution.tuning.study import Study, Trial
 from modelfuse.kernels.jit.compile import announcing
 from modelfuse.planning.plan import Plan, make_plan
-from modelfuse.tuning.gradient import NAME as DESCENT
-from modelfuse.tuning.gradient import Descent
-from modelfuse.tuning.history import write_history
-from modelfuse.tuning.merged_folders import MergedFolder, merged_folders
-from modelfuse.tuning.request import Request, Tuned
-from modelfuse.tuning.search_space import Dimension, Space
-from modelfuse.tuning.study import Study, Trial
 
 Tell = Callable[[str], None]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from modelfuse.errors import RecipeError
+from modelfuse.execution.tuning.search_space import Dimension, Space, dimensions_in, weights_of
 from modelfuse.recipe.method_settings import FACTOR
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.tuning.search_space import Dimension, Space, dimensions_in, weights_of
 
 #: Where a weight and a factor on the merged difference are searched, and the share of the norm that is one.
 WEIGHTS, FACTORS, SHARES = (0.0, 1.5), (0.0, 2.0), (0.2, 1.5)

@@ -14,14 +14,14 @@ import numpy as np
 
 from modelfuse.checkpoints.adapters.arrays import load
 from modelfuse.errors import EvaluationError, RecipeError
+from modelfuse.execution.tuning.evaluation import Numbers
+from modelfuse.execution.tuning.perplexity import Perplexity
+from modelfuse.execution.tuning.request import Request
+from modelfuse.execution.tuning.search_space import Dimension, Space
+from modelfuse.execution.tuning.study import Trial
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.method_settings import FACTOR
-from modelfuse.tuning.evaluation import Numbers
-from modelfuse.tuning.perplexity import Perplexity
-from modelfuse.tuning.request import Request
-from modelfuse.tuning.search_space import Dimension, Space
-from modelfuse.tuning.study import Trial
 
 NAME = "gradient"
 #: Adam's step as a share of the ranges, what it remembers of gradients and of their squares, and what divides safely.

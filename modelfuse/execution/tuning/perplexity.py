@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from modelfuse.errors import EvaluationError, RecipeError
+from modelfuse.execution.tuning.evaluation import Numbers
 from modelfuse.planning.optional_packages import need
-from modelfuse.tuning.evaluation import Numbers
 
 NAME = "perplexity"
 #: Tokens of a text that are looked at; longer ones are cut into pieces of as many.

@@ -8,16 +8,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modelfuse.errors import OutputError, RecipeError
+from modelfuse.execution.tuning.layer_groups import grouped
+from modelfuse.execution.tuning.marks import read_space
+from modelfuse.execution.tuning.request import Request, Tuned
+from modelfuse.execution.tuning.search import Search, Tell
+from modelfuse.execution.tuning.study import Study
+from modelfuse.execution.tuning.usual_search import usual_space
 from modelfuse.planning.hub import Watch, fetch
 from modelfuse.planning.output_location import check_disk_space
 from modelfuse.planning.plan import make_plan
 from modelfuse.storage.local.lock import Lock
-from modelfuse.tuning.layer_groups import grouped
-from modelfuse.tuning.marks import read_space
-from modelfuse.tuning.request import Request, Tuned
-from modelfuse.tuning.search import Search, Tell
-from modelfuse.tuning.study import Study
-from modelfuse.tuning.usual_search import usual_space
 
 #: What is behind the output's name for the folder of the study.
 SUFFIX = ".tune"

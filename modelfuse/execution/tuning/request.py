@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelfuse.errors import RecipeError
+from modelfuse.execution.tuning.evaluation import Evaluation
+from modelfuse.execution.tuning.study import SAMPLERS, Trial
 from modelfuse.recipe.checks import shown
-from modelfuse.tuning.evaluation import Evaluation
-from modelfuse.tuning.study import SAMPLERS, Trial
 
 MINIMIZE, MAXIMIZE = "minimize", "maximize"
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from modelfuse.errors import OutputError
+from modelfuse.execution.tuning.cma_es import CmaEs
+from modelfuse.execution.tuning.evaluation import Numbers
+from modelfuse.execution.tuning.search_space import Dimension
 from modelfuse.planning.optional_packages import need
-from modelfuse.tuning.cma_es import CmaEs
-from modelfuse.tuning.evaluation import Numbers
-from modelfuse.tuning.search_space import Dimension
 
 FILE = "study.db"
 STUDY = "modelfuse"

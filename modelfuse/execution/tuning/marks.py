@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from modelfuse.errors import RecipeError
+from modelfuse.execution.tuning.search_space import Dimension, Space, weights_of
 from modelfuse.recipe.checks import shown
 from modelfuse.recipe.files import load_documents
 from modelfuse.recipe.method_settings import FACTOR, METHOD_SETTINGS
 from modelfuse.recipe.names import SETTINGS, canonical, canonical_name
 from modelfuse.recipe.schema import LARGEST
-from modelfuse.tuning.search_space import Dimension, Space, weights_of
 
 MARK, OPTIONS = "tune", ("log", "start")
 #: What may be marked beside settings of methods.

@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 
 from modelfuse.checkpoints.output.failures import cannot_write
+from modelfuse.execution.tuning.search_space import Dimension
+from modelfuse.execution.tuning.study import Trial
 from modelfuse.recipe.files import dump_documents
 from modelfuse.recipe.schema import as_json
-from modelfuse.tuning.search_space import Dimension
-from modelfuse.tuning.study import Trial
 
 BEST, TABLE, PICTURE, FRONT = "best.yaml", "trials.csv", "history.svg", "front"
 #: Settings that say where a merge goes, not what it is.
