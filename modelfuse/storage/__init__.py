@@ -20,7 +20,6 @@ from modelfuse.storage.url import Url
 
 __all__ = [
     "PathOrUrl",
-    "Place",
     "Url",
     "children",
     "configure_cache",
@@ -31,7 +30,6 @@ __all__ = [
     "is_file",
     "look_up",
     "path_or_url",
-    "place_of",
     "size_of",
     "waiting_while",
 ]
@@ -39,8 +37,6 @@ __all__ = [
 #: A file or folder: a path on this machine, or a URL.
 PathOrUrl = Path | Url
 
-#: Old names, until nothing uses them.
-Place = PathOrUrl
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 #: fsspec's syntax for chained URLs, such as a cache of a store or a file in an archive.
 _CHAIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.:/-]*?::[a-zA-Z][a-zA-Z0-9+.-]*://")
@@ -67,9 +63,6 @@ def path_or_url(word: str | PathOrUrl) -> PathOrUrl:
     if scheme[1].lower() in ("file", "local"):
         return Path(os.path.abspath(unquote(str(word)[scheme.end() :])))
     return Url.parse(str(word))
-
-
-place_of = path_or_url
 
 
 def is_file(path: PathOrUrl) -> bool:

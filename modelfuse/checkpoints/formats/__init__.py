@@ -1,1 +1,1 @@
-"""Files of weights: safetensors, and pickles of torch and Paddle, which are read without running anything."""
+"""Weight file formats: safetensors, and pickles of torch and Paddle, which are read without executing code."""

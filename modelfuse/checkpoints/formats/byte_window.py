@@ -1,11 +1,11 @@
-"""Reading a part of a file from front to back, skipping what need not be read."""
+"""Sequential reads of a part of a file, with skipping."""
 
 from __future__ import annotations
 
 from modelfuse.checkpoints.formats.pickle_types import Refused
 from modelfuse.storage.files import OpenFile
 
-#: The longest text or line that is taken into memory; whatever is longer stays in the file.
+#: The longest text or line that is read into memory; longer ones stay in the file.
 MAX_LITERAL = 1024
 _CHUNK = 8192
 
@@ -13,12 +13,12 @@ _CHUNK = 8192
 class Window:
     """The bytes from ``start`` to ``end`` of an open file, read in order.
 
-    Memory stays at one chunk, whatever lengths the file claims.
+    Memory is bounded by one chunk, whatever lengths the file claims.
 
     Args:
         file: The file.
-        start: Where to begin.
-        end: Where to stop; the end of the file if absent.
+        start: The first offset.
+        end: The end offset; None: the end of the file.
     """
 
     def __init__(self, file: OpenFile, start: int = 0, end: int | None = None) -> None:
@@ -34,7 +34,7 @@ class Window:
         return self._chunk_start + self._at
 
     def take(self, count: int) -> bytes:
-        """Read so many bytes, which the caller has checked to be few.
+        """Read ``count`` bytes; the caller has checked that they are few.
 
         Raises:
             Refused: If the window ends before.
@@ -61,7 +61,7 @@ class Window:
         return self._chunk[at]
 
     def skip(self, count: int) -> int:
-        """Pass over so many bytes without reading them; returns the offset of the first.
+        """Skip ``count`` bytes; returns the offset of the first.
 
         Raises:
             Refused: If the window ends before.
@@ -89,10 +89,10 @@ class Window:
         return text
 
     def check_left(self, count: int) -> None:
-        """Check that so many bytes are left.
+        """Check that at least ``count`` bytes are left.
 
         Raises:
-            Refused: If they are not.
+            Refused: If not.
         """
         left = self._end - self.position
         if not 0 <= count <= left:

@@ -1,4 +1,4 @@
-"""What the pickle of a numpy array may name, and what is made of it.
+"""The globals that the pickle of a numpy array may use, and their replacements.
 
 The names and their arguments are those of ``ndarray.__reduce_ex__`` and ``dtype.__reduce__``; modules
 were renamed in numpy 2.0, and Python 2's names occur in protocol 2.
@@ -22,7 +22,7 @@ from modelfuse.checkpoints.formats.pickle_types import (
 )
 from modelfuse.dtypes import BF16, BY_NAME, DType
 
-#: numpy's type codes. It has no bfloat16: Paddle keeps that as 16-bit unsigned integers.
+#: numpy's type codes. numpy has no bfloat16: Paddle stores it as 16-bit unsigned integers.
 CODES: Mapping[str, DType] = {
     "f8": BY_NAME["F64"],
     "f4": BY_NAME["F32"],
@@ -43,13 +43,13 @@ _LATIN_1 = ("latin1", "latin-1")
 
 @dataclass(frozen=True, slots=True)
 class EncodedText:
-    """Bytes that protocol 2 writes as text, each byte a character: short ones as they are."""
+    """Bytes that protocol 2 writes as text, with one character per byte."""
 
     text: str | TextRange
 
 
 class NumpyType(Stateful):
-    """A numpy dtype: its code or, for one that numpy itself lacks, the type; and its byte order."""
+    """A numpy dtype: its code (or the type, if numpy lacks it) and its byte order."""
 
     __slots__ = ("big_endian", "code")
 
@@ -77,7 +77,7 @@ class NumpyType(Stateful):
 
 
 class NumpyArray(Stateful):
-    """A numpy array; its bytes are in the file, or in a text, or few."""
+    """A numpy array; its bytes are in the file, encoded as text, or few."""
 
     __slots__ = ("data", "fortran", "shape", "type")
 
@@ -94,7 +94,7 @@ class NumpyArray(Stateful):
         self.fill(state[1], state[2], state[3] is True, state[4])
 
     def fill(self, shape: object, kind: object, fortran: bool, data: object) -> None:
-        """Check and keep what the array is made of."""
+        """Check and store the parts of the array."""
         if not isinstance(kind, NumpyType) or not isinstance(data, ByteRange | EncodedText):
             raise Refused("a numpy array in it has no type, or its bytes are not bytes")
         self.shape, self.type, self.fortran = counts(shape, "the shape of an array"), kind, fortran

@@ -22,26 +22,25 @@ from modelfuse.checkpoints.formats.safe_unpickler import PickleMachine
 from modelfuse.checkpoints.formats.state_dicts import find_state_dict, split_aliases
 from modelfuse.checkpoints.tensors import StoredTensor
 from modelfuse.checkpoints.views.strided import ReorderedTensor, is_plain, reorder, row_major, strided_tensor
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 from modelfuse.storage.files import SourceFile
 
 #: Paddle's table from names in the model to names of variables.
 _NAME_TABLE = "StructuredToParameterName@@"
-#: Paddle's table of the tensors that it cut into slices; the spelling is Paddle's.
+#: Paddle's table of tensors that were split into slices; the spelling is Paddle's.
 _SLICE_TABLE = "UnpackBigParamInfor@@"
 
 
-def read_paddle(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_paddle(path: PathOrUrl) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Read the header of one Paddle file: ``model_state.pdparams`` or the like.
 
     16-bit unsigned integers are bfloat16, which numpy and so Paddle's files do not have.
 
     Returns:
-        Its tensors by name, and the names of tensors that are another one's: alias → name.
+        Its tensors by name, and aliases: alias → name.
 
     Raises:
-        CheckpointError: If the file is malformed, holds something other than a dict of arrays,
-            or would need code to be executed.
+        CheckpointError: If the file is malformed, does not contain a dict of arrays, or would need to execute code.
     """
     file = SourceFile.at(path)
     with naming(path), file.open() as opened:
@@ -52,7 +51,7 @@ def read_paddle(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         entries = find_state_dict(value, lambda item: _as_array(item) is not None)
         arrays = {name: array for name, item in entries.items() if (array := _as_array(item)) is not None}
         slices = _take_slices(entries, arrays)
-        # One array, not one place in the file: Python shares strings of one byte between unrelated arrays.
+        # By object, not by file offset: Python shares one-byte strings between unrelated arrays.
         kept, aliases = split_aliases(arrays, id)
         tensors = {name: _stored(name, array, file) for name, array in kept.items()}
         for name, (shape, parts) in slices.items():
@@ -61,7 +60,7 @@ def read_paddle(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _as_array(item: object) -> NumpyArray | None:
-    """An array, as it is or in Paddle's pair of the variable's name and its array."""
+    """An array, given directly or in Paddle's pair (variable name, array)."""
     if type(item) is tuple and len(item) == 2 and isinstance(item[0], str):
         item = item[1]
     return item if isinstance(item, NumpyArray) else None
@@ -70,7 +69,7 @@ def _as_array(item: object) -> NumpyArray | None:
 def _take_slices(
     entries: Mapping[str, object], arrays: dict[str, NumpyArray]
 ) -> dict[str, tuple[tuple[int, ...], list[NumpyArray]]]:
-    """Take the slices of cut tensors out of ``arrays``; each tensor's shape and slices."""
+    """Remove the slices of split tensors from ``arrays``; returns each tensor's shape and slices."""
     table = entries.get(_SLICE_TABLE, {})
     if not isinstance(table, dict):
         raise Refused("its table of slices is malformed")
@@ -109,12 +108,12 @@ def _stored(name: str, array: NumpyArray, file: SourceFile) -> StoredTensor:
 
 
 def _length_of(data: ByteRange | EncodedText) -> tuple[int, int]:
-    """How many bytes an array has, at least and at most."""
+    """The least and greatest number of bytes of an array."""
     if isinstance(data, ByteRange):
         return data.length, data.length
     if isinstance(data.text, str):
         return len(data.text), len(data.text)
-    # One or two bytes of text for each; just how many shows when they are decoded.
+    # One or two bytes of UTF-8 per byte; the exact number is only known after decoding.
     return (data.text.length + 1) // 2, data.text.length
 
 
@@ -150,7 +149,7 @@ def _tuple(arguments: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _data(arguments: tuple[object, ...]) -> object:
-    """Paddle pickles a DenseTensor as ``eval("data", {"data": array})``: the entry is what that gives.
+    """Paddle pickles a DenseTensor as ``eval("data", {"data": array})``: the result is that array.
 
     No other source is accepted, and nothing is evaluated.
     """

@@ -1,4 +1,4 @@
-"""The ways in which old Paddle files keep a tensor other than as one run of its bytes."""
+"""Tensors of old Paddle files that are not stored as one run of bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TWO_BYTE_LEADS = (0xC2, 0xC3)
 
 @dataclass(frozen=True, slots=True)
 class SmallTensor(StoredTensor):
-    """A tensor of a few bytes that came with the header.
+    """A tensor of a few bytes that were read with the header.
 
     Attributes:
         content: Its bytes.
@@ -40,9 +40,9 @@ class SmallTensor(StoredTensor):
 
 
 class Landmarks:
-    """Where in a text known bytes of its tensor are: found while reading, kept for the next reading.
+    """Known positions of a tensor's bytes in its encoded text, collected while reading.
 
-    Pieces of text are always cut at the same places, so every reading finds the same landmarks.
+    The text is always read in the same pieces, so each read finds the same landmarks.
     """
 
     __slots__ = ("_decoded", "_encoded", "_lock")
@@ -53,17 +53,17 @@ class Landmarks:
         self._encoded = [0]
 
     def __reduce__(self) -> tuple[type[Landmarks], tuple[()]]:
-        # Another process finds its own.
+        # Not sent to other processes, which find their own.
         return Landmarks, ()
 
     def before(self, position: int) -> tuple[int, int]:
-        """The last landmark at or before a byte of the tensor: byte of the tensor, byte of the text."""
+        """The last landmark at or before a byte of the tensor: (byte of the tensor, byte of the text)."""
         with self._lock:
             at = bisect_right(self._decoded, position) - 1
             return self._decoded[at], self._encoded[at]
 
     def add(self, decoded: int, encoded: int) -> None:
-        """Note a landmark, unless it or a later one is known."""
+        """Add a landmark, unless it or a later one is known."""
         with self._lock:
             if decoded > self._decoded[-1]:
                 self._decoded.append(decoded)
@@ -72,14 +72,14 @@ class Landmarks:
 
 @dataclass(frozen=True, slots=True)
 class TextTensor(StoredTensor):
-    """A tensor that pickle protocol 2 keeps as text: byte n is the character with code n, in UTF-8.
+    """A tensor that pickle protocol 2 stores as text: byte n is the character with code n, in UTF-8.
 
-    A byte has no fixed place in such a text. Reading forward costs one pass of decoding; reading
-    far ahead for the first time costs decoding everything before.
+    Bytes have no fixed offset in such a text. Sequential reads decode it once; reading far ahead for the first time
+    decodes everything before.
 
     Attributes:
         length: The number of bytes of text, from ``offset`` on.
-        landmarks: What is known of the text so far.
+        landmarks: Known positions in the text.
     """
 
     length: int
@@ -110,7 +110,7 @@ class TextTensor(StoredTensor):
             decoded += len(content)
             encoded += len(piece)
             self.landmarks.add(decoded, encoded)
-        # A piece of the last slice runs to the end of the text, so what is too long shows too.
+        # The last piece extends to the end of the text, so that excess bytes are noticed too.
         if decoded > self.nbytes or (decoded == self.nbytes) != (encoded == self.length):
             raise self._malformed()
 
@@ -132,7 +132,7 @@ class TextTensor(StoredTensor):
 
 @dataclass(frozen=True, slots=True)
 class JoinedTensor(StoredTensor):
-    """A tensor cut into slices, because protocols 2 and 3 cannot hold more than 4 GiB at once.
+    """A tensor that is split into slices, as protocols 2 and 3 are limited to 4 GiB per object.
 
     Attributes:
         parts: Its slices in row-major order.

@@ -1,4 +1,4 @@
-"""Writing Paddle's own format: a pickle of a dict of numpy arrays, made so that tensors have planned places.
+"""Write Paddle's format: a pickle of a dict of numpy arrays, with tensors at planned offsets.
 
 It is what ``paddle.save`` writes for a state dict: protocol 4, bfloat16 as 16-bit unsigned integers.
 """
@@ -14,13 +14,13 @@ from modelfuse.checkpoints.tensors import Frame
 from modelfuse.dtypes import DType
 from modelfuse.errors import RecipeError
 
-#: Opcodes by name. Nothing here can unpickle anything.
+#: Pickle opcodes by name; this module does not unpickle.
 _OP = {op.name: op.code.encode("latin-1") for op in pickletools.opcodes}
 _START = _OP["PROTO"] + b"\x04" + _OP["EMPTY_DICT"] + _OP["MARK"]
-#: Behind an array's bytes: its state is complete, and given to it.
+#: After an array's bytes: complete the state tuple and build the array.
 _AFTER = _OP["TUPLE"] + _OP["BUILD"]
 _END = _OP["SETITEMS"] + _OP["STOP"]
-#: numpy of any version finds an array's builder under this name.
+#: The array constructor's name in all versions of numpy.
 _BUILDER = _OP["GLOBAL"] + b"numpy.core.multiarray\n_reconstruct\n"
 _ARRAY = _OP["GLOBAL"] + b"numpy\nndarray\n"
 _DTYPE = _OP["GLOBAL"] + b"numpy\ndtype\n"
@@ -29,10 +29,10 @@ _NO_BYTES = _OP["SHORT_BINBYTES"] + b"\x01b"
 
 
 def frame_paddle(tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
-    """Lay out a Paddle file: the bytes of every tensor lie within the pickle of an array.
+    """Lay out a Paddle file, in which tensors are the bytes of pickled arrays.
 
     Raises:
-        RecipeError: If Paddle has no such type.
+        RecipeError: If Paddle does not support a type.
     """
     pieces: list[tuple[int, bytes]] = []
     offsets: list[int] = []
@@ -49,7 +49,7 @@ def frame_paddle(tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
 
 
 def _before(name: str, dtype: DType, shape: Sequence[int], size: int) -> Iterable[bytes]:
-    """A name, and of its array all that comes before the bytes."""
+    """The opcodes of a name, and of its array up to the bytes."""
     code = next((code for code, each in CODES.items() if each is dtype), None)
     if code is None or dtype.paddle is None:
         raise RecipeError(

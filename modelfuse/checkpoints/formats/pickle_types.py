@@ -1,4 +1,4 @@
-"""What the interpreter of pickles leaves behind, and what its callers bring."""
+"""Types of the pickle interpreter's results, and of the tables that its callers pass."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NEVER_EXECUTED = (
 
 
 class Refused(Exception):
-    """Raised inside the readers of pickled checkpoints, where the file's name is not at hand.
+    """Raised inside the readers of pickled checkpoints, which do not know the file's name.
 
     Args:
-        why: What is wrong, in words that follow the file's name.
-        hint: What to do about it.
+        why: The problem, as it follows the file's name in a message.
+        hint: The hint.
     """
 
     def __init__(self, why: str, hint: str | None = "Fetch or save it again.") -> None:
@@ -49,10 +49,10 @@ class TextRange:
 
 @dataclass(frozen=True, slots=True)
 class Builder:
-    """An entry of the table that may be called: a function of ours that stands in for the name.
+    """A callable entry of the table: one of our functions, which replaces the global of that name.
 
-    It gets the pickled arguments, checks them, takes constant time, and raises Refused if
-    they are not what the library that writes such files would have written.
+    It checks the pickled arguments in constant time, and raises Refused if the library that writes such files would not
+    have written them.
     """
 
     build: Callable[[tuple[object, ...]], object]
@@ -69,7 +69,7 @@ class Stateful:
 
 
 class Inert(Stateful):
-    """Something that is no tensor and is never looked at, apart from asking whether it hides tensors."""
+    """An object that is not a tensor and is ignored, except for a check whether it contains tensors."""
 
     __slots__ = ("parts",)
 
@@ -112,7 +112,7 @@ def _ordered_dict(arguments: tuple[object, ...]) -> dict[object, object]:
     return {}
 
 
-#: Plain containers and values that any pickle may hold; the last are never looked at.
+#: Plain containers and values that any pickle may contain; the last ones are ignored.
 PLAIN_NAMES: Mapping[str, object] = {
     "collections OrderedDict": Builder(_ordered_dict),
     **{

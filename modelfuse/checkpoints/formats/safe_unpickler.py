@@ -1,12 +1,11 @@
-"""An interpreter of pickles that builds containers and nothing else.
+"""A pickle interpreter that only builds plain containers.
 
-Python's own unpickler imports whatever a file names and calls it, so opening a checkpoint with it
-means running a stranger's program. This one looks names up in a table that its caller brings, and
-calls only the functions it finds there. It reads by position: byte strings are not loaded but
-become a ``ByteRange``, which is how a checkpoint of many gigabytes is opened in milliseconds.
+Python's unpickler imports and calls whatever a file names, so opening a checkpoint with it executes untrusted code.
+This one looks names up in a table that its caller passes, and only calls functions of that table. Byte strings are not
+loaded but become a ``ByteRange``, so that a checkpoint of many gigabytes is opened in milliseconds.
 
-Whatever the bytes are, the outcome is a value or ``Refused``. Every opcode takes constant
-time and memory apart from the literal it carries, so the limits below bound the whole run.
+For any input, the outcome is a value or ``Refused``. Each opcode takes constant time and memory apart from its literal,
+so the limits below bound the whole run.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ class PickleMachine:
     """Reads one pickle (protocols 2 to 5) from a window of a file.
 
     Args:
-        window: Where to read; it stands behind the pickle afterwards.
-        known: What a pickle may name: ``"module name"`` → a :class:`Builder`, or any other value,
-            which stands for itself and cannot be called.
-        persistent: What to make of a persistent id; without it they are refused.
+        window: The window to read from; positioned after the pickle afterwards.
+        known: The allowed globals: ``"module name"`` → a :class:`Builder`, or any other value, which replaces the
+            global and cannot be called.
+        persistent: Converts a persistent id; without it, these are refused.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class PickleMachine:
         """Run the pickle and return its value.
 
         Raises:
-            Refused: If it is malformed, cut short, over a limit, or names anything not known.
+            Refused: If it is malformed, truncated, exceeds a limit, or uses a global that is not in the table.
         """
         read, stack, stop = self._window.byte, self._stack, _CODES["STOP"]
         for _ in range(MAX_OPCODES):
@@ -168,7 +167,7 @@ class PickleMachine:
 
     def _extend(self, items: list[object]) -> None:
         target = self._top()
-        # Sets are kept as lists: nobody asks for members, and hashing nested tuples can take forever.
+        # Sets are stored as lists: members are never looked up, and hashing nested tuples can take exponential time.
         if type(target) is not list:
             raise Refused(f"its pickle appends to a {type(target).__name__}")
         target.extend(items)
@@ -187,7 +186,7 @@ class PickleMachine:
         if type(target) is not dict or len(items) % 2:
             raise Refused(f"its pickle sets items of a {type(target).__name__}")
         for key in items[::2]:
-            # Only keys whose hashes no file can make collide, which would take quadratic time.
+            # Only keys whose hashes a file cannot make collide, which would take quadratic time.
             if not (type(key) in (str, bool) or key is None or (type(key) is int and abs(key) < 2**60)):
                 raise Refused(f"a dict in it has a {type(key).__name__} as a key")
         target.update(zip(items[::2], items[1::2], strict=True))
@@ -278,7 +277,7 @@ def _constant(make: Callable[[], object]) -> Handler:
 
 
 def _numbered(layout: str, act: Callable[[PickleMachine, int], None]) -> Handler:
-    """The handler of an opcode that a number follows: a value, a length or an index."""
+    """The handler of an opcode with a numeric argument: a value, a length or an index."""
     if layout == "<B":
         return lambda machine: act(machine, machine._window.byte())
     form = struct.Struct(layout)

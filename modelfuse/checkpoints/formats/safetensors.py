@@ -1,7 +1,7 @@
-"""safetensors: an 8-byte length, a JSON header, then every tensor without gaps.
+"""The safetensors format: an 8-byte length, a JSON header, then all tensors without gaps.
 
-The rules of a valid file are those of the reference implementation
-(https://github.com/huggingface/safetensors); each is checked here before anything is believed.
+The rules of a valid file are those of the reference implementation (https://github.com/huggingface/safetensors); all of
+them are checked before the content is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modelfuse.storage.files import SourceFile, read_bytes
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
 ALIGNMENT = 8
-#: How the small text begins that a clone without Git LFS has instead of a large file.
+#: The start of a Git LFS pointer, which a clone without Git LFS has instead of a large file.
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -46,7 +46,7 @@ def read_safetensors(path: PathOrUrl) -> tuple[dict[str, StoredTensor], dict[str
     for name, dtype, shape, begin, end in entries:
         if begin != position:
             _invalid(path, f"tensor {name!r} starts at byte {begin:,}, expected {position:,} (gap or overlap)")
-        # A model may have a hundred thousand tensors, and several models have the same names and few shapes.
+        # Saves memory: a model may have a hundred thousand tensors, and models share names and shapes.
         name, shape = sys.intern(name), shapes.setdefault(shape, shape)
         tensors[name] = StoredTensor(name, dtype, shape, file, data_start + begin)
         position = end
@@ -60,7 +60,7 @@ def read_safetensors(path: PathOrUrl) -> tuple[dict[str, StoredTensor], dict[str
 
 
 def frame_safetensors(tensors: Sequence[tuple[str, DType, Sequence[int]]], metadata: Mapping[str, str]) -> Frame:
-    """Lay out a safetensors file: all its tensors lie behind its header."""
+    """Lay out a safetensors file: the tensors follow the header."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     starts: list[int] = []

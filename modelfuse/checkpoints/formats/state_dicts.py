@@ -1,4 +1,4 @@
-"""Where the tensors are among everything that a pickled checkpoint holds, and which are the same."""
+"""Find the state dict in a pickled checkpoint, and tensors that are aliases of others."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from modelfuse.checkpoints.tensor_names import OTHER_HEADS, TIED_HEADS
 T = TypeVar("T")
 
 _MAX_WRAPPERS = 4
-#: A model has a hundred thousand tensors; each name costs some microseconds in all that follows.
+#: The most names: a model has up to a hundred thousand tensors, and each name takes some microseconds downstream.
 MOST_NAMES = 250_000
-#: Parts of the names under which training programs keep what is not the model.
+#: Parts of the names of training state, which is not the model.
 _TRAINING_STATE = ("optim", "sched", "scaler", "rng_state")
 _SAVE_ALONE = "Save the model's state dict alone, or convert it to safetensors with the library that wrote it."
 
@@ -21,15 +21,14 @@ _SAVE_ALONE = "Save the model's state dict alone, or convert it to safetensors w
 def find_state_dict(value: object, is_tensor: Callable[[object], bool]) -> dict[str, object]:
     """Find the one dict whose values are tensors.
 
-    Training programs wrap it, as in ``{"state_dict": {...}, "optimizer": {...}}``. A wrapper is
-    opened as long as just one of its entries holds tensors, not counting the state of optimizers,
-    schedulers and random generators.
+    Training programs wrap it, as in ``{"state_dict": {...}, "optimizer": {...}}``. A wrapper is opened if exactly one
+    of its entries contains tensors, not counting the state of optimizers, schedulers and random generators.
 
     Returns:
-        The dict, with its other entries: values that hold no tensors.
+        The dict, including its entries without tensors.
 
     Raises:
-        Refused: If there is no dict, or if tensors would be left out.
+        Refused: If there is no such dict, or tensors would be left out.
     """
     for _ in range(_MAX_WRAPPERS):
         seen: set[int] = set()
@@ -57,17 +56,17 @@ def find_state_dict(value: object, is_tensor: Callable[[object], bool]) -> dict[
 def split_aliases(
     tensors: Mapping[str, T], identity: Callable[[T], Hashable | None]
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """Keep one name of every tensor.
+    """Keep one name of each tensor.
 
-    Of several names the one that model libraries keep stays: a shared or input embedding rather than
-    an output head, otherwise the first.
+    Of several names, the one that model libraries keep is kept: a shared or input embedding rather than an output head,
+    otherwise the first.
 
     Args:
         tensors: All names.
-        identity: Two tensors are the same if this gives the same; None stands for a tensor of its own.
+        identity: Tensors with equal identities are the same; None is unique.
 
     Returns:
-        The tensors in their order, and the other names: alias → name that stayed.
+        The tensors in order, and the aliases: alias → name that was kept.
     """
     groups: dict[Hashable, list[str]] = {}
     for name, tensor in tensors.items():
@@ -96,7 +95,7 @@ def _is_training_state(name: object) -> bool:
 
 
 def _holds_tensor(value: object, is_tensor: Callable[[object], bool], seen: set[int]) -> bool:
-    """Look into containers, into each once: ``seen`` keeps cycles and shared parts from costing time."""
+    """Search containers, each only once: ``seen`` bounds the time for cycles and shared parts."""
     pending = [value]
     while pending:
         item = pending.pop()

@@ -1,4 +1,4 @@
-"""What the pickle of a torch checkpoint may name, and what is made of it.
+"""The globals that the pickle of a torch checkpoint may use, and their replacements.
 
 The names and their arguments are those of ``torch/_utils.py`` and ``torch/_tensor.py``.
 """
@@ -24,7 +24,7 @@ from modelfuse.dtypes import BY_TORCH_NAME, DType
 
 @dataclass(frozen=True, slots=True)
 class StorageType:
-    """The class of a storage: what its elements are."""
+    """The class of a storage, which has its element type."""
 
     dtype: DType
 
@@ -41,7 +41,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class TorchTensor:
-    """A tensor as the pickle describes it; offset, shape and strides count elements."""
+    """A tensor as described by the pickle; offset and strides are in elements."""
 
     storage: Storage
     offset: int
@@ -56,7 +56,7 @@ class TorchTensor:
 
     @property
     def identity(self) -> str:
-        """Tells it from tensors of other elements; text, as a file can choose numbers whose hashes are all the same."""
+        """Identifies its elements, to find aliases; a string, as a file could choose numbers with colliding hashes."""
         storage = self.storage
         return repr((storage.key, storage.dtype, storage.size, storage.start, self.offset, self.shape, self.strides,
                      self.dtype))  # fmt: skip
@@ -144,10 +144,10 @@ _BUILD_INERT = Builder(Inert)
 
 
 def _rebuild_from_type(arguments: tuple[object, ...]) -> TorchTensor:
-    """``(function, type, arguments, attributes)``: a tensor that somebody has given attributes."""
+    """``(function, type, arguments, attributes)``: a tensor with attributes."""
     if len(arguments) != 4 or type(arguments[2]) is not tuple:
         raise Refused("a tensor in it is malformed")
-    # Not any builder: one that calls builders in turn could be nested without end.
+    # Only these builders: others that call builders in turn could be nested without bound.
     for builder, rebuild in (
         (_BUILD_TENSOR, _rebuild_tensor),
         (_BUILD_TENSOR_V3, _rebuild_tensor_v3),
@@ -173,7 +173,7 @@ _STORAGE_TYPES = {
     "Untyped": "uint8",
 }
 
-#: All that a torch checkpoint may name. Names without a Builder stand for themselves.
+#: The globals that a torch checkpoint may use. Those without a Builder cannot be called.
 KNOWN: Mapping[str, object] = {
     **PLAIN_NAMES,
     "torch._utils _rebuild_tensor": _BUILD_TENSOR,
@@ -187,7 +187,7 @@ KNOWN: Mapping[str, object] = {
     "torch.nn.parameter Parameter": "torch.nn.Parameter",
     "torch.nn.parameter Buffer": "torch.nn.Buffer",
     "torch Size": Builder(_size),
-    # Lightning keeps its callbacks' state by their classes.
+    # Lightning uses classes of callbacks as keys of their state.
     **{
         f"{package}.callbacks.{module} {name}": name
         for package in ("pytorch_lightning", "lightning.pytorch")

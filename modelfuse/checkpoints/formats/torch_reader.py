@@ -1,7 +1,7 @@
-"""torch's own formats: a pickle that describes tensors, and the storages that hold their bytes.
+"""torch's formats: a pickle that describes tensors, and storages with their bytes.
 
-Since torch 1.6 both are entries of an uncompressed zip archive; before, they followed one another
-in a plain stream. What torch writes is defined by its ``torch/serialization.py``.
+Since torch 1.6 both are entries of an uncompressed zip archive; before, they were concatenated in one stream.
+What torch writes is defined by its ``torch/serialization.py``.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from modelfuse.checkpoints.formats.torch_pickle_types import KNOWN, Storage, Tor
 from modelfuse.checkpoints.formats.zip_index import ZipIndex
 from modelfuse.checkpoints.tensors import StoredTensor
 from modelfuse.checkpoints.views.strided import extent_of, strided_tensor
-from modelfuse.storage import Place
+from modelfuse.storage import PathOrUrl
 from modelfuse.storage.files import OpenFile, SourceFile
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _MAX_TENSOR_BYTES = 2**48
 
-#: Where the bytes of a storage lie in the file: offset and count.
+#: Returns the extent of a storage in the file: offset and number of bytes.
 Locate = Callable[[Storage], tuple[int, int]]
 
 
-def read_torch(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_torch(path: PathOrUrl) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Read the header of one torch checkpoint: a ``pytorch_model.bin`` or a shard of one.
 
     Returns:
-        Its tensors by name, and the names of tensors that are another one's: alias → name.
+        Its tensors by name, and aliases: alias → name.
 
     Raises:
-        CheckpointError: If the file is malformed, holds something other than a dict of tensors,
-            or would need code to be executed.
+        CheckpointError: If the file is malformed, does not contain a dict of tensors, or would need to execute code.
     """
     file = SourceFile.at(path)
     with naming(path), file.open() as opened:
@@ -54,7 +53,7 @@ def read_torch(path: Place) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _read_zip(file: OpenFile) -> tuple[object, Locate, bool]:
-    """The value of an archive's pickle, where its storages are, and whether they are big-endian."""
+    """The value of an archive's pickle, the extents of its storages, and whether they are big-endian."""
     index = ZipIndex(file)
     roots = [name.removesuffix("data.pkl") for name in index if name.endswith("/data.pkl")]
     if len(roots) != 1 or f"{roots[0]}constants.pkl" in index:
@@ -70,7 +69,7 @@ def _read_zip(file: OpenFile) -> tuple[object, Locate, bool]:
 
 
 def _read_stream(file: OpenFile) -> tuple[object, Locate]:
-    """The value of a stream, and where its storages are."""
+    """The value of a stream, and the extents of its storages."""
     window = Window(file)
     magic = PickleMachine(window, KNOWN).load()
     if type(magic) is not int or magic != _MAGIC:

@@ -1,4 +1,4 @@
-"""Where the entries of an uncompressed zip archive lie: all that torch's format needs of zip."""
+"""Locate the entries of an uncompressed zip archive, as needed for torch's format."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _UNKNOWN = 0xFFFFFFFF
 
 
-#: Flags of an entry: it is encrypted; its checksum and sizes follow its bytes, and its own header may lack them.
+#: Flags of an entry: encrypted; streamed, so that its local header may lack checksum and sizes.
 _ENCRYPTED, _STREAMED = 0x1, 0x8
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the directory says of an entry."""
+    """An entry of the central directory."""
 
     name: bytes
     size: int
@@ -37,25 +37,25 @@ class _Entry:
 
     @property
     def numbers(self) -> list[int]:
-        """What its own header says of its bytes: their checksum, and how many there are, packed and not."""
+        """The numbers of its local header: checksum, packed size and size."""
         return [self.checksum, self.size, self.size]
 
 
 class ZipIndex:
-    """The directory of a zip archive.
+    """The central directory of a zip archive.
 
     Args:
         file: The archive.
 
     Raises:
-        Refused: If it has no sound directory.
+        Refused: If it has no valid directory.
     """
 
     def __init__(self, file: OpenFile) -> None:
         self._file = file
         start, size = self._find_directory()
         self._entries = _parse_directory(self._read(start, size))
-        for entry in self._entries.values():  # Each has a header of its own, which may be far away.
+        for entry in self._entries.values():  # Each has a local header, which may be far away.
             file.expect(entry.header, min(_LOCAL.size + len(entry.name), max(file.size - entry.header, 0)))
 
     def __contains__(self, name: str) -> bool:
@@ -65,10 +65,10 @@ class ZipIndex:
         return iter(self._entries)
 
     def locate(self, name: str) -> tuple[int, int]:
-        """Where an entry's bytes lie in the file: offset and count.
+        """The extent of an entry's bytes in the file: offset and count.
 
         Raises:
-            Refused: If there is no such entry, or it is compressed, encrypted or cut off.
+            Refused: If there is no such entry, or it is compressed, encrypted or truncated.
         """
         entry = self._entries.get(name)
         if entry is None:
@@ -84,9 +84,9 @@ class ZipIndex:
         return start, entry.size
 
     def _start(self, name: str, entry: _Entry) -> int:
-        """Where an entry's bytes begin, by its own header.
+        """The offset of an entry's bytes, by its local header.
 
-        Other readers go by that header alone, so where it contradicts the directory they would see another file.
+        Other readers use only the local header: if it contradicted the directory, they would read different content.
         """
         header = self._read(entry.header, _LOCAL.size + len(entry.name))
         local = _LOCAL.unpack_from(header)
@@ -97,7 +97,7 @@ class ZipIndex:
         if _UNKNOWN in sizes:
             sizes = _full_sizes(sizes, self._read(after_name, local[10]))
         found = [local[6], *sizes]
-        if local[2] & _STREAMED:  # Zero where it was not known yet when the header was written.
+        if local[2] & _STREAMED:  # Zero if it was unknown when the header was written.
             found = [own or told for own, told in zip(found, entry.numbers, strict=True)]
         own_name = header[_LOCAL.size : _LOCAL.size + local[9]]
         if (own_name, local[2] & _ENCRYPTED, local[3], found) != (entry.name, 0, entry.method, entry.numbers):

@@ -1,1 +1,1 @@
-"""The layouts of transformers and PaddleFormers: told apart, and one brought into the other."""
+"""Detect and convert the layouts of transformers and PaddleFormers."""

@@ -1,4 +1,4 @@
-"""Inputs in different layouts become checkpoints in one: names mapped, weights transposed, taken apart or fused."""
+"""Convert inputs to one layout: names mapped, weights transposed, split or fused, as views."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def bring_together(models: Sequence[Checkpoint], recipe: Recipe) -> tuple[Checkpoint, ...]:
-    """The inputs in the layout that the output is to have; each says in ``layout`` which one it came in.
+    """The inputs, converted to the output's layout; their attribute ``layout`` has the original one.
 
     The output has the layout of the base, else of the first model, unless the recipe says otherwise. Nothing is
     read or copied: weights become views of the same files.
 
     Raises:
-        MismatchError: If an input's layout, or what to do with one of its tensors, cannot be known.
+        MismatchError: If an input's layout, or the conversion of a tensor, is ambiguous.
     """
     reference = recipe.reference
     geometry = geometry_of((models[reference], *models))
@@ -55,7 +55,7 @@ def bring_together(models: Sequence[Checkpoint], recipe: Recipe) -> tuple[Checkp
         )
     layouts = [layout_of(model, kind, geometry) for model, kind in zip(models, kinds, strict=True) if kind is not None]
     same = [number for number, layout in enumerate(layouts) if layout.kind == wanted]
-    # Whoever loads the reference's own kind knows its names: they stay.
+    # If the kind is the reference's own, its names are kept, as its loaders expect them.
     target = layouts[reference] if layouts[reference].kind == wanted else usual_layout(wanted, geometry)
     if not same:
         _check_names(models[reference], wanted, geometry)
@@ -67,7 +67,7 @@ def bring_together(models: Sequence[Checkpoint], recipe: Recipe) -> tuple[Checkp
 
 
 def _check_names(model: Checkpoint, wanted: Kind, geometry: Geometry) -> None:
-    """Refuse to make names up for a world that no input comes from."""
+    """Check that names in the wanted layout are known, if no input has it."""
     if geometry.architecture in ARCHITECTURES:
         return
     strange = [name for name in model if module_of(name) in (FUSED if wanted == "hf" else PARTS)]
@@ -81,13 +81,13 @@ def _check_names(model: Checkpoint, wanted: Kind, geometry: Geometry) -> None:
 
 @dataclass
 class Relayout:
-    """One checkpoint's way into another layout.
+    """The conversion of one checkpoint to another layout.
 
     Attributes:
         model: The checkpoint.
         own: Its layout.
-        target: The layout to bring it into.
-        geometry: The sizes that tell where fused weights are to be cut.
+        target: The layout to convert to.
+        geometry: The sizes that determine how fused weights are split.
         references: Shapes of tensors of other models that are in the target's kind: they tell which weights of
             names that no table knows are transposed.
     """
@@ -108,7 +108,7 @@ class Relayout:
         """The checkpoint in the target's layout."""
         if self.own == self.target:
             return self.model
-        # A second name of a weight with parts becomes a tensor of its own; others stay second names.
+        # An alias of a weight that is split becomes a tensor of its own; others stay aliases.
         model = self.model
         split = {alias for alias in model.aliases if module_of(alias) in {**FUSED, **PARTS}}
         everything = [*model.values(), *(replace(model[model.aliases[alias]], name=alias) for alias in sorted(split))]
@@ -156,11 +156,11 @@ class Relayout:
         return weight is not None and weight.parts > 1
 
     def _fused(self, fusion: Fusion) -> str | None:
-        """What the target calls the fused layer, if it has it fused."""
+        """The target's name of the fused layer; None if it is not fused there."""
         return next((name for name in fusion.names if name in self.target.fused), None)
 
     def _turn(self, tensor: StoredTensor) -> StoredTensor:
-        """Transposed, if the target has it so."""
+        """The tensor, transposed if the target stores it so."""
         module, shape = module_of(tensor.name), tensor.shape
         one, two = self._stated_turn(self.own, tensor.name), self._stated_turn(self.target, tensor.name)
         if module == HEAD:
@@ -199,7 +199,7 @@ class Relayout:
             begin += width
 
     def _cuts(self, tensor: StoredTensor, fusion: Fusion) -> tuple[int, tuple[int, ...]]:
-        """Into how many groups the outputs of a fused layer are cut, and the widths of its parts in each."""
+        """The number of groups of a fused layer's outputs, and the widths of its parts in each."""
         outputs = tensor.shape[0 if self.own.kind == "hf" else -1] if tensor.shape else 0
         groups, shares = (self._groups(), self._shares()) if fusion.by_head else (1, (1,) * len(fusion.parts))
         unit, rest = divmod(outputs, groups * sum(shares))
@@ -259,7 +259,7 @@ def _with_module(name: str, old: str, new: str) -> str:
 
 
 def _part(tensor: StoredTensor, kind: Kind, turns: bool, groups: int, begin: int, width: int | None) -> StoredTensor:
-    """Some outputs of a Linear layer's weight or bias, of each group from ``begin`` on, transposed if it ``turns``."""
+    """A slice of the outputs of a weight or bias, in each group from ``begin`` on; transposed if ``turns``."""
     from modelfuse.checkpoints.views.rearranged import view
 
     *_, columns = tensor.shape

@@ -1,4 +1,4 @@
-"""Which layout each input is in: told from shapes and other signs, or by the user; never guessed."""
+"""Detect the layout of each input, from shapes, other signs or the user's declaration; never guessed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ ASK = "Say which it is with --input_layout hf or paddle: one for all, or one per
 def kinds_of(
     models: Sequence[Checkpoint], declared: Sequence[Kind | None], geometry: Geometry
 ) -> tuple[Kind | None, ...]:
-    """The kind of every input; None for those that cannot be told from any other, as nothing speaks for a layout.
+    """The kind of each input; None if nothing indicates a layout in any input.
 
     Args:
         models: The inputs.
-        declared: What the user says of each.
-        geometry: What config.json says.
+        declared: The declared kind of each.
+        geometry: The sizes in config.json.
 
     Raises:
-        MismatchError: If signs contradict each other or the user, or there are none beside a model of a known kind.
+        MismatchError: If signs contradict each other or the declaration, or only some models have signs.
     """
     kinds = [_kind(model, said, geometry) for model, said in zip(models, declared, strict=True)]
     known = next((number for number, kind in enumerate(kinds) if kind is not None), None)
@@ -49,7 +49,7 @@ def kinds_of(
 def _kind(model: Checkpoint, said: Kind | None, geometry: Geometry) -> Kind | None:
     shapes = _shapes(model, geometry)
     if len(shapes) > 1:
-        # Names of an architecture that no table knows may mean something else.
+        # Names of an unknown architecture may have another meaning.
         known = geometry.architecture in ARCHITECTURES
         if said is not None and not known:
             return said
@@ -74,9 +74,9 @@ def _kind(model: Checkpoint, said: Kind | None, geometry: Geometry) -> Kind | No
 
 
 def _shapes(model: Checkpoint, geometry: Geometry) -> dict[Kind, str]:
-    """The kinds that shapes speak for, which is sure, and of each the first weight that does."""
+    """The kinds that shapes prove, and for each the first weight that does."""
     embeddings = [tensor for name, tensor in model.items() if name.endswith(EMBEDDINGS[0])]
-    # Beside a decoder of this width there may be an encoder of another one: only the decoder counts.
+    # An encoder may have another width: only the decoder counts.
     decoder = embeddings[0].name.removesuffix(EMBEDDINGS[0]).removesuffix("embedding.") if len(embeddings) == 1 else ""
     hidden = geometry.hidden or next((tensor.shape[-1] for tensor in embeddings if tensor.shape), None)
     first: dict[Kind, StoredTensor] = {}
@@ -116,7 +116,7 @@ def _kind_of_shape(tensor: StoredTensor, hidden: int | None) -> Kind | None:
 
 
 def _compare(model: Checkpoint, other: Checkpoint, kind: Kind | None, geometry: Geometry) -> Kind | None:
-    """The kind of a model without signs, from its shapes beside those of one of a known kind."""
+    """The kind of a model without signs, by comparing its shapes with those of a model of a known kind."""
     shapes = matrices(other, geometry)
     pairs = [(shape, shapes[name]) for name, shape in matrices(model, geometry).items() if name in shapes]
     if any(one == two[::-1] != two for one, two in pairs):
@@ -131,7 +131,7 @@ def _compare(model: Checkpoint, other: Checkpoint, kind: Kind | None, geometry: 
 
 
 def matrices(model: Checkpoint, geometry: Geometry) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of all that may be Linear weights, by their names as Hugging Face has them."""
+    """The shapes of possible Linear weights, by Hugging Face's names."""
     prefix = prefix_of([*model, *model.aliases], geometry.architecture)
     return {
         f"{HF_PREFIX}{name.removeprefix(prefix)}" if name.startswith(prefix) else name: tensor.shape

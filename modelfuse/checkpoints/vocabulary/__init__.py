@@ -1,1 +1,1 @@
-"""Models of different vocabularies: which token each row of an embedding is for, and rows in another order."""
+"""Models with different vocabularies: the token of each row, and rearranged rows."""

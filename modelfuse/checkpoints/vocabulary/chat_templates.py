@@ -1,4 +1,4 @@
-"""Chat templates: those that models bring, and those that are known by a name."""
+"""Chat templates: of models, and built-in ones by name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from modelfuse.storage import PathOrUrl, is_file
 from modelfuse.storage.files import read_whole
 
 TEMPLATE_FILE = "chat_template.jinja"
-#: The most frequent one among the models.
+#: Selects the most frequent template among the models.
 AUTO = "auto"
-#: A shorter text is a misspelt name.
+#: Shorter texts are taken for misspelled names.
 SHORTEST = 20
 
 _TURNS = "{%- for message in messages -%}"
@@ -61,7 +61,7 @@ def template_of(wanted: str, folders: Sequence[PathOrUrl]) -> str | None:
 
     Args:
         wanted: ``auto``, a name, or the text.
-        folders: Those of the models, in order.
+        folders: The models' folders, in order.
 
     Returns:
         The text; None if ``auto`` finds none.
@@ -71,7 +71,7 @@ def template_of(wanted: str, folders: Sequence[PathOrUrl]) -> str | None:
     """
     if wanted == AUTO:
         found = Counter(text for text in map(template_in, folders) if text is not None)
-        return found.most_common(1)[0][0] if found else None  # Of equally frequent ones, the first.
+        return found.most_common(1)[0][0] if found else None  # The first of equally frequent ones.
     if wanted in TEMPLATES:
         return TEMPLATES[wanted]
     if "{" not in wanted or len(wanted) < SHORTEST:
@@ -83,7 +83,7 @@ def template_of(wanted: str, folders: Sequence[PathOrUrl]) -> str | None:
 
 
 def template_in(folder: PathOrUrl) -> str | None:
-    """The chat template that a model brings."""
+    """The chat template in a model's folder."""
     if is_file(folder / TEMPLATE_FILE):
         return read_whole(folder / TEMPLATE_FILE).decode("utf-8", "replace")
     if not is_file(folder / TOKENIZER_CONFIG):

@@ -1,4 +1,4 @@
-"""Embeddings and heads whose rows are taken from several inputs, read from where they lie."""
+"""Embeddings and heads with rows from several inputs, read from the original files."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from modelfuse.checkpoints.vocabulary.row_maps import MEAN, ZEROS, RowMap
 from modelfuse.dtypes import computed_in
 from modelfuse.storage.files import Buffer
 
-#: Elements that are read of one input at a time where they are computed with.
+#: Elements of one input that are read at a time for computing means.
 PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class RowsTensor(MovedTensor):
-    """A matrix or vector of rows of others.
+    """A matrix or vector with rows of other tensors.
 
     Attributes:
-        own: The input's tensor that it stands for.
-        parts: The tensors that rows come from, by the number of the input.
-        row_map: Which rows.
-        recent: Keeps the mean of all rows.
+        own: The input's tensor that it replaces.
+        parts: The source tensors, by index of the input.
+        row_map: The source of each row.
+        recent: A cache of the mean of all rows.
     """
 
     own: StoredTensor
@@ -39,7 +39,7 @@ class RowsTensor(MovedTensor):
 
     @property
     def width(self) -> int:
-        """The elements of one row."""
+        """Elements per row."""
         return self.size // len(self.row_map)
 
     @property
@@ -66,10 +66,10 @@ def rearranged(number: int, tensors: Mapping[int, StoredTensor], row_map: RowMap
     """The tensor of an input with its rows in the order of the output's vocabulary.
 
     Args:
-        number: The input's number.
-        tensors: The tensors of the inputs that rows come from, by their numbers.
-        row_map: Which rows.
-        axis: Along which the vocabulary lies: 1 of a head that is stored transposed.
+        number: The index of the input.
+        tensors: The source tensors, by index of the input.
+        row_map: The source of each row.
+        axis: The axis of the vocabulary: 1 for a head that is stored transposed.
     """
     own = tensors[number]
     if row_map.is_identity(number, own.shape[axis]):
@@ -91,18 +91,18 @@ def _transposed(tensor: StoredTensor) -> StoredTensor:
 
 
 class _RowReader:
-    """Reads a RowsTensor: rows that follow each other in one input as one run."""
+    """Reads a RowsTensor; consecutive rows of one input are read as one run."""
 
     def __init__(self, tensor: RowsTensor, readers: Mapping[int, Reader]) -> None:
         self._tensor, self._readers = tensor, readers
         self._inputs, self._rows = tensor.row_map.inputs, tensor.row_map.rows
         step = np.where(self._inputs[1:] >= 0, 1, 0)
         follows = (self._inputs[1:] == self._inputs[:-1]) & (self._rows[1:] - self._rows[:-1] == step)
-        #: Where runs begin, and behind the last one.
+        #: The starts of the runs, and the end of the last one.
         self._begins = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(self._inputs)]
 
     def read(self, start: int, buffer: Buffer) -> None:
-        """As a Reader."""
+        """See Reader."""
         dtype, width = self._tensor.dtype, self._tensor.width
         while len(buffer):
             row, skipped = divmod(start, width)
@@ -150,7 +150,7 @@ class _RowReader:
         np.frombuffer(out, self._tensor.dtype.compute)[:] = values
 
     def _mean_of_all(self) -> Array:
-        """The mean of all rows but those of the padding: computed once, in the order of the rows."""
+        """The mean of all rows except the padding; computed once, in the order of the rows."""
         mean: Array = self._tensor.recent.get(self._tensor.row_map, self._compute_mean)
         return mean
 

@@ -1,4 +1,4 @@
-"""Which rows of which inputs the embedding of each input is made of, in the order of the output's vocabulary."""
+"""The source of each row of an input's rearranged embedding, in the order of the output's vocabulary."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 from modelfuse.checkpoints.vocabulary.tokenizers import Tokenizer
 
-#: In place of an input's number: a row of zeros, and the mean of several rows.
+#: Instead of an input's index: a row of zeros, and the mean of several rows.
 ZEROS, MEAN = -1, -2
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
-#: A row: the number of an input, and of the row in it.
+#: A row: the index of an input, and of the row in it.
 Row = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """What each row of one input's rearranged embedding is.
+    """The source of each row of one input's rearranged embedding.
 
     Attributes:
-        inputs: For each row the input that it comes from, ``ZEROS`` or ``MEAN``.
-        rows: The number of the row there.
-        means: Of rows that are means, what they are the means of.
-        padding: How many rows come after these, each the mean of all of them.
+        inputs: For each row, the index of its input, ``ZEROS`` or ``MEAN``.
+        rows: For each row, its index in that input.
+        means: For rows that are means, the rows to average.
+        padding: The number of rows after these, each the mean of all of them.
     """
 
     inputs: Numbers
@@ -35,7 +35,7 @@ class RowMap:
     padding: int = 0
 
     def __repr__(self) -> str:
-        """What tells it from others in a journal, however many rows there are."""
+        """A short text that identifies it in a journal, for any number of rows."""
         digest = hashlib.sha256(self.inputs.tobytes() + self.rows.tobytes() + repr(sorted(self.means.items())).encode())
         return f"RowMap({digest.hexdigest()}, {self.padding})"
 
@@ -44,17 +44,17 @@ class RowMap:
 
     @property
     def donors(self) -> tuple[int, ...]:
-        """The inputs that rows come from."""
+        """The inputs that are sources of rows."""
         among = {number for rows in self.means.values() for number, _ in rows}
         return tuple(sorted(among | {int(each) for each in np.unique(self.inputs) if each >= 0}))
 
     def of_difference(self, number: int) -> RowMap:
-        """The same for an adapter's difference: what is not its own row is no difference."""
+        """The same for an adapter's difference, where rows of other inputs are zero."""
         own = self.inputs == number
         return RowMap(np.where(own, number, ZEROS), np.where(own, self.rows, 0))
 
     def is_identity(self, number: int, rows: int) -> bool:
-        """Whether it changes nothing of an input with so many rows."""
+        """Whether it leaves an input with ``rows`` rows unchanged."""
         own = len(self) == rows and not self.padding and bool((self.inputs == number).all())
         return own and bool((self.rows == np.arange(rows)).all())
 
@@ -64,8 +64,8 @@ class TokenRow:
     """A row that is asked for.
 
     Attributes:
-        row: Where it is; None: zeros.
-        force: Whether inputs that have the token get it, too.
+        row: The row; None: zeros.
+        force: Whether it also replaces rows of inputs that have the token.
     """
 
     row: Row | None

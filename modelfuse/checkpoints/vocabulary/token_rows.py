@@ -1,4 +1,4 @@
-"""Which tensors of a model have a row for each token, and how many."""
+"""Tensors with a row for each token, and the number of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS
 
 #: Names of tensors outside the layers with a row for each token, beside embeddings and heads.
 _ALSO = re.compile(r"(?:^|\.)(?:lm_head|embed_out|embed_tokens\w*|predictions(?:\.decoder)?|word_embeddings)\.\w+$")
-#: More tokens than any model has.
+#: No limit: larger than any vocabulary.
 NO_LIMIT = 1 << 24
 
 
@@ -25,20 +25,20 @@ def has_rows_of_tokens(name: str) -> bool:
 
 
 def rows_of(model: Checkpoint) -> int | None:
-    """The rows of a model's embedding, else of its head."""
+    """The number of rows of a model's embedding, else of its head."""
     name = embedding_of(model) or next((name for name in model if name.endswith(HEADS)), None)
     return None if name is None else model[name].shape[0]
 
 
 def axis_of_tokens(name: str, tensor: StoredTensor, rows: int | None) -> int | None:
-    """Along which axis a tensor of a model with so many rows has one for each token; None if it has none."""
+    """The axis along which a tensor has an entry for each token; None if it has none."""
     if not has_rows_of_tokens(name):
         return None
     return next((axis for axis, length in enumerate(tensor.shape[:2]) if length == rows), None)
 
 
 def limit_of(model: Checkpoint) -> int:
-    """The number from which on a model has no tokens."""
+    """The first token id that a model does not have."""
     said, text = model.config.get("vocab_size"), model.config.get("text_config")
     if type(said) is not int and isinstance(text, Mapping):
         said = text.get("vocab_size")

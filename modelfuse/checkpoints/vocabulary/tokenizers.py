@@ -1,4 +1,4 @@
-"""tokenizer.json, read by itself: which token has which number."""
+"""Read tokenizer.json: the ids of all tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelfuse.storage import PathOrUrl, is_file
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: Files of tokenizers that transformers is asked to read.
 OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
-#: More tokens than any model has rows.
+#: The largest vocabulary.
 MOST_TOKENS = 1 << 24
 
 
@@ -25,9 +25,9 @@ class Tokenizer:
     Attributes:
         folder: Where its files are.
         kind: The type of its model: ``BPE``, ``WordPiece``, ``WordLevel`` or ``Unigram``.
-        tokens: The number of every token.
+        tokens: The id of each token.
         added: The settings of added tokens, special ones among them, by token.
-        content: The file's.
+        content: The content of the file.
     """
 
     folder: PathOrUrl
@@ -38,7 +38,7 @@ class Tokenizer:
 
     @property
     def rows(self) -> int:
-        """How many rows an embedding needs for it."""
+        """The number of rows that an embedding needs for it."""
         return max(self.tokens.values(), default=-1) + 1
 
 
@@ -109,12 +109,12 @@ def _added(listed: object, path: PathOrUrl) -> dict[str, Mapping[str, Any]]:
 
 
 def _vocabulary(vocab: object, path: PathOrUrl) -> dict[str, Any]:
-    """The numbers of the model's own tokens: a map, or a list of tokens with their scores."""
+    """The ids of the model's tokens, from a map or a list of tokens with scores."""
     if isinstance(vocab, dict):
         return dict(vocab)
     if isinstance(vocab, list) and all(isinstance(each, list) and each and isinstance(each[0], str) for each in vocab):
         tokens = dict[str, Any]()
         for number, (token, *_) in enumerate(vocab):
-            tokens.setdefault(token, number)  # A token that is there twice is found at its first place.
+            tokens.setdefault(token, number)  # For duplicates, the first id counts.
         return tokens
     raise CheckpointError(f"{path} has a vocabulary that is not understood")

@@ -1,4 +1,4 @@
-"""The tokenizer of an output: one input's, or the union of all, with tokens that are asked for."""
+"""The tokenizer of an output: that of one input, or the union of all, with additional tokens."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PLAIN: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class OutputVocabulary:
-    """Which token each row of the output is for.
+    """The vocabulary of an output.
 
     Attributes:
-        tokenizer: The input's whose files the output gets.
-        tokens: The number of every token.
-        added: The tokens that the input's does not have, with their settings and numbers.
-        removed: The tokens that the output does not have of it.
+        tokenizer: The tokenizer of the input whose files are used.
+        tokens: The id of each token.
+        added: Tokens that this input lacks, with their settings and ids.
+        removed: Tokens of this input that the output lacks.
         conflicts: Added tokens whose settings differ between inputs.
     """
 
@@ -35,12 +35,12 @@ class OutputVocabulary:
 
     @property
     def rows(self) -> int:
-        """How many rows have a token, or lie between some that have."""
+        """The number of rows up to the last one with a token."""
         return max(self.tokens.values(), default=-1) + 1
 
     @property
     def is_changed(self) -> bool:
-        """Whether the tokenizer is not the input's as it is."""
+        """Whether the tokenizer differs from the input's."""
         return bool(self.added or self.removed)
 
     def tokenizer_json(self) -> bytes:
@@ -88,7 +88,7 @@ def one_of(tokenizer: Tokenizer, extra: Iterable[str] = (), limit: int | None = 
 def union_of(
     tokenizers: Sequence[Tokenizer], limits: Sequence[int | None], extra: Iterable[str] = ()
 ) -> OutputVocabulary:
-    """The first input's tokenizer, then what the others have beyond it.
+    """The first input's tokenizer, extended by the tokens of the others.
 
     Args:
         tokenizers: One an input, the base first.
@@ -129,7 +129,7 @@ def _extended(
     more: Iterable[tuple[str, Mapping[str, Any]]],
     conflicts: tuple[str, ...],
 ) -> OutputVocabulary:
-    """A tokenizer without some tokens, and with more behind the last."""
+    """A tokenizer without some tokens, and with others appended."""
     tokens, added = dict(kept), list[Mapping[str, Any]]()
     number = max(tokens.values(), default=-1) + 1
     for token, settings in more:
@@ -151,7 +151,7 @@ def _conflicts(tokenizers: Sequence[Tokenizer]) -> tuple[str, ...]:
 
 
 def _remove(model: dict[str, Any], removed: frozenset[str]) -> None:
-    """Take tokens out of a BPE model, and the merges that make them."""
+    """Remove tokens from a BPE model, and the merges that produce them."""
     model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in removed}
     if isinstance(model.get("merges"), list):
         model["merges"] = [each for each in model["merges"] if not _makes(each, removed)]
