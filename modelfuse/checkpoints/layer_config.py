@@ -53,42 +53,42 @@ def with_layers(
             notes.append(f"config.json has no number of layers that is {stack.count}: none was changed")
         return changed, notes
     same = [layer for _, layer in origins] == list(range(len(origins)))
-    for place in dict.fromkeys(key[:-1] for key in stack.keys):
-        part = _at(changed, place)
+    for parent in dict.fromkeys(key[:-1] for key in stack.keys):
+        part = _at(changed, parent)
         for key, value in list(part.items()):
-            part[key] = _value(key, value, place, stack.count, origins)
+            part[key] = _value(key, value, parent, stack.count, origins)
             if key in _RHYTHMS and value not in (None, 0, 1) and not same:
                 notes.append(f"config.json says by {key}: {value} of which kind layers are, which was left as it is")
-    for *places, last in stack.keys:
-        _at(changed, tuple(places))[last] = len(origins)
+    for *parents, last in stack.keys:
+        _at(changed, tuple(parents))[last] = len(origins)
     return changed, notes
 
 
-def _value(key: str, value: object, place: ConfigKey, count: int, origins: Sequence[Origin]) -> object:
+def _value(key: str, value: object, parent: ConfigKey, count: int, origins: Sequence[Origin]) -> object:
     if key in _UP_TO and type(value) is int and value >= count:
         return len(origins)
     if key in NEXT_TOKENS:
         return 0
     if isinstance(value, str) and key.endswith("pattern") and len(value) == count:
-        return "".join(str(each) for each in _entries(key, value, place, origins))
+        return "".join(str(each) for each in _entries(key, value, parent, origins))
     if not isinstance(value, list) or _OTHER_LISTS.fullmatch(key):
         return value
     if _SOME_LAYERS.fullmatch(key) and _are_layers(value, count):
-        own = [_lookup(config, place).get(key, value) for config, _ in origins]
+        own = [_lookup(config, parent).get(key, value) for config, _ in origins]
         return [
             number
             for number, (_, layer) in enumerate(origins)
             if isinstance(own[number], list) and layer in own[number]
         ]
     if len(value) == count and (_PER_LAYER.fullmatch(key) or count >= _LONG):
-        return list(_entries(key, value, place, origins))
+        return list(_entries(key, value, parent, origins))
     return value
 
 
-def _entries(key: str, value: Sequence[object], place: ConfigKey, origins: Sequence[Origin]) -> Iterator[object]:
+def _entries(key: str, value: Sequence[object], parent: ConfigKey, origins: Sequence[Origin]) -> Iterator[object]:
     """The entry of each layer in its own model, else the output model's entry at that index."""
     for config, layer in origins:
-        own = _lookup(config, place).get(key)
+        own = _lookup(config, parent).get(key)
         found = own if isinstance(own, type(value)) and len(own) > layer else value
         yield found[min(layer, len(found) - 1)]
 
@@ -99,13 +99,13 @@ def _are_layers(value: Sequence[object], count: int) -> bool:
     return len(numbers) == len(value) == len(set(numbers)) and (len(value) < count or numbers == sorted(numbers))
 
 
-def _at(config: MutableMapping[str, Any], place: ConfigKey) -> MutableMapping[str, Any]:
-    for key in place:
+def _at(config: MutableMapping[str, Any], parent: ConfigKey) -> MutableMapping[str, Any]:
+    for key in parent:
         config = config[key]
     return config
 
 
-def _lookup(config: Mapping[str, Any], place: ConfigKey) -> Mapping[str, Any]:
-    for key in place:
+def _lookup(config: Mapping[str, Any], parent: ConfigKey) -> Mapping[str, Any]:
+    for key in parent:
         config = config.get(key, {}) if isinstance(config, Mapping) else {}
     return config if isinstance(config, Mapping) else {}

@@ -69,10 +69,10 @@ def _reported(folder: Path) -> set[str]:
 
 def _files_in(folder: Path) -> Iterator[str]:
     """Relative paths of all files in a folder and its subfolders; links are not followed."""
-    for place, folders, files in os.walk(folder, onerror=_cannot_look):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+    for parent, folders, files in os.walk(folder, onerror=_cannot_look):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in (*files, *links):
-            yield os.path.relpath(os.path.join(place, name), folder)
+            yield os.path.relpath(os.path.join(parent, name), folder)
 
 
 def _cannot_look(error: OSError) -> None:

@@ -72,11 +72,11 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
     usual = _usual_of(folder, named)
     files = {name: folder / name for name in (*usual, *named)}
     if (other := tokenizer_folder(recipe)) is not None:
-        files = {name: place for name, place in files.items() if name in named or not is_tokenizers(name)}
+        files = {name: path for name, path in files.items() if name in named or not is_tokenizers(name)}
         files |= {name: other / name for name in _usual_of(other, ()) if is_tokenizers(name) and name not in named}
     if not recipe.copy_tokenizer:
-        files = {name: place for name, place in files.items() if name in named or not belongs_to_tokenizer(name)}
-    return tuple(SideFile(place, name, size_of(place)) for name, place in files.items())
+        files = {name: path for name, path in files.items() if name in named or not belongs_to_tokenizer(name)}
+    return tuple(SideFile(path, name, size_of(path)) for name, path in files.items())
 
 
 def _usual_of(folder: PathOrUrl, named: Collection[str]) -> list[str]:

@@ -151,11 +151,11 @@ class WeightFiles(NamedTuple):
     weight_map: dict[str, str] | None
 
 
-def find_files(place: object, names: Collection[str], prefix: str, get: Callable[[str], PathOrUrl]) -> WeightFiles:
+def find_files(folder: object, names: Collection[str], prefix: str, get: Callable[[str], PathOrUrl]) -> WeightFiles:
     """Find the weight files in a folder: by an index, as one file, or as numbered shards.
 
     Args:
-        place: The folder, for errors.
+        folder: The folder, for errors.
         names: All its files.
         prefix: As for :func:`open_checkpoint`.
         get: Returns the path to read a small file of the folder.
@@ -166,37 +166,37 @@ def find_files(place: object, names: Collection[str], prefix: str, get: Callable
     for form in _formats(prefix, names):
         index = form.index_file
         if index in names:
-            weight_map = _read_weight_map(place, names, index, get(index))
+            weight_map = _read_weight_map(folder, names, index, get(index))
             if form.file not in weight_map.values() and form.file in names:
                 raise CheckpointError(
-                    f"{place} holds two models: {form.file}, and the shards that {index} names",
+                    f"{folder} holds two models: {form.file}, and the shards that {index} names",
                     "Remove the one that is out of date.",
                 )
             return WeightFiles(form, sorted(set(weight_map.values())), weight_map)
         if form.file in names:
             return WeightFiles(form, [form.file], None)
-        if shards := _numbered_shards(place, names, form):
+        if shards := _numbered_shards(folder, names, form):
             return WeightFiles(form, shards, None)
-    raise _no_checkpoint(place, names, prefix)
+    raise _no_checkpoint(folder, names, prefix)
 
 
-def _read_weight_map(place: object, names: Collection[str], index: str, path: PathOrUrl) -> dict[str, str]:
+def _read_weight_map(folder: object, names: Collection[str], index: str, path: PathOrUrl) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{place}/{index} has no weight_map")
+        raise CheckpointError(f"{folder}/{index} has no weight_map")
     look_up(path.parent, [file for file in weight_map.values() if isinstance(file, str)])  # Not all servers list all.
     for file in {file if isinstance(file, str) else "" for file in weight_map.values()}:
         if not file or not is_printable(file) or file in (".", "..") or Path(file).name != file or "\\" in file:
             raise CheckpointError(
-                f"{place}/{index} names the file {file!r}, which is not in its folder",
+                f"{folder}/{index} names the file {file!r}, which is not in its folder",
                 "An index may only name files beside it. Do not trust this checkpoint.",
             )
         if file not in names and not (isinstance(path, Url) and is_file(path.with_name(file))):
-            raise CheckpointError(f"{place}/{file} is missing, but {index} names it", "Fetch the missing shard.")
+            raise CheckpointError(f"{folder}/{file} is missing, but {index} names it", "Fetch the missing shard.")
     return weight_map
 
 
-def _numbered_shards(place: object, names: Collection[str], form: Format) -> list[str]:
+def _numbered_shards(folder: object, names: Collection[str], form: Format) -> list[str]:
     pattern = re.compile(rf"{re.escape(form.whole_stem)}-(\d+)-of-(\d+){re.escape(form.suffix)}")
     found = {match[0]: match for name in names if (match := pattern.fullmatch(name))}
     totals = {int(match[2]) for match in found.values()}
@@ -205,35 +205,35 @@ def _numbered_shards(place: object, names: Collection[str], form: Format) -> lis
     numbers = sorted(int(match[1]) for match in found.values())
     if len(totals) > 1 or numbers != list(range(1, max(totals) + 1)):
         raise CheckpointError(
-            f"{place} holds {len(found)} of {max(totals)} shards of {form.file} and no index",
+            f"{folder} holds {len(found)} of {max(totals)} shards of {form.file} and no index",
             f"Fetch the missing shards, or {form.index_file}.",
         )
     return sorted(found)
 
 
-def _no_checkpoint(place: object, names: Collection[str], prefix: str) -> CheckpointError:
+def _no_checkpoint(folder: object, names: Collection[str], prefix: str) -> CheckpointError:
     expected = ", ".join(Format(*each).file for each in _KNOWN[prefix])
-    message = f"{place} holds no checkpoint: looked for {expected} (and their shards)"
-    return CheckpointError(message, _what_is_there(place, sorted(names), prefix))
+    message = f"{folder} holds no checkpoint: looked for {expected} (and their shards)"
+    return CheckpointError(message, _what_is_there(folder, sorted(names), prefix))
 
 
-def _what_is_there(place: object, names: list[str], prefix: str) -> str:
+def _what_is_there(folder: object, names: list[str], prefix: str) -> str:
     """A hint for a folder without a model: what it has instead, and what to do with that."""
     other = {"model": "master_weights", "master_weights": "model"}.get(prefix)
     there = [Format(*each).file for each in _KNOWN[other] if Format(*each).file in names] if other else []
     if there:
         return f"It has {there[0]}: use --merge_prefix {other}."
     if "model_index.json" in names:
-        return f"It is a pipeline of diffusers: name one of its parts, such as {place}/unet."
+        return f"It is a pipeline of diffusers: name one of its parts, such as {folder}/unet."
     if trained := sorted((name for name in names if _TRAINED.fullmatch(name)), key=_number):
-        return f"Training has left {_listed(trained)} in it: name one of them, such as {place}/{trained[-1]}."
+        return f"Training has left {_listed(trained)} in it: name one of them, such as {folder}/{trained[-1]}."
     states = [name for name in names if name.startswith("global_step")]
     if "zero_to_fp32.py" in names or states or any(name.endswith(".distcp") for name in names):
         how = "python zero_to_fp32.py . ." if "zero_to_fp32.py" in names else "the program that trained it"
         return f"It holds {_listed(states) or 'parts of'} a sharded training state: make a model of it with {how}."
     if weights := [name for name in names if Path(name).suffix in READABLE]:
         verb = "are" if len(weights) > 1 else "is"
-        return f"There {verb} {_listed(weights)}: name the file itself, such as {place}/{weights[0]}."
+        return f"There {verb} {_listed(weights)}: name the file itself, such as {folder}/{weights[0]}."
     return f"It holds {_listed(names) or 'nothing'}. A file with weights may be named, too."
 
 

@@ -62,7 +62,7 @@ def find_suspicious(plan: Plan, distances: Callable[[str], Sequence[Distance]]) 
         The models with suspicious tensors.
     """
     found = []
-    for number, place in enumerate(plan.recipe.model_path_list):
+    for number, path in enumerate(plan.recipe.model_path_list):
         # One number per tensor is kept: a model may have a hundred thousand of them.
         tensors, equal, known = 0, [], array("d")
         for name, distance in _of_model(plan, distances, number):
@@ -79,7 +79,7 @@ def find_suspicious(plan: Plan, distances: Callable[[str], Sequence[Distance]]) 
             and (distance.relative is None or (middle is not None and distance.relative > FAR * middle > 0))
         }
         if equal or far:
-            found.append(Suspicious(place, tensors, tuple(equal), far, middle))
+            found.append(Suspicious(path, tensors, tuple(equal), far, middle))
     return tuple(found)
 
 

@@ -65,8 +65,8 @@ def _weight(each: Any) -> Expression:
 
 def _position(size: int, share: Fraction) -> tuple[int, float]:
     """The rank below a quantile, and how far the quantile is on the way to the next."""
-    place = share * (size - 1)
-    return math.floor(place), float(place - math.floor(place))
+    position = share * (size - 1)
+    return math.floor(position), float(position - math.floor(position))
 
 
 def _between(size: int, share: Fraction, magnitudes: Magnitudes) -> float:

@@ -19,8 +19,8 @@ def each_of(work: Callable[[PathOrUrl], T], paths: Sequence[PathOrUrl]) -> list[
     Raises:
         BaseException: The first exception, in the order of the paths.
     """
-    if len(paths) < 2 or not any(isinstance(place, Url) for place in paths):
-        return [work(place) for place in paths]
+    if len(paths) < 2 or not any(isinstance(path, Url) for path in paths):
+        return [work(path) for path in paths]
     from concurrent.futures import ThreadPoolExecutor
 
     from modelfuse.storage.remote.range_cache import RANGES

@@ -32,4 +32,4 @@ def is_named(url: Url) -> bool:
 
 def hosts_of(paths: Iterable[object]) -> list[str]:
     """The buckets and servers of some paths or URLs, without their paths."""
-    return sorted({f"{place.scheme}://{place.host}" for place in paths if isinstance(place, Url)})
+    return sorted({f"{each.scheme}://{each.host}" for each in paths if isinstance(each, Url)})

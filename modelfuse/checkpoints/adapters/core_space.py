@@ -150,9 +150,9 @@ def _part(name: str, lefts: Floats, upper: Floats, ranks: Sequence[int], method:
     # Methods may count directions by the size of the smaller side: as of the large matrix, each model has all of its.
     size = min(len(ranks) * max(ranks), inputs, len(lefts))
     rows, columns = cores[0].shape
-    room = np.zeros((len(cores), rows, size) if of_columns else (len(cores), size, columns))
-    room[:, :rows, :columns] = cores
-    made: Floats = side @ merge_matrices(name, room, method, of_columns, inputs)[:rows, :columns]
+    padded = np.zeros((len(cores), rows, size) if of_columns else (len(cores), size, columns))
+    padded[:, :rows, :columns] = cores
+    made: Floats = side @ merge_matrices(name, padded, method, of_columns, inputs)[:rows, :columns]
     return made
 
 

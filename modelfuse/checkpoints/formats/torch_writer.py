@@ -1,4 +1,4 @@
-"""Writing torch's own format: an uncompressed zip archive, made so that tensors have planned places.
+"""Write torch's format: an uncompressed zip archive, with tensors at planned offsets.
 
 It is what ``torch.save`` writes for a state dict, as ``torch.load(weights_only=True)`` reads it, mapped into memory or
 not: ``data.pkl``, which describes tensors, ``byteorder``, ``data/N`` with the bytes of each, from a multiple of 64 on,
@@ -53,7 +53,7 @@ def frame_torch(tensors: Sequence[tuple[str, DType, Sequence[int]]]) -> Frame:
 
 @dataclass
 class _Archive:
-    """A zip archive as it grows; what it leaves room for is no piece of it."""
+    """A zip archive as it grows; gaps that it leaves for tensors are not among the pieces."""
 
     pieces: list[tuple[int, bytes]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -71,7 +71,7 @@ class _Archive:
         self._run += content
 
     def leave(self, name: str, size: int) -> None:
-        """Room for an entry's bytes."""
+        """Leave a gap for the bytes of an entry."""
         self._head(name, size, 0)
         self.pieces.append((self._begin, self._run))
         self.offsets.append(self._position)

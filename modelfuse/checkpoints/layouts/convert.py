@@ -272,8 +272,8 @@ def _part(tensor: StoredTensor, kind: Kind, turns: bool, groups: int, begin: int
     width = outputs // groups if width is None else width
     dims, steps, shape = [groups, width], [outputs // groups * out_step, out_step], [groups * width]
     if inputs is not None:
-        place = 0 if (kind == "hf") == turns else len(dims)
-        dims.insert(place, inputs)
-        steps.insert(place, in_step)
-        shape.insert(min(place, 1), inputs)
+        position = 0 if (kind == "hf") == turns else len(dims)
+        dims.insert(position, inputs)
+        steps.insert(position, in_step)
+        shape.insert(min(position, 1), inputs)
     return view(tensor, tuple(shape), tuple(dims), tuple(steps), begin * out_step)

@@ -101,7 +101,7 @@ class Vocabularies:
             present: Their numbers.
         """
         own = np.stack([self._own(number) for number in present])
-        found = {number: own[place] for place, number in enumerate(present)}
+        found = {number: own[index] for index, number in enumerate(present)}
         inputs, rows, means = self._default(found)
         return {number: self._of(number, mine, inputs, rows, means) for number, mine in found.items()}
 
@@ -120,12 +120,12 @@ class Vocabularies:
         """For each row of the output, the input's own row of the same token; −1 where it has none."""
         own = np.full(self.length, -1, np.int64)
         tokenizer, limit = self.tokenizers[number], self.limits[number]
-        places = np.fromiter(self.tokens.values(), np.int64, len(self.tokens))
+        ids = np.fromiter(self.tokens.values(), np.int64, len(self.tokens))
         theirs = np.fromiter((tokenizer.tokens.get(token, -1) for token in self.tokens), np.int64, len(self.tokens))
-        own[places] = np.where(theirs < limit, theirs, -1)
+        own[ids] = np.where(theirs < limit, theirs, -1)
         # Rows that belong to no token stay where they are, unless the input has a token there.
         free = np.ones(self.length, bool)
-        free[places] = False
+        free[ids] = False
         taken = np.fromiter(tokenizer.tokens.values(), np.int64, len(tokenizer.tokens))
         free[taken[taken < self.length]] = False
         free[limit:] = False
@@ -147,8 +147,8 @@ class Vocabularies:
             several = several & ~bases
         lacking = several & (count < len(found))
         means = {
-            int(row): tuple((int(number), int(own[place, row])) for place, number in enumerate(numbers)
-                            if own[place, row] >= 0)
+            int(row): tuple((int(number), int(own[index, row])) for index, number in enumerate(numbers)
+                            if own[index, row] >= 0)
             for row in np.flatnonzero(lacking)
         }  # fmt: skip
         inputs[lacking], rows[lacking] = MEAN, 0

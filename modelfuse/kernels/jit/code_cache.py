@@ -231,7 +231,7 @@ def _key() -> str:
     version = [Path(numba.origin).with_name("_version.py")] if numba is not None and numba.origin else []
     for path in (
         *version,
-        *(path for room in ("kernels", "methods") for path in sorted((PACKAGE / room).rglob("*.py"))),
+        *(path for package in ("kernels", "methods") for path in sorted((PACKAGE / package).rglob("*.py"))),
     ):
         sources.update(path.read_bytes())
     return f"-{hashlib.blake2b(machine.encode(), digest_size=6).hexdigest()}-{sources.hexdigest()}"

@@ -118,15 +118,15 @@ def _name(content: object) -> str | None:
 
 def _in_order(read: Sequence[Configuration], names: Sequence[str | None]) -> tuple[Configuration, ...]:
     """The documents, each after those that it uses; the unnamed one, else the last unused one, is at the end."""
-    places = {name: number for number, name in enumerate(names)}
-    uses = {number: {places[stage] for stage in stages_of(each)} for number, each in enumerate(read)}
+    positions = {name: number for number, name in enumerate(names)}
+    uses = {number: {positions[stage] for stage in stages_of(each)} for number, each in enumerate(read)}
     try:
         order = list(TopologicalSorter(uses).static_order())
     except CycleError as error:
         cycle = " → ".join(str(names[number]) for number in error.args[1])
         raise RecipeError(f"Documents of the configuration use each other's results: {cycle}") from None
     used = set[int]().union(*uses.values())
-    last = places.get(None)
+    last = positions.get(None)
     if last is None:
         last = max(number for number in range(len(read)) if number not in used)
     return tuple(read[number] for number in [*(each for each in order if each != last), last])

@@ -48,12 +48,12 @@ class FilteredValue:
         >>> FilteredValue(None, (True, False, False)).at(0.49)
         True
         """
-        place = depth * (len(self.values) - 1)
-        before = math.floor(place)
+        position = depth * (len(self.values) - 1)
+        before = math.floor(position)
         low = self.values[before]
-        if isinstance(low, bool) or before == place:
+        if isinstance(low, bool) or before == position:
             return low
-        return low + (self.values[before + 1] - low) * (place - before)
+        return low + (self.values[before + 1] - low) * (position - before)
 
 
 #: A parameter in one scope: the first matching entry counts.
