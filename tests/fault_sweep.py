@@ -24,7 +24,7 @@ import numpy as np
 from conftest import bf16, make_model, snapshot
 
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
-from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.checkpoints.output.background_sync import BackgroundSync
 from modelfuse.cli.main import main
 from modelfuse.execution import run
 from modelfuse.execution.result import Result
@@ -51,9 +51,9 @@ def keep_at_once() -> None:
     def synced(folder: OutputFolder, name: str, nbytes: int, entry: object) -> None:
         with contextlib.suppress(AttributeError):  # The thread is not to begin before its time.
             keep(folder, name, nbytes, entry)
-            folder._keeper.stop()
-            folder._keeper.flush()
-            folder._keeper = Keeper(folder._keep)
+            folder._sync.stop()
+            folder._sync.flush()
+            folder._sync = BackgroundSync(folder._keep)
 
     OutputFolder.keep = synced  # type: ignore[assignment, method-assign]
 

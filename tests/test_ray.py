@@ -472,7 +472,7 @@ def test_without_ray_the_extra_is_named(
 DRIVER = """
 import os, signal, sys
 from modelfuse.execution import run
-from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.checkpoints.output.background_sync import BackgroundSync
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.cli.main import main
 from modelfuse.execution.ray import batches
@@ -484,9 +484,9 @@ def keep_at_once(folder, *words):
     if len(kept) == 5:
         {action}
     kept.append(keep(folder, *words))
-    folder._keeper.stop()
-    folder._keeper.flush()
-    folder._keeper = Keeper(folder._keep)
+    folder._sync.stop()
+    folder._sync.flush()
+    folder._sync = BackgroundSync(folder._keep)
 
 OutputFolder.keep = keep_at_once
 sys.exit(main(sys.argv[1:]))

@@ -33,7 +33,7 @@ SIZES = {"a": 3 * SPAN + 17, "b": 5, "c": SPAN, "d": 0, "e": 2 * SPAN}
 KILLED_AFTER = """
 import os, signal, sys
 from modelfuse.execution import run
-from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.checkpoints.output.background_sync import BackgroundSync
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.cli.main import main
 
@@ -44,9 +44,9 @@ def keep_at_once(folder, *words):
     if len(kept) == {spans}:
         os.kill(os.getpid(), signal.SIGKILL)
     kept.append(keep(folder, *words))
-    folder._keeper.stop()
-    folder._keeper.flush()
-    folder._keeper = Keeper(folder._keep)
+    folder._sync.stop()
+    folder._sync.flush()
+    folder._sync = BackgroundSync(folder._keep)
 
 OutputFolder.keep = keep_at_once
 sys.exit(main(sys.argv[1:]))
@@ -558,9 +558,9 @@ def test_a_power_cut_at_any_moment(
 
     def keep_at_once(folder: atomic_folder.OutputFolder, name: str, nbytes: int, entry: object) -> None:
         keep(folder, name, nbytes, entry)
-        folder._keeper.stop()
-        folder._keeper.flush()
-        folder._keeper = background_sync.Keeper(folder._keep)
+        folder._sync.stop()
+        folder._sync.flush()
+        folder._sync = background_sync.BackgroundSync(folder._keep)
 
     monkeypatch.setattr(atomic_folder, "_identity", lambda status: [0, status.st_size])
     words += more

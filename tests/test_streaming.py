@@ -16,7 +16,7 @@ from conftest import ROOT, Said, bf16, call, make_model
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.formats.safetensors import read_safetensors
-from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.checkpoints.output.background_sync import BackgroundSync
 from modelfuse.execution.prefetch import Streaming
 from modelfuse.execution.worker import Task
 from modelfuse.storage.files import SourceFile
@@ -182,7 +182,7 @@ def test_where_the_system_takes_no_advice_merges_work(
     for name in ("posix_fadvise", "POSIX_FADV_WILLNEED", "POSIX_FADV_DONTNEED"):
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setattr(page_cache, "SPARE", 2.0)
-    monkeypatch.setattr(Keeper, "_is_due", lambda keeper: bool(keeper._entries))
+    monkeypatch.setattr(BackgroundSync, "_is_due", lambda sync: bool(sync._entries))
     merge("--model_path_list", *pair, "--output_path", tmp_path / "out")
 
 

@@ -247,8 +247,8 @@ def run_plan(plan: Plan, progress: Progress | None = None, tell: Callable[[str],
         raise OutputError("output_path is not given", "Name the folder to create with --output_path.")
     check_disk_space(plan.recipe.output_path, plan.disk_space)
     with cluster_of(plan.recipe) as cluster, _output(plan, plan.recipe.output_path) as folder, announcing(tell):
-        if folder.afresh is not None:
-            tell(f"Starting over: {folder.afresh}.")
+        if folder.restart_reason is not None:
+            tell(f"Starting over: {folder.restart_reason}.")
         return run_into(plan, folder, cluster, progress, tell)
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from modelfuse.checkpoints.made_files import check_replaceable
-from modelfuse.checkpoints.output.background_sync import Keeper
+from modelfuse.checkpoints.output.background_sync import BackgroundSync
 from modelfuse.checkpoints.output.failures import cannot_write, is_worth_going_on
 from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import OutputError
@@ -56,12 +56,12 @@ class OutputFolder:
         self._lock = Lock(path.with_name(f".{path.name}.modelfuse.lock"), path)
         self._descriptors: dict[str, int] = {}
         self._journal = Journal(path.with_name(f".{path.name}.modelfuse.journal"))
-        self._keeper = Keeper(self._keep)
+        self._sync = BackgroundSync(self._keep)
         #: Weight files that an earlier run has left, by name.
         self._left: frozenset[str] = frozenset()
         self._entries: Iterator[object] = iter(())
         #: Why an earlier run cannot be resumed; None if there was none, or it can.
-        self.afresh: str | None = None
+        self.restart_reason: str | None = None
         #: sha256 by file name: of every small file, and of each weight file without its tensors' bytes.
         self.digests: dict[str, str] = {}
         self._new_parents: list[Path] = []
@@ -92,7 +92,7 @@ class OutputFolder:
     ) -> None:
         keeps = done = False
         try:
-            self._keeper.stop()
+            self._sync.stop()
             done = self._appeared()
             keeps = error is not None and not done and is_worth_going_on(error) and self._kept()
             self._close()
@@ -144,7 +144,7 @@ class OutputFolder:
             OutputError: If an earlier span could not be synced.
         """
         try:
-            self._keeper.add(name, nbytes, entry)
+            self._sync.add(name, nbytes, entry)
         except OSError as error:
             raise cannot_write(error, self.path / name) from error
 
@@ -197,10 +197,10 @@ class OutputFolder:
             OutputError: If syncing or renaming fails; the output is then as it was.
         """
         try:
-            self._keeper.stop()
-            self._keeper.check()
+            self._sync.stop()
+            self._sync.check()
             if self._journal.exists:
-                self._keeper.flush()
+                self._sync.flush()
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
             for folder, _, _ in os.walk(self._temporary):
@@ -225,7 +225,7 @@ class OutputFolder:
     def _kept(self) -> bool:
         """Journal the remaining finished spans, if possible; returns whether the next run can resume anything."""
         with contextlib.suppress(OSError):
-            self._keeper.flush()
+            self._sync.flush()
         return self._journal.exists
 
     def _takes_up(self) -> bool:
@@ -234,11 +234,11 @@ class OutputFolder:
         facts, files = next(self._entries, None), next(self._entries, None)
         if not isinstance(facts, dict) or not isinstance(files, dict):
             if self._journal.path.exists():
-                self.afresh = f"{self._journal.path} is damaged"
+                self.restart_reason = f"{self._journal.path} is damaged"
             return False
         changed = [name for name in {**facts, **self._facts} if facts.get(name) != self._facts.get(name)]
         if changed:
-            self.afresh = f"{changed[0]} has changed since the last run" + " (and more)" * (len(changed) > 1)
+            self.restart_reason = f"{changed[0]} has changed since the last run" + " (and more)" * (len(changed) > 1)
             return False
         try:
             there = {each.name: _identity(each.stat(follow_symlinks=False)) for each in os.scandir(self._temporary)}
@@ -246,7 +246,7 @@ class OutputFolder:
             there = {}
         if not is_own_folder(self._temporary) or any(there.get(name) != known for name, known in files.items()):
             # Also after a killed replacement: the folder then has the old output.
-            self.afresh = f"{self._temporary} is not as the last run has left it"
+            self.restart_reason = f"{self._temporary} is not as the last run has left it"
             return False
         self._left = frozenset(files)
         for name in there.keys() - files.keys():

@@ -16,7 +16,7 @@ SYNC_SECONDS = 5.0
 SYNC_ENTRIES = 8192
 
 
-class Keeper:
+class BackgroundSync:
     """Syncs and journals finished spans periodically, on a thread of its own, so that no worker waits for the disk.
 
     Args:

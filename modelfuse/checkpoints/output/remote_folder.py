@@ -51,7 +51,7 @@ class RemoteFolder:
         self._old: dict[str, Entry | None] = {}
         self._completed: list[str] = []
         #: See OutputFolder.
-        self.afresh: str | None = None
+        self.restart_reason: str | None = None
         self.digests: dict[str, str] = {}
 
     def __enter__(self) -> Self:
