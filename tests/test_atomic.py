@@ -356,18 +356,23 @@ def test_links_in_the_place_of_unfinished_work(merge: Run, words: list[Any], tmp
 def test_every_worker_that_fails_ends_the_merge(
     modelfuse: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from modelfuse.kernels.compiled.passes import Combine
+    from modelfuse.kernels.arrays import passes as arrays
+    from modelfuse.kernels.compiled import passes as compiled
 
     before = snapshot(tmp_path)
-    apply, calls = Combine.apply, []
+    calls: list[int] = []
 
-    def failing(self: Combine, *arguments: object) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            raise ZeroDivisionError("injected")
-        apply(self, *arguments)  # type: ignore[arg-type]
+    def failing(apply: Callable[..., None]) -> Callable[..., None]:
+        def counted(*arguments: object) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                raise ZeroDivisionError("injected")
+            apply(*arguments)
 
-    monkeypatch.setattr(Combine, "apply", failing)
+        return counted
+
+    for combine in (arrays.Combine, compiled.Combine):  # Which one merges depends on what was compiled before.
+        monkeypatch.setattr(combine, "apply", failing(combine.apply))
     for workers in (1, 2, 7):
         calls.clear()
         said = modelfuse("merge", *words, "--n_process", workers)
