@@ -391,3 +391,20 @@ def test_a_moved_folder_is_found_again(
     code_cache._key.cache_clear()
     run(CompiledFunction(weigh))
     assert len(compiled) == 1
+
+
+def test_a_kernel_that_is_not_cached_is_not_looked_for_at_every_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Reading the cache costs more than what a small tensor's kernel does; what another process compiles is found."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    looked, now = list[str](), [0.0]
+    monkeypatch.setattr(compiling, "monotonic", lambda: now[0])
+    monkeypatch.setattr(code_cache, "find", lambda symbol: looked.append(symbol))
+    kernel = CompiledFunction(lambda x: x * 3, plain=lambda x: x * 2)
+    with compiling.compiling(False):
+        assert [kernel(1.5) for _ in range(5)] == [3.0] * 5
+        assert len(looked) == 1
+        now[0] += compiling.LOOKED_UP_EVERY
+        assert kernel(1.5) == 3.0
+        assert len(looked) == 2

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib.util import find_spec
+from time import monotonic
 from typing import Any, TypeVar, cast, overload
 
 from modelfuse.kernels.jit import code_cache
@@ -27,6 +28,8 @@ _LIBRARY = {"memcpy", "memmove", "memset", "pread"}
 _COUNTING = re.compile(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", re.MULTILINE)
 #: Held while numba compiles or llvmlite loads: one kernel at a time.
 _lock = threading.RLock()
+#: Seconds after which a kernel that was not cached is looked for again: another process may have compiled it.
+LOOKED_UP_EVERY = 1.0
 COMPILING = "Kernels are being compiled for this processor, once; this takes some seconds."
 FALLING_BACK = "Machine code cannot be cached for this release of numba; numba's own cache is used for some kernels."
 #: Listeners for notes, each with the notes that it has received.
@@ -115,6 +118,11 @@ def announce(sentence: str) -> None:
                 tell(sentence)
 
 
+def _may_compile() -> bool:
+    """Whether this thread may compile."""
+    return not _forbidding if _policy.compiles is None else _policy.compiles
+
+
 class CompiledFunction:
     """A function that is compiled on first call.
 
@@ -129,6 +137,7 @@ class CompiledFunction:
         self.__doc__ = function.__doc__
         self._plain = plain
         self._entries: dict[str, code_cache.Entry | None] = {}
+        self._missing_until: dict[str, float] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the compiled function, or ``plain``."""
@@ -142,6 +151,7 @@ class CompiledFunction:
         except NotCompiledError:
             if self._plain is None:
                 raise
+            self._missing_until.setdefault(kind, monotonic() + LOOKED_UP_EVERY)
             return self._plain(*(each.value for each in laid))
         if entry is None:
             return self._by_numba(arguments)
@@ -149,7 +159,10 @@ class CompiledFunction:
 
     def _entry(self, kind: str, arguments: tuple[Any, ...]) -> code_cache.Entry | None:
         if kind not in self._entries:
+            if monotonic() < self._missing_until.get(kind, 0) and not _may_compile():
+                raise NotCompiledError(kind)
             with _lock:
+                self._missing_until.pop(kind, None)
                 if kind not in self._entries:
                     self._entries[kind] = self._find(kind, arguments)
         return self._entries[kind]
@@ -163,8 +176,7 @@ class CompiledFunction:
         try:
             content = code_cache.find(symbol)
             if content is None:
-                allowed = not _forbidding if _policy.compiles is None else _policy.compiles
-                if not allowed or compiler_missing():
+                if not _may_compile() or compiler_missing():
                     raise NotCompiledError(symbol)
                 announce(COMPILING)
                 content = _export(self._compiler, symbol, arguments)
