@@ -8,8 +8,8 @@ import pickle
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -521,18 +521,24 @@ def losing() -> Iterator[Simulated]:
     made.shutdown()
 
 
-def lose_after(simulated: Simulated, nodes: list[Any], visits: Path, number: int) -> threading.Thread:
-    """Lose nodes at once, as by a power cut, after so many spans were begun."""
+@contextmanager
+def lose_after(simulated: Simulated, nodes: list[Any], visits: Path, number: int) -> Iterator[None]:
+    """Lose nodes at once, as by a power cut, after so many spans were begun, or after a merge that begins fewer."""
+    ended = threading.Event()
 
     def wait_and_lose() -> None:
-        while not visits.exists() or len(os.listdir(visits)) < number:
-            time.sleep(0.02)
+        while not ended.wait(0.02) and (not visits.exists() or len(os.listdir(visits)) < number):
+            pass
         for node in nodes:
             simulated.remove_node(node, allow_graceful=False)
 
     thread = threading.Thread(target=wait_and_lose, daemon=True)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_the_tasks_of_a_lost_node_run_elsewhere_and_without_any_node_the_merge_ends(
@@ -544,18 +550,16 @@ def test_the_tasks_of_a_lost_node_run_elsewhere_and_without_any_node_the_merge_e
     first, *others = losing.worker_nodes
     with monkeypatch.context() as patch:
         visits = haunt(patch, tmp_path / "visits", "slow", lambda name: name in "ae")
-        thread = lose_after(losing, [first], visits, 4)
-        said = merge(*words, *on(losing))
-        thread.join()
+        with lose_after(losing, [first], visits, 4):
+            said = merge(*words, *on(losing))
     assert any(batch.attempts == 2 for batch in sent)
     assert "raylet" not in said.out + said.err
     assert content(tmp_path / "C") == expected
 
     with monkeypatch.context() as patch:
         visits = haunt(patch, tmp_path / "more visits", "slow", lambda name: name in "ae")
-        thread = lose_after(losing, others, visits, 4)
-        said = modelfuse("merge", *words, "--overwrite", *on(losing, "--ray_timeout", 3))
-        thread.join()
+        with lose_after(losing, others, visits, 4):
+            said = modelfuse("merge", *words, "--overwrite", *on(losing, "--ray_timeout", 3))
     assert said.status == 2
     assert "has had no processor for 3 s" in said.err or "the Ray task has failed" in said.err
     assert content(tmp_path / "C") == expected
