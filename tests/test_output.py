@@ -504,7 +504,7 @@ def test_merge_config_holds_every_effective_setting(merge: Run, pair: Pair, tmp_
         "tensor_type": "np", "gpu_memory": 256 * 10**6, "allow_cpu_fallback": False, "n_process": None,
         "memory": 10**9, "merge_prefix": "model", "max_shard_size": 5 * 10**9,
         "output_dtype": None, "overwrite": False, "on_nonfinite": "error", "unmerged_from": None,
-        "missing": [], "allow_mismatch": False, "tokenizer_from": None,
+        "missing": [], "gram_list": [], "allow_mismatch": False, "tokenizer_from": None,
         "engine": "local", "ray_address": None, "ray_timeout": 30.0,
         "hub_endpoint": None, "hub_anonymous": False, "input_layout": None,
         "output_format": None, "convert_from_hf": None, "save_to_hf": None,

@@ -36,6 +36,9 @@ class MatrixPass:
         self._work, self._matrices = work, work.matrices
         self._how: WholeMatrix = work.method.combination.matrix
 
+    def __reduce__(self) -> tuple[type[MatrixPass], tuple[Work]]:
+        return MatrixPass, (self._work,)  # Declarations cannot be pickled, only methods by their names.
+
     @property
     def span(self) -> int:
         """The whole tensor."""

@@ -32,12 +32,12 @@ SLICE_LARGE = 1 << 22
 #: Elements a worker walks between two looks at the queue.
 SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules and the library.
-INTERPRETER_BYTES = {"np": 52_000_000, "pt": 330_000_000, "pd": 400_000_000}
+INTERPRETER_BYTES = {"np": 64_000_000, "pt": 330_000_000, "pd": 400_000_000}
 #: What compiling in this process adds to it, and more of it where kernels tally, and where some compute in float64.
 COMPILING_BYTES, TALLYING_BYTES, DOUBLE_BYTES = 190_000_000, 45_000_000, 55_000_000
 #: numpy's arrays in place of compiled loops: their modules; as wide as so many of the block that a worker is at; their
 #: tables of counted magnitudes, for each model.
-ARRAY_BYTES, ARRAYS, ARRAY_TABLE_BYTES = 14_000_000, 16, 400_000
+ARRAY_BYTES, ARRAYS, ARRAY_TABLE_BYTES = 8_000_000, 16, 400_000
 #: What is known of each model.
 MODEL_BYTES = 100_000
 #: What Ray adds to it in its worker processes, measured.
