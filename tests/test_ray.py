@@ -204,14 +204,15 @@ def test_every_output_is_that_of_one_machine(
     assert content(tmp_path / "C") == expected
 
 
+@pytest.mark.parametrize("method", ["ties", "iso_c"])
 @pytest.mark.parametrize("form", [[], ["--output_format", "lora", "--lora_rank", 2]], ids=["model", "lora"])
 def test_adapters_are_computed_on_the_nodes(
-    merge: Command, simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Words
+    merge: Command, simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Words, method: str
 ) -> None:
     """Both factors of one merged difference may be made on different nodes, and tell the same error of it."""
     base, _ = make_base(tmp_path / "base")
     adapters = [adapter_of(tmp_path / f"L{seed}", seed, Q, UP)[0] for seed in (1, 2)]
-    words = ["--model_path_list", *adapters, "--base_model_path", base, "--merge_method", "ties", *form]
+    words = ["--model_path_list", *adapters, "--base_model_path", base, "--merge_method", method, *form]
     words += ["--output_path", tmp_path / "C"]
     expected = on_one_machine(merge, words, tmp_path)
     monkeypatch.setattr(batches, "MOST_BYTES", 1)

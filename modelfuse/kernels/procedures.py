@@ -95,7 +95,7 @@ def merge_procedure(work: Work, backend: Backend) -> Procedure:
     """The procedure that merges one tensor."""
     method, combination = work.method, work.method.combination
     if work.matrices is not None:
-        yield MatrixPass(work) if work.matrices is None or work.matrices.merged is None else ProductPass(work)
+        yield MatrixPass(work) if work.matrices.merged is None else ProductPass(work)
         return
     element = yield from measure_element(work, backend)
     each = [method.numbers_of(model) for model in range(work.models)]

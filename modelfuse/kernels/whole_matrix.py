@@ -37,7 +37,7 @@ class MatrixPass:
         self._how: WholeMatrix = work.method.combination.matrix
 
     def __reduce__(self) -> tuple[type[MatrixPass], tuple[Work]]:
-        return MatrixPass, (self._work,)  # Declarations cannot be pickled, only methods by their names.
+        return type(self), (self._work,)  # Declarations cannot be pickled, only methods by their names.
 
     @property
     def span(self) -> int:
