@@ -23,8 +23,6 @@ from modelfuse.kernels.measures import (
     measure_magnitudes,
     table_of,
 )
-from modelfuse.kernels.product_pass import ProductPass
-from modelfuse.kernels.whole_matrix import MatrixPass
 from modelfuse.methods.expressions import Expression, number, total, where
 from modelfuse.methods.spec import Divergence, Gram, OrderStatistics, Sums
 
@@ -95,6 +93,9 @@ def merge_procedure(work: Work, backend: Backend) -> Procedure:
     """The procedure that merges one tensor."""
     method, combination = work.method, work.method.combination
     if work.matrices is not None:
+        from modelfuse.kernels.product_pass import ProductPass  # Most merges need none of it.
+        from modelfuse.kernels.whole_matrix import MatrixPass
+
         yield MatrixPass(work) if work.matrices.merged is None else ProductPass(work)
         return
     element = yield from measure_element(work, backend)
