@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from modelfuse.checkpoints.name_rules import by_key, key_of, part_of, told
-from modelfuse.checkpoints.tensors import Checkpoint, MovedTensor, Reader, StoredTensor
+from modelfuse.checkpoints.tensors import Checkpoint, PartialTensor, Reader, StoredTensor
 
 #: Keys of experts: all in one tensor, or one tensor each.
 ALL = re.compile(r"(?P<experts>.*\bexperts)\.(?P<fused>gate_up_proj|down_proj)")
@@ -22,26 +22,14 @@ MOST_EXPERTS, DEEPEST, LEAST = 1 << 14, 2, 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class BlockTensor(MovedTensor):
+class BlockTensor(PartialTensor):
     """Consecutive elements of a tensor.
 
     Attributes:
-        source: The tensor.
         first: The index of the first element.
     """
 
-    source: StoredTensor
     first: int
-
-    @property
-    def reader_bytes(self) -> int:
-        """What reading the tensor takes."""
-        return self.source.reader_bytes
-
-    @property
-    def made_of(self) -> tuple[StoredTensor, ...]:
-        """The tensor."""
-        return (self.source,)
 
     @contextmanager
     def open(self) -> Iterator[Reader]:

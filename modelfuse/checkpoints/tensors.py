@@ -168,6 +168,27 @@ class MovedTensor(StoredTensor):
         return sum(part.held for part in self.made_of)
 
 
+@dataclass(frozen=True, slots=True)
+class PartialTensor(MovedTensor):
+    """Some elements of one tensor, which takes as much memory to read.
+
+    Attributes:
+        source: The tensor.
+    """
+
+    source: StoredTensor
+
+    @property
+    def reader_bytes(self) -> int:
+        """That of the source."""
+        return self.source.reader_bytes
+
+    @property
+    def made_of(self) -> tuple[StoredTensor, ...]:
+        """The source."""
+        return (self.source,)
+
+
 class Frame(NamedTuple):
     """The layout of a weight file without its tensors' bytes.
 

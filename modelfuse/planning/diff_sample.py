@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from modelfuse.checkpoints import StoredTensor
-from modelfuse.checkpoints.tensors import MovedTensor, Reader
+from modelfuse.checkpoints.tensors import PartialTensor, Reader
 from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan
 from modelfuse.storage.files import Buffer
 
@@ -16,26 +15,14 @@ BLOCK, LEAST, LEAST_IN_ALL = 1 << 12, 1 << 13, 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
-class SampledTensor(MovedTensor):
+class SampledTensor(PartialTensor):
     """Every so many blocks of a tensor's elements, one after another.
 
     Attributes:
-        source: The tensor.
         stride: Of so many blocks, the first is there.
     """
 
-    source: StoredTensor
     stride: int
-
-    @property
-    def reader_bytes(self) -> int:
-        """What reading the tensor takes."""
-        return self.source.reader_bytes
-
-    @property
-    def made_of(self) -> tuple[StoredTensor, ...]:
-        """The tensor."""
-        return (self.source,)
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
