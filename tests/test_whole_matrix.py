@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,27 @@ def test_blas_is_given_back_its_threads() -> None:
             assert threads() == {1}
         assert threads() == {1}
     assert threads() == before
+
+
+def test_blas_has_one_thread_whichever_thread_asks() -> None:
+    """threadpoolctl 3.8 ignores all threads but the first, and says nothing: the planner's was, workers had two."""
+    from threadpoolctl import ThreadpoolController
+
+    seen: list[int] = []
+
+    def worker() -> None:
+        with one_thread():
+            seen.extend(each["num_threads"] for each in ThreadpoolController().select(user_api="blas").info())
+
+    before = [each["num_threads"] for each in ThreadpoolController().select(user_api="blas").info()]
+    with one_thread():
+        pass
+    for _ in range(2):
+        thread = threading.Thread(target=worker)
+        thread.start()
+        thread.join()
+    assert set(seen) == {1}
+    assert [each["num_threads"] for each in ThreadpoolController().select(user_api="blas").info()] == before
 
 
 # Merges ---------------------------------------------------------------------------------------------------------------
