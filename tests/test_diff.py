@@ -69,7 +69,7 @@ def test_the_command_tells_what_matters(modelfuse: Run) -> None:
     assert said.status == 0
     assert len(said.out.partition("\n\n")[2].partition("\n\n")[0].splitlines()) <= 10
     for part in (
-        "3 models against", "Distance from the base, of its norm: aligned 10.2 %, code 5.2 %, prose 4.8 %.",
+        "3 models against", "Distance from the base, relative to its norm: aligned 10.2 %, code 5.2 %, prose 4.8 %.",
         "prose may suffer most: on its inputs, aligned acts 1.74 (± ", "interference:", "layers 0 to 3",
     ):  # fmt: skip
         assert part in said.out
@@ -161,7 +161,7 @@ def test_what_is_beside_the_weights(tmp_path: Path) -> None:
     assert "1" in str(found.side_differences[1].base_value)
     assert "the base has none" in found.side_differences[2].text
     assert found.findings[0] == "other is the base: no element that was compared differs."
-    assert "so that a merge means nothing" in found.findings[1]
+    assert "so a merge would be meaningless" in found.findings[1]
 
 
 def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:

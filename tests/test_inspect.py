@@ -127,7 +127,7 @@ def test_it_says_what_stands_in_the_way(modelfuse: Run, tmp_path: Path) -> None:
     assert "fused model.layers.*.self_attn.qkv_proj.weight: q_proj, k_proj, v_proj" in said.out
     assert "gate_up_proj: 3 experts" in said.out
     assert "note: Computed from config.json" in said.out
-    assert "note: Not floating point, so that all inputs must have the same: count." in said.out
+    assert "note: Not floating point, so they must be equal in all inputs: count." in said.out
 
 
 def test_a_model_on_a_server_is_looked_at_by_its_header(modelfuse: Run, web: Any) -> None:

@@ -174,7 +174,7 @@ def test_another_rule_than_reported_is_found(models: dict[str, Any], tmp_path: P
     record["rules"][0]["weight_list"] = [0.8, 0.1]
     (folder / "merge_config.json").write_text(json.dumps(record))
     problems = package.verify(folder).problems
-    assert any("gives other methods than merge_report.json tells" in each.message for each in problems)
+    assert any("gives other methods than merge_report.json" in each.message for each in problems)
     record["rules"][0]["tensors"] = "*.self_attn.*"
     (folder / "merge_config.json").write_text(json.dumps(record))
     named = {each.tensor for each in package.verify(folder).problems if "another method" in each.message}

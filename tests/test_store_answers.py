@@ -276,11 +276,11 @@ def test_only_full_asks_the_stores_of_a_report(merge: Run, modelfuse: Run, web: 
     web.asked.clear()
     said = modelfuse("verify", tmp_path / "out")
     assert (said.status, web.asked) == (0, [])
-    assert "only --full asks" in said.out
+    assert "only --full accesses" in said.out
     said = modelfuse("verify", tmp_path / "out", "--full")
     assert said.status == 0, said.err
     assert web.asked
-    assert f"Asking {web.url} for the inputs" in said.out + said.err
+    assert f"Reading inputs from {web.url}" in said.out + said.err
 
 
 # --- the end of a process ------------------------------------------------------------------------------------------

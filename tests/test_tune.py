@@ -296,7 +296,7 @@ def test_a_value_that_is_no_number_is_as_bad_as_can_be(tmp_path: Path, models: d
         ("echo fine; : {model}", ("printed no number: the last line is 'fine'",)),
         (": {model}", ("printed no number: nothing was printed",)),
         ('echo \'{{"a": "b"}}\'; : {model}', ("'a' is 'b'",)),
-        ("python eval.py", ("does not say where the merged model is to stand", "{model}")),
+        ("python eval.py", ("has no {model} for the merged model", "{model}")),
     ],
 )
 def test_an_evaluation_that_fails_says_so(
@@ -317,7 +317,7 @@ def test_a_later_failure_keeps_what_was_found(tmp_path: Path, models: dict[str, 
 
     with pytest.raises(KeyboardInterrupt) as caught:
         package.tune(models, failing, 5, progress=False)
-    assert "the same command resumes from there" in caught.value.__notes__[0]
+    assert "the same command resumes it" in caught.value.__notes__[0]
     assert package.tune(models, distance, 5, progress=False).trials[4].number == 4
 
 
@@ -325,11 +325,11 @@ def test_a_later_failure_keeps_what_was_found(tmp_path: Path, models: dict[str, 
     ("recipe", "words", "told"),
     [
         ({"weight_list": {"tune": [1, 0]}}, (), "the first should be less than the second"),
-        ({"weight_list": {"tune": [0, 1, 2]}}, (), "Give the least and the most"),
+        ({"weight_list": {"tune": [0, 1, 2]}}, (), "Give the two ends"),
         ({"weight_list": {"tune": [0, "x"]}}, (), "weight_list: 'x' is not a number"),
         ({"lambda": {"tune": [0, 1], "log": True}}, (), "for numbers above 0"),
         ({"lambda": {"tune": [0, 1], "start": 3}}, (), "start is 3, which is not within 0 and 1"),
-        ({"lambda": {"tune": [0, 1], "step": 3}}, (), "there is no 'step' beside tune"),
+        ({"lambda": {"tune": [0, 1], "step": 3}}, (), "tune has no option 'step'"),
         ({"n_process": {"tune": [1, 4]}}, (), "n_process cannot be searched"),
         ({"rescale": {"tune": [0, 1]}}, (), "rescale cannot be searched"),
         ({"merge_method": "ties", "reserve_p": {"tune": [0, 1]}}, (), "reserve_p is searched up to 0"),
@@ -454,10 +454,10 @@ def test_gradients_are_those_of_the_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "words", "told"),
     [
-        ({}, ("--evaluate", "echo 1; : {model}"), "needs the loss itself"),
+        ({}, ("--evaluate", "echo 1; : {model}"), "needs gradients of the loss"),
         ({"merge_method": "ties"}, (), "is for linear merges"),
         ({"seed": {"tune": [0, 5]}}, (), "seed is neither"),
-        ({}, ("--jobs", 2), "one step after the other"),
+        ({}, ("--jobs", 2), "one trial at a time"),
     ],
 )
 def test_gradients_that_nobody_knows_are_refused(
@@ -500,7 +500,7 @@ def test_groups_follow_every_stack() -> None:
         "model.language_model.layers.2.self_attn.*", "model.language_model.layers.3.self_attn.*",
     )  # fmt: skip
     assert len(found) == 8
-    with pytest.raises(RecipeError, match="tell of no layers"):
+    with pytest.raises(RecipeError, match="no layers were found"):
         find_groups(["a", "b"], {}, 2, False)
 
 

@@ -358,11 +358,11 @@ REPORT_EDITS: dict[str, tuple[Edit, str]] = {
     "checksum": (lambda report: report["tensors"][FIRST].update(checksum="0" * 32), "does not have the bytes"),
     "dtype": (lambda report: report["tensors"][FIRST].update(dtype="F16"), "is bfloat16, reported is float16"),
     "shape": (lambda report: report["tensors"][FIRST].update(shape=[20]), "reported is [20]"),
-    "file": (lambda report: report["tensors"][FIRST].update(file="x"), "is said to be in x, which is not listed"),
+    "file": (lambda report: report["tensors"][FIRST].update(file="x"), "is reported in x, which is not listed"),
     "tensor": (lambda report: report["tensors"].pop(FIRST), f"{FIRST} in model.safetensors is no tensor of the merge"),
-    "size": (lambda report: report["files"].update({"model.safetensors": 5}), ", 5 when it was written"),
+    "size": (lambda report: report["files"].update({"model.safetensors": 5}), "; it had 5 when it was written"),
     "files": (lambda report: report["files"].update({"m.safetensors": 5}), "m.safetensors is missing"),
-    "header": (lambda report: report["sha256"].update({"model.safetensors": ""}), "its header is not the one"),
+    "header": (lambda report: report["sha256"].update({"model.safetensors": ""}), "its header has changed"),
     "side file": (lambda report: report["sha256"].update({"config.json": ""}), "config.json is not as it was written"),
     "seed": (lambda report: report["method"].update(seed=5), "the seed: merge_config.json says 0, merge_report.json 5"),
     "weights": (lambda report: report["method"].update(effective_weights=[1, 0]), "says [0.5, 0.5], merge_report"),
@@ -434,7 +434,7 @@ def test_a_report_that_is_none(refuse: Callable[..., str], out: Path, content: b
 
 
 def test_a_folder_that_is_no_output(refuse: Callable[..., str], out: Path, tmp_path: Path) -> None:
-    refuse("verify", tmp_path / "A", "--quiet", says=[tmp_path / "A", "is not what a merge wrote"])
+    refuse("verify", tmp_path / "A", "--quiet", says=[tmp_path / "A", "is not the output of a merge"])
     refuse("verify", tmp_path / "nowhere", "--quiet", says=["There is no folder"])
     refuse("verify", out / "config.json", "--quiet", says=["There is no folder"])
 
@@ -508,8 +508,8 @@ def test_an_input_of_another_size(out: Path, tmp_path: Path) -> None:
     assert found.holds
     assert found.recomputed == 0
     assert str(tmp_path / "A" / "model.safetensors") in found.absent[0]
-    assert "was changed" in found.absent[0]
-    assert "was changed" in problems(out, full=True)["inputs"][0]
+    assert "has changed" in found.absent[0]
+    assert "has changed" in problems(out, full=True)["inputs"][0]
 
 
 def test_an_input_of_the_same_size(out: Path, tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_an_input_of_the_same_size(out: Path, tmp_path: Path) -> None:
     flip(path, read_safetensors(path)[0][SECOND].offset + 1, 6)
     found = problems(out, full=True)
     assert SECOND in found["bytes"][0]
-    assert found["inputs"] == [f"Written again since the merge: {path}"]
+    assert found["inputs"] == [f"Modified since the merge: {path}"]
 
 
 def test_an_input_that_cannot_be_merged_any_more(out: Path, tmp_path: Path) -> None:

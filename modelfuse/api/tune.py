@@ -9,7 +9,7 @@ from pathlib import Path
 from modelfuse.api.functions import tell_of
 from modelfuse.cli.tune import evaluation_of
 from modelfuse.execution.tuning.evaluation import Function
-from modelfuse.execution.tuning.request import Request, Tuned
+from modelfuse.execution.tuning.request import Tuned, TuningRequest
 from modelfuse.execution.tuning.tune import tune as run_request
 from modelfuse.planning.hub import QUIET
 from modelfuse.recipe.files import load_recipe
@@ -74,7 +74,7 @@ def tune(
         given = {**without_hosts(f"The recipe {Path(recipe)}", own, given), **given}
     name_hosts(settings.values())
     files = [Path(each) for each in data]
-    request = Request(
+    request = TuningRequest(
         given,
         evaluation_of(evaluate, files) if isinstance(evaluate, str) else Function(evaluate),
         budget,

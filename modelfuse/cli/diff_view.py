@@ -40,7 +40,7 @@ def show(found: Diff) -> None:
         out.say("")
     for advice in found.advice:
         out.say("- worth trying: {}", advice.text)
-        out.command(advice.told)
+        out.command(advice.flags)
     out.say("")
     out.table(("", "model", "‖τ‖/‖b‖", "unchanged", "90 % of ‖τ‖²", "outlying", "NaN, inf"), _models(found))
     if len(found.models) > 1:

@@ -13,7 +13,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.execution.tuning.evaluation import Command, Evaluation
 from modelfuse.execution.tuning.perplexity import NAME as PERPLEXITY
 from modelfuse.execution.tuning.perplexity import Perplexity
-from modelfuse.execution.tuning.request import Request, Tuned
+from modelfuse.execution.tuning.request import Tuned, TuningRequest
 from modelfuse.execution.tuning.study import SAMPLERS
 from modelfuse.execution.tuning.tune import tune
 
@@ -37,7 +37,7 @@ def tune_parser() -> Parser:
     return parser
 
 
-def parse_tune(words: Sequence[str], defaults: Mapping[str, object]) -> tuple[Request, Options]:
+def parse_tune(words: Sequence[str], defaults: Mapping[str, object]) -> tuple[TuningRequest, Options]:
     """Turn the words behind ``tune`` into a request.
 
     Raises:
@@ -51,7 +51,7 @@ def parse_tune(words: Sequence[str], defaults: Mapping[str, object]) -> tuple[Re
     evaluate, data = given.pop("evaluate", None), given.pop("data", [])
     if evaluate is None:
         raise RecipeError("evaluate is not given", "Say how good a merge is: --evaluate 'python eval.py {model}'.")
-    return Request(settings, evaluation_of(evaluate, data), **given), options
+    return TuningRequest(settings, evaluation_of(evaluate, data), **given), options
 
 
 def evaluation_of(evaluate: str, data: Sequence[Path]) -> Evaluation:

@@ -1,1 +1,1 @@
-"""An output looked at: verified, its report read, merged again and compared."""
+"""Examine models and outputs: inspect, compare, verify, report on and draw them."""

@@ -1,4 +1,4 @@
-"""Gram matrices of the inputs that a model's layers have while it reads texts: what regmean merges by."""
+"""Run a model on texts, and collect Gram matrices XᵀX of its layers' inputs for regmean (arXiv:2212.09849)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,22 +20,20 @@ from modelfuse.planning.optional_packages import need
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.schema import read_input
 
-#: Of each text no more than this share of all tokens is read, so that there are several; but so many at least.
+#: At most one SHARE-th of all tokens is taken from one text, so that several are read, but at least LEAST tokens.
 SHARE, LEAST = 4, 32
-#: What a line of texts may have them under.
+#: Keys of a JSON line that may hold its text; the first that is there counts.
 KEYS = ("text", "content", "prompt")
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What was written.
+    """The result of :func:`collect`.
 
     Attributes:
-        output: The file.
-        modules: How many modules it has Gram matrices of.
-        tokens: How many tokens the model has read.
+        output: The file that was written.
+        modules: The number of modules with a Gram matrix.
+        tokens: The number of tokens that the model was run on.
     """
 
     output: Path
@@ -52,18 +50,19 @@ def collect(
     device: str = "cpu",
     overwrite: bool = False,
 ) -> Collected:
-    """Run a model over a few texts of its task, and write Gram matrices of its layers' inputs.
+    """Run a model on some texts of its task, and write the Gram matrices of its layers' inputs as a safetensors file.
 
     Args:
-        model: Its folder, in the format of transformers, an adapter's with its base; or a name on the hub.
+        model: A folder in the format of transformers, an adapter's folder if its base is available, or a hub name.
         data: A file of texts, JSON lines or plain text; or the texts.
         output: The file to write.
-        tokens: How many tokens to read.
+        tokens: The number of tokens to run the model on.
         device: ``cpu`` or ``gpu``.
-        overwrite: Whether to replace a file.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        ModelfuseError: If a library, the model or the texts are not there, or the file is.
+        ModelfuseError: If a library, the model or the texts are missing, or the output exists and is not to be
+            replaced.
     """
     if tokens < 1:
         raise RecipeError(f"tokens is {tokens}; it should be at least 1", "The default, 512, is enough.")
@@ -94,10 +93,10 @@ def collect(
 
 
 def read_texts(path: Path) -> list[str | list[dict[str, Any]]]:
-    """The texts of a file: of JSON lines each one's, of any other file all of it. Conversations are lists of messages.
+    """The texts of a file: one per JSON line, or the whole of any other file. Conversations are lists of messages.
 
     Raises:
-        RecipeError: If there are none.
+        RecipeError: If the file cannot be read, a line is invalid, or there is no text.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -130,7 +129,7 @@ def _lines(path: Path, content: str) -> Iterator[Any]:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's own bars and warnings, which are about its versions."""
+    """Suppress the library's progress bars and its warnings about versions."""
     logging = transformers.utils.logging
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -146,7 +145,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _load(torch: Any, transformers: Any, model: str, device: str) -> Any:
-    """The model as its config.json names it, so that its modules are called as they are saved."""
+    """The model as an instance of the class that config.json names, so that its modules have the checkpoint's names."""
     if device == "gpu" and not torch.cuda.is_available():
         raise RecipeError("device is gpu, but torch finds none", "Use --device cpu.")
     adapter = Path(model, "adapter_config.json").is_file()
@@ -160,7 +159,7 @@ def _load(torch: Any, transformers: Any, model: str, device: str) -> Any:
             names = [*(config.architectures or ()), "AutoModel"]
             kind = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
         dtype = torch.float32 if device == "cpu" else "auto"
-        # Experts one by one, as products of some of them at once would not be seen.
+        # Products of several experts at once cannot be intercepted, so each is to be multiplied by itself.
         running = kind.from_pretrained(model, dtype=dtype, experts_implementation="eager")
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers cannot open {model}: {error}", "Name a model's folder.") from error
@@ -168,7 +167,7 @@ def _load(torch: Any, transformers: Any, model: str, device: str) -> Any:
 
 
 def _tokens(transformers: Any, model: str, texts: Sequence[Any], most: int) -> list[list[int]]:
-    """The first tokens of as many texts as make up their number."""
+    """Token ids of the beginnings of texts, ``most`` in all."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -192,7 +191,11 @@ def _tokens(transformers: Any, model: str, texts: Sequence[Any], most: int) -> l
 
 
 def _write(output: Path, grams: dict[str, Any], model: str, tokens: int) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file atomically.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
     frame = frame_of([(name, tuple(gram.shape)) for name, gram in grams.items()], model, tokens)
     try:
         with tempfile.NamedTemporaryFile(dir=output.absolute().parent, prefix=f".{output.name}.", delete=False) as file:

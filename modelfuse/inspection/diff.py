@@ -1,4 +1,4 @@
-"""All of ``modelfuse diff``: inputs opened, every tensor measured by the workers of a merge, and told."""
+"""Compare models (``modelfuse diff``): open the inputs, measure every tensor with the workers of a merge, sum up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 
 
 def diff_recipe(models: Sequence[object], base: object | None, settings: Mapping[str, object]) -> Recipe:
-    """The inputs as those of a merge: without a base, differences are taken to the first model.
+    """The recipe of a merge of the same inputs; without a base, the first model is the base.
 
     Raises:
         RecipeError: If there are too few models, or a setting is wrong.
@@ -61,15 +61,15 @@ def diff_named(
     shown: Callable[[DiffPlan], AbstractContextManager[Progress]],
     watch: Watch | None = None,
 ) -> Diff:
-    """Compare models as the user names them: folders, files, URLs or hub names.
+    """Compare models given as folders, files, URLs or hub names.
 
     Args:
-        models: What they are called.
-        base: What differences are taken to; None: the first model.
-        exact: Whether interference is to be computed exactly.
-        settings: Settings of a merge about inputs and the machine.
-        shown: Gives what shows how far it is, once it is known what there is to do.
-        watch: What is shown of what is fetched.
+        models: The models.
+        base: The model that differences are taken to; None: the first model.
+        exact: Whether to compute interference exactly instead of estimating it from a sketch.
+        settings: Settings of a merge that concern inputs and the machine.
+        shown: Called with the plan; returns a context manager that yields the progress callback.
+        watch: Displays the progress of downloads.
 
     Raises:
         ModelfuseError: If a setting is wrong, an input cannot be read, or there is nothing to compare.
@@ -85,12 +85,12 @@ def diff_named(
 
 
 def carry_out(plan: DiffPlan, base_given: bool, progress: Progress | None = None) -> Diff:
-    """Measure what was planned.
+    """Execute a plan.
 
     Args:
-        plan: What to compare.
-        base_given: Whether its base was given as one.
-        progress: Called with bytes that were read since the last call, and those to read in all.
+        plan: The tensors to compare.
+        base_given: Whether the user named a base; False: the first model is used as one.
+        progress: Called with the bytes read since the last call, and the bytes to read in total.
 
     Raises:
         CheckpointError: If an input cannot be read.
@@ -117,11 +117,11 @@ def carry_out(plan: DiffPlan, base_given: bool, progress: Progress | None = None
         seconds=time.perf_counter() - started,
     )
     adapters = any(isinstance(model, Adapter) for model in plan.models)
-    return result.telling(findings_of(result), advice_of(result, adapters))
+    return result.with_findings(findings_of(result), advice_of(result, adapters))
 
 
 def _groups(located: Iterable[tuple[tuple[str, int | None, str | None], TensorSums]]) -> tuple[Group, ...]:
-    """The sums of tensors in the same place, in the order of their first."""
+    """Sum the tensors of the same stack, layer and module; groups are in the order of their first tensor."""
     found: dict[tuple[str, int | None, str | None], list[TensorSums]] = {}
     for key, own in located:
         found.setdefault(key, []).append(own)
@@ -142,8 +142,8 @@ class Measuring:
     """A run over a plan's tensors that measures instead of writing.
 
     Args:
-        plan: What to compare.
-        progress: Called with bytes that were read since the last call, and those to read in all.
+        plan: The tensors to compare.
+        progress: Called with the bytes read since the last call, and the bytes to read in total.
     """
 
     def __init__(self, plan: DiffPlan, progress: Progress) -> None:
@@ -164,7 +164,7 @@ class Measuring:
     def run(self) -> list[TensorSums]:
         """Measure all tensors, in the plan's order."""
         self._streaming = Streaming(self._tasks)
-        # Little is done sooner with numpy than a compiler has started; the numbers are the same.
+        # A small comparison takes less time with numpy than the compiler to start; the numbers are the same.
         compiler = nothing_compiled() if self._nbytes < SMALL else nullcontext()
         with compiler, one_thread(), waiting_while(lambda: not self._scheduler.stopping):
             try:
@@ -196,7 +196,10 @@ class Measuring:
 
 
 def _side_differences(plan: DiffPlan) -> Iterator[SideDifference]:
-    """What each model says otherwise than the base beside the weights; an adapter has little to say."""
+    """Differences between the base's and each model's config.json, tokenizer and other files.
+
+    Adapters have no configuration of a model, so only their tokenizer and chat template are compared.
+    """
     base, folder = plan.models[-1], Served.of(plan.recipe.input_paths[-1])
     for number, (model, path) in enumerate(zip(plan.models[:-1], plan.recipe.model_paths, strict=True)):
         is_adapter = isinstance(model, Adapter)

@@ -1,6 +1,6 @@
-"""Settings worth trying, by what differences look like. Each rule was tested on models that it was not made from.
+"""Suggest settings from measured differences. Each rule was tested on models that it was not derived from.
 
-``docs/diff.md`` has the tests and their numbers; ``SHARE`` was chosen on other models than those that it is tested on.
+``docs/diff.md`` has the tests and their results.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from modelfuse.inspection.diff_measures import Advice
 from modelfuse.inspection.diff_result import Diff
 
-#: How large the merged difference of a weighted sum is to be, relative to the base.
+#: The norm that the merged difference of a weighted sum should have, relative to the base's.
 SHARE = 0.1
-#: Weights that are nearer to the average's than this are not worth a word.
+#: The least ratio of the suggested weights to the average's (or its inverse) that is reported.
 LEAST_CHANGE = 1.25
-#: Models from which on solving for all of them at once was better than any weights.
+#: The number of models from which ridge was better than any equal weights.
 SEVERAL = 3
 
 
 def advice_of(diff: Diff, adapters: bool) -> tuple[Advice, ...]:
-    """What to try; nothing where the rules say nothing, as for models without a common base.
+    """The suggestions; none where no rule applies, as for models without a common base.
 
     Args:
-        diff: What was found.
+        diff: The comparison.
         adapters: Whether any of the models is an adapter.
     """
     changed = [each for each in diff.whole.models if each.norm > 0]
@@ -33,7 +33,7 @@ def advice_of(diff: Diff, adapters: bool) -> tuple[Advice, ...]:
 
 
 def _scaling(diff: Diff) -> Iterator[Advice]:
-    """Weights of a sum: the average of experts that were tuned gently keeps too little of each."""
+    """Weights of a weighted sum: an average keeps too little of experts whose differences are small."""
     count, size = len(diff.models), _size_of_sum(diff)
     weight = round(min(1.0, SHARE / size), 2) if size else 1.0
     if max(weight * count, 1 / (weight * count)) < LEAST_CHANGE:
@@ -46,17 +46,17 @@ def _scaling(diff: Diff) -> Iterator[Advice]:
 
 
 def _solving(diff: Diff) -> Iterator[Advice]:
-    """Where several experts act on each other's inputs, a method that minimizes interference; not of adapters."""
+    """A method that minimizes interference, if several experts (no adapters) act on each other's inputs."""
     if len(diff.models) >= SEVERAL and any(each.interference for each in diff.whole.pairs):
         yield Advice(
-            f"{len(diff.models)} models act on each other's inputs: ridge makes the merge that disturbs each least. Of "
-            "experts that were tuned in full it kept more than any equal weights; of LoRAs it kept less.",
+            f"{len(diff.models)} models act on each other's inputs: ridge minimizes the interference. Of fully "
+            "fine-tuned experts it kept more than any equal weights; of LoRAs it kept less.",
             {"merge_method": "ridge"},
         )
 
 
 def _size_of_sum(diff: Diff) -> float:
-    """‖Στ‖ / ‖b‖; zero where there is no base to speak of."""
+    """‖Στ‖ / ‖b‖; zero if ‖b‖ is zero."""
     norms = [each.norm for each in diff.whole.models]
     square = sum(norm * norm for norm in norms)
     square += sum((each.cosine or 0.0) * norms[each.model] * norms[each.other] for each in diff.whole.pairs)

@@ -1,4 +1,4 @@
-"""What matters of a comparison, in at most ten sentences; what is surprising comes first."""
+"""Summarize a comparison in at most ten sentences, unexpected facts first."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.diff_result import Diff, Group, Pair
 
 MOST_FINDINGS = 10
-#: Names in a sentence.
+#: Most names in a sentence.
 MOST_NAMES = 3
-#: Differences of a larger cosine have much in common; of a smaller one, they undo each other.
+#: Differences with at least this |cosine| are reported as similar or opposite.
 ALIKE = 0.5
-#: A difference this often as large as another one is worth a word.
+#: The least ratio of the largest to the smallest difference that is reported.
 UNEVEN = 2.0
-#: The density that methods take unless told otherwise.
+#: The density whose kept share is reported.
 DENSITY = 0.2
 
 
 def findings_of(diff: Diff) -> tuple[str, ...]:
-    """The sentences."""
-    writer = _Writer(diff)
-    parts = (writer.strange, writer.beside, writer.sizes, writer.places, writer.elements, writer.meeting,
+    """The sentences on a comparison."""
+    writer = _Sentences(diff)
+    parts = (writer.strange, writer.beside, writer.sizes, writer.places, writer.elements, writer.directions,
              writer.interference, writer.left_out)  # fmt: skip
     return tuple([sentence for part in parts for sentence in part()][:MOST_FINDINGS])
 
 
-class _Writer:
+class _Sentences:
     def __init__(self, diff: Diff) -> None:
         self._diff, self._names = diff, short_names(diff.models)
         self._base = short_names([diff.base])[0]
         self._changed = [number for number, each in enumerate(diff.whole.models) if each.norm > 0]
 
     def strange(self) -> Iterator[str]:
-        """What hardly anybody expects."""
+        """Unchanged models, non-finite values, outlying elements."""
         for name, each in zip(self._names, self._diff.whole.models, strict=True):
             if not each.norm and not each.nonfinite:
                 yield f"{name} is the base: no element that was compared differs."
@@ -46,15 +46,15 @@ class _Writer:
         outlying = [(n, each.outliers) for n, each in zip(self._names, self._diff.whole.models, strict=True)]
         if any(count for _, count in outlying):
             told = ", ".join(f"{name} {count:,}" for name, count in outlying if count)
-            yield f"Changes of single elements that stand out (8 times the rms around them or more): {told}."
+            yield f"Outlying changes of single elements (at least 8 times the rms of their block): {told}."
 
     def beside(self) -> Iterator[str]:
-        """Configuration and tokenizers."""
+        """Differences of configurations, tokenizers and other files."""
         found = self._diff.side_differences
         fatal = [each for each in found if each.fatal]
         for each in fatal[:1]:
             more = f" ({len(fatal) - 1} more such)" if len(fatal) > 1 else ""
-            yield f"{self._names[each.model]}: {each.text}, so that a merge means nothing{more}."
+            yield f"{self._names[each.model]}: {each.text}, so a merge would be meaningless{more}."
         others = [each for each in found if not each.fatal]
         if others:
             kinds = ", ".join(dict.fromkeys(each.about for each in others))
@@ -62,19 +62,19 @@ class _Writer:
             yield f"Not only weights differ: {kinds} of {_some(models)} (listed below)."
 
     def sizes(self) -> Iterator[str]:
-        """How far each is from the base."""
+        """The distance of each model from the base."""
         sizes = sorted(((self._diff.whole.models[number].norm, number) for number in self._changed), reverse=True)
         told = [
             f"{self._names[number]} {_percent(self._diff.whole.models[number].relative)}" for _, number in sizes
         ]  # fmt: skip
         if told:
-            yield f"Distance from the base, of its norm: {_some(told, 6)}."
+            yield f"Distance from the base, relative to its norm: {_some(told, 6)}."
         if len(sizes) > 1 and sizes[0][0] >= UNEVEN * sizes[-1][0]:
             one, other = self._names[sizes[0][1]], self._names[sizes[-1][1]]
             yield f"{one} has moved {sizes[0][0] / sizes[-1][0]:.1f} times as far as {other}."
 
     def places(self) -> Iterator[str]:
-        """Where most has changed, and where nothing has."""
+        """The modules and layers that have changed most, and those that have not."""
         modules = [each for each in self._diff.modules if _mean(each) > 0]
         if not modules:
             return
@@ -87,7 +87,7 @@ class _Writer:
         yield f"Relative to the base, most has changed in {most.name} ({_percent(_mean(most))}){where}."
 
     def elements(self) -> Iterator[str]:
-        """How concentrated changes are."""
+        """The share of unchanged elements, and how concentrated the changes are."""
         models = [self._diff.whole.models[number] for number in self._changed]
         kept = [kept for each in models for kept in each.kept if kept.density == DENSITY]
         shares = [each.trim_squares for each in kept if each.trim_squares is not None]
@@ -98,8 +98,8 @@ class _Writer:
                 f"{_range(shares, _percent)} of the sum of squares, which trim would keep."
             )
 
-    def meeting(self) -> Iterator[str]:
-        """Directions and signs."""
+    def directions(self) -> Iterator[str]:
+        """Cosines and sign conflicts of pairs of models."""
         pairs = [each for each in self._diff.whole.pairs if each.model < each.other and each.cosine is not None]
         if not pairs:
             return
@@ -116,24 +116,24 @@ class _Writer:
             yield f"Where two models change an element, their signs differ in {_range(conflicts, _percent)}."
 
     def interference(self) -> Iterator[str]:
-        """Who disturbs whom."""
+        """The pairs with the most and the least interference."""
         pairs = [each for each in self._diff.whole.pairs if each.interference is not None]
         if not pairs:
             return
         worst = max(pairs, key=lambda each: each.interference or 0.0)
         yield (
             f"{self._names[worst.model]} may suffer most: on its inputs, {self._names[worst.other]} acts "
-            f"{_told(worst)} times as strongly as its own difference."
+            f"{_interference(worst)} times as strongly as its own difference."
         )
         least = min(pairs, key=lambda each: each.interference or 0.0)
         if len(pairs) > 2:
             yield (
-                f"Least disturbed is {self._names[least.model]} by {self._names[least.other]} ({_told(least)}). For a "
-                "given model, partners of larger interference were found to cost it more."
+                f"Least disturbed is {self._names[least.model]} by {self._names[least.other]} "
+                f"({_interference(least)}). For a given model, partners with more interference were found to cost more."
             )
 
     def left_out(self) -> Iterator[str]:
-        """What is not in these numbers."""
+        """Tensors that were not compared."""
         found = [each for each in self._diff.not_compared if not each.because.startswith("tied to")]
         if found:
             yield f"Not compared: {_some([f'{each.tensor} ({each.because})' for each in found], 1)}."
@@ -146,7 +146,7 @@ def _cosine(value: float) -> str:
     return f"{value:.2f}".replace("-0.00", "0.00")
 
 
-def _told(pair: Pair) -> str:
+def _interference(pair: Pair) -> str:
     error = f" (± {pair.interference_error:.1g})" if pair.interference_error else ""
     return f"{pair.interference:.2f}{error}"
 
@@ -158,7 +158,7 @@ def _mean(group: Group) -> float:
 
 
 def _percent(share: float | None) -> str:
-    """A share, with two digits that mean something."""
+    """A share in percent, with about two significant digits."""
     if share is None:
         return "–"
     return f"{100 * share:.1f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.2g} %"

@@ -1,9 +1,8 @@
-"""What ``modelfuse diff`` found: how far models are from their base and from each other, tensor by tensor and summed.
+"""Measures of ``modelfuse diff``: distances of models from their base and from each other, for groups of tensors.
 
-Everywhere, τᵢ = xᵢ − b is the difference of model i to the base b, over the elements that were compared: of a tensor,
-of all tensors of a layer, of a kind of module, or of the whole model. Norms are Frobenius norms. Shares are between 0
-and 1. What is undefined (a quotient with a zero below, a share of nothing) is None. Sums are float64 and the same for
-any number of workers and any memory.
+τᵢ = xᵢ − b is the difference of model i to the base b, over the elements that were compared: of a tensor, of all
+tensors of a layer, of a kind of module, or of the whole model. Norms are Frobenius norms. Shares are between 0 and 1.
+Undefined quotients (0 / 0, x / 0) are None. Sums are float64 and do not depend on the number of workers or the memory.
 """
 
 from __future__ import annotations
@@ -14,26 +13,26 @@ from typing import Literal
 from modelfuse.kernels.differences import BLOCK, OUTLYING
 from modelfuse.kernels.interference import PROBES
 
-#: Densities for which it is told what trim and dare would keep.
+#: Densities for which :class:`Kept` is computed.
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
-#: "Large" and "outlying" are told from the root mean square of a block of BLOCK elements at most: whole rows of a
-#: matrix of a layer (at least one), else a run of elements; tensors are cut into such blocks from their first element
-#: on. A sketch keeps PROBES sums of outputs of a matrix.
+#: "Large" and "outlying" are relative to the root mean square of a block of at most BLOCK elements: whole rows of a
+#: layer's matrix (at least one), else a run of elements, counted from the tensor's first element. The sketch of a
+#: matrix has PROBES sums of its outputs.
 __all__ = ["BLOCK", "DENSITIES", "OUTLYING", "PROBES"]
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What sparsifiers would keep of a difference.
+    """What trim and dare would keep of a difference at one density.
 
     Attributes:
-        density: Their setting reserve_p, the share of elements to keep.
-        trim_elements: Share of all elements that trim leaves different from the base: the density, or the share that
-            differs at all where that is smaller.
-        trim_squares: Share of ‖τ‖² in the largest elements, which trim keeps; each tensor keeps the same share of its
-            elements. Counted in bins of magnitude, 32 an octave: it is off by less than 0.02. None where τ is zero.
-        dare_elements: Share of all elements that dare leaves different from the base, on average. On average it keeps
-            the share ``density`` of ‖τ‖², too.
+        density: The setting reserve_p, the share of elements to keep.
+        trim_elements: Share of all elements that trim leaves different from the base: the density or, if smaller, the
+            share that differs from the base.
+        trim_squares: Share of ‖τ‖² in the elements that trim keeps, the largest of each tensor. Computed from a
+            histogram of magnitudes with 32 bins per octave; the error is below 0.02. None if τ is zero.
+        dare_elements: Expected share of all elements that dare leaves different from the base. It keeps the share
+            ``density`` of ‖τ‖² in expectation.
     """
 
     density: float
@@ -44,18 +43,18 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How one model differs from the base.
+    """The difference of one model to the base.
 
     Attributes:
         norm: ‖τ‖.
         relative: ‖τ‖ / ‖b‖.
         unchanged: Share of elements that equal the base's.
-        along_base: Cosine of τ and b: near −1 or 1 where the model is mostly the base scaled.
+        along_base: Cosine of τ and b: near −1 or 1 if the model is mostly the scaled base.
         largest: The largest |τ|.
         outliers: Number of elements whose |τ| is at least OUTLYING (8) times the root mean square of their block.
-        nonfinite: Number of elements of the model that are NaN or infinite. They count nowhere else.
-        density_90: The smallest share of the elements that has 90 % of ‖τ‖² (of each tensor, 90 % of its own); as exact
-            as ``trim_squares``. Where it is small, trimming loses little.
+        nonfinite: Number of elements of the model that are NaN or infinite; all other measures exclude them.
+        density_90: The smallest share of the elements that has 90 % of ‖τ‖² (in each tensor, 90 % of its own), as
+            accurate as ``trim_squares``. If it is small, trimming loses little.
         kept: What trim and dare would keep, for each of DENSITIES.
     """
 
@@ -72,21 +71,21 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """How the differences of an ordered pair of models meet: what model i suffers from model j.
+    """Measures of an ordered pair (i, j) of models; all but the interference of i by j are symmetric.
 
     Attributes:
-        model: i, the number of the model that may be disturbed, from 0 on, in the order of ``Diff.models``.
-        other: j, the number of the model that may disturb it.
-        cosine: Cosine of τᵢ and τⱼ. The same for (j, i), as are the next three.
-        both_changed: Share of elements that both change.
-        sign_conflict: Of the elements that both change, the share that they change in opposite directions. One half for
-            unrelated differences.
-        sign_conflict_large: The same of the elements that are large in both: |τ| at least the root mean square of its
+        model: i, the index in ``Diff.models`` of the model that is interfered with.
+        other: j, the index of the model that interferes with it.
+        cosine: Cosine of τᵢ and τⱼ.
+        both_changed: Share of elements that both models change.
+        sign_conflict: Of the elements that both change, the share with opposite signs; one half for unrelated
+            differences.
+        sign_conflict_large: The same for elements that are large in both: |τ| at least the root mean square of their
             block.
-        interference: ‖τⱼ τᵢᵀ‖ / ‖τᵢ τᵢᵀ‖ over matrices of layers, as [outputs, inputs]: how strongly j's difference
-            acts on the inputs that i's uses. 0: not at all; 1: as strongly as i's own. Of several matrices, roots of
-            sums of squares are divided. None where there is no matrix or τᵢ is zero.
-        interference_error: Standard error of ``interference`` as a sketch estimates it; 0 where it is exact.
+        interference: ‖τⱼ τᵢᵀ‖ / ‖τᵢ τᵢᵀ‖ over matrices of layers, of shape [outputs, inputs]: how strongly j's
+            difference acts on the inputs that i's uses. 0: not at all; 1: as strongly as i's own. Over several
+            matrices, both norms are root sums of squares. None if there is no matrix or τᵢ is zero.
+        interference_error: Standard error of ``interference`` as estimated from a sketch; 0 if it is exact.
     """
 
     model: int
@@ -101,19 +100,19 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What was measured of some tensors together.
+    """Measures of a group of tensors: one tensor, a layer, a kind of module, or the model.
 
     Attributes:
-        name: A tensor's name; ``layer 3``; a module's name without the numbers of layers and experts
-            (``mlp.up_proj``); ``model`` for all.
-        stack: Which layers ``layer`` counts where a model has several stacks of them (``vision_tower``); else empty.
-        layer: The number of the layer, None outside of layers or of several ones.
-        module: The kind of module, None for several ones.
-        tensors: How many tensors.
-        elements: How many elements.
+        name: The tensor's name; ``layer 3``; the module's name without the numbers of layers and experts
+            (``mlp.up_proj``); ``model``.
+        stack: The stack of the layer (``vision_tower``) if a model has several stacks, else empty.
+        layer: The number of the layer; None outside of layers and for groups that span several.
+        module: The kind of module; None for groups that span several.
+        tensors: Number of tensors.
+        elements: Number of elements.
         base_norm: ‖b‖.
-        base_nonfinite: Number of elements of the base that are NaN or infinite; they count nowhere else.
-        models: How each model differs, in the order of ``Diff.models``.
+        base_nonfinite: Number of elements of the base that are NaN or infinite; all other measures exclude them.
+        models: The difference of each model, in the order of ``Diff.models``.
         pairs: Every ordered pair of different models, (0, 1), (0, 2), … (1, 0), …
     """
 
@@ -129,25 +128,30 @@ class Group:
     pairs: tuple[Pair, ...]
 
     def pair(self, model: int, other: int) -> Pair:
-        """What was measured of an ordered pair."""
+        """The measures of an ordered pair of different models.
+
+        Args:
+            model: Index of the model that is interfered with.
+            other: Index of the model that interferes.
+        """
         return self.pairs[model * (len(self.models) - 1) + other - (other > model)]
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Settings that are worth trying.
+    """Settings of a merge that are worth trying.
 
     Attributes:
-        text: Why, in words.
-        settings: Settings of a merge, and their values.
+        text: The reason.
+        settings: The settings' values by name.
     """
 
     text: str
     settings: dict[str, str | list[float]]
 
     @property
-    def told(self) -> str:
-        """The settings as flags."""
+    def flags(self) -> str:
+        """The settings as flags of the command line."""
         values = {
             name: value if isinstance(value, str) else " ".join(f"{each:g}" for each in value)
             for name, value in self.settings.items()
@@ -157,13 +161,13 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """What is known of a compared tensor beside its measures.
+    """Type and shape of a compared tensor.
 
     Attributes:
-        name: Its name, which is the base's; that of its group, too.
-        dtype: The element type that it has in the base.
-        shape: Its shape in the base, of a layout that all were brought into.
-        matrix: Whether interference was measured: whether it is a matrix of a layer, several fused, or of experts.
+        name: Its name in the base, as in ``Diff.tensors``.
+        dtype: Its element type in the base.
+        shape: Its shape in the base, in the layout that all inputs were converted to.
+        matrix: Whether interference was measured, that is, whether it is a layer's matrix, fused ones, or experts'.
     """
 
     name: str
@@ -178,7 +182,7 @@ class NotCompared:
 
     Attributes:
         tensor: Its name.
-        because: Why not: who lacks it, what it is tied to, or how its shapes differ.
+        because: The reason: which models lack it, what it is tied to, or how its shapes differ.
     """
 
     tensor: str
@@ -187,16 +191,16 @@ class NotCompared:
 
 @dataclass(frozen=True, slots=True)
 class SideDifference:
-    """What a model says otherwise than the base beside the weights.
+    """A difference between a model and the base in the files beside the weights.
 
     Attributes:
-        model: The number of the model, from 0 on.
-        about: What kind of file it is in.
-        text: What it is, in words.
-        key: The setting of config.json, None for other files.
+        model: The index of the model in ``Diff.models``.
+        about: The kind of file.
+        text: The difference, in words.
+        key: The setting of config.json; None for other files.
         base_value: Its value in the base, as JSON; None for other files.
-        model_value: Its value in the model.
-        fatal: Whether a merge of the two means nothing.
+        model_value: Its value in the model, as JSON; None for other files.
+        fatal: Whether a merge of the two is meaningless.
     """
 
     model: int

@@ -1,4 +1,4 @@
-"""Short names of models, by which a table tells them apart."""
+"""Short, distinct names of models for tables and sentences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last parts of paths and URLs: as few as tell them apart, numbered where nothing does.
+    """The fewest last components of paths and URLs that are distinct; equal ones are numbered.
 
     >>> short_names(["/models/code", "org/prose@main", "/models/other/code", "x", "x"])
     ['models/code', 'prose@main', 'other/code', 'x', 'x (2)']

@@ -28,25 +28,26 @@ __all__ = ["BLOCK", "DENSITIES", "OUTLYING", "PROBES", "Advice", "Change", "Diff
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Diff:
-    """How models differ from a base, and from each other.
+    """Differences of models to a base, and to each other.
 
     Attributes:
-        base: What differences are taken to, as it was named: the base or, where none was given, the first model.
-        base_given: Whether it was given as a base.
-        models: All other models, as they were named; measures have their order.
-        whole: Everything together.
-        layers: Layer by layer, in the model's order.
-        modules: By kind of module, over all layers.
-        cells: By layer and kind of module: what a map of layers × modules shows.
-        tensors: Tensor by tensor, in the base's order.
-        facts: What else is known of each of ``tensors``, in their order.
+        base: The model that differences are taken to, as the user named it: the base or, without one, the first model.
+        base_given: Whether the user gave a base.
+        models: All other models, as the user named them; all measures are in this order.
+        whole: The measures of all tensors together.
+        layers: Those of each layer, in the model's order.
+        modules: Those of each kind of module, over all layers.
+        cells: Those of each kind of module in each layer.
+        tensors: Those of each tensor, in the base's order.
+        facts: Type and shape of each of ``tensors``, in the same order.
         not_compared: Tensors that were not compared, and why.
-        side_differences: What is different beside the weights.
-        findings: What matters, in at most ten sentences.
-        exact: Whether interference was computed exactly; else a matrix of more than PROBES (127) outputs is sketched.
+        side_differences: Differences in the files beside the weights.
+        findings: A summary in at most ten sentences.
+        exact: Whether interference was computed exactly; else it is estimated for matrices of more than PROBES (127)
+            outputs.
         bytes_read: Bytes of the tensors that were read.
         seconds: Wall time.
-        advice: Settings that are worth trying, the best first; by rules that were tested on other models.
+        advice: Settings that are worth trying, the best first.
     """
 
     base: str
@@ -66,23 +67,24 @@ class Diff:
     seconds: float
     advice: tuple[Advice, ...] = ()
 
-    def telling(self, findings: Sequence[str], advice: Sequence[Advice] = ()) -> Diff:
-        """The same with sentences on what matters, and what to try."""
+    def with_findings(self, findings: Sequence[str], advice: Sequence[Advice] = ()) -> Diff:
+        """A copy with these findings and this advice."""
         return replace(self, findings=tuple(findings), advice=tuple(advice))
 
     def to_pandas(self, level: Level = "tensors", *, pairs: bool = False) -> Any:
-        """The numbers as a table of pandas.
+        """The measures as a pandas DataFrame.
 
         Args:
-            level: What the rows are about: ``tensors``, ``layers``, ``modules``, ``cells`` or ``whole``.
-            pairs: A row for each ordered pair of models; else one for each model.
+            level: The groups in rows: ``tensors``, ``layers``, ``modules``, ``cells`` or ``whole``.
+            pairs: Whether each group has a row for each ordered pair of models, instead of one for each model.
 
         Returns:
-            A ``pandas.DataFrame`` with what says where a group is (``name``, ``stack``, ``layer``, ``module``,
-            ``tensors``, ``elements``), the models' names, and the fields of :class:`Change` (what sparsifiers keep as
-            ``trim_squares_0.2`` and so on) or of :class:`Pair`. What is undefined is missing.
+            A ``pandas.DataFrame`` with the columns ``name``, ``stack``, ``layer``, ``module``, ``tensors`` and
+            ``elements`` of the group, the models' names, and the fields of :class:`Change` (those of ``kept`` as
+            ``trim_squares_0.2`` and so on) or of :class:`Pair`. Undefined values are missing.
 
         Raises:
+            RecipeError: If there is no such level.
             MissingExtraError: If pandas is not installed.
         """
         return frame_of(self, level, pairs)

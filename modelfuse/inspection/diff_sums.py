@@ -1,4 +1,4 @@
-"""What was measured of each tensor, added up for layers, modules and models, and told as numbers."""
+"""Sum the measurements of tensors over layers, modules and models, and compute the reported measures from them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from modelfuse.kernels.differences import BIN_SHIFT, DifferenceSums
 
 Array = np.ndarray[Any, Any]
 
-#: The share of ‖τ‖² of which it is told how many elements have it.
+#: The share of ‖τ‖² that ``density_90`` is about.
 MOST_SQUARES = 0.9
 
 
 @dataclass
 class TensorSums:
-    """What is added up of some tensors, for all models.
+    """Sums over some tensors, for all models.
 
     Attributes:
-        elements: How many elements.
-        sums: What was measured, without magnitudes.
-        kept_elements: Elements that trim would leave different from the base, shape (models, densities).
-        kept_squares: Their share of ‖τ‖², times that: shape (models, densities).
-        concentrated: The fewest elements that have MOST_SQUARES of ‖τ‖² in each tensor, shape (models,).
-        tensors: How many tensors.
+        elements: Number of elements.
+        sums: The sums of a pass; their histograms are empty.
+        kept_elements: Number of elements that trim would leave different from the base, float64, shape
+            (models, densities).
+        kept_squares: Σ τ² over the largest elements, which trim would keep, float64, shape (models, densities).
+        concentrated: The fewest elements with the share MOST_SQUARES of ‖τ‖² of each tensor, float64, shape (models,).
+        tensors: Number of tensors.
     """
 
     elements: int
@@ -39,12 +40,12 @@ class TensorSums:
 
     @classmethod
     def of(cls, size: int, found: DifferenceSums, models: Sequence[int | None]) -> TensorSums:
-        """Those of one tensor, in which some models have no values of their own.
+        """The sums of one tensor; models that share the base's tensor were not measured and differ by zero.
 
         Args:
-            size: Its number of elements.
-            found: What was measured of the models that have.
-            models: For each model, None if it has none.
+            size: The number of elements.
+            found: The measurement of all other models.
+            models: For each model the index of its tensor among those that were measured; None: the base's.
         """
         own = np.flatnonzero([each is not None for each in models])
         count, nonzero = len(models), size - _unchanged(found, size)
@@ -62,16 +63,16 @@ class TensorSums:
         sums.histogram = np.zeros((count, 0), np.int64)
         kept = np.zeros((2, count, len(DENSITIES)))
         concentrated = np.zeros(count)
-        for place, model in enumerate(own):
-            curve = Curve(found.histogram[place])
-            square_norm = found.gram[place, place]
-            kept[0, model] = [min(density * size, nonzero[place]) for density in DENSITIES]
+        for index, model in enumerate(own):
+            curve = SquaresCurve(found.histogram[index])
+            square_norm = found.gram[index, index]
+            kept[0, model] = [min(density * size, nonzero[index]) for density in DENSITIES]
             kept[1, model] = [square_norm * curve.squares_in(density * size) for density in DENSITIES]
             concentrated[model] = curve.elements_with(MOST_SQUARES)
         return cls(size, sums, kept[0], kept[1], concentrated)
 
     def scaled(self, elements: int) -> TensorSums:
-        """What the sums of so many elements are likely to be, by those of a sample of them."""
+        """The sums of a tensor of ``elements`` elements, extrapolated from these of a sample."""
         factor = elements / self.elements
         sums = {name: value if name == "largest" else _times(value, factor) for name, value in vars(self.sums).items()}
         return TensorSums(
@@ -81,7 +82,7 @@ class TensorSums:
 
     @classmethod
     def total(cls, several: Iterable[TensorSums]) -> TensorSums:
-        """The sums of several."""
+        """The sums over several; at least one."""
         first, *others = several
         if not others:
             return first
@@ -96,17 +97,17 @@ class TensorSums:
         return whole
 
     def group(self, name: str, stack: str, layer: int | None, module: str | None) -> Group:
-        """These as numbers to tell."""
-        told, models = _Numbers(self), range(self.concentrated.size)
+        """The measures that follow from these sums."""
+        numbers, models = _Numbers(self), range(self.concentrated.size)
         return Group(
-            name, stack, layer, module, self.tensors, self.elements, told.gram[-1][-1] ** 0.5, told.bad[-1],
-            tuple(map(told.change, models)),
-            tuple(told.pair(model, other) for model in models for other in models if other != model),
+            name, stack, layer, module, self.tensors, self.elements, numbers.gram[-1][-1] ** 0.5, numbers.bad[-1],
+            tuple(map(numbers.change, models)),
+            tuple(numbers.pair(model, other) for model in models for other in models if other != model),
         )  # fmt: skip
 
 
 class _Numbers:
-    """Sums as Python's numbers, which are faster one by one."""
+    """Sums as Python numbers: single elements of arrays are slow to access."""
 
     def __init__(self, of: TensorSums) -> None:
         sums = of.sums
@@ -118,7 +119,7 @@ class _Numbers:
         self._concentrated = of.concentrated.tolist()
 
     def change(self, model: int) -> Change:
-        """How a model differs from the base."""
+        """The measures of a model."""
         square = self.gram[model][model]
         return Change(
             norm=square**0.5,
@@ -142,7 +143,7 @@ class _Numbers:
         )
 
     def pair(self, model: int, other: int) -> Pair:
-        """How an ordered pair meets."""
+        """The measures of an ordered pair of models."""
         both, opposite, large, opposite_large = (each[model][other] for each in self._signs)
         ratio = _root(_share(self._interference[0][model][other], self._interference[0][model][model]))
         return Pair(
@@ -151,7 +152,7 @@ class _Numbers:
         )  # fmt: skip
 
     def _error(self, model: int, other: int, ratio: float | None) -> float | None:
-        """Of a root of a quotient: half of the root of its relative variance, which correlation makes smaller."""
+        """The standard error of ``interference``, by error propagation for the root of a quotient of estimates."""
         products, variances, covariances = self._interference
         own = products[model][model]
         if not ratio:
@@ -165,10 +166,10 @@ class _Numbers:
         return max(-1.0, min(1.0, self.gram[one][other] / norms)) if norms > 0 else None
 
 
-class Curve:
-    """How many of the largest elements of a difference have which share of the sum of their squares.
+class SquaresCurve:
+    """The cumulative share of ‖τ‖² in the largest elements of a difference, from a histogram of magnitudes.
 
-    Elements of a bin of magnitudes are taken to be spread evenly over it, which 32 bins an octave allow.
+    Magnitudes are taken to be uniform within a bin; there are 32 bins per octave.
     """
 
     def __init__(self, histogram: Array) -> None:
@@ -177,37 +178,37 @@ class Curve:
         high = np.minimum(high, np.finfo(np.float32).max)
         self._counts = histogram[used].astype(np.float64)
         mean = (low * low + low * high + high * high) / 3
-        mean[used == 0] = 0.0  # Zeros, and numbers too small to matter.
+        mean[used == 0] = 0.0  # Zeros and the least subnormals.
         self._elements = np.concatenate([[0.0], np.cumsum(self._counts)])
         squares = np.concatenate([[0.0], np.cumsum(self._counts * mean)])
         self._squares = squares / squares[-1] if squares.size > 1 and squares[-1] > 0 else np.zeros_like(squares)
 
     def squares_in(self, elements: float) -> float:
-        """The share of the sum of squares in so many of the largest elements."""
+        """The share of ‖τ‖² in the ``elements`` largest elements."""
         return float(np.interp(elements, self._elements, self._squares))
 
     def elements_with(self, share: float) -> float:
-        """The fewest elements that have a share of the sum of squares; zero where there is none."""
+        """The fewest elements that have this share of ‖τ‖²; zero if τ is zero."""
         if not self._squares[-1] > 0:
             return 0.0
         return float(np.interp(share, self._squares, self._elements))
 
 
 def _value(bins: Array) -> Array:
-    """The least magnitude in each bin, float64."""
+    """The least magnitude of each bin, float64."""
     value: Array = (bins << BIN_SHIFT).astype(np.uint32).view(np.float32).astype(np.float64)
     return value
 
 
 def _unchanged(sums: DifferenceSums, size: int) -> Array:
-    """How many elements of each model are the base's: all that do not differ and are finite in both."""
+    """The number of elements of each model that equal the base's, among those that are finite in both."""
     changed = np.array([sums.signs[0, each, each] for each in range(len(sums.skipped))])
     unchanged: Array = size - changed - sums.skipped
     return unchanged
 
 
 def _times(value: Array, factor: float) -> Array:
-    """Sums or counts, times a factor; counts stay whole."""
+    """An array times a factor, in its own type; integers are rounded."""
     scaled: Array = value * factor
     return scaled if value.dtype.kind == "f" else np.rint(scaled).astype(value.dtype)
 

@@ -1,4 +1,4 @@
-"""Differences as tables: of pandas, and of HTML for notebooks."""
+"""Tables of a comparison: pandas DataFrames, and HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from modelfuse.planning.tables import Row, html
 
 Level = Literal["tensors", "layers", "modules", "cells", "whole"]
 LEVELS: tuple[str, ...] = get_args(Level)
-#: What says where a group is.
+#: Fields that identify a group.
 WHERE = ("name", "stack", "layer", "module", "tensors", "elements")
-#: Fields that become columns as they are.
+#: Fields of models and pairs that become columns of the same name.
 OF_CHANGES = tuple(each.name for each in fields(Change) if each.name != "kept")
 OF_PAIRS = tuple(each.name for each in fields(Pair) if each.name not in ("model", "other"))
 
 
-class Diff(Protocol):
-    """What is shown of a :class:`~modelfuse.inspection.diff_result.Diff`."""
+class ComparedModels(Protocol):
+    """The parts of a :class:`~modelfuse.inspection.diff_result.Diff` that tables need."""
 
     @property
     def models(self) -> tuple[str, ...]: ...
@@ -35,8 +35,8 @@ class Diff(Protocol):
     def advice(self) -> tuple[Advice, ...]: ...
 
 
-def frame_of(found: Diff, level: Level, pairs: bool) -> Any:
-    """A DataFrame of what was found; see :meth:`Diff.to_pandas`."""
+def frame_of(found: ComparedModels, level: Level, pairs: bool) -> Any:
+    """A DataFrame of the measures; see :meth:`modelfuse.Diff.to_pandas`."""
     if level not in LEVELS:
         raise RecipeError(f"There is no level {level!r}", f"Levels are {', '.join(LEVELS)}.")
     if find_spec("pandas") is None:
@@ -48,7 +48,7 @@ def frame_of(found: Diff, level: Level, pairs: bool) -> Any:
     return frame
 
 
-def _changes(found: Diff, group: Group) -> Iterator[dict[str, object]]:
+def _changes(found: ComparedModels, group: Group) -> Iterator[dict[str, object]]:
     where = {name: getattr(group, name) for name in WHERE}
     for name, change in zip(short_names(found.models), group.models, strict=True):
         kept = {
@@ -60,18 +60,18 @@ def _changes(found: Diff, group: Group) -> Iterator[dict[str, object]]:
         yield {**where, "model": name, **{each: getattr(change, each) for each in OF_CHANGES}, **kept}
 
 
-def _pairs(found: Diff, group: Group) -> Iterator[dict[str, object]]:
+def _pairs(found: ComparedModels, group: Group) -> Iterator[dict[str, object]]:
     where, names = {name: getattr(group, name) for name in WHERE}, short_names(found.models)
     for pair in group.pairs:
         own = {each: getattr(pair, each) for each in OF_PAIRS}
         yield {**where, "model": names[pair.model], "other": names[pair.other], **own}
 
 
-def html_of(found: Diff) -> str:
-    """What a notebook shows: the models, interference, and what matters."""
+def html_of(found: ComparedModels) -> str:
+    """HTML for a notebook: the models, their interference, findings and advice."""
     names = short_names(found.models)
     models: list[Row] = [
-        (name, _told(each.relative), _told(each.unchanged), _told(each.density_90), each.outliers, each.nonfinite)
+        (name, _number(each.relative), _number(each.unchanged), _number(each.density_90), each.outliers, each.nonfinite)
         for name, each in zip(names, found.whole.models, strict=True)
     ]
     titles = ("model", "‖τ‖/‖b‖", "unchanged", "90 % of ‖τ‖²", "outlying", "NaN, inf")
@@ -80,12 +80,12 @@ def html_of(found: Diff) -> str:
         numbers = range(len(names))
         tables.append((
             ("interference: who suffers", *(f"from {name}" for name in names)),
-            [(names[i], *("" if i == j else _told(found.whole.pair(i, j).interference) for j in numbers))
+            [(names[i], *("" if i == j else _number(found.whole.pair(i, j).interference) for j in numbers))
              for i in numbers],
         ))  # fmt: skip
-    advice = [f"worth trying: {each.text} ({each.told})" for each in found.advice]
+    advice = [f"worth trying: {each.text} ({each.flags})" for each in found.advice]
     return html(repr(found)[1:-1], *tables, notes=(*found.findings, *advice))
 
 
-def _told(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"

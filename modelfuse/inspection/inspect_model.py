@@ -1,4 +1,4 @@
-"""A model looked at from its headers alone: ``modelfuse inspect``."""
+"""Describe a model from its headers and configuration, without reading tensors: ``modelfuse inspect``."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from modelfuse.storage import PathOrUrl, forget
 
 T = TypeVar("T")
 
-#: What layers hold that are fused in ways that are not taken apart.
+#: Fused modules that are never split, and their parts.
 OTHER_FUSED = dict.fromkeys(("query_key_value", *THIRDS), "queries, keys and values")
 
 
 def inspect_model(path: PathOrUrl, prefix: str = "model", named: object = None) -> Inspection:
-    """Look at a model's headers and what lies beside them.
+    """Describe a model from its headers and the files beside the weights.
 
     Args:
-        path: A folder, or the one file with the weights.
-        prefix: Which weights of a folder, as for a merge.
-        named: What the user called it, if that is not its path.
+        path: A folder, or the only file with weights.
+        prefix: The name of the folder's weight files, as for a merge: ``model`` or ``master_weights``.
+        named: The user's name for the model, if it is not the path.
 
     Raises:
         CheckpointError: If there is no model, or its files cannot be read.
@@ -78,7 +78,7 @@ def inspect_model(path: PathOrUrl, prefix: str = "model", named: object = None) 
 
 
 def _tried(remarks: list[Remark], look: Callable[[], T], otherwise: T) -> T:
-    """What can be found out, or a remark why not."""
+    """The result of ``look``; if it fails, ``otherwise``, and the error becomes a remark."""
     try:
         return look()
     except ModelfuseError as error:
@@ -131,14 +131,14 @@ def _fused(model: Checkpoint) -> dict[str, str]:
 
 
 def _remarks(model: Checkpoint, tokenizer: TokenizerFacts | None, served: Served) -> Iterator[Remark]:
-    """What a merge would say of a model, or what whoever loads it may stumble over."""
+    """Remarks on how a merge would treat the model, and on what may fail when it is loaded."""
     shapes = {name: tensor.shape for name, tensor in model.items()}
     for _, text in contradictions(model.config, shapes):
         yield Remark("warning", text)
     if CONFIG_NAME in served.names and (method := served.json(CONFIG_NAME).get("merge_method")):
         yield Remark("note", f"It was merged by modelfuse: {str(method)[:40]}.", "`modelfuse verify` checks it.")
     if CONFIG_FILE not in served.names:
-        yield Remark("warning", f"It has no {CONFIG_FILE}: what its weights mean is told by names and shapes alone.")
+        yield Remark("warning", f"It has no {CONFIG_FILE}: its architecture is inferred from names and shapes alone.")
     if model.dequantized:
         yield Remark("note", "Its fp8 codes are merged as values, which outputs store in bfloat16.")
     buffers = [name for name, shape in shapes.items() if is_buffer(name, shape)]
@@ -146,10 +146,10 @@ def _remarks(model: Checkpoint, tokenizer: TokenizerFacts | None, served: Served
         yield Remark("note", f"Computed from {CONFIG_FILE}, and not merged: {_listed(buffers)}.")
     whole = [name for name, each in model.items() if each.dtype.compute is None and name not in buffers]
     if whole:
-        yield Remark("note", f"Not floating point, so that all inputs must have the same: {_listed(whole)}.")
+        yield Remark("note", f"Not floating point, so they must be equal in all inputs: {_listed(whole)}.")
     pair = pair_of(model)
     if pair is not None and is_tied(model) and pair.head in model.tensors:
-        text = f"It ties {pair.head} to {pair.embedding} and stores both: whoever loads it takes one."
+        text = f"It ties {pair.head} to {pair.embedding} and stores both; loaders use only one of them."
         yield Remark("note", text)
     rows = [tensor.shape[0] for name, tensor in model.items() if name.endswith(EMBEDDINGS) and tensor.shape]
     if tokenizer is not None and tokenizer.rows is not None and len(rows) == 1 and tokenizer.rows > rows[0]:
@@ -168,24 +168,24 @@ def inspect_named(
     hub_anonymous: bool = False,
     watch: Watch | None = None,
 ) -> Inspection:
-    """Look at a model as the user names it: a folder, a file, a URL or a hub name.
+    """Describe a model given as a folder, a file, a URL or a hub name.
 
     Args:
-        model: What it is called.
-        merge_prefix: Which weights of a folder: ``model`` or ``master_weights``.
-        hub_endpoint: The hub.
-        hub_anonymous: Send no token there.
-        watch: What is shown of what is fetched.
+        model: The model.
+        merge_prefix: The name of the folder's weight files: ``model`` or ``master_weights``.
+        hub_endpoint: The URL of the hub.
+        hub_anonymous: Whether to send no token to the hub.
+        watch: Displays the progress of downloads.
 
     Raises:
-        RecipeError: If a setting has no value that it can have.
+        RecipeError: If a setting is invalid.
         CheckpointError: If there is no model, or its files cannot be read.
-        HubError: If it cannot be had.
+        HubError: If the model cannot be fetched.
     """
     given = {"merge_prefix": merge_prefix, "hub_endpoint": hub_endpoint, "hub_anonymous": hub_anonymous}
-    # Settings of a merge say what may be given, and fetch headers of a hub's models.
+    # A recipe checks the settings, and fetching headers takes one.
     recipe = Recipe.parse(
         {"model_path_list": [model, model], **{name: value for name, value in given.items() if value is not None}}
     )
-    with headers(recipe, watch) as at_hand:
-        return inspect_model(at_hand.input_paths[0], at_hand.merge_prefix, at_hand.inputs[0])
+    with headers(recipe, watch) as fetched:
+        return inspect_model(fetched.input_paths[0], fetched.merge_prefix, fetched.inputs[0])

@@ -1,4 +1,4 @@
-"""What a model's headers and the files beside them say, as ``modelfuse inspect`` tells it."""
+"""The result of ``modelfuse inspect``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from modelfuse.recipe.sizes import size
 
 
 class Remark(Struct, frozen=True):
-    """What modelfuse would say of a model.
+    """A remark on a model.
 
     Attributes:
-        kind: ``problem`` where it cannot be merged as it is, ``warning`` where something is likely wrong, ``note``.
-        text: What it is.
+        kind: ``problem`` if the model cannot be merged as it is, ``warning`` if something is likely wrong, ``note``.
+        text: The remark.
         hint: What can be done.
     """
 
@@ -29,7 +29,7 @@ class Remark(Struct, frozen=True):
 
 
 class Shard(Struct, frozen=True):
-    """A weight file: its bytes, and how many tensors are in it."""
+    """A weight file, its size in bytes, and its number of tensors."""
 
     file: str
     bytes: int
@@ -37,7 +37,7 @@ class Shard(Struct, frozen=True):
 
 
 class Amount(Struct, frozen=True):
-    """So many tensors of one type."""
+    """The number of tensors of one element type, of their elements, and of their bytes."""
 
     tensors: int
     parameters: int
@@ -45,7 +45,7 @@ class Amount(Struct, frozen=True):
 
 
 class TensorFacts(Struct, frozen=True):
-    """A tensor as it is stored."""
+    """A stored tensor."""
 
     name: str
     dtype: str
@@ -55,7 +55,7 @@ class TensorFacts(Struct, frozen=True):
 
 
 class Tie(Struct, frozen=True):
-    """A name whose values are another tensor's, and what says so."""
+    """A name that shares the values of another tensor, and where that is stated."""
 
     name: str
     to: str
@@ -63,26 +63,26 @@ class Tie(Struct, frozen=True):
 
 
 class Inspection(Struct, frozen=True):
-    """What is in a model, as its files are.
+    """The content of a model's files.
 
     Attributes:
-        path: The model, as it was named.
+        path: The model, as the user named it.
         role: ``model`` or ``adapter``.
         format: ``safetensors``, ``torch`` or ``paddle``.
-        layout: ``hf`` or ``paddle``; null where nothing tells.
-        parameters: Elements of all tensors.
-        bytes: Bytes of all tensors.
-        dtypes: The same by type.
+        layout: ``hf`` or ``paddle``; null if unknown.
+        parameters: Number of elements of all tensors.
+        bytes: Number of bytes of all tensors.
+        dtypes: Both by element type.
         shards: The weight files.
-        modules: The tree of modules, repeated ones folded.
+        modules: The tree of modules, with repeated ones folded.
         tensors: Every tensor.
-        tied: Names whose values are another tensor's.
-        fused: Layers that hold several: their names with a star for numbers, and what is in them.
+        tied: Names that share the values of another tensor.
+        fused: Fused layers: their names with a star for numbers, and their parts.
         left_out: Tensors that a merge does not take as they are, and why.
-        config: What config.json says.
+        config: Settings of config.json.
         tokenizer: The tokenizer; null if there is none.
-        adapter: What an adapter changes; null for a model.
-        remarks: What modelfuse would say of it.
+        adapter: The weights that an adapter changes; null for a model.
+        remarks: Remarks of modelfuse.
     """
 
     path: str
@@ -105,7 +105,7 @@ class Inspection(Struct, frozen=True):
 
     @property
     def summary(self) -> str:
-        """A model in a line."""
+        """The model in one line."""
         kind = self.adapter.type if self.adapter is not None else self.config.get("architecture", self.format)
         files = f"{len(self.shards)} file{'s' * (len(self.shards) != 1)}"
         return f"{kind}, {len(self.tensors)} tensors, {self.parameters:,} parameters, {size(self.bytes)} in {files}"
@@ -121,6 +121,6 @@ class Inspection(Struct, frozen=True):
             for depth, each in top.rows()
         ]  # fmt: skip
         titles = ("name", "shape", "dtype", "copies", "parameters", "bytes")
-        told = [f"{each.kind}: {each.text}" for each in self.remarks]
+        remarks = [f"{each.kind}: {each.text}" for each in self.remarks]
         table = html(f"{self.path}: {self.summary}", (titles, rows))
-        return table + "".join(f"<p>{escape(text)}</p>" for text in told)
+        return table + "".join(f"<p>{escape(text)}</p>" for text in remarks)

@@ -1,4 +1,4 @@
-"""What lies beside a model's weights: its configuration, its tokenizer, an adapter's targets."""
+"""Facts from the files beside a model's weights: its configuration, its tokenizer, an adapter's target modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelfuse.checkpoints.ties import TEXT_CONFIGS
 from modelfuse.planning.served_differences import Served
 from modelfuse.storage import PathOrUrl
 
-#: What config.json's settings are called, and what they are shown as; the first that is there counts.
+#: Displayed names of config.json's settings, and their keys in different architectures; the first present one counts.
 SETTINGS: Mapping[str, Sequence[str]] = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "width": ("hidden_size", "n_embd", "d_model"),
@@ -34,9 +34,9 @@ SETTINGS: Mapping[str, Sequence[str]] = {
     "activation": ("hidden_act", "hidden_activation", "activation_function"),
     "declared dtype": ("dtype", "torch_dtype"),
 }
-#: Tokens with a special meaning, as tokenizer_config.json names them.
+#: Special tokens by their keys in tokenizer_config.json.
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-#: The longest text of strangers that is repeated.
+#: The most characters of a text from an untrusted file that are displayed.
 LONGEST = 120
 
 
@@ -44,12 +44,12 @@ class TokenizerFacts(Struct, frozen=True):
     """A tokenizer.
 
     Attributes:
-        kind: The type of its model, such as ``BPE``; null where its files are not understood.
-        tokens: How many there are.
-        added: How many of them were added.
-        rows: How many rows an embedding needs for them.
-        special: The tokens that begin, end and fill a text.
-        chat_template: Whether there is one.
+        kind: The type of its model, such as ``BPE``; this and the numbers are null if its files cannot be parsed.
+        tokens: Number of tokens.
+        added: Number of added tokens among them.
+        rows: Number of rows that an embedding needs for them.
+        special: The special tokens (``bos_token``, …).
+        chat_template: Whether there is a chat template.
     """
 
     kind: str | None
@@ -61,15 +61,15 @@ class TokenizerFacts(Struct, frozen=True):
 
 
 class Target(Struct, frozen=True):
-    """What an adapter changes, alike in several layers.
+    """Layers that an adapter changes in the same way.
 
     Attributes:
-        module: The layer's name, with a star for numbers.
+        module: The layers' name, with a star for numbers.
         kind: ``lora``, ``hada`` (LoHa), ``lokr``, ``ia3`` or ``tokens``.
-        layers: How many there are.
-        rank: Of the factors; null where there are none.
-        scale: What their product is multiplied by.
-        dora: Whether it has magnitudes.
+        layers: Number of layers.
+        rank: The rank of the factors; null if there are none.
+        scale: The factor of their product; null if there is none.
+        dora: Whether there are DoRA magnitudes.
     """
 
     module: str
@@ -85,13 +85,13 @@ class AdapterFacts(Struct, frozen=True):
 
     Attributes:
         format: ``peft`` or ``paddle``.
-        type: As PEFT calls it: ``LORA``, ``LOHA``, ….
-        base: The model that it says it was trained on.
-        task: What it was trained for.
-        rank: Of most layers.
-        alpha: Of most layers.
-        targets: What it changes.
-        whole: Tensors that it brings whole, alike ones as one.
+        type: The type of PEFT: ``LORA``, ``LOHA``, …
+        base: The base model that its configuration names.
+        task: The task type that its configuration names.
+        rank: The default rank.
+        alpha: The default alpha.
+        targets: The layers that it changes.
+        whole: Names of the tensors that it replaces as a whole, grouped.
     """
 
     format: str
@@ -105,7 +105,7 @@ class AdapterFacts(Struct, frozen=True):
 
 
 def config_facts(config: Mapping[str, object]) -> dict[str, str | int | float | bool]:
-    """What config.json says of a model, in few words and numbers.
+    """The main settings of config.json, by their displayed names.
 
     >>> config_facts({"model_type": "llama", "num_hidden_layers": 2, "vocab_size": None})
     {'model type': 'llama', 'layers': 2}
@@ -130,7 +130,7 @@ def _short(value: object) -> str | int | float | bool:
 
 
 def tokenizer_facts(served: Served) -> TokenizerFacts | None:
-    """What is known of the tokenizer in a folder, None if there is none."""
+    """Facts about the tokenizer in a folder; None if there is none."""
     if not served.has_tokenizer:
         return None
     found = served.tokenizer
@@ -148,7 +148,7 @@ def tokenizer_facts(served: Served) -> TokenizerFacts | None:
 
 
 class _Kind(NamedTuple):
-    """What adapted layers share that are told as one."""
+    """The properties that adapted layers must share to be listed as one :class:`Target`."""
 
     module: str
     kind: str
@@ -158,14 +158,14 @@ class _Kind(NamedTuple):
 
 
 def adapter_facts(path: PathOrUrl, weights: Checkpoint) -> AdapterFacts | None:
-    """What an adapter changes, None if it is none.
+    """The weights that an adapter changes; None for a model.
 
     Args:
-        path: Its folder, or the file with its weights.
+        path: The folder, or the file with the weights.
         weights: Its tensors.
 
     Raises:
-        CheckpointError: If it is of a kind that is not supported, or incomplete.
+        CheckpointError: If the adapter is of an unsupported kind, or incomplete.
     """
     file = config_of(path)
     if file is None:

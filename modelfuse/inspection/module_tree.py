@@ -9,26 +9,26 @@ from msgspec import Struct
 
 from modelfuse.checkpoints import StoredTensor
 
-#: Parts of a name beyond these stay together: names are strangers' text.
+#: The maximum depth of the tree; names come from untrusted files, and further parts of a name are not split.
 DEEPEST = 24
-#: What a tensor is called in its module; no name holds control characters.
+#: The key of the tensor itself among a node's parts; no tensor's name has control characters.
 ITSELF = "\n"
-#: Runs of numbers that are listed.
+#: Most runs of numbers that are listed before an ellipsis.
 MOST_RUNS = 4
 
 
 class Module(Struct, frozen=True):
-    """A module, or a tensor where it has a shape; repeated ones are one, and their numbers are added up.
+    """A module or, if it has a shape, a tensor; equal numbered siblings are folded into one.
 
     Attributes:
-        name: Within its parent; ``layers.0-31`` stands for several.
-        copies: How many alike modules of its parent it stands for.
-        tensors: All tensors in it and its copies.
-        parameters: Their elements.
-        bytes: Their bytes as they are stored.
-        dtype: Of a tensor, null for a module.
-        shape: Of one tensor, null for a module.
-        modules: What is in it.
+        name: The name within the parent; ``0-31`` for 32 equal siblings.
+        copies: The number of modules that are folded into it, over all levels of its name.
+        tensors: Number of tensors in all of them.
+        parameters: Number of elements of these.
+        bytes: Number of bytes of these as they are stored.
+        dtype: The element type of a tensor; null for a module.
+        shape: The shape of each tensor; null for a module.
+        modules: The modules and tensors in it.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Module(Struct, frozen=True):
     modules: Sequence[Module] = ()
 
     def rows(self, depth: int = 0) -> Iterator[tuple[int, Module]]:
-        """This and all that is in it, each with its depth."""
+        """This module and all its descendants, depth first, each with its depth."""
         yield depth, self
         for each in self.modules:
             yield from each.rows(depth + 1)
@@ -49,7 +49,7 @@ class Module(Struct, frozen=True):
 
 @dataclass(slots=True)
 class _Node:
-    """A module that is not folded yet; its key is equal for all that look alike."""
+    """A module before folding; equal subtrees have equal keys."""
 
     tensor: StoredTensor | None = None
     parts: dict[str, _Node] = field(default_factory=dict)
@@ -57,38 +57,38 @@ class _Node:
 
 
 def tree_of(tensors: Mapping[str, StoredTensor]) -> Sequence[Module]:
-    """The modules of a model, in the order of its files.
+    """The folded tree of a model's modules, in the order of its tensors.
 
     Args:
-        tensors: By name.
+        tensors: The tensors by name.
     """
     root = _Node()
     for name, tensor in tensors.items():
         node = root
         for part in name.split(".", DEEPEST):
             node = node.parts.setdefault(part, _Node())
-        node.parts[ITSELF] = _Node(tensor)  # Another one's name may begin with all of it.
+        node.parts[ITSELF] = _Node(tensor)  # A tensor's name may be the prefix of another one's.
     _number(root, {})
     return tuple(_folded(root, 1))
 
 
 def _number(node: _Node, known: dict[object, int]) -> None:
-    """Give every module the number of its looks."""
+    """Set the keys of all nodes, so that equal subtrees have equal ones."""
     if node.tensor is not None:
-        looks: object = (node.tensor.stored.name, node.tensor.shape)
+        content: object = (node.tensor.stored.name, node.tensor.shape)
     else:
         for part in node.parts.values():
             _number(part, known)
-        looks = frozenset((name, part.key) for name, part in node.parts.items())
-    node.key = known.setdefault(looks, len(known))
+        content = frozenset((name, part.key) for name, part in node.parts.items())
+    node.key = known.setdefault(content, len(known))
 
 
 def _folded(node: _Node, times: int) -> Iterator[Module]:
-    """The modules in one, alike ones with numbers as one.
+    """The children of a node, with equal numbered ones folded.
 
     Args:
-        node: The module.
-        times: How many modules of the model it stands for.
+        node: The node.
+        times: The number of modules of the model that it stands for.
     """
     groups: dict[object, list[str]] = {}
     for name in node.parts:
@@ -121,7 +121,7 @@ def _numbers(modules: Sequence[Module]) -> tuple[int, int, int]:
 
 
 def runs(numbers: Iterable[int]) -> str:
-    """Numbers in few words.
+    """Numbers as runs, abbreviated.
 
     >>> runs([0, 1, 2, 5]), runs(range(0, 40, 2))
     ('0-2,5', '0,2,4,6,…,38')

@@ -1,4 +1,4 @@
-"""What lies in an output's folder, against what its report says: files, headers, index, configuration."""
+"""Check the folder of an output against its report: files, headers, index, configuration."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from modelfuse.inspection.report_reader import Problem, Report, ReportedTensor
 from modelfuse.storage import PathOrUrl, children, is_file, size_of
 from modelfuse.storage.files import SourceFile, read_bytes
 
-#: How the files end that a loader would take for weights.
+#: Suffixes of files that loaders read as weights.
 WEIGHTS = (".safetensors", ".pdparams", ".bin")
-#: Bytes of a frame that are read at a time.
+#: Bytes that are read and hashed at a time.
 PIECE = 1 << 20
 
 
 @dataclass
-class Contents:
-    """The weight files of an output, read by their headers.
+class OutputContents:
+    """The headers of an output's weight files, checked against the report when an instance is created.
 
     Attributes:
         folder: The output.
-        report: What should be there.
-        files: The tensors of each weight file that can be read, by name.
-        problems: What is wrong.
+        report: The expected content.
+        files: For each weight file that can be read, its tensors by name.
+        problems: What differs from the report.
     """
 
     folder: PathOrUrl
@@ -54,7 +54,7 @@ class Contents:
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the report that is there, in the file that it should be in if it is there."""
+        """The reported tensors that are in the output; of duplicates, the one in the reported file."""
         found: dict[str, StoredTensor] = {}
         for file, tensors in self.files.items():
             for name, stored in tensors.items():
@@ -70,7 +70,7 @@ class Contents:
             return
         actual = size_of(path)
         if actual != size:
-            yield Problem("file", f"{name} has {actual:,} bytes, {size:,} when it was written", file=name)
+            yield Problem("file", f"{name} has {actual:,} bytes; it had {size:,} when it was written", file=name)
         try:
             tensors, _ = _reader(name)(path)
             digest = _frame_digest(path, tensors.values())
@@ -79,7 +79,7 @@ class Contents:
             return
         self.files[name] = tensors
         if digest != self.report.sha256.get(name):
-            yield Problem("file", f"{name}: its header is not the one that was written", file=name)
+            yield Problem("file", f"{name}: its header has changed since it was written", file=name)
 
     def _with_tensors(self, file: str) -> str:
         names = [name for name, tensor in self.report.tensors.items() if tensor.file == file]
@@ -93,7 +93,7 @@ class Contents:
         for name, entry in self.report.tensors.items():
             files = holders.get(name, [])
             if entry.file not in self.report.files:
-                yield Problem("report", f"{name} is said to be in {entry.file}, which is not listed", name, entry.file)
+                yield Problem("report", f"{name} is reported in {entry.file}, which is not listed", name, entry.file)
             elif not files and entry.file in self.files:
                 yield Problem("tensor", f"{name} is missing from {entry.file}", name, entry.file)
             for file in files:
@@ -140,13 +140,13 @@ class Contents:
             yield Problem("config", error.message, file=CONFIG_FILE)
             return
         shapes = {name: stored.shape for name, stored in self.tensors.items()}
-        if shapes.keys() >= self.report.tensors.keys():  # What is missing was told already.
+        if shapes.keys() >= self.report.tensors.keys():  # Missing tensors were reported already.
             for tensor, message in contradictions(config, shapes):
                 yield Problem("config", message, tensor, CONFIG_FILE)
 
 
 def _reader(name: str) -> Callable[[PathOrUrl], tuple[dict[str, StoredTensor], dict[str, str]]]:
-    """What reads the header of a weight file."""
+    """The function that reads the header of a weight file."""
     if name.endswith(".bin"):
         from modelfuse.checkpoints.formats.torch_reader import read_torch
 
@@ -166,10 +166,10 @@ def _digest(file: SourceFile) -> str:
 
 
 def _frame_digest(path: PathOrUrl, tensors: Iterable[StoredTensor]) -> str:
-    """The sha256 of all bytes of a weight file that are no tensor's, in their order.
+    """The sha256 of a weight file's frame: all bytes outside of tensors, in order.
 
     Raises:
-        CheckpointError: If a tensor is not one run of bytes, as a merge writes it.
+        CheckpointError: If a tensor is not stored as one run of bytes, as merges write them.
     """
     file, digest, position = SourceFile.at(path), hashlib.sha256(), 0
     spans = sorted((tensor.offset, tensor.nbytes) for tensor in tensors if tensor.nbytes)

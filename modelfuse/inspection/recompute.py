@@ -1,4 +1,4 @@
-"""Merging again from the inputs, and comparing with what is stored instead of writing."""
+"""Merge tensors again from the inputs, and compare the result with the stored output instead of writing it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import PathOrUrl, Url, exists, is_dir, is_file, look_up, path_or_url, size_of
 from modelfuse.storage.files import SourceFile
 
-#: A sample reads and compares about so many bytes, but never fewer tensors than the least.
+#: A sample reads and compares at most SAMPLE_BYTES, but has at least SAMPLE_LEAST tensors.
 SAMPLE_BYTES = 256_000_000
 SAMPLE_LEAST = 4
 
 
 def in_stores(report: Report, recipe: Recipe | None) -> list[Url]:
-    """The inputs that are in stores: they are asked only if the user says so, as anybody may have written the files."""
-    places: list[object] = [path_or_url(model.path) for model in report.read]
-    places += [] if recipe is None else [*recipe.inputs, *recipe.gram_list, recipe.tokenizer_from]
-    return [*dict.fromkeys(place for place in places if isinstance(place, Url))]
+    """The inputs that are in stores. They are accessed only on request, as the report may come from anybody."""
+    named: list[object] = [path_or_url(model.path) for model in report.read]
+    named += [] if recipe is None else [*recipe.inputs, *recipe.gram_list, recipe.tokenizer_from]
+    return [*dict.fromkeys(each for each in named if isinstance(each, Url))]
 
 
 def absent_inputs(report: Report, recipe: Recipe | None) -> list[str]:
-    """What is not at hand of the inputs as they were merged: paths, and why not."""
+    """Input files that are missing or whose size has changed since the merge, as sentences."""
     absent = []
-    for model, path in _places(report, recipe):
+    for model, path in _locations(report, recipe):
         if not exists(path):
             absent.append(f"{model.path} is missing")
             continue
@@ -46,20 +46,20 @@ def absent_inputs(report: Report, recipe: Recipe | None) -> list[str]:
             if not is_file(file):
                 absent.append(f"{file} is missing")
             elif size_of(file) != size:
-                absent.append(f"{file} was changed: it has {size_of(file):,} bytes, {size:,} when it was merged")
+                absent.append(f"{file} has changed: it has {size_of(file):,} bytes; it had {size:,} when it was merged")
     return absent
 
 
 def modified_inputs(report: Report) -> list[str]:
-    """Files that were written again since the merge, though their sizes are the same: perhaps other weights."""
-    # What comes from a hub has the time when it was fetched.
-    places = ((model, path) for model, path in _places(report, None) if exists(path))
-    files = (file for model, path in places for file in _files(model, path))
+    """Input files whose modification time has changed since the merge; their weights may have, too."""
+    # Without the recipe's folders of hub models: their files have the time of the download.
+    located = ((model, path) for model, path in _locations(report, None) if exists(path))
+    files = (file for model, path in located for file in _files(model, path))
     return [str(path) for path, _, modified in files if SourceFile.at(path).mtime_ns != modified]
 
 
-def _places(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, PathOrUrl]]:
-    """Every input, and where it is now."""
+def _locations(report: Report, recipe: Recipe | None) -> Iterator[tuple[ReportedInput, PathOrUrl]]:
+    """Every input with its current path."""
     known = {} if recipe is None else dict(zip(map(str, recipe.inputs), recipe.input_paths, strict=True))
     for model in report.read:
         yield model, known.get(model.path) or path_or_url(model.path)
@@ -73,9 +73,13 @@ def _files(model: ReportedInput, path: PathOrUrl) -> Iterator[tuple[PathOrUrl, i
 
 
 def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | None, list[Problem]]:
-    """Plan the merge anew, wherever its output is now, and hold the plan against the report."""
+    """Plan the merge again and compare the plan with the report.
+
+    Returns:
+        The plan, None if there is none; the differences.
+    """
     try:
-        # What a GPU merged, a CPU merges to the same bytes.
+        # The bytes do not depend on the device, the engine or the output's path.
         changes: dict[str, object] = {
             "output_path": None,
             "n_process": n_process,
@@ -101,18 +105,18 @@ def plan_again(recipe: Recipe, report: Report, n_process: int) -> tuple[Plan | N
 
 
 def _compare_methods(plan: Plan, report: Report) -> Iterator[Problem]:
-    """Tensors that the plan makes by another method than the report tells; of older reports, none tells one."""
+    """Tensors whose planned method differs from the reported one; reports of older versions have none."""
     if report.methods is None:
         return
     planned, numbers = [each.described() for each in methods_of(plan.tensors)], method_numbers(plan.tensors)
     for tensor in plan.tensors:
-        told = report.tensors.get(tensor.name)
+        entry = report.tensors.get(tensor.name)
         number = None if tensor.method is None else numbers[id(tensor.method)]
         rule = None if tensor.rule is None else tensor.rule + 1
-        if told is not None and (told.method, told.rule, told.tolerance) != (number, rule, tensor.tolerance):
-            yield Problem("recipe", f"{CONFIG_NAME} gives it another method than {REPORT_NAME} tells", tensor.name)
+        if entry is not None and (entry.method, entry.rule, entry.tolerance) != (number, rule, tensor.tolerance):
+            yield Problem("recipe", f"{CONFIG_NAME} gives it another method than {REPORT_NAME}", tensor.name)
     if planned != report.methods:
-        yield Problem("recipe", f"{CONFIG_NAME} gives other methods than {REPORT_NAME} tells", file=CONFIG_NAME)
+        yield Problem("recipe", f"{CONFIG_NAME} gives other methods than {REPORT_NAME}", file=CONFIG_NAME)
 
 
 def _facts(tensor: object) -> tuple[object, ...]:
@@ -124,9 +128,14 @@ def _describe(tensor: Operation | None) -> str:
 
 
 def choose(plan: Plan, stored: Mapping[str, StoredTensor], full: bool, sample: int | None, seed: int) -> Plan:
-    """A plan of the tensors to make again: all, so many, or as many as a sample's bytes allow.
+    """A plan of the tensors to merge again. Those that are missing or have another type or shape are left out.
 
-    Tensors whose place, type or shape is wrong cannot be compared and are left out.
+    Args:
+        plan: The whole plan.
+        stored: The tensors of the output.
+        full: Whether to merge all tensors.
+        sample: The number of tensors otherwise; None: as many as SAMPLE_BYTES allow.
+        seed: Determines the random sample.
     """
     fit = [
         tensor
@@ -137,11 +146,11 @@ def choose(plan: Plan, stored: Mapping[str, StoredTensor], full: bool, sample: i
     if full:
         return replace(plan, tensors=tuple(fit), files=())
     shuffled = random.Random(seed).sample(fit, len(fit))
-    chosen, room = set[str](), SAMPLE_BYTES
+    chosen, left = set[str](), SAMPLE_BYTES
     for tensor in shuffled if sample is None else shuffled[:sample]:
-        if sample is not None or len(chosen) < SAMPLE_LEAST or bytes_of(tensor) <= room:
+        if sample is not None or len(chosen) < SAMPLE_LEAST or bytes_of(tensor) <= left:
             chosen.add(tensor.name)
-            room -= bytes_of(tensor)
+            left -= bytes_of(tensor)
     return replace(plan, tensors=tuple(each for each in fit if each.name in chosen), tied=(), equal_pairs=(), files=())
 
 
@@ -151,7 +160,7 @@ def bytes_of(tensor: Operation) -> int:
 
 
 def compare(plan: Plan, stored: Mapping[str, StoredTensor], progress: Callable[[int], None]) -> list[Problem]:
-    """Merge the tensors of a plan again and compare each slice with the bytes that are stored."""
+    """Merge the tensors of a plan again and compare each slice with the stored bytes."""
     if not plan.tensors:
         return []
     from modelfuse.execution.run import Run
@@ -166,88 +175,88 @@ def compare(plan: Plan, stored: Mapping[str, StoredTensor], progress: Callable[[
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """The first element of a tensor that is not as it should be: its number, the bytes stored, the bytes made."""
+    """The first element of a tensor that differs: its index, its stored bytes, and those that the merge gives."""
 
     element: int
     stored: bytes
-    made: bytes
+    merged: bytes
 
 
 class Comparison:
-    """Where a run's bytes go to be compared; remembers the first deviation of each tensor.
+    """A sink of a run that compares the bytes with the stored output, and keeps the first deviation of each tensor.
 
     Args:
-        tensors: What the run makes, at its planned offsets.
-        stored: The same tensors as they lie in the output.
+        tensors: The operations of the run.
+        stored: The tensors of the output.
     """
 
     def __init__(self, tensors: Sequence[Operation], stored: Mapping[str, StoredTensor]) -> None:
         self._tensors, self._stored = tensors, stored
         self._files: dict[str, tuple[list[int], list[Operation]]] = {}
         for tensor in tensors:
-            if tensor.size:  # Others share their offset with the next one, and nothing is ever written to them.
+            if tensor.size:  # Empty tensors share their offset with the next one and are never written.
                 offsets, own = self._files.setdefault(tensor.file, ([], []))
                 offsets.append(tensor.offset)
                 own.append(tensor)
         self._first: dict[str, Deviation] = {}
         self._lock = threading.Lock()
-        self._rooms = threading.local()
+        self._local = threading.local()
 
     def create(self, name: str, frame: Frame) -> None:
-        """Nothing: frames were compared with the plan's."""
+        """Do nothing: frames were compared with the plan's."""
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Compare bytes of a file with those that are stored."""
+        """Compare bytes of a file with the stored ones."""
         offsets, tensors = self._files[name]
         tensor = tensors[bisect_right(offsets, offset) - 1]
         stored = self._stored[tensor.name]
-        made, there = np.frombuffer(data, np.uint8), self._room(len(data))
+        merged, found = np.frombuffer(data, np.uint8), self._buffer(len(data))
         with stored.file.open() as file:
-            file.read(stored.offset + offset - tensor.offset, there.data)
-        if np.array_equal(made, there):
+            file.read(stored.offset + offset - tensor.offset, found.data)
+        if np.array_equal(merged, found):
             return
         itemsize = tensor.dtype.bytes
         if tensor.tolerance is None:
-            number = int(np.argmax(made != there)) // itemsize
+            index = int(np.argmax(merged != found)) // itemsize
         else:
-            differ = apart(made, there, tensor.dtype, tensor.tolerance)
+            differ = apart(merged, found, tensor.dtype, tensor.tolerance)
             if not differ.any():
                 return
-            number = int(np.argmax(differ))
-        place = slice(number * itemsize, (number + 1) * itemsize)
-        element = (offset - tensor.offset) // itemsize + number
+            index = int(np.argmax(differ))
+        own = slice(index * itemsize, (index + 1) * itemsize)
+        element = (offset - tensor.offset) // itemsize + index
         with self._lock:
             known = self._first.get(tensor.name)
             if known is None or element < known.element:
-                self._first[tensor.name] = Deviation(element, there[place].tobytes(), made[place].tobytes())
+                self._first[tensor.name] = Deviation(element, found[own].tobytes(), merged[own].tobytes())
 
     def keep(self, name: str, nbytes: int, entry: object) -> None:
-        """Nothing: a comparison that is ended begins anew."""
+        """Do nothing: an interrupted comparison is not resumed."""
 
     def share(self) -> None:
-        """Nothing: there are no files."""
+        """Do nothing: there are no files."""
 
     def ahead(self) -> None:
-        """Nothing: bytes are compared in any order."""
+        """Do nothing: bytes are compared in any order."""
 
     def problems(self) -> list[Problem]:
-        """What deviates, in the order of the tensors."""
+        """The deviations, in the order of the tensors."""
         return [
-            Problem("bytes", _tell(tensor, self._first[tensor.name]), tensor.name, tensor.file)
+            Problem("bytes", _describe_deviation(tensor, self._first[tensor.name]), tensor.name, tensor.file)
             for tensor in self._tensors
             if tensor.name in self._first
         ]
 
-    def _room(self, nbytes: int) -> Bytes:
-        room: Bytes | None = getattr(self._rooms, "bytes", None)
-        if room is None or room.size < nbytes:
-            room = self._rooms.bytes = np.empty(nbytes, np.uint8)
-        return room[:nbytes]
+    def _buffer(self, nbytes: int) -> Bytes:
+        buffer: Bytes | None = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.size < nbytes:
+            buffer = self._local.buffer = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes]
 
 
-def _tell(tensor: Operation, deviation: Deviation) -> str:
-    stored, made = (f"0x{each[::-1].hex()}" for each in (deviation.stored, deviation.made))
+def _describe_deviation(tensor: Operation, deviation: Deviation) -> str:
+    stored, merged = (f"0x{each[::-1].hex()}" for each in (deviation.stored, deviation.merged))
     return (
         f"{tensor.name} in {tensor.file} is not what the recipe gives, from element {deviation.element:,} on: "
-        f"{stored} is stored, {made} would be right"
+        f"{stored} is stored, {merged} would be right"
     )

@@ -1,4 +1,4 @@
-"""What a merge reported of itself, read back: merge_report.json and merge_config.json."""
+"""Read and validate the files that a merge writes about itself: merge_report.json and merge_config.json."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Kind = Literal["report", "recipe", "file", "index", "tensor", "checksum", "confi
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it should be.
+    """A failed check of an output.
 
     Attributes:
-        kind: What was checked: the ``report`` itself, the ``recipe``, a ``file`` as a whole, the ``index``, a
-            ``tensor``'s place, type and shape, its ``checksum``, ``config``.json against the shapes, the ``inputs``,
-            the ``bytes`` that the recipe gives.
-        message: What is wrong, naming the file and the tensor.
-        tensor: The tensor, if it is about one.
-        file: The file in the output, if it is about one.
+        kind: The check that failed: of the ``report`` itself, the ``recipe``, a ``file`` as a whole, the ``index``, a
+            ``tensor``'s file, type and shape, its ``checksum``, the shapes that ``config``.json implies, the
+            ``inputs``, or the ``bytes`` that merging again gives.
+        message: What is wrong, with the names of the file and the tensor.
+        tensor: The tensor that it concerns, if any.
+        file: The file of the output that it concerns, if any.
     """
 
     kind: Kind
@@ -49,9 +49,9 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class ReportedTensor(Struct, frozen=True, rename={"dtype_name": "dtype", "dimensions": "shape"}):
-    """A tensor of the output: its type, shape and file, the checksum of its bytes, its method's and rule's numbers.
+    """A tensor of the output: element type, shape, file, checksum, and the numbers of its method and rule.
 
-    Of one whose bytes depend on the machine that merged it, how far those of others may be apart.
+    If its bytes depend on the machine, ``tolerance`` is the relative difference that other machines may have.
     """
 
     dtype_name: Literal[*BY_NAME]  # type: ignore[valid-type]
@@ -64,36 +64,36 @@ class ReportedTensor(Struct, frozen=True, rename={"dtype_name": "dtype", "dimens
 
     @property
     def dtype(self) -> DType:
-        """Its element type."""
+        """The element type."""
         return BY_NAME[self.dtype_name]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """The shape."""
         return tuple(self.dimensions)
 
     @property
     def nbytes(self) -> int:
-        """The number of its bytes."""
+        """The size in bytes."""
         return self.dtype.nbytes(math.prod(self.dimensions))
 
 
 class ReportedFile(Struct, frozen=True):
-    """A weight file of an input, as it was when it was merged."""
+    """Size and modification time of an input's weight file at the time of the merge."""
 
     size: Count
     modified_ns: int
 
 
 class ReportedInput(Struct, frozen=True):
-    """An input: its path and its weight files."""
+    """The path and the weight files of an input."""
 
     path: str
     files: dict[str, ReportedFile]
 
 
 class ReportedMethod(Struct, frozen=True):
-    """The mathematics."""
+    """The recipe's method, weights and seed."""
 
     merge_type: str
     sparsify_type: str | None
@@ -102,7 +102,7 @@ class ReportedMethod(Struct, frozen=True):
 
 
 class Report(Struct, frozen=True):
-    """The parts of merge_report.json that can be checked."""
+    """The parts of merge_report.json that ``verify`` checks."""
 
     method: ReportedMethod
     inputs: list[ReportedInput]
@@ -115,7 +115,7 @@ class Report(Struct, frozen=True):
 
     @property
     def read(self) -> list[ReportedInput]:
-        """All that was read: the inputs, and files of Gram matrices."""
+        """Everything that was read: the inputs, and files of Gram matrices."""
         return [*self.inputs, *self.grams]
 
 
@@ -123,22 +123,22 @@ def read_report(folder: PathOrUrl) -> tuple[Report, list[Problem]]:
     """Read merge_report.json.
 
     Returns:
-        Its content, and a problem if it is not what the merge wrote.
+        The report, and a problem if its own checksum does not hold.
 
     Raises:
-        CheckpointError: If the folder is no output of modelfuse, or the report cannot be understood.
+        CheckpointError: If the folder is not an output of modelfuse, or the report is invalid or of another version.
     """
     path = folder / REPORT_NAME
     if not is_dir(folder):
         raise CheckpointError(f"There is no folder {folder}", "Name the output_path of a merge.")
     if not is_file(path):
         raise CheckpointError(
-            f"{folder} is not what a merge wrote: it has no {REPORT_NAME}", "Name the output_path of a merge."
+            f"{folder} is not the output of a merge: it has no {REPORT_NAME}", "Name the output_path of a merge."
         )
     content = read_json(path)
     problems = [] if _is_as_written(path, content) else [_edited()]
     try:
-        report = _understood(content)
+        report = _validated(content)
     except ValueError as error:
         raise CheckpointError(
             f"{path} is not as modelfuse writes it: {error}",
@@ -152,11 +152,11 @@ def read_report(folder: PathOrUrl) -> tuple[Report, list[Problem]]:
     return report, problems
 
 
-def _understood(content: Mapping[str, object]) -> Report:
-    """The parts of a report.
+def _validated(content: Mapping[str, object]) -> Report:
+    """The report as a struct.
 
     Raises:
-        ValueError: If they are not there, or not as they should be; says where.
+        ValueError: If a part is missing or invalid, with its path.
     """
     try:
         report = convert(content, Report)
@@ -170,7 +170,7 @@ def _understood(content: Mapping[str, object]) -> Report:
         raise ValueError(str(error)) from None
     named = [*report.files, *report.copied_files, *report.sha256, *(each.file for each in report.tensors.values())]
     for name in [*named, *(name for each in report.read for name in each.files)]:
-        # Nothing beside the output is looked at, whatever an edited report says.
+        # An edited report must not lead to files outside of the folder.
         if not is_inside(name):
             raise ValueError(f"{name!r} is no file inside the folder")
     if strange := next((name for name in (*named, *report.tensors) if not is_printable(name)), None):
@@ -181,7 +181,7 @@ def _understood(content: Mapping[str, object]) -> Report:
 
 
 def _is_as_written(path: PathOrUrl, content: dict[str, object]) -> bool:
-    """Whether the report's own checksum holds, and there is nothing in the file beside what was understood."""
+    """Whether the file has exactly the bytes of its encoded content, and the report's own checksum holds."""
     if read_whole(path) != encode_json(content):
         return False
     rest = {key: value for key, value in content.items() if key != "report_sha256"}
@@ -193,19 +193,19 @@ def _edited() -> Problem:
 
 
 def read_recipe(folder: PathOrUrl, report: Report) -> tuple[Recipe | None, list[Problem]]:
-    """Read merge_config.json and hold it against the report.
+    """Read merge_config.json and compare it with the report.
 
     Returns:
-        The recipe, None if there is none; what is wrong with it.
+        The recipe, None if there is none; the contradictions.
     """
     path = folder / CONFIG_NAME
     if not is_file(path):
-        listed = CONFIG_NAME in report.sha256  # Then it is told among the files that are missing.
+        listed = CONFIG_NAME in report.sha256  # Then it is reported as a missing file.
         return None, [] if listed else [Problem("recipe", f"{CONFIG_NAME} is missing", file=CONFIG_NAME)]
     try:
         recipe = Recipe.parse(load_recipe(path))
     except RecipeError as error:
-        message = f"{CONFIG_NAME} is not a recipe: {error.message}"
+        message = f"{CONFIG_NAME} is not a valid recipe: {error.message}"
         return None, [Problem("recipe", message, file=CONFIG_NAME)]
     (merge_type, sparsify_type, weights), said = recipe.method_told, report.method
     pairs: list[tuple[str, object, object]] = [

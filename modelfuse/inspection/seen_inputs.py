@@ -1,7 +1,7 @@
-"""Gram matrices of what a torch model's weights are multiplied with while it runs, whatever its modules are.
+"""Gram matrices of the inputs that a torch model's weights are multiplied with, for any kind of module.
 
-Products are seen where torch is called: a layer's own, those of one of several experts that are in one tensor, and
-convolutions as the products that they are.
+Calls of torch's functions are intercepted, not modules: so linear layers, single experts of a tensor that stacks all of
+them, and convolutions (unfolded to matrix products) are all covered.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-#: What PEFT puts between a layer and its weight.
+#: PEFT inserts it between the name of a layer and that of its weight.
 WRAPPED = ".base_layer."
 WEIGHT = ".weight"
 
 
 class SeenInputs:
-    """Adds up XᵀX for every weight that is multiplied with inputs X.
+    """Sums XᵀX for every weight that is multiplied by inputs X.
 
     Args:
-        torch: The module.
-        model: A model of torch's.
+        torch: The module ``torch``.
+        model: A ``torch.nn.Module``.
 
     Attributes:
-        grams: By the names of the modules, or of the tensors that hold all experts: float32, shape (inputs, inputs) or
-            (experts, inputs, inputs).
+        grams: float32 tensors by the name of the module, or of the tensor that stacks experts, of shape
+            (experts, inputs, inputs); experts is 1 for all other modules.
     """
 
     def __init__(self, torch: Any, model: Any) -> None:
@@ -47,7 +47,7 @@ class SeenInputs:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See what is multiplied meanwhile."""
+        """Intercept torch's products while the context is active; gradients are off."""
 
         def see(
             _: Any, function: Any, __: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -61,7 +61,7 @@ class SeenInputs:
             yield
 
     def _find(self, weight: Any) -> tuple[str, Any, int] | None:
-        """The name of a weight, the tensor that it is or lies in, and the elements of that before it."""
+        """The name of a weight, the parameter that it is or is a view of, and its offset in that, in elements."""
         at = bisect_right(self._starts, weight.data_ptr()) - 1
         if at < 0:
             return None
@@ -102,7 +102,7 @@ class SeenInputs:
         found = self._find(weight)
         if found is None or groups != 1 or isinstance(padding, str):
             return
-        if weight.ndim == 3:  # Of one dimension: a picture of one row.
+        if weight.ndim == 3:  # conv1d: an image of one row.
             x, kernel = x.unsqueeze(-2), (1, weight.shape[2])
             stride, padding, dilation = (
                 (one, *_ints(each)) for one, each in ((1, stride), (0, padding), (1, dilation))

@@ -1,7 +1,7 @@
-"""Whether an output is what its merge wrote, and whether the inputs give it.
+"""Verify that an output is as its merge wrote it, and that the inputs give it: ``modelfuse verify``.
 
-What needs no inputs comes first: the report's own checksum, files, headers, index, config.json, and the checksum
-of every tensor. With the inputs at hand, tensors are merged again and compared byte by byte.
+Checks that need no inputs come first: the report's own checksum, files, headers, index, config.json, and the checksum
+of every tensor. If the inputs are available, tensors are merged again and compared byte by byte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.made_files import CONFIG_NAME
 from modelfuse.errors import CheckpointError, ModelfuseError, RecipeError
 from modelfuse.execution.scheduler import Job, Scheduler
-from modelfuse.inspection.output_checks import Contents
+from modelfuse.inspection.output_checks import OutputContents
 from modelfuse.inspection.recompute import (
     absent_inputs,
     bytes_of,
@@ -38,27 +38,27 @@ from modelfuse.storage import PathOrUrl, forget
 from modelfuse.storage.checksums import BLOCK_BYTES, Checksum
 from modelfuse.storage.named_hosts import hosts_of
 
-#: Called with the bytes done since the last call, and with the bytes that there are to do in all.
+#: Called with the bytes processed since the last call, and the bytes to process in total.
 Progress = Callable[[int, int], None]
-#: More do not read faster.
+#: More threads do not read faster.
 MOST_WORKERS = 8
-#: Bytes that a worker reads at a time, and between two looks at the queue: the first stay in its cache.
+#: Bytes that a worker reads at a time, which fit its cache; bytes of a span.
 READ_BYTES = 4 * BLOCK_BYTES
 SPAN_BYTES = 32 * BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Verification:
-    """What was checked, and what was found.
+    """The result of :func:`modelfuse.verify`.
 
     Attributes:
         path: The output.
-        files: Its weight files.
-        tensors: Tensors whose checksums were compared.
-        recomputed: Tensors that were merged again and compared byte by byte.
-        seed: Chooses the sample of those; the same one chooses the same again.
-        absent: What of the inputs is not at hand, so that nothing was merged again.
-        problems: What is wrong; empty if all holds.
+        files: Number of its weight files.
+        tensors: Number of tensors whose checksums were compared.
+        recomputed: Number of tensors that were merged again and compared byte by byte.
+        seed: The seed of the random sample of those tensors.
+        absent: Inputs that are missing or have changed; if there are any, nothing was merged again.
+        problems: The checks that failed; empty if all hold.
         nbytes: Bytes read.
         seconds: Wall time.
     """
@@ -102,7 +102,23 @@ def verify_output(
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Verification:
-    """Check an output; see :func:`modelfuse.verify`. Which stores are going to be asked is told before."""
+    """Verify an output; see :func:`modelfuse.verify`.
+
+    Args:
+        path: The folder of the output.
+        full: Whether to merge all tensors again, and to access stores and hubs for that.
+        sample: The number of tensors to merge again otherwise; None: by their bytes.
+        n_process: The number of threads; None: one per processor.
+        seed: Determines the sample; None: random.
+        hub_endpoint: The URL of the hub.
+        hub_anonymous: Whether to send no token to the hub.
+        progress: Called as bytes are processed.
+        tell: Called with a sentence before stores are accessed.
+
+    Raises:
+        RecipeError: If a number is too small.
+        CheckpointError: If the folder is not an output of modelfuse, or its report is invalid.
+    """
     started = time.perf_counter()
     forget()
     for name, number, least in (("sample", sample, 1), ("n_process", n_process, 1), ("seed", seed, 0)):
@@ -112,7 +128,7 @@ def verify_output(
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     try:
         report, problems = read_report(path)
-        contents = Contents(path, report)
+        contents = OutputContents(path, report)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
     stored = contents.tensors
@@ -125,7 +141,7 @@ def verify_output(
     advance = (lambda count: progress(count, whole)) if progress is not None else lambda _: None
     problems += Checksums(report, stored, workers, advance).compare()
     if plan is not None:
-        problems += _blame(compare(plan, stored, advance), report)
+        problems += _with_modified_inputs(compare(plan, stored, advance), report)
     seconds = time.perf_counter() - started
     return Verification(
         path, len(contents.files), len(stored), len(again), seed, tuple(absent), tuple(problems), whole, seconds
@@ -133,7 +149,7 @@ def verify_output(
 
 
 def _plan(
-    contents: Contents,
+    contents: OutputContents,
     full: bool,
     sample: int | None,
     seed: int,
@@ -141,7 +157,7 @@ def _plan(
     hub: Mapping[str, object],
     tell: Callable[[str], None],
 ) -> tuple[Plan | None, list[str], list[Problem]]:
-    """What to merge again, what is missing for it, and what is wrong before any of it is done."""
+    """The plan of the tensors to merge again, the inputs that are absent, and the problems found so far."""
     report = contents.report
     recipe, problems = read_recipe(contents.folder, report)
     absent: list[str] = []
@@ -149,8 +165,8 @@ def _plan(
         recipe, absent = _from_cache(recipe, full, hub)
     if urls := in_stores(report, recipe):
         if not full:
-            return None, [*absent, *(f"{url} is in a store, which only --full asks" for url in urls)], problems
-        tell(f"Asking {', '.join(hosts_of(urls))} for the inputs, as the files of {contents.folder} say.")
+            return None, [*absent, *(f"{url} is in a store, which only --full accesses" for url in urls)], problems
+        tell(f"Reading inputs from {', '.join(hosts_of(urls))}, as the files of {contents.folder} say.")
     absent = absent or absent_inputs(report, recipe)
     if absent:
         problems += [Problem("inputs", f"Not all can be merged again: {each}") for each in absent if full]
@@ -163,7 +179,7 @@ def _plan(
 
 
 def _from_cache(recipe: Recipe, full: bool, hub: Mapping[str, object]) -> tuple[Recipe, list[str]]:
-    """The recipe with what the hub's cache holds; only to merge all again is anything fetched, from the user's hub."""
+    """The recipe with models from the hub's cache, and the errors; only with ``full`` are missing ones downloaded."""
     from modelfuse.planning.hub import QUIET, fetch
 
     refused: list[str] = []
@@ -177,22 +193,23 @@ def _from_cache(recipe: Recipe, full: bool, hub: Mapping[str, object]) -> tuple[
         return recipe, [error.message, *(refused if full else ())]
 
 
-def _blame(problems: list[Problem], report: Report) -> list[Problem]:
-    """Where the output is not what the inputs give, it may be the inputs that changed."""
+def _with_modified_inputs(problems: list[Problem], report: Report) -> list[Problem]:
+    """The problems of a comparison and, if there are any, the inputs that may have changed since the merge."""
     if problems and (modified := modified_inputs(report)):
-        problems.append(Problem("inputs", f"Written again since the merge: {', '.join(modified)}"))
+        problems.append(Problem("inputs", f"Modified since the merge: {', '.join(modified)}"))
     return problems
 
 
 @dataclass
 class Checksums:
-    """Compares the checksum of every tensor with the report's.
+    """Compares the checksum of every tensor with the reported one.
 
     Args:
-        report: What they should be.
-        stored: The tensors.
-        workers: How many threads.
-        progress: Called with a number of bytes as they are done.
+        report: The expected checksums.
+        stored: The tensors of the output by name.
+        workers: The number of threads.
+        progress: Called with the number of bytes processed since the last call.
+        found: The problems by the name of the tensor.
     """
 
     report: Report
@@ -204,7 +221,7 @@ class Checksums:
     def compare(self) -> list[Problem]:
         """Read every tensor once."""
         self._owners = {entry.checksum: name for name, entry in self.report.tensors.items()}
-        self._rooms = [np.empty(READ_BYTES, np.uint8) for _ in range(self.workers)]
+        self._buffers = [np.empty(READ_BYTES, np.uint8) for _ in range(self.workers)]
         scheduler = Scheduler(self._walk, self.workers, SPAN_BYTES)
         scheduler.run(self._jobs())
         return [self.found[name] for name in self.stored if name in self.found]
@@ -217,7 +234,7 @@ class Checksums:
                 self._check(stored, Checksum(0))
 
     def _procedure(self, stored: StoredTensor) -> Generator[Checksum, list[Any], None]:
-        """One pass, which adds the bytes of its spans to the checksum; finds why a span cannot be read."""
+        """One pass, which updates the checksum; the finding of a span is None, or why it cannot be read."""
         checksum = Checksum(stored.nbytes)
         failures = yield checksum
         if failure := next(filter(None, failures), None):
@@ -231,10 +248,10 @@ class Checksums:
             with stored.file.open() as file:
                 file.expect(stored.offset + first, count)
                 for start in range(first, first + count, READ_BYTES):
-                    room = self._rooms[worker][: min(READ_BYTES, first + count - start)]
-                    file.read(stored.offset + start, room.data)
-                    checksum.update(start, room)
-                    self.progress(room.size)
+                    buffer = self._buffers[worker][: min(READ_BYTES, first + count - start)]
+                    file.read(stored.offset + start, buffer.data)
+                    checksum.update(start, buffer)
+                    self.progress(buffer.size)
         except CheckpointError as error:
             return error.message
         return None

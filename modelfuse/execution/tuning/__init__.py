@@ -1,1 +1,1 @@
-"""The settings of a recipe searched for, by merging and evaluating again and again."""
+"""Search the settings of a recipe by merging and evaluating: ``modelfuse tune``."""

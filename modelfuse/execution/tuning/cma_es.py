@@ -1,4 +1,7 @@
-"""CMA-ES, whose state follows from the trials alone: nothing of it is stored, and another run goes on with the same."""
+"""CMA-ES whose state is recomputed from the trials, so that a resumed search continues identically.
+
+Hansen 2016, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,22 @@ import numpy as np
 
 from modelfuse.execution.tuning.search_space import Dimension
 
-#: The first step's size, as a share of the ranges.
+#: The initial step size, as a share of the ranges.
 SIGMA = 0.12
-#: How much weights of one model in different layers go together at first, and those of different models: what is
-#: wrong first of all is how large they are.
+#: Initial correlation of weights of one model in different layers, and of weights of different models: at the start
+#: of a search, the common size of all weights is the largest error.
 SAME_MODEL, OTHER_MODEL = 0.9, 0.5
-#: Generations that a budget should have; and the least that one may consist of.
+#: The least number of generations of a budget, and the least size of a population.
 GENERATIONS, LEAST = 5, 4
 
 
 class CmaEs:
-    """What to try next, given what was found; numbers of trials count from the first after the start.
+    """Proposes the points of trials; they are numbered from 0 on, without the first trial of the recipe itself.
 
     Args:
-        dimensions: What is searched; more than one.
-        size: Trials a generation.
-        seed: What the draws depend on.
+        dimensions: The dimensions; at least two.
+        size: The population size: trials per generation.
+        seed: The seed of the draws.
     """
 
     def __init__(self, dimensions: Sequence[Dimension], size: int, seed: int) -> None:
@@ -37,7 +40,7 @@ class CmaEs:
 
     @staticmethod
     def population(dimensions: int, budget: int) -> int:
-        """Trials a generation: the usual number, less where the budget would not allow some generations.
+        """The population size: 4 + ⌊3 ln n⌋, or less if the budget would allow fewer than GENERATIONS generations.
 
         >>> CmaEs.population(15, 40), CmaEs.population(3, 1000)
         (7, 7)
@@ -49,13 +52,13 @@ class CmaEs:
         """The point of a trial.
 
         Args:
-            trial: Its number.
-            losses: What was found, by the number of the trial.
+            trial: The number of the trial.
+            losses: The losses of the finished trials, by number.
 
         Returns:
-            A number of each dimension; None while the generation before is not whole.
+            A number for each dimension, by name; None if the previous generation is not finished.
         """
-        generation, place = divmod(trial, self._size)
+        generation, index = divmod(trial, self._size)
         while self._generation < generation:
             if self._strategy is None:
                 self._begin()
@@ -67,7 +70,7 @@ class CmaEs:
                 self._strategy.tell(list(zip(self._points, found, strict=True)))
             self._points = [self._strategy.ask() for _ in range(self._size)]
             self._generation += 1
-        units = self._points[place].tolist()
+        units = self._points[index].tolist()
         return {each.name: each.from_unit(unit) for each, unit in zip(self._dimensions, units, strict=True)}
 
     def _begin(self) -> None:

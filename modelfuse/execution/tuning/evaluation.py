@@ -1,10 +1,9 @@
-"""A merged model becomes numbers: by the user's command, or by a function."""
+"""Evaluate merged models with a command or a function of the user."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -19,83 +18,83 @@ from modelfuse.errors import EvaluationError, RecipeError
 from modelfuse.printable import one_line
 from modelfuse.recipe.checks import shown
 
-#: What stands for the folder of the merged model in a command.
+#: The placeholder of the merged model's folder in a command.
 MODEL = "{model}"
-#: What a single number is called.
+#: The name of a single number.
 VALUE = "value"
-#: Bytes of what a command has said that are looked at, and lines of it that are shown.
+#: The last bytes of a command's output that are parsed, and the last lines of it that messages show.
 MOST_BYTES, MOST_LINES = 1 << 20, 20
-#: Seconds that a command has to end by itself when it is no longer wanted.
+#: Seconds between SIGTERM and SIGKILL.
 GRACE = 3.0
 
-HINT = "Try it on a merge of the recipe. Once it works, the same command goes on."
+HINT = "Try it on a merge of the recipe. Once it works, the same command resumes the search."
 
-#: What evaluating gives, by name.
+#: The results of an evaluation, by name.
 Numbers = dict[str, float]
 
 
 class Evaluation(Protocol):
-    """Tells how good a merged model is."""
+    """Evaluates a merged model."""
 
     @property
-    def told(self) -> str:
-        """What tells it from others, for a study that goes on."""
+    def description(self) -> str:
+        """Identifies the evaluation: a study is resumed only with the same one."""
 
     def __call__(self, folder: Path) -> Numbers:
-        """The numbers of a merged model.
+        """Evaluate the model in a folder.
 
         Raises:
-            EvaluationError: If there are none.
+            EvaluationError: If it fails or gives no number.
         """
 
     def stop(self) -> None:
-        """Give up what is under way; safe from any thread."""
+        """Abort running evaluations; safe from any thread."""
 
 
 class Command:
-    """A command of the user's, which prints a number or a JSON object of numbers.
+    """A shell command that prints a number or a JSON object of numbers.
 
     Args:
-        text: For the shell, with ``{model}`` where the folder is to stand.
+        text: The command, with ``{model}`` in place of the folder.
 
     Raises:
-        RecipeError: If it does not say where.
+        RecipeError: If it has no ``{model}``.
     """
 
     def __init__(self, text: str) -> None:
         if MODEL not in text:
             raise RecipeError(
-                f"evaluate is {shown(text)}, which does not say where the merged model is to stand",
-                f"Put {MODEL} there: --evaluate 'python eval.py {MODEL}'.",
+                f"evaluate is {shown(text)}, which has no {MODEL} for the merged model's folder",
+                f"Insert it: --evaluate 'python eval.py {MODEL}'.",
             )
-        self.told = text
+        self.description = text
         self._running = set[subprocess.Popen[bytes]]()
         self._lock = threading.Lock()
         self._stopped = False
 
     def __call__(self, folder: Path) -> Numbers:
-        command = self.told.replace(MODEL, shlex.quote(str(folder)))
-        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
-            status = self._run(command, said, complained)
+        command = self.description.replace(MODEL, shlex.quote(str(folder)))
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            status = self._run(command, stdout, stderr)
             if status:
                 ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
                 raise EvaluationError(
-                    f"The evaluation {ended}: {one_line(command)}{_tail(complained) or _tail(said)}", HINT
+                    f"The evaluation {ended}: {one_line(command)}{_tail(stderr) or _tail(stdout)}", HINT
                 )
             try:
-                return numbers_in(_text(said))
+                return numbers_in(_text(stdout))
             except ValueError as error:
                 raise EvaluationError(
-                    f"The evaluation printed no number: {error}\n  {one_line(command)}{_tail(said)}{_tail(complained)}",
-                    f"It should print one number, or a JSON object of numbers, in its last line. {HINT}",
+                    f"The evaluation printed no number: {error}\n  {one_line(command)}{_tail(stdout)}{_tail(stderr)}",
+                    f"Its last line should be a number or a JSON object of numbers. {HINT}",
                 ) from None
 
-    def _run(self, command: str, said: IO[bytes], complained: IO[bytes]) -> int:
+    def _run(self, command: str, stdout: IO[bytes], stderr: IO[bytes]) -> int:
         with self._lock:
             if self._stopped:
-                raise EvaluationError("The evaluation was given up")
+                raise EvaluationError("The evaluation was aborted")
             process = subprocess.Popen(
-                command, shell=True, stdin=subprocess.DEVNULL, stdout=said, stderr=complained, start_new_session=True
+                command, shell=True, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
             )
             self._running.add(process)
         try:
@@ -118,10 +117,10 @@ class Function:
     """A function of the user's program.
 
     Args:
-        function: Given the folder, returns a number or a mapping of numbers.
+        function: Called with the folder; returns a number, or a mapping of names to numbers.
     """
 
-    told = "a function"
+    description = "a function"
 
     def __init__(self, function: Callable[[Path], object]) -> None:
         self._function = function
@@ -134,17 +133,17 @@ class Function:
             raise EvaluationError(f"evaluate has returned no number: {error}") from None
 
     def stop(self) -> None:
-        """Nothing: a function returns when it does."""
+        """Do nothing: a running function cannot be aborted."""
 
 
 def numbers_in(text: str) -> Numbers:
-    r"""What a command has printed: all of it, or its last line.
+    r"""Parse the output of a command: all of it, or its last line.
 
     >>> numbers_in("epoch 1\n0.25\n"), numbers_in('{"math": 1.5, "chat": 2}')
     ({'value': 0.25}, {'math': 1.5, 'chat': 2.0})
 
     Raises:
-        ValueError: If that is neither a number nor an object of numbers.
+        ValueError: If neither is a number or a JSON object of numbers.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
@@ -166,7 +165,11 @@ def _numbers(found: object) -> Numbers:
 
 
 def _number(value: object, name: str) -> float:
-    """A number of Python's, numpy's or torch's."""
+    """A number as a Python float; it may be one of numpy or torch.
+
+    Raises:
+        ValueError: If it is not a number.
+    """
     if isinstance(value, bool | str | bytes) or value is None:
         raise ValueError(f"{name}is {shown(value)}".strip())
     try:
@@ -175,28 +178,23 @@ def _number(value: object, name: str) -> float:
         raise ValueError(f"{name}is {shown(value)}".strip()) from None
 
 
-def is_number(value: float) -> bool:
-    """Whether it says anything of how good a model is; a broken one's loss may be none."""
-    return math.isfinite(value)
-
-
 def _text(file: IO[bytes]) -> str:
     file.seek(max(0, file.seek(0, os.SEEK_END) - MOST_BYTES))
     return file.read().decode(errors="replace")
 
 
 def _tail(file: IO[bytes]) -> str:
-    """The last lines of what was said, indented; nothing if that is nothing."""
+    """The last lines of an output, indented, each after a newline."""
     lines = [line.rstrip() for line in _text(file).splitlines() if line.strip()]
     return "".join(f"\n  {one_line(line)}" for line in lines[-MOST_LINES:])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command with all that it has started."""
-    for name in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:  # Its number may be another process's now.
+    """Terminate a command and all processes of its session, first by SIGTERM, then by SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:  # Its id may be another process's by now.
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, name)
+            os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)

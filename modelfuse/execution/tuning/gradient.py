@@ -1,7 +1,7 @@
-"""Weights searched by gradients of the loss: of a linear merge they are products with the models' differences.
+"""Search the weights of a linear merge along gradients of the loss.
 
-With W = b + λ·Σ wᵢτᵢ, the loss's gradient with respect to wᵢ is the sum of λ·⟨∂L/∂W, τᵢ⟩ over the tensors that it
-weighs. So one forward and one backward pass through a merge give as much as an evaluation of each weight would.
+With W = b + λ·Σ wᵢτᵢ, ∂L/∂wᵢ is the sum of λ·⟨∂L/∂W, τᵢ⟩ over the tensors that wᵢ applies to, so one forward and one
+backward pass through a merge give the derivatives with respect to all weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modelfuse.checkpoints.adapters.arrays import load
 from modelfuse.errors import EvaluationError, RecipeError
 from modelfuse.execution.tuning.evaluation import Numbers
 from modelfuse.execution.tuning.perplexity import Perplexity
-from modelfuse.execution.tuning.request import Request
+from modelfuse.execution.tuning.request import TuningRequest
 from modelfuse.execution.tuning.search_space import Dimension, Space
 from modelfuse.execution.tuning.study import Trial
 from modelfuse.planning.operations import Operation
@@ -24,33 +24,31 @@ from modelfuse.planning.plan import Plan
 from modelfuse.recipe.method_settings import FACTOR
 
 NAME = "gradient"
-#: Adam's step as a share of the ranges, what it remembers of gradients and of their squares, and what divides safely.
+#: Adam (arXiv:1412.6980): step as a share of the ranges, decay rates of the first and second moments, and epsilon.
 STEP, MOMENTUM, SQUARES, SMALL = 0.08, 0.8, 0.95, 1e-12
 
 Gradient = Mapping[str, float]
 
 
-class Descent:
-    """Proposes where the loss falls, given the gradients so far.
+class GradientDescent:
+    """Evaluates merges with their gradients, and proposes the points of a descent with Adam.
 
     Args:
-        space: What is searched.
-        plan: The merge where the search begins.
-        request: What evaluates merges, and how.
+        space: The search space.
+        plan: The plan of the first trial.
+        request: The request.
 
     Raises:
-        RecipeError: If anything is searched of which no gradient is known.
+        RecipeError: If the gradient with respect to a dimension is not available, or the evaluation is not perplexity.
     """
 
-    def __init__(self, space: Space, plan: Plan, request: Request) -> None:
+    def __init__(self, space: Space, plan: Plan, request: TuningRequest) -> None:
         evaluation = request.evaluation
         if request.jobs > 1 or any(map(request.is_upward, ("", NAME))):
-            raise RecipeError(
-                f"sampler {NAME} goes down, one step after the other", "Leave out --jobs and --direction."
-            )
+            raise RecipeError(f"sampler {NAME} minimizes, one trial at a time", "Leave out --jobs and --direction.")
         if not isinstance(evaluation, Perplexity) or len(evaluation.names) > 1:
             raise RecipeError(
-                f"sampler {NAME} needs the loss itself, not what a command says of it",
+                f"sampler {NAME} needs gradients of the loss, which a command or a function does not give",
                 "Use --evaluate perplexity with one file of --data, or another sampler.",
             )
         self._space, self._evaluation = space, evaluation
@@ -64,20 +62,23 @@ class Descent:
         for tensor in plan.tensors:
             if tensor.action == "merge" and (not plan.has_base or tensor.method is None or not _is_linear(tensor)):
                 raise RecipeError(
-                    f"sampler {NAME} is for linear merges with a base and without normalize; {tensor.name} is merged "
-                    "otherwise",
+                    f"sampler {NAME} is for linear merges with a base and without normalize, but {tensor.name} is "
+                    "merged differently",
                     "Use another sampler.",
                 )
 
     def evaluate(self, folder: Path, plan: Plan) -> tuple[Numbers, Gradient]:
-        """The loss of a merge as its perplexity, and the gradient of the loss's logarithm.
+        """Evaluate a merge.
 
         Args:
-            folder: The merge.
-            plan: How it was made.
+            folder: The merged model.
+            plan: Its plan.
+
+        Returns:
+            The perplexity, and the gradient of its logarithm, the mean loss, by the names of the dimensions.
 
         Raises:
-            EvaluationError: If the model cannot be loaded, or has other parameters.
+            EvaluationError: If transformers cannot load the model, or has no parameter of a merged tensor's name.
         """
         numbers, gradients = self._evaluation.with_gradients(folder)
         found = dict.fromkeys((each.name for each in self._space.dimensions), 0.0)
@@ -103,11 +104,14 @@ class Descent:
         return numbers, found
 
     def propose(self, trials: Sequence[Trial], dimensions: Sequence[Dimension]) -> dict[str, float]:
-        """The next point: Adam's steps along all gradients so far.
+        """The next point: Adam's steps along the gradients of all trials, from the start.
 
         Args:
-            trials: All that were evaluated, in order.
-            dimensions: What is searched.
+            trials: All evaluated trials, in order.
+            dimensions: The dimensions.
+
+        Returns:
+            A number for each dimension, by name.
         """
         point = {each.name: each.to_unit(each.start) for each in dimensions}
         means, squares = dict.fromkeys(point, 0.0), dict.fromkeys(point, 0.0)
@@ -124,7 +128,7 @@ class Descent:
 
 
 def _weights_of(space: Space, tensor: Operation) -> Sequence[Dimension | None]:
-    """The dimension that is the weight of each of a tensor's models; None for a number."""
+    """For each model of a tensor the dimension that is its weight; None if its weight is not searched."""
     rules = space.tree.get("rules")
     own = rules[tensor.rule] if isinstance(rules, list) and tensor.rule is not None else space.tree
     weights = own.get("weight_list", space.tree.get("weight_list")) if isinstance(own, Mapping) else None

@@ -1,4 +1,4 @@
-"""What a search leaves beside its study: the best recipe, a table of all trials, and a picture of the history."""
+"""Write the files beside the study: the best recipe, a table of all trials, and a plot of their numbers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from modelfuse.recipe.files import dump_documents
 from modelfuse.recipe.schema import as_json
 
 BEST, TABLE, PICTURE, FRONT = "best.yaml", "trials.csv", "history.svg", "front"
-#: Settings that say where a merge goes, not what it is.
+#: Settings that are left out of recipe files.
 ELSEWHERE = ("output_path", "overwrite")
-#: Of the picture: its size, and what is left at its edges.
+#: The size and the margins of the plot, in pixels.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 80, 24, 40, 48
 GREY, DARK, LIGHT = "#999999", "#1f4e79", "#7fa8d1"
 
@@ -31,18 +31,18 @@ def write_history(
     front: Sequence[Trial],
     recipes: Mapping[int, Mapping[str, object]],
 ) -> None:
-    """Write all of it.
+    """Write the recipes, the table and the plot.
 
     Args:
-        folder: Where to.
-        dimensions: What was searched.
-        directions: For each number of the evaluations, whether more is better.
-        trials: All that were evaluated.
-        front: The best, or those that no other is better than in every number.
-        recipes: The settings of each of these, by its number.
+        folder: The folder of the study.
+        dimensions: The dimensions that were searched.
+        directions: For each number of the evaluations, whether larger is better.
+        trials: All evaluated trials.
+        front: The best trial, or the Pareto front.
+        recipes: The settings of each trial of the front, by the trial's number.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If a file cannot be written.
     """
     files = {
         BEST: recipe_text(recipes[front[0].number]),
@@ -61,7 +61,7 @@ def write_history(
 
 
 def recipe_text(settings: Mapping[str, object]) -> str:
-    """Settings as a recipe file; a configuration of mergekit's stays one."""
+    """Settings as the text of a YAML recipe or, if they have one, of a mergekit configuration."""
     text = settings.get("mergekit")
     if isinstance(text, str):
         return text
@@ -77,7 +77,7 @@ def _plain(value: object) -> object:
 def _table(
     dimensions: Sequence[Dimension], directions: Mapping[str, bool], trials: Sequence[Trial], front: Sequence[Trial]
 ) -> str:
-    """One line a trial, as CSV."""
+    """The trials as CSV, one line each."""
     text, best = io.StringIO(), {each.number for each in front}
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -92,15 +92,15 @@ def _table(
 
 
 def picture(directions: Mapping[str, bool], trials: Sequence[Trial], front: Sequence[Trial]) -> str:
-    """The history of one number, or the front of the first two, as SVG."""
+    """An SVG plot of one number over the trials, or of the first two numbers against each other with their front."""
     names = [*directions][:2]
     shown = [each for each in trials if all(math.isfinite(each.numbers[name]) for name in names)]
     if len(names) == 1:
         points = [(float(each.number), each.numbers[names[0]]) for each in shown]
         best, line = math.inf, []
-        for place, number in points:
+        for trial, number in points:
             best = min(best, -number if directions[names[0]] else number)
-            line.append((place, -best if directions[names[0]] else best))
+            line.append((trial, -best if directions[names[0]] else best))
         marked = [(float(each.number), each.numbers[names[0]]) for each in front if each in shown]
         return _drawing("trial", names[0], "best so far", points, line, marked)
     points = [(each.numbers[names[0]], each.numbers[names[1]]) for each in shown]
@@ -112,10 +112,10 @@ Points = Sequence[tuple[float, float]]
 
 
 def _drawing(across: str, upward: str, line_name: str, points: Points, line: Points, marked: Points) -> str:
-    """Points, a line through some, and axes with their ends."""
+    """A scatter plot with a line, marked points, and axes that are labelled at their ends."""
     (left, right), (low, high) = (_ends([point[axis] for point in points]) for axis in (0, 1))
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
+    def pixels(point: tuple[float, float]) -> tuple[float, float]:
         return (
             LEFT + (point[0] - left) / (right - left) * (WIDTH - LEFT - RIGHT),
             HEIGHT - BOTTOM - (point[1] - low) / (high - low) * (HEIGHT - TOP - BOTTOM),
@@ -134,10 +134,10 @@ def _drawing(across: str, upward: str, line_name: str, points: Points, line: Poi
         _text(WIDTH - RIGHT, bottom + 20, f"{right:.4g}", "end"),
         _text((LEFT + WIDTH - RIGHT) / 2, bottom + 36, across, "middle"),
     ]
-    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{LIGHT}"/>' for x, y in map(place, points)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, line))
+    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{LIGHT}"/>' for x, y in map(pixels, points)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(pixels, line))
     parts.append(f'<polyline points="{path}" fill="none" stroke="{DARK}" stroke-width="2"/>')
-    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{DARK}"/>' for x, y in map(place, marked)]
+    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{DARK}"/>' for x, y in map(pixels, marked)]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

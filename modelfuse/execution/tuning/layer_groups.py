@@ -1,4 +1,4 @@
-"""Weights of parts of the depth: rules for the layers of each, and weights of their own for each model."""
+"""Weights for groups of consecutive layers: rules for the layers of each group, with a weight for each model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from modelfuse.execution.tuning.usual_search import WEIGHTS, factor_of, is_relat
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.method_settings import FACTOR
 
-#: What the modules of layers that mix tokens are called, as words of their names.
+#: Names of modules that mix tokens, as opposed to MLPs.
 ATTENTION = re.compile(r"attn|attention|mixer|ssm|rwkv|^att$")
 NORMS = re.compile(r"norm|^ln")
 ATTENTION_PART, REST_PART = "attention", "MLP"
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Some tensors of the output.
+class LayerGroup:
+    """A group of layers, or their attention or MLP.
 
     Attributes:
-        name: What the group is called in tables.
-        globs: Match the names of its tensors.
+        name: The group's name in tables.
+        globs: Patterns of the names of its tensors.
     """
 
     name: str
@@ -36,30 +36,30 @@ class Group:
 
 def find_groups(
     names: Sequence[str], config: Mapping[str, object], count: int, attention_apart: bool
-) -> tuple[Group, ...]:
-    """The layers in so many parts of the depth, of each stack of them.
+) -> tuple[LayerGroup, ...]:
+    """Divide each stack of layers into groups of consecutive layers.
 
     >>> names = [f"model.layers.{layer}.{part}.weight" for layer in range(4) for part in ("self_attn.q_proj", "mlp.up")]
     >>> [(group.name, group.globs) for group in find_groups(names, {}, 2, True)][0]
     ('layers 0-1 attention', ('model.layers.0.self_attn.*', 'model.layers.1.self_attn.*'))
 
     Args:
-        names: The output's tensors.
+        names: The names of the output's tensors.
         config: The content of config.json.
-        count: How many parts.
+        count: The number of groups per stack; fewer for stacks with fewer layers.
         attention_apart: Whether attention and MLP are groups of their own.
 
     Raises:
-        RecipeError: If there are no layers, or not as many.
+        RecipeError: If there are no layers, or fewer than ``count``.
     """
     stacks = find_stacks(names, config)
     if not stacks:
-        raise RecipeError("groups of layers are asked for, but the names of the tensors tell of no layers",
+        raise RecipeError("groups is given, but no layers were found in the tensors' names",
                           "Leave groups out, or give rules with weights of their own.")  # fmt: skip
     most = max(stack.count for stack in stacks)
     if count > most:
         raise RecipeError(f"groups is {count}, but the models have {most} layers", f"Give at most {most}.")
-    found = list[Group]()
+    found = list[LayerGroup]()
     for stack in stacks:
         parts = min(count, stack.count)
         bounds = [stack.count * part // parts for part in range(parts + 1)]
@@ -68,11 +68,13 @@ def find_groups(
     return tuple(found)
 
 
-def _groups_of(stack: Stack, layers: range, names: Sequence[str], attention_apart: bool, several: bool) -> list[Group]:
-    """One part of a stack; with attention apart, its rules come first."""
+def _groups_of(
+    stack: Stack, layers: range, names: Sequence[str], attention_apart: bool, several: bool
+) -> list[LayerGroup]:
+    """The group of some layers of a stack or, with attention apart, two: attention, then everything."""
     stem = stack.prefix.rstrip(".") if several else stack.prefix.rstrip(".").rpartition(".")[2]
     name = f"{stem} {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{stem} {layers[0]}"
-    every = Group(name, tuple(f"{_literal(stack.prefix)}{layer}.*" for layer in layers))
+    every = LayerGroup(name, tuple(f"{_literal(stack.prefix)}{layer}.*" for layer in layers))
     if not attention_apart:
         return [every]
     heads = dict[str, None]()
@@ -83,28 +85,28 @@ def _groups_of(stack: Stack, layers: range, names: Sequence[str], attention_apar
                 heads[f"{_literal(stack.prefix + '.'.join(inside[:2]))}.*"] = None
     if not heads:
         return [every]
-    return [Group(f"{name} {ATTENTION_PART}", tuple(heads)), Group(f"{name} {REST_PART}", every.globs)]
+    return [LayerGroup(f"{name} {ATTENTION_PART}", tuple(heads)), LayerGroup(f"{name} {REST_PART}", every.globs)]
 
 
 def grouped(space: Space, plan: Plan, count: int, attention_apart: bool) -> Space:
-    """The space with weights for each group of layers and model, and for all that is in no layer.
+    """Add a dimension for the weight of each model in each group of layers, and for tensors outside of layers.
 
     Args:
-        space: The recipe; if its weights are marked, the same range holds for each group.
-        plan: The merge where the search begins.
-        count: Parts of the depth.
+        space: The recipe; if its weights are marked, their range is used for each group.
+        plan: The plan of the first trial.
+        count: The number of groups of layers.
         attention_apart: Whether attention and MLP are groups of their own.
 
     Raises:
-        RecipeError: If the recipe is one that has no such weights.
+        RecipeError: If the method has no weights, or the recipe is a mergekit configuration.
     """
     recipe = plan.recipe
     if recipe.mergekit is not None:
-        raise RecipeError("groups cannot be added to a configuration of mergekit's",
+        raise RecipeError("groups cannot be used with a mergekit configuration",
                           "Mark numbers in it instead: weight: {tune: [0, 1]}, in slices or with filters.")  # fmt: skip
     if not recipe.parameters.has_weights:
         raise RecipeError(f"groups have weights, but {recipe.parameters.name} takes none",
-                          "Leave groups out, or take another method.")  # fmt: skip
+                          "Leave groups out, or use another method.")  # fmt: skip
     marked = space.tree.get("weight_list")
     start, (low, high) = start_weights(recipe), WEIGHTS
     if isinstance(marked, list) and all(isinstance(each, Dimension) for each in marked):

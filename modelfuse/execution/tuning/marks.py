@@ -1,4 +1,4 @@
-"""Marks in a recipe: ``{tune: [0, 1.5]}`` in the place of a number, with ``log: true`` and ``start: 0.3`` if wanted."""
+"""Parse marks in a recipe: ``{tune: [0, 1.5]}`` in place of a number, optionally with ``log: true``, ``start: 0.3``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from modelfuse.recipe.names import SETTINGS, canonical, canonical_name
 from modelfuse.recipe.schema import LARGEST
 
 MARK, OPTIONS = "tune", ("log", "start")
-#: What may be marked beside settings of methods.
+#: Settings that may be marked, besides those of methods.
 ALSO = ("seed",)
 
 
 def read_space(settings: Mapping[str, object]) -> Space:
-    """The marks of a recipe.
+    """The search space of a recipe with marks.
 
     Args:
-        settings: As they were given.
+        settings: The settings of the recipe.
 
     Raises:
-        RecipeError: If a mark is not as it should be, or stands where no number does.
+        RecipeError: If a mark is invalid, or the setting takes no number.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if isinstance(given.get("mergekit"), str):
@@ -43,10 +43,10 @@ def read_space(settings: Mapping[str, object]) -> Space:
 
 
 def _marked(given: Mapping[str, object]) -> dict[str, object]:
-    """The settings with marks, by their canonical names.
+    """The settings that contain marks, by canonical name.
 
     Raises:
-        RecipeError: If there is no such setting, or it is no number of a method's.
+        RecipeError: If there is no such setting, or it cannot be searched.
     """
     found = dict[str, object]()
     for name, value in given.items():
@@ -75,7 +75,7 @@ def _has_mark(value: object) -> bool:
 
 
 def _read(value: object, path: tuple[str, ...], models: int | None) -> object:
-    """A part of a recipe with dimensions in the place of marks."""
+    """A part of a recipe with its marks replaced by dimensions."""
     if isinstance(value, Mapping) and MARK in value:
         return _dimension(value, path, models)
     if isinstance(value, Mapping):
@@ -90,10 +90,10 @@ def _read(value: object, path: tuple[str, ...], models: int | None) -> object:
 def _dimension(mark: Mapping[str, object], path: tuple[str, ...], models: int | None) -> object:
     name = " ".join(path)
     if unknown := [key for key in mark if key not in (MARK, *OPTIONS)]:
-        raise RecipeError(f"{name}: there is no {unknown[0]!r} beside {MARK}", f"There are {' and '.join(OPTIONS)}.")
+        raise RecipeError(f"{name}: {MARK} has no option {unknown[0]!r}", f"Its options are {' and '.join(OPTIONS)}.")
     ends = mark[MARK]
     if not isinstance(ends, list | tuple) or len(ends) != 2:
-        raise RecipeError(f"{name}: {MARK} is {shown(ends)}", f"Give the least and the most: {{{MARK}: [0, 1.5]}}.")
+        raise RecipeError(f"{name}: {MARK} is {shown(ends)}", f"Give the two ends of a range: {{{MARK}: [0, 1.5]}}.")
     share = all(isinstance(each, str) and each.strip().startswith("norm") for each in ends)
     low, high = (_number(each, name) for each in ends)
     if not low < high:
@@ -120,7 +120,7 @@ def _dimension(mark: Mapping[str, object], path: tuple[str, ...], models: int | 
 
 
 def _usual_start(setting: str, low: float, high: float, log: bool, usual: float | None) -> float:
-    """The setting's default if it is within, else the middle."""
+    """``usual``, or else the setting's default, if it is within the range; else the middle of the range."""
     default = 1.0 if setting == FACTOR else SETTINGS[setting].default if setting in SETTINGS else None
     usual = usual if usual is not None else default if isinstance(default, int | float) else None
     if usual is not None and low <= usual <= high:

@@ -1,4 +1,4 @@
-"""Merged models that are evaluated and written over: on a RAM disk where they fit, else beside the study."""
+"""Folders of merged models that are evaluated and overwritten: on a RAM disk if they fit, else beside the study."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from modelfuse.storage.local.preallocate import allocate
 
 RAM_DISK = Path("/dev/shm")
 MEMORY = Path("/proc/meminfo")
-#: What the machine, or the container, may use of memory, and uses of it.
+#: Memory limit and memory use of the container, in bytes.
 CONTAINER_LIMIT, CONTAINER_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-#: The share of a RAM disk and of the memory that is free which merged models may take: evaluations take some, too.
+#: The share of the free RAM disk and memory that merged models may take; evaluations need memory, too.
 MOST_RAM = 0.5
-#: Open files beside the weight files.
+#: Open files to allow in addition to the weight files.
 SPARE_FILES = 512
 
 
 class MergedFolder:
-    """A merged model that the next merge writes over, where it is another one.
+    """A sink for one merge after another; tensors whose operation is unchanged are not merged again.
 
     Args:
-        parent: Where it is.
+        parent: The parent folder.
     """
 
     def __init__(self, parent: Path) -> None:
@@ -46,20 +46,20 @@ class MergedFolder:
         self._descriptors: dict[str, int] = {}
         self._frames: dict[str, str] = {}
         self._made: dict[str, Operation] = {}
-        #: What runs have kept of each tensor.
+        #: The journal entries of each tensor's finished spans.
         self._entries: dict[str, list[object]] = {}
 
     def prepare(self, plan: Plan, name: str) -> Path:
-        """Get ready for a merge: what it makes as it is here already stays, under a path of its own.
+        """Prepare the folder for a merge: rename it, and forget all tensors that the merge changes.
 
-        A path that is used once only cannot be mistaken for an earlier model by what caches results by paths.
+        Each merge has a path of its own, as evaluations may cache results by path.
 
         Args:
-            plan: The merge.
-            name: What the folder is to be called.
+            plan: The plan of the merge.
+            name: The new name of the folder.
 
         Returns:
-            The folder.
+            The new path of the folder.
         """
         if {file.name: file.frame.digest for file in plan.files} != self._frames:
             self.clear()
@@ -77,11 +77,15 @@ class MergedFolder:
         return path
 
     def finished(self) -> Iterator[object]:
-        """What was kept of tensors that are as they are to be."""
+        """The journal entries of all tensors that need not be merged again."""
         return iter([entry for own in self._entries.values() for entry in own])
 
     def create(self, name: str, frame: Frame) -> None:
-        """Create a weight file of its final size, if it is not there."""
+        """Create a weight file of its final size, unless it exists.
+
+        Raises:
+            OutputError: If it cannot be created.
+        """
         if name in self._descriptors:
             return
         path = self.path / name
@@ -96,25 +100,33 @@ class MergedFolder:
         self.digests[name] = frame.digest
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write at an offset of a weight file; safe from any thread."""
+        """Write at an offset of a weight file; safe from any thread.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
         try:
             write_all(self._descriptors[name], data, offset)
         except OSError as error:
             raise cannot_write(error, self.path / name) from error
 
     def keep(self, name: str, nbytes: int, entry: object) -> None:
-        """Note what is finished, for the next merge."""
+        """Keep the journal entry of a finished span for the next merge."""
         if isinstance(entry, dict):
             self._entries.setdefault(entry["tensor"], []).append(entry)
 
     def share(self) -> None:
-        """Nothing: no other machine sees the folder."""
+        """Do nothing: no other machine uses the folder."""
 
     def ahead(self) -> None:
-        """Nothing: files take bytes in any order."""
+        """Do nothing: files are written in any order."""
 
     def write_file(self, name: str, content: bytes | Iterable[bytes]) -> None:
-        """Write a small file, in the place of an earlier one."""
+        """Write or replace a small file.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
         path, whole = self.path / name, content if isinstance(content, bytes) else b"".join(content)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,10 +137,10 @@ class MergedFolder:
         self.digests[name] = hashlib.sha256(whole).hexdigest()
 
     def commit(self) -> None:
-        """Nothing: nobody looks before, and it need not outlive the machine."""
+        """Do nothing: the folder is temporary, and is read only after the merge."""
 
     def unchanged(self) -> dict[str, list[bool]]:
-        """For each merged tensor with a base, which of the models hold the base's values."""
+        """For each tensor that was merged with a base, whether each model has the base's values."""
         found = dict[str, list[bool]]()
         for tensor, entries in self._entries.items():
             distances = [each["distances"] for each in entries if isinstance(each, dict)]
@@ -138,7 +150,7 @@ class MergedFolder:
         return found
 
     def clear(self) -> None:
-        """Remove everything."""
+        """Close all files and remove the folder."""
         while self._descriptors:
             with contextlib.suppress(OSError):
                 os.close(self._descriptors.popitem()[1])
@@ -147,7 +159,7 @@ class MergedFolder:
 
 
 def _most_ram() -> int:
-    """Bytes that merged models may take of the RAM disk, which are memory; zero where there is none."""
+    """The bytes that merged models may take on the RAM disk; zero if there is none."""
     if not os.access(RAM_DISK, os.W_OK | os.X_OK):
         return 0
     found = [shutil.disk_usage(RAM_DISK).free]
@@ -160,45 +172,45 @@ def _most_ram() -> int:
 
 
 def prefix_of(study: Path) -> str:
-    """What folders of merges begin with, so that those are known that a killed run of the same study has left."""
+    """The prefix of the temporary folders of a study, by which those of a killed run are found."""
     return f"modelfuse-tune-{hashlib.sha256(os.fsencode(study)).hexdigest()[:16]}-"
 
 
 def _parent_of(study: Path, scratch: Path | None, needed: int) -> Path:
-    """A new folder for merged models, that only the user may look into.
+    """Create a temporary folder for merged models, with access for the user only; remove those of a killed run.
 
     Raises:
-        OutputError: If there is no room anywhere.
+        OutputError: If no disk has enough free space.
     """
     prefix = prefix_of(study)
-    places = [scratch] if scratch is not None else [RAM_DISK, study]
-    for place in dict.fromkeys((*places, RAM_DISK)):
-        # The study's lock is held: nobody uses what a killed run has left.
-        for left in place.glob(f"{prefix}*") if place.is_dir() else ():
+    parents = [scratch] if scratch is not None else [RAM_DISK, study]
+    for parent in dict.fromkeys((*parents, RAM_DISK)):
+        # The study's lock is held, so no process uses these folders.
+        for left in parent.glob(f"{prefix}*") if parent.is_dir() else ():
             if is_own_folder(left):
                 remove(left)
-    free = [_most_ram() if each == RAM_DISK and scratch is None else shutil.disk_usage(each).free for each in places]
-    for place, most in zip(places, free, strict=True):
+    free = [_most_ram() if each == RAM_DISK and scratch is None else shutil.disk_usage(each).free for each in parents]
+    for parent, most in zip(parents, free, strict=True):
         if needed <= most:
-            return Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     raise OutputError(
-        f"Merged models to evaluate need {size(needed)}, but only {size(free[-1])} are free in {places[-1]}",
-        "Free some space, name another folder with --scratch, or evaluate fewer at once with --jobs.",
+        f"Merged models to evaluate need {size(needed)}, but only {size(free[-1])} are free in {parents[-1]}",
+        "Free some space, name another folder with --scratch, or evaluate fewer at a time with --jobs.",
     )
 
 
 @contextlib.contextmanager
 def merged_folders(study: Path, scratch: Path | None, needed: int, count: int) -> Iterator[Sequence[MergedFolder]]:
-    """Folders for merged models, removed at the end.
+    """Folders for merged models, which are removed at the end.
 
     Args:
         study: The folder of the study.
-        scratch: Where they are to be; None: on a RAM disk if they fit, else in the folder of the study.
-        needed: Bytes of each.
-        count: How many.
+        scratch: Their parent folder; None: the RAM disk if they fit, else the folder of the study.
+        needed: The bytes of each.
+        count: The number of folders.
 
     Raises:
-        OutputError: If they find no room.
+        OutputError: If there is not enough space, or the parent cannot be written.
     """
     try:
         parent = _parent_of(study, scratch, needed * count)

@@ -1,4 +1,4 @@
-"""The evaluation that is built in: how well a language model predicts some texts."""
+"""The built-in evaluation: the perplexity of a language model on some texts."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from modelfuse.execution.tuning.evaluation import Numbers
 from modelfuse.planning.optional_packages import need
 
 NAME = "perplexity"
-#: Tokens of a text that are looked at; longer ones are cut into pieces of as many.
+#: The most tokens per forward pass; longer texts are cut into pieces.
 MOST_TOKENS = 1024
-#: The logarithm of the largest number that is told.
+#: The logarithm of the largest perplexity; larger ones are infinite.
 LARGEST = math.log(1e300)
-#: The extra that installs what it needs.
+#: The extra that installs torch and transformers.
 EXTRA = "transformers"
 
 
 class Perplexity:
-    """exp of the mean loss of the next token, of each file of texts.
+    """exp of the mean cross-entropy of the next token, for each file of texts.
 
     Args:
-        files: Of texts, one a line: JSON strings or objects with ``text``; any other file is one text.
+        files: ``.jsonl`` or ``.ndjson`` files with a JSON string or an object with ``text`` in each line; any other
+            file is one text.
 
     Raises:
-        RecipeError: If there are none, or they cannot be read.
+        RecipeError: If there are no files, or one cannot be read.
         MissingExtraError: If torch or transformers is not installed.
     """
 
@@ -43,17 +44,17 @@ class Perplexity:
             )
         names = [NAME] if len(files) == 1 else [each.stem for each in files]
         if len(set(names)) < len(names):
-            raise RecipeError("Two files of data have one name, which their numbers are to have", "Rename one.")
+            raise RecipeError("Two files of data have the same name, which names their numbers", "Rename one.")
         contents = {name: _content(path) for name, path in zip(names, files, strict=True)}
         self._texts = {
             name: [*texts_in(content, path)] for (name, content), path in zip(contents.items(), files, strict=True)
         }
         digest = hashlib.sha256(b"\0".join(contents.values())).hexdigest()
-        self.told = f"{NAME} of {', '.join(map(str, files))} (sha256 {digest})"
+        self.description = f"{NAME} of {', '.join(map(str, files))} (sha256 {digest})"
 
     @property
     def names(self) -> Sequence[str]:
-        """What its numbers are called."""
+        """The names of its numbers."""
         return [*self._texts]
 
     def __call__(self, folder: Path) -> Numbers:
@@ -65,7 +66,7 @@ class Perplexity:
             }
 
     def with_gradients(self, folder: Path) -> tuple[Numbers, dict[str, Any]]:
-        """The same of the one file that there is, and for each parameter the gradient of the mean loss, as arrays."""
+        """The perplexity of the only file, and the gradient of the mean loss for each parameter: float32 arrays."""
         torch = import_module("torch")
         model, tokenizer, most = self._load(folder, torch.float32)
         ((name, texts),) = self._texts.items()
@@ -78,7 +79,11 @@ class Perplexity:
         return {name: _exp(loss)}, found
 
     def _load(self, folder: Path, dtype: Any) -> tuple[Any, Any, int]:
-        """A model, its tokenizer, and how many tokens it takes at once."""
+        """A model, its tokenizer, and the most tokens per forward pass.
+
+        Raises:
+            EvaluationError: If transformers cannot load it.
+        """
         torch, transformers = import_module("torch"), import_module("transformers")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -88,21 +93,21 @@ class Perplexity:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise EvaluationError(
-                f"transformers cannot load the merged model as one that predicts text: {str(error).splitlines()[0]}",
+                f"transformers cannot load the merged model as a language model: {str(error).splitlines()[0]}",
                 "Give a command of your own with --evaluate.",
             ) from error
         limit = getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS
         return model, tokenizer, min(MOST_TOKENS, limit)
 
     def stop(self) -> None:
-        """Nothing: it ends soon."""
+        """Do nothing: the evaluation runs to its end."""
 
 
 def texts_in(content: bytes, path: Path) -> Iterator[str]:
     """The texts of a file.
 
     Raises:
-        RecipeError: If a line is not as it should be, or there is none.
+        RecipeError: If a line is invalid, or the file has no text.
     """
     try:
         plain = content.decode("utf-8-sig")
@@ -136,7 +141,7 @@ def _content(path: Path) -> bytes:
 
 
 def _loss(torch: Any, model: Any, tokenizer: Any, texts: Sequence[str], most: int, backward: bool) -> float:
-    """The mean loss of the next token; its gradients are left in the parameters if wanted."""
+    """The mean cross-entropy of the next token; with ``backward``, its gradients are left in the parameters."""
     pieces = [
         piece
         for text in texts

@@ -1,4 +1,4 @@
-"""What is to be searched, and what a search has found."""
+"""The request and the result of a search of settings."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ MINIMIZE, MAXIMIZE = "minimize", "maximize"
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be searched, and how.
+class TuningRequest:
+    """What to search, and how.
 
     Attributes:
         settings: The recipe, with or without marks.
-        evaluation: Tells how good a merge is.
-        budget: How many merges are evaluated in all, those of earlier runs of the same request included.
-        groups: Parts of the depth with weights of their own; 0: none.
-        attention_apart: Whether attention and MLP of each are groups of their own.
+        evaluation: Evaluates merged models.
+        budget: The total number of merges to evaluate, including those of earlier runs of the same request.
+        groups: The number of groups of layers with weights of their own; 0: none.
+        attention_apart: Whether attention and MLP of each group of layers have weights of their own.
         direction: ``minimize`` or ``maximize`` for all numbers, or ``NAME=maximize`` for some.
-        sampler: What proposes.
-        jobs: How many evaluations run at a time.
-        scratch: Where merged models stand while they are evaluated; None: on a RAM disk, or beside the study.
+        sampler: One of ``SAMPLERS``.
+        jobs: The number of evaluations to run at a time.
+        scratch: The folder for merged models while they are evaluated; None: a RAM disk, or the study's folder.
     """
 
     settings: Mapping[str, object]
@@ -41,15 +41,15 @@ class Request:
     scratch: Path | None = None
 
     def is_upward(self, name: str) -> bool:
-        """Whether more is better of a number."""
+        """Whether larger values of a number are better."""
         words = {word.rpartition("=")[0]: word.rpartition("=")[2] for word in self.direction}
         return words.get(name, words.get("", MINIMIZE)) == MAXIMIZE
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Check the values.
 
         Raises:
-            RecipeError: Saying what.
+            RecipeError: If one is invalid.
         """
         for name, least in (("budget", 1), ("jobs", 1), ("groups", 0)):
             if getattr(self, name) < least:
@@ -68,16 +68,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a search has found.
+    """The result of a search.
 
     Attributes:
-        output_path: Where the best merge is.
+        output_path: The folder of the best merge.
         study_path: The folder of the study.
-        best: The best trial; of several numbers, the one with the best first number among ``front``.
-        front: The trials that no other is better than in every number.
-        trials: All trials in order; the first is the recipe as it was.
+        best: The best trial; with several numbers, the one of ``front`` with the best first number.
+        front: The Pareto front: trials that no other trial beats in all numbers.
+        trials: All evaluated trials in order; the first is the recipe without changes.
         settings: The settings of the best merge: a recipe.
-        directions: For each number, whether more is better.
+        directions: For each number, whether larger is better.
         seconds: Wall time.
     """
 

@@ -1,4 +1,4 @@
-"""The loop: propose, merge, evaluate, until the budget is spent; then the best merge at the recipe's place."""
+"""The search loop: propose settings, merge and evaluate until the budget is spent, then merge with the best."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from modelfuse.execution.intermediate import keep_intermediate
 from modelfuse.execution.resume import facts_of
 from modelfuse.execution.run import cluster_of, run_into, run_plan
 from modelfuse.execution.tuning.gradient import NAME as DESCENT
-from modelfuse.execution.tuning.gradient import Descent
+from modelfuse.execution.tuning.gradient import GradientDescent
 from modelfuse.execution.tuning.history import write_history
 from modelfuse.execution.tuning.merged_folders import MergedFolder, merged_folders
-from modelfuse.execution.tuning.request import Request, Tuned
+from modelfuse.execution.tuning.request import Tuned, TuningRequest
 from modelfuse.execution.tuning.search_space import Dimension, Space
 from modelfuse.execution.tuning.study import Study, Trial
 from modelfuse.kernels.jit.compile import announcing
@@ -28,8 +28,8 @@ from modelfuse.planning.plan import Plan, make_plan
 Tell = Callable[[str], None]
 
 
-class Made(NamedTuple):
-    """A trial with the folder and the plan of its merge, if there is one."""
+class MergedTrial(NamedTuple):
+    """A trial with the folder and the plan of its merge; None if its settings are invalid."""
 
     trial: Trial
     path: Path | None = None
@@ -43,30 +43,33 @@ class Search:
     Args:
         request: What to search.
         space: The recipe with its dimensions.
-        study: What was tried.
-        tell: Takes sentences.
+        study: The trials.
+        tell: Called with a sentence on each trial.
     """
 
-    request: Request
+    request: TuningRequest
     space: Space
     study: Study
     tell: Tell
 
     def run(self, plan: Plan) -> None:
-        """Make and evaluate merges until there are as many as the budget says.
+        """Merge and evaluate until the study has as many trials as the budget allows.
 
         Args:
-            plan: The merge where the search begins.
+            plan: The plan of the first trial.
+
+        Raises:
+            ModelfuseError: If a merge or an evaluation fails, or the study is one of another request.
         """
         request, facts = self.request, self._facts(plan)
         self.study.open(facts)
         if self.study.is_begun:
             self._search_without(self.study.left_out)
             if (known := len(self.study.done())) >= request.budget:
-                self.tell(f"The study has {known} evaluated merges already.")
+                self.tell(f"The study already has {known} evaluated merges.")
                 return
             self.tell(f"Resuming the interrupted run: {known} of {request.budget} merges are evaluated.")
-        self._descent = Descent(self.space, plan, request) if request.sampler == DESCENT else None
+        self._descent = GradientDescent(self.space, plan, request) if request.sampler == DESCENT else None
         with ExitStack() as stack:
             folders = stack.enter_context(
                 merged_folders(self.study.path.parent, request.scratch, plan.disk_space, request.jobs)
@@ -84,7 +87,12 @@ class Search:
                 self._run_several(folders)
 
     def finish(self, output: Path, started: float) -> Tuned:
-        """Merge with the best that was found, and write what was."""
+        """Write the history of the study, and merge with the best settings.
+
+        Args:
+            output: The output's folder.
+            started: The time of the start, by ``time.perf_counter``.
+        """
         front, done = self.study.best(), self.study.done()
         best = front[0]
         settings = {**self.space.settings(best.parameters), "output_path": output}
@@ -99,21 +107,20 @@ class Search:
         )  # fmt: skip
 
     def _facts(self, plan: Plan) -> dict[str, object]:
-        """What the study depends on, each under the name that a user would know it by."""
+        """Everything that results depend on, under names that messages can use."""
         request = self.request
         space = [[each.name, each.low, each.high, each.start, each.log, each.whole] for each in self.space.dimensions]
         return {
             **facts_of(plan),
             "what is searched": space,
-            "evaluate": request.evaluation.told,
+            "evaluate": request.evaluation.description,
             "direction": [*request.direction],
             "sampler": request.sampler,
         }
 
     def _begin(self, plan: Plan, facts: Mapping[str, object], folder: MergedFolder) -> None:
-        """Evaluate the recipe as it is; what evaluations give is known then, and what nothing depends on."""
-        made = self._merged(Trial(0, self.space.start, {}), folder)
-        first = self._evaluated(made)
+        """Evaluate the first trial: it shows the evaluation's numbers, and which weights have no effect."""
+        first = self._evaluated(self._merged(Trial(0, self.space.start, {}), folder))
         directions = {name: self.request.is_upward(name) for name in first.numbers}
         for word in self.request.direction:
             if "=" in word and (name := word.rpartition("=")[0]) not in directions:
@@ -121,10 +128,10 @@ class Search:
         searched = self.space.dimensions
         left_out = _without_effect(self.space, plan, folder.unchanged())
         if left_out:
-            self.tell(f"Not searched, as the models hold the base's values there: {', '.join(sorted(left_out))}.")
+            self.tell(f"Not searched, as the models have the base's values there: {', '.join(sorted(left_out))}.")
         searched = tuple(each for each in searched if each.name not in left_out)
         if not searched:
-            raise RecipeError("There is nothing to search: the models hold the base's values")
+            raise RecipeError("There is nothing to search: the models have the base's values")
         self.study.begin(facts, directions, first, searched, sorted(left_out), self.request.budget)
         self._search_without(frozenset(left_out))
         self._tell_of(first)
@@ -134,13 +141,13 @@ class Search:
         self.study.use(self.space.dimensions)
 
     def _next(self, running: int) -> Trial | None:
-        """What is to be merged and evaluated: first what an earlier run has begun.
+        """The next trial to merge and evaluate; those that an earlier run has begun come first.
 
         Args:
-            running: How many evaluations are under way.
+            running: The number of evaluations in progress.
 
         Returns:
-            The trial; None if there are enough, or what is under way must be known before.
+            The trial; None if the budget is spent, or results of trials in progress are needed first.
         """
         if self._pending:
             return self._pending.pop(0)
@@ -151,7 +158,7 @@ class Search:
         return self.study.propose(False, self._descent.propose(self.study.done(), self.space.dimensions))
 
     def _run_several(self, folders: Sequence[MergedFolder]) -> None:
-        """Several evaluations at a time; merges are made one after the other meanwhile."""
+        """Evaluate in several threads; merges run one at a time in this one."""
         free, running = [*folders], dict[Future[Trial], MergedFolder]()
         with ThreadPoolExecutor(len(folders)) as pool:
             try:
@@ -169,8 +176,8 @@ class Search:
                 self.request.evaluation.stop()
                 raise
 
-    def _merged(self, trial: Trial, folder: MergedFolder) -> Made:
-        """A trial's merge, if its settings, together, are some that a merge takes."""
+    def _merged(self, trial: Trial, folder: MergedFolder) -> MergedTrial:
+        """Merge with a trial's settings, unless their combination is invalid."""
         started = time.perf_counter()
         name = f"trial-{trial.number}"
         try:
@@ -180,14 +187,14 @@ class Search:
             if trial.number == 0:
                 raise
             self.tell(f"Trial {trial.number} cannot be merged: {error.message}")
-            return Made(trial)
+            return MergedTrial(trial)
         path = folder.prepare(plan, name)
         run_into(plan, folder, self._cluster)
-        return Made(replace(trial, seconds=(time.perf_counter() - started, 0.0)), path, plan)
+        return MergedTrial(replace(trial, seconds=(time.perf_counter() - started, 0.0)), path, plan)
 
-    def _evaluated(self, made: Made) -> Trial:
-        """The trial with its numbers."""
-        trial, path, plan = made
+    def _evaluated(self, merged: MergedTrial) -> Trial:
+        """The trial with its numbers; NaN if it could not be merged."""
+        trial, path, plan = merged
         if path is None or plan is None:
             return replace(trial, numbers=dict.fromkeys(self.study.directions, math.nan))
         started = time.perf_counter()
@@ -203,7 +210,7 @@ class Search:
         if missing := directions.keys() ^ trial.numbers.keys():
             raise EvaluationError(
                 f"The evaluation has given {', '.join(trial.numbers)}, but the first one {', '.join(directions)}",
-                f"All should give the same numbers; look at {', '.join(sorted(missing))}.",
+                f"All evaluations should give the same numbers; check {', '.join(sorted(missing))}.",
             )
         self.study.tell(trial)
         self._tell_of(trial)
@@ -227,12 +234,12 @@ def _only(trial: Trial) -> float:
 
 
 def _without_effect(space: Space, plan: Plan, unchanged: Mapping[str, Sequence[bool]]) -> set[str]:
-    """The weights of models that hold the base's values wherever the weights are used.
+    """The names of weights without effect: their model has the base's values in all tensors that they apply to.
 
     Args:
-        space: All that is searched.
-        plan: The merge where the search begins.
-        unchanged: For each tensor that was merged with a base, which models hold its values.
+        space: The search space.
+        plan: The plan of the first trial.
+        unchanged: For each tensor that was merged with a base, whether each model has the base's values.
     """
     if not plan.has_base:
         return set()

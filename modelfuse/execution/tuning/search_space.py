@@ -1,4 +1,4 @@
-"""What is searched: a recipe with dimensions where numbers are to be."""
+"""The search space: a recipe in which some numbers are dimensions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.recipe.files import dump_documents
 from modelfuse.recipe.recipe import Recipe
 
-#: The models of a recipe, which hub names become folders of.
+#: Settings that name models; hub names among them are replaced by folders before the search.
 INPUTS = ("model_path_list", "base_model_path", "tokenizer_from", "unmerged_from")
 
 
@@ -19,14 +19,14 @@ class Dimension:
     """A number that is searched.
 
     Attributes:
-        name: What it is called in tables.
-        low: The least it may be.
-        high: The most.
-        start: Where the search begins.
-        log: Whether its logarithm is searched.
-        whole: Whether it is a whole number.
-        share: Whether it is a share of a norm, as ``lambda: norm 0.6`` is.
-        model: The number of the model that it is a weight of, from 1 on; 0 if it is none.
+        name: Its name in tables.
+        low: The lower end of its range.
+        high: The upper end of its range.
+        start: Its value in the first trial.
+        log: Whether it is searched on a logarithmic scale.
+        whole: Whether it is an integer.
+        share: Whether it is a share of a norm, as in ``lambda: norm 0.6``.
+        model: The number of the model that it is a weight of, from 1 on; 0 if it is not a weight.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Dimension:
     model: int = 0
 
     def value(self, number: float) -> float | int | str:
-        """A number of it as the recipe has it."""
+        """The setting of a recipe for a number of this dimension."""
         return round(number) if self.whole else f"norm {number!r}" if self.share else number
 
     def from_unit(self, unit: float) -> float:
-        """The number at a share of the way from the least to the most."""
+        """The number at a position in the range, from 0 for ``low`` to 1 for ``high``."""
         if self.log:
             number = math.exp(math.log(self.low) + unit * (math.log(self.high) - math.log(self.low)))
         else:
@@ -51,7 +51,7 @@ class Dimension:
         return float(round(number)) if self.whole else min(max(number, self.low), self.high)
 
     def to_unit(self, number: float) -> float:
-        """The share of the way that a number lies at."""
+        """The position of a number in the range, from 0 for ``low`` to 1 for ``high``."""
         if self.log:
             return (math.log(number) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (number - self.low) / (self.high - self.low)
@@ -59,12 +59,12 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Space:
-    """A recipe with dimensions where numbers are to be.
+    """A recipe in which some numbers are dimensions.
 
     Attributes:
-        tree: Its settings; of a configuration of mergekit's, its documents as ``mergekit``.
-        pinned: Settings that hold whatever is searched.
-        left_out: Dimensions that stay at their start.
+        tree: The settings; for a mergekit configuration, ``mergekit`` has its parsed documents.
+        pinned: Settings that override those of ``tree``.
+        left_out: Names of dimensions that are not searched and keep their start.
     """
 
     tree: Mapping[str, object]
@@ -73,31 +73,31 @@ class Space:
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
-        """All that is searched."""
+        """All dimensions that are searched, in the order of the recipe."""
         return tuple(each for each in dict.fromkeys(dimensions_in(self.tree)) if each.name not in self.left_out)
 
     @property
     def start(self) -> dict[str, float]:
-        """Where the search begins."""
+        """The point of the first trial."""
         return {each.name: each.start for each in self.dimensions}
 
     def settings(self, numbers: Mapping[str, float]) -> dict[str, object]:
-        """The settings for a number of each dimension."""
+        """The settings at a point: a number for each dimension, by name."""
         filled = {name: _filled(value, numbers) for name, value in self.tree.items()}
         if isinstance(documents := filled.get("mergekit"), list):
             filled["mergekit"] = dump_documents(documents)
         return {**filled, **self.pinned}
 
     def recipe(self, numbers: Mapping[str, float], **changes: object) -> Recipe:
-        """The same as a recipe.
+        """The recipe at a point, with further settings changed.
 
         Raises:
-            RecipeError: If the numbers, together, are none that a merge takes.
+            RecipeError: If this combination of settings is invalid.
         """
         return Recipe.parse({**self.settings(numbers), **changes})
 
-    def at_hand(self, recipe: Recipe) -> Space:
-        """The same with the models where they were found."""
+    def with_inputs(self, recipe: Recipe) -> Space:
+        """A copy with the models of this recipe, in which hub names were replaced by folders."""
         own = {name: getattr(recipe, name) for name in INPUTS if getattr(recipe, name) is not None}
         if recipe.mergekit is not None:
             own.pop("base_model_path", None)
@@ -106,23 +106,23 @@ class Space:
         return replace(self, pinned={**self.pinned, **own})
 
     def check(self) -> None:
-        """Refuse ranges whose ends no merge takes.
+        """Check that the ends of all ranges are valid settings.
 
         Raises:
-            RecipeError: Naming the dimension.
+            RecipeError: If one is not, with the name of the dimension.
         """
         for each in self.dimensions:
             for end in (each.low, each.high):
                 try:
                     self.recipe({**self.start, each.name: end})
                 except RecipeError as error:
-                    if "weight" in each.name:  # One of several may be zero.
+                    if "weight" in each.name:  # Only this end may be invalid, as all weights are zero there.
                         continue
                     raise RecipeError(f"{each.name} is searched up to {end:g}: {error.message}", error.hint) from None
 
 
 def weights_of(name: str, models: int, low: float, high: float, start: Sequence[float] | None) -> list[Dimension]:
-    """One weight a model, as dimensions."""
+    """A dimension for the weight of each model, within ``low`` to ``high`` extended to its start."""
     starts = start or [1 / models if low <= 1 / models <= high else (low + high) / 2] * models
     return [
         Dimension(f"{name} {number}", min(low, first), max(high, first), first, model=number)
@@ -131,7 +131,7 @@ def weights_of(name: str, models: int, low: float, high: float, start: Sequence[
 
 
 def dimensions_in(value: object) -> Iterator[Dimension]:
-    """All dimensions in a part of a recipe, as often as they are there."""
+    """All dimensions in a part of a recipe, with repetitions."""
     if isinstance(value, Dimension):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,7 @@
-"""What was tried, and what to try next: a study of Optuna's in a SQLite file, which another run goes on with."""
+"""The study: all trials in an Optuna study in a SQLite file, and the samplers that propose the next one.
+
+TPE is Optuna's, multivariate: Falkner et al. 2018, arXiv:1807.01774.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,27 @@ from modelfuse.planning.optional_packages import need
 
 FILE = "study.db"
 STUDY = "modelfuse"
-#: Attributes of the study: what it depends on, the names of the numbers, the dimensions, and CMA-ES's population.
+#: User attributes of the study: what results depend on, directions of the numbers, dimensions, population of CMA-ES.
 FACTS, NUMBERS, DIMENSIONS, POPULATION = "facts", "numbers", "dimensions", "population"
-#: Of a trial: numbers as they were given, and how long it took.
+#: User attributes of a trial: its numbers, its times, and its gradient.
 GIVEN, MERGING, EVALUATING, SLOPES = "numbers", "merge_seconds", "evaluation_seconds", "gradient"
 SAMPLERS = ("auto", "cmaes", "tpe", "gradient")
-#: Random trials before TPE looks at what was found.
+#: Random trials of TPE before it uses results.
 TPE_RANDOM = 10
-#: Samplers take seeds below it.
+#: Samplers take seeds below this.
 MOST_SEED = 2**32
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One merge that was, or is to be, evaluated.
+    """A merge that was or will be evaluated.
 
     Attributes:
-        number: Its number, from 0 on; the first one is the recipe as it is.
-        parameters: A number of each dimension.
-        numbers: What its evaluation gave; empty before.
-        seconds: How long merging and evaluating took.
-        gradient: Of the logarithm of its number, if that is known.
+        number: Its number, from 0 on; trial 0 is the recipe without changes.
+        parameters: The point: a number for each dimension, by name.
+        numbers: The results of the evaluation, by name; empty before.
+        seconds: The time that merging and evaluating took, in seconds.
+        gradient: The gradient of the logarithm of its number, by the names of the dimensions; empty if not computed.
     """
 
     number: int
@@ -50,12 +53,15 @@ class Trial:
 
 
 class Study:
-    """A study, and the sampler that says what to try next.
+    """The trials of a search, and the sampler that proposes the next one.
 
     Args:
-        folder: Where its file is.
+        folder: The folder of its file.
         sampler: One of ``SAMPLERS``.
-        seed: What its draws depend on.
+        seed: The seed of the sampler.
+
+    Raises:
+        MissingExtraError: If optuna or cmaes is not installed.
     """
 
     def __init__(self, folder: Path, sampler: str, seed: int) -> None:
@@ -70,23 +76,26 @@ class Study:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is anything to go on with."""
+        """Whether the study has been created, by this run or by an earlier one."""
         return self._study is not None
 
     @property
     def left_out(self) -> frozenset[str]:
-        """The dimensions that it was begun without."""
+        """The names of dimensions that are not searched, as they have no effect."""
         return frozenset(self._study.user_attrs[DIMENSIONS]["left_out"])
 
     def open(self, facts: Mapping[str, object]) -> None:
-        """Go on with a study that is there, if one is.
+        """Load the study if there is one.
+
+        Args:
+            facts: Everything that its results depend on, under names that messages can use.
 
         Raises:
-            OutputError: If it is one of another request, or cannot be read.
+            OutputError: If it is the study of another request, or cannot be read.
         """
         if not self.path.exists():
             return
-        with self._told():
+        with self._file_errors():
             optuna = _optuna()
             storage = self._storage()
             if STUDY not in optuna.get_all_study_names(storage):
@@ -94,14 +103,14 @@ class Study:
             study = optuna.load_study(study_name=STUDY, storage=storage)
             known = study.user_attrs.get(FACTS)
         if not isinstance(known, dict) or NUMBERS not in study.user_attrs or not study.get_trials(deepcopy=False):
-            self._discard()  # It was killed while it was begun.
+            self._discard()  # The process was killed while it created the study.
             return
         changed = [name for name in {**known, **facts} if known.get(name) != facts.get(name)]
         if changed:
             raise OutputError(
                 f"{self.path} is the study of another request: {changed[0]} has changed"
                 + " (and more)" * (len(changed) > 1),
-                f"Remove {self.path.parent} to search afresh, or choose another output_path.",
+                f"Remove {self.path.parent} to start a new search, or choose another output_path.",
             )
         self._study = study
 
@@ -114,17 +123,20 @@ class Study:
         left_out: Sequence[str],
         budget: int,
     ) -> None:
-        """Begin a study with the trial that was made first.
+        """Create the study with the first trial, which was evaluated before.
 
         Args:
-            facts: What it depends on.
-            directions: For each number that evaluations give, whether more is better.
-            first: The recipe as it is.
-            dimensions: What is searched.
-            left_out: What is not, as nothing depends on it.
-            budget: How many trials are meant to be made.
+            facts: Everything that results depend on, under names that messages can use.
+            directions: For each number of the evaluation, whether larger is better.
+            first: The first trial.
+            dimensions: The dimensions that are searched.
+            left_out: The names of those that are not.
+            budget: The expected number of trials, which determines the population of CMA-ES.
+
+        Raises:
+            OutputError: If the file cannot be written.
         """
-        with self._told():
+        with self._file_errors():
             optuna = _optuna()
             self._study = study = optuna.create_study(
                 study_name=STUDY,
@@ -144,7 +156,7 @@ class Study:
             study.set_user_attr(NUMBERS, dict(directions))
 
     def use(self, dimensions: Sequence[Dimension]) -> None:
-        """Say what is searched, once it is known; before any trial is asked for."""
+        """Set the dimensions that are searched; call it before ``propose``."""
         self._dimensions = tuple(dimensions)
         self._directions = dict(self._study.user_attrs[NUMBERS])
         sampler = self._sampler
@@ -155,17 +167,17 @@ class Study:
 
     @property
     def directions(self) -> Mapping[str, bool]:
-        """For each number, whether more is better."""
+        """For each number, whether larger is better."""
         return self._directions
 
     def pending(self) -> list[Trial]:
-        """Trials that earlier runs have begun and not ended."""
+        """Trials that earlier runs have begun and not finished."""
         state = _optuna().trial.TrialState.RUNNING
         found = list[Trial]()
-        with self._told():
+        with self._file_errors():
             for each in self._study.get_trials(deepcopy=False, states=(state,)):
                 trial = each
-                if len(each.params) < len(self._dimensions):  # It was killed while it was begun.
+                if len(each.params) < len(self._dimensions):  # The process was killed while it created the trial.
                     trial = _optuna().trial.Trial(self._study, each._trial_id)
                     for dimension in self._dimensions:
                         _suggest(trial, dimension)
@@ -173,18 +185,18 @@ class Study:
         return found
 
     def propose(self, others: bool, point: Mapping[str, float] | None = None) -> Trial | None:
-        """Begin another trial.
+        """Begin a new trial.
 
         Args:
-            others: Whether some are under way.
-            point: What to try; None: what the sampler says.
+            others: Whether other trials are in progress.
+            point: Its parameters; None: the sampler proposes them.
 
         Returns:
-            The trial; None if what is under way must be known before.
+            The trial; None if results of trials in progress are needed first.
         """
         optuna = _optuna()
-        with self._told():
-            waiting = optuna.trial.TrialState.WAITING  # Of a run that was killed: it is begun now.
+        with self._file_errors():
+            waiting = optuna.trial.TrialState.WAITING  # Enqueued by a run that was killed: Optuna's ask takes it first.
             number = sum(each.state != waiting for each in self._study.get_trials(deepcopy=False))
             if self._cma is not None:
                 point = self._cma.propose(number - 1, {each.number - 1: self._loss(each) for each in self.done()})
@@ -196,7 +208,7 @@ class Study:
                 )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                # One a trial: what it draws depends on the trials before alone, in whichever process they were made.
+                # A new sampler for each trial: its draws depend on earlier trials only, not on the process.
                 self._study.sampler = optuna.samplers.TPESampler(
                     n_startup_trials=TPE_RANDOM,
                     multivariate=True,
@@ -207,8 +219,8 @@ class Study:
         return Trial(trial.number, self._parameters(trial), {})
 
     def tell(self, trial: Trial) -> None:
-        """Take what became of a trial."""
-        with self._told():
+        """Store the result of a trial."""
+        with self._file_errors():
             state = _optuna().trial.TrialState.COMPLETE
             storage, known = self._study._storage, self._study.get_trials(deepcopy=False)[trial.number]
             for name, value in _attributes(trial).items():
@@ -217,14 +229,14 @@ class Study:
             self._study.tell(trial.number, values, state=state)
 
     def done(self) -> list[Trial]:
-        """All trials that have ended, in order."""
-        with self._told():
+        """All finished trials, in order."""
+        with self._file_errors():
             complete = _optuna().trial.TrialState.COMPLETE
             found = self._study.get_trials(deepcopy=False, states=(complete,))
         return [_trial(each, self._parameters(each)) for each in found]
 
     def best(self) -> list[Trial]:
-        """The trial with the best number; of several numbers, those that no other is better than in all, best first."""
+        """The best trial or, with several numbers, the Pareto front, ordered by the first number."""
         done = [each for each in self.done() if all(map(math.isfinite, self._losses(each)))] or self.done()[:1]
         front = [each for each in done if not any(self._beats(other, each) for other in done)]
         ranked = sorted(front, key=lambda each: (self._losses(each), each.number))
@@ -238,7 +250,7 @@ class Study:
         return self._losses(trial)[0]
 
     def _losses(self, trial: Trial) -> list[float]:
-        """Its numbers, less of which is better."""
+        """A trial's numbers, negated if larger is better."""
         values = {name: _value(trial.numbers[name], upward) for name, upward in self._directions.items()}
         return [-value if self._directions[name] else value for name, value in values.items()]
 
@@ -253,8 +265,8 @@ class Study:
         self.path.unlink(missing_ok=True)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Have failures of the file told as such."""
+    def _file_errors(self) -> Iterator[None]:
+        """Raise errors of the database as OutputError."""
         try:
             yield
         except Exception as error:
@@ -263,7 +275,7 @@ class Study:
                 raise
             why = str(error.__cause__ or error).splitlines()[0]
             raise OutputError(
-                f"{self.path} cannot be used as a study: {why}", f"Remove {self.path.parent} to search afresh."
+                f"{self.path} cannot be used as a study: {why}", f"Remove {self.path.parent} to start a new search."
             ) from error
 
 
@@ -291,7 +303,7 @@ def _stored(each: Dimension, number: float) -> float | int:
 
 
 def _value(number: float, upward: bool) -> float:
-    """What a study takes for a number: what is none is as bad as can be."""
+    """The value that Optuna stores for a number: NaN and infinities become the worst value."""
     return number if math.isfinite(number) else -math.inf if upward else math.inf
 
 

@@ -1,4 +1,4 @@
-"""Settings of a recipe searched by evaluating merges."""
+"""Run a search of settings, and merge with the best."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from modelfuse.errors import OutputError, RecipeError
 from modelfuse.execution.tuning.layer_groups import grouped
 from modelfuse.execution.tuning.marks import read_space
-from modelfuse.execution.tuning.request import Request, Tuned
+from modelfuse.execution.tuning.request import Tuned, TuningRequest
 from modelfuse.execution.tuning.search import Search, Tell
 from modelfuse.execution.tuning.study import Study
 from modelfuse.execution.tuning.usual_search import usual_space
@@ -19,21 +19,21 @@ from modelfuse.planning.output_location import check_disk_space
 from modelfuse.planning.plan import make_plan
 from modelfuse.storage.local.lock import Lock
 
-#: What is behind the output's name for the folder of the study.
+#: The name of the study's folder is that of the output with this suffix.
 SUFFIX = ".tune"
 
 
-def tune(request: Request, tell: Tell = lambda _: None, watch: Watch | None = None) -> Tuned:
+def tune(request: TuningRequest, tell: Tell = lambda _: None, watch: Watch | None = None) -> Tuned:
     """Search settings of a recipe by evaluating merges, and merge with the best.
 
     Args:
         request: What to search.
-        tell: Called with a sentence on each trial, and whatever the user may wonder about.
-        watch: What is shown of fetching models from a hub.
+        tell: Called with a sentence on each trial, and with notes.
+        watch: Displays the progress of downloads.
 
     Raises:
-        ModelfuseError: If the request is wrong, or a merge or an evaluation fails. What was found is kept in the
-            study, and the same request resumes from there.
+        ModelfuseError: If the request is invalid, or a merge or an evaluation fails. The study keeps all finished
+            trials, and the same request resumes from them.
     """
     started = time.perf_counter()
     request.check()
@@ -46,7 +46,7 @@ def tune(request: Request, tell: Tell = lambda _: None, watch: Watch | None = No
             "Name a folder here for the best merge: the study is kept beside it.",
         )
     recipe = fetch(recipe, watch)
-    space = space.at_hand(recipe)
+    space = space.with_inputs(recipe)
     plan = make_plan(recipe)
     check_disk_space(output, plan.disk_space)
     if request.groups:
@@ -63,13 +63,17 @@ def tune(request: Request, tell: Tell = lambda _: None, watch: Watch | None = No
             return search.finish(output, started)
         except BaseException as error:
             if study.is_begun:
-                error.add_note(f"What was found is kept in {study.path.parent}: the same command resumes from there.")
+                error.add_note(f"The study in {study.path.parent} is kept: the same command resumes it.")
             raise
 
 
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
-    """The folder of the study, for this process alone."""
+    """Create the folder of the study if necessary, and hold its lock.
+
+    Raises:
+        OutputError: If it cannot be created, or another process holds the lock.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder / ".lock", folder)
@@ -81,4 +85,4 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
     finally:
         lock.release()
         with suppress(OSError):
-            folder.rmdir()  # Only if nothing was found.
+            folder.rmdir()  # Fails unless it is empty: no trial has ended.

@@ -1,4 +1,4 @@
-"""What is searched of a recipe without marks: what usually matters."""
+"""The default search space of a recipe without marks."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from modelfuse.execution.tuning.search_space import Dimension, Space, dimensions
 from modelfuse.recipe.method_settings import FACTOR
 from modelfuse.recipe.recipe import Recipe
 
-#: Where a weight and a factor on the merged difference are searched, and the share of the norm that is one.
+#: Ranges of a weight, of a factor on the merged difference, and of such a factor that is a share of the norm.
 WEIGHTS, FACTORS, SHARES = (0.0, 1.5), (0.0, 2.0), (0.2, 1.5)
 
 
 def usual_space(space: Space, recipe: Recipe) -> Space:
-    """What usually matters of a recipe without marks: weights, and the factor where weights do not say as much.
+    """Add the weights as dimensions, and the factor on the merged difference if only ratios of weights matter.
 
     Args:
-        space: The recipe.
-        recipe: The same, parsed.
+        space: The recipe without dimensions.
+        recipe: The same as a recipe.
 
     Raises:
-        RecipeError: If there is no such thing.
+        RecipeError: If the method has neither, or the recipe is a mergekit configuration.
     """
     if recipe.mergekit is not None:
         raise RecipeError(
-            "Nothing of the configuration is marked to be searched", "Mark numbers, such as weight: {tune: [0, 1]}."
+            "No number of the configuration is marked to be searched", "Mark numbers, such as weight: {tune: [0, 1]}."
         )
     tree = dict(space.tree)
     parameters = recipe.parameters
@@ -45,7 +45,7 @@ def usual_space(space: Space, recipe: Recipe) -> Space:
 
 
 def is_relative(recipe: Recipe) -> bool:
-    """Whether only the ratios of the weights matter, so that a factor is searched beside them."""
+    """Whether only the ratios of the weights matter, so that a factor is searched in addition."""
     combination = recipe.parameters.declared[1]
     if not recipe.has_base:
         return True
@@ -53,7 +53,7 @@ def is_relative(recipe: Recipe) -> bool:
 
 
 def start_weights(recipe: Recipe) -> list[float]:
-    """The weights as they are without a search, one a model."""
+    """The weights of the recipe, one per model."""
     stated = recipe.parameters.effective()["weight_list"]
     if is_relative(recipe) and isinstance(stated, list):
         return [float(each) for each in stated]
@@ -61,7 +61,7 @@ def start_weights(recipe: Recipe) -> list[float]:
 
 
 def factor_of(recipe: Recipe) -> Dimension:
-    """The factor on the merged difference, searched around what it is."""
+    """The factor on the merged difference as a dimension that starts at its value in the recipe."""
     now = recipe.parameters[FACTOR]
     share = isinstance(now, str)
     start = float(str(now).split()[-1])
