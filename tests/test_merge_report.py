@@ -217,7 +217,7 @@ def test_the_page_of_a_merge_shows_what_became_of_each_model(models: Path, tmp_p
 
 
 def test_what_cannot_be_compared_is_told(models: Path, tmp_path: Path, modelfuse: Run) -> None:
-    with pytest.raises(CheckpointError, match="not what a merge wrote"):
+    with pytest.raises(CheckpointError, match="not the output of a merge"):
         report_output(models / "a")
     here = tmp_path / "models"
     shutil.copytree(models, here)

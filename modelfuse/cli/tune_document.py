@@ -10,7 +10,7 @@ from msgspec import Struct
 from modelfuse.cli.json_output import Document
 
 if TYPE_CHECKING:
-    from modelfuse.execution.tuning import study
+    from modelfuse.execution.tuning import trials
     from modelfuse.execution.tuning.request import Tuned
 
 
@@ -48,6 +48,6 @@ def of_tuned(found: Tuned) -> Tune:
     )
 
 
-def _trial(found: study.Trial) -> Trial:
+def _trial(found: trials.Trial) -> Trial:
     numbers = {name: number if math.isfinite(number) else None for name, number in found.numbers.items()}
     return Trial(found.number, numbers, dict(found.parameters))

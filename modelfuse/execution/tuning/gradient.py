@@ -18,7 +18,7 @@ from modelfuse.execution.tuning.evaluation import Numbers
 from modelfuse.execution.tuning.perplexity import Perplexity
 from modelfuse.execution.tuning.request import TuningRequest
 from modelfuse.execution.tuning.search_space import Dimension, Space
-from modelfuse.execution.tuning.study import Trial
+from modelfuse.execution.tuning.trials import Trial
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.method_settings import FACTOR

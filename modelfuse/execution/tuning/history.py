@@ -11,7 +11,7 @@ from pathlib import Path
 
 from modelfuse.checkpoints.output.failures import cannot_write
 from modelfuse.execution.tuning.search_space import Dimension
-from modelfuse.execution.tuning.study import Trial
+from modelfuse.execution.tuning.trials import Trial
 from modelfuse.recipe.files import dump_documents
 from modelfuse.recipe.schema import as_json
 

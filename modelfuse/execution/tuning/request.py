@@ -8,7 +8,8 @@ from pathlib import Path
 
 from modelfuse.errors import RecipeError
 from modelfuse.execution.tuning.evaluation import Evaluation
-from modelfuse.execution.tuning.study import SAMPLERS, Trial
+from modelfuse.execution.tuning.study import SAMPLERS
+from modelfuse.execution.tuning.trials import Trial
 from modelfuse.recipe.checks import shown
 
 MINIMIZE, MAXIMIZE = "minimize", "maximize"

@@ -21,7 +21,8 @@ from modelfuse.execution.tuning.history import write_history
 from modelfuse.execution.tuning.merged_folders import MergedFolder, merged_folders
 from modelfuse.execution.tuning.request import Tuned, TuningRequest
 from modelfuse.execution.tuning.search_space import Dimension, Space
-from modelfuse.execution.tuning.study import Study, Trial
+from modelfuse.execution.tuning.study import Study
+from modelfuse.execution.tuning.trials import Trial
 from modelfuse.kernels.jit.compile import announcing
 from modelfuse.planning.plan import Plan, make_plan
 

@@ -8,48 +8,35 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from modelfuse.errors import OutputError
 from modelfuse.execution.tuning.cma_es import CmaEs
-from modelfuse.execution.tuning.evaluation import Numbers
 from modelfuse.execution.tuning.search_space import Dimension
+from modelfuse.execution.tuning.trials import (
+    Trial,
+    attributes_of,
+    distribution_of,
+    load_optuna,
+    optuna_parameter,
+    optuna_value,
+    suggest,
+    trial_of,
+)
 from modelfuse.planning.optional_packages import need
 
 FILE = "study.db"
 STUDY = "modelfuse"
 #: User attributes of the study: what results depend on, directions of the numbers, dimensions, population of CMA-ES.
 FACTS, NUMBERS, DIMENSIONS, POPULATION = "facts", "numbers", "dimensions", "population"
-#: User attributes of a trial: its numbers, its times, and its gradient.
-GIVEN, MERGING, EVALUATING, SLOPES = "numbers", "merge_seconds", "evaluation_seconds", "gradient"
 SAMPLERS = ("auto", "cmaes", "tpe", "gradient")
 #: Random trials of TPE before it uses results.
 TPE_RANDOM = 10
 #: Samplers take seeds below this.
 MOST_SEED = 2**32
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A merge that was or will be evaluated.
-
-    Attributes:
-        number: Its number, from 0 on; trial 0 is the recipe without changes.
-        parameters: The point: a number for each dimension, by name.
-        numbers: The results of the evaluation, by name; empty before.
-        seconds: The time that merging and evaluating took, in seconds.
-        gradient: The gradient of the logarithm of its number, by the names of the dimensions; empty if not computed.
-    """
-
-    number: int
-    parameters: Mapping[str, float]
-    numbers: Mapping[str, float]
-    seconds: tuple[float, float] = (0.0, 0.0)
-    gradient: Mapping[str, float] = field(default_factory=dict)
 
 
 class Study:
@@ -96,7 +83,7 @@ class Study:
         if not self.path.exists():
             return
         with self._file_errors():
-            optuna = _optuna()
+            optuna = load_optuna()
             storage = self._storage()
             if STUDY not in optuna.get_all_study_names(storage):
                 return
@@ -137,7 +124,7 @@ class Study:
             OutputError: If the file cannot be written.
         """
         with self._file_errors():
-            optuna = _optuna()
+            optuna = load_optuna()
             self._study = study = optuna.create_study(
                 study_name=STUDY,
                 storage=self._storage(),
@@ -147,10 +134,10 @@ class Study:
             study.set_user_attr(POPULATION, CmaEs.population(len(dimensions), budget))
             study.set_user_attr(DIMENSIONS, {"searched": [each.name for each in dimensions], "left_out": [*left_out]})
             trial = optuna.trial.create_trial(
-                params={each.name: _stored(each, first.parameters[each.name]) for each in dimensions},
-                distributions={each.name: _distribution(optuna, each) for each in dimensions},
-                values=[_value(first.numbers[name], upward) for name, upward in directions.items()],
-                user_attrs=_attributes(first),
+                params={each.name: optuna_parameter(each, first.parameters[each.name]) for each in dimensions},
+                distributions={each.name: distribution_of(each) for each in dimensions},
+                values=[optuna_value(first.numbers[name], upward) for name, upward in directions.items()],
+                user_attrs=attributes_of(first),
             )
             study.add_trial(trial)
             study.set_user_attr(NUMBERS, dict(directions))
@@ -172,15 +159,15 @@ class Study:
 
     def pending(self) -> list[Trial]:
         """Trials that earlier runs have begun and not finished."""
-        state = _optuna().trial.TrialState.RUNNING
+        state = load_optuna().trial.TrialState.RUNNING
         found = list[Trial]()
         with self._file_errors():
             for each in self._study.get_trials(deepcopy=False, states=(state,)):
                 trial = each
                 if len(each.params) < len(self._dimensions):  # The process was killed while it created the trial.
-                    trial = _optuna().trial.Trial(self._study, each._trial_id)
+                    trial = load_optuna().trial.Trial(self._study, each._trial_id)
                     for dimension in self._dimensions:
-                        _suggest(trial, dimension)
+                        suggest(trial, dimension)
                 found.append(Trial(each.number, self._parameters(trial), {}))
         return found
 
@@ -194,7 +181,7 @@ class Study:
         Returns:
             The trial; None if results of trials in progress are needed first.
         """
-        optuna = _optuna()
+        optuna = load_optuna()
         with self._file_errors():
             waiting = optuna.trial.TrialState.WAITING  # Enqueued by a run that was killed: Optuna's ask takes it first.
             number = sum(each.state != waiting for each in self._study.get_trials(deepcopy=False))
@@ -204,7 +191,8 @@ class Study:
                     return None
             if point is not None:
                 self._study.enqueue_trial(
-                    {each.name: _stored(each, point[each.name]) for each in self._dimensions}, skip_if_exists=True
+                    {each.name: optuna_parameter(each, point[each.name]) for each in self._dimensions},
+                    skip_if_exists=True,
                 )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -215,25 +203,25 @@ class Study:
                     constant_liar=others,
                     seed=(self._seed * 100_003 + number) % MOST_SEED,
                 )
-            trial = self._study.ask({each.name: _distribution(optuna, each) for each in self._dimensions})
+            trial = self._study.ask({each.name: distribution_of(each) for each in self._dimensions})
         return Trial(trial.number, self._parameters(trial), {})
 
     def tell(self, trial: Trial) -> None:
         """Store the result of a trial."""
         with self._file_errors():
-            state = _optuna().trial.TrialState.COMPLETE
+            state = load_optuna().trial.TrialState.COMPLETE
             storage, known = self._study._storage, self._study.get_trials(deepcopy=False)[trial.number]
-            for name, value in _attributes(trial).items():
+            for name, value in attributes_of(trial).items():
                 storage.set_trial_user_attr(known._trial_id, name, value)
-            values = [_value(trial.numbers[name], upward) for name, upward in self._directions.items()]
+            values = [optuna_value(trial.numbers[name], upward) for name, upward in self._directions.items()]
             self._study.tell(trial.number, values, state=state)
 
     def done(self) -> list[Trial]:
         """All finished trials, in order."""
         with self._file_errors():
-            complete = _optuna().trial.TrialState.COMPLETE
+            complete = load_optuna().trial.TrialState.COMPLETE
             found = self._study.get_trials(deepcopy=False, states=(complete,))
-        return [_trial(each, self._parameters(each)) for each in found]
+        return [trial_of(each, self._parameters(each)) for each in found]
 
     def best(self) -> list[Trial]:
         """The best trial or, with several numbers, the Pareto front, ordered by the first number."""
@@ -251,7 +239,7 @@ class Study:
 
     def _losses(self, trial: Trial) -> list[float]:
         """A trial's numbers, negated if larger is better."""
-        values = {name: _value(trial.numbers[name], upward) for name, upward in self._directions.items()}
+        values = {name: optuna_value(trial.numbers[name], upward) for name, upward in self._directions.items()}
         return [-value if self._directions[name] else value for name, value in values.items()]
 
     def _parameters(self, trial: Any) -> dict[str, float]:
@@ -259,7 +247,7 @@ class Study:
 
     def _storage(self) -> Any:
         url = import_module("sqlalchemy").URL.create("sqlite", database=str(self.path)).render_as_string()
-        return _optuna().storages.RDBStorage(url)
+        return load_optuna().storages.RDBStorage(url)
 
     def _discard(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -270,52 +258,10 @@ class Study:
         try:
             yield
         except Exception as error:
-            kinds = (import_module("sqlalchemy.exc").SQLAlchemyError, _optuna().exceptions.StorageInternalError)
+            kinds = (import_module("sqlalchemy.exc").SQLAlchemyError, load_optuna().exceptions.StorageInternalError)
             if not isinstance(error, kinds):
                 raise
             why = str(error.__cause__ or error).splitlines()[0]
             raise OutputError(
                 f"{self.path} cannot be used as a study: {why}", f"Remove {self.path.parent} to start a new search."
             ) from error
-
-
-def _optuna() -> Any:
-    optuna = import_module("optuna")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
-def _distribution(optuna: Any, each: Dimension) -> Any:
-    if each.whole:
-        return optuna.distributions.IntDistribution(int(each.low), int(each.high), log=each.log)
-    return optuna.distributions.FloatDistribution(each.low, each.high, log=each.log)
-
-
-def _suggest(trial: Any, each: Dimension) -> None:
-    if each.whole:
-        trial.suggest_int(each.name, int(each.low), int(each.high), log=each.log)
-    else:
-        trial.suggest_float(each.name, each.low, each.high, log=each.log)
-
-
-def _stored(each: Dimension, number: float) -> float | int:
-    return round(number) if each.whole else number
-
-
-def _value(number: float, upward: bool) -> float:
-    """The value that Optuna stores for a number: NaN and infinities become the worst value."""
-    return number if math.isfinite(number) else -math.inf if upward else math.inf
-
-
-def _attributes(trial: Trial) -> dict[str, object]:
-    numbers = {name: number if math.isfinite(number) else str(number) for name, number in trial.numbers.items()}
-    own = {GIVEN: numbers, MERGING: trial.seconds[0], EVALUATING: trial.seconds[1]}
-    return {**own, SLOPES: dict(trial.gradient)} if trial.gradient else own
-
-
-def _trial(found: Any, parameters: Mapping[str, float]) -> Trial:
-    numbers: Numbers = {}
-    with suppress(KeyError, AttributeError, ValueError):
-        numbers = {name: float(value) for name, value in found.user_attrs[GIVEN].items()}
-    seconds = (float(found.user_attrs.get(MERGING, 0)), float(found.user_attrs.get(EVALUATING, 0)))
-    return Trial(found.number, parameters, numbers, seconds, found.user_attrs.get(SLOPES, {}))
