@@ -82,7 +82,7 @@ def test_what_is_copied_and_left_out(check: Run, tmp_path: Path) -> None:
 def test_workers_memory_and_shards(check: Run, pair: Pair) -> None:
     said = check("--model_path_list", *pair, "--n_process", 64, "--memory", "1kB", "--max_shard_size", 250)
     assert "into 3 weight files" in said.out
-    assert "1 of 64 workers, so that the memory budget holds" in said.out
+    assert "1 of 64 workers, to stay within the memory budget" in said.out
     assert "one worker needs that" in said.out
 
 

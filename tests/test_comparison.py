@@ -53,7 +53,7 @@ def test_what_makes_an_average_meaningless_is_refused(
     for command in ("check", "merge"):
         refuse(command, *words, says=[f"config.json: {says}"], hint="--allow_mismatch")
     plan = modelfuse.check(**settings, allow_mismatch=True)
-    assert any(says in warning and "is taken" in warning for warning in plan.warnings)
+    assert any(says in warning and "is used" in warning for warning in plan.warnings)
 
 
 @pytest.mark.parametrize(("changes", "says"), [
@@ -79,7 +79,7 @@ def test_what_else_differs_is_told_once_with_whose_is_taken(
     assert ("no problems found" in said.out) == (says is None)
     if says is not None:
         assert f"warning: config.json: {says} is " in said.out
-        assert f"; that of {tmp_path / 'base'} is taken" in said.out
+        assert f"; that of {tmp_path / 'base'} is used" in said.out
         assert "can be merged, with 1 warning" in said.out
 
 
@@ -90,9 +90,7 @@ def test_tokens_that_are_two_or_would_be_lost(tmp_path: Path) -> None:
     )  # fmt: skip
     plan = modelfuse.check(**settings)
     moved, lost = plan.warnings
-    assert (
-        f"{tmp_path / 'a'}: its tokenizer numbers tokens otherwise (2 numbers are two tokens: 1 is 'y' and 'z'" in moved
-    )
+    assert f"{tmp_path / 'a'}: its tokenizer gives 2 token ids to other tokens (1 is 'y' and 'z'" in moved
     assert f"{tmp_path / 'b'}: the output's tokenizer lacks 2 of its tokens: <think>, </think>" in lost
     assert f"--tokenizer_from {tmp_path / 'b'}" in lost
 
@@ -105,8 +103,8 @@ def test_templates_and_stop_tokens_that_only_the_models_have(tmp_path: Path) -> 
     plan = modelfuse.check(**settings)
     told = "\n".join(plan.warnings)
     names = f"{tmp_path / 'a'} and {tmp_path / 'b'}"
-    assert f"{names}: it has a chat template, and the output has none; what {tmp_path / 'base'} has is taken" in told
-    assert f"{names}: it ends answers with the tokens 2, 7, which do not end the output's" in told
+    assert f"{names}: it has a chat template, and the output has none; that of {tmp_path / 'base'} is used" in told
+    assert f"{names}: it stops generation at the tokens 2, 7, which do not stop the output's" in told
     assert f"{names}: its eos_token is '<|im_end|>', the output's '</s>'" in told
     assert len(plan.warnings) == 3
     plan = modelfuse.check(**settings, tokenizer_from=tmp_path / "a")
@@ -157,8 +155,8 @@ def test_processors_and_code(tmp_path: Path) -> None:
     other = {"preprocessor_config.json": json.dumps({"size": 336}), "modeling_x.py": "a = 2"}
     plan = modelfuse.check(**trio(tmp_path, {}, base=one, a=one, b=other))
     assert [warning.partition(";")[0] for warning in plan.warnings] == [
-        f"{tmp_path / 'b'}: its preprocessor_config.json is another one",
-        f"{tmp_path / 'b'}: its code is another one: modeling_x.py",
+        f"{tmp_path / 'b'}: its preprocessor_config.json differs",
+        f"{tmp_path / 'b'}: its code differs: modeling_x.py",
     ]
 
 

@@ -185,7 +185,7 @@ def test_the_cpu_does_the_work_where_that_is_asked_for(
     words = ["--model_path_list", *pair, "--output_path", tmp_path / "C", "--tensor_type", tensor_type,
              "--device", device, "--allow_cpu_fallback"]  # fmt: skip
     said = modelfuse("check", *words).out
-    assert "the CPU does the work" in said
+    assert "the merge runs on the CPU" in said
     assert f"{LIBRARIES[tensor_type].module} tensors on the CPU" in said
     merge(*words)
     config = json.loads((tmp_path / "C" / "merge_config.json").read_text())

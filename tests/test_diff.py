@@ -172,7 +172,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", grown | {"ids": np.arange(3)})
     found = modelfuse_package.diff(base, other, progress=False)
     assert {each.tensor: each.because for each in found.not_compared} == {
-        "ids": "int64, no weights",
+        "ids": "int64, not weights",
         "lm_head.weight": f"not in {other}",
         "model.embed_tokens.weight": f"other shapes: [13, 4] in {other}, [11, 4] in {base}",
     }

@@ -216,14 +216,19 @@ def test_output_equal_to_an_input(refuse: Refuse, pair: Pair, tmp_path: Path) ->
     merge = ["merge", "--overwrite", "--model_path_list"]
     for out in (pair[0], pair[1], pair[0] / "inside", tmp_path, f"{tmp_path}/x/../A"):
         refuse(
-            *merge, *pair, "--output_path", out, says=["output_path", "inside each other"], hint="another output_path"
+            *merge,
+            *pair,
+            "--output_path",
+            out,
+            says=["output_path", "one contains the other"],
+            hint="another output_path",
         )
-    refuse(*merge, pair[0] / "model.safetensors", pair[1], "--output_path", pair[0], says=["inside each other"])
+    refuse(*merge, pair[0] / "model.safetensors", pair[1], "--output_path", pair[0], says=["one contains the other"])
     (tmp_path / "link").symlink_to(pair[1])
-    refuse(*merge, *pair, "--output_path", tmp_path / "link", says=["inside each other"])
-    refuse(*merge, pair[0], tmp_path / "link", "--output_path", pair[1], says=["inside each other"])
+    refuse(*merge, *pair, "--output_path", tmp_path / "link", says=["one contains the other"])
+    refuse(*merge, pair[0], tmp_path / "link", "--output_path", pair[1], says=["one contains the other"])
     base = make_model(tmp_path / "base", random_tensors(3))
-    refuse(*merge, *pair, "--base_model_path", base, "--output_path", base, says=["inside each other"])
+    refuse(*merge, *pair, "--base_model_path", base, "--output_path", base, says=["one contains the other"])
 
 
 def test_a_missing_model_is_named_before_the_output(refuse: Refuse, pair: Pair, tmp_path: Path) -> None:
@@ -441,7 +446,7 @@ def test_integers_against_floats(refuse: Refuse, tmp_path: Path, order: tuple[in
         "--model_path_list",
         *(models[each] for each in order),
         says=["x is ", "float32", "int32"],
-        hint="one type",
+        hint="in the same dtype",
     )
 
 
@@ -450,7 +455,7 @@ def test_kinds_of_integers_that_differ(refuse: Refuse, tmp_path: Path) -> None:
         make_model(tmp_path / "A", {"x": np.ones(4, np.int64)}),
         make_model(tmp_path / "B", {"x": np.ones(4, np.int32)}),
     ]
-    refuse("check", "--model_path_list", *models, says=["x is int64, int32"], hint="one type")
+    refuse("check", "--model_path_list", *models, says=["x is int64, int32"], hint="in the same dtype")
 
 
 def test_integers_that_differ(refuse: Refuse, merge: Run, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_fp8_and_bfloat16_models_merge(
     assert report["tensors"]["model.layers.0.mlp.up_proj.weight"]["source_dtypes"] == ["F8_E4M3", "BF16"]
 
     said = modelfuse("check", "--model_path_list", tmp_path / "A", tmp_path / "B")
-    assert f"2 tensors are dequantized; {len(names)} tensors of scales are left out" in said.out
+    assert f"2 tensors are dequantized; {len(names)} scale tensors are left out" in said.out
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "della", "dare_ties"])

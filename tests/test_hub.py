@@ -557,7 +557,7 @@ def test_an_output_that_exists_is_refused_before_the_hub_is_asked(published: Hub
 @pytest.mark.parametrize(
     ("free", "says"),
     [
-        (1000, ["in the cache", "only 1 kB are free there"]),
+        (1000, ["in the cache", "only 1 kB are free on its disk"]),
         (2_500_000, ["in the cache", "and their merge ", "kB on the same disk"]),
     ],
 )

@@ -157,7 +157,7 @@ def test_verify_holds_and_tells_of_files_that_changed(tmp_path: Path, request_: 
     outcome(tmp_path / "out", request_)
     assert package.verify(tmp_path / "out", full=True).holds
     notes = "\n".join(package.check(**request_).notes)
-    assert "Inputs of m2: grams2.safetensors, of 50 tokens that m2 read." in notes
+    assert "Gram matrices for m2: grams2.safetensors, collected from m2 over 50 tokens." in notes
     (report,) = (json.loads((tmp_path / "out" / "merge_report.json").read_text()),)
     assert [Path(each["path"]).name for each in report["grams"]] == [f"grams{seed}.safetensors" for seed in (1, 2, 3)]
     path = request_["gram_list"][0]
@@ -249,7 +249,7 @@ def _without(grams: dict[str, Array]) -> dict[str, Array]:
          r"grams2.* has \[16, 16\], its inputs take \[40, 40\]"),
         (lambda grams: {**grams, "layers.0.q_proj": np.eye(16, dtype=np.int32)}, "m2", CheckpointError,
          r"layers\.0\.q_proj is I32 \[16, 16\]"),
-        (lambda grams: grams, "m3", MismatchError, r"grams2.* was collected from m3, but stands for m2"),
+        (lambda grams: grams, "m3", MismatchError, r"grams2.* was collected from m3, but gram_list gives it for m2"),
     ],
     ids=["a module is missing", "another model's", "another shape", "no floats", "another order"],
 )  # fmt: skip

@@ -48,7 +48,7 @@ def test_copy_merges_those_that_have_it(tmp_path: Path) -> None:
         got["model.norm.weight"], sum(each["model.norm.weight"] for each in (a, b, c)) / 3, rtol=1e-6
     )
     plan = modelfuse.check(model_path_list=models, missing=["mtp.*=copy"])
-    assert any(f"Not in all models, merged of {models[0]} and {models[1]}: mtp." in note for note in plan.notes)
+    assert any(f"Not in all models, merged from {models[0]} and {models[1]}: mtp." in note for note in plan.notes)
 
 
 def test_copy_takes_the_base_s(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_what_the_hint_says_works(tmp_path: Path, refuse: Callable[..., str], me
     models, _ = trio(tmp_path)
     words = ["--model_path_list", *models, "--output_path", tmp_path / "out"]
     said = refuse("merge", *words, hint="--missing")
-    given = shlex.split(said.partition("keep them as they are: ")[2].partition(";")[0])
+    given = shlex.split(said.partition("that only some have: ")[2].partition(";")[0])
     merge(*words, *given)
 
 
@@ -122,7 +122,7 @@ def test_other_depths(tmp_path: Path, refuse: Callable[..., str]) -> None:
     assert "not in" in said
     said = refused(tmp_path, refuse, noise(1, SHAPES), noise(2, SHAPES | {
         "model.layers.2.w.weight": (3, 2), "model.layers.3.w.weight": (3, 2)}))  # fmt: skip
-    assert f"2 layers beside 4 (model.layers.2 and 3 only in {tmp_path / 'B'})" in said
+    assert f"2 layers and 4 (model.layers.2 and 3 only in {tmp_path / 'B'})" in said
     assert "--missing 'model.layers.2.*=drop' 'model.layers.3.*=drop'" in said
 
 
@@ -147,7 +147,7 @@ def test_an_adapter_inside_a_model(tmp_path: Path, refuse: Callable[..., str]) -
         "model.layers.0.w.lora_B.default.weight": (3, 2),
     }
     said = refused(tmp_path, refuse, noise(1, SHAPES), noise(2, SHAPES | inside))
-    assert f"{tmp_path / 'B'} holds an adapter's tensors beside the model's" in said
+    assert f"{tmp_path / 'B'} contains tensors of an adapter that is not merged" in said
     assert "merge_and_unload" in said
 
 

@@ -58,4 +58,4 @@ def test_modules_that_differ_are_refused(tmp_path: Path, refuse: Callable[..., s
     one = make(tmp_path / "A", 1, noise(1, linear_weight=(4, 3)))
     other = make(tmp_path / "B", 2, noise(2, linear_weight=(5, 3)))
     refuse("merge", "--model_path_list", one, other, "--output_path", tmp_path / "out",
-           says=[f"The module {other / '2_Dense'} has other tensors"])  # fmt: skip
+           says=[f"The module {other / '2_Dense'} does not have the same tensors"])  # fmt: skip

@@ -108,9 +108,9 @@ def test_an_output_that_is_there(merge: Run, refuse: Callable[..., str], s3: S3,
 def test_an_output_that_is_a_file_or_an_input(refuse: Callable[..., str], s3: S3, models: list[Path]) -> None:
     urls = [s3.put(path, path.name) for path in models]
     words = ("merge", "--model_path_list", *urls, "--output_path")
-    refuse(*words, f"{urls[0]}/config.json", says=["lie inside each other"])
-    refuse(*words, f"{urls[0]}/", "--overwrite", says=["lie inside each other"])
-    refuse(*words, "s3://bucket", "--overwrite", says=["lie inside each other"])
+    refuse(*words, f"{urls[0]}/config.json", says=["or one contains the other"])
+    refuse(*words, f"{urls[0]}/", "--overwrite", says=["or one contains the other"])
+    refuse(*words, "s3://bucket", "--overwrite", says=["or one contains the other"])
     refuse("merge", "--model_path_list", *models, "--output_path", f"{urls[0]}/config.json", says=["is a file"])
     refuse("merge", "--model_path_list", *models, "--output_path", "s3://nobody/out", says=["no bucket nobody"])
 

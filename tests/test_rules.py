@@ -197,8 +197,8 @@ def test_check_shows_what_each_rule_took(modelfuse: Run, models: dict[str, Any],
     assert lines["1"][1:6] == ["*.mlp.*", "ties:", "reserve_p", "0.5", "2"]
     assert lines["2"][1:6] == ["*norm.weight", "as", "in", str(two), "2"]
     assert lines["3"][-2:] == lines["4"][-2:] == ["0", "–"]
-    assert "Rule 3 ('model.layers.1.mlp.*') takes no tensor: the rules before it hold for all 1 that it" in said.out
-    assert "Rule 4 ('*.experts.*') takes no tensor: no name matches." in said.out
+    assert "Rule 3 ('model.layers.1.mlp.*') applies to no tensor: earlier rules apply to all 1 that it" in said.out
+    assert "Rule 4 ('*.experts.*') applies to no tensor: no name matches." in said.out
     assert [line.split()[-1] for line in said.out.splitlines() if line.startswith(("merge ", "take "))] == [
         "–", "–", "1", "2",
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 from modelfuse.checkpoints.input_grams import frame_of
 from modelfuse.errors import CheckpointError, OutputError, RecipeError
 from modelfuse.inspection.seen_inputs import SeenInputs
-from modelfuse.planning.optional_packages import need
+from modelfuse.planning.optional_packages import require
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.schema import read_input
 
@@ -75,7 +75,7 @@ def collect(
         raise CheckpointError(f"There is no folder {model}", "Name a model's folder, or a hub name: org/model.")
     texts = read_texts(Path(data)) if isinstance(data, str | Path) else [*data]
     for module in ("torch", "transformers"):
-        need(module, "collect", "have another machine collect", extra="calibrate")
+        require(module, "collect", "have another machine collect", extra="calibrate")
     torch, transformers = import_module("torch"), import_module("transformers")
     with _quiet(transformers):
         rows = _tokens(transformers, str(model), texts, tokens)
@@ -150,7 +150,7 @@ def _load(torch: Any, transformers: Any, model: str, device: str) -> Any:
         raise RecipeError("device is gpu, but torch finds none", "Use --device cpu.")
     adapter = Path(model, "adapter_config.json").is_file()
     if adapter:
-        need("peft", "collect from an adapter", "merge it into its base first", extra="calibrate")
+        require("peft", "collect from an adapter", "merge it into its base first", extra="calibrate")
     try:
         if adapter:
             kind = transformers.AutoModelForCausalLM

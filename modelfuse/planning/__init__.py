@@ -1,1 +1,1 @@
-"""A recipe and the headers of its inputs become a plan."""
+"""Planning: what a merge does with every tensor, from the recipe and the inputs' headers."""

@@ -1,4 +1,4 @@
-"""Adapters among the models of a recipe."""
+"""Inputs that are adapters: checked, opened over the base, and the tensors that they add to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from modelfuse.storage import PathOrUrl
 
 
 def full_models(recipe: Recipe) -> tuple[PathOrUrl, ...]:
-    """The inputs that are no adapters, in order, the base last if there is one.
+    """The inputs that are not adapters, in order, with the base last if there is one.
 
     Raises:
-        RecipeError: If there are adapters and no base, or the base is one.
+        RecipeError: If there are adapters but no base, the base is an adapter, or ``merge_with_qdq_base_model`` is
+            given and not all models are adapters.
     """
     adapters = [path for path in recipe.model_paths if is_adapter(path)]
     base = recipe.base_path
@@ -30,14 +31,15 @@ def full_models(recipe: Recipe) -> tuple[PathOrUrl, ...]:
         )
     if recipe.merge_with_qdq_base_model and len(adapters) < len(recipe.model_path_list):
         raise RecipeError(
-            "merge_with_qdq_base_model quantizes the base as adapters saw it, but not all models are adapters",
+            "merge_with_qdq_base_model quantizes the base as in the adapters' training, but not all models are "
+            "adapters",
             "Leave it out, or merge the full models in another step.",
         )
     return tuple(path for path in recipe.input_paths if path not in adapters)
 
 
 def without_adapters(recipe: Recipe) -> Recipe:
-    """The same recipe of the full models only, each with its own layout where one was given for each."""
+    """The recipe with only the full models, and only their layouts if ``input_layout`` has one per input."""
     paths, layouts = full_models(recipe), recipe.input_layout
     if layouts is not None and len(layouts) > 1:
         layouts = tuple(each for path, each in zip(recipe.input_paths, layouts, strict=True) if path in paths)
@@ -45,8 +47,17 @@ def without_adapters(recipe: Recipe) -> Recipe:
     return recipe.changed(model_path_list=models, input_layout=layouts)
 
 
-def with_adapters(recipe: Recipe, models: Sequence[Checkpoint], paddle: bool | None) -> tuple[Checkpoint, ...]:
-    """All inputs in the recipe's order: the full models, and the adapters laid over the base, which is the last."""
+def open_adapters(recipe: Recipe, models: Sequence[Checkpoint], paddle: bool | None) -> tuple[Checkpoint, ...]:
+    """Open the adapters over the base.
+
+    Args:
+        recipe: The settings.
+        models: The full models in the recipe's order, the base last.
+        paddle: Whether the base is in Paddle's layout; None if unknown.
+
+    Returns:
+        All inputs in the recipe's order.
+    """
     strict = recipe.on_nonfinite == "error"
     adapters = [path for path in recipe.model_paths if is_adapter(path)]
     if recipe.merge_with_qdq_base_model:
@@ -58,7 +69,7 @@ def with_adapters(recipe: Recipe, models: Sequence[Checkpoint], paddle: bool | N
         return tuple(models)
     from modelfuse.checkpoints.adapters.tied_base import base_for_adapters, settle_adapters
 
-    # Of Paddle's layout, heads are stored in two ways: there, both ends change together.
+    # In Paddle's layout, a tied head is stored transposed or not; there, embedding and head change together.
     base = models[-1] if paddle else base_for_adapters(models[-1])
 
     def opened() -> Iterator[Checkpoint]:
@@ -70,21 +81,21 @@ def with_adapters(recipe: Recipe, models: Sequence[Checkpoint], paddle: bool | N
     return tuple(opened()) if paddle else settle_adapters(tuple(opened()), models[-1])
 
 
-def copies(models: Sequence[Checkpoint]) -> Iterator[EqualPair]:
-    """What adapters have copies of: their base's tensors, which must be equal."""
+def copied_base_tensors(models: Sequence[Checkpoint]) -> Iterator[EqualPair]:
+    """Copies of the base's tensors that adapters store; each must equal the base's."""
     for model in models:
         if isinstance(model, Adapter):
             yield from (EqualPair(one, other, model.path, False) for one, other in model.copies)
 
 
-def with_what_adapters_bring(
+def with_adapter_additions(
     models: tuple[Checkpoint, ...],
 ) -> tuple[tuple[Checkpoint, ...], tuple[MissingRule, ...], tuple[str, ...]]:
-    """Heads of tasks and rows of tokens that the base lacks.
+    """Add the task heads and token rows that adapters have and the base lacks.
 
     Returns:
-        The models with them; what becomes of heads that only some have; and the matrices that need nothing of the
-        base's.
+        The models with them; rules for heads that only some models have; and the names of matrices of which the base's
+        tensor is not used.
     """
     if not any(isinstance(model, Adapter) for model in models):
         return models, (), ()

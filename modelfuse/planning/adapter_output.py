@@ -1,4 +1,4 @@
-"""An output that is an adapter: its tensors as operations."""
+"""The operations of an output that is an adapter."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from modelfuse.recipe.recipe import Recipe
 
 
 class AdapterDraft(NamedTuple):
-    """An adapter before its tensors have a place.
+    """An adapter before its tensors are assigned to files.
 
     Attributes:
-        operations: Its tensors.
-        made_files: Files that come with them.
-        notes: What the user should know.
+        operations: One per tensor.
+        made_files: Names and contents of the files beside the weights.
+        notes: Notes for the user.
     """
 
     operations: list[Operation]
@@ -35,11 +35,11 @@ class AdapterDraft(NamedTuple):
 
 
 def adapter_draft(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], match: Match) -> AdapterDraft:
-    """What the output consists of.
+    """Plan an adapter.
 
     Raises:
-        MismatchError: If an adapter cannot hold it.
-        RecipeError: If it takes a rank that is not given.
+        MismatchError: If the output has tensors that an adapter cannot contain.
+        RecipeError: If ``lora_rank`` is needed and not given.
     """
     from modelfuse.checkpoints.adapters.as_adapter import TensorChange, as_adapter
 
@@ -56,7 +56,7 @@ def adapter_draft(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], ma
         if base[name].dtype.compute is not None and any(source != base[name] for source in each.models)
     ]
     pair = pair_of(base)
-    if pair is not None and is_tied(base):  # PEFT changes one end of a tied pair: the other is to change likewise.
+    if pair is not None and is_tied(base):  # PEFT changes only the module that it adapts; adapt the tied head, too.
         changes += [
             each._replace(name=pair.head, drawn_as=each.name) for each in changes if each.name == pair.embedding
         ]
@@ -73,8 +73,8 @@ def adapter_draft(recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], ma
     return AdapterDraft(operations, {PEFT_CONFIG: adapter.config}, adapter.notes)
 
 
-def resized(models: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """Embeddings and heads of which all models have other rows than the base."""
+def resized_in_all(models: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Names of embeddings and heads that all models have with another number of rows than the base."""
     *others, base = models
     return tuple(
         name for name, tensor in base.tensors.items()

@@ -1,4 +1,4 @@
-"""Configurations of mergekit's as drafts of plans: merges, and mixtures of experts."""
+"""Drafts of mergekit configurations: merges and mixtures of experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from modelfuse.recipe.recipe import Recipe
 
 
 def configured_draft(recipe: Recipe) -> Draft:
-    """What becomes of every tensor, by a configuration of mergekit's.
+    """The draft of the recipe's mergekit configuration.
 
     Raises:
         ModelfuseError: As :func:`~modelfuse.planning.plan.make_plan`.

@@ -1,7 +1,7 @@
-"""What ``diff`` compares: a recipe and the checkpoints' headers become a list of tensors to measure.
+"""The plan of ``diff``: the tensors to measure, from a recipe and the checkpoints' headers.
 
-Inputs are opened and brought together as for a merge, with the base's names and layout. But what does not match is no
-error here: it is told.
+Inputs are opened and converted as for a merge, to the base's names and layout. Tensors that do not match are listed
+instead of being an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from modelfuse.checkpoints.layer_stacks import Stack, find_stacks
 from modelfuse.checkpoints.tensor_names import pattern
 from modelfuse.errors import MismatchError
 from modelfuse.kernels.differences import Measurement
-from modelfuse.planning.adapter_inputs import with_what_adapters_bring
+from modelfuse.planning.adapter_inputs import with_adapter_additions
 from modelfuse.planning.matching import Match, find_matches
 from modelfuse.planning.memory_budget import GRAIN, Budget, demand_of, fit_memory
 from modelfuse.planning.mismatch import Mismatch
@@ -27,12 +27,12 @@ from modelfuse.storage import forget
 
 
 class Location(NamedTuple):
-    """Where in a model a tensor is.
+    """The position of a tensor in a model.
 
     Attributes:
-        stack: What a stack of layers is called; empty where there is one only.
-        layer: The number of the layer, None outside.
-        module: The kind of module, without numbers.
+        stack: The name of its stack of layers; empty if there is only one.
+        layer: The index of its layer; None outside of layers.
+        module: The name of its module, with ``*`` for numbers.
     """
 
     stack: str
@@ -46,12 +46,12 @@ class ComparedTensor:
 
     Attributes:
         name: Its name in the base.
-        sources: What is read, each once; the base's tensor last.
-        inputs: For each of them, the number of an input that it is of.
-        models: For each model, the number of its source; None: it is the base's own tensor.
-        measurement: What a kernel is to do; of the models that have a source of their own.
-        location: Where in the model it is.
-        sample_of: The base's tensor, where only a sample of its elements is measured.
+        sources: The tensors to read, without duplicates; the base's tensor last.
+        inputs: For each source, the index of an input that contains it.
+        models: For each model, the index of its source; None if it uses the base's tensor.
+        measurement: The measurement to run, for the models whose tensor is not the base's.
+        location: Its position in the model.
+        sample_of: The base's full tensor, if only a sample of the elements is measured.
     """
 
     name: str
@@ -70,15 +70,15 @@ class ComparedTensor:
 
 @dataclass(frozen=True, slots=True)
 class DiffPlan:
-    """All that is compared.
+    """The plan of a comparison.
 
     Attributes:
-        recipe: The inputs, as of a merge.
+        recipe: The inputs, as for a merge.
         models: The models in order, then the base.
-        tensors: What is measured.
-        left_out: Tensors that are not compared, and why.
-        budget: Workers, slices, memory.
-        exact: Whether interference is to be exact.
+        tensors: The tensors to measure.
+        left_out: Names of tensors that are not compared, with the reason.
+        budget: Workers, slices and memory.
+        exact: Whether interference is computed without sketches.
     """
 
     recipe: Recipe
@@ -95,18 +95,18 @@ class DiffPlan:
 
 
 def make_diff_plan(recipe: Recipe, exact: bool) -> DiffPlan:
-    """Open the headers and find out what can be compared.
+    """Open the inputs, headers only, and match their tensors.
 
     Args:
-        recipe: The inputs; it has a base.
-        exact: Whether interference is to be exact.
+        recipe: The inputs; it must have a base.
+        exact: Whether interference is computed without sketches.
 
     Raises:
         CheckpointError: If an input is missing or malformed.
-        MismatchError: If there is nothing to compare.
+        MismatchError: If no tensor can be compared.
     """
     forget()
-    models, _, _ = with_what_adapters_bring(open_inputs(recipe))
+    models, _, _ = with_adapter_additions(open_inputs(recipe))
     everything = tuple(range(len(models)))
     match, mismatch = find_matches(models, True, lambda _: everything)
     if mismatch.untied:
@@ -124,7 +124,7 @@ def make_diff_plan(recipe: Recipe, exact: bool) -> DiffPlan:
 def _left_out(
     recipe: Recipe, models: Sequence[Checkpoint], match: Match, mismatch: Mismatch
 ) -> Iterator[tuple[str, str]]:
-    """Tensors that cannot be compared, and why."""
+    """Names of tensors that cannot be compared, with the reason."""
     for tied in match.tied:
         yield tied.name, f"tied to {tied.other}"
     for name in mismatch.missing:
@@ -140,7 +140,7 @@ def _left_out(
     shaped = set(match.names).difference(mismatch.misshapen)
     for name in match.names:
         if name in shaped and not all(can_be_merged(name, _tensor(model, name)) for model in models):
-            yield name, f"{_tensor(models[-1], name).dtype}, no weights"
+            yield name, f"{_tensor(models[-1], name).dtype}, not weights"
 
 
 def _tensor(model: Checkpoint, name: str) -> StoredTensor:
@@ -159,7 +159,7 @@ def _tensors(models: Sequence[Checkpoint], names: Sequence[str], exact: bool) ->
         inputs = tuple(rows.index(number) for number in range(len(sources)))
         matrices = cuts.of(name, reference.shape)
         if matrices is not None and matrices.columns > GRAIN:
-            matrices = None  # A row is read at a time.
+            matrices = None  # Rows are read whole, and this one is larger than a slice.
         measurement = Measurement(
             name, reference.size, tuple(source.dtype for source in (*sources, reference)),
             tuple((row, sources[row].is_delta) for row in rows if row is not None), matrices, exact,
@@ -171,7 +171,7 @@ def _tensors(models: Sequence[Checkpoint], names: Sequence[str], exact: bool) ->
 
 
 def location_of(name: str, stacks: Sequence[Stack]) -> Location:
-    """Where in a model a tensor is.
+    """The position of a tensor in a model.
 
     >>> names = [f"model.layers.{layer}.mlp.experts.0.w1.weight" for layer in range(2)]
     >>> [*location_of(names[1], find_stacks(names, {}))]

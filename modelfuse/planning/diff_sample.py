@@ -1,4 +1,4 @@
-"""A sample of what ``diff`` compares: of every tensor some blocks of elements, the same of all models."""
+"""A sample of a comparison: some blocks of elements of every tensor, the same blocks of all models."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from modelfuse.checkpoints.tensors import PartialTensor, Reader
 from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan
 from modelfuse.storage.files import Buffer
 
-#: Elements of a block; about the fewest elements of a tensor that has more, and of all together.
+#: Elements of a block; about the fewest elements sampled of a larger tensor, and of all tensors together.
 BLOCK, LEAST, LEAST_IN_ALL = 1 << 12, 1 << 13, 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTensor(PartialTensor):
-    """Every so many blocks of a tensor's elements, one after another.
+    """Every ``stride``-th block of a tensor's elements, as one tensor.
 
     Attributes:
-        stride: Of so many blocks, the first is there.
+        stride: The distance of sampled blocks, in blocks.
     """
 
     stride: int
@@ -42,12 +42,12 @@ class SampledTensor(PartialTensor):
 
 
 def sampled(plan: DiffPlan, stride: int) -> DiffPlan:
-    """The plan of a sample; no matrix is whole in it, so that there is no interference.
+    """The plan of a sample. It has no whole matrices, so interference is not measured.
 
     Args:
-        plan: All that could be compared.
-        stride: Of so many blocks of a large tensor one is read, of a smaller tensor of fewer; an odd number, lest
-            blocks be the same columns of every row.
+        plan: The full plan.
+        stride: The distance of sampled blocks in large tensors, in blocks; less in smaller ones. Odd, so that blocks
+            are not always the same columns of a matrix whose rows have a power of two elements.
     """
     least = max(LEAST, LEAST_IN_ALL // len(plan.tensors))
     return replace(plan, tensors=tuple(_sampled(each, stride, least) for each in plan.tensors))

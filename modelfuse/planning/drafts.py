@@ -1,4 +1,4 @@
-"""What a grammar makes of a request: everything of a plan but places in files, memory and workers."""
+"""Drafts: plans without files, offsets, memory and workers. Rules and mergekit configurations both give one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class Draft(NamedTuple):
-    """A merge without the details of how it is done.
+    """A plan before tensors are assigned to files, and before memory and workers are planned.
 
     Attributes:
         models: The inputs in the recipe's order.
-        operations: How each tensor is made.
-        tied: Names that are left out, as they are another tensor's.
+        operations: One per output tensor.
+        tied: Names that the output leaves out because they share another tensor's values.
         equal_pairs: Tensors of the inputs that must be equal.
-        format: How the output is stored.
+        format: The output's format.
         side_files: Files to copy.
-        made_files: Files with their content.
-        notes: What the user should know.
-        base: The number of the input that differences are taken to, if there is one.
-        warnings: What they should look at.
-        modules: Weight files of modules, merged when they are written.
+        made_files: Names and contents of files to write.
+        notes: Notes for the user.
+        base: The index of the base among the inputs, if there is one.
+        warnings: Warnings for the user.
+        modules: Weight files of sentence-transformers modules, merged when they are written.
     """
 
     models: tuple[Checkpoint, ...]
@@ -49,7 +49,11 @@ class Draft(NamedTuple):
 def with_vocabulary(
     recipe: Recipe, models: tuple[Checkpoint, ...]
 ) -> tuple[tuple[Checkpoint, ...], tuple[Checkpoint, ...], Mapping[str, bytes], tuple[str, ...]]:
-    """The models with the vocabulary that is asked for, and as they are; its files, and what the user should know."""
+    """Give all models the recipe's vocabulary.
+
+    Returns:
+        The models with it; the models as they are, for the report; the vocabulary's files; and notes for the user.
+    """
     if recipe.tokenizer is None:
         return models, models, {}, ()
     from modelfuse.planning.output_vocabulary import rearranged_models

@@ -1,4 +1,4 @@
-"""Gram matrices of the models' inputs from files, and whether they fit the tensors that are merged with them."""
+"""Gram matrices of the layers' inputs, from ``gram_list``, matched to the tensors that are merged with them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from modelfuse.recipe.recipe import Recipe
 
 
 class GivenGrams:
-    """The files of a recipe, one a model.
+    """The Gram matrix files of a recipe, one per model.
 
     Args:
         recipe: The settings.
 
     Raises:
-        CheckpointError: If a file is missing, or none that `modelfuse collect` writes.
-        MismatchError: If one was made of another of the models.
+        CheckpointError: If a file is missing or was not written by `modelfuse collect`.
+        MismatchError: If a file was collected from another of the models.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -33,20 +33,20 @@ class GivenGrams:
         for own, model in zip(self._files, self._models, strict=True):
             if own.model != model and own.model in self._models:
                 raise MismatchError(
-                    f"{own.path} was collected from {own.model}, but stands for {model}",
+                    f"{own.path} was collected from {own.model}, but gram_list gives it for {model}",
                     "Give gram_list in the order of model_path_list.",
                 )
 
     def with_grams(
         self, matrices: Matrices | None, name: str, sources: Sequence[StoredTensor], method: Applied
     ) -> Matrices | None:
-        """A tensor's matrices with the Gram matrices of their inputs, if its method takes some.
+        """The matrices of a tensor with the Gram matrices of their inputs, if the method needs them.
 
         Args:
-            matrices: How it is cut.
+            matrices: How the tensor is split into matrices.
             name: Its name in the output.
             sources: The models' tensors, and the base's.
-            method: What merges them.
+            method: Its method.
         """
         *models, base = sources
         how, changes = method.combination.matrix, any(source != base for source in models)
@@ -59,16 +59,16 @@ class GivenGrams:
                 self._missing.setdefault(number, []).append(name)
             elif not _fits(gram, matrices):
                 wanted = [matrices.units] * (matrices.units > 1) + [matrices.inputs] * 2
-                self._unfit.append(f"  {name}: {own.path} has {list(gram.shape)}, its inputs take {wanted}")
+                self._unfit.append(f"  {name}: {own.path} has the shape {list(gram.shape)}, needed is {wanted}")
             else:
                 found.append(gram)
         return replace(matrices, grams=tuple(found))
 
     def check(self) -> None:
-        """Refuse what was found missing or of another shape.
+        """Check that no Gram matrix was missing or had another shape.
 
         Raises:
-            MismatchError: With all of it.
+            MismatchError: Listing all of them.
         """
         lines = [
             f"  {name} in {self._files[number].path}"
@@ -77,14 +77,18 @@ class GivenGrams:
         ]
         if lines or self._unfit:
             raise MismatchError(
-                "There are no Gram matrices that fit for:\n" + "\n".join([*lines, *self._unfit]),
-                "Collect them of these models with `modelfuse collect`, or have a rule merge these tensors otherwise.",
+                "There are no fitting Gram matrices for:\n" + "\n".join([*lines, *self._unfit]),
+                "Collect them from these models with `modelfuse collect`, or use another method for these tensors, by a "
+                "rule.",
             )
 
     def notes(self) -> Iterator[str]:
-        """What is taken for which model."""
+        """The file of each model, as notes."""
         for own, model in zip(self._files, self._models, strict=True):
-            yield f"Inputs of {model}: {own.path.name}, of {own.tokens or '?'} tokens that {own.model or 'it'} read."
+            yield (
+                f"Gram matrices for {model}: {own.path.name}, collected from {own.model or 'it'} "
+                f"over {own.tokens or '?'} tokens."
+            )
 
 
 def _fits(gram: StoredTensor, matrices: Matrices) -> bool:

@@ -1,4 +1,4 @@
-"""Which tensors of several checkpoints are the same one: by name, and by what is tied to what."""
+"""Match the tensors of several checkpoints, by name and by ties."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from modelfuse.storage import PathOrUrl
 
 @dataclass(frozen=True, slots=True)
 class Tied:
-    """A name of some input's tensor that the output leaves out.
+    """A tensor name that the output leaves out because its values are another tensor's.
 
     Attributes:
         name: The name.
-        other: The tensor whose values it shares, which the output has.
+        other: The tensor with the same values, which the output contains.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Tied:
 
 @dataclass(frozen=True, slots=True)
 class EqualPair:
-    """Two tensors that must be equal: tied ones of a model, or an adapter's copy of one of its base's and that one.
+    """Two tensors that must be equal: tied tensors of a model, or an adapter's copy of a base tensor and the original.
 
     Attributes:
-        one: A tensor.
-        other: The other.
-        path: The model that ties them, or the adapter.
+        one: The first tensor.
+        other: The second tensor.
+        path: The model or adapter.
         tied: Whether the model ties them.
     """
 
@@ -46,7 +46,7 @@ class EqualPair:
 
 
 def find_equal_pairs(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> tuple[EqualPair, ...]:
-    """The tied tensors of every model that has both; a difference on one of them changes both."""
+    """The tied pairs of every model that stores both tensors; an adapter's difference on one applies to both."""
     pairs = ((model, model.tensors.get(each.name), model.tensors.get(each.other)) for each in tied for model in models)
     return tuple(
         EqualPair(one, other, model.path, True)
@@ -56,14 +56,14 @@ def find_equal_pairs(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> tupl
 
 
 class Match(NamedTuple):
-    """Which tensors the output has.
+    """The tensors of the output.
 
     Attributes:
         names: Their names.
         tied: Names that are left out because they are tied.
-        partial: For tensors that not all models have, the numbers of the inputs that they are made of.
-        dropped: Tensors that are left out because not all models have them.
-        alone: Those of ``partial`` that the base has, but that need nothing of it.
+        partial: For tensors that not all models have, the indices of the inputs to use.
+        dropped: Names that are left out because not all models have them.
+        alone: Names in ``partial`` that the base has, too, but whose base tensor is not used.
     """
 
     names: list[str]
@@ -82,10 +82,10 @@ def match_tensors(
     Args:
         models: The models in order, then the base if there is one. The output keeps the base's order of tensors, else
             the first one's.
-        has_base: Whether there is one.
-        inputs_of: The numbers of the models that must have a tensor of the output.
-        rules: What becomes of tensors that only some of these have.
-        alone: Tensors that need nothing of the base's.
+        has_base: Whether there is a base.
+        inputs_of: Gives the indices of the models that must have a tensor, by its name.
+        rules: What to do with tensors that only some of these models have.
+        alone: Names of tensors whose base tensor is not used.
 
     Raises:
         MismatchError: If a tensor is not in every model that must have it, or has different shapes; lists all.
@@ -102,7 +102,7 @@ def find_matches(
     models: Sequence[Checkpoint], has_base: bool, inputs_of: InputsOf, rules: tuple[MissingRule, ...] = (),
     alone: Collection[str] = (),
 ) -> tuple[Match, Mismatch]:  # fmt: skip
-    """The same, with what does not match instead of an error."""
+    """Match the models' tensors by name, and return the mismatches instead of raising an error."""
     everywhere = set.intersection(*(_names(model) for model in models))
     groups = [_tied_groups(model) for model in models]
     base = len(models) - 1
@@ -154,14 +154,14 @@ def _has(model: Checkpoint, name: str) -> bool:
 
 
 def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:
-    """For every name that shares its values with others in one model: all names of the group."""
+    """For every name in a model that shares its values with others, all names of its group."""
     members: dict[str, set[str]] = {}
     ties = says_tied(model.config)
     if ties is None and is_tied_class(model.config):
         ties = True
     for alias, kept in model.aliases.items():
         if ties is False and alias.endswith(HEADS):
-            continue  # A loader will want both, though they were equal when they were saved.
+            continue  # Loaders expect both tensors, though they were equal when the model was saved.
         members.setdefault(kept, {kept}).add(alias)
     if ties is True:
         embeddings = [name for name in model if name.endswith(EMBEDDINGS)]
@@ -172,7 +172,7 @@ def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:
 
 
 def _describe_untied(tied: Sequence[Tied], models: Sequence[Checkpoint]) -> list[str]:
-    """Pairs that config.json ties although they cannot share their values."""
+    """Pairs that config.json ties, but that differ in shape or dtype."""
     lines = []
     for pair in tied:
         for model in models:
@@ -187,12 +187,15 @@ def _describe_untied(tied: Sequence[Tied], models: Sequence[Checkpoint]) -> list
     return lines
 
 
-def of_missing(inputs: Sequence[object], match: Match) -> Iterator[str]:
-    """What becomes of tensors that only some inputs have, a sentence each; ``inputs`` are what these are called."""
+def notes_on_missing(inputs: Sequence[object], match: Match) -> Iterator[str]:
+    """Notes on tensors that only some inputs have; ``inputs`` are the inputs' names."""
     if match.dropped:
         yield f"Left out, as only some models have them: {', '.join(group_names(match.dropped))}."
     if match.alone:
-        yield f"With other rows than the base's, of which nothing is taken: {', '.join(sorted(match.alone))}."
+        yield (
+            "The number of rows differs from the base's, so the base's tensor is not used: "
+            f"{', '.join(sorted(match.alone))}."
+        )
     copied: dict[tuple[int, ...], list[str]] = {}
     for name, numbers in match.partial.items():
         if name in match.alone:
@@ -200,5 +203,5 @@ def of_missing(inputs: Sequence[object], match: Match) -> Iterator[str]:
         copied.setdefault(numbers, []).append(name)
     for numbers, names in copied.items():
         owners = " and ".join(str(inputs[number]) for number in numbers)
-        how = "merged of" if len(numbers) > 1 else "taken from"
+        how = "merged from" if len(numbers) > 1 else "taken from"
         yield f"Not in all models, {how} {owners}: {', '.join(group_names(names))}."

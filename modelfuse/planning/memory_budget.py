@@ -1,4 +1,4 @@
-"""How many workers and which slices keep a merge within its memory budget."""
+"""Choose the number of workers and the slice size that keep a merge within its memory budget."""
 
 from __future__ import annotations
 
@@ -19,80 +19,77 @@ from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Url
 
-#: What Linux lets the processes of a container use, as microseconds of processors and of the clock, or "max".
+#: The CPU quota of a container: microseconds of CPU time per period in microseconds, or "max".
 CONTAINER_SHARE = Path("/sys/fs/cgroup/cpu.max")
-#: The least elements of a slice. Whatever else slices could be, they start at multiples of this, so that sums and
-#: checksums never depend on them.
+#: The smallest slice, in elements. Slices start at multiples of it, so that sums and checksums do not depend on them.
 GRAIN = 1 << 18
-#: Elements of a slice where there is memory: so many that handling it costs little beside the work on it.
+#: Elements of a slice if the budget allows: large enough that the overhead per slice is small.
 SLICE = 1 << 20
-#: What is read in another order than it is stored in touches the same pages again for every slice, and a GPU is told
-#: what to do for every slice: larger ones.
+#: Elements of a slice of tensors that are read in another order than stored, as every slice touches the same pages,
+#: and of slices for a GPU, as every slice costs kernel launches.
 SLICE_LARGE = 1 << 22
-#: Elements a worker walks between two looks at the queue.
+#: Elements of a span: a worker processes one before it takes the next from the queue.
 SPAN = 1 << 22
 #: Resident memory of the interpreter with all modules and the library.
 INTERPRETER_BYTES = {"np": 64_000_000, "pt": 330_000_000, "pd": 400_000_000}
-#: What compiling in this process adds to it, and more of it where kernels tally, and where some compute in float64.
+#: Added by compiling in this process; also by kernels with tallies, and by kernels that compute in float64.
 COMPILING_BYTES, TALLYING_BYTES, DOUBLE_BYTES = 190_000_000, 45_000_000, 55_000_000
-#: numpy's arrays in place of compiled loops: their modules; as wide as so many of the block that a worker is at; their
-#: tables of counted magnitudes, for each model.
+#: The numpy backend: its modules; the number of temporary arrays of one block per worker; its tallies, per model.
 ARRAY_BYTES, ARRAYS, ARRAY_TABLE_BYTES = 8_000_000, 16, 400_000
-#: What is known of each model.
+#: Metadata of each model.
 MODEL_BYTES = 100_000
-#: What Ray adds to it in its worker processes, measured.
+#: Added by Ray in its worker processes, measured.
 RAY_BYTES = 70_000_000
-#: A worker's tensors on the CPU, with what the allocator keeps of those that were freed, measured.
+#: Tensors of a worker of torch or Paddle on the CPU, with freed memory that the allocator keeps, measured.
 SCRATCH_BYTES = 75_000_000
-#: What a GPU's libraries and driver add to it: an estimate.
+#: Added by a GPU's libraries and driver: an estimate.
 GPU_BYTES = 400_000_000
-#: torch rounds memory that a GPU copies from up to a power of two.
+#: torch rounds pinned memory up to a power of two.
 PINNED_SHARE = 2
-#: On a GPU, one worker reads, one waits for the device and one writes.
+#: Workers for a GPU: one reads, one waits for the device, one writes.
 GPU_WORKERS = 3
-#: A GPU's allocator rounds up and keeps what was freed: so much of the memory is for tensors.
+#: Share of a GPU's memory for tensors, as its allocator rounds up and keeps freed memory.
 GPU_SHARE = 0.7
-#: The least of a GPU's memory that a worker can do with, its tallies' tables included.
+#: The least GPU memory of a worker, including its tallies.
 LEAST_GPU_WORKER_BYTES = 44_000_000
-#: What the plan and the report remember of an output tensor, and of each of its sources.
+#: Plan and report: bytes per output tensor, and per source of it.
 OUTPUT_BYTES, SOURCE_BYTES = 700, 300
-#: Tables of a tensor under way and of the worker that makes them, for each model.
+#: Tallies of a tensor that is being measured, and of the worker that counts them, per model.
 TABLE_BYTES = 2_500_000
-#: Bytes of an output in a store that may wait for what comes before them in their file; with more, workers wait, too.
+#: Bytes of an output in a store that may be buffered until the bytes before them in their file are sent.
 MOST_WAITING = 64_000_000
-#: What obstore and its threads add to the interpreter, measured; what is on its way to a store or waits for its turn.
+#: obstore and its threads, measured; bytes that are being uploaded or are buffered for it.
 REMOTE_BYTES, SENT_BYTES = 35_000_000, 140_000_000
-#: The largest range of a file that is fetched by itself. Of what is fetched, a span of each source is worked on while
-#: the next one comes; with the ends of the ranges that it begins and ends in.
+#: The largest range of a remote file that is fetched by one request. A worker holds a span of each source and the ends
+#: of the ranges that it begins and ends in.
 RANGE_BYTES = 1 << 23
-#: While one worker waits, another one works.
+#: The least workers for remote inputs: one processes while another waits.
 REMOTE_WORKERS = 2
-#: Where the budget has room, the most to fetch ahead beside that: less room that is used again soon is quicker.
-#: And the most to keep, for methods that read a tensor twice.
+#: If the budget allows, the most bytes to fetch ahead (more is not faster, as less memory is reused sooner), and the
+#: most bytes to keep for methods that read a tensor twice.
 MOST_AHEAD, MOST_KEPT = 32_000_000, 2_000_000_000
-#: Tensors that are computed, whose parts are kept beside those of the tensors under way.
+#: The number of computed tensors whose parts stay cached after they were read.
 KEPT = 2
 
 
 class MemoryDemand(NamedTuple):
-    """What the tensors of a merge weigh.
+    """Memory demand of a merge.
 
     Attributes:
         outputs: The number of output tensors.
         sources: The number of models, the base included.
-        sizes: For each kind of tensor, the number of its elements, how many are needed at a time though slices are
-            smaller, and the bytes of one in all sources and the output.
-        a_reader: Bytes that reading takes beside that, at most.
-        held: Bytes that computing the sources of one tensor keeps resident, at most.
-        double: Whether any is computed in float64.
-        remote: The most bytes of an element in all sources that are in stores.
-        spans: How many there are: more workers never hold slices at a time.
-        compiled: Whether all kernels that it takes were compiled before.
+        sizes: For each kind of tensor: its elements, the elements that a pass needs at a time even if slices are
+            smaller, and the bytes of one element in all sources and the output.
+        a_reader: The most bytes that readers of a source need beside the buffers.
+        held: The most bytes that computing the sources of one tensor keeps in memory.
+        double: Whether any tensor is computed in float64.
+        remote: The most bytes of one element in all sources if inputs are in stores, else 0.
+        spans: The number of spans, which bounds the number of workers that hold slices.
+        compiled: Whether all kernels that are needed are in the code cache.
         nbytes: The stored bytes of all sources.
-        counted: The most sources of a tensor whose magnitudes are counted; zero if there is none.
+        counted: The most sources of a tensor whose magnitudes are counted; 0 if there is none.
         twice: Whether any tensor is read twice.
-        whole: The most bytes that a worker takes for a tensor of which it needs whole matrices or lines, beside its
-            buffers.
+        whole: The most bytes that a worker needs beside its buffers for whole matrices or lines of a tensor.
     """
 
     outputs: int
@@ -110,20 +107,20 @@ class MemoryDemand(NamedTuple):
     whole: int = 0
 
     def slice_bytes(self, elements: int) -> int:
-        """What a worker holds of the largest slice of so many elements."""
+        """Bytes of a worker's buffers for slices of so many elements."""
         return max(min(max(elements, window), size) * an_element for size, window, an_element in self.sizes)
 
 
 class Budget(NamedTuple):
-    """What a merge may use.
+    """Workers, slices and memory of a merge.
 
     Attributes:
-        workers: Parallel workers; fewer than asked for where the budget wants it.
-        slice_elements: Elements a worker holds at a time.
+        workers: Parallel workers; fewer than ``n_process`` if the memory budget requires it.
+        slice_elements: Elements of a slice.
         memory: The expected peak of resident memory in bytes.
-        device: Where to merge, and how much of its memory each worker may fill.
-        fetched: Bytes of files in stores to hold, beside those that are being read; zero if there are none.
-        compiler: What compiles kernels that never were.
+        device: The device, and how much of its memory each worker may use.
+        fetched: Capacity of the range cache for files in stores, in bytes; 0 without such files.
+        compiler: Where kernels are compiled that are not in the code cache.
     """
 
     workers: int
@@ -135,13 +132,13 @@ class Budget(NamedTuple):
 
 
 def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
-    """Choose slices, and as many workers as the budget and the recipe allow, at least one.
+    """Choose the slice size, and as many workers as the budget and the recipe allow, at least one.
 
-    The first merge of a kind on a machine takes more, as its kernels are not compiled yet.
+    The first merge of a kind on a machine needs more memory, as its kernels are not compiled yet.
 
     Raises:
-        MissingExtraError: If the library that ``tensor_type`` needs is not installed, or not the one for GPUs.
-        RecipeError: If there is no GPU that it can use.
+        MissingExtraError: If the library of ``tensor_type`` is not installed, or is installed without GPU support.
+        RecipeError: If ``device`` needs a GPU and there is none that it can use.
     """
     gpu = find_gpu(recipe.tensor_type, recipe.device, recipe.allow_cpu_fallback)
     if recipe.tensor_type != "np" or recipe.engine != "local":
@@ -160,7 +157,7 @@ def fit_memory(recipe: Recipe, demand: MemoryDemand) -> Budget:
 
 
 def _fit(recipe: Recipe, demand: MemoryDemand, gpu: bool, compiler: Compiler) -> Budget:
-    """The same, given what compiles."""
+    """Choose the slice size and the number of workers for a given compiler."""
     by_arrays = recipe.tensor_type == "np" and compiler == "none" and not demand.compiled
     tables = (ARRAY_TABLE_BYTES if by_arrays else TABLE_BYTES) * demand.counted
     scratch = 0 if gpu or recipe.tensor_type == "np" else SCRATCH_BYTES
@@ -176,7 +173,7 @@ def _fit(recipe: Recipe, demand: MemoryDemand, gpu: bool, compiler: Compiler) ->
     fixed += RAY_BYTES * (recipe.engine == "ray")
     sends = isinstance(recipe.output_path, Url)
     fixed += REMOTE_BYTES * (sends or demand.remote > 0) + SENT_BYTES * sends
-    fixed += demand.held * KEPT  # What tensors that were read last are computed from is kept too.
+    fixed += demand.held * KEPT
 
     fetched = SPAN * demand.remote + demand.sources * RANGE_BYTES if demand.remote else 0
 
@@ -197,14 +194,14 @@ def _fit(recipe: Recipe, demand: MemoryDemand, gpu: bool, compiler: Compiler) ->
 
 
 def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
-    """What operations need, whatever the budget is."""
+    """The memory demand of operations."""
     sources = [part for each in operations for part in each.sources]
-    # A slice's rows are as wide as the widest of its sources.
+    # All rows of a slice have the width of the widest source.
     sizes = {
         (each.size, each.window, len(each.sources) * max(part.dtype.bytes for part in each.sources) + each.dtype.bytes)
         for each in operations
     }
-    # Of files in stores, an element's bytes in all of its sources have to be there at a time.
+    # Sources in stores must all be fetched before a slice is processed.
     fetched = max(sum(part.stored.bytes for part in each.sources) for each in operations)
     if not any(isinstance(path, Url) for path in recipe.input_paths):
         fetched = 0
@@ -217,23 +214,23 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
         double=computed_in(*{part.dtype for part in sources}) is F64,
         remote=fetched,
         spans=sum(1 if each.window else -(-each.size // SPAN) for each in operations),
-        compiled=_compiled(recipe, operations),
+        compiled=_are_compiled(recipe, operations),
         nbytes=sum(each.bytes_read for each in operations),
-        counted=max(_counted(each) for each in operations),
+        counted=max(_counted_sources(each) for each in operations),
         twice=any(method.reads_twice for method in methods_of(operations)),
-        whole=max(_whole(each) + _lines(each) for each in operations),
+        whole=max(_matrix_bytes(each) + _line_bytes(each) for each in operations),
     )
 
 
-def _whole(operation: Operation) -> int:
+def _matrix_bytes(operation: Operation) -> int:
     how = operation.method.combination.matrix if operation.method is not None else None
     if operation.matrices is None or how is None or operation.action != "merge":
         return 0
     return memory_of(operation.matrices, how, len(operation.models))
 
 
-def _lines(operation: Operation) -> int:
-    """What arrays take where loops are compiled for the rest, and the ranks of lines that slices cut."""
+def _line_bytes(operation: Operation) -> int:
+    """Bytes of the arrays of methods that have no compiled loop, with the ranks of lines that slices cut."""
     method = operation.method
     if method is None or operation.action != "merge" or not method.by_arrays:
         return 0
@@ -243,8 +240,8 @@ def _lines(operation: Operation) -> int:
     return SCRATCH_BYTES + elements * work.models * 2 * (8 if work.compute == "float64" else 4)
 
 
-def _compiled(recipe: Recipe, operations: Sequence[Operation]) -> bool:
-    """Whether all kernels that a merge on this machine takes were compiled before."""
+def _are_compiled(recipe: Recipe, operations: Sequence[Operation]) -> bool:
+    """Whether all kernels of a local merge with ``tensor_type`` np are in the code cache."""
     if recipe.tensor_type != "np" or recipe.engine != "local":
         return False
     from modelfuse.kernels.adaptive import are_compiled
@@ -253,13 +250,13 @@ def _compiled(recipe: Recipe, operations: Sequence[Operation]) -> bool:
     return are_compiled({(work.method.chain, work.compute, work.has_base): work for work in works}.values())
 
 
-def _counted(operation: Operation) -> int:
+def _counted_sources(operation: Operation) -> int:
     method = operation.method
     return len(operation.sources) if method is not None and method.counts_magnitudes else 0
 
 
 def processors() -> int:
-    """Processors that this process may use: where the system tells, those that it is bound to, and a container's share.
+    """The number of processors that this process may use, by its CPU affinity and the quota of its container.
 
     >>> processors() >= 1
     True
@@ -273,7 +270,7 @@ def processors() -> int:
 
 def _most_workers(recipe: Recipe, gpu: bool, remote: bool) -> int:
     if not gpu:
-        if recipe.engine == "ray":  # Each of its processes is one.
+        if recipe.engine == "ray":  # Each of its processes is one worker.
             return 1
         return max(recipe.n_process or processors(), REMOTE_WORKERS if remote else 1)
     workers = max(recipe.n_process or 1, GPU_WORKERS)
@@ -283,7 +280,7 @@ def _most_workers(recipe: Recipe, gpu: bool, remote: bool) -> int:
 
 
 def _worker_bytes(recipe: Recipe, gpu: bool, workers: int) -> int:
-    """Bytes of the device's memory for each worker."""
+    """Bytes of device memory for each worker."""
     if not gpu:
         return CPU_WORKER_BYTES
     return int(recipe.gpu_memory * GPU_SHARE) // workers if recipe.device == "low_gpu_mem" else GPU_WORKER_BYTES

@@ -1,4 +1,4 @@
-"""What kind of mismatch keeps models from being merged, in words, and the way out that fits it."""
+"""Error messages for models whose tensors do not match, with a hint for the kind of mismatch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
 from modelfuse.errors import MismatchError
 
 InputsOf = Callable[[str], tuple[int, ...]]
-#: Patterns that a hint lists.
+#: The most patterns that a hint lists.
 MOST_PATTERNS = 4
-#: The share of a model's tensors that all must have, to be models of one kind.
+#: The share of tensors that models must have in common to count as models of one architecture.
 LEAST_SHARED = 0.5
 _LAYER = re.compile(r"(?P<stack>.*?(?<![^.])(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
 _CLASSIFIER = re.compile(r"(?:.*\.)?(score|classifier|cls|v_head|value_head|reward_head)\..*")
 _ADAPTER = re.compile(r"\blora_[AB]\b|\.base_layer\.|\bhada_|\blokr_|\.modules_to_save\.")
 ONE_BASE = "Merge models that were fine-tuned from one base."
 ROWS_HINT = (
-    "Say whose tokens the output is to have, such as --tokenizer union; or give all the same rows "
+    "Choose the output's vocabulary, such as --tokenizer union; or resize all models to the same number of rows "
     "(resize_token_embeddings of transformers)."
 )
 
 
 class Mismatch:
-    """How the models differ.
+    """The mismatches of several models.
 
     Args:
         models: All models.
-        missing: Tensors that not all have that should.
-        misshapen: Tensors of several shapes.
-        untied: What is wrong with tied tensors, in words.
-        inputs_of: The numbers of the models that should have a tensor.
+        missing: Names of tensors that a model lacks although it must have them.
+        misshapen: Names of tensors whose shapes differ.
+        untied: Descriptions of tied tensors that differ in shape or dtype.
+        inputs_of: Gives the indices of the models that must have a tensor, by its name.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Mismatch:
         self.inputs_of = inputs_of
 
     def error(self) -> MismatchError:
-        """The error, with a hint if one fits."""
+        """The error, with a hint if there is one for this kind of mismatch."""
         kind = next((each for each in (self._not_gathered(), self._unmerged_adapter(), self._depths(), self._rows())
                      if each is not None), None)  # fmt: skip
         lines, hint = ([kind[0]], kind[1]) if kind is not None else ([], self._hint())
@@ -61,7 +61,7 @@ class Mismatch:
                 return (
                     f"{empty} of {len(model)} tensors of {model.path} have the shape [0]: it was saved under ZeRO-3 "
                     "without being gathered",
-                    "Make a model of the training state with zero_to_fp32.py, or save it again with "
+                    "Convert the training state with zero_to_fp32.py, or save the model again with "
                     "stage3_gather_16bit_weights_on_model_save.",
                 )
         return None
@@ -71,13 +71,13 @@ class Mismatch:
             found = [name for name in model if _ADAPTER.search(name)]
             if found:
                 return (
-                    f"{model.path} holds an adapter's tensors beside the model's, such as {found[0]}",
-                    "Merge them with PEFT's merge_and_unload, or save the adapter alone and name its folder.",
+                    f"{model.path} contains tensors of an adapter that is not merged, such as {found[0]}",
+                    "Merge the adapter with PEFT's merge_and_unload, or save it alone and give its folder.",
                 )
         return None
 
     def _depths(self) -> tuple[str, str] | None:
-        """Layers that only some have: the stack's name, and how many each model has."""
+        """The message and hint if only the number of layers differs."""
         stacks = {match["stack"] for name in self.missing if (match := _LAYER.match(name))}
         if len(stacks) != 1 or any(_LAYER.match(name) is None for name in self.missing):
             return None
@@ -89,17 +89,17 @@ class Mismatch:
             return None
         deep = " and ".join(str(model.path) for model, depth in zip(self.models, depths, strict=True) if depth > least)
         extra = _listed(sorted(numbers))
-        counts = " beside ".join(f"{depth} layers" if not at else str(depth) for at, depth in
+        counts = " and ".join(f"{depth} layers" if not at else str(depth) for at, depth in
                                  enumerate(sorted(set(depths))))  # fmt: skip
         return (
             f"{counts} ({stack}.{extra} only in {deep})",
-            f"Merge models of one depth. To leave the other layers out or take them as they are: "
-            f"{_missing_flag([f'{stack}.{number}.*' for number in sorted(numbers)][:MOST_PATTERNS], 'drop')}; a "
-            "configuration with slices: chooses layers.",
+            f"Merge models with the same number of layers. To leave the other layers out, or copy them: "
+            f"{_missing_flag([f'{stack}.{number}.*' for number in sorted(numbers)][:MOST_PATTERNS], 'drop')}; "
+            "to choose layers, use a mergekit configuration with slices:.",
         )
 
     def _rows(self) -> tuple[str, str] | None:
-        """Embeddings and heads that differ in their rows alone."""
+        """The message and hint if only embeddings and heads differ, and only in the number of rows."""
         if (
             self.missing
             or not self.misshapen
@@ -115,7 +115,7 @@ class Mismatch:
         return f"Rows {' and '.join(map(str, sorted(rows)))}: added tokens, or padding", ROWS_HINT
 
     def _hint(self) -> str | None:
-        """What to do about tensors that only some have; None where the models have little in common."""
+        """The hint for tensors that only some models have; None if the models have few tensors in common."""
         if self.misshapen:
             return ONE_BASE
         if not self.missing or self.untied:
@@ -127,12 +127,12 @@ class Mismatch:
         classifiers = [name for name in self.missing if _CLASSIFIER.fullmatch(name)]
         if heads and classifiers:
             return (
-                f"One has a head for classes, another one for tokens: "
+                f"One model has a classification head, another one a language model head: "
                 f"{_missing_flag(_patterns(classifiers, shared), 'copy')} with "
                 f"{_missing_flag(_patterns(heads, shared), 'drop', flag=False)} keeps the first one's, or the reverse."
             )
         keep = _missing_flag(_patterns(self.missing, shared), "copy")
-        return f"{ONE_BASE} To keep them as they are: {keep}; to leave them out: drop instead of copy."
+        return f"{ONE_BASE} To copy the tensors that only some have: {keep}; to leave them out: drop instead of copy."
 
     # --- lines -------------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ def _depth(model: Mapping[str, object], stack: str) -> int:
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    """Numbers in few words.
+    """A short text for ascending numbers.
 
     >>> _listed([16, 17]), _listed([4, 5, 6, 7])
     ('16 and 17', '4 to 7')
@@ -177,7 +177,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _patterns(names: Sequence[str], shared: set[str]) -> list[str]:
-    """Globs that match these names and none that all models have."""
+    """Globs that match these names, but none of the names that all models have."""
     found = list[str]()
     for name in names:
         if any(name.startswith(pattern.removesuffix("*")) for pattern in found):

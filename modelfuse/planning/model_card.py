@@ -1,4 +1,4 @@
-"""README.md of an output: what it was made of and how, with what a hub reads of it in front."""
+"""The output's model card: a README.md with the inputs, the settings, and front matter for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from modelfuse.storage.files import read_whole
 from modelfuse.version import __version__
 
 CARD_FILE = "README.md"
-#: A larger card is not looked at.
+#: Larger cards are not read, in bytes.
 LARGEST = 1_000_000
-#: Models that the title names.
+#: The most models that the title names.
 MOST_NAMED = 4
-#: What YAML takes for text as it is.
+#: Text that needs no quotes in YAML.
 _PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|nan|inf)$)[A-Za-z][\w./@-]*", re.IGNORECASE | re.ASCII)
 _WORD = re.compile(r"[\w][\w .+-]{0,99}", re.ASCII)
-#: What a hub calls a licence that it has no word for.
+#: The hub's value for licences that are not in its list.
 OTHER = "other"
-#: Settings that say nothing of what the output is.
+#: Settings that do not change the output's content.
 _MACHINE = ("output_path", "n_process", "memory", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "engine",
             "ray_address", "ray_timeout", "overwrite", "hub_endpoint", "split_pieces", "max_tensor_mem", "model_card",
             "copy_file_list", "allow_mismatch")  # fmt: skip
@@ -35,11 +35,11 @@ _MACHINE = ("output_path", "n_process", "memory", "device", "tensor_type", "gpu_
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What the card of an input says.
+    """The front matter of an input's model card.
 
     Attributes:
-        licence: What it is licensed under.
-        languages: Of its texts.
+        licence: The licence, if it is given.
+        languages: The languages of its texts.
     """
 
     licence: str | None
@@ -47,12 +47,12 @@ class CardFacts:
 
 
 def model_card(recipe: Recipe, models: Sequence[Checkpoint], base: int | None) -> bytes:
-    """The content of README.md.
+    """The content of README.md, UTF-8.
 
     Args:
         recipe: The settings.
         models: The inputs in the recipe's order.
-        base: The number of the base among them, if there is one.
+        base: The index of the base among them, if there is one.
     """
     facts = [facts_of(folder_of(model.path)) for model in models]
     front, configuration = as_yaml(_front(recipe, models, facts)), _configuration(recipe).rstrip()
@@ -68,7 +68,7 @@ def model_card(recipe: Recipe, models: Sequence[Checkpoint], base: int | None) -
 
 
 def as_yaml(content: Mapping[str, object]) -> str:
-    """YAML that people read, of values and lists of values.
+    """Readable YAML of a flat mapping of values and lists of values.
 
     >>> print(as_yaml({"language": ["en", "no"], "weight_list": [1.0, 0.5]}))
     language:
@@ -90,11 +90,11 @@ def as_yaml(content: Mapping[str, object]) -> str:
 def _scalar(value: object) -> str:
     if isinstance(value, str) and _PLAIN.fullmatch(value):
         return value
-    return json.dumps(value, ensure_ascii=False)  # Which is YAML, too.
+    return json.dumps(value, ensure_ascii=False)  # JSON is valid YAML.
 
 
 def facts_of(folder: PathOrUrl) -> CardFacts:
-    """What the front matter of a model's card says."""
+    """Read the front matter of a model's card; empty facts if there is none or it cannot be read."""
     path = folder / CARD_FILE
     try:
         if isinstance(folder, Url) or not has_file(path) or size_of(path) > LARGEST:
@@ -114,17 +114,17 @@ def facts_of(folder: PathOrUrl) -> CardFacts:
 
 
 def _is_word(value: object) -> bool:
-    """Whether a stranger's word is one that a hub has for licences and languages."""
+    """Whether a value from a model card is a short plain text, as licences and languages are."""
     return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
 def folder_of(path: PathOrUrl) -> PathOrUrl:
-    """The folder of a model that is perhaps one file."""
+    """The folder of a model, which may be a single file."""
     return path if is_dir(path) else path.parent
 
 
 def _front(recipe: Recipe, models: Sequence[Checkpoint], facts: Sequence[CardFacts]) -> dict[str, object]:
-    """What a hub reads; names of local folders mean nothing there."""
+    """The front matter. Only inputs with a hub name are listed as base models."""
     named = list(dict.fromkeys(each.name for each in recipe.inputs if isinstance(each, HubName)))
     licences = list(dict.fromkeys(each.licence for each in facts if each.licence is not None))
     languages = list(dict.fromkeys(language for each in facts for language in each.languages))
@@ -163,7 +163,7 @@ def _models(recipe: Recipe, base: int | None, facts: Sequence[CardFacts]) -> Ite
 
 
 def _configuration(recipe: Recipe) -> str:
-    """What to merge and how: mergekit's configuration as it was given, else the settings, folders by their names."""
+    """The mergekit configuration as given, or the settings with the names of local folders instead of their paths."""
     if recipe.mergekit is not None:
         return recipe.mergekit
     settings = {name: value for name, value in recipe.effective().items()

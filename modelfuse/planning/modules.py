@@ -1,4 +1,4 @@
-"""Modules of sentence-transformers that have weights: merged like the model itself."""
+"""Merge the weights of sentence-transformers modules, such as a dense layer after the pooling, like the model's."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from modelfuse.storage import PathOrUrl, children, is_dir, is_file
 def merge_modules(
     recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], side_files: Sequence[SideFile]
 ) -> tuple[tuple[ModuleFile, ...], tuple[SideFile, ...]]:
-    """Merge the modules that all models have; those of the others are copied as they are.
+    """Merge the modules that all models have; the reference's other modules are copied.
 
     Args:
         recipe: The settings.
         rules: Its rules.
         models: The models in order, then the base if there is one.
-        side_files: The files to copy, those of modules among them.
+        side_files: The files to copy, including those of modules.
 
     Returns:
-        The merged files, and those that are still to be copied.
+        The merged files, and the files that are still to be copied.
 
     Raises:
         MismatchError: If a module's tensors differ between the models.
@@ -39,10 +39,10 @@ def merge_modules(
     full = [model for model in models if not isinstance(model, Adapter)]
     made: list[ModuleFile] = []
     for folder in folders:
-        places = {id(model): _folder_of(model) / folder for model in full}
-        if not all(_has_weights(place) for place in places.values()) or len(full) < len(models):
+        modules = [_folder_of(model) / folder for model in full]
+        if not all(map(_has_weights, modules)) or len(full) < len(models):
             continue
-        made.append(_merged(recipe, rules, folder, [open_checkpoint(places[id(model)]) for model in models]))
+        made.append(_merged(recipe, rules, folder, [open_checkpoint(module) for module in modules]))
     done = {file.name.partition("/")[0] for file in made}
     left = tuple(file for file in side_files if not (file.holds_weights and file.name.partition("/")[0] in done))
     return tuple(made), left
@@ -62,13 +62,12 @@ def _merged(recipe: Recipe, rules: Rules, folder: str, modules: Sequence[Checkpo
         other = {name: tensor.shape for name, tensor in module.items()}
         if other != {name: tensor.shape for name, tensor in modules[recipe.reference].items()}:
             raise MismatchError(
-                f"The module {module.path} has other tensors than {modules[recipe.reference].path}",
+                f"The module {module.path} does not have the same tensors as {modules[recipe.reference].path}",
                 "Merge models with the same modules.",
             )
     operations = operations_of(recipe, rules, modules, names)
-    return ModuleFile(
-        f"{folder}/model.safetensors", tuple(map(_tensor, operations)), recipe.on_nonfinite == "error"
-    )  # fmt: skip
+    strict = recipe.on_nonfinite == "error"
+    return ModuleFile(f"{folder}/model.safetensors", tuple(map(_tensor, operations)), strict)
 
 
 def _tensor(operation: Operation) -> ModuleTensor:

@@ -1,4 +1,4 @@
-"""What a recipe names becomes checkpoints that can be merged tensor by tensor, or an error that says why not."""
+"""Open a recipe's inputs as checkpoints with the same names and layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from modelfuse.checkpoints.layouts.convert import bring_together
 from modelfuse.checkpoints.quantization import dequantized
 from modelfuse.checkpoints.same_names import with_same_names
 from modelfuse.checkpoints.ties import settle
-from modelfuse.planning.adapter_inputs import full_models, with_adapters, without_adapters
+from modelfuse.planning.adapter_inputs import full_models, open_adapters, without_adapters
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage.concurrent import each_of
 
@@ -17,9 +17,9 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
     """Open the models in order, then the base if there is one; headers only.
 
     Raises:
-        CheckpointError: If an input is missing, malformed, or quantized in a way that is not understood.
-        MismatchError: If a model's layout cannot be known, or an adapter does not fit the base.
-        RecipeError: If there are adapters and no base.
+        CheckpointError: If an input is missing, malformed, or quantized by an unsupported method.
+        MismatchError: If a model's layout cannot be detected, or an adapter does not fit the base.
+        RecipeError: If there are adapters but no base.
     """
     models = tuple(each_of(lambda path: dequantized(open_checkpoint(path, recipe.merge_prefix)), full_models(recipe)))
     models = bring_together(models, without_adapters(recipe))
@@ -27,4 +27,4 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
     models = without_strays(models)
     models = settle(models)
     layout = recipe.output_layout or models[-1].layout
-    return with_adapters(recipe, models, None if layout is None else layout == "paddle")
+    return open_adapters(recipe, models, None if layout is None else layout == "paddle")

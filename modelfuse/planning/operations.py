@@ -1,7 +1,7 @@
-"""How one tensor of the output is made: of which tensors of which inputs, and by which method.
+"""Operations: how each output tensor is computed, from which tensors of which inputs, and by which method.
 
-Whatever decides that (rules, a grammar with slices, a policy for tensors that some inputs lack) makes an
-:class:`Operation`; what comes after it (layout, memory, execution, report, verification) looks at operations only.
+Rules, mergekit configurations and the policy for missing tensors all create an :class:`Operation`; everything after
+that (files, memory, execution, report, verification) uses operations only.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Operation:
 
     Attributes:
         name: Its name.
-        dtype: The type it is stored in.
+        dtype: The dtype that is stored.
         shape: Its shape.
-        action: ``merge``, ``copy`` for what cannot be merged and must be equal in all sources, or ``take`` for what is
-            one source's as it is.
-        sources: Tensors of the models, the base's last if there is one. They may have other names.
-        inputs: For each source, the number of the input that it is of: models from 0 on, then the base.
+        action: ``merge``; ``take`` for one source's values, unchanged but for the dtype; ``copy`` for tensors that
+            cannot be merged, such as integers, and must be equal in all sources.
+        sources: The models' tensors, the base's last if there is one. Their names may differ from ``name``.
+        inputs: For each source, the index of its input: the models from 0 on, then the base.
         has_base: Whether the last source is the base's.
-        method: What makes the tensor of its sources, with all of its parameters; None for a copy and for what is taken,
-            but for what was computed by a method before.
-        chosen: For a copy, the position of the source to take where they differ; None: they must not differ.
-        rule: The number of the recipe's rule that decided, from 0 on; None if no rule did.
-        matrices: How it is cut into matrices, if its method works on whole ones.
-        file: The output file it goes to.
-        offset: Its first byte in that file.
+        method: The method with its parameters; None for ``copy`` and ``take``, except for a tensor of an adapter
+            whose values a method has already computed.
+        chosen: For ``copy``, the position of the source to use if they differ; None if they must be equal.
+        rule: The index of the recipe's rule that applies, from 0 on; None if no rule does.
+        matrices: How it is split into matrices, if its method works on whole matrices.
+        file: The name of the output file that contains it.
+        offset: The offset of its first byte in that file.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Operation:
 
     @property
     def work(self) -> Work:
-        """What a kernel is to do, if it is merged or taken."""
+        """The kernel's task, for ``merge`` and ``take``."""
         merges = self.action == "merge" and self.method is not None
         method, matrices = (self.method or TAKE, self.matrices) if merges else (TAKE, None)
         dtypes, deltas = tuple(each.dtype for each in self.sources), tuple(each.is_delta for each in self.models)
@@ -87,23 +87,23 @@ class Operation:
 
     @property
     def grams(self) -> tuple[StoredTensor, ...]:
-        """Gram matrices of the models' inputs, if its method takes given ones."""
+        """Gram matrices of the layers' inputs from ``gram_list``, if its method uses them."""
         return () if self.matrices is None else self.matrices.grams  # type: ignore[return-value]
 
     @property
     def window(self) -> int:
-        """The most elements that are read together where slices are not enough; zero where they are."""
+        """The most elements that are read together, if that is more than a slice; else 0."""
         return self.matrices.window if self.matrices is not None and self.action == "merge" else 0
 
     @property
     def tolerance(self) -> float | None:
-        """How far another machine's result may be apart, relative to its largest element; None: not by one bit."""
+        """The tolerance of results from another machine, relative to the largest element; None if they are the same."""
         if self.matrices is None or self.method is None or self.method.combination.matrix is None:
             return max((each.tolerance for each in self.sources if each.tolerance is not None), default=None)
         return self.method.combination.matrix.tolerance
 
     def at(self, file: str, offset: int) -> Operation:
-        """The same with its place in the output."""
+        """The operation with its file and offset."""
         return Operation(
             self.name, self.dtype, self.shape, self.action, self.sources, self.inputs, self.has_base, self.method,
             self.chosen, self.rule, self.matrices, file, offset,
@@ -122,16 +122,16 @@ def merged(
     rule: int | None = None,
     matrices: Matrices | None = None,
 ) -> Operation:
-    """What a method makes of the sources; less where less gives the same, and a copy where nothing can be merged.
+    """The operation that merges sources: ``take`` if that gives the same result, ``copy`` if they cannot be merged.
 
     Args:
         name: The tensor's name in the output.
-        sources: As in :class:`Operation`; all of one shape.
+        sources: As in :class:`Operation`; all have the same shape.
         inputs: As in :class:`Operation`.
         method: As in :class:`Operation`.
         has_base: As in :class:`Operation`.
-        dtype: The type to store; None: that of the base's tensor, else of the first model's.
-        preferred: For a copy, the number of the input to take where the sources differ; None: they must not differ.
+        dtype: The dtype to store; None: that of the base's tensor, or the first model's without a base.
+        preferred: For ``copy``, the index of the input to use if the sources differ; None if they must be equal.
         rule: As in :class:`Operation`.
         matrices: As in :class:`Operation`.
     """
@@ -160,15 +160,15 @@ def taken(
     dtype: DType | None = None,
     rule: int | None = None,
 ) -> Operation:
-    """A tensor as it is in one input.
+    """The operation that takes one input's tensor unchanged.
 
     Args:
         name: The tensor's name in the output.
         source: The input's tensor.
-        number: The number of the input.
-        base: What the source is a difference to, if it is one.
-        base_input: The number of the input that the base is of.
-        dtype: The type to store; None: that of the source, of a difference that of the base.
+        number: The index of the input.
+        base: The base's tensor, if the source is a difference to it.
+        base_input: The index of the base.
+        dtype: The dtype to store; None: that of the source, or of the base if the source is a difference.
         rule: As in :class:`Operation`.
     """
     if base is not None:
@@ -177,25 +177,25 @@ def taken(
 
 
 def methods_of(operations: Iterable[Operation]) -> list[Applied]:
-    """The methods of all operations, each once, in the order of their first use."""
+    """The methods of all operations without duplicates, in the order of their first use."""
     found = {id(each.method): each.method for each in operations if each.method is not None}
     return list(dict.fromkeys(found.values()))
 
 
 def method_numbers(operations: Iterable[Operation]) -> dict[int, int]:
-    """The number of a method among :func:`methods_of`, from 1 on, by the ``id`` of the object that an operation has."""
+    """The position of each method in :func:`methods_of`, from 1 on, by the ``id`` of the operation's method object."""
     found = {id(each.method): each.method for each in operations if each.method is not None}
     numbers = {method: number for number, method in enumerate(dict.fromkeys(found.values()), 1)}
     return {key: numbers[method] for key, method in found.items()}
 
 
 def can_be_merged(name: str, tensor: StoredTensor) -> bool:
-    """Whether arithmetic on a tensor means anything."""
+    """Whether a tensor has floating point values that are not a computed buffer."""
     return tensor.dtype.compute is not None and not is_buffer(name, tensor.shape)
 
 
 def _position_to_take(sources: tuple[StoredTensor, ...], method: Applied | None, has_base: bool) -> int | None:
-    """The position of the source that is the result as it is; None if there is more to do."""
+    """The position of the source that equals the result; None if the result must be computed."""
     if has_base and all(source == sources[-1] for source in sources[:-1]):
         return len(sources) - 1
     alone = method is not None and method.coefficients == (1.0,) and not sources[0].is_delta

@@ -1,4 +1,4 @@
-"""Libraries that only some requests need."""
+"""Check that optional libraries are installed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from importlib.util import find_spec
 from modelfuse.errors import MissingExtraError
 
 
-def need(module: str, what: str, instead: str, extra: str | None = None) -> None:
-    """Make sure that a library is installed.
+def require(module: str, what: str, instead: str, extra: str | None = None) -> None:
+    """Check that a library is installed.
 
     Args:
-        module: The library.
-        what: What needs it.
-        instead: What to do without it.
-        extra: The extra that installs it; None: it has the library's name.
+        module: The name of its module.
+        what: The feature that needs it, for the message.
+        instead: What to do without it, for the hint.
+        extra: The extra of modelfuse that installs it; None if it has the module's name.
 
     Raises:
         MissingExtraError: If it is not installed.

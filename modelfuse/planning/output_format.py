@@ -1,4 +1,4 @@
-"""What comes out: the weight files' names and frames, and what config.json says of them."""
+"""The output's format: names and frames of the weight files, and the changes in config.json."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from modelfuse.errors import RecipeError
 from modelfuse.recipe.recipe import Recipe
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
-#: What PEFT looks for; it reads no shards.
+#: The file name that PEFT expects; it reads no shards.
 ADAPTER_STEM = "adapter_model"
-#: The names of a weight file in Paddle's own format.
+#: Names of a weight file in Paddle's own format, by ``merge_prefix``.
 PADDLE_STEMS = {"model": "model_state", "master_weights": "master_weights"}
-
-#: The same in torch's.
+#: Names of a weight file in torch's format.
 TORCH_STEMS = {"model": "pytorch_model", "master_weights": "master_weights"}
 
 
@@ -33,12 +32,12 @@ class OutputFormat:
     """How the output is stored.
 
     Attributes:
-        layout: ``hf`` or ``paddle``; None where nothing tells, and nothing is changed.
-        stem: What the weight files' names begin with.
+        layout: ``hf`` or ``paddle``; None if it cannot be detected, and tensors are not converted.
+        stem: The prefix of the weight files' names.
         suffix: ``.safetensors``, ``.bin`` or ``.pdparams``.
         metadata: The ``__metadata__`` of safetensors files.
-        changes: Whether the layout is not the reference's.
-        whole: Whether one file holds all, however large.
+        changes: Whether the layout differs from the reference's.
+        whole: Whether there is one weight file, whatever its size.
     """
 
     layout: str | None
@@ -50,7 +49,11 @@ class OutputFormat:
 
     @classmethod
     def of(cls, recipe: Recipe, reference: Checkpoint) -> OutputFormat:
-        """The format that the recipe gives; what it leaves open is as in the reference."""
+        """The format from the recipe, with the reference's for settings that are not given.
+
+        Raises:
+            RecipeError: If .bin files are asked for a model in Paddle's layout.
+        """
         layout = recipe.output_layout or reference.layout
         changes = layout != reference.layout
         if recipe.output_format == "lora":
@@ -58,27 +61,27 @@ class OutputFormat:
             return cls(layout, ADAPTER_STEM, suffix, metadata, changes, whole=True)
         if recipe.output_format == "pdparams":
             return cls(layout, PADDLE_STEMS[recipe.merge_prefix], ".pdparams", {}, changes)
-        # What loads a model of one file, which has no config.json, finds no shards.
+        # Loaders of single-file models, which have no config.json, read no shards.
         single = not reference.config and loader_of(reference) is not None
         if not recipe.safe_serialization:
             if layout == "paddle":
                 raise RecipeError(
-                    f"{reference.path} is in Paddle's layout, which is not stored in torch's .bin files",
+                    f"{reference.path} is in Paddle's layout, which cannot be stored in torch's .bin files",
                     "Add --output_format hf.",
                 )
             return cls(layout, reference.stem or TORCH_STEMS[recipe.merge_prefix], ".bin", {}, changes, single)
-        # Loaders of each world look for its word, though it proves nothing.
+        # transformers checks for "pt", Paddle for "np".
         known = {"format": {"hf": "pt", "paddle": "np"}[layout]} if layout is not None else {}
         stem = reference.stem or recipe.merge_prefix
         return cls(layout, stem, ".safetensors", {"format": "pt", **reference.metadata, **known}, changes, single)
 
     @property
     def index(self) -> str:
-        """The name of the index, where there are several weight files."""
+        """The name of the index file for several weight files."""
         return index_of(f"{self.stem}{self.suffix}")
 
     def notes(self, models: Sequence[Checkpoint]) -> tuple[str, ...]:
-        """What the user should know of the inputs' layouts."""
+        """Notes on inputs whose layout is converted."""
         return tuple(
             f"{model.path} is in {WORDS[model.layout]}: its weights are transposed."
             for model in models
@@ -98,13 +101,13 @@ class OutputFormat:
         return frame_paddle(tensors)
 
     def config(self, content: bytes, dtype: str | None, dequantized: bool, changes: Mapping[str, object]) -> bytes:
-        """config.json as it is true of this output: where the weights lie, and of which type they are.
+        """The reference's config.json with the output's layout and dtype.
 
         Args:
-            content: config.json of the reference.
-            dtype: Another type than it names, if it is another.
-            dequantized: Whether the weights are no longer quantized as it declares.
-            changes: Other settings: at the top, and where the language model's part has them.
+            content: The reference's config.json.
+            dtype: The output's dtype; None to keep what the file says.
+            dequantized: Whether to remove the declaration of quantization.
+            changes: Settings to set at the top level, and in ``text_config`` if it has them.
         """
         config: dict[str, Any] = json.loads(content)
         before = json.dumps(config)
@@ -118,7 +121,7 @@ class OutputFormat:
                 part[key] = value
         for part in _parts(config):
             said = [key for key in DTYPE_KEYS if isinstance(part.get(key), str)]
-            # Loaders convert the weights to what it says; each world has its own key, and newer ones know both.
+            # Loaders convert the weights to this dtype. PaddleFormers and transformers read different keys.
             keys = DTYPE_KEYS if self.changes else said
             part.update((key, dtype or part[said[0]]) for key in keys if said)
             for key in DECLARATIONS if dequantized else ():
@@ -129,7 +132,7 @@ class OutputFormat:
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A configuration and all that are nested in it."""
+    """A configuration and all nested configurations."""
     pending = [config]
     while pending:
         part = pending.pop()

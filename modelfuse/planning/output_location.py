@@ -1,4 +1,4 @@
-"""Where an output may appear: beside the inputs, in the place of nothing unasked, with room for it."""
+"""Checks of output_path: apart from the inputs, replacing nothing without --overwrite, with enough disk space."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from modelfuse.recipe.sizes import size
 from modelfuse.storage import PathOrUrl, Url, is_dir, is_file
 
 
-def check_places(recipe: Recipe) -> None:
-    """Refuse an output that would touch an input, or replace anything unasked.
+def check_output_path(recipe: Recipe) -> None:
+    """Check that the output overlaps no input, and replaces nothing unless ``overwrite`` is given.
 
     Raises:
-        OutputError: Naming both.
+        OutputError: If it does; names both paths.
     """
     output = recipe.output_path
     if output is None:
         return
     for each in recipe.inputs:
         path = each.folder if isinstance(each, HubName) else each
-        if path is not None and _meet(output, path):
+        if path is not None and _overlap(output, path):
             raise OutputError(
-                f"output_path {output} and the input {path} lie inside each other", "Choose another output_path."
+                f"output_path {output} and the input {path} are the same folder, or one contains the other",
+                "Choose another output_path.",
             )
     if isinstance(output, Url):
         _check_remote(output, recipe.overwrite)
@@ -40,22 +41,22 @@ def check_places(recipe: Recipe) -> None:
         raise OutputError(f"output_path {output}: {error.strerror}") from error
 
 
-def _meet(one: PathOrUrl, other: PathOrUrl) -> bool:
-    """Whether two places are the same, or one is in the other."""
+def _overlap(one: PathOrUrl, other: PathOrUrl) -> bool:
+    """Whether two paths are the same, or one contains the other."""
     if isinstance(one, Url) and isinstance(other, Url):
-        places = [f"{place}/" for place in (one, other)]
-        return places[0].startswith(places[1]) or places[1].startswith(places[0])
+        prefixes = [f"{each}/" for each in (one, other)]
+        return prefixes[0].startswith(prefixes[1]) or prefixes[1].startswith(prefixes[0])
     if isinstance(one, Url) or isinstance(other, Url):
         return False
-    place, another = Path(os.path.realpath(one)), Path(os.path.realpath(other))
-    return place in (another, *another.parents) or another in place.parents
+    first, second = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    return first in (second, *second.parents) or second in first.parents
 
 
 def _check_remote(output: Url, overwrite: bool) -> None:
     try:
         if is_dir(output) and not overwrite:
             raise OutputError(
-                f"output_path {output} exists and is not empty", "Use --overwrite to replace it when all is done."
+                f"output_path {output} exists and is not empty", "Use --overwrite to replace it when the merge is done."
             )
         if not is_dir(output) and is_file(output):
             raise OutputError(f"output_path {output} is a file")
@@ -65,20 +66,21 @@ def _check_remote(output: Url, overwrite: bool) -> None:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     if os.path.islink(os.path.realpath(output)):
-        raise OutputError(f"output_path {output} is a link that leads in a circle")
-    if _is_something_else(output.parent):
+        raise OutputError(f"output_path {output} is a circular link")
+    if _is_no_folder(output.parent):
         raise OutputError(f"{output.parent} is not a folder, so output_path {output} cannot be created")
-    if _is_something_else(output):
+    if _is_no_folder(output):
         raise OutputError(f"output_path {output} is a file")
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            hint = "Use --overwrite to replace it whole when all is done."
-            raise OutputError(f"output_path {output} exists and is not empty", hint)
+            raise OutputError(
+                f"output_path {output} exists and is not empty", "Use --overwrite to replace it when the merge is done."
+            )
         check_replaceable(output)
 
 
-def _is_something_else(path: Path) -> bool:
-    """Whether there is anything but a folder; asked once, as another merge may be making or removing one."""
+def _is_no_folder(path: Path) -> bool:
+    """Whether the path exists and is not a folder. One system call, as another merge may be replacing the folder."""
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError):
@@ -86,14 +88,14 @@ def _is_something_else(path: Path) -> bool:
 
 
 def check_disk_space(output: PathOrUrl | None, needed: int) -> None:
-    """Known before any work: the output and what it replaces exist side by side.
+    """Check that the output fits on its disk, beside the one that it replaces.
 
     Args:
-        output: Where the output is to appear, if anywhere.
+        output: The output's folder; None or a URL is not checked.
         needed: Its size in bytes.
 
     Raises:
-        OutputError: If it does not fit on the disk.
+        OutputError: If it does not fit.
     """
     if output is None or isinstance(output, Url):
         return
@@ -101,6 +103,6 @@ def check_disk_space(output: PathOrUrl | None, needed: int) -> None:
     free = shutil.disk_usage(parent).free + bytes_left(output)
     if needed > free:
         raise OutputError(
-            f"output_path {output} needs {size(needed)}, but only {size(free)} are free there",
+            f"output_path {output} needs {size(needed)}, but only {size(free)} are free on its disk",
             "Free some space or choose an output_path on another disk.",
         )

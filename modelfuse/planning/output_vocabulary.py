@@ -1,4 +1,4 @@
-"""Models of several vocabularies by settings: rows of embeddings and heads in the order of the output's tokens."""
+"""The setting ``tokenizer``: rows of embeddings and heads of all models in the order of the output's tokens."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class WithVocabulary(NamedTuple):
     """The models with one vocabulary.
 
     Attributes:
-        models: The models, their rows in the output's order.
-        told: The models as they are, with what config.json is to say.
-        made_files: The tokenizer's files that are not an input's as they are.
-        notes: What the user should know.
+        models: The models with their rows in the output's order.
+        originals: The models as they are, with the changes in config.json.
+        made_files: Names and contents of the tokenizer files that are not copied from an input.
+        notes: Notes for the user.
     """
 
     models: tuple[Checkpoint, ...]
-    told: tuple[Checkpoint, ...]
+    originals: tuple[Checkpoint, ...]
     made_files: Mapping[str, bytes]
     notes: tuple[str, ...]
 
 
 def rearranged_models(recipe: Recipe, models: Sequence[Checkpoint]) -> WithVocabulary:
-    """Give all models the vocabulary that the recipe's ``tokenizer`` names. Rows of padding are kept.
+    """Give all models the vocabulary that the recipe's ``tokenizer`` names. Padding rows are kept.
 
     Raises:
-        CheckpointError: If a model has no tokenizer that can be read.
-        MismatchError: If rows are not of one length.
+        CheckpointError: If a model's tokenizer is missing or cannot be read.
+        MismatchError: If the rows of the models differ in length.
     """
     tokenizers = [read_tokenizer(_folder(model.path)) for model in models]
     limits = [limit_of(model) for model in models]
@@ -49,10 +49,10 @@ def rearranged_models(recipe: Recipe, models: Sequence[Checkpoint]) -> WithVocab
     vocabularies = Vocabularies(output.tokens, tokenizers, limits, first if recipe.has_base else None, {}, length)
     maps = vocabularies.row_maps(range(len(models)))
     changed = [replace(model, tensors=_tensors(number, models, maps[number])) for number, model in enumerate(models)]
-    told = [*models]
-    told[first] = replace(models[first], config_changes={**models[first].config_changes, "vocab_size": length})
+    originals = [*models]
+    originals[first] = replace(models[first], config_changes={**models[first].config_changes, "vocab_size": length})
     note = f"The vocabulary has {len(output.tokens):,} tokens, {len(output.added):,} of them new, in {length:,} rows."
-    return WithVocabulary(tuple(changed), tuple(told), _made(output), (note,))
+    return WithVocabulary(tuple(changed), tuple(originals), _tokenizer_files(output), (note,))
 
 
 def _output(recipe: Recipe, tokenizers: Sequence[object], limits: Sequence[int], first: int) -> OutputVocabulary:
@@ -64,7 +64,7 @@ def _output(recipe: Recipe, tokenizers: Sequence[object], limits: Sequence[int],
 
 
 def _owner(recipe: Recipe, first: int) -> int:
-    """The number of the input whose tokenizer's files the output gets."""
+    """The index of the input whose tokenizer files the output gets."""
     return first if recipe.tokenizer_from is None else recipe.inputs.index(recipe.tokenizer_from)
 
 
@@ -81,16 +81,16 @@ def _tensors(number: int, models: Sequence[Checkpoint], row_map: RowMap) -> dict
             widths = {each.shape[1 - axis : 2 - axis] for each in (tensor, *found.values())}
             if missing or len(widths) > 1:
                 raise MismatchError(
-                    f"{name} cannot get the rows of all tokens: "
-                    + (f"{missing[0]} has none" if missing else "rows are of different lengths"),
-                    "Merge models of one width that have the same tensors.",
+                    f"The rows of {name} cannot be rearranged: "
+                    + (f"{missing[0]} does not have it" if missing else "their lengths differ between the models"),
+                    "Merge models of the same width that have the same tensors.",
                 )
             tensor = rearranged(number, {**found, number: tensor}, chosen, axis)
         changed[name] = tensor
     return changed
 
 
-def _made(output: OutputVocabulary) -> dict[str, bytes]:
+def _tokenizer_files(output: OutputVocabulary) -> dict[str, bytes]:
     if not output.is_changed:
         return {}
     made = {TOKENIZER_FILE: output.tokenizer_json()}

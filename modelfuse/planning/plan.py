@@ -1,6 +1,6 @@
-"""A recipe and the checkpoints' headers become a plan: all that a merge will do, before it does any.
+"""The plan of a merge, made from a recipe and the checkpoints' headers.
 
-No tensor data is read. The plan is frozen data; running it decides nothing but the order of work.
+No tensor data is read. The plan is frozen data; execution decides only the order of work.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
 from modelfuse.kernels.kernel import Compiler
 from modelfuse.kernels.matrix_time import Expected, computation_of, expected
-from modelfuse.planning.adapter_inputs import copies, with_what_adapters_bring
+from modelfuse.planning.adapter_inputs import copied_base_tensors, with_adapter_additions
 from modelfuse.planning.configured import configured_draft
 from modelfuse.planning.drafts import Draft, with_vocabulary
 from modelfuse.planning.input_comparison import compare_inputs
-from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs, match_tensors, of_missing
+from modelfuse.planning.matching import EqualPair, Match, Tied, find_equal_pairs, match_tensors, notes_on_missing
 from modelfuse.planning.memory_budget import demand_of, fit_memory
 from modelfuse.planning.model_card import CARD_FILE, model_card
 from modelfuse.planning.open_inputs import open_inputs
 from modelfuse.planning.operations import Operation, methods_of
-from modelfuse.planning.optional_packages import need
+from modelfuse.planning.optional_packages import require
 from modelfuse.planning.output_format import OutputFormat
-from modelfuse.planning.output_location import check_places
+from modelfuse.planning.output_location import check_output_path
 from modelfuse.planning.rules import Rules, operations_of
 from modelfuse.planning.tables import html, models_of, rules_of, summary, tensors_of
 from modelfuse.planning.warnings import notes_on
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A weight file of the output: its name, and all of it but the tensors."""
+    """A weight file of the output: its name, and its frame, which is everything but the tensors' bytes."""
 
     name: str
     frame: Frame
@@ -57,29 +57,29 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Plan:
-    """All that a merge will do.
+    """What a merge reads, computes and writes.
 
     Attributes:
         recipe: The settings.
         models: The models in order, then the base if there is one.
-        tensors: How every tensor of the output is made, in the order of the files.
-        tied: Tensors of the inputs that are left out because they are another one's second name.
+        tensors: One operation per output tensor, in the order of the files.
+        tied: Tensor names that are left out because they share another tensor's values.
         equal_pairs: Tensors of the inputs that must be equal.
         files: The weight files.
-        format: How they are stored.
-        index: The name of the index file, None if there is one weight file.
+        format: Their format.
+        index: The name of the index file; None if there is only one weight file.
         side_files: Configuration, tokenizer and other files to copy.
-        made_files: Files that the plan already has the content of, by name.
-        workers: Parallel workers; fewer than asked for if the memory budget wants it.
-        slice_elements: Elements a worker holds at a time.
+        made_files: Names and contents of other files to write.
+        workers: Parallel workers; fewer than ``n_process`` if the memory budget requires it.
+        slice_elements: Elements of a slice.
         memory: The expected peak of resident memory in bytes.
-        device: Where tensors are merged.
-        fetched: Bytes of files in stores to hold while they are read; zero if there are none.
-        compiler: What compiles kernels that never were.
-        notes: What the user should know.
-        warnings: What the inputs contradict each other in, and whose is taken.
-        config_changes: Settings of config.json that are not the reference's.
-        modules: Weight files of modules, merged when they are written.
+        device: The device that tensors are merged on.
+        fetched: Capacity of the range cache for files in stores, in bytes; 0 without such files.
+        compiler: Where kernels are compiled that are not in the code cache.
+        notes: Notes for the user.
+        warnings: Contradictions between the inputs' files, and which are used.
+        config_changes: Settings of config.json that differ from the reference's.
+        modules: Weight files of sentence-transformers modules, merged when they are written.
     """
 
     recipe: Recipe
@@ -117,16 +117,16 @@ class Plan:
 
     @property
     def reference(self) -> Checkpoint:
-        """The checkpoint that the output takes its names, types and files from: the base, else the first."""
+        """The checkpoint that gives the output's tensor names, dtypes and files: the base, else the first model."""
         return self.models[self.recipe.reference]
 
     def inputs_of(self, tensor: Operation) -> tuple[Checkpoint, ...]:
-        """The inputs that a tensor's sources are of, source by source."""
+        """The input of each of a tensor's sources."""
         return tuple(self.models[number] for number in tensor.inputs)
 
     @property
     def merged(self) -> int:
-        """How many tensors are none of an input's as they were: merged, or computed by an adapter."""
+        """The number of tensors that are computed, by a merge or an adapter, instead of copied from an input."""
         if self.recipe.output_format == "lora":
             return len(self.tensors)
         return sum(
@@ -143,7 +143,7 @@ class Plan:
 
     @property
     def expected(self) -> Expected | None:
-        """About how long methods of whole matrices compute; None if there are none. Measures this processor."""
+        """The estimated time of whole-matrix methods; None if there are none. Measures the speed of this processor."""
         return expected(
             (computation_of(each.matrices, each.method, len(each.models))
              for each in self.tensors
@@ -154,18 +154,18 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes to read, each once; measuring reads some again."""
+        """Bytes of all sources. Methods that measure first read some of them twice."""
         return sum(tensor.bytes_read for tensor in self.tensors)
 
     @property
     def served_dtype(self) -> str | None:
-        """The type that the output's config.json is to name, None for that of the reference."""
+        """The dtype for the output's config.json; None to keep the reference's."""
         if self.recipe.output_dtype is not None:
             return str(OUTPUT_DTYPES[self.recipe.output_dtype])
         return str(BF16) if any(tensor.natural is not tensor.dtype for tensor in self.reference.values()) else None
 
     def config(self, content: bytes) -> bytes:
-        """The reference's config.json as it is true of the output."""
+        """The reference's config.json, changed for the output."""
         return self.format.config(content, self.served_dtype, self.reference.dequantized, self.config_changes)
 
     @property
@@ -175,7 +175,7 @@ class Plan:
 
     @property
     def disk_space(self) -> int:
-        """Bytes of all files of the output."""
+        """Bytes of all files of the output, without generated text files."""
         beside = sum(file.size for file in self.side_files) + sum(file.size for file in self.modules)
         return self.bytes_written + beside
 
@@ -185,17 +185,17 @@ def make_plan(recipe: Recipe) -> Plan:
 
     Raises:
         CheckpointError: If an input is missing or malformed.
-        MissingExtraError: If it takes a library that is not installed.
+        MissingExtraError: If it needs a library that is not installed.
         MismatchError: If the models do not fit together; all differences are listed.
-        OutputError: If the output exists or lies inside an input.
-        RecipeError: If ``unmerged_from`` is none of the models.
+        OutputError: If the output exists or overlaps an input.
+        RecipeError: If ``unmerged_from`` is not among the models.
     """
     forget()
-    check_places(recipe)
+    check_output_path(recipe)
     if recipe.engine == "ray":
-        need("ray", "engine ray", "merge on this machine with --engine local")
+        require("ray", "engine ray", "merge on this machine with --engine local")
     draft = configured_draft(recipe) if recipe.mergekit is not None else _draft_of(recipe)
-    _check_kinds(draft.operations)
+    _check_dtypes(draft.operations)
     tensors, files, index = _lay_out(draft.operations, recipe, draft.format)
     budget = fit_memory(recipe, demand_of(recipe, tensors))
     made = dict(draft.made_files)
@@ -210,44 +210,42 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _draft_of(recipe: Recipe) -> Draft:
-    """What becomes of every tensor, by settings and rules."""
+    """The draft of settings and rules."""
     models = open_inputs(recipe)
     warnings = compare_inputs(recipe, models)
     rules = Rules(recipe)
-    models, policies, own = with_what_adapters_bring(models)
+    models, policies, own = with_adapter_additions(models)
     if recipe.output_format == "lora":
-        from modelfuse.planning.adapter_output import resized
+        from modelfuse.planning.adapter_output import resized_in_all
 
-        own = (*own, *(name for name in resized(models) if name not in own))
-    models, told, tokenizer_files, words = with_vocabulary(recipe, models)
+        own = (*own, *(name for name in resized_in_all(models) if name not in own))
+    models, originals, tokenizer_files, tokenizer_notes = with_vocabulary(recipe, models)
     match = match_tensors(models, recipe.has_base, rules.inputs_of, (*recipe.missing, *policies), own)
-    models, told = (
-        tuple(without(model, match.dropped, "not in every model") for model in each) for each in (models, told)
+    models, originals = (
+        tuple(without(model, match.dropped, "not in every model") for model in each) for each in (models, originals)
     )
     reference = models[recipe.reference]
     names, tied = match.names, match.tied
-    equal_pairs = (*find_equal_pairs(models, tied), *copies(models))
-    drafts, made_files, more = _drafts(recipe, rules, models, match)
+    equal_pairs = (*find_equal_pairs(models, tied), *copied_base_tensors(models))
+    operations, made_files, more_notes = _operations(recipe, rules, models, match)
     form = OutputFormat.of(recipe, reference)
     side_files = files_to_serve(recipe, reference) if recipe.output_format != "lora" else ()
     side_files = tuple(file for file in side_files if file.name not in tokenizer_files)
-    made_files, notes = (
-        {**made_files, **tokenizer_files},
-        (*words, *rules.notes(names), *of_missing(recipe.inputs, match), *more),
-    )
+    made_files = {**made_files, **tokenizer_files}
+    notes = (*tokenizer_notes, *rules.notes(names), *notes_on_missing(recipe.inputs, match), *more_notes)
     base = len(models) - 1 if recipe.base_model_path is not None else None
     modules: tuple[ModuleFile, ...] = ()
     if any(file.holds_weights for file in side_files):
         from modelfuse.planning.modules import merge_modules
 
         modules, side_files = merge_modules(recipe, rules, models, side_files)
-    return Draft(told, drafts, tied, equal_pairs, form, side_files, made_files, notes, base, warnings, modules)
+    return Draft(originals, operations, tied, equal_pairs, form, side_files, made_files, notes, base, warnings, modules)
 
 
-def _drafts(
+def _operations(
     recipe: Recipe, rules: Rules, models: Sequence[Checkpoint], match: Match
 ) -> tuple[list[Operation], Mapping[str, bytes], tuple[str, ...]]:
-    """The output's tensors, before they have a place; the content of files that come with them; what to tell."""
+    """The operations of a model or an adapter, its generated files, and notes for the user."""
     if recipe.output_format != "lora":
         return operations_of(recipe, rules, models, match.names, match.partial), {}, ()
     from modelfuse.planning.adapter_output import adapter_draft
@@ -255,40 +253,45 @@ def _drafts(
     return adapter_draft(recipe, rules, models, match)
 
 
-def _check_kinds(drafts: Sequence[Operation]) -> None:
+def _check_dtypes(operations: Sequence[Operation]) -> None:
+    """Check that the dtypes of each operation's sources can be merged with each other."""
     mixed: dict[str, list[str]] = {}
-    for draft in drafts:
-        kinds = {source.dtype for source in draft.sources}
-        if any(kind.compute is None for kind in kinds) if draft.action != "copy" else len(kinds) > 1:
-            listed = ", ".join(str(source.dtype) for source in draft.sources)
-            mixed.setdefault(listed, []).append(draft.name)
+    for operation in operations:
+        dtypes = {source.dtype for source in operation.sources}
+        if any(dtype.compute is None for dtype in dtypes) if operation.action != "copy" else len(dtypes) > 1:
+            listed = ", ".join(str(source.dtype) for source in operation.sources)
+            mixed.setdefault(listed, []).append(operation.name)
     if mixed:
         lines = [f"  {group} is {listed}" for listed, names in mixed.items() for group in group_names(names)]
         raise MismatchError(
-            "The models, in order, hold these tensors in types that do not mix:\n" + "\n".join(lines),
-            "Save them in one type first.",
+            "The models, in order, have these tensors in dtypes that cannot be merged:\n" + "\n".join(lines),
+            "Save the models in the same dtype first.",
         )
 
 
 def _lay_out(
-    drafts: Sequence[Operation], recipe: Recipe, form: OutputFormat
+    operations: Sequence[Operation], recipe: Recipe, form: OutputFormat
 ) -> tuple[tuple[Operation, ...], tuple[OutputFile, ...], str | None]:
-    """Assign the tensors to shards in order, and each its offset."""
+    """Assign the tensors to shards in order, and an offset to each.
+
+    Returns:
+        The operations with file and offset; the files; and the name of the index, if there are several files.
+    """
     shards: list[list[Operation]] = [[]]
     filled = 0
-    for draft in drafts:
-        if shards[-1] and filled + draft.nbytes > recipe.max_shard_size and not form.whole:
+    for operation in operations:
+        if shards[-1] and filled + operation.nbytes > recipe.max_shard_size and not form.whole:
             shards.append([])
             filled = 0
-        shards[-1].append(draft)
-        filled += draft.nbytes
+        shards[-1].append(operation)
+        filled += operation.nbytes
     placed: list[Operation] = []
     files = []
     for number, shard in enumerate(shards, 1):
         several = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{form.stem}{several}{form.suffix}"
-        frame = form.frame([(draft.name, draft.dtype, draft.shape) for draft in shard])
-        placed += (draft.at(name, offset) for draft, offset in zip(shard, frame.offsets, strict=True))
+        frame = form.frame([(each.name, each.dtype, each.shape) for each in shard])
+        placed += (each.at(name, offset) for each, offset in zip(shard, frame.offsets, strict=True))
         files.append(OutputFile(name, frame))
     index = form.index if len(shards) > 1 else None
     return tuple(placed), tuple(files), index

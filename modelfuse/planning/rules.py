@@ -1,14 +1,15 @@
-"""What a recipe means for each tensor of the output: its method, its parameters and its sources."""
+"""The method, parameters and sources of each output tensor, by the recipe's settings and rules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from modelfuse.checkpoints import Checkpoint
+from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.adapters.core_space import in_core
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
+from modelfuse.kernels.matrices import Matrices
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.linear import LINEAR
 from modelfuse.methods.registry import apply
@@ -18,12 +19,12 @@ from modelfuse.planning.whole_matrices import Cuts
 from modelfuse.recipe.method_settings import STEPS
 from modelfuse.recipe.recipe import Recipe
 
-#: Weights whose sum is nearer to zero have no mean.
+#: The smallest absolute sum of weights for a weighted mean.
 LEAST_SUM = 1e-8
 
 
 class Rules:
-    """Finds the rule that holds for a tensor: the first whose glob matches its name.
+    """Finds the rule that applies to a tensor: the first whose glob matches its name.
 
     Args:
         recipe: The settings.
@@ -34,43 +35,43 @@ class Rules:
         self._matchers = [rule.matcher() for rule in recipe.rules]
         self._inputs = tuple(range(len(recipe.inputs)))
         self._methods: dict[tuple[int | None, tuple[int, ...]], Applied] = {}
-        #: What is to be told of the tensors that were cut into matrices, and of those that are none.
-        self.told: tuple[str, ...] = ()
+        #: Notes on tensors that were split into matrices or averaged, from :func:`operations_of`.
+        self.matrix_notes: tuple[str, ...] = ()
         self._means: dict[tuple[int | None, tuple[int, ...]], Applied] = {}
 
     def of(self, name: str) -> int | None:
-        """The number of the rule that holds for a tensor of the output, from 0 on; None if none does."""
+        """The index of the rule that applies to a tensor, from 0 on; None if none does."""
         for number, matches in enumerate(self._matchers):
             if matches(name):
                 return number
         return None
 
     def input_to_take(self, rule: int | None) -> int | None:
-        """The number of the input that a rule takes tensors from as they are; None if it merges."""
+        """The index of the input that a rule takes tensors from unchanged; None if it merges them."""
         take = None if rule is None else self._recipe.rules[rule].take
         return take if isinstance(take, int) else None
 
     def inputs_of(self, name: str) -> tuple[int, ...]:
-        """The numbers of the inputs that must have a tensor."""
+        """The indices of the inputs that must have a tensor."""
         take = self.input_to_take(self.of(name))
         return self._inputs if take is None else (take,)
 
     def notes(self, names: Sequence[str]) -> Iterator[str]:
-        """Which rules hold for none of the output's tensors, and why; what methods of whole matrices do otherwise.
+        """Notes on rules that apply to no tensor, with the reason, and ``matrix_notes``.
 
         Args:
-            names: The output's tensors; where it is an adapter, the base's.
+            names: The names of the output's tensors, or of the base's if the output is an adapter.
         """
         took = {self.of(name) for name in names} if self._matchers else set()
         for number, (rule, matches) in enumerate(zip(self._recipe.rules, self._matchers, strict=True)):
             if number not in took:
                 meant = sum(matches(name) is not None for name in names)
-                why = f"the rules before it hold for all {meant} that it matches" if meant else "no name matches"
-                yield f"Rule {number + 1} ({rule.tensors!r}) takes no tensor: {why}."
-        yield from self.told
+                why = f"earlier rules apply to all {meant} that it matches" if meant else "no name matches"
+                yield f"Rule {number + 1} ({rule.tensors!r}) applies to no tensor: {why}."
+        yield from self.matrix_notes
 
     def method(self, rule: int | None, models: tuple[int, ...]) -> Applied:
-        """What merges some of the models, by their numbers, where a rule holds."""
+        """The method of a rule (None: of the recipe) for some of the models, by their indices."""
         key = rule, models
         if key not in self._methods:
             recipe = self._recipe
@@ -79,10 +80,10 @@ class Rules:
         return self._methods[key]
 
     def mean(self, rule: int | None, models: tuple[int, ...]) -> Applied:
-        """The weighted mean, for what is no matrix where the method works on whole ones.
+        """The weighted mean, which whole-matrix methods use for tensors that are not matrices of layers.
 
         Raises:
-            RecipeError: If the weights have none.
+            RecipeError: If the weights sum to zero.
         """
         key = rule, models
         if key not in self._means:
@@ -90,16 +91,15 @@ class Rules:
             whole = math.fsum(method.weights)
             if abs(whole) < LEAST_SUM:
                 raise RecipeError(
-                    f"{method.merge_type} takes the weighted mean of tensors that are no matrices, "
-                    "but weight_list sums to zero",
-                    "Have a rule merge or take those tensors, or give other weights.",
+                    f"{method.merge_type} averages tensors that are not matrices, but weight_list sums to zero",
+                    "Give those tensors another method in a rule, or give other weights.",
                 )
             weights = [weight / whole for weight in method.weights]
             self._means[key] = apply(None, LINEAR, weights, {}, seed=method.seed, streams=models)
         return self._means[key]
 
     def names_method(self, rule: int | None) -> bool:
-        """Whether a rule itself says which method it is."""
+        """Whether a rule gives the method itself, instead of only settings of the recipe's method."""
         return rule is not None and bool({*STEPS} & {name for name, _ in self._recipe.rules[rule].own})
 
 
@@ -110,69 +110,97 @@ def operations_of(
     names: Sequence[str],
     partial: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[Operation]:
-    """How each tensor of a full model is made.
+    """The operations of a full model's tensors.
 
     Args:
         recipe: The settings.
-        rules: Its rules.
+        rules: Its rules; their ``matrix_notes`` are set.
         models: The models in order, then the base if there is one.
-        names: The output's tensors.
-        partial: For those that not all models have, the inputs that they are made of.
+        names: The names of the output's tensors.
+        partial: For tensors that not all models have, the indices of the inputs to use.
 
     Raises:
-        RecipeError: If ``unmerged_from`` is none of the models.
+        MismatchError: If Gram matrices are missing or have another shape.
+        RecipeError: If ``unmerged_from`` is not among the models.
     """
-    has_base = recipe.has_base
-    preferred = _preferred_input(recipe)
-    dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None
-    inputs = tuple(range(len(models)))
-    merging = inputs[:-1] if has_base else inputs
-    found = [(model.tensors, model.aliases) for model in models]
-    grams = GivenGrams(recipe)
-    cuts = Cuts((models[recipe.reference], *models), recipe.output_layout or models[recipe.reference].layout)
-    operations = []
-    for name in names:
-        rule = rules.of(name)
-        take = rules.input_to_take(rule)
-        own = partial.get(name) if partial else None
-        if take is None and own is not None:
-            sources = tuple([found[number][0][found[number][1].get(name, name)] for number in own])
-            if len(own) == 1:
-                operation = taken(name, sources[0], own[0], dtype=dtype, rule=rule)
-            else:
-                method = rules.method(rule, own)
-                method = method if method.combination.matrix is None else rules.mean(rule, own)
-                operation = merged(
-                    name, sources, own, method, has_base=False, dtype=dtype, preferred=preferred, rule=rule
-                )
-        elif take is None:
-            sources = tuple([tensors[aliases.get(name, name)] for tensors, aliases in found])
-            method, matrices = rules.method(rule, merging), None
-            if method.combination.matrix is not None:
-                if can_be_merged(name, sources[-1]):
-                    matrices = cuts.of(name, sources[-1].shape, rules.names_method(rule))
-                    matrices = grams.with_grams(matrices, name, sources, method)
-                    if has_base and any(source.is_delta for source in sources):
-                        strict = recipe.on_nonfinite == "error"
-                        matrices = in_core(name, sources[:-1], sources[-1], method, matrices, strict)
-                method = method if matrices is not None else rules.mean(rule, merging)
-            operation = merged(
-                name, sources, inputs, method,
-                has_base=has_base, dtype=dtype, preferred=preferred, rule=rule, matrices=matrices,
-            )  # fmt: skip
-        else:
-            tensors, aliases = found[take]
-            source = tensors[aliases.get(name, name)]
-            tensors, aliases = found[-1]
-            base = tensors[aliases.get(name, name)] if source.is_delta else None  # Of an adapter, there is one.
-            operation = taken(name, source, take, base=base, base_input=inputs[-1], dtype=dtype, rule=rule)
-        operations.append(operation)
-    grams.check()
-    rules.told = (*grams.notes(), *cuts.notes())
+    builder = _OperationBuilder(recipe, rules, models)
+    operations = [builder.operation(name, partial.get(name) if partial else None) for name in names]
+    builder.grams.check()
+    rules.matrix_notes = (*builder.grams.notes(), *builder.cuts.notes())
     return operations
 
 
-def _preferred_input(recipe: Recipe) -> int | None:
+class _OperationBuilder:
+    """Builds the operations of tensors that have the same name in all models."""
+
+    def __init__(self, recipe: Recipe, rules: Rules, models: Sequence[Checkpoint]) -> None:
+        self._recipe, self._rules, self._has_base = recipe, rules, recipe.has_base
+        self._preferred = preferred_input(recipe)
+        self._dtype = OUTPUT_DTYPES[recipe.output_dtype] if recipe.output_dtype else None
+        self._inputs = tuple(range(len(models)))
+        self._merged_inputs = self._inputs[:-1] if self._has_base else self._inputs
+        self._contents = [(model.tensors, model.aliases) for model in models]
+        reference = models[recipe.reference]
+        self.grams = GivenGrams(recipe)
+        self.cuts = Cuts((reference, *models), recipe.output_layout or reference.layout)
+
+    def operation(self, name: str, partial: tuple[int, ...] | None) -> Operation:
+        """The operation of one tensor; ``partial`` are the inputs to use if not all models have it."""
+        rule = self._rules.of(name)
+        take = self._rules.input_to_take(rule)
+        if take is not None:
+            return self._taken(name, rule, take)
+        if partial is not None:
+            return self._merged_partially(name, rule, partial)
+        sources = tuple([tensors[aliases.get(name, name)] for tensors, aliases in self._contents])
+        method, matrices = self._rules.method(rule, self._merged_inputs), None
+        if method.combination.matrix is not None:
+            matrices = self._matrices(name, rule, sources, method)
+            method = method if matrices is not None else self._rules.mean(rule, self._merged_inputs)
+        return merged(
+            name, sources, self._inputs, method,
+            has_base=self._has_base, dtype=self._dtype, preferred=self._preferred, rule=rule, matrices=matrices,
+        )  # fmt: skip
+
+    def _taken(self, name: str, rule: int | None, take: int) -> Operation:
+        source = self._tensor(take, name)
+        base = self._tensor(-1, name) if source.is_delta else None  # A difference implies that there is a base.
+        return taken(name, source, take, base=base, base_input=self._inputs[-1], dtype=self._dtype, rule=rule)
+
+    def _merged_partially(self, name: str, rule: int | None, inputs: tuple[int, ...]) -> Operation:
+        sources = tuple([self._tensor(number, name) for number in inputs])
+        if len(inputs) == 1:
+            return taken(name, sources[0], inputs[0], dtype=self._dtype, rule=rule)
+        method = self._rules.method(rule, inputs)
+        method = method if method.combination.matrix is None else self._rules.mean(rule, inputs)
+        return merged(
+            name, sources, inputs, method, has_base=False, dtype=self._dtype, preferred=self._preferred, rule=rule
+        )
+
+    def _matrices(
+        self, name: str, rule: int | None, sources: tuple[StoredTensor, ...], method: Applied
+    ) -> Matrices | None:
+        """The matrices of a tensor whose method works on whole matrices; None if it is averaged instead."""
+        if not can_be_merged(name, sources[-1]):
+            return None
+        matrices = self.cuts.of(name, sources[-1].shape, self._rules.names_method(rule))
+        matrices = self.grams.with_grams(matrices, name, sources, method)
+        if self._has_base and any(source.is_delta for source in sources):
+            strict = self._recipe.on_nonfinite == "error"
+            matrices = in_core(name, sources[:-1], sources[-1], method, matrices, strict)
+        return matrices
+
+    def _tensor(self, number: int, name: str) -> StoredTensor:
+        tensors, aliases = self._contents[number]
+        return tensors[aliases.get(name, name)]
+
+
+def preferred_input(recipe: Recipe) -> int | None:
+    """The index of the input that ``unmerged_from`` names, None if it is not given.
+
+    Raises:
+        RecipeError: If it is not among the inputs.
+    """
     if recipe.unmerged_from is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""A plan in rows, for tables of text and of HTML."""
+"""Tables of a plan, as rows and as HTML."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from modelfuse.recipe.tensor_rules import Rule
 Row = Sequence[object]
 
 
-class Plan(Protocol):
-    """What is shown of a :class:`~modelfuse.planning.plan.Plan`."""
+class PlanLike(Protocol):
+    """The attributes of a :class:`~modelfuse.planning.plan.Plan` that tables show."""
 
     @property
     def recipe(self) -> Recipe: ...
@@ -37,30 +37,30 @@ class Plan(Protocol):
     def bytes_written(self) -> int: ...
 
 
-#: Names that are shown of the tensors that a rule takes.
+#: The most tensor names that are shown for a rule.
 MOST_NAMES = 3
 
 
-def models_of(plan: Plan) -> tuple[Sequence[str], list[Row]]:
-    """Titles, and a row for each input."""
+def models_of(plan: PlanLike) -> tuple[Sequence[str], list[Row]]:
+    """Column titles, and one row per input."""
     if plan.recipe.mergekit is not None:  # Weights may differ from tensor to tensor.
         return ("model", "format", "tensors"), [row[:3] for row in _models(plan)]
     return ("model", "format", "tensors", "weight"), [*_models(plan)]
 
 
-def _models(plan: Plan) -> Iterator[Row]:
+def _models(plan: PlanLike) -> Iterator[Row]:
     for number, model in enumerate(plan.models):
         is_base = plan.has_base and number == len(plan.models) - 1
         weight = f"{plan.recipe.weights[number - is_base]:.6g}" if plan.recipe.parameters.has_weights else "–"
         yield plan.recipe.inputs[number], model.kind, len(model), "base" if is_base else weight
 
 
-def rules_of(plan: Plan) -> tuple[Sequence[str], list[Row]]:
-    """Titles, and a row for each rule: what it means, and which tensors it took."""
+def rules_of(plan: PlanLike) -> tuple[Sequence[str], list[Row]]:
+    """Column titles, and one row per rule: its method or input, and the tensors that it applies to."""
     return ("rule", "tensors", "what", "count", "such as"), [*_rules(plan)]
 
 
-def _rules(plan: Plan) -> Iterator[Row]:
+def _rules(plan: PlanLike) -> Iterator[Row]:
     took: list[list[str]] = [[] for _ in plan.recipe.rules]
     for tensor in plan.tensors:
         if tensor.rule is not None:
@@ -71,7 +71,7 @@ def _rules(plan: Plan) -> Iterator[Row]:
 
 
 def _meaning(recipe: Recipe, rule: Rule) -> str:
-    """The method of a rule, and the settings that it names."""
+    """The method of a rule with the rule's own settings, or the input that it takes."""
     if isinstance(rule.take, int):
         return f"as in {recipe.inputs[rule.take]}"
     own = ", ".join(f"{name} {_plain(value)}" for name, value in rule.own if name != "merge_method")
@@ -82,13 +82,13 @@ def _plain(value: object) -> str:
     return " ".join(f"{each:.6g}" for each in value) if isinstance(value, tuple) else str(value)
 
 
-def tensors_of(plan: Plan) -> tuple[Sequence[str], list[Row]]:
-    """Titles, and a row for the tensors that differ in the number of their layer only."""
+def tensors_of(plan: PlanLike) -> tuple[Sequence[str], list[Row]]:
+    """Column titles, and one row for all tensors that differ only in numbers in their names, such as the layer's."""
     ruled = ("rule",) if plan.recipe.rules else ()
     return ("what", "tensors", "dtype", "shape", "count", *ruled), [*_tensors(plan)]
 
 
-def _tensors(plan: Plan) -> Iterator[Row]:
+def _tensors(plan: PlanLike) -> Iterator[Row]:
     groups = Counter((each.action, pattern(each.name), each.dtype, each.shape, each.rule) for each in plan.tensors)
     for (action, name, dtype, shape, rule), count in groups.items():
         ruled = ("–" if rule is None else rule + 1,) if plan.recipe.rules else ()
@@ -97,8 +97,8 @@ def _tensors(plan: Plan) -> Iterator[Row]:
         yield "leave out", tied.name, "", f"tied to {tied.other}", 1, *(("",) if plan.recipe.rules else ())
 
 
-def summary(plan: Plan) -> str:
-    """A plan in a line."""
+def summary(plan: PlanLike) -> str:
+    """A plan in one line."""
     number = len(plan.recipe.model_path_list)
     inputs = f"{number} model{'s' * (number != 1)}{' and a base' if plan.has_base else ''}"
     return (
@@ -107,12 +107,12 @@ def summary(plan: Plan) -> str:
     )
 
 
-def _method(plan: Plan) -> str:
+def _method(plan: PlanLike) -> str:
     return plan.recipe.method_told[0] if plan.recipe.mergekit is not None else plan.recipe.parameters.name
 
 
 def html(title: str, *tables: tuple[Sequence[str], Iterable[Row]], notes: Iterable[str] = ()) -> str:
-    """Tables for a notebook."""
+    """HTML tables for a notebook, with a title above and notes below."""
     parts = [f"<p><b>{escape(title)}</b></p>"]
     for titles, rows in tables:
         head = "".join(f"<th style='text-align:left'>{escape(each)}</th>" for each in titles)

@@ -1,4 +1,4 @@
-"""What the user should know of a merge before it is done."""
+"""Warnings and notes of a plan."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from modelfuse.recipe.sizes import size
 
 
 def warnings_of(recipe: Recipe) -> tuple[str, ...]:
-    """What is allowed, but hardly ever meant, a few sentences each; nothing is read for it."""
+    """Warnings about settings that are valid but rarely intended, from the recipe alone."""
     if recipe.has_base:
         return ()
-    # Of each way to drop weights, where it comes from first.
+    # For each sparsifier, the first rule that uses it.
     drops = {recipe.parameters.steps[0]: ""}
     for number, rule in enumerate(recipe.rules, 1):
         if rule.take is None:
@@ -43,33 +43,33 @@ def notes_on(
     budget: Budget,
     side_files: Sequence[SideFile],
 ) -> tuple[str, ...]:
-    """What is out of the ordinary, a sentence each; first what the recipe alone tells.
+    """Notes on unusual properties of a merge, after the warnings of :func:`warnings_of`.
 
     Args:
         recipe: The settings.
         models: The models in order, then the base if there is one.
-        tied: Names that are left out.
-        form: How the output is stored.
-        budget: The workers and the memory that they will take.
-        side_files: What is copied beside the weights.
+        tied: Names that are left out because they are tied.
+        form: The output's format.
+        budget: Workers and expected memory.
+        side_files: The files that are copied.
     """
     reference = models[recipe.reference]
     memory = budget.memory
     notes = [*warnings_of(recipe), *(_of_dequantized(model) for model in models if model.dequantized)]
     notes += [text for model in models for text in _of_strays(model)]
     if recipe.device != "cpu" and not budget.device.gpu:
-        notes.append("There is no GPU to be used, so the CPU does the work, as allow_cpu_fallback says.")
+        notes.append("No usable GPU was found, so the merge runs on the CPU, as allow_cpu_fallback allows.")
     if recipe.engine == "ray":
-        notes.append("Each CPU of the Ray cluster has one such worker, whatever n_process is.")
+        notes.append("With Ray, each CPU of the cluster runs one worker; n_process has no effect.")
     elif recipe.n_process is not None and budget.workers < recipe.n_process:
-        notes.append(f"{budget.workers} of {recipe.n_process} workers, so that the memory budget holds.")
+        notes.append(f"{budget.workers} of {recipe.n_process} workers, to stay within the memory budget.")
     if memory > recipe.memory:
         notes.append(
-            f"The peak will be about {size(memory)}: one worker needs that, but the memory budget is "
-            f"{size(recipe.memory)}."
+            f"Peak memory will be about {size(memory)}, more than the budget of {size(recipe.memory)}: one worker "
+            "needs that much."
         )
     if not reference.config and not form.whole:
-        notes.append(f"{reference.path} has no config.json, so none is copied; a server will need one.")
+        notes.append(f"{reference.path} has no config.json, so the output has none; a server will need one.")
     if unmerged := [file.name for file in side_files if file.holds_weights]:
         notes.append(f"Copied from {reference.path}, not merged: the weights in {', '.join(unmerged)}.")
     notes += _of_heads(reference)
@@ -80,7 +80,7 @@ def notes_on(
 def _of_dequantized(model: Checkpoint) -> str:
     number = sum(tensor.natural is not tensor.dtype for tensor in model.values())
     scales = sum(reason != STRAY for reason in model.left_out.values())
-    return f"{model.path}: {number} tensors are dequantized; {scales} tensors of scales are left out."
+    return f"{model.path}: {number} tensors are dequantized; {scales} scale tensors are left out."
 
 
 def _of_strays(model: Checkpoint) -> Iterator[str]:
@@ -89,16 +89,16 @@ def _of_strays(model: Checkpoint) -> Iterator[str]:
 
 
 def _of_heads(reference: Checkpoint) -> Iterator[str]:
-    """Where the output head is tied otherwise than the reference's config.json says."""
+    """Notes on heads that are tied, or not, in contradiction to the reference's config.json."""
     ties = reference.config_changes.get(TIES)
     if ties is False:
-        yield f"Not all heads are their embeddings: the output has both, and {TIES} is false."
+        yield f"In some models the head differs from the embedding: the output has both, and {TIES} is false."
     elif ties is True:
-        yield f"All heads equal their embeddings: the output has one tensor for both, and {TIES} is true."
+        yield f"In all models the head equals the embedding: the output has one tensor for both, and {TIES} is true."
 
 
 def _of_ties(models: Sequence[Checkpoint], tied: Sequence[Tied]) -> Iterator[str]:
-    """What an adapter of tied weights does: it saw only one of them change, but they stay tied."""
+    """Notes on adapters that change one of two tied tensors: both change, as they stay tied."""
     pairs = [pair for each in tied for pair in ((each.name, each.other), (each.other, each.name))]
     for model in models:
         if isinstance(model, Adapter):

@@ -1,7 +1,7 @@
-"""Which tensors are matrices of layers, for methods that work on whole ones, and how they are cut.
+"""Find the weight matrices of layers for whole-matrix methods, and split fused ones.
 
-Norms and biases, embeddings, output heads and routers are not; they are averaged. What a model keeps fused is cut into
-its layers, as a decomposition would mix them, and of stacked experts every one is a matrix by itself.
+Norms, biases, embeddings, output heads and routers are averaged instead. Fused weights are split into their layers, as
+a decomposition would mix them, and each of several stacked experts is a matrix of its own.
 """
 
 from __future__ import annotations
@@ -16,45 +16,45 @@ from modelfuse.checkpoints.layouts.tables import FUSED, Geometry, geometry_of, m
 from modelfuse.checkpoints.tensor_names import OTHER_HEADS, TIED_HEADS, group_names
 from modelfuse.kernels.matrices import Matrices
 
-#: Layers that are no matrices of a layer though their weights have two dimensions.
+#: Modules whose 2-D weights are averaged: embeddings, heads and routers.
 EMBEDDINGS = re.compile(r"(?:^|_)(?:embed|embedding|embeddings|embeds|embd|wte|wpe|shared)(?:_|s?$)")
 HEADS = (*TIED_HEADS, *OTHER_HEADS, "score", "classifier", "qa_outputs", "v_head")
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
-#: Fused layers whose parts are as wide as each other and follow one another.
+#: Fused layers with three consecutive parts of equal width.
 THIRDS = ("c_attn", "W_pack", "qkv", "in_proj")
-#: Architectures that keep the queries, keys and values of each head together.
+#: Architectures that interleave queries, keys and values by head.
 BY_HEAD = ("gpt_neox", "bloom")
-#: Architectures whose layers are stored as [in, out]: Linear ones, and stacked experts.
+#: Architectures whose layers are stored as [in, out]: linear layers, and stacked experts.
 TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}
 TRANSPOSED_EXPERTS = ("llama4", "llama4_text", "gpt_oss")
-#: Outputs of experts that alternate between the two layers.
+#: Architectures that interleave the outputs of an expert's two fused layers.
 ALTERNATING = ("gpt_oss",)
 
 Runs = tuple[tuple[int, int], ...]
 
 
 class Cuts:
-    """How tensors of one model are cut.
+    """Splits the tensors of one model into matrices.
 
     Args:
-        models: The inputs, that whose names the output has first.
-        layout: ``hf`` or ``paddle``, None if it cannot be known.
+        models: The inputs, first the one that gives the output's names.
+        layout: ``hf`` or ``paddle``; None if it cannot be detected.
     """
 
     def __init__(self, models: Sequence[Checkpoint], layout: str | None) -> None:
         self._geometry: Geometry = geometry_of(models)
         self._paddle = layout == "paddle"
-        #: What was found to be no matrix; fused layers of which nothing tells where to cut them.
+        #: Names of tensors that are averaged, and of fused layers that could not be split.
         self.averaged: list[str] = []
         self.uncut: list[str] = []
 
     def of(self, name: str, shape: Sequence[int], named: bool = False) -> Matrices | None:
-        """How a tensor is cut into matrices; None if it is none.
+        """How a tensor is split into matrices; None if it is not a matrix of a layer.
 
         Args:
             name: Its name.
             shape: Its shape.
-            named: Whether the user means this tensor: an embedding, a head or a router is a matrix then.
+            named: Whether a rule gives this tensor its method: then embeddings, heads and routers are matrices, too.
         """
         found = self._of(name, shape, named)
         if found is None:
@@ -90,7 +90,7 @@ class Cuts:
         return not self._paddle and self._geometry.architecture not in TRANSPOSED_EXPERTS
 
     def _parts(self, name: str, module: str, outputs: int) -> tuple[Runs, ...]:
-        """Where the outputs of a fused layer are cut; empty for others."""
+        """For each part of a fused layer, its runs of outputs as (first, count); empty for other layers."""
         geometry, fusion = self._geometry, FUSED.get(module)
         groups, shares = 1, tuple[int, ...]()
         heads, narrow = geometry.heads or 0, geometry.key_value_heads or 0
@@ -119,13 +119,13 @@ class Cuts:
         )
 
     def notes(self) -> Iterator[str]:
-        """What is averaged instead, and what is not cut though it is fused."""
+        """Notes on tensors that are averaged, and on fused layers that could not be split."""
         if self.averaged:
             names = ", ".join(group_names(self.averaged))
-            yield f"Not matrices of layers, so that their weighted mean is taken: {names}."
+            yield f"Averaged (weighted mean), as they are not weight matrices of layers: {names}."
         if self.uncut:
             names = ", ".join(group_names(self.uncut))
-            yield f"Fused layers merged as one matrix, as nothing tells where to cut them: {names}."
+            yield f"Fused layers merged as one matrix, as the sizes of their parts are unknown: {names}."
 
 
 def _is_no_layer(name: str, module: str, dimensions: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from modelfuse.errors import EvaluationError, RecipeError
 from modelfuse.execution.tuning.evaluation import Numbers
-from modelfuse.planning.optional_packages import need
+from modelfuse.planning.optional_packages import require
 
 NAME = "perplexity"
 #: The most tokens per forward pass; longer texts are cut into pieces.
@@ -37,7 +37,7 @@ class Perplexity:
 
     def __init__(self, files: Sequence[Path]) -> None:
         for module in ("torch", "transformers"):
-            need(module, f"--evaluate {NAME}", "give a command of your own", extra=EXTRA)
+            require(module, f"--evaluate {NAME}", "give a command of your own", extra=EXTRA)
         if not files:
             raise RecipeError(
                 f"evaluate is {NAME}, but there is nothing to predict", "Name texts with --data texts.jsonl."

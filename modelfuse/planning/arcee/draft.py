@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint
 from modelfuse.checkpoints.tensor_names import group_names
-from modelfuse.planning.adapter_inputs import copies
+from modelfuse.planning.adapter_inputs import copied_base_tensors
 from modelfuse.planning.arcee.files import files_beside
 from modelfuse.planning.arcee.intermediate import intermediate
 from modelfuse.planning.arcee.models import Inputs, OpenModel, stacks_of
@@ -78,7 +78,10 @@ class _Merge:
         recipe, document, arrangement = self._recipe, self._document, self._arrangement
         tied, files = tuple(self._maker.tied), self.files
         inputs = self._inputs.checkpoints
-        pairs = (*find_equal_pairs([model.checkpoint for model in self.models.values()], tied), *copies(inputs))
+        pairs = (
+            *find_equal_pairs([model.checkpoint for model in self.models.values()], tied),
+            *copied_base_tensors(inputs),
+        )
         notes = (*document.notes, *files.notes, *(self._vocabulary.notes if self._vocabulary else ()),
                  *_left_out(arrangement), *_dropped(self._maker.dropped))  # fmt: skip
         if recipe.model_card:

@@ -16,7 +16,7 @@ from modelfuse.planning.hub.header_only_folders import can_be_read, header_folde
 from modelfuse.planning.hub.parallel_jobs import Stop, together
 from modelfuse.planning.hub.progress import Advance, Watch
 from modelfuse.planning.hub.resolve import Finder, Model, Silent
-from modelfuse.planning.output_location import check_disk_space, check_places
+from modelfuse.planning.output_location import check_disk_space, check_output_path
 from modelfuse.planning.plan import make_plan
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.recipe.sizes import size
@@ -26,7 +26,7 @@ Check = Callable[[Recipe], int]
 
 def fetch_models(recipe: Recipe, watch: Watch, ask: bool, check: Check | None = None) -> Recipe:
     """Bring what a merge needs into the cache; see :func:`modelfuse.planning.hub.fetch`."""
-    check_places(recipe)
+    check_output_path(recipe)
     finder = _finder(recipe, watch)
     models = finder.find(ask=ask)
     _download(finder.hub, recipe, models, watch, check or _disk_space_of)
@@ -37,7 +37,7 @@ def fetch_models(recipe: Recipe, watch: Watch, ask: bool, check: Check | None = 
 @contextmanager
 def fetch_headers(recipe: Recipe, watch: Watch) -> Iterator[Recipe]:
     """Bring what a plan needs into folders that last as long as the context: :func:`modelfuse.planning.hub.headers`."""
-    check_places(recipe)
+    check_output_path(recipe)
     finder = _finder(recipe, watch)
     models = finder.find()
     _check_disk(finder.hub, sum(model.missing_bytes for model in models))

@@ -20,7 +20,7 @@ from modelfuse.checkpoints.side_files import (
 )
 from modelfuse.checkpoints.weight_files import find_files
 from modelfuse.errors import CheckpointError
-from modelfuse.planning.served_differences import wanted_beside
+from modelfuse.planning.side_file_differences import compared_files
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
 
@@ -69,7 +69,7 @@ def wanted(
     form, weights, weight_map = find_files(place, {file for file in sizes if "/" not in file}, prefix, get)
     settings = [file for file in (CONFIG_FILE, *ADAPTERS) if file in sizes]
     if recipe.output_format != "lora":
-        settings += wanted_beside(sizes)
+        settings += compared_files(sizes)
     if weight_map is not None:
         settings.append(form.index_file)
     inside = any("/" in file and file.endswith(MODULE_WEIGHTS) for file in sizes)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, StoredTensor
 from modelfuse.checkpoints.side_files import encoded_json, files_to_serve
 from modelfuse.errors import CheckpointError, MismatchError, RecipeError
-from modelfuse.planning.adapter_inputs import copies
+from modelfuse.planning.adapter_inputs import copied_base_tensors
 from modelfuse.planning.arcee.models import Inputs, OpenModel
 from modelfuse.planning.drafts import Draft
 from modelfuse.planning.matching import find_equal_pairs
@@ -61,7 +61,7 @@ def draft_of_mixture(recipe: Recipe, mixture: Mixture) -> Draft:
     copied = [each for each in files_to_serve(recipe, base.checkpoint) if each.name != CONFIG_FILE]
     made = {CONFIG_FILE: encoded_json(said), CONFIGURATION_FILE: (recipe.mergekit or "").encode()}
     told = tuple(_with_left_out(inputs.checkpoints, models, operations))
-    pairs = (*find_equal_pairs([base.checkpoint], tuple(maker.tied)), *copies(told))
+    pairs = (*find_equal_pairs([base.checkpoint], tuple(maker.tied)), *copied_base_tensors(told))
     return Draft(
         told, operations, tuple(maker.tied), pairs, form, tuple(copied), made,
         (*mixture.notes, *notes, *_notes(mixture, kind.name)),

@@ -13,7 +13,7 @@ from modelfuse.checkpoints.adapters.arrays import Array, Recent
 from modelfuse.dtypes import BF16
 from modelfuse.errors import CheckpointError, MismatchError
 from modelfuse.planning.mixture.tensors import Prompts, Tokens, direction, whole
-from modelfuse.planning.optional_packages import need
+from modelfuse.planning.optional_packages import require
 from modelfuse.storage import PathOrUrl, Url
 
 #: How far the states of other machines' bfloat16 products are apart, relative to the largest of a router.
@@ -106,8 +106,8 @@ def prompt_states(base: Checkpoint, folder: PathOrUrl, prompts: Prompts, mode: s
         CheckpointError: If its files are not on a disk.
         MissingExtraError: If the libraries that run it are not installed.
     """
-    need("transformers", f"gate_mode {mode}", INSTEAD)
-    need("torch", f"gate_mode {mode}", INSTEAD)
+    require("transformers", f"gate_mode {mode}", INSTEAD)
+    require("torch", f"gate_mode {mode}", INSTEAD)
     if isinstance(folder, Url):
         raise CheckpointError(
             f"gate_mode {mode} runs the base, but {folder} is no folder here", f"Fetch it first, or {INSTEAD}."

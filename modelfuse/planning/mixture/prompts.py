@@ -10,7 +10,7 @@ from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, read_tokenizer
 from modelfuse.errors import CheckpointError, MismatchError
 from modelfuse.planning.mixture.tensors import Prompts, Tokens
-from modelfuse.planning.optional_packages import need
+from modelfuse.planning.optional_packages import require
 from modelfuse.recipe.arcee.mixture import Expert
 from modelfuse.storage import PathOrUrl, has_file
 
@@ -33,7 +33,7 @@ class PromptReader:
     def __init__(self, folder: PathOrUrl, rows: int, mode: str) -> None:
         self._folder, self._rows = folder, rows
         content = read_tokenizer(folder).content
-        need("tokenizers", f"gate_mode {mode}", INSTEAD)
+        require("tokenizers", f"gate_mode {mode}", INSTEAD)
         import tokenizers
 
         try:
