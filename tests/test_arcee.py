@@ -138,7 +138,7 @@ def test_layers_are_stacked(three: dict[str, Tensors], fuse: Any, tmp_path: Path
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     left = {each["path"][-1]: each["left_out"][0] for each in report["inputs"]}
     assert sorted(left["a"]["tensors"]) == sorted([*in_layer(3), NORM, HEAD])
-    assert left["a"]["because"] == "no slice takes it"
+    assert left["a"]["because"] == "no slice contains it"
 
 
 def test_a_scale_may_quiet_a_repeated_layer(three: dict[str, Tensors], fuse: Any) -> None:
@@ -359,7 +359,7 @@ def test_the_record_of_a_merge_gives_the_same_bytes(
 @pytest.mark.parametrize(
     ("content", "words", "message"),
     [
-        (stacked(("a", 0, 5)), (), "layer_range [0, 5] of a: it has 4 layers\nhint: Give an end of 4"),
+        (stacked(("a", 0, 5)), (), "layer_range is [0, 5], but a has 4 layers\nhint: The end can be at most 4"),
         (stacked(("a", 0, 2)), ("--merge_method", "ties"), "merge_method cannot stand beside a configuration"),
         (stacked(("a", 0, 2)), ("--base_model_path", "a"), "base_model_path cannot stand beside a configuration"),
         (stacked(("a", 0, 2)), ("--model_path_list", "a", "b"), "names 1 models, but model_path_list has 2"),
@@ -370,7 +370,7 @@ def test_the_record_of_a_merge_gives_the_same_bytes(
         ({"merge_method": "linear", "models": [*listed("a", weight=1), *listed("b", weight=-1)]}, (), "sum to zero"),
         ({"merge_method": "linear", "modules": {"text": {"models": listed("a")}, "vision": {"models": listed("b")}}},
          (), "modules has text, vision, but a has a part default"),
-        (linear("a+b"), (), "is no adapter, but stands behind a +"),
+        (linear("a+b"), (), "is given after a +, but is not an adapter"),
         (linear("a", tokenizer_source="base"), (), "has no tokenizer.json"),
         (linear("a", chat_template="chatml"), (), "has no tokenizer, so"),
         (linear("a", chat_template="chatml3"), (), "is 'chatml3', which is no name"),

@@ -28,14 +28,14 @@ import modelfuse as package
 from modelfuse.checkpoints.output import atomic_folder
 from modelfuse.checkpoints.output.atomic_folder import OutputFolder
 from modelfuse.errors import HubError, MissingExtraError, _installed_from
-from modelfuse.planning.hub import Watch, client, fetch, parallel_jobs
+from modelfuse.planning.hub import FetchDisplay, client, fetch, parallel_jobs
 from modelfuse.recipe.hub_names import HubName, hub_name
 from modelfuse.recipe.recipe import Recipe
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
 Run = Callable[..., Said]
-KEPT = "note: What was fetched whole is kept: the same command resumes from there."
+KEPT = "note: Files that were fetched completely are kept; the same command resumes from there."
 #: What a hub has beside a model, and no merge needs.
 BESIDE = {"README.md": "about", "model.gguf": "other weights", "onnx/model.onnx": "others", "tf_model.h5": "others",
           "training_args.bin": "pickle", ".gitattributes": "git", "original/params.json": "{}"}  # fmt: skip
@@ -194,7 +194,7 @@ def test_merged_from_a_hub_verified_and_merged_again_elsewhere(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "elsewhere"))
     said = call("verify", "C", folder=tmp_path)
     assert said.status == 0
-    assert any(f"nothing was merged again: {commit} is not at hand" in said.out for commit in commits)
+    assert any(f"nothing was merged again: {commit} is not in the cache" in said.out for commit in commits)
     assert call("verify", "C", "--full", folder=tmp_path).out.count("all merged again, with the same bytes") == 1
     said = call("merge", "C/merge_config.json", "--output_path", "E", folder=tmp_path)
     assert said.status == 0, said.err
@@ -333,7 +333,7 @@ def test_progress_counts_every_byte_once(published: Hub) -> None:
         yield counted.append
 
     recipe = Recipe.parse({"model_path_list": ["org/a", "org/b", "org/b@main"], "hub_endpoint": published.endpoint})
-    fetch(recipe, Watch(fetching))
+    fetch(recipe, FetchDisplay(fetching))
     assert wholes == [sum(counted)]
     assert sum(counted) > sum(each.nbytes for seed in (1, 2) for each in large(seed).values())
 
@@ -524,7 +524,7 @@ def test_check_says_that_other_formats_are_fetched_whole(hub: Hub, modelfuse: Ru
     hub.add("org/a", tmp_path / "a")
     said = modelfuse("check", "--model_path_list", "org/a", "org/a", "--hub_endpoint", hub.endpoint)
     assert said.status == 0, said.err
-    assert "note: Other weights than safetensors are fetched whole: org/a." in said.err
+    assert "note: Weights that are not safetensors files are fetched whole, not only their headers: org/a." in said.err
     assert "float32" in said.out
 
 
@@ -557,7 +557,7 @@ def test_an_output_that_exists_is_refused_before_the_hub_is_asked(published: Hub
 @pytest.mark.parametrize(
     ("free", "says"),
     [
-        (1000, ["in the cache", "only 1 kB are free on its disk"]),
+        (1000, ["in the cache", "only 1 kB are free there"]),
         (2_500_000, ["in the cache", "and their merge ", "kB on the same disk"]),
     ],
 )
@@ -639,7 +639,7 @@ def fail(hub: Hub, how: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if how == "refuses connections":
         return "http://127.0.0.1:1"
     if how == "does not answer":
-        monkeypatch.setattr(client, "PATIENCE", 0.2)
+        monkeypatch.setattr(client, "TIMEOUT", 0.2)
         monkeypatch.setattr(Hub, "status", property(lambda _: time.sleep(0.6)), raising=False)
     elif how == "is no hub":
         hub.status = 200
@@ -659,7 +659,7 @@ def test_the_cached_copy_is_taken_with_a_warning(
     said = merge("--model_path_list", "org/a", "org/b", "--output_path", "C", "--hub_endpoint", endpoint)
     for name in ("org/a", "org/b"):
         assert f"note: {name} cannot be fetched from {endpoint}" in said.err
-        assert f"; the cached copy of {name}@{head(cached, name)} is taken." in said.err
+        assert f"; the cached copy of {name}@{head(cached, name)} is used." in said.err
     assert weights_of(tmp_path / "C") == weights_of(tmp_path / "before")
     assert config_of(tmp_path / "C")["model_path_list"] == config_of(tmp_path / "before")["model_path_list"]
 
@@ -670,7 +670,7 @@ def test_without_a_cached_copy_that_is_an_error(
 ) -> None:
     endpoint = fail(published, how, monkeypatch)
     refuse("merge", "--model_path_list", "org/a", "org/b", "--output_path", "C", "--hub_endpoint", endpoint,
-           says=[f"cannot be fetched from {endpoint}: ", "the cache holds no copy of it"],
+           says=[f"cannot be fetched from {endpoint}: ", "the cache has no copy of it"],
            hint="hf download org/")  # fmt: skip
 
 
@@ -693,7 +693,7 @@ def test_offline(cached: Hub, merge: Run, refuse: Run, monkeypatch: pytest.Monke
     asked = len(cached.asked)
     assert "note" not in merge(*words(cached, "org/a", "org/b")).err
     refuse("merge", *words(cached, "org/a", "models/mistrl", out="D"),
-           says=["models/mistrl cannot be fetched: HF_HUB_OFFLINE is set", "the cache holds no copy of it", cache],
+           says=["models/mistrl cannot be fetched: HF_HUB_OFFLINE is set", "the cache has no copy of it", cache],
            hint="there is no models/mistrl here")  # fmt: skip
     refuse("merge", *words(cached, "org/a", "org/b@v2", out="D"), hint="hf download org/b --revision v2")
     assert len(cached.asked) == asked
@@ -723,7 +723,7 @@ def test_a_part_of_a_model_in_the_cache_is_no_copy(
 ) -> None:
     (cache / "models--org--a" / "snapshots" / head(cached, "org/a") / file).unlink()
     cached.status = 503
-    refuse("merge", *words(cached, "org/a", "org/b"), says=["the cache holds only a part of it", says])
+    refuse("merge", *words(cached, "org/a", "org/b"), says=["the cached copy is incomplete", says])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refuse("merge", *words(cached, "org/a", "org/b"), says=["HF_HUB_OFFLINE", says])
 
@@ -734,9 +734,7 @@ def test_what_others_have_cached_is_taken_with_a_word_on_what_may_be_missing(
     shutil.rmtree(constants.HF_ASSETS_CACHE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     said = merge(*words(cached, "org/a", "org/b"))
-    assert (
-        f"note: org/a@{head(cached, 'org/a')} is taken from the cache, which does not know all of its files" in said.err
-    )
+    assert f"note: org/a@{head(cached, 'org/a')} is used from the cache, which has no list of its files" in said.err
 
 
 def test_what_is_missing_is_fetched_again(cached: Hub, merge: Run, cache: Path, tmp_path: Path) -> None:
@@ -838,7 +836,7 @@ def test_a_full_disk(published: Hub, refuse: Run, monkeypatch: pytest.MonkeyPatc
     [
         (
             PermissionError(errno.EACCES, "Permission denied", "/cache/x"),
-            "kept in the cache: /cache/x: Permission denied",
+            "stored in the cache: /cache/x: Permission denied",
         ),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "cannot be fetched from http://127"),
         (RuntimeError("of Xet"), "of Xet"),
@@ -861,7 +859,7 @@ def test_failures_of_any_kind(
 def test_a_cache_that_cannot_be_written_to(published: Hub, refuse: Run, cache: Path) -> None:
     cache.mkdir()
     cache.chmod(0o500)
-    refuse("merge", *words(published, "org/a", "org/b"), says=["cannot be kept in the cache"], hint="HF_HOME")
+    refuse("merge", *words(published, "org/a", "org/b"), says=["cannot be stored in the cache"], hint="HF_HOME")
 
 
 def test_without_the_library(published: Hub, refuse: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -923,7 +921,7 @@ def test_listings_that_are_none(
 
     said = Said_by_hub(sha, [Sibling(name, size) for name, size in files.items()])
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: said)
-    refuse("merge", *words(published, "org/a", "org/b"), says=["its answer lacks the commit, or names or sizes"])
+    refuse("merge", *words(published, "org/a", "org/b"), says=["its answer lacks the commit, or file names or sizes"])
 
 
 def test_names_that_lead_out_of_the_folder_are_not_followed(
@@ -992,7 +990,7 @@ def test_interrupted_and_gone_on_with(published: Hub, tmp_path: Path) -> None:
 def test_the_first_failure_ends_the_others() -> None:
     began, ended = threading.Event(), threading.Event()
 
-    def waits(stop: parallel_jobs.Stop) -> None:
+    def waits(stop: parallel_jobs.StopFlag) -> None:
         began.set()
         try:
             while True:
@@ -1001,15 +999,15 @@ def test_the_first_failure_ends_the_others() -> None:
         finally:
             ended.set()
 
-    def fails(_: parallel_jobs.Stop) -> None:
+    def fails(_: parallel_jobs.StopFlag) -> None:
         began.wait()
         raise HubError("this one")
 
     with pytest.raises(HubError, match="this one"):
-        parallel_jobs.together([waits, fails, *[waits] * 20])
+        parallel_jobs.run_parallel([waits, fails, *[waits] * 20])
     assert ended.is_set()
-    assert parallel_jobs.together([partial(lambda each, _: each, each) for each in range(50)]) == list(range(50))
-    assert parallel_jobs.together([]) == []
+    assert parallel_jobs.run_parallel([partial(lambda each, _: each, each) for each in range(50)]) == list(range(50))
+    assert parallel_jobs.run_parallel([]) == []
 
 
 def test_nothing_of_it_is_loaded_without_hub_names(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -244,9 +244,9 @@ def _without(grams: dict[str, Array]) -> dict[str, Array]:
     [
         (_without, "m2", MismatchError, r"layers\.0\.down_proj\.weight in .*grams2"),
         (lambda grams: {name.replace("layers", "blocks"): each for name, each in grams.items()}, "m2", MismatchError,
-         r"no Gram matrices that fit"),
+         r"no fitting Gram matrices"),
         (lambda grams: {**grams, "layers.0.down_proj": np.eye(16, dtype=np.float32)}, "m2", MismatchError,
-         r"grams2.* has \[16, 16\], its inputs take \[40, 40\]"),
+         r"grams2.* has the shape \[16, 16\], needed is \[40, 40\]"),
         (lambda grams: {**grams, "layers.0.q_proj": np.eye(16, dtype=np.int32)}, "m2", CheckpointError,
          r"layers\.0\.q_proj is I32 \[16, 16\]"),
         (lambda grams: grams, "m3", MismatchError, r"grams2.* was collected from m3, but gram_list gives it for m2"),

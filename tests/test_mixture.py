@@ -323,7 +323,7 @@ def test_the_record_and_mergekits_command_give_the_same_bytes(models: Any, model
     assert "--load-in-4bit has no effect here" in said.err
     assert Path("third/model.safetensors").read_bytes() == weights
     said = modelfuse("check", "experts.yml")
-    assert "a mixtral model of 2 experts" in " ".join(said.out.split())
+    assert "a mixtral model with 2 experts" in " ".join(said.out.split())
 
 
 @pytest.mark.parametrize(
@@ -333,15 +333,15 @@ def test_the_record_and_mergekits_command_give_the_same_bytes(models: Any, model
         ({"experts": []}, "experts is empty"),
         ({"experts": [expert("a", "a")]}, "experts_per_token is 2, but there are 1 experts"),
         ({"experts": [expert("a"), expert("b", "b")]}, "experts[0] has no positive_prompts"),
-        ({"experts": [expert("a", "x"), expert("b", "x")]}, "the router cannot tell them apart"),
-        ({"experts": [expert("a", "x"), expert("a", "y")]}, "All experts are a: whichever are chosen"),
+        ({"experts": [expert("a", "x"), expert("b", "x")]}, "the router cannot distinguish them"),
+        ({"experts": [expert("a", "x"), expert("a", "y")]}, "All experts are a, so they all compute the same"),
         ({"experts": [expert("a", "x", noise_scale=-1), expert("b")]}, "experts[0].noise_scale is -1"),
         ({"experts": [expert("a", "x", residual_scale="much"), expert("b")]}, "experts[0].residual_scale is 'much'"),
         ({"experts": [{"model": "a"}]}, "experts[0] names no model"),
         ({"architecture": "mixtrl"}, "architecture is 'mixtrl'"),
-        ({"architecture": "qwen3"}, "its base is a qwen3"),
-        ({"architecture": "mixtral", "shared_experts": [expert("c")]}, "it has no shared expert"),
-        ({"shared_experts": [expert("c"), expert("a")]}, "it has one shared expert"),
+        ({"architecture": "qwen3"}, "its base must be a qwen3"),
+        ({"architecture": "mixtral", "shared_experts": [expert("c")]}, "it cannot have a shared expert"),
+        ({"shared_experts": [expert("c"), expert("a")]}, "it can have only one shared expert"),
         ({"architecture": "qwen", "shared_experts": [expert("c")]}, "shared_experts[0] has no positive_prompts"),
         ({"dtype": "bf16"}, "Write bfloat16"),
         ({"base_model": None}, "base_model is not given"),

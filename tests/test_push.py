@@ -78,7 +78,7 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(modelfuse: Run, hub: Hu
 
 def test_what_is_refused(modelfuse: Run, hub: Hub, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for words, says in (
-        ((output, "merged"), "no name of a model"),
+        ((output, "merged"), "not a name of a model"),
         ((output.parent / "A", "me/m"), "hf upload"),
         ((output.parent / "nowhere", "me/m"), "There is no folder"),
         ((output,), "required"),

@@ -17,7 +17,7 @@ from modelfuse.storage import PathOrUrl
 
 if TYPE_CHECKING:
     from modelfuse.planning.diff_plan import DiffPlan
-    from modelfuse.planning.hub import Watch
+    from modelfuse.planning.hub import FetchDisplay
     from modelfuse.planning.plan import Plan
 
 #: Seconds between two lines of progress in a log.
@@ -64,16 +64,16 @@ def comparing(plan: DiffPlan, quiet: bool) -> AbstractContextManager[Callable[[i
     return _shown("comparing", what, quiet, plan.bytes_read)
 
 
-def watch(quiet: bool) -> Watch:
+def watch(quiet: bool) -> FetchDisplay:
     """Show what is fetched from a hub."""
-    from modelfuse.planning.hub import Watch
+    from modelfuse.planning.hub import FetchDisplay
 
     @contextmanager
     def fetching(whole: int) -> Iterator[Advance]:
         with _shown("fetching", f"fetching {size(whole)}", quiet, whole) as advance:
             yield lambda count: advance(count, whole)
 
-    return Watch(fetching, lambda text: err.tell("note", "{}", text))
+    return FetchDisplay(fetching, lambda text: err.tell("note", "{}", text))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from modelfuse.kernels.differences import DifferenceSums, measure
 from modelfuse.kernels.jit.compile import nothing_compiled
 from modelfuse.kernels.kernel import CompiledKernel
 from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan, make_diff_plan
-from modelfuse.planning.hub import Watch, fetch
+from modelfuse.planning.hub import FetchDisplay, fetch
 from modelfuse.planning.memory_budget import SPAN
 from modelfuse.planning.served_differences import Served, other_differences, served_differences
 from modelfuse.recipe.recipe import Recipe
@@ -59,7 +59,7 @@ def diff_named(
     exact: bool,
     settings: Mapping[str, object],
     shown: Callable[[DiffPlan], AbstractContextManager[Progress]],
-    watch: Watch | None = None,
+    watch: FetchDisplay | None = None,
 ) -> Diff:
     """Compare models given as folders, files, URLs or hub names.
 

@@ -78,7 +78,7 @@ class GivenGrams:
         if lines or self._unfit:
             raise MismatchError(
                 "There are no fitting Gram matrices for:\n" + "\n".join([*lines, *self._unfit]),
-                "Collect them from these models with `modelfuse collect`, or use another method for these tensors, by a "
+                "Collect them from these models with `modelfuse collect`, or give these tensors another method in a "
                 "rule.",
             )
 

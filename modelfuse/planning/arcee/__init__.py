@@ -1,1 +1,1 @@
-"""Configurations of arcee's mergekit become operations: which tensor is made of which, and what goes beside them."""
+"""Plans of mergekit configurations: the operations of all tensors, and the files beside the weights."""

@@ -1,4 +1,4 @@
-"""The models that a configuration names, opened."""
+"""Open the models of a mergekit configuration."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from modelfuse.storage.concurrent import each_of
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model of a configuration.
+    """An open model of a configuration.
 
     Attributes:
-        reference: What the configuration calls it.
-        number: The number of the input that it is told of as: its own, or its adapter's.
-        checkpoint: Its tensors, an adapter applied.
-        adapter: The adapter, laid over the base that it changes.
-        stacks: Its layers.
-        made: Of another document's result, the files that it would have, with their content.
+        reference: Its name in the configuration.
+        number: The index of its input; of its adapter's, if it has one.
+        checkpoint: Its tensors, with the adapter applied.
+        adapter: The adapter, opened over the model.
+        stacks: Its stacks of layers.
+        made: For the result of another document, names and contents of its files.
     """
 
     reference: Reference
@@ -44,7 +44,7 @@ class OpenModel:
     made: Mapping[str, bytes] = field(default_factory=dict)
 
     def find(self, name: str) -> StoredTensor | None:
-        """The tensor of a name; of a head that is tied to the embedding, the embedding."""
+        """The tensor of a name; for a head that is tied to the embedding, the embedding. None if there is none."""
         checkpoint = self.checkpoint
         found = checkpoint.tensors.get(checkpoint.aliases.get(name, name))
         if found is None and name.endswith(HEADS) and self.ties:
@@ -53,7 +53,7 @@ class OpenModel:
         return found
 
     def delta(self, name: str, base: Reference | None) -> StoredTensor | None:
-        """The adapter's difference to a base, if it is one to that very base."""
+        """The adapter's difference for a tensor, if ``base`` is the model that the adapter changes; else None."""
         if self.adapter is None or base is None or base.lora is not None or base.model != self.reference.model:
             return None
         found = self.adapter.tensors.get(self.adapter.aliases.get(name, name))
@@ -61,44 +61,45 @@ class OpenModel:
 
     @property
     def ties(self) -> bool:
-        """Whether the head is tied to the embedding, where it has none of its own."""
+        """Whether a head that is not stored is tied to the embedding."""
         return says_tied(self.checkpoint.config) is not False
 
     @property
     def is_tied(self) -> bool:
-        """Whether its head is its embedding, stored once or twice."""
+        """Whether its head is tied to its embedding, stored once or twice."""
         said = says_tied(self.checkpoint.config)
         has_head = any(name.endswith(HEADS) for name in self.checkpoint)
         return said is True or (said is None and not has_head)
 
     @property
     def embedding(self) -> str | None:
-        """The name of the embedding that a head can be tied to."""
+        """The name of the embedding that the head can be tied to."""
         return embedding_of(self.checkpoint)
 
     def stack(self, module: str) -> Stack | None:
-        """Its layers in one part of the model."""
+        """Its layers in one module of the configuration."""
         return next((stack for stack in self.stacks if stack.module == module), None)
 
 
 @dataclass
 class Inputs:
-    """The inputs of all documents, opened, and the results of those that come before.
+    """The open inputs of all documents, and the results of earlier documents.
 
     Args:
         recipe: The settings.
+        stages: The results of earlier documents by name.
     """
 
     recipe: Recipe
     stages: dict[str, OpenModel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Open them, headers only.
+        """Open the full models, headers only.
 
         Raises:
-            CheckpointError: If an input is missing, malformed, or quantized in a way that is not understood.
-            MismatchError: If a model's layout cannot be known.
-            RecipeError: If an adapter stands where a model should, or the other way round.
+            CheckpointError: If an input is missing, malformed, or quantized by an unsupported method.
+            MismatchError: If a model's layout cannot be detected.
+            RecipeError: If an adapter is given instead of a model, or a model instead of an adapter.
         """
         recipe, configurations = self.recipe, self.recipe.configurations
         self._known = list(configurations.models.values())
@@ -119,17 +120,17 @@ class Inputs:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every input in the recipe's order; adapters over a base that they change."""
+        """All inputs in the recipe's order, adapters opened over a base."""
         for number, path in enumerate(self.recipe.input_paths):
-            if number not in self._opened:  # An adapter of a document that is not asked for.
+            if number not in self._opened:  # An adapter that only unused documents name.
                 self._opened[number] = open_adapter(path, self._opened[min(self._opened)])
         return tuple(self._opened[number] for number in range(len(self._known)))
 
     def models_of(self, document: Configuration | Mixture) -> dict[Reference, OpenModel]:
-        """The models that a document names.
+        """The models of a document.
 
         Raises:
-            MismatchError: If an adapter does not fit.
+            MismatchError: If an adapter does not fit its model.
         """
         return {each: self._open(each) for each in document.references}
 
@@ -155,7 +156,7 @@ def _opened(reference: Reference, number: int, checkpoint: Checkpoint) -> OpenMo
 
 
 def stacks_of(checkpoint: Checkpoint) -> tuple[Stack, ...]:
-    """The layers of a model."""
+    """The stacks of layers of a model."""
     return find_stacks([*checkpoint.tensors, *checkpoint.aliases], checkpoint.config)
 
 
@@ -167,6 +168,6 @@ def _check_kinds(recipe: Recipe, known: Sequence[Weights], references: Sequence[
             path = recipe.input_paths[known.index(part)]
             adapts = is_adapter(path)
             if adapts and place == 0:
-                raise RecipeError(f"{path} is an adapter, which changes a base", f"Write BASE+{word}.")
+                raise RecipeError(f"{path} is an adapter; it needs a model before a +", f"Write MODEL+{word}.")
             if not adapts and place == 1:
-                raise RecipeError(f"{path} is no adapter, but stands behind a +", "Name a folder with an adapter.")
+                raise RecipeError(f"{path} is given after a +, but is not an adapter", "Give a folder with an adapter.")

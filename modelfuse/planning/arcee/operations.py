@@ -1,4 +1,4 @@
-"""Every tensor of the output as an operation: its sources, its method and its type."""
+"""The operations of a mergekit configuration: sources, method and dtype of every output tensor."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensor_names import HEADS, group_names
 from modelfuse.dtypes import F32, F64, OUTPUT_DTYPES, DType
 from modelfuse.errors import MismatchError, RecipeError
+from modelfuse.methods import arcee
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.registry import TAKE
-from modelfuse.planning.arcee.methods import Request, Values, method_of
 from modelfuse.planning.arcee.models import OpenModel
 from modelfuse.planning.arcee.tensors import Arrangement, Slot
 from modelfuse.planning.arcee.vocabulary import Vocabulary, truncated
 from modelfuse.planning.matching import Tied
 from modelfuse.planning.operations import Operation, can_be_merged, merged, taken
+from modelfuse.planning.rules import preferred_input
 from modelfuse.recipe.arcee.configuration import Configuration
 from modelfuse.recipe.arcee.references import Reference
 from modelfuse.recipe.missing import policy_of
 from modelfuse.recipe.recipe import Recipe
 
-HINT = "Choose what fits with slices: or tokenizer:, or say with --missing copy or drop what becomes of the others."
+#: Parameters by name; None if one is not given.
+Values = Mapping[str, float | int | bool | None]
+
+HINT = "Choose layers with slices:, a vocabulary with tokenizer:, or use --missing copy or drop for missing tensors."
 
 
 @dataclass
-class Operations:
-    """Makes the operations of a configuration.
+class OperationBuilder:
+    """Builds the operations of a configuration.
 
     Attributes:
-        recipe: The settings beside it.
-        configuration: What is asked for.
-        models: The models.
-        vocabulary: Rearranges rows of embeddings and heads; None: they are taken as they are.
-        tied: Names that the output leaves out, as they are another tensor's.
-        dropped: Names that the output leaves out, as only some models have them.
-        problems: What does not fit.
+        recipe: The other settings.
+        configuration: The mergekit configuration.
+        models: Its models.
+        vocabulary: Rearranges rows of embeddings and heads; None: they stay as they are.
+        tied: Names that the output leaves out because they share another tensor's values.
+        dropped: Names that the output leaves out because only some models have them.
+        problems: Descriptions of mismatches.
     """
 
     recipe: Recipe
@@ -49,12 +53,12 @@ class Operations:
     _missing: dict[str, list[str]] = field(default_factory=dict)
     _methods: dict[object, Applied] = field(default_factory=dict)
 
-    def made(self, arrangement: Arrangement) -> list[Operation]:
-        """The operations of all tensors.
+    def build(self, arrangement: Arrangement) -> list[Operation]:
+        """Build the operations of all tensors.
 
         Raises:
-            MismatchError: If models do not fit together; all differences are listed.
-            RecipeError: If a parameter is not given, or cannot be.
+            MismatchError: If the models do not fit together; lists all problems.
+            RecipeError: If a parameter is missing or invalid.
         """
         found = [operation for slot in arrangement.slots for operation in self._of(slot)]
         for where, names in self._missing.items():
@@ -83,7 +87,7 @@ class Operations:
             yield self._operation(slot, models, whole)
 
     def _of_some(self, slot: Slot, absent: Sequence[str], places: Sequence[int]) -> Iterator[Operation]:
-        """A tensor that only some models have, as the recipe's ``missing`` says."""
+        """The operation of a tensor that only some models have, by the recipe's ``missing``."""
         policy = policy_of(self.recipe.missing, slot.name)
         sources = tuple(slot.sources[place] for place in places)
         base, (fewest, _) = self.configuration.base_of(slot.part), self.configuration.grammar.models
@@ -102,7 +106,7 @@ class Operations:
             self._missing.setdefault(" and ".join(absent), []).append(slot.name)
 
     def _is_tied(self, slot: Slot, models: Sequence[OpenModel]) -> bool:
-        """Whether a head is not written, as every model ties it to the embedding."""
+        """Whether the slot is a head that all models tie to the same embedding, so that it is left out."""
         if not slot.name.endswith(HEADS) or not all(model.is_tied for model in models):
             return False
         embedding = models[0].embedding
@@ -112,7 +116,7 @@ class Operations:
         return True
 
     def _fits(self, slot: Slot, tensors: list[StoredTensor]) -> bool:
-        """Whether all have one shape, and types that mix."""
+        """Whether all tensors have the same shape; else a problem is added."""
         if len({tensor.shape for tensor in tensors}) > 1:
             shown = ", ".join(f"{list(tensor.shape)} in {source.model}"
                               for tensor, source in zip(tensors, slot.sources, strict=True))  # fmt: skip
@@ -130,14 +134,15 @@ class Operations:
                 sources[number] = delta
         inputs = tuple(models[place].number for place in order)
         if not can_be_merged(slot.name, sources[-1]):
-            return merged(slot.name, tuple(sources), inputs, TAKE, has_base=False, preferred=self._preferred(inputs))
+            preferred = preferred_input(self.recipe)
+            return merged(slot.name, tuple(sources), inputs, TAKE, has_base=False, preferred=preferred)
         if has_base and len(order) == 1:
             return taken(slot.name, sources[0], inputs[0], dtype=self._dtype(tensors))
         method = self._method(slot, order[:-1] if has_base else order, inputs)
         return merged(slot.name, tuple(sources), inputs, method, has_base=has_base, dtype=self._dtype(tensors))
 
     def _order(self, slot: Slot, base: Reference | None) -> tuple[list[int], bool]:
-        """The places of the sources as methods take them, and whether the base is the last of them."""
+        """The positions of the sources in the order that methods expect, and whether the last one is the base."""
         grammar = self.configuration.grammar
         places = list(range(len(slot.sources)))
         at = next((place for place in places if slot.sources[place].model == base), None)
@@ -158,24 +163,32 @@ class Operations:
         streams = inputs[: len(order)]
         key = tuple(whole.values()), tuple(tuple(values.values()) for values in each), tuple(streams)
         if key not in self._methods:
-            request = Request(configuration.merge_method, each, whole, self.recipe.seed, streams)
-            self._methods[key] = method_of(request)
+            self._methods[key] = _applied(configuration.merge_method, each, whole, self.recipe.seed, streams)
         return self._methods[key]
 
     def _dtype(self, tensors: Sequence[StoredTensor]) -> DType:
-        """The type to store: what is asked for, else the widest of the inputs."""
+        """The dtype to store: as configured, else the widest of the sources."""
         named = self.recipe.output_dtype or self.configuration.out_dtype or self.configuration.dtype
         if named is not None:
             return OUTPUT_DTYPES[named]
         kinds = list(dict.fromkeys(tensor.natural for tensor in tensors))
         return kinds[0] if len(kinds) == 1 else F64 if F64 in kinds else F32
 
-    def _preferred(self, inputs: Sequence[int]) -> int | None:
-        """The input to take integers from where they differ."""
-        chosen = self.recipe.unmerged_from
-        if chosen is None:
-            return None
-        found = [number for number in inputs if self.recipe.inputs[number] == chosen]
-        if not found and chosen not in self.recipe.inputs:
-            raise RecipeError(f"unmerged_from is {chosen}, which is none of the models", "Name one of the models.")
-        return found[0] if found else None
+
+def _applied(name: str, each: Sequence[Values], whole: Values, seed: int, streams: Sequence[int]) -> Applied:
+    """A mergekit method with its parameters.
+
+    Args:
+        name: The method's name in mergekit.
+        each: The parameters of every model, without the base if differences to it are merged.
+        whole: The parameters of the merge.
+        seed: The seed of random draws.
+        streams: The index of each model, which its random draws depend on.
+
+    Raises:
+        RecipeError: If a parameter is invalid.
+    """
+    try:
+        return arcee.applied(name, each, whole, seed=seed, streams=streams)
+    except ValueError as error:
+        raise RecipeError(str(error), "Change the parameters of the models in the message.") from error

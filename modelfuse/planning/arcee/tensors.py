@@ -1,4 +1,4 @@
-"""Every tensor of the output, with the tensor of each model that it is made of."""
+"""Match every output tensor with the tensors of the models that it is merged from, by the configuration's slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modelfuse.recipe.arcee.configuration import DEFAULT_MODULE, Configuration, 
 from modelfuse.recipe.arcee.parameters import depth_of
 from modelfuse.recipe.arcee.references import Reference
 
-#: Names that the rest of a model may go by in a configuration, for the module that it has none for.
+#: Other module names that a configuration may use for a module.
 _STAND_INS = {SHARED: ("decoder", "encoder"), DEFAULT: ("text_decoder",)}
 
 
@@ -22,10 +22,10 @@ class Slot:
 
     Attributes:
         name: Its name.
-        module: Where it stands.
-        part: The slice that it stands in.
-        depth: Where gradients are read.
-        names: Its name in each of the slice's sources.
+        module: The configuration's module that contains it.
+        part: The slice that contains it.
+        depth: The position in gradients, from 0 to 1.
+        names: Its name in each source of the slice.
     """
 
     name: str
@@ -36,19 +36,20 @@ class Slot:
 
     @property
     def sources(self) -> Sequence[Source]:
-        """The models that it is made of."""
+        """The sources of its slice."""
         return self.part.sources
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Which layers the output has, and all of its tensors.
+    """The layers and tensors of the output.
 
     Attributes:
-        slots: Its tensors.
-        layers: For each stack of the output's reference, every layer of the output: the model and the layer there.
-        left_out: Layers that no slice takes: for each model, the names of their tensors.
-        is_whole: Whether all layers of all models are merged, so that names stay what they are.
+        slots: The tensors.
+        layers: For each stack of the donor, by module, the sources of the output's layers for config.json: stack, model
+            and layer.
+        left_out: For each model, the names of its tensors that no slice contains.
+        is_whole: Whether all layers of all models are merged, so that names do not change.
     """
 
     slots: tuple[Slot, ...]
@@ -58,15 +59,15 @@ class Arrangement:
 
 
 def arrange(configuration: Configuration, models: Mapping[Reference, OpenModel], donor: OpenModel) -> Arrangement:
-    """Find every tensor of the output.
+    """List the output's tensors.
 
     Args:
-        configuration: What is asked for.
-        models: The models.
-        donor: The model whose parts the output has.
+        configuration: The mergekit configuration.
+        models: Its models.
+        donor: The model whose structure the output has.
 
     Raises:
-        RecipeError: If a configuration's modules or ranges are not those of the models.
+        RecipeError: If the configuration's modules or layer ranges do not fit the models.
     """
     return _Arranger(configuration, models, donor).arranged()
 
@@ -96,7 +97,7 @@ class _Arranger:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether all layers of all models are merged, so that names stay what they are."""
+        """As in :class:`Arrangement`."""
         parts = (part for module in self._configuration.modules.values() for part in module.slices)
         return all(part.sources[0].layers is None for part in parts)
 
@@ -138,15 +139,15 @@ class _Arranger:
         return found
 
     def _ranges(self, part: Slice, module: str) -> list[tuple[Stack, int, int]]:
-        """For each source its layers: the stack, the first and the end."""
+        """For each source: the stack, the first layer, and the end of the range."""
         ranges = []
         for source in part.sources:
             stack = self._stack(source, module)
             first, end = source.layers or (0, stack.count)
             if end > stack.count:
                 raise RecipeError(
-                    f"layer_range [{first}, {end}] of {source.model}: it has {stack.count} layers",
-                    f"Give an end of {stack.count} at most.",
+                    f"layer_range is [{first}, {end}], but {source.model} has {stack.count} layers",
+                    f"The end can be at most {stack.count}.",
                 )
             ranges.append((stack, first, end))
         if len({end - first for _, first, end in ranges}) > 1:
@@ -173,7 +174,7 @@ class _Arranger:
     def _names_of(
         self, part: Slice, own: Sequence[tuple[Stack, int]], target: Stack, layer: int
     ) -> Iterator[tuple[str, ...]]:
-        """The tensors of one layer: the name in the output, then the one in each source."""
+        """For each tensor of one layer, its name in the output and in each source."""
         seen = dict[str, None]()
         for source, (stack, number) in zip(part.sources, own, strict=True):
             for name in self._by_layer(source.model, stack).get(number, ()):
@@ -197,7 +198,7 @@ class _Arranger:
         return self._layers[key]
 
     def _beyond(self, part: Slice, module: Module, target: Stack, length: int) -> Iterator[Slot]:
-        """Layers behind those that are counted, which predict further tokens."""
+        """Tensors of layers after those that config.json counts, for multi-token prediction."""
         for source in part.sources:
             stack = self._stack(source, target.module)
             for number, names in sorted(self._by_layer(source.model, stack).items()):
@@ -206,7 +207,7 @@ class _Arranger:
                         yield self._slot(name, module, part, 1.0, (name,) * len(part.sources))
 
     def _outside(self) -> Iterator[Slot]:
-        """What stands before and after the layers: of the first slice's models, and of the last one's."""
+        """Tensors before the layers, from the first slice's models, and after them, from the last slice's models."""
         done = set[str]()
         for name, module in self._outside_names():
             if name in done:
@@ -234,7 +235,7 @@ class _Arranger:
         return Slot(name, module, part, depth, names)
 
     def _origins(self, target: Stack, module: Module) -> Iterator[tuple[Stack, OpenModel, int]]:
-        """For each layer of the output, the model that config.json is about there: the base, else the first."""
+        """For each layer of the output, its source for config.json: the base, else the first source."""
         for part in module.slices:
             base = self._configuration.base_of(part)
             place = next((number for number, source in enumerate(part.sources) if source.model == base), 0)

@@ -1,4 +1,4 @@
-"""The output's vocabulary, as a configuration asks for it, and the rows of embeddings and heads that it takes."""
+"""The output's vocabulary by the configuration's tokenizer settings, and its rows of embeddings and heads."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Vocabulary:
     """The output's vocabulary.
 
     Attributes:
-        output: Its tokens.
-        models: The models, in the order of their numbers in ``vocabularies``.
-        vocabularies: What rearranging rows takes.
+        output: Its tokens and tokenizer.
+        models: The models, in the order of ``vocabularies``.
+        vocabularies: The models' vocabularies, from which row maps are made.
+        notes: Notes for the user.
     """
 
     output: OutputVocabulary
@@ -40,17 +41,17 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
-        """How many rows embeddings and heads get."""
+        """The number of rows of embeddings and heads."""
         return self.vocabularies.length + self.vocabularies.padding
 
     @property
     def owner(self) -> OpenModel:
-        """The model whose tokenizer the output has."""
+        """The model whose tokenizer files the output gets."""
         tokenizers = self.vocabularies.tokenizers
         return next(model for model, each in zip(self.models, tokenizers, strict=True) if each is self.output.tokenizer)
 
     def rearranged(self, slot: Slot, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
-        """The tensors of a slot with their rows in the output's order, if they have one for each token."""
+        """The tensors of a slot, with rows in the output's order if they have one row per token."""
         numbers = [self._number(source.model) for source in slot.sources]
         axes = [self._axis(number, slot.name, tensor) for number, tensor in zip(numbers, tensors, strict=True)]
         if any(axis is None for axis in axes):
@@ -69,7 +70,7 @@ class Vocabulary:
         return next(number for number, model in enumerate(self.models) if model.reference == reference)
 
     def _axis(self, number: int, name: str, tensor: StoredTensor) -> int | None:
-        """Along which axis a tensor has a row for each token; None if it has none."""
+        """The axis along which a tensor has one row per token; None if it has none."""
         return axis_of_tokens(name, tensor, rows_of(self.models[number].checkpoint))
 
     def _maps_of(self, present: tuple[int, ...]) -> dict[int, RowMap]:
@@ -77,19 +78,19 @@ class Vocabulary:
             self._maps[present] = self.vocabularies.row_maps(present)
             if missing := self.vocabularies.missing(present):
                 shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if missing[5:] else "")
-                self.notes.append(f"No model has these tokens, whose rows are zeros: {shown}.")
+                self.notes.append(f"The rows of these tokens, which no model has, are zeros: {shown}.")
         return self._maps[present]
 
     def _of_other(self, number: int, slot: Slot) -> StoredTensor:
-        """The same tensor of a model that is not merged there, but gives rows of tokens."""
+        """The tensor of a model that is not a source of the slot, but provides rows of tokens."""
         found = self.models[number].find(slot.name)
         if found is None:
-            raise MismatchError(f"{self.models[number].reference} has no {slot.name}, from which tokens are to come")
+            raise MismatchError(f"{self.models[number].reference} has no {slot.name}, but rows of tokens come from it")
         return found
 
 
 def truncated(name: str, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
-    """The first rows of embeddings and heads, as many as all models have."""
+    """Cut embeddings and heads to the smallest number of rows; other tensors are returned as they are."""
     shapes = {tensor.shape for tensor in tensors}
     if not has_rows_of_tokens(name) or len(shapes) == 1 or len({shape[1:] for shape in shapes}) > 1:
         return list(tensors)
@@ -101,16 +102,19 @@ def truncated(name: str, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
 def open_vocabulary(
     settings: TokenizerSettings | None, models: Mapping[Reference, OpenModel], base: Reference | None
 ) -> Vocabulary | None:
-    """Read the models' tokenizers and make the output's.
+    """Read the models' tokenizers and make the output's vocabulary.
 
     Args:
-        settings: What is asked for; None: nothing.
-        models: The models, the base first.
-        base: The base.
+        settings: The configuration's tokenizer settings, if given.
+        models: The models.
+        base: The base, if there is one.
+
+    Returns:
+        The vocabulary; None without settings.
 
     Raises:
         CheckpointError: If a tokenizer is missing or malformed.
-        RecipeError: If a token is asked for that its source does not have.
+        RecipeError: If a source of a token does not have it.
     """
     if settings is None:
         return None
@@ -157,14 +161,14 @@ def _row(
     if row is None or row >= limits[number]:
         what = f"row {source.token_id}" if source.token_id is not None else f"token {word!r}"
         raise RecipeError(
-            f"tokenizer.tokens: {token!r} is to come from {source.model}, which has no {what}",
-            "Name another source, or kind: zero.",
+            f"tokenizer.tokens: the source of {token!r} is {source.model}, which has no {what}",
+            "Give another source, or kind: zero.",
         )
     return TokenRow((number, row), source.force)
 
 
 def folder_of(model: OpenModel) -> PathOrUrl:
-    """The folder that a model's other files are in."""
+    """The folder of a model's other files."""
     path = model.checkpoint.path
     return path if is_dir(path) else path.parent
 
@@ -173,6 +177,6 @@ def _check_widths(name: str, tensors: Sequence[StoredTensor], axis: int) -> None
     widths = {tensor.shape[:axis] + tensor.shape[axis + 1 :] for tensor in tensors}
     if len(widths) > 1:
         raise MismatchError(
-            f"{name} has rows of different lengths: " + ", ".join(str(list(each.shape)) for each in tensors),
-            "Merge models of one width.",
+            f"The rows of {name} differ in length: " + ", ".join(str(list(each.shape)) for each in tensors),
+            "Merge models of the same width.",
         )

@@ -1,7 +1,7 @@
-"""Models that a recipe names as they are called on a hub become folders of the cache.
+"""Fetch models that the recipe gives by hub names into huggingface_hub's cache.
 
-What the merge needs of all of them is fetched at once, after a plan was made of the headers alone: so models that do
-not fit together, or an output that finds no room, are refused before hours of downloading.
+A plan is made from the headers first, so that models that do not fit together, and outputs that do not fit on the disk,
+are refused before anything large is downloaded.
 """
 
 from __future__ import annotations
@@ -9,50 +9,55 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from modelfuse.planning.hub.progress import QUIET, Watch
+from modelfuse.planning.hub.progress import QUIET, FetchDisplay
 from modelfuse.recipe.recipe import Recipe
 
-__all__ = ["QUIET", "Watch", "fetch", "headers"]
+__all__ = ["QUIET", "FetchDisplay", "fetch", "headers"]
 
 
 def fetch(
-    recipe: Recipe, watch: Watch | None = None, *, ask: bool = True, check: Callable[[Recipe], int] | None = None
+    recipe: Recipe,
+    display: FetchDisplay | None = None,
+    *,
+    ask: bool = True,
+    check: Callable[[Recipe], int] | None = None,
 ) -> Recipe:
-    """Bring what a merge needs into the cache.
+    """Fetch the files that a merge needs into the cache.
 
     Args:
-        recipe: The merge; nothing is done if it has no hub names.
-        watch: What is shown.
-        ask: Whether to ask the hub; without, all must be in the cache.
-        check: Called with the recipe at headers alone before anything large is fetched; gives the bytes of what will be
-            written. By default the merge is planned.
+        recipe: The merge; returned as it is without hub names.
+        display: Shows progress and notes.
+        ask: Whether to ask the hub; if not, all files must be in the cache.
+        check: Called with a recipe of header-only folders before anything large is fetched; returns the bytes that will
+            be written. By default, plans the merge.
 
     Returns:
-        The same recipe, with a commit and a folder for each hub name.
+        The recipe with a commit and a folder for each hub name.
 
     Raises:
-        HubError: If a model cannot be had.
-        ModelfuseError: If what the headers say cannot be merged.
+        HubError: If a model cannot be fetched.
+        ModelfuseError: If the plan fails.
     """
     if not recipe.hub_names:
         return recipe
     from modelfuse.planning.hub.download import fetch_models
 
-    return fetch_models(recipe, watch or Watch(), ask, check)
+    return fetch_models(recipe, display or FetchDisplay(), ask, check)
 
 
-def headers(recipe: Recipe, watch: Watch | None = None) -> AbstractContextManager[Recipe]:
-    """Enough to plan a merge: of safetensors that are not in the cache, only the headers are read.
+def headers(recipe: Recipe, display: FetchDisplay | None = None) -> AbstractContextManager[Recipe]:
+    """Fetch the files that a plan needs; of safetensors files that are not in the cache, only the headers.
 
     Returns:
-        What gives the same recipe, with a commit and a folder for each hub name, that lasts as long as the context.
+        A context manager that gives the recipe with a commit and a folder for each hub name. Header-only folders are
+        removed at its end.
 
     Raises:
-        HubError: If a model cannot be had.
+        HubError: If a model cannot be fetched.
         OutputError: If the output exists already.
     """
     if not recipe.hub_names:
         return nullcontext(recipe)
     from modelfuse.planning.hub.download import fetch_headers
 
-    return fetch_headers(recipe, watch or Watch())
+    return fetch_headers(recipe, display or FetchDisplay())

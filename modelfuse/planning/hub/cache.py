@@ -1,8 +1,7 @@
-"""What huggingface_hub's cache holds of a model, without asking the hub.
+"""huggingface_hub's cache, read without asking the hub.
 
-Its folders are documented: ``refs`` has a file for each branch and tag with the commit it was last seen at,
-``snapshots`` a folder for each commit. Which files a commit has is not in it, so that is kept beside it, in the place
-that the library gives others for such things.
+Its layout is documented: ``refs`` has a file per branch and tag with its last known commit, ``snapshots`` a folder per
+commit. It has no list of a commit's files, so that list is stored in the library's folder for other tools' assets.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ MAIN = "main"
 
 
 def snapshot(cache: Path, name: HubName) -> Path:
-    """The folder of a model's files at a commit."""
+    """The folder of the files of ``name`` at its commit."""
     return _home(cache, name) / "snapshots" / str(name.revision)
 
 
 def known_commit(cache: Path, name: HubName) -> str | None:
-    """The commit that a revision was last seen at, if any."""
+    """The last known commit of a revision, if any."""
     if name.commit is not None:
         return name.commit
     try:
@@ -35,13 +34,13 @@ def known_commit(cache: Path, name: HubName) -> str | None:
 
 
 def remember_commit(cache: Path, name: HubName, commit: str) -> None:
-    """Keep where a revision is, once its files are there, for when the hub cannot be asked."""
+    """Store the commit of a revision, after all files were fetched, for use without the hub."""
     if name.commit is None and known_commit(cache, name) != commit:
         _write(_home(cache, name) / "refs" / (name.revision or MAIN), commit)
 
 
 def known_files(name: HubName) -> dict[str, int] | None:
-    """The names and sizes of a commit's files, if they were remembered."""
+    """The names and sizes in bytes of a commit's files, if they are stored."""
     try:
         found = json.loads(_listing(name).read_text(encoding="utf-8"))
         return {str(file): int(size) for file, size in found.items()}
@@ -50,15 +49,15 @@ def known_files(name: HubName) -> dict[str, int] | None:
 
 
 def remember_files(name: HubName, sizes: Mapping[str, int]) -> None:
-    """Keep the names and sizes of a commit's files, which never change."""
+    """Store the names and sizes of a commit's files."""
     _write(_listing(name), json.dumps(sizes))
 
 
 def files_there(folder: Path) -> dict[str, int]:
-    """The names and sizes of the files in a snapshot."""
+    """The names and sizes in bytes of the files in a snapshot."""
     found = {}
-    for place, _, names in os.walk(folder):
-        for path in (Path(place, name) for name in names):
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
             if path.is_file():
                 found[path.relative_to(folder).as_posix()] = path.stat().st_size
     return found
@@ -75,7 +74,7 @@ def _listing(name: HubName) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a small file whole or not at all; a cache that cannot be written to is no mistake."""
+    """Write a small file atomically; errors are ignored, as the cache may be read-only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:

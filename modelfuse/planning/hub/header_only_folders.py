@@ -1,6 +1,6 @@
-"""Folders that hold of the weights only the headers: enough to plan a merge, and nothing else.
+"""Temporary folders with only the headers of weight files, for planning.
 
-The files have their true sizes, but are holes behind their headers, and are gone before anybody could merge them.
+The files have their true sizes, but are sparse after their headers. The folders are removed before anything is merged.
 """
 
 from __future__ import annotations
@@ -15,56 +15,56 @@ from pathlib import Path
 
 from modelfuse.checkpoints.formats.safetensors import MAX_HEADER_BYTES
 from modelfuse.planning.hub.client import Hub
-from modelfuse.planning.hub.parallel_jobs import Stop, together
-from modelfuse.planning.hub.resolve import Model, Silent
+from modelfuse.planning.hub.parallel_jobs import StopFlag, run_parallel
+from modelfuse.planning.hub.resolve import HubModel, SilentBar
 from modelfuse.recipe.hub_names import HubName
 
-#: Bytes that are asked for first; most headers are shorter, and then one request is enough.
+#: Bytes of the first request; most headers are shorter, so that one request is enough.
 FIRST = 100_000
-#: How the files end whose headers are at their beginning.
+#: The suffix of formats with a header at the start of the file.
 READABLE = ".safetensors"
 
 
-def can_be_read(model: Model) -> bool:
-    """Whether headers are enough of what the cache lacks."""
+def can_be_read(model: HubModel) -> bool:
+    """Whether all weight files that are not in the cache have a header that can be read by itself."""
     return all(file.endswith(READABLE) for file in model.files.weights if not (model.folder / file).exists())
 
 
 @contextmanager
-def header_folders(hub: Hub, models: Sequence[Model]) -> Iterator[dict[object, HubName]]:
-    """A folder for each model, by its name in the recipe, while the context lasts."""
+def header_folders(hub: Hub, models: Sequence[HubModel]) -> Iterator[dict[object, HubName]]:
+    """A folder for each model, by its name in the recipe; removed at the end of the context."""
     with tempfile.TemporaryDirectory(prefix="modelfuse-") as home:
-        jobs: list[Callable[[Stop], None]] = []
+        jobs: list[Callable[[StopFlag], None]] = []
         found: dict[object, HubName] = {}
         for model in models:
             if not model.missing:
-                found[model.name] = model.place
+                found[model.name] = model.pinned
                 continue
-            found[model.name] = replace(model.place, folder=Path(home, str(model.place)))
-            jobs += [_job(hub, model, file, Path(home, str(model.place), file)) for file in model.files.all]
-        together(jobs)
+            found[model.name] = replace(model.pinned, folder=Path(home, str(model.pinned)))
+            jobs += [_job(hub, model, file, Path(home, str(model.pinned), file)) for file in model.files.all]
+        run_parallel(jobs)
         yield found
 
 
-def _job(hub: Hub, model: Model, file: str, target: Path) -> Callable[[Stop], None]:
-    def make(_: Stop) -> None:
+def _job(hub: Hub, model: HubModel, file: str, target: Path) -> Callable[[StopFlag], None]:
+    def make(_: StopFlag) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         cached, size = model.folder / file, model.sizes[file]
         if file in model.files.settings:
-            shutil.copyfile(hub.fetch(model.place, file, Silent), target)
+            shutil.copyfile(hub.fetch(model.pinned, file, SilentBar), target)
         elif file in model.files.weights and cached.exists():
             target.symlink_to(cached)
         else:
             with target.open("wb") as out:
                 if file in model.files.weights:
-                    out.write(_header(hub, model.place, file, size))
+                    out.write(_header(hub, model.pinned, file, size))
                 os.truncate(out.fileno(), size)
 
     return make
 
 
-def _header(hub: Hub, place: HubName, file: str, size: int) -> bytes:
-    """The header of a safetensors file, or as much as there is of what is none."""
-    start = hub.read_start(place, file, min(size, FIRST)) if size else b""
+def _header(hub: Hub, pinned: HubName, file: str, size: int) -> bytes:
+    """The header of a safetensors file; for a malformed file, at most the largest possible header."""
+    start = hub.read_start(pinned, file, min(size, FIRST)) if size else b""
     length = min(8 + int.from_bytes(start[:8], "little"), size, 8 + MAX_HEADER_BYTES)
-    return start[:length] if length <= len(start) else hub.read_start(place, file, length)
+    return start[:length] if length <= len(start) else hub.read_start(pinned, file, length)

@@ -1,4 +1,4 @@
-"""Which of a model's files a merge needs."""
+"""Select the files that a merge needs of a model on a hub."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from modelfuse.planning.side_file_differences import compared_files
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
 
-#: The prefix of an adapter's weights, by the file that says that it is one.
+#: The prefix of an adapter's weight files, by the name of its configuration.
 ADAPTERS = {PEFT_CONFIG: "adapter_model", PADDLE_CONFIG: "peft_model"}
 
 
-class Wanted(NamedTuple):
+class NeededFiles(NamedTuple):
     """The files that a merge needs of a model.
 
     Attributes:
-        settings: What is read before anything else: configuration and the weights' index.
-        served: What is copied beside the result.
-        weights: What holds tensors.
+        settings: Files that planning reads: configurations, the weights' index, and files that are compared.
+        served: Files that are copied to the output.
+        weights: Weight files.
     """
 
     settings: list[str]
@@ -43,30 +43,30 @@ class Wanted(NamedTuple):
 
     @property
     def all(self) -> list[str]:
-        """All of them, each once."""
+        """All of them, without duplicates."""
         return list(dict.fromkeys([*self.settings, *self.served, *self.weights]))
 
 
-def wanted(
-    recipe: Recipe, name: HubName, place: HubName, sizes: Mapping[str, int], get: Callable[[str], Path]
-) -> Wanted:
-    """Choose among a model's files.
+def needed_files(
+    recipe: Recipe, name: HubName, pinned: HubName, sizes: Mapping[str, int], get: Callable[[str], Path]
+) -> NeededFiles:
+    """Select the files of a model.
 
     Args:
-        recipe: What is to be merged.
-        name: The model, as the recipe names it.
-        place: The same with its commit.
-        sizes: All its files.
-        get: Where to read a small one of them.
+        recipe: The merge.
+        name: The model, as in the recipe.
+        pinned: The model with its commit.
+        sizes: The names and sizes in bytes of all its files.
+        get: Fetches a small file and returns its path.
 
     Raises:
-        CheckpointError: If weights are missing, or a file in ``copy_file_list``.
+        CheckpointError: If weights or a file in ``copy_file_list`` are missing.
     """
     served = _tokenizers(recipe, name, sizes)
     if name not in recipe.inputs:
-        return Wanted([file for file in (CONFIG_FILE,) if file in sizes], served, [])
+        return NeededFiles([file for file in (CONFIG_FILE,) if file in sizes], served, [])
     prefix = next((stem for file, stem in ADAPTERS.items() if file in sizes), str(recipe.merge_prefix))
-    form, weights, weight_map = find_files(place, {file for file in sizes if "/" not in file}, prefix, get)
+    form, weights, weight_map = find_files(pinned, {file for file in sizes if "/" not in file}, prefix, get)
     settings = [file for file in (CONFIG_FILE, *ADAPTERS) if file in sizes]
     if recipe.output_format != "lora":
         settings += compared_files(sizes)
@@ -76,7 +76,7 @@ def wanted(
     if inside and recipe.output_format != "lora" and lists_modules(sizes):
         settings += weights_of_modules(sizes, modules_of(get(MODULES_FILE).read_bytes()))
     leads = name == recipe.inputs[recipe.reference]
-    # A configuration may take the tokenizer of any model, and the union of all.
+    # A mergekit configuration may use the tokenizer of any model, or of all.
     if (leads or recipe.mergekit is not None) and recipe.output_format != "lora":
         modules: tuple[str, ...] = ()
         if lists_modules(sizes):
@@ -85,13 +85,13 @@ def wanted(
         served += usual_files(sizes, modules)
         for file in map(os.path.normpath, recipe.copy_file_list if leads else ()):
             if file not in sizes:
-                raise CheckpointError(f"copy_file_list names {file}, which is not in {place}")
+                raise CheckpointError(f"copy_file_list names {file}, which is not in {pinned}")
             served.append(file)
-    return Wanted(settings, served, weights)
+    return NeededFiles(settings, served, weights)
 
 
 def _tokenizers(recipe: Recipe, name: HubName, sizes: Mapping[str, int]) -> list[str]:
-    """What is taken of a model that only the tokenizer comes from."""
+    """The tokenizer files, if this model is ``tokenizer_from``."""
     if name != recipe.tokenizer_from or recipe.output_format == "lora":
         return []
     return [file for file in usual_files(sizes) if is_tokenizers(file)]

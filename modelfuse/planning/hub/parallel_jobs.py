@@ -1,4 +1,4 @@
-"""Many requests at once, which an interruption ends soon."""
+"""Concurrent requests that can be interrupted."""
 
 from __future__ import annotations
 
@@ -10,44 +10,47 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Requests at a time, of all models together.
+#: The most concurrent requests.
 MOST = 8
-#: Seconds to wait for requests that were told to stop. What still waits for its network then ends with the process.
+#: Seconds to wait for jobs to stop. Threads that still wait for the network then end with the process.
 GRACE = 2.0
 
 
 class StoppedError(Exception):
-    """Raised in a job that is to stop because of another one."""
+    """Raised in a job that must stop because of another one's failure."""
 
 
-class Stop:
-    """Whether the jobs are to end."""
+class StopFlag:
+    """Tells jobs to stop."""
 
     def __init__(self) -> None:
         self._asked = threading.Event()
 
-    def ask(self) -> None:
-        """Tell all jobs."""
+    def request(self) -> None:
+        """Ask all jobs to stop."""
         self._asked.set()
 
     def check(self) -> None:
-        """Raise StoppedError if they are to end."""
+        """Raise StoppedError if a stop was requested."""
         if self._asked.is_set():
             raise StoppedError
 
 
-def together(jobs: Iterable[Callable[[Stop], T]]) -> list[T]:
-    """Do jobs in several threads; the first failure ends the others.
+def run_parallel(jobs: Iterable[Callable[[StopFlag], T]]) -> list[T]:
+    """Run jobs in several threads; the first failure stops the others.
 
     Returns:
-        What they return, in their order.
+        Their results, in order.
+
+    Raises:
+        BaseException: The first exception of a job.
     """
-    waiting = queue.SimpleQueue[tuple[int, Callable[[Stop], T]]]()
+    waiting = queue.SimpleQueue[tuple[int, Callable[[StopFlag], T]]]()
     for job in enumerate(jobs):
         waiting.put(job)
     done: dict[int, T] = {}
     failures: list[BaseException] = []
-    stop, ended = Stop(), queue.SimpleQueue[None]()
+    stop, ended = StopFlag(), queue.SimpleQueue[None]()
 
     def work() -> None:
         try:
@@ -61,7 +64,7 @@ def together(jobs: Iterable[Callable[[Stop], T]]) -> list[T]:
             failures.append(error)
         ended.put(None)
 
-    # A thread that waits for a network cannot be told to stop: as a daemon, it does not keep the process.
+    # A thread that waits for the network cannot be interrupted; as a daemon, it does not keep the process alive.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(MOST, waiting.qsize()))]
     try:
         for thread in threads:
@@ -71,7 +74,7 @@ def together(jobs: Iterable[Callable[[Stop], T]]) -> list[T]:
             if failures:
                 raise failures[0]
     finally:
-        stop.ask()
+        stop.request()
         until = time.monotonic() + GRACE
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))

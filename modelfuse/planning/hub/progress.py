@@ -1,4 +1,4 @@
-"""What is shown while models are fetched."""
+"""Display of progress and notes while models are fetched."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-class Watch(NamedTuple):
-    """What is shown of the fetching.
+class FetchDisplay(NamedTuple):
+    """Shows progress and notes.
 
     Attributes:
-        fetching: Called with the bytes to fetch in all; gives what is called with the bytes done since the last call,
-            from several threads. None: huggingface_hub shows its own bars.
-        tell: Called with a sentence that the user should read.
+        fetching: Called with the total bytes to fetch. The context's value is called with the bytes fetched since the
+            last call, from several threads. None: huggingface_hub shows its own progress bars.
+        tell: Called with a note for the user.
     """
 
     fetching: Callable[[int], AbstractContextManager[Advance]] | None = None
     tell: Callable[[str], None] = _warn
 
 
-QUIET = Watch(lambda _: nullcontext(lambda _: None), lambda _: None)
+QUIET = FetchDisplay(lambda _: nullcontext(lambda _: None), lambda _: None)

@@ -1,4 +1,4 @@
-"""An output sent to a hub, through huggingface_hub with its token; private unless it is to be public."""
+"""Upload an output to a hub with huggingface_hub."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from modelfuse.errors import CheckpointError, HubError, MissingExtraError, Recip
 from modelfuse.recipe.hub_names import HubName, hub_name
 from modelfuse.version import __version__
 
-#: What a repository may hold that was made by nothing but its making.
+#: Files that a new repository may have.
 FIRST_FILES = {".gitattributes", "README.md", "LICENSE"}
-#: What an output takes the place of; other files of the repository stay.
+#: Files that --overwrite deletes from the repository if the output does not have them.
 WEIGHTS = ["*.safetensors", "*.bin", "*.pdparams", "*.index.json"]
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Where an output now is.
+    """An uploaded output.
 
     Attributes:
         name: ``organization/model``.
-        url: Its page.
+        url: The URL of its page.
         commit: The commit.
-        private: Whether only those whom its owner lets can see it.
+        private: Whether the repository is private.
     """
 
     name: str
@@ -47,48 +47,37 @@ def push_folder(
     endpoint: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Pushed:
-    """Send an output to a hub.
+    """Upload an output to a hub.
 
     Args:
-        folder: What a merge wrote.
-        name: ``organization/model``, with ``@branch`` if not to the main one.
-        public: Whether everybody is to see a repository that this makes.
-        overwrite: Whether to replace the weights of one that has any.
-        endpoint: The hub; None for the usual one.
-        tell: Called with what the user should know.
+        folder: The output of a merge.
+        name: ``organization/model``, with ``@branch`` for another branch than the main one.
+        public: Whether a new repository is public; else it is private.
+        overwrite: Whether to replace the weights of a repository that has files.
+        endpoint: The hub's URL; None for huggingface_hub's default.
+        tell: Called with a note for the user.
 
     Raises:
-        CheckpointError: If the folder is no output of a merge.
-        HubError: If the hub does not take it.
+        CheckpointError: If the folder is not the output of a merge.
+        HubError: If the hub refuses it or does not answer.
         MissingExtraError: If huggingface_hub is not installed.
-        RecipeError: If the name is none.
+        RecipeError: If the name is not a hub name.
     """
     target = _target(folder, name)
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise MissingExtraError(
-            "Sending a model to a hub needs huggingface_hub, which is not installed", "pip install 'modelfuse[hub]'"
+            "Uploading a model to a hub needs huggingface_hub, which is not installed", "pip install 'modelfuse[hub]'"
         ) from error
     api = HfApi(endpoint=endpoint, library_name="modelfuse", library_version=__version__)
     if local := _local_inputs(folder):
         tell(
-            f"{REPORT_NAME} and {CONFIG_NAME} name the inputs as the merge did, such as {local[0]}; "
-            "whoever sees the model sees these paths."
+            f"{REPORT_NAME} and {CONFIG_NAME} contain the inputs' local paths, such as {local[0]}; everybody who can "
+            "see the model can see them."
         )
     with _explained(target, api.endpoint):
-        api.create_repo(target.name, private=not public, exist_ok=True)
-        before = api.model_info(target.name, files_metadata=False)
-        files = {each.rfilename for each in before.siblings or ()}
-        if files - FIRST_FILES and not overwrite:
-            raise HubError(
-                f"{target.name} has {len(files)} files already, such as {min(files - FIRST_FILES)}",
-                "Add --overwrite to replace its weights, or name another one.",
-            )
-        if target.revision is not None:
-            api.create_branch(target.name, branch=target.revision, exist_ok=True)
-        if before.private == public:
-            tell(f"{target.name} is {'private' if before.private else 'public'} and stays so.")
+        private = _prepare(api, target, public, overwrite, tell)
         done: Any = api.upload_folder(
             repo_id=target.name,
             folder_path=folder,
@@ -98,37 +87,58 @@ def push_folder(
             delete_patterns=WEIGHTS if overwrite else None,
         )
     url = f"{api.endpoint}/{target.name}" + (f"/tree/{target.revision}" if target.revision else "")
-    return Pushed(str(target), url, done.oid, bool(before.private))
+    return Pushed(str(target), url, done.oid, private)
+
+
+def _prepare(api: Any, target: HubName, public: bool, overwrite: bool, tell: Callable[[str], None]) -> bool:
+    """Create the repository and branch if needed, and check that nothing is replaced without ``overwrite``.
+
+    Returns:
+        Whether the repository is private.
+    """
+    api.create_repo(target.name, private=not public, exist_ok=True)
+    before = api.model_info(target.name, files_metadata=False)
+    files = {each.rfilename for each in before.siblings or ()}
+    if files - FIRST_FILES and not overwrite:
+        raise HubError(
+            f"{target.name} has {len(files)} files already, such as {min(files - FIRST_FILES)}",
+            "Add --overwrite to replace its weights, or give another name.",
+        )
+    if target.revision is not None:
+        api.create_branch(target.name, branch=target.revision, exist_ok=True)
+    if before.private == public:
+        tell(f"{target.name} is {'private' if before.private else 'public'} and stays so.")
+    return bool(before.private)
 
 
 def _target(folder: Path, name: str) -> HubName:
     target = hub_name(name)
     if target is None:
-        raise RecipeError(f"{name!r} is no name of a model on a hub", "Give it as organization/model.")
+        raise RecipeError(f"{name!r} is not a name of a model on a hub", "Give it as organization/model.")
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}", "Name the output_path of a merge.")
+        raise CheckpointError(f"There is no folder {folder}", "Give the output_path of a merge.")
     if not (folder / REPORT_NAME).is_file():
         raise CheckpointError(
-            f"{folder} is not what a merge wrote: it has no {REPORT_NAME}",
-            f"Other folders are sent by `hf upload {name} {folder}`.",
+            f"{folder} is not the output of a merge: it has no {REPORT_NAME}",
+            f"To upload another folder: `hf upload {name} {folder}`.",
         )
     return target
 
 
 def _local_inputs(folder: Path) -> list[str]:
-    """Inputs that are paths of this machine, as the report names them."""
+    """The local paths among the report's inputs."""
     try:
         inputs = json.loads((folder / REPORT_NAME).read_bytes())["inputs"]
         return [each["path"] for each in inputs if each["path"].startswith("/")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / REPORT_NAME} is not as modelfuse writes it", "It was edited or damaged; merge again."
+            f"{folder / REPORT_NAME} is not a valid report", "It was edited or damaged; merge again."
         ) from error
 
 
 @contextmanager
 def _explained(target: HubName, endpoint: str) -> Iterator[None]:
-    """Errors of the library, and of what it stands on, as ours."""
+    """Translate errors of the library and its HTTP client."""
     from huggingface_hub import errors
 
     try:

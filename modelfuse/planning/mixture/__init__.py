@@ -1,1 +1,1 @@
-"""Mixtures of experts made of dense models: mergekit-moe's configurations become operations."""
+"""Plans of mergekit-moe configurations: mixtures of experts made of dense models."""

@@ -1,4 +1,4 @@
-"""config.json of a mixture of experts, made of the base's."""
+"""config.json of a mixture of experts, from the base's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from modelfuse.planning.mixture.kinds import MixtureKind
 
-#: What classes of dense models take for settings that config.json leaves out; those of mixtures take something else.
+#: Defaults of dense models' classes in transformers for settings that config.json may leave out. Those of mixtures
+#: have other defaults.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
               "sliding_window": None},
@@ -17,20 +18,20 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128},
 }  # fmt: skip
-#: Settings of dense models only, and of their code.
+#: Settings that only dense models have.
 _DENSE = ("mlp_bias", "pretraining_tp", "auto_map", "_name_or_path")
 THETA, ROPE = "rope_theta", "rope_parameters"
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is counted in a mixture.
+    """Sizes of a mixture.
 
     Attributes:
-        experts: The experts that the router chooses among.
-        per_token: How many each token goes through.
-        inner: The width of an expert.
-        shared: The width of the shared expert, if there is one.
+        experts: The number of routed experts.
+        per_token: The number of experts per token.
+        inner: The intermediate size of an expert.
+        shared: The intermediate size of the shared expert, if there is one.
     """
 
     experts: int
@@ -40,12 +41,15 @@ class Sizes:
 
 
 def config_of_mixture(base: Mapping[str, object], kind: MixtureKind, sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
-    """The content of config.json, and what it cannot say.
+    """Make config.json.
 
     Args:
-        base: That of the base.
-        kind: The kind of model.
-        sizes: Of its experts.
+        base: The base's config.json.
+        kind: The kind of mixture.
+        sizes: Its sizes.
+
+    Returns:
+        The content, and notes on settings of the base that it cannot express.
     """
     base_type, notes = str(base.get("model_type")), list[str]()
     config = {name: value for name, value in base.items() if name not in _DENSE}
@@ -65,7 +69,7 @@ def config_of_mixture(base: Mapping[str, object], kind: MixtureKind, sizes: Size
         config |= {"n_routed_experts": sizes.experts, "moe_intermediate_size": sizes.inner,
                    "n_shared_experts": None if sizes.shared is None else sizes.shared // sizes.inner}  # fmt: skip
         if config.pop("sliding_window", None):
-            notes.append("The base has a sliding window, which a DeepSeek model has not: it attends to everything.")
+            notes.append("The base has a sliding window, which DeepSeek models lack: the output uses full attention.")
     else:
         config |= {"num_experts": sizes.experts, "moe_intermediate_size": sizes.inner}
         if sizes.shared is not None:

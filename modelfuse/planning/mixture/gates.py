@@ -1,4 +1,4 @@
-"""The routers of a mixture: one row for each expert, by the configuration's gate mode."""
+"""The router weights of a mixture, by the configuration's gate mode."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from modelfuse.planning.arcee.models import OpenModel
 from modelfuse.planning.arcee.vocabulary import folder_of
 from modelfuse.planning.mixture.hidden import TOLERANCE, HiddenRows, PromptStates, prompt_states
 from modelfuse.planning.mixture.prompts import PromptReader
-from modelfuse.planning.mixture.tensors import EmbeddedPrompts, MadeTensor, Maker, Prompts, RandomRows
+from modelfuse.planning.mixture.tensors import EmbeddedPrompts, MadeTensor, Prompts, RandomRows, ValueFunction
 from modelfuse.recipe.arcee.mixture import HIDDEN, RANDOM, Expert, Mixture
 from modelfuse.recipe.recipe import Recipe
 
 
 @dataclass
 class Gates:
-    """Makes the routers' weights.
+    """Makes the weights of routers and of shared experts' gates, as computed tensors.
 
     Args:
-        recipe: The settings beside the configuration.
-        mixture: The configuration.
-        base: The model whose prompts' states are taken.
-        embedding: Its embedding.
+        recipe: The other settings.
+        mixture: The mergekit-moe configuration.
+        base: The base, which computes the states of prompts.
+        embedding: Its token embedding, of shape [tokens, width].
 
     Raises:
         CheckpointError: If prompts cannot be read.
         MissingExtraError: If a library is not installed.
-        RecipeError: If the engine cannot do it, or prompts are all alike.
+        MismatchError: If experts or their prompts are the same.
+        RecipeError: If the gate mode runs the base and the engine is Ray.
     """
 
     recipe: Recipe
@@ -47,23 +48,23 @@ class Gates:
             return
         _check_prompts(self.mixture, self.recipe.allow_mismatch)
         if mode in HIDDEN and self.recipe.engine == "ray":
-            raise RecipeError(f"gate_mode {mode} runs the base, which engine ray does not", "Use --engine local.")
+            raise RecipeError(f"gate_mode {mode} runs the base, which --engine ray cannot do", "Use --engine local.")
         rows = self.embedding.shape[0]
         self._prompts = PromptReader(folder_of(self.base), rows, mode).tokens(experts)
         if mode in HIDDEN:
             self._states = prompt_states(self.base.checkpoint, folder_of(self.base), self._prompts, mode)
 
     def router(self, name: str, layer: int) -> StoredTensor:
-        """The weights by which a layer chooses among the experts."""
+        """The router of a layer: float32, of shape [experts, width]."""
         return self._rows(name, layer, 0, len(self.mixture.experts))
 
     def shared(self, name: str, layer: int) -> StoredTensor:
-        """The weights by which a layer scales its shared expert."""
+        """The gate of a layer's shared expert: float32, of shape [1, width]."""
         first = len(self.mixture.experts)
         if self.mixture.gate_mode not in RANDOM and not self.mixture.shared[0].prompts:
             raise RecipeError(
-                "shared_experts[0] has no positive_prompts, of which its gate is made",
-                f"Give texts that are to go through it; gate_mode is {self.mixture.gate_mode}.",
+                f"shared_experts[0] has no positive_prompts, which gate_mode {self.mixture.gate_mode} needs",
+                "Give texts that this expert should process.",
             )
         return self._rows(name, layer, first, 1)
 
@@ -75,7 +76,7 @@ class Gates:
             return self._made(name, shape, RandomRows(self.recipe.seed, name, shape, mode == "uniform_random"))
         return self._made(name, shape, EmbeddedPrompts(self.embedding, self._prompts[first : first + count]))
 
-    def _made(self, name: str, shape: tuple[int, int], make: Maker) -> StoredTensor:
+    def _made(self, name: str, shape: tuple[int, int], make: ValueFunction) -> StoredTensor:
         needed, error = (0, None) if self._states is None else (self._states.needed, TOLERANCE)
         return MadeTensor(
             name, F32, shape, self.embedding.file, self.embedding.offset, make, self.mixture.gate_mode, needed, error,
@@ -84,21 +85,21 @@ class Gates:
 
 
 def _check_prompts(mixture: Mixture, allowed: bool) -> None:
-    """Refuse experts that the router cannot tell apart, or that are all the same."""
+    """Check that the experts differ, and that their prompts do."""
     kinds = {(each.model, each.scale) for each in mixture.experts if not each.noise}
     if len(kinds) == 1 < len(mixture.experts) and not any(each.noise for each in mixture.experts) and not allowed:
         raise MismatchError(
-            f"All experts are {mixture.experts[0].model}: whichever are chosen, they compute the same",
-            "Name several models; or gate_mode: random, or --allow_mismatch, for a model that is to be trained.",
+            f"All experts are {mixture.experts[0].model}, so they all compute the same",
+            "Give several models; or gate_mode: random, or --allow_mismatch, for a model that will be trained.",
         )
     seen = dict[object, int]()
     for number, each in enumerate(mixture.experts):
         key = _prompts_of(each)
         if key in seen and not allowed:
             raise MismatchError(
-                f"experts[{seen[key]}] and experts[{number}] have the same prompts: the router cannot tell them apart",
-                "Give each its own, or gate_mode: random for a model that is to be trained. "
-                "To make it all the same: --allow_mismatch.",
+                f"experts[{seen[key]}] and experts[{number}] have the same prompts: the router cannot distinguish them",
+                "Give each its own prompts, or gate_mode: random for a model that will be trained. "
+                "To make it anyway: --allow_mismatch.",
             )
         seen[key] = number
 

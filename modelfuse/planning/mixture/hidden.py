@@ -1,4 +1,4 @@
-"""Routers made of what a model computes of prompts: the base run once by transformers, in bfloat16."""
+"""Routers from hidden states of prompts: the base is run once by transformers, in bfloat16."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from modelfuse.planning.mixture.tensors import Prompts, Tokens, direction, whole
 from modelfuse.planning.optional_packages import require
 from modelfuse.storage import PathOrUrl, Url
 
-#: How far the states of other machines' bfloat16 products are apart, relative to the largest of a router.
+#: Tolerance of routers computed on other machines, relative to the largest element, as products are in bfloat16.
 TOLERANCE = 0.05
 INSTEAD = "use gate_mode: cheap_embed or random"
 
 
 @dataclass(frozen=True)
 class PromptStates:
-    """What the base computes of prompts, before each of its layers.
+    """Hidden states of prompts at the input of each of the base's layers.
 
     Attributes:
         base: The base.
-        folder: Where its config.json is.
-        prompts: For each expert, the tokens of its prompts and of its negative ones.
-        average: Whether states are averaged over all tokens of a prompt; else the last one's count.
-        recent: Keeps them.
+        folder: The folder of its config.json.
+        prompts: For each expert, the tokens of its prompts and of its negative prompts.
+        average: Whether to average the states of all tokens of a prompt; else the last token's state is used.
+        recent: Cache of the result.
     """
 
     base: Checkpoint = field(compare=False)
@@ -41,11 +41,11 @@ class PromptStates:
 
     @property
     def needed(self) -> int:
-        """Bytes that running the base takes."""
+        """Bytes of the base in bfloat16."""
         return sum(BF16.nbytes(tensor.size) for tensor in self.base.values())
 
     def rows(self) -> Array:
-        """The rows of every layer's router: float32, of the shape [layers, experts, width]."""
+        """The rows of all layers' routers: float32, of shape [layers, experts, width]."""
         found: Array = self.recent.get(self, self._compute)
         return found
 
@@ -64,7 +64,7 @@ class PromptStates:
         return np.stack([direction(each) for each in states])
 
     def _mean(self, model: Any, prompts: Sequence[Tokens]) -> Array:
-        """The mean of prompts' states, for each layer."""
+        """The mean of the prompts' states: float64, of shape [layers, width]."""
         import torch
 
         total: Array | None = None
@@ -79,13 +79,13 @@ class PromptStates:
 
 @dataclass(frozen=True)
 class HiddenRows:
-    """Makes the rows of one layer's router.
+    """Computes rows of one layer's router.
 
     Attributes:
-        states: Those of all layers.
-        layer: Which one.
-        first: The first of its experts.
-        count: How many of them.
+        states: The states of all layers.
+        layer: The index of the layer.
+        first: The index of the first expert.
+        count: The number of experts.
     """
 
     states: PromptStates
@@ -94,29 +94,29 @@ class HiddenRows:
     count: int
 
     def __call__(self) -> Array:
-        """The rows."""
+        """The rows: float32, of shape [count, width]."""
         rows: Array = self.states.rows()[self.layer, self.first : self.first + self.count]
         return rows
 
 
 def prompt_states(base: Checkpoint, folder: PathOrUrl, prompts: Prompts, mode: str) -> PromptStates:
-    """What the base will compute of prompts.
+    """The hidden states of prompts, which are computed when they are first needed.
 
     Raises:
-        CheckpointError: If its files are not on a disk.
-        MissingExtraError: If the libraries that run it are not installed.
+        CheckpointError: If the base is not in a local folder.
+        MissingExtraError: If transformers or torch is not installed.
     """
     require("transformers", f"gate_mode {mode}", INSTEAD)
     require("torch", f"gate_mode {mode}", INSTEAD)
     if isinstance(folder, Url):
         raise CheckpointError(
-            f"gate_mode {mode} runs the base, but {folder} is no folder here", f"Fetch it first, or {INSTEAD}."
+            f"gate_mode {mode} runs the base, but {folder} is not a local folder", f"Download it first, or {INSTEAD}."
         )
     return PromptStates(base, folder, prompts, mode == "hidden_avg", Recent(1))
 
 
 def _model(base: Checkpoint, folder: PathOrUrl) -> Any:
-    """The base as transformers has it, with the tensors that are merged: no code of its own is run."""
+    """The base as a transformers model without its head. No code from the model's folder is run."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     from transformers.utils import logging
@@ -131,10 +131,10 @@ def _model(base: Checkpoint, folder: PathOrUrl) -> Any:
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{base.path}: transformers cannot run it: {error}", f"To do without: {INSTEAD}."
+            f"{base.path}: transformers cannot run it: {error}", f"To do without it: {INSTEAD}."
         ) from error
     missing = [name for name in found["missing_keys"] if not name.endswith("lm_head.weight")]
     if missing:
-        raise MismatchError(f"{base.path}: transformers finds no {', '.join(sorted(missing)[:5])} in it")
+        raise MismatchError(f"{base.path}: transformers misses {', '.join(sorted(missing)[:5])}")
     model.eval()
     return getattr(model, model.base_model_prefix)

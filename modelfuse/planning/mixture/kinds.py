@@ -1,4 +1,4 @@
-"""The kinds of mixtures that can be made: what their tensors are called, and what config.json says of them."""
+"""The supported kinds of mixtures: names of their tensors, and settings of their config.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modelfuse.errors import MismatchError, RecipeError
 from modelfuse.recipe.arcee.mixture import Mixture
 from modelfuse.recipe.checks import nearest, shown
 
-#: The weights of a dense model's MLP.
+#: The names of the projections of a dense model's MLP.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LIKE_LLAMA = ("llama", "mistral")
 _WEIGHTS = tuple(f"self_attn.{each}_proj.weight" for each in "qkvo")
@@ -20,22 +20,22 @@ _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 @dataclass(frozen=True)
 class MixtureKind:
-    """A kind of model with experts.
+    """A kind of mixture of experts.
 
     Attributes:
-        name: What the configuration calls it.
-        aliases: What else it may be called there.
-        model_type: What config.json calls it.
-        class_name: Its class in transformers.
-        bases: The kinds of dense models whose attention it has.
-        layer: What a layer may have beside its MLP.
-        block: Where the experts are in a layer.
-        projections: What the weights of an expert are called, if not as in a dense model.
-        shared: What the shared expert is called; empty if there is none.
-        shared_gate: The weight that scales the shared expert's results; empty if nothing does.
-        needs_shared: Whether there must be a shared expert.
-        biases: Biases of the attention that must be there: zeros, where the base has none.
-        settings: What config.json says of any of its models.
+        name: The value of ``architecture`` in a configuration.
+        aliases: Other values of ``architecture``.
+        model_type: The model_type in config.json.
+        class_name: The class in transformers.
+        bases: The model_types of bases that it can have.
+        layer: Names of the tensors that a layer may have beside its MLP.
+        block: The module of a layer that contains the experts.
+        projections: Names of an expert's projections that differ from a dense model's.
+        shared: The module of the shared expert; empty if this kind has none.
+        shared_gate: The module that scales the shared expert's output; empty if there is none.
+        needs_shared: Whether a shared expert is required.
+        biases: Attention biases that are required; zeros if the base has none.
+        settings: Settings of config.json that all models of this kind have.
     """
 
     name: str
@@ -53,7 +53,7 @@ class MixtureKind:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def projection(self, name: str) -> str:
-        """What one of the weights of an expert is called."""
+        """The name of an expert's projection, given a dense model's name."""
         return self.projections.get(name, name)
 
 
@@ -90,15 +90,15 @@ KINDS = (
 
 
 def kind_of(mixture: Mixture, base_type: object) -> MixtureKind:
-    """The kind that a configuration asks for, else the first that fits.
+    """The kind of a configuration's ``architecture``, else the first kind that fits.
 
     Args:
-        mixture: The configuration.
-        base_type: What the base's config.json calls it.
+        mixture: The mergekit-moe configuration.
+        base_type: The base's model_type.
 
     Raises:
-        MismatchError: If none fits.
-        RecipeError: If there is none of the name that is given.
+        MismatchError: If no kind fits.
+        RecipeError: If ``architecture`` is unknown.
     """
     kinds: tuple[MixtureKind, ...] = KINDS
     if mixture.architecture is not None:
@@ -116,22 +116,22 @@ def kind_of(mixture: Mixture, base_type: object) -> MixtureKind:
             return each
     lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
     raise MismatchError(
-        f"No mixture of experts can be made of a base of type {base_type}:\n{lines}",
+        f"No kind of mixture of experts fits the configuration and a base with the model_type {base_type}:\n{lines}",
         "Change shared_experts, architecture or the base.",
     )
 
 
 def _reason(kind: MixtureKind, mixture: Mixture, base_type: object) -> str | None:
-    """Why a kind does not fit."""
+    """Why a kind does not fit; None if it does."""
     if base_type not in kind.bases:
-        return f"its base is a {' or '.join(kind.bases)}"
+        return f"its base must be a {' or '.join(kind.bases)} model"
     if mixture.shared and not kind.shared:
-        return "it has no shared expert"
+        return "it cannot have a shared expert"
     if len(mixture.shared) > 1:
-        return "it has one shared expert"
+        return "it can have only one shared expert"
     if kind.needs_shared and not mixture.shared:
-        return "it needs one of shared_experts"
+        return "it needs one entry in shared_experts"
     gated = any(each.prompts for each in mixture.shared)
     if gated and not kind.shared_gate:
-        return "its shared expert has no gate, so it takes no positive_prompts"
+        return "its shared expert has no gate, so positive_prompts cannot be used"
     return None

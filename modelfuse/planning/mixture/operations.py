@@ -1,4 +1,4 @@
-"""Every tensor of a mixture of experts as an operation."""
+"""The operations of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _MLP, _DOWN = "mlp.", "down_proj"
 
 
 @dataclass
-class MixtureOperations:
-    """Makes the operations of a mixture.
+class MixtureBuilder:
+    """Builds the operations of a mixture.
 
     Attributes:
-        recipe: The settings beside the configuration.
-        mixture: What is asked for.
-        kind: The kind of model to make.
-        models: The models.
+        recipe: The other settings.
+        mixture: The mergekit-moe configuration.
+        kind: The kind of mixture.
+        models: Its models.
         gates: Makes the routers.
-        tied: Names that the output leaves out, as they are another tensor's.
-        problems: What does not fit.
+        tied: Names that the output leaves out because they share another tensor's values.
+        problems: Descriptions of mismatches.
     """
 
     recipe: Recipe
@@ -58,11 +58,11 @@ class MixtureOperations:
         self._base = self.models[self.mixture.base_model]
         self._stack = stack_of(self._base)
 
-    def made(self) -> list[Operation]:
-        """The operations, in the order of the base's tensors.
+    def build(self) -> list[Operation]:
+        """Build the operations, in the order of the base's tensors.
 
         Raises:
-            MismatchError: If models do not fit; all differences are listed.
+            MismatchError: If the models do not fit; lists all problems.
         """
         for model in self.models.values():
             if stack_of(model).count != self._stack.count:
@@ -75,19 +75,19 @@ class MixtureOperations:
         if self.problems:
             lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(self.problems))
             raise MismatchError(
-                f"The models do not become a mixture of experts:\n{lines}",
-                "Name models of one architecture and size, or another architecture: for the output.",
+                f"The models do not fit into a mixture of experts:\n{lines}",
+                "Give models of the same architecture and size, or another architecture: for the output.",
             )
         return found
 
     @property
-    def width_of_experts(self) -> int:
-        """The rows of an expert's first weights."""
+    def expert_size(self) -> int:
+        """The intermediate size of the experts."""
         return self._shapes[False, PROJECTIONS[0]][0]
 
     @property
-    def width_of_shared(self) -> int | None:
-        """The same of the shared expert's, if there is one."""
+    def shared_size(self) -> int | None:
+        """The intermediate size of the shared expert, if there is one."""
         shape = self._shapes.get((True, PROJECTIONS[0]))
         return None if shape is None else shape[0]
 
@@ -112,7 +112,7 @@ class MixtureOperations:
                 self._unplaced.append(name)
 
     def _missing_bias(self, name: str, weight: StoredTensor, part: str) -> Iterator[Operation]:
-        """Zeros, where the kind has a bias beside a weight and the base has none."""
+        """A bias of zeros, if the kind requires a bias for this weight and the base has none."""
         if part.replace(".weight", ".bias") not in self.kind.biases or not name.endswith(".weight"):
             return
         bias = name.removesuffix(".weight") + ".bias"
@@ -122,7 +122,7 @@ class MixtureOperations:
             yield taken(bias, zeros, self._base.number, dtype=self._dtype or weight.natural)
 
     def _block(self, layer: int) -> Iterator[Operation]:
-        """The router and all experts of one layer."""
+        """The router and the experts of one layer."""
         kind, dtype = self.kind, self._dtype or self.gates.embedding.natural
         block = f"{self._stack.prefix}{layer}.{kind.block}."
         name = f"{block}gate.weight"
@@ -150,7 +150,7 @@ class MixtureOperations:
                 yield self._projection(f"{prefix}{target}.weight", source, expert, part == _DOWN, number or 0)
 
     def _fits(self, source: StoredTensor, part: str, model: OpenModel, *, shared: bool) -> bool:
-        """Whether a weight has the shape of those of the other experts, and of the base's states."""
+        """Whether a weight has the other experts' shape and the base's hidden size; else a problem is added."""
         width, first = self.gates.embedding.shape[1], self._shapes.setdefault((shared, part), source.shape)
         axis = 0 if part == _DOWN else 1
         if len(source.shape) == 2 and source.shape == first and source.shape[axis] == width:
@@ -175,14 +175,14 @@ class MixtureOperations:
 
 
 def stack_of(model: OpenModel) -> Stack:
-    """The layers of a model that has one stack of them.
+    """The stack of layers of a model that has only one.
 
     Raises:
-        MismatchError: If it has several, or none.
+        MismatchError: If it has several or none.
     """
     if len(model.stacks) != 1:
         raise MismatchError(
-            f"{model.reference} has {len(model.stacks)} stacks of layers; experts are made of models with one",
-            "Name dense language models.",
+            f"{model.reference} has {len(model.stacks)} stacks of layers, but only models with one can be experts",
+            "Give dense language models.",
         )
     return model.stacks[0]

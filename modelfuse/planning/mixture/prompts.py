@@ -1,4 +1,4 @@
-"""Prompts as tokens, by the base's tokenizer."""
+"""Tokenize the prompts of experts with the base's tokenizer."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ INSTEAD = "use gate_mode: random"
 
 
 class PromptReader:
-    """Reads prompts: the token that begins a text, if the tokenizer has one, then those of the prompt.
+    """Tokenizes prompts, with the bos_token first if the tokenizer has one.
 
     Args:
-        folder: The base's.
-        rows: How many rows its embedding has.
-        mode: The gate mode, for errors.
+        folder: The base's folder.
+        rows: The number of rows of its embedding.
+        mode: The gate mode, for error messages.
 
     Raises:
         CheckpointError: If there is no tokenizer, or it cannot be read.
-        MissingExtraError: If the library that reads it is not installed.
+        MissingExtraError: If tokenizers is not installed.
     """
 
     def __init__(self, folder: PathOrUrl, rows: int, mode: str) -> None:
@@ -38,12 +38,16 @@ class PromptReader:
 
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(json.dumps(content))
-        except Exception as error:  # The library raises nothing more particular.
+        except Exception as error:  # The library raises plain Exception.
             raise CheckpointError(f"{folder}: the tokenizers library cannot read its tokenizer: {error}") from error
         self._first = self._begin()
 
     def tokens(self, experts: Sequence[Expert]) -> Prompts:
-        """For each expert, the tokens of its prompts and of its negative ones."""
+        """For each expert, the tokens of its prompts and of its negative prompts.
+
+        Raises:
+            MismatchError: If a prompt has no tokens, or a token that the embedding lacks.
+        """
         return tuple(
             (tuple(map(self._tokens, each.prompts)), tuple(map(self._tokens, each.negative))) for each in experts
         )
@@ -58,10 +62,10 @@ class PromptReader:
     def _tokens(self, prompt: str) -> Tokens:
         found = (*self._first, *self._tokenizer.encode(prompt, add_special_tokens=False).ids)
         if not found:
-            raise MismatchError(f"The prompt {prompt!r} has no tokens", "Write some text.")
+            raise MismatchError(f"The prompt {prompt!r} has no tokens", "Give a longer text.")
         if (beyond := max(found)) >= self._rows:
             raise MismatchError(
                 f"The prompt {prompt!r} has the token {beyond}, but the embedding has {self._rows} rows",
-                f"The tokenizer in {self._folder} is not this model's.",
+                f"The tokenizer in {self._folder} does not belong to this model.",
             )
         return found

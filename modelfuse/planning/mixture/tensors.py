@@ -1,4 +1,4 @@
-"""Tensors that no input has as they are: routers, zeros, and experts with noise."""
+"""Computed tensors of mixtures: routers, zeros, and experts with noise."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from modelfuse.storage.files import Buffer
 PIECE = 1 << 18
 
 
-class Maker(Hashable, Protocol):
+class ValueFunction(Hashable, Protocol):
     """Computes all values of a small tensor."""
 
     def __call__(self) -> Array:
-        """The values, float32, in the tensor's shape."""
+        """The values: float32, in the tensor's shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class MadeTensor(StoredTensor):
-    """A small tensor whose values are computed all at once.
+    """A small tensor whose values are computed together when it is first read.
 
     Attributes:
-        make: Computes them.
-        what: What they are, for the report.
-        needed: Bytes that computing them keeps resident.
-        error: How far another machine's may be apart, relative to the largest; None: not by one bit.
-        recent: Keeps them.
+        make: Computes the values.
+        what: A description for the report.
+        needed: Bytes that the computation keeps in memory.
+        error: The tolerance of values from another machine, relative to the largest; None if they are the same.
+        recent: Cache of the values.
     """
 
-    make: Maker
+    make: ValueFunction
     what: str
     needed: int
     error: float | None
@@ -53,26 +53,26 @@ class MadeTensor(StoredTensor):
 
     @property
     def held(self) -> int:
-        """What computing takes, and the values."""
+        """Bytes of the computation and of the values."""
         return self.needed + 2 * self.nbytes
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """What they are."""
+        """The description for the report."""
         return {"made": self.what}
 
     @property
     def tolerance(self) -> float | None:
-        """How far another machine's values may be apart."""
+        """As ``error``."""
         return self.error
 
     def expect(self, start: int, count: int) -> bool:
-        """Nothing of it lies in a file."""
+        """Nothing to read ahead."""
         return True
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
-        """Compute the values, if they are not at hand."""
+        """Compute the values if they are not cached, and open them for reading."""
         values = np.ascontiguousarray(self.recent.get(self.make, self.make), np.float32).reshape(-1)
         raw = values.view(np.uint8)
 
@@ -85,12 +85,12 @@ class MadeTensor(StoredTensor):
 
 @dataclass(frozen=True, slots=True)
 class NoisyTensor(MovedTensor):
-    """A tensor with noise added to each element.
+    """A tensor with normal noise added to each element.
 
     Attributes:
-        own: The tensor.
-        scale: The noise's standard deviation.
-        key: Of its draws.
+        own: The tensor without noise.
+        scale: The standard deviation of the noise.
+        key: The key of its random draws.
     """
 
     own: StoredTensor
@@ -104,12 +104,12 @@ class NoisyTensor(MovedTensor):
 
     @property
     def made_of(self) -> tuple[StoredTensor, ...]:
-        """The tensor without it."""
+        """The tensor without noise."""
         return (self.own,)
 
     @property
     def reader_bytes(self) -> int:
-        """What reading the tensor takes, and a piece of it as numbers, with draws."""
+        """Bytes of the tensor's reader, and of a piece of values and random draws."""
         return self.own.reader_bytes + PIECE * 100
 
     @contextmanager
@@ -130,24 +130,24 @@ class NoisyTensor(MovedTensor):
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """Makes zeros."""
+    """Computes zeros."""
 
     shape: tuple[int, ...]
 
     def __call__(self) -> Array:
-        """As a :class:`Maker`."""
+        """As :class:`ValueFunction`."""
         return np.zeros(self.shape, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class RandomRows:
-    """Makes random rows: standard normal, or uniform as a new Linear layer's weights.
+    """Computes random rows: standard normal, or uniform as torch initializes a linear layer.
 
     Attributes:
-        seed: Of the draws.
-        name: The tensor's, so that no two are alike.
-        shape: Its shape.
-        uniform: Whether they are uniform.
+        seed: The seed of the random draws.
+        name: The tensor's name, which the draws depend on.
+        shape: The tensor's shape.
+        uniform: Whether the distribution is uniform.
     """
 
     seed: int
@@ -156,7 +156,7 @@ class RandomRows:
     uniform: bool
 
     def __call__(self) -> Array:
-        """As a :class:`Maker`."""
+        """As :class:`ValueFunction`."""
         key, count = stream_key(self.seed, 0, self.name), self.shape[0] * self.shape[1]
         if not self.uniform:
             return normals(key, 0, count).reshape(self.shape).astype(np.float32)
@@ -165,25 +165,25 @@ class RandomRows:
         return uniform.reshape(self.shape)
 
 
-#: The numbers of a text's tokens; and for each expert, those of its prompts and of its negative ones.
+#: The token ids of a text; and for each expert, those of its prompts and of its negative prompts.
 Tokens = tuple[int, ...]
 Prompts = tuple[tuple[tuple[Tokens, ...], tuple[Tokens, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedPrompts:
-    """Makes rows of prompts: the sum of their tokens' embeddings, of length 1.
+    """Computes rows from prompts: the sum of their tokens' embeddings, scaled to length 1.
 
     Attributes:
-        embedding: The base's.
-        prompts: For each expert, the tokens of its prompts and of its negative ones.
+        embedding: The base's token embedding.
+        prompts: For each expert, the tokens of its prompts and of its negative prompts.
     """
 
     embedding: StoredTensor
     prompts: Prompts
 
     def __call__(self) -> Array:
-        """As a :class:`Maker`."""
+        """As :class:`ValueFunction`."""
         width, rows = self.embedding.shape[1], dict[int, Array]()
         with self.embedding.open() as read:
             tokens = {token for pair in self.prompts for side in pair for prompt in side for token in prompt}
@@ -206,12 +206,12 @@ def _sum(prompts: tuple[Tokens, ...], rows: Mapping[int, Array], width: int) -> 
 
 
 def direction(vector: Array) -> Array:
-    """A vector of length 1; zeros as they are."""
+    """A vector scaled to length 1; a vector of zeros is returned as it is."""
     length = float(np.sqrt((vector * vector).sum()))
     scaled: Array = vector / (length or 1.0)
     return scaled
 
 
 def whole(tensor: StoredTensor) -> Array:
-    """All of a tensor as numbers."""
+    """The values of a whole tensor; non-finite values are an error."""
     return load(tensor, strict=True)

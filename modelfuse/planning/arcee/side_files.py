@@ -1,4 +1,4 @@
-"""What goes beside the weights: configuration, tokenizer and chat template of the output."""
+"""The files beside the output's weights: configuration, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, TOKENI
 from modelfuse.errors import CheckpointError
 from modelfuse.planning.arcee.config_json import (
     config_of_layers,
-    config_of_words,
+    config_of_vocabulary,
     dtype_of,
     rows_of_output,
     with_token_ids,
@@ -35,13 +35,13 @@ from modelfuse.recipe.recipe import Recipe
 
 
 @dataclass
-class Files:
-    """What goes beside the weights.
+class PlannedFiles:
+    """The files beside the weights.
 
     Attributes:
-        copied: Files to copy as they are.
-        made: Files with their content.
-        notes: What the user should know.
+        copied: Files to copy.
+        made: Names and contents of files to write.
+        notes: Notes for the user.
     """
 
     copied: list[SideFile]
@@ -49,16 +49,16 @@ class Files:
     notes: list[str] = field(default_factory=list)
 
     def put(self, name: str, content: bytes) -> None:
-        """Make a file, in place of one that would be copied."""
+        """Add a file to write, instead of a file of that name that would be copied."""
         self.copied = [each for each in self.copied if each.name != name]
         self.made[name] = content
 
     def has(self, name: str) -> bool:
-        """Whether a file of this name is there."""
+        """Whether a file of this name is copied or written."""
         return name in self.made or any(each.name == name for each in self.copied)
 
 
-def files_beside(
+def plan_side_files(
     recipe: Recipe,
     configuration: Configuration,
     models: Sequence[OpenModel],
@@ -67,34 +67,34 @@ def files_beside(
     operations: Sequence[Operation],
     vocabulary: Vocabulary | None,
     form: OutputFormat,
-) -> Files:
-    """The files beside the weights.
+) -> PlannedFiles:
+    """Plan the files beside the weights.
 
     Args:
-        recipe: The settings beside the configuration.
-        configuration: What is asked for.
-        models: The models.
-        donor: The one whose files the output gets.
+        recipe: The other settings.
+        configuration: The mergekit configuration.
+        models: Its models.
+        donor: The model whose files the output gets.
         arrangement: The output's layers.
-        operations: The output's tensors.
-        vocabulary: Its vocabulary, if the configuration says anything of it.
-        form: How weights are stored.
+        operations: The output's operations.
+        vocabulary: Its vocabulary, if the configuration has tokenizer settings.
+        form: The output's format.
 
     Raises:
         CheckpointError: If a file cannot be read.
-        RecipeError: If there is no such chat template.
+        RecipeError: If the chat template is unknown.
     """
     copies = recipe.copy_tokenizer or vocabulary is not None
-    files = Files(list(files_to_serve(recipe.changed(copy_tokenizer=copies), donor.checkpoint)))
+    files = PlannedFiles(list(files_to_serve(recipe.changed(copy_tokenizer=copies), donor.checkpoint)))
     for name, content in donor.made.items():
         files.put(name, content)
     if files.has(CONFIG_FILE):
-        dtype, said = dtype_of(configuration, operations), json.dumps(dict(donor.checkpoint.config)).encode()
-        config: dict[str, Any] = json.loads(form.config(said, dtype, donor.checkpoint.dequantized, {}))
+        dtype, content = dtype_of(configuration, operations), json.dumps(dict(donor.checkpoint.config)).encode()
+        config: dict[str, Any] = json.loads(form.config(content, dtype, donor.checkpoint.dequantized, {}))
         config, notes = config_of_layers(arrangement, donor, config)
         files.notes += notes
         rows = rows_of_output(operations) if recipe.truncate_embeddings else None
-        files.put(CONFIG_FILE, encoded_json(config_of_words(config, operations, donor, vocabulary, rows)))
+        files.put(CONFIG_FILE, encoded_json(config_of_vocabulary(config, operations, donor, vocabulary, rows)))
     if vocabulary is not None:
         if files.has(GENERATION_FILE):
             generation = _content(donor, GENERATION_FILE)
@@ -105,8 +105,8 @@ def files_beside(
     return files
 
 
-def _take_tokenizer(recipe: Recipe, files: Files, donor: OpenModel, vocabulary: Vocabulary) -> None:
-    """The files of the tokenizer whose vocabulary it is, with the tokens that were added."""
+def _take_tokenizer(recipe: Recipe, files: PlannedFiles, donor: OpenModel, vocabulary: Vocabulary) -> None:
+    """Replace the donor's tokenizer files by those of the output's vocabulary, with its added tokens."""
     output = vocabulary.output
     owner = vocabulary.owner
     if owner is not donor:
@@ -121,7 +121,7 @@ def _take_tokenizer(recipe: Recipe, files: Files, donor: OpenModel, vocabulary: 
                 files.put(name, content)
     if output.conflicts:
         shown = ", ".join(map(repr, output.conflicts[:5]))
-        files.notes.append(f"Added tokens whose settings differ between models have those of the first: {shown}.")
+        files.notes.append(f"Added tokens with different settings in the models get those of the first model: {shown}.")
     if not output.is_changed:
         return
     files.put(TOKENIZER_FILE, output.tokenizer_json())
@@ -130,13 +130,13 @@ def _take_tokenizer(recipe: Recipe, files: Files, donor: OpenModel, vocabulary: 
 
 
 def _content(model: OpenModel, name: str) -> dict[str, Any]:
-    """What a file of a model holds."""
+    """The content of a JSON file of a model."""
     made = model.made.get(name)
     return dict(read_json(folder_of(model) / name)) if made is None else dict(json.loads(made))
 
 
 def _put_template(
-    files: Files, wanted: str, models: Sequence[OpenModel], vocabulary: Vocabulary | None, donor: OpenModel
+    files: PlannedFiles, wanted: str, models: Sequence[OpenModel], vocabulary: Vocabulary | None, donor: OpenModel
 ) -> None:
     text = template_of(wanted, [folder_of(model) for model in models])
     if text is None:
@@ -145,10 +145,10 @@ def _put_template(
     if not files.has(TOKENIZER_CONFIG) and not files.has(TOKENIZER_FILE):
         raise CheckpointError(
             f"{donor.checkpoint.path} has no tokenizer, so the output cannot have a chat template",
-            "Name a model with a tokenizer as tokenizer: source.",
+            "Give a model with a tokenizer as tokenizer: source.",
         )
     files.put(TEMPLATE_FILE, text.encode())
-    if files.has(TOKENIZER_CONFIG):  # Where older loaders look.
+    if files.has(TOKENIZER_CONFIG):  # Older loaders read the template from it.
         made = files.made.get(TOKENIZER_CONFIG)
         owner = donor if vocabulary is None else vocabulary.owner
         content: Mapping[str, Any] = json.loads(made) if made is not None else _content(owner, TOKENIZER_CONFIG)
