@@ -27,7 +27,7 @@ from modelfuse.kernels.kernel import CompiledKernel
 from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan, make_diff_plan
 from modelfuse.planning.hub import FetchDisplay, fetch
 from modelfuse.planning.memory_budget import SPAN
-from modelfuse.planning.served_differences import Served, other_differences, served_differences
+from modelfuse.planning.side_file_differences import FolderFiles, processor_and_code_differences, serving_differences
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import configure_cache, waiting_while
 
@@ -200,15 +200,18 @@ def _side_differences(plan: DiffPlan) -> Iterator[SideDifference]:
 
     Adapters have no configuration of a model, so only their tokenizer and chat template are compared.
     """
-    base, folder = plan.models[-1], Served.of(plan.recipe.input_paths[-1])
+    base, folder = plan.models[-1], FolderFiles.of(plan.recipe.input_paths[-1])
     for number, (model, path) in enumerate(zip(plan.models[:-1], plan.recipe.model_paths, strict=True)):
         is_adapter = isinstance(model, Adapter)
         for each in () if is_adapter else config_differences(base.config, model.config):
             text = f"config.json: {each.key} is {shown(each.one)} in the base, but {shown(each.other)}"
             one, other = (json.dumps(value, default=str) for value in (each.one, each.other))
             yield SideDifference(number, "config", text, each.key, one, other, each.fatal)
-        own = Served.of(path)
+        own = FolderFiles.of(path)
         if own.folder == folder.folder:
             continue
-        found = [*served_differences(folder, own, "the base"), *(() if is_adapter else other_differences(folder, own))]
+        found = [
+            *serving_differences(folder, own, "the base"),
+            *(() if is_adapter else processor_and_code_differences(folder, own)),
+        ]
         yield from (SideDifference(number, each.about, each.text) for each in found)

@@ -20,8 +20,8 @@ from modelfuse.errors import ModelfuseError
 from modelfuse.inspection.inspected_model import Amount, Inspection, Remark, Shard, TensorFacts, Tie
 from modelfuse.inspection.model_facts import TokenizerFacts, adapter_facts, config_facts, tokenizer_facts
 from modelfuse.inspection.module_tree import tree_of
-from modelfuse.planning.hub import Watch, headers
-from modelfuse.planning.served_differences import Served
+from modelfuse.planning.hub import FetchDisplay, headers
+from modelfuse.planning.side_file_differences import FolderFiles
 from modelfuse.planning.whole_matrices import THIRDS
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import PathOrUrl, forget
@@ -47,7 +47,7 @@ def inspect_model(path: PathOrUrl, prefix: str = "model", named: object = None) 
     config_file = config_of(path)
     stem = prefix if config_file is None else "adapter_model" if config_file.name == PEFT_CONFIG else "peft_model"
     model = open_checkpoint(path, stem)
-    served = Served.of(path)
+    served = FolderFiles.of(path)
     tokenizer = tokenizer_facts(served)
     remarks: list[Remark] = []
     adapter = _tried(remarks, lambda: adapter_facts(path, model), None)
@@ -130,7 +130,7 @@ def _fused(model: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _remarks(model: Checkpoint, tokenizer: TokenizerFacts | None, served: Served) -> Iterator[Remark]:
+def _remarks(model: Checkpoint, tokenizer: TokenizerFacts | None, served: FolderFiles) -> Iterator[Remark]:
     """Remarks on how a merge would treat the model, and on what may fail when it is loaded."""
     shapes = {name: tensor.shape for name, tensor in model.items()}
     for _, text in contradictions(model.config, shapes):
@@ -166,7 +166,7 @@ def inspect_named(
     merge_prefix: str | None = None,
     hub_endpoint: str | None = None,
     hub_anonymous: bool = False,
-    watch: Watch | None = None,
+    watch: FetchDisplay | None = None,
 ) -> Inspection:
     """Describe a model given as a folder, a file, a URL or a hub name.
 

@@ -15,7 +15,7 @@ from modelfuse.checkpoints.adapters.tensor_roles import AdaptedLayer, sort_out
 from modelfuse.checkpoints.json_files import read_json
 from modelfuse.checkpoints.tensor_names import group_names, pattern
 from modelfuse.checkpoints.ties import TEXT_CONFIGS
-from modelfuse.planning.served_differences import Served
+from modelfuse.planning.side_file_differences import FolderFiles
 from modelfuse.storage import PathOrUrl
 
 #: Displayed names of config.json's settings, and their keys in different architectures; the first present one counts.
@@ -129,7 +129,7 @@ def _short(value: object) -> str | int | float | bool:
     return value if isinstance(value, int | float) else str(value)[:LONGEST]
 
 
-def tokenizer_facts(served: Served) -> TokenizerFacts | None:
+def tokenizer_facts(served: FolderFiles) -> TokenizerFacts | None:
     """Facts about the tokenizer in a folder; None if there is none."""
     if not served.has_tokenizer:
         return None

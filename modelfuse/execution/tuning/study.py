@@ -26,7 +26,7 @@ from modelfuse.execution.tuning.trials import (
     suggest,
     trial_of,
 )
-from modelfuse.planning.optional_packages import need
+from modelfuse.planning.optional_packages import require
 
 FILE = "study.db"
 STUDY = "modelfuse"
@@ -53,7 +53,7 @@ class Study:
 
     def __init__(self, folder: Path, sampler: str, seed: int) -> None:
         for module in ("optuna", "cmaes"):
-            need(module, "tune", "search by hand with merge", extra="tune")
+            require(module, "tune", "search by hand with merge", extra="tune")
         self.path = folder / FILE
         self._sampler, self._seed = sampler, seed
         self._study: Any = None

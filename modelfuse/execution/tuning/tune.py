@@ -14,7 +14,7 @@ from modelfuse.execution.tuning.request import Tuned, TuningRequest
 from modelfuse.execution.tuning.search import Search, Tell
 from modelfuse.execution.tuning.study import Study
 from modelfuse.execution.tuning.usual_search import usual_space
-from modelfuse.planning.hub import Watch, fetch
+from modelfuse.planning.hub import FetchDisplay, fetch
 from modelfuse.planning.output_location import check_disk_space
 from modelfuse.planning.plan import make_plan
 from modelfuse.storage.local.lock import Lock
@@ -23,7 +23,7 @@ from modelfuse.storage.local.lock import Lock
 SUFFIX = ".tune"
 
 
-def tune(request: TuningRequest, tell: Tell = lambda _: None, watch: Watch | None = None) -> Tuned:
+def tune(request: TuningRequest, tell: Tell = lambda _: None, watch: FetchDisplay | None = None) -> Tuned:
     """Search settings of a recipe by evaluating merges, and merge with the best.
 
     Args:

@@ -43,7 +43,8 @@ class Hub:
             from huggingface_hub import HfApi, constants
         except ImportError as error:
             raise MissingExtraError(
-                f"There is no folder {name} here, and fetching it from a hub needs huggingface_hub, which is not installed",
+                f"There is no folder {name} here, and fetching it from a hub needs huggingface_hub, which is not "
+                "installed",
                 "pip install 'modelfuse[hub]'",
             ) from error
         self._given = endpoint

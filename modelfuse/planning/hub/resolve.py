@@ -156,7 +156,8 @@ class ModelFinder:
         revision = "" if name.revision is None else f" --revision {name.revision}"
         return HubError(
             what + f" (in {self.hub.cache})",
-            f"With access to the hub: hf download {name.name}{revision}. If you meant a folder: there is no {name} here.",
+            f"With access to the hub: hf download {name.name}{revision}. If you meant a folder: there is no {name} "
+            "here.",
         )
 
     def _pinned(self, name: HubName, commit: str) -> HubName:

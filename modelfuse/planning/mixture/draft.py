@@ -78,7 +78,7 @@ def _config_of(base: OpenModel) -> Mapping[str, object]:
         )
     if config.get("model_type") not in known:
         raise MismatchError(
-            f"{base.reference} has the model_type {config.get('model_type')}, but a mixture of experts needs another one",
+            f"{base.reference} has the model_type {config.get('model_type')}, which a mixture cannot be made of",
             f"Give a base with the model_type {', '.join(known)}.",
         )
     return config
