@@ -8,11 +8,11 @@ only copied: integers, booleans, and the quantised floats, whose bits mean nothi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
+class DType(Struct, frozen=True):
     """An element type.
 
     Attributes:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from modelfuse.checkpoints.formats.safetensors import frame_safetensors, read_safetensors
 from modelfuse.checkpoints.name_rules import by_key, key_of
@@ -26,8 +27,7 @@ EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<part>gate_p
 FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
 
-@dataclass(frozen=True)
-class InputGrams:
+class InputGrams(Struct, frozen=True):
     """The Gram matrices of one model's inputs.
 
     Attributes:

@@ -6,9 +6,11 @@ The schemes are those documented by transformers, vLLM and the tools that write 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Literal, NamedTuple
+
+from msgspec import Struct
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensor_names import group_names
@@ -149,8 +151,7 @@ def _method(settings: Mapping[str, object]) -> str:
     return algorithm if isinstance(algorithm, str) else "unknown"
 
 
-@dataclass(frozen=True)
-class _Fp8:
+class _Fp8(Struct, frozen=True):
     """Dequantizes an fp8 checkpoint."""
 
     model: Checkpoint

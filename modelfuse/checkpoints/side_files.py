@@ -6,9 +6,10 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from msgspec import Struct
 
 from modelfuse.checkpoints import Checkpoint, read_config
 from modelfuse.checkpoints.made_files import CONFIG_NAME, MADE, REPORT_NAME
@@ -43,8 +44,7 @@ FILES = (".json", ".jinja", ".model", ".py", ".txt", ".tiktoken", ".vocab", ".ya
 LARGEST, LARGEST_LISTING = 200_000_000, 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class SideFile:
+class SideFile(Struct, frozen=True):
     """A file to copy unchanged: its path, its name in the output and its size in bytes."""
 
     source: PathOrUrl

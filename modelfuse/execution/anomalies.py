@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from modelfuse.planning.plan import Plan
 from modelfuse.recipe.hub_names import HubName
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 FAR = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Suspicious:
+class Suspicious(Struct, frozen=True):
     """Suspicious tensors of one model.
 
     Attributes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from modelfuse.errors import MismatchError
 from modelfuse.kernels import Bytes, Extent, Procedure
@@ -16,8 +16,7 @@ from modelfuse.storage import PathOrUrl
 MOST_LINES = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """A tensor whose sources differ: its name, the first source's input, and the inputs of the sources that differ."""
 
     name: str
@@ -25,8 +24,7 @@ class Difference:
     others: tuple[PathOrUrl, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(Struct, frozen=True):
     """A tensor to copy.
 
     Attributes:
@@ -59,8 +57,7 @@ def _procedure(copy: Copy, differences: list[Difference], writes: bool) -> Proce
         differences.append(Difference(copy.name, copy.models[0], tuple(copy.models[at] for at in differing)))
 
 
-@dataclass
-class CopyState:
+class CopyState(Struct):
     """Indices of the sources that differ from the first one within a span."""
 
     bad: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.zeros(0, np.int64))

@@ -6,10 +6,10 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters import Adapter
@@ -50,8 +50,7 @@ class SpanResult(NamedTuple):
     facts: Mapping[str, object] = {}
 
 
-@dataclass(slots=True)
-class Outcome:
+class Outcome(Struct):
     """The result of one output tensor.
 
     Attributes:

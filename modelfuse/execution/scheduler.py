@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
 from heapq import heappop, heappush
 from typing import Any, Generic, TypeVar
+
+from msgspec import Struct, field
 
 from modelfuse.kernels import span_of
 from modelfuse.storage.files import keeping_open
@@ -25,8 +26,7 @@ P = TypeVar("P")
 LOOK = 0.05
 
 
-@dataclass
-class Job(Generic[P]):
+class Job(Struct, Generic[P]):
     """One procedure in progress.
 
     Attributes:
@@ -43,8 +43,7 @@ class Job(Generic[P]):
     number: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Span(Generic[P]):
+class Span(Struct, Generic[P], frozen=True):
     """A run of elements of a tensor that one worker processes in one pass.
 
     Attributes:

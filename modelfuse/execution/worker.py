@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from msgspec import Struct
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensors import PlainReader, Reader
@@ -28,8 +28,7 @@ ROW_ALIGNMENT = 64
 Write = Callable[[Operation, int, Bytes], None]
 
 
-@dataclass(eq=False, slots=True)
-class Task:
+class Task(Struct, eq=False):
     """The inputs and the output of a job.
 
     Attributes:

@@ -8,10 +8,10 @@ worker processes which span and when; the procedure decides what is computed.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from msgspec import Struct
 
 from modelfuse.dtypes import DType, computed_in
 from modelfuse.kernels.matrices import Matrices
@@ -24,8 +24,7 @@ CPU_WORKER_BYTES = 32_000_000
 CPU_BLOCK = 1 << 17
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(Struct, frozen=True):
     """One tensor to merge.
 
     Attributes:

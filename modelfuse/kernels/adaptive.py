@@ -13,12 +13,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cache, cached_property
 from itertools import repeat
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from modelfuse.dtypes import F32, F64
 from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES, Measured, Pass, Procedure, Work

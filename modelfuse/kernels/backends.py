@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msgspec import Struct
 
 from modelfuse.errors import MissingExtraError, ModelfuseError, RecipeError
 from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES
@@ -39,8 +40,7 @@ LIBRARIES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(Struct, frozen=True):
     """The device and library that tensors are merged with.
 
     Attributes:

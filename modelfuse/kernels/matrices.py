@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct
 
 from modelfuse.dtypes import DType
 from modelfuse.methods.spec import Floats, WholeMatrix
@@ -43,8 +43,7 @@ class Readable(Protocol):
         """Give what fills a buffer with the elements from a number on."""
 
 
-@dataclass(frozen=True)
-class Matrices:
+class Matrices(Struct, frozen=True, dict=True):
     """How the elements of a tensor, in row-major order, form matrices.
 
     Attributes:

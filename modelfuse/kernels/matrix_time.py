@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.gram_matrices import BY_MODEL
@@ -33,8 +33,7 @@ class Computation(NamedTuple):
     largest: int
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(Struct, frozen=True):
     """What all tensors take.
 
     Attributes:

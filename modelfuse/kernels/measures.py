@@ -7,11 +7,12 @@ scheduler, and here for what remains.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from modelfuse.kernels import Pass, Work
 from modelfuse.kernels.lines import LineKeep, Lines
@@ -112,8 +113,7 @@ class KeepTables(NamedTuple):
     exact: Array | None = None
 
 
-@dataclass(frozen=True)
-class Element:
+class Element(Struct, frozen=True):
     """The parameters of the element step for one tensor.
 
     Attributes:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 Counts = np.ndarray[Any, np.dtype[np.uint64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -36,8 +36,7 @@ LOW_BITS = 22
 HALF_BITS = 24
 
 
-@dataclass(frozen=True, slots=True)
-class FloatEncoding:
+class FloatEncoding(Struct, frozen=True):
     """The binary encoding of a float type.
 
     Attributes:
@@ -70,8 +69,7 @@ _ENCODINGS = FloatEncoding("float32", 23, 149, 16, 255), FloatEncoding("float64"
 FLOAT_ENCODINGS = {each.dtype: each for each in _ENCODINGS}
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(Struct, frozen=True):
     """A histogram of magnitudes by their leading bits: the non-empty bins, ascending.
 
     Attributes:

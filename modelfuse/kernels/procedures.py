@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct, field
 
 from modelfuse.errors import RecipeError
 from modelfuse.kernels import Pass, Procedure, Work
@@ -31,8 +31,7 @@ Array = np.ndarray[Any, Any]
 CHOSEN = "chosen"
 
 
-@dataclass(frozen=True)
-class Coefficients:
+class Coefficients(Struct, frozen=True):
     """The numbers in a combination's expression.
 
     Attributes:

@@ -13,17 +13,17 @@ where((abs(x) >= low), x, 0.0)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
+
+from msgspec import Struct
 
 Kind = Literal["real", "single", "truth"]
 COMPARISONS = {"<", "<=", ">", ">="}
 INFIX = {"+", "-", "*", "/", "&", "|", *COMPARISONS}
 
 
-@dataclass(frozen=True)
-class Expression:
+class Expression(Struct, frozen=True, dict=True):
     """An operation and its operands.
 
     Attributes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from modelfuse.methods.expressions import Expression
 
@@ -28,8 +28,7 @@ class Magnitudes(Protocol):
         """Σ|x| of the magnitudes from ``at(first)`` to ``at(last)``, or to the largest; exact, rounded once."""
 
 
-@dataclass(frozen=True, eq=False)
-class OrderStatistics:
+class OrderStatistics(Struct, frozen=True, eq=False):
     """Measures the magnitudes at given ranks.
 
     Attributes:
@@ -50,8 +49,7 @@ class OrderStatistics:
     needed: Callable[[Any], bool] = lambda settings: True
 
 
-@dataclass(frozen=True, eq=False)
-class Ranks:
+class Ranks(Struct, frozen=True, eq=False):
     """Measures each magnitude's rank, on which the element step's probability ``keep`` depends.
 
     Attributes:
@@ -65,8 +63,7 @@ class Ranks:
     needed: Callable[[Any], bool] = lambda settings: True
 
 
-@dataclass(frozen=True, eq=False)
-class LineRanks:
+class LineRanks(Struct, frozen=True, eq=False):
     """Measures each magnitude's rank within its line, on which the element step's probability ``keep`` depends.
 
     Attributes:
@@ -81,8 +78,7 @@ class LineRanks:
     needed: Callable[[Any], bool] = lambda settings: True
 
 
-@dataclass(frozen=True, eq=False)
-class Sums:
+class Sums(Struct, frozen=True, eq=False):
     """Measures sums over the whole tensor, in compensated float64.
 
     Attributes:
@@ -98,8 +94,7 @@ class Sums:
     needed: Callable[[Any], bool] = lambda settings: True
 
 
-@dataclass(frozen=True, eq=False)
-class Gram:
+class Gram(Struct, frozen=True, eq=False):
     """Measures dot products of all pairs of models, after the sparsifier, in float64.
 
     Attributes:
@@ -114,8 +109,7 @@ class Gram:
     needed: Callable[[Any], bool] = lambda settings: True
 
 
-@dataclass(frozen=True, eq=False)
-class Divergence:
+class Divergence(Struct, frozen=True, eq=False):
     """Measures each row's Kullback-Leibler divergence of the single model's softmax from the base's: ``divergence``.
 
     It is Σ p ln(p/q), with p and q the softmax over the row plus a small number.

@@ -13,9 +13,10 @@ Everything else follows from the declarations: settings, help, checks, passes, m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 from modelfuse.methods.expressions import Expression
 from modelfuse.methods.measures import Divergence as Divergence
@@ -33,8 +34,7 @@ Value = float | bool | str
 Base = Literal["optional", "required", "none"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Parameter:
+class Parameter(Struct, frozen=True, eq=False):
     """A setting of methods.
 
     Attributes:
@@ -61,8 +61,7 @@ class Parameter:
         return isinstance(self.default, bool | str)
 
 
-@dataclass(frozen=True, eq=False)
-class WholeMatrix:
+class WholeMatrix(Struct, frozen=True, eq=False):
     """A step on whole matrices: the merged difference is Σ τᵢ·Kᵢ, τᵢ = xᵢ − b, with K computed from Gram matrices.
 
     All is float64. Kᵢ multiplies from the right if Gram matrices are those of the columns, τᵢᵀτⱼ; with those of the
@@ -95,8 +94,7 @@ class WholeMatrix:
         return self.dual if self.dual is not None and models * outputs < inputs else self
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Step:
+class Step(Struct, frozen=True, eq=False):
     """Base class of sparsifiers and combinations.
 
     Attributes:
@@ -123,8 +121,7 @@ class Step:
         return f"{type(self).__name__}({self.name!r})"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Sparsifier(Step):
+class Sparsifier(Step, frozen=True, eq=False):
     """A step on the elements of each model alone.
 
     Attributes:
@@ -142,8 +139,7 @@ class Sparsifier(Step):
         return find_sparsifier, (self.name,)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Combination(Step):
+class Combination(Step, frozen=True, eq=False):
     """A step that combines the models' elements.
 
     Attributes:
@@ -170,8 +166,7 @@ class Combination(Step):
         return find_combination, (self.name,)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Method:
+class Method(Struct, frozen=True, eq=False):
     """A name for a combination, with or without a sparsifier, and defaults.
 
     Attributes:

@@ -19,7 +19,6 @@ from modelfuse.dtypes import BF16, OUTPUT_DTYPES
 from modelfuse.errors import MismatchError
 from modelfuse.kernels.backends import Device
 from modelfuse.kernels.kernel import Compiler
-from modelfuse.kernels.matrix_time import Expected, computation_of, expected
 from modelfuse.planning.adapter_inputs import copied_base_tensors, with_adapter_additions
 from modelfuse.planning.configured import configured_draft
 from modelfuse.planning.drafts import Draft, with_vocabulary
@@ -40,6 +39,7 @@ from modelfuse.storage import forget
 
 if TYPE_CHECKING:
     from modelfuse.checkpoints.adapters.module_file import ModuleFile
+    from modelfuse.kernels.matrix_time import Expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +144,17 @@ class Plan:
     @property
     def expected(self) -> Expected | None:
         """The estimated time of whole-matrix methods; None if there are none. Measures the speed of this processor."""
-        return expected(
-            (computation_of(each.matrices, each.method, len(each.models))
-             for each in self.tensors
-             if each.matrices is not None and each.matrices.merged is None and each.method is not None
-             and each.action == "merge"),
-            self.workers,
-        )  # fmt: skip
+        solved = [
+            (each.matrices, each.method, len(each.models))
+            for each in self.tensors
+            if each.matrices is not None and each.matrices.merged is None and each.method is not None
+            and each.action == "merge"
+        ]  # fmt: skip
+        if not solved:
+            return None
+        from modelfuse.kernels.matrix_time import computation_of, expected
+
+        return expected((computation_of(*each) for each in solved), self.workers)
 
     @property
     def bytes_read(self) -> int:

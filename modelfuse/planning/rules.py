@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
-from modelfuse.checkpoints.adapters.core_space import in_core
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
-from modelfuse.kernels.matrices import Matrices
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.linear import LINEAR
 from modelfuse.methods.registry import apply
-from modelfuse.planning.input_grams import GivenGrams
-from modelfuse.planning.operations import Operation, can_be_merged, merged, taken
-from modelfuse.planning.whole_matrices import Cuts
+from modelfuse.planning.operations import Operation, merged, taken
 from modelfuse.recipe.method_settings import STEPS
 from modelfuse.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from modelfuse.planning.matrix_methods import MatrixMethods
 
 #: The smallest absolute sum of weights for a weighted mean.
 LEAST_SUM = 1e-8
@@ -125,8 +125,7 @@ def operations_of(
     """
     builder = _OperationBuilder(recipe, rules, models)
     operations = [builder.operation(name, partial.get(name) if partial else None) for name in names]
-    builder.grams.check()
-    rules.matrix_notes = (*builder.grams.notes(), *builder.cuts.notes())
+    rules.matrix_notes = builder.matrix_notes()
     return operations
 
 
@@ -140,9 +139,8 @@ class _OperationBuilder:
         self._inputs = tuple(range(len(models)))
         self._merged_inputs = self._inputs[:-1] if self._has_base else self._inputs
         self._contents = [(model.tensors, model.aliases) for model in models]
-        reference = models[recipe.reference]
-        self.grams = GivenGrams(recipe)
-        self.cuts = Cuts((reference, *models), recipe.output_layout or reference.layout)
+        self._models = models
+        self._whole: MatrixMethods | None = self._matrix_methods() if recipe.gram_list else None
 
     def operation(self, name: str, partial: tuple[int, ...] | None) -> Operation:
         """The operation of one tensor; ``partial`` are the inputs to use if not all models have it."""
@@ -155,7 +153,8 @@ class _OperationBuilder:
         sources = tuple([tensors[aliases.get(name, name)] for tensors, aliases in self._contents])
         method, matrices = self._rules.method(rule, self._merged_inputs), None
         if method.combination.matrix is not None:
-            matrices = self._matrices(name, rule, sources, method)
+            self._whole = self._whole or self._matrix_methods()
+            matrices = self._whole.matrices(name, sources, method, self._rules.names_method(rule))
             method = method if matrices is not None else self._rules.mean(rule, self._merged_inputs)
         return merged(
             name, sources, self._inputs, method,
@@ -177,18 +176,18 @@ class _OperationBuilder:
             name, sources, inputs, method, has_base=False, dtype=self._dtype, preferred=self._preferred, rule=rule
         )
 
-    def _matrices(
-        self, name: str, rule: int | None, sources: tuple[StoredTensor, ...], method: Applied
-    ) -> Matrices | None:
-        """The matrices of a tensor whose method works on whole matrices; None if it is averaged instead."""
-        if not can_be_merged(name, sources[-1]):
-            return None
-        matrices = self.cuts.of(name, sources[-1].shape, self._rules.names_method(rule))
-        matrices = self.grams.with_grams(matrices, name, sources, method)
-        if self._has_base and any(source.is_delta for source in sources):
-            strict = self._recipe.on_nonfinite == "error"
-            matrices = in_core(name, sources[:-1], sources[-1], method, matrices, strict)
-        return matrices
+    def _matrix_methods(self) -> MatrixMethods:
+        from modelfuse.planning.matrix_methods import MatrixMethods  # Only some merges need it.
+
+        return MatrixMethods(self._recipe, self._models)
+
+    def matrix_notes(self) -> tuple[str, ...]:
+        """Notes on tensors that whole-matrix methods average or do not split, and on Gram matrices.
+
+        Raises:
+            MismatchError: If Gram matrices are missing or have another shape.
+        """
+        return () if self._whole is None else tuple(self._whole.notes())
 
     def _tensor(self, number: int, name: str) -> StoredTensor:
         tensors, aliases = self._contents[number]

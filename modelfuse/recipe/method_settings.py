@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from modelfuse.errors import RecipeError
 from modelfuse.methods.applied import Applied
@@ -80,8 +81,7 @@ def take_up() -> None:
     METHOD_SYNONYMS.update(PARAMETER_ALIASES)
 
 
-@dataclass(frozen=True, slots=True)
-class MethodSettings:
+class MethodSettings(Struct, frozen=True):
     """The given settings of methods.
 
     Attributes:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Annotated
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import nearest, shown
@@ -19,8 +21,7 @@ from modelfuse.storage import PathOrUrl
 TENSORS, TAKE = "tensors", "take"
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """Settings for some tensors.
 
     Attributes:

@@ -7,7 +7,8 @@ import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from modelfuse.errors import CheckpointError
 from modelfuse.storage import PathOrUrl, Url
@@ -16,8 +17,7 @@ from modelfuse.storage.url import Entry, Version
 Buffer = memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
+class SourceFile(Struct, frozen=True):
     """An input file, as it was when its header was read.
 
     Each later opening compares against this, so a checkpoint that is rewritten, truncated or extended during a merge
@@ -130,8 +130,7 @@ def keeping_open() -> Iterator[None]:
         _kept.files = before
 
 
-@dataclass(frozen=True, slots=True)
-class OpenFile:
+class OpenFile(Struct, frozen=True):
     """A file that is open for positioned reads; thread-safe.
 
     Attributes:
@@ -172,8 +171,7 @@ def allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile(SourceFile):
+class RemoteFile(SourceFile, frozen=True):
     """An input file in a store, in the version that the store first reported.
 
     Attributes:
@@ -222,8 +220,7 @@ class RemoteFile(SourceFile):
         yield OpenRemoteFile(self.path, self.size, -1, self)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenRemoteFile(OpenFile):
+class OpenRemoteFile(OpenFile, frozen=True):
     """A file in a store, read by ranges.
 
     Attributes:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.tensors import Reader
@@ -58,8 +58,7 @@ def load(tensor: StoredTensor, strict: bool) -> Array:
     return values
 
 
-@dataclass
-class _Entry:
+class _Entry(Struct):
     lock: threading.Lock = field(default_factory=threading.Lock)
     value: Any = None
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct, field
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.adapters.arrays import Array, Recent, load
@@ -58,8 +58,7 @@ class ExpertIndex(NamedTuple):
     of: int
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(Struct, frozen=True):
     """One product scale·B·A.
 
     Attributes:
@@ -134,8 +133,7 @@ class Term:
         return a, b.transpose(2, 0, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
+class Shared(Struct, frozen=True):
     """State that all tensors of one adapter share.
 
     Attributes:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+from msgspec import Struct, field
 
 from modelfuse.checkpoints.name_rules import key_of
 
@@ -46,8 +47,7 @@ class Weight(NamedTuple):
     by_head: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Stated:
+class Stated(Struct, frozen=True, eq=False):
     """One architecture's weights in one of Paddle's layouts.
 
     Names are Hugging Face's here; a fused weight is called like its first part, with the fused layer's own name.

@@ -8,8 +8,9 @@ passes; ``_get_name_mappings`` of PaddleNLP 2 and 3 (``llama.`` names, lm_head a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from msgspec import Struct
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.layouts.paddleformers import ARCHITECTURES, Stated, layout_of_names, stated
@@ -59,8 +60,7 @@ PARTS = {part: fusion for fusion in FUSIONS for part in fusion.parts}
 NAMED_ALIKE = ("gpt_neox", "biogpt")
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """How one checkpoint is stored.
 
     Attributes:

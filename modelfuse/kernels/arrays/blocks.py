@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from modelfuse.kernels import Bytes, Extent, Work
 from modelfuse.kernels.arrays.arithmetic import CHUNK, Arithmetic
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 
 
-@dataclass
-class ArrayState:
+class ArrayState(Struct):
     """The state of a span: its finding so far, and its arrays on the device."""
 
     bad: Array

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from modelfuse.kernels import Bytes, Extent, Work
 from modelfuse.kernels.compiled import histograms, merge_loops
@@ -65,8 +65,7 @@ def _no_keep(compute: str) -> list[Any]:
     return [prepare(each) for each in _laid_out_keep(KeepTables([], np.ones((0, RANKS)), 0), compute)]
 
 
-@dataclass
-class CompiledState:
+class CompiledState(Struct):
     """The state of a span: the worker's scratch, counts of non-finite elements, and the finding so far."""
 
     scratch: Scratch
