@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -64,8 +63,13 @@ def rehearse(work: Work) -> None:
     Raises:
         NotCompiledError: If one of them is not cached and may not be compiled.
     """
-    for size in REHEARSED if work.method.counts_magnitudes else REHEARSED[:1]:
-        _merge_some(work, size)
+    from modelfuse.kernels.compiled.scratch import drop_scratch
+
+    try:
+        for size in REHEARSED if work.method.counts_magnitudes else REHEARSED[:1]:
+            _merge_some(work, size)
+    finally:
+        drop_scratch()
 
 
 def _merge_some(work: Work, size: int) -> None:
@@ -111,6 +115,8 @@ class Compilation:
     """
 
     def __init__(self, work: Work) -> None:
+        import subprocess  # Only merges that compile need it.
+
         self._process: subprocess.Popen[bytes] | None = None
         with contextlib.suppress(OSError):
             self._process = subprocess.Popen(

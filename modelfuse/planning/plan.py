@@ -32,7 +32,6 @@ from modelfuse.planning.optional_packages import require
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.planning.output_location import check_output_path
 from modelfuse.planning.rules import Rules, operations_of
-from modelfuse.planning.tables import html, models_of, rules_of, summary, tensors_of
 from modelfuse.planning.warnings import notes_on
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import forget
@@ -104,9 +103,13 @@ class Plan:
     modules: tuple[ModuleFile, ...] = ()
 
     def __repr__(self) -> str:
+        from modelfuse.planning.tables import summary
+
         return f"<Plan: {summary(self)}>"
 
     def _repr_html_(self) -> str:
+        from modelfuse.planning.tables import html, models_of, rules_of, summary, tensors_of
+
         rules = [rules_of(self)] if self.recipe.rules else []
         return html(summary(self), models_of(self), *rules, tensors_of(self), notes=(*self.notes, *self.warnings))
 

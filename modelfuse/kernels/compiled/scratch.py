@@ -118,6 +118,11 @@ def give_back(scratch: Scratch) -> None:
     _own.scratch = scratch
 
 
+def drop_scratch() -> None:
+    """Free the scratch of a thread that processes no more spans."""
+    _own.scratch = None
+
+
 def inputs_of(work: Work) -> Any:
     """A tensor's :class:`~modelfuse.kernels.compiled.merge_loops.SourceTypes`, laid out; many tensors share one."""
     return _inputs(tuple([source.name for source in work.sources]), work.models, work.has_base, work.deltas)

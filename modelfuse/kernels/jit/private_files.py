@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +68,7 @@ def write_private(folder: int, name: str, content: bytes) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    unfinished = f"{name}.{secrets.token_hex(8)}.tmp"
+    unfinished = f"{name}.{os.urandom(8).hex()}.tmp"
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, FILE_MODE, dir_fd=folder)
     try:
         with open(descriptor, "wb") as file:
