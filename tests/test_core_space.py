@@ -18,7 +18,7 @@ from test_whole_matrix import DEFINED, made_of, polar
 import modelfuse as package
 from modelfuse.kernels.matrices import Matrices
 from modelfuse.methods.spec import Floats
-from modelfuse.planning import rules
+from modelfuse.planning import matrix_methods
 from modelfuse.planning.plan import make_plan
 from modelfuse.recipe.recipe import Recipe
 
@@ -64,7 +64,7 @@ def in_full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Floats]]
 
     def merge_in_full(folder: Path, values: dict[str, np.ndarray], request: dict[str, Any]) -> dict[str, Floats]:
         with monkeypatch.context() as patched:
-            patched.setattr(rules, "in_core", lambda name, sources, base, method, matrices, strict: matrices)
+            patched.setattr(matrix_methods, "in_core", lambda name, sources, base, method, matrices, strict: matrices)
             package.merge(**request, output_path=folder)
         return {name: array(each).astype(np.float64) - values[name] for name, each in read_model(folder).items()}
 
