@@ -7,7 +7,6 @@ import math
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 from definitions import MERGES, applied, merge_tensor
 from driving import FLOATS, drive, load, store, walk, work_on
 from hypothesis import given, settings
+from msgspec.structs import replace
 from pretended_gpu import PretendedGpu
 from pretended_paddle_gpu import PretendedPaddleGpu
 from test_kernels import (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.input_grams import open_input_grams

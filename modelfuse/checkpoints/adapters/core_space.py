@@ -8,9 +8,10 @@ commutes with rotations gives exactly the same result there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.adapters.arrays import Array

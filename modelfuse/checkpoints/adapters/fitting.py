@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.base_names import BaseTensor, Targets
