@@ -145,6 +145,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "dtypes",
         "storage",
+        "storage.local",
         "recipe",
         "kernels",
         "kernels.jit",

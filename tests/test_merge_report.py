@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from conftest import CONFIG, Said, array, bf16, make_model, read_model
 from test_documents import document
 
 import modelfuse as package
-from modelfuse.checkpoints import open_checkpoint
 from modelfuse.cli.demo import make_models
 from modelfuse.errors import CheckpointError
+from modelfuse.inspection.diff import diff_recipe
 from modelfuse.inspection.merge_outcome import Outcome
-from modelfuse.inspection.merge_report import MergeReport, compare_output, report_output
-from modelfuse.planning.diff_sample import BLOCK, SampledTensor
+from modelfuse.inspection.merge_report import MergeReport, compare_output
+from modelfuse.inspection.report_output import report_output
+from modelfuse.planning.diff_plan import make_diff_plan
+from modelfuse.planning.diff_sample import sample_of
 from modelfuse.recipe.recipe import Recipe
 
 Run = Callable[..., Said]
@@ -154,44 +155,100 @@ def test_adapters_are_inputs_too(tmp_path: Path) -> None:
     assert [each.coefficient for each in report.whole.models] == [pytest.approx(1, abs=0.01)] * 2
 
 
-def test_a_sample_is_the_same_blocks_of_all(tmp_path: Path) -> None:
-    plain = np.arange(10 * BLOCK + 7, dtype=np.float32)
-    model = open_checkpoint(make_model(tmp_path / "m", {"w": plain}, config=None))
-    tensor = model["w"]
-    sample = SampledTensor("w", tensor.dtype, (4 * BLOCK - BLOCK + 7,), tensor.file, tensor.offset, tensor, 5)
-    wanted = np.concatenate([plain[:BLOCK], plain[5 * BLOCK : 6 * BLOCK], plain[10 * BLOCK :]])
-    with sample.open() as read:
-        for start, count in ((0, 2 * BLOCK + 7), (3, BLOCK), (BLOCK - 1, 2), (2 * BLOCK, 7)):
-            buffer = np.empty(count, np.float32)
-            read(start, buffer.data.cast("B"))
-            assert np.array_equal(buffer, wanted[start : start + count])
+def sampled(tmp_path: Path, shapes: dict[str, tuple[int, ...]], **settings: Any) -> tuple[MergeReport, MergeReport]:
+    """What the report and a sample tell of the same merge of two models, whose elements differ by correlated noise."""
+    draw = np.random.default_rng(0)
+    base = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    common = {name: 0.1 * draw.standard_normal(shape) for name, shape in shapes.items()}
+    make_model(tmp_path / "base", base, config=CONFIG)
+    for name in "ab":
+        own = {name: 0.1 * draw.standard_normal(shape) for name, shape in shapes.items()}
+        tuned = {name: (each + common[name] + own[name]).astype(np.float32) for name, each in base.items()}
+        make_model(tmp_path / name, tuned, config=CONFIG)
+    named: dict[str, Any] = {"model_path_list": [tmp_path / "a", tmp_path / "b"], "base_model_path": tmp_path / "base",
+                             "merge_method": "ties", "output_path": tmp_path / "out"}  # fmt: skip
+    package.merge(**named, **settings, progress=False)
+    return report_output(tmp_path / "out"), compare_output(Recipe.parse(named), tmp_path / "out", sample=True)
 
 
 def test_a_sample_tells_about_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of sums in which small tensors, which are whole in it, weigh as much as large ones."""
-    random = np.random.default_rng(0)
-    base = random.standard_normal((512, 512)).astype(np.float32)
-    norm = 100 * np.ones(4096, np.float32)
-    monkeypatch.setattr("modelfuse.planning.diff_sample.LEAST_IN_ALL", 1)
-    for name, seed in (("base", 0), ("a", 1), ("b", 2)):
-        noise = 0.1 * np.random.default_rng(seed).standard_normal(base.shape) if seed else 0
-        tensors = {"model.layers.0.mlp.up_proj.weight": (base + noise).astype(np.float32), "model.norm.weight": norm}
-        make_model(tmp_path / name, tensors)
-    settings: dict[str, Any] = {
-        "model_path_list": [tmp_path / "a", tmp_path / "b"], "base_model_path": tmp_path / "base",
-        "merge_method": "ties", "output_path": tmp_path / "out",
-    }  # fmt: skip
-    package.merge(**settings, progress=False)
-    full, part = report_output(tmp_path / "out"), compare_output(Recipe.parse(settings), tmp_path / "out", sample=255)
-    assert part.diff.bytes_read < full.diff.bytes_read / 4
-    assert part.sample == 255
+    """Also where a small tensor, which is read whole, weighs as much as large ones."""
+    monkeypatch.setattr("modelfuse.planning.diff_sample.LEAST_RUNS", 16)
+    shapes = {f"model.layers.{layer}.mlp.{name}.weight": (256, 192) for layer in range(4) for name in ("up_proj", "a")}
+    full, part = sampled(tmp_path, {**shapes, "model.norm.weight": (192,)})
+    assert part.sample is not None
+    assert part.diff.bytes_read == part.sample.bytes_read < full.diff.bytes_read / 4
+    assert part.sample.share == pytest.approx(1 / 16, rel=0.01)
     assert part.whole.elements == full.whole.elements
-    assert part.diff.facts == tuple(replace(each, matrix=False) for each in full.diff.facts)
-    for name in ("relative", "unchanged", "residual"):
-        assert getattr(part.whole, name) == pytest.approx(getattr(full.whole, name), rel=0.05)
-    for one, other in zip(full.whole.models, part.whole.models, strict=True):
-        assert one.projection == pytest.approx(other.projection, rel=0.05)
-        assert one.dropped == pytest.approx(other.dropped, abs=0.02)
+    assert part.diff.facts == full.diff.facts
+    assert part.tensors[-1].relative == pytest.approx(full.tensors[-1].relative, rel=1e-6)
+    error = part.sample.model_error
+    assert 0 < error < part.sample.tensor_error < 0.05
+    for one, other in zip(full.diff.whole.models, part.diff.whole.models, strict=True):
+        assert other.norm == pytest.approx(one.norm, rel=4 * error)
+        assert other.unchanged == pytest.approx(one.unchanged, abs=0.02)
+        assert other.density_90 == pytest.approx(one.density_90, abs=0.02)
+        for kept, wanted in zip(other.kept, one.kept, strict=True):
+            assert kept.trim_squares == pytest.approx(wanted.trim_squares, abs=0.02)
+    for pair, true in zip(part.diff.whole.pairs, full.diff.whole.pairs, strict=True):
+        assert pair.cosine == pytest.approx(true.cosine, abs=0.02)
+        assert pair.sign_conflict == pytest.approx(true.sign_conflict, abs=0.02)
+        assert pair.interference is not None
+        assert true.interference is not None
+        assert 0 < (pair.interference_error or 0) < 0.1
+        assert abs(pair.interference - true.interference) < 4 * (pair.interference_error or 0)
+    for taken, exact in zip(part.whole.models, full.whole.models, strict=True):
+        assert taken.projection == pytest.approx(exact.projection, rel=0.05)
+        assert taken.dropped == pytest.approx(exact.dropped, abs=0.02)
+
+
+def test_of_small_models_a_sample_is_everything(tmp_path: Path) -> None:
+    """All numbers are those of the report, but for orders of magnitude, which are counted in bins there."""
+    shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (24, 40) for layer in range(2)}
+    full, part = sampled(tmp_path, {**shapes, "model.norm.weight": (40,)}, on_nonfinite="propagate")
+    assert part.sample is not None
+    assert (part.sample.share, part.sample.model_error, part.sample.tensor_error) == (1, 0, 0)
+    for group, wanted in zip((*part.diff.cells, part.diff.whole), (*full.diff.cells, full.diff.whole), strict=True):
+        for model, true in zip(group.models, wanted.models, strict=True):
+            for name in ("norm", "relative", "unchanged", "along_base", "largest"):
+                assert getattr(model, name) == pytest.approx(getattr(true, name), rel=1e-4, abs=1e-6)
+        for pair, pair_wanted in zip(group.pairs, wanted.pairs, strict=True):
+            for name in ("cosine", "both_changed", "sign_conflict", "interference"):
+                same(getattr(pair, name), getattr(pair_wanted, name))
+
+
+def test_a_sample_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    base = draw.standard_normal((24, 40)).astype(np.float32)
+    for number, name in enumerate(("base", "a", "b")):
+        tensor = base + (0.1 * draw.standard_normal(base.shape) if number else 0)
+        tensor[number, number] = np.nan if number else np.inf
+        make_model(tmp_path / name, {"model.layers.0.mlp.up_proj.weight": tensor.astype(np.float32)}, config=CONFIG)
+    (tmp_path / "b" / "merge_report.json").write_text("{}")
+    recipe = Recipe.parse({"model_path_list": [tmp_path / "a"], "base_model_path": tmp_path / "base"})
+    full, part = (compare_output(recipe, tmp_path / "b", sample=each).diff.whole for each in (False, True))
+    assert part.base_nonfinite == full.base_nonfinite == 1
+    assert [each.nonfinite for each in part.models] == [each.nonfinite for each in full.models] == [1, 1]
+    assert [each.norm for each in part.models] == pytest.approx([each.norm for each in full.models], rel=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_sample_is_the_same_runs_of_all(tmp_path: Path, transposed: bool) -> None:
+    """Also of tensors that are not stored as they are read."""
+    plain = np.arange(64 * 2048, dtype=np.float32).reshape(2048, 64)
+    layout = {"input_layout": ["paddle", "hf"]} if transposed else {}
+    name = "model.layers.0.mlp.up_proj.weight"
+    make_model(tmp_path / "a", {name: plain.T if transposed else plain}, config=CONFIG)
+    make_model(tmp_path / "b", {name: plain + 1}, config=CONFIG)
+    recipe = diff_recipe([tmp_path / "a"], tmp_path / "b", layout)
+    (batch,) = sample_of(make_diff_plan(recipe, False))
+    assert batch.runs == (32, 64, True)
+    rows = [start // 64 for starts in batch.starts for start in starts]
+    assert [row // 64 for row in rows] == [*range(32)]
+    for source, shift in ((0, 0), (1, 1)):
+        buffer = np.empty((32, 64), np.float32)
+        batch.read(source, buffer.data.cast("B"))
+        assert np.array_equal(buffer, plain[rows] + shift)
 
 
 @needs_browser

@@ -9,7 +9,8 @@ from pathlib import Path
 from modelfuse.api.functions import showing_comparison
 from modelfuse.errors import RecipeError
 from modelfuse.inspection.diff_result import Diff
-from modelfuse.inspection.merge_report import MergeReport, report_output
+from modelfuse.inspection.merge_report import MergeReport
+from modelfuse.inspection.report_output import report_output
 from modelfuse.storage import PathOrUrl, path_or_url
 from modelfuse.storage.named_hosts import name_hosts
 

@@ -46,12 +46,13 @@ def with_same_names(models: Sequence[Checkpoint], lead: int) -> tuple[Checkpoint
         lead: The index of the one whose names stay.
     """
     reference = models[lead]
-    keys = by_key((*reference, *reference.aliases))
+    names = {*reference, *reference.aliases}
+    others = [model is not reference and {*model, *model.aliases} != names for model in models]
+    keys = by_key((*reference, *reference.aliases)) if any(others) else {}
     return tuple(
-        model if model is reference or {*model, *model.aliases} == {*reference, *reference.aliases}
-        else _Renaming(model, reference, keys).done()
-        for model in models
-    )  # fmt: skip
+        _Renaming(model, reference, keys).done() if is_other else model
+        for model, is_other in zip(models, others, strict=True)
+    )
 
 
 class _Renaming:

@@ -43,7 +43,6 @@ class Drawing:
         """
         if self.html is None and self.image is None:
             return
-        from modelfuse.inspection.pictures.images import check_image
         from modelfuse.inspection.pictures.library import check_installed
         from modelfuse.inspection.pictures.picture_files import check_replaceable
 
@@ -51,6 +50,8 @@ class Drawing:
         if self.html is not None:
             check_replaceable(self.html, self.overwrite)
         if self.image is not None:
+            from modelfuse.inspection.pictures.images import check_image
+
             check_image(self.image, self.measure, self.overwrite, of_merge)
 
     def draw(self, found: Any) -> list[Path]:

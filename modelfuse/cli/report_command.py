@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def parse_report(words: Sequence[str]) -> tuple[dict[str, Any], Drawing, Options
 
 def tell_kept(words: Sequence[str]) -> int:
     """Compare an output with its inputs as the words say, and tell what was kept of them."""
-    from modelfuse.inspection.merge_report import report_output
+    from modelfuse.inspection.report_output import report_output
 
     given, drawing, options = parse_report(words)
     console.begin_logs(options.verbose, options.log_file)
@@ -67,11 +68,14 @@ def draw_merge(recipe: Recipe, folder: PathOrUrl, options: Options) -> None:
         folder: The output.
         options: They name the page.
     """
-    from modelfuse.inspection.merge_report import SAMPLE, compare_output
+    from modelfuse.inspection.merge_report import compare_output
 
+    gc.disable()  # Nothing of it is a cycle.
     try:
-        found = compare_output(recipe, folder, sample=SAMPLE)
+        found = compare_output(recipe, folder, sample=True)
         tell_written(Drawing(options.html).draw(found), options)
     except (ModelfuseError, OSError) as error:
         error.add_note(f"The merge is done, and {folder} is whole; only its page could not be made.")
         raise
+    finally:
+        gc.enable()

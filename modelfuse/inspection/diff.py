@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.config_differences import config_differences, shown
@@ -17,14 +20,14 @@ from modelfuse.execution.worker import BufferSizes, Task, Worker, row_bytes
 from modelfuse.inspection.diff_advice import advice_of
 from modelfuse.inspection.diff_findings import findings_of
 from modelfuse.inspection.diff_result import Diff, Group, NotCompared, SideDifference, TensorFacts
-from modelfuse.inspection.diff_sums import TensorSums
+from modelfuse.inspection.diff_sums import GroupKey, Sums
 from modelfuse.kernels import Pass
 from modelfuse.kernels.adaptive import SMALL
 from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.differences import DifferenceSums, measure
 from modelfuse.kernels.jit.compile import nothing_compiled
 from modelfuse.kernels.kernel import CompiledKernel
-from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan, make_diff_plan
+from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan, budget_of, make_diff_plan
 from modelfuse.planning.hub import FetchDisplay, fetch
 from modelfuse.planning.memory_budget import SPAN
 from modelfuse.planning.side_file_differences import FolderFiles, processor_and_code_differences, serving_differences
@@ -95,46 +98,70 @@ def carry_out(plan: DiffPlan, base_given: bool, progress: Progress | None = None
     Raises:
         CheckpointError: If an input cannot be read.
     """
-    started, recipe = time.perf_counter(), plan.recipe
-    sums = Measuring(plan, progress or (lambda *_: None)).run()
-    located = [(each.location, own) for each, own in zip(plan.tensors, sums, strict=True)]
-    whole = TensorSums.total(sums).group("model", "", None, None)
+    started = time.perf_counter()
+    sums = Sums.joined(Measuring(plan, progress or (lambda *_: None)).run())
+    return result_of(plan, sums, base_given, plan.bytes_read, started)
+
+
+def result_of(plan: DiffPlan, sums: Sums, base_given: bool, bytes_read: int, started: float) -> Diff:
+    """The result of a comparison.
+
+    Args:
+        plan: What was compared.
+        sums: The sums of each tensor, in the plan's order.
+        base_given: Whether the base was given as one.
+        bytes_read: The number of bytes that were read.
+        started: When it began, as ``time.perf_counter`` tells.
+    """
+    recipe, places = plan.recipe, [each.location for each in plan.tensors]
+    inside = np.flatnonzero([each.layer is not None for each in places])
+    cells = _groups(sums, [(each.stack, each.layer, each.module) for each in places])
     result = Diff(
         base=str(recipe.inputs[-1]),
         base_given=base_given,
         models=tuple(map(str, recipe.inputs[:-1])),
-        whole=whole,
-        layers=_groups(((each.stack, each.layer, None), own) for each, own in located if each.layer is not None),
-        modules=_groups(((each.stack, None, each.module), own) for each, own in located),
-        cells=_groups(((each.stack, each.layer, each.module), own) for each, own in located),
-        tensors=tuple(own.group(each.name, *each.location) for each, own in zip(plan.tensors, sums, strict=True)),
+        whole=_groups(sums, [("", None, None)] * len(places))[0],
+        layers=_groups(sums.rows(inside), [(places[each].stack, places[each].layer, None) for each in inside]),
+        modules=_groups(sums, [(each.stack, None, each.module) for each in places]),
+        cells=cells,
+        tensors=_tensors(plan, sums, cells),
         facts=tuple(_facts(each) for each in plan.tensors),
         not_compared=tuple(NotCompared(name, because) for name, because in plan.left_out.items()),
         side_differences=tuple(_side_differences(plan)),
         findings=(),
         exact=plan.exact,
-        bytes_read=plan.bytes_read,
+        bytes_read=bytes_read,
         seconds=time.perf_counter() - started,
     )
     adapters = any(isinstance(model, Adapter) for model in plan.models)
     return result.with_findings(findings_of(result), advice_of(result, adapters))
 
 
-def _groups(located: Iterable[tuple[tuple[str, int | None, str | None], TensorSums]]) -> tuple[Group, ...]:
+def _groups(sums: Sums, places: Sequence[tuple[str, int | None, str | None]]) -> tuple[Group, ...]:
     """Sum the tensors of the same stack, layer and module; groups are in the order of their first tensor."""
-    found: dict[tuple[str, int | None, str | None], list[TensorSums]] = {}
-    for key, own in located:
-        found.setdefault(key, []).append(own)
-    return tuple(TensorSums.total(several).group(_name(*key), *key) for key, several in found.items())
+    keys = [GroupKey(_name(*place), *place) for place in dict.fromkeys(places)]
+    return sums.added(places).groups(keys) if places else ()
+
+
+def _tensors(plan: DiffPlan, sums: Sums, cells: Sequence[Group]) -> tuple[Group, ...]:
+    """The group of each tensor. That of a tensor which is alone in its cell is the cell's, with another name."""
+    found = {(each.stack, each.layer, each.module): each for each in cells if each.tensors == 1}
+    several = [number for number, each in enumerate(plan.tensors) if each.location not in found]
+    keys = [GroupKey(plan.tensors[number].name, *plan.tensors[number].location) for number in several]
+    own = dict(zip(several, sums.rows(np.array(several)).groups(keys), strict=True)) if several else {}
+    return tuple(
+        own[number] if number in own else replace(found[each.location], name=each.name)
+        for number, each in enumerate(plan.tensors)
+    )
 
 
 def _name(stack: str, layer: int | None, module: str | None) -> str:
     where = f"{stack} " * bool(stack) + (f"layer {layer}" if layer is not None else "")
-    return f"{where} {module or ''}".strip()
+    return f"{where} {module or ''}".strip() or "model"
 
 
 def _facts(tensor: ComparedTensor) -> TensorFacts:
-    base = tensor.sample_of or tensor.sources[-1]
+    base = tensor.sources[-1]
     return TensorFacts(tensor.name, str(base.natural), base.shape, tensor.measurement.matrices is not None)
 
 
@@ -148,7 +175,7 @@ class Measuring:
 
     def __init__(self, plan: DiffPlan, progress: Progress) -> None:
         self._plan, self._progress, self._nbytes = plan, progress, plan.bytes_read
-        budget, kernel = plan.budget, CompiledKernel()
+        budget, kernel = budget_of(plan), CompiledKernel()
         slices = budget.slice_elements
         rows = max(row_bytes(each.sources, slices) * len(each.sources) for each in plan.tensors)
         configure_cache(budget.fetched, False)
@@ -158,10 +185,10 @@ class Measuring:
         ]
         paths = [model.path for model in plan.models]
         self._tasks = [Task(each.sources, tuple(paths[number] for number in each.inputs)) for each in plan.tensors]
-        self._sums: list[TensorSums | None] = [None] * len(plan.tensors)
+        self._sums: list[Sums | None] = [None] * len(plan.tensors)
         self._scheduler: Scheduler[Pass] = Scheduler(self._walk, budget.workers, SPAN)
 
-    def run(self) -> list[TensorSums]:
+    def run(self) -> list[Sums]:
         """Measure all tensors, in the plan's order."""
         self._streaming = Streaming(self._tasks)
         # A small comparison takes less time with numpy than the compiler to start; the numbers are the same.
@@ -182,8 +209,7 @@ class Measuring:
         tensor = self._plan.tensors[number]
 
         def keep(found: DifferenceSums) -> None:
-            own = TensorSums.of(tensor.measurement.size, found, tensor.models)
-            self._sums[number] = own if tensor.sample_of is None else own.scaled(tensor.sample_of.size)
+            self._sums[number] = Sums.of(tensor.measurement.size, found).spread(tensor.models)
 
         return keep
 

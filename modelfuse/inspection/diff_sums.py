@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,157 +13,217 @@ from modelfuse.kernels.differences import BIN_SHIFT, DifferenceSums
 
 Array = np.ndarray[Any, Any]
 
-#: The share of ‖τ‖² that ``density_90`` is about.
+#: Interference is reported up to this relative standard error; in a sample, that of single tensors exceeds it.
+MOST_ERROR = 0.25
+#: ``density_90`` is the smallest share of the elements that holds this share of ‖τ‖².
 MOST_SQUARES = 0.9
 
 
+class GroupKey(NamedTuple):
+    """What a group is called, and where in a model it is; see :class:`Group`."""
+
+    name: str
+    stack: str
+    layer: int | None
+    module: str | None
+
+
 @dataclass
-class TensorSums:
-    """Sums over some tensors, for all models.
+class Sums:
+    """Sums over groups of tensors. Every array has one row per group.
 
     Attributes:
-        elements: Number of elements.
-        sums: The sums of a pass; their histograms are empty.
-        kept_elements: Number of elements that trim would leave different from the base, float64, shape
-            (models, densities).
-        kept_squares: Σ τ² over the largest elements, which trim would keep, float64, shape (models, densities).
-        concentrated: The fewest elements with the share MOST_SQUARES of ‖τ‖² of each tensor, float64, shape (models,).
-        tensors: Number of tensors.
+        tensors: The number of tensors: int64, shape (groups,).
+        elements: The number of elements: int64, shape (groups,).
+        gram: As of :class:`DifferenceSums`, and so are the next six; ``signs`` is symmetric here.
+        kept_elements: Elements that trim leaves different from the base: shape (groups, models, densities).
+        kept_squares: The part of ‖τ‖² that trim keeps, of the same shape.
+        concentrated: The fewest elements of each tensor that hold MOST_SQUARES of its ‖τ‖²: shape (groups, models).
     """
 
-    elements: int
-    sums: DifferenceSums
+    tensors: Array
+    elements: Array
+    gram: Array
+    bad: Array
+    skipped: Array
+    largest: Array
+    outliers: Array
+    signs: Array
+    interference: Array
     kept_elements: Array
     kept_squares: Array
     concentrated: Array
-    tensors: int = 1
 
     @classmethod
-    def of(cls, size: int, found: DifferenceSums, models: Sequence[int | None]) -> TensorSums:
-        """The sums of one tensor; models that share the base's tensor were not measured and differ by zero.
+    def zeros(cls, groups: int, models: int) -> Sums:
+        """The sums of no elements."""
+        whole, by_model, kept = np.int64, (groups, models), (groups, models, len(DENSITIES))
+        return cls(
+            np.zeros(groups, whole), np.zeros(groups, whole), np.zeros((groups, models + 1, models + 1)),
+            np.zeros((groups, models + 1), whole), np.zeros(by_model, whole), np.zeros(by_model),
+            np.zeros(by_model, whole), np.zeros((groups, 4, models, models), whole),
+            np.zeros((groups, 3, models, models)), np.zeros(kept), np.zeros(kept), np.zeros(by_model),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, size: int, found: DifferenceSums) -> Sums:
+        """The sums of one tensor, as it was measured whole."""
+        sums = cls.zeros(1, found.skipped.size)
+        sums.tensors[:], sums.elements[:] = 1, size
+        for name in ("gram", "bad", "skipped", "largest", "outliers", "interference"):
+            getattr(sums, name)[0] = getattr(found, name)
+        sums.signs[0] = np.maximum(found.signs, found.signs.swapaxes(1, 2))
+        changed = sums.changed[0]
+        for model, histogram in enumerate(found.histogram):
+            curve = SquaresCurve(histogram)
+            sums.kept_elements[0, model] = [min(density * size, changed[model]) for density in DENSITIES]
+            sums.kept_squares[0, model] = [curve.squares_in(density * size) for density in DENSITIES]
+            sums.kept_squares[0, model] *= found.gram[model, model]
+            sums.concentrated[0, model] = curve.elements_with(MOST_SQUARES)
+        return sums
+
+    @property
+    def changed(self) -> Array:
+        """The number of elements of each model that differ from the base, or are not finite in either."""
+        changed: Array = np.diagonal(self.signs[:, 0], axis1=1, axis2=2) + self.skipped
+        return changed
+
+    def spread(self, models: Sequence[int | None]) -> Sums:
+        """The same with zeros for further models, whose tensors are the base's own.
 
         Args:
-            size: The number of elements.
-            found: The measurement of all other models.
-            models: For each model the index of its tensor among those that were measured; None: the base's.
+            models: One per model; None if its tensor is the base's own.
         """
         own = np.flatnonzero([each is not None for each in models])
-        count, nonzero = len(models), size - _unchanged(found, size)
-        sums, square = DifferenceSums.zeros(count), np.ix_(own, own)
-        with_base = np.append(own, count)
-        sums.gram[np.ix_(with_base, with_base)] = found.gram
-        sums.bad[:] = sums.skipped[:] = found.bad[-1]
-        sums.bad[with_base] = found.bad
-        for name in ("skipped", "largest", "outliers"):
-            getattr(sums, name)[own] = getattr(found, name)
-        for number in range(len(found.signs)):
-            sums.signs[number][square] = np.maximum(found.signs[number], found.signs[number].T)
-        for number in range(len(found.interference)):
-            sums.interference[number][square] = found.interference[number]
-        sums.histogram = np.zeros((count, 0), np.int64)
-        kept = np.zeros((2, count, len(DENSITIES)))
-        concentrated = np.zeros(count)
-        for index, model in enumerate(own):
-            curve = SquaresCurve(found.histogram[index])
-            square_norm = found.gram[index, index]
-            kept[0, model] = [min(density * size, nonzero[index]) for density in DENSITIES]
-            kept[1, model] = [square_norm * curve.squares_in(density * size) for density in DENSITIES]
-            concentrated[model] = curve.elements_with(MOST_SQUARES)
-        return cls(size, sums, kept[0], kept[1], concentrated)
-
-    def scaled(self, elements: int) -> TensorSums:
-        """The sums of a tensor of ``elements`` elements, extrapolated from these of a sample."""
-        factor = elements / self.elements
-        sums = {name: value if name == "largest" else _times(value, factor) for name, value in vars(self.sums).items()}
-        return TensorSums(
-            elements, DifferenceSums(**sums), factor * self.kept_elements, factor * self.kept_squares,
-            factor * self.concentrated, self.tensors,
-        )  # fmt: skip
+        if own.size == len(models):
+            return self
+        found, with_base = Sums.zeros(len(self.elements), len(models)), np.append(own, len(models))
+        found.tensors, found.elements = self.tensors, self.elements
+        found.gram[:, with_base[:, None], with_base] = self.gram
+        found.bad[:] = self.bad[:, -1:]
+        found.skipped[:] = self.bad[:, -1:]
+        found.bad[:, with_base] = self.bad
+        for name in ("skipped", "largest", "outliers", "kept_elements", "kept_squares", "concentrated"):
+            getattr(found, name)[:, own] = getattr(self, name)
+        found.signs[:, :, own[:, None], own] = self.signs
+        found.interference[:, :, own[:, None], own] = self.interference
+        return found
 
     @classmethod
-    def total(cls, several: Iterable[TensorSums]) -> TensorSums:
-        """The sums over several; at least one."""
-        first, *others = several
-        if not others:
-            return first
-        count = first.concentrated.size
-        kept = np.zeros_like(first.kept_elements), np.zeros_like(first.kept_squares)
-        whole = cls(0, DifferenceSums.zeros(count), *kept, np.zeros(count), 0)
-        whole.sums.histogram = np.zeros((count, 0), np.int64)
-        for each in (first, *others):
-            whole.sums.add(each.sums)
-            for name in ("elements", "kept_elements", "kept_squares", "concentrated", "tensors"):
-                setattr(whole, name, getattr(whole, name) + getattr(each, name))
-        return whole
-
-    def group(self, name: str, stack: str, layer: int | None, module: str | None) -> Group:
-        """The measures that follow from these sums."""
-        numbers, models = _Numbers(self), range(self.concentrated.size)
-        return Group(
-            name, stack, layer, module, self.tensors, self.elements, numbers.gram[-1][-1] ** 0.5, numbers.bad[-1],
-            tuple(map(numbers.change, models)),
-            tuple(numbers.pair(model, other) for model in models for other in models if other != model),
+    def joined(cls, several: Sequence[Sums]) -> Sums:
+        """The rows of several, one after another."""
+        return several[0] if len(several) == 1 else cls(
+            *(np.concatenate([vars(each)[name] for each in several]) for name in vars(several[0]))
         )  # fmt: skip
+
+    def rows(self, order: Array) -> Sums:
+        """Some rows, in an order."""
+        return Sums(*(value[order] for value in vars(self).values()))
+
+    def added(self, keys: Iterable[object]) -> Sums:
+        """Rows of the same key added up, in the order of each key's first row.
+
+        Args:
+            keys: One per row.
+        """
+        numbers: dict[object, int] = {}
+        index = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+        if len(numbers) == len(index):
+            return self
+        order = np.argsort(index, kind="stable")
+        starts = np.searchsorted(index[order], np.arange(len(numbers)))
+        return Sums(
+            *((np.maximum if name == "largest" else np.add).reduceat(value[order], starts, axis=0)
+              for name, value in vars(self).items())
+        )  # fmt: skip
+
+    def scaled(self, elements: Array) -> Sums:
+        """The sums of this many elements in each row, as those of a sample suggest them; counts stay whole."""
+        factors, found = elements / self.elements, Sums(**vars(self))
+        for name, value in vars(self).items():
+            if name not in ("tensors", "elements", "largest"):
+                own = value * factors.reshape(-1, *(1,) * (value.ndim - 1))
+                setattr(found, name, own if value.dtype.kind == "f" else np.rint(own).astype(value.dtype))
+        found.elements = elements
+        return found
+
+    def groups(self, keys: Sequence[GroupKey]) -> tuple[Group, ...]:
+        """The measures that follow from each row."""
+        numbers = _Numbers(self)
+        rows = zip(keys, self.tensors.tolist(), self.elements.tolist(), numbers.base_norm, numbers.base_bad, numbers.changes(),
+                   numbers.pairs(), strict=True)  # fmt: skip
+        return tuple(Group(*key, *values) for key, *values in rows)
 
 
 class _Numbers:
-    """Sums as Python numbers: single elements of arrays are slow to access."""
+    """The measures of all rows at once: array operations are faster than single numbers."""
 
-    def __init__(self, of: TensorSums) -> None:
-        sums = of.sums
-        self._elements, self.gram, self.bad = of.elements, sums.gram.tolist(), sums.bad.tolist()
-        self._unchanged, self._skipped = _unchanged(sums, of.elements).tolist(), sums.skipped.tolist()
-        self._largest, self._outliers = sums.largest.tolist(), sums.outliers.tolist()
-        self._signs, self._interference = sums.signs.tolist(), sums.interference.tolist()
-        self._kept_elements, self._kept_squares = of.kept_elements.tolist(), of.kept_squares.tolist()
-        self._concentrated = of.concentrated.tolist()
+    def __init__(self, sums: Sums) -> None:
+        self._sums, self._models = sums, sums.skipped.shape[1]
+        self._squares = np.diagonal(sums.gram, axis1=1, axis2=2)
+        self._norms = np.sqrt(self._squares)
+        self.base_norm, self.base_bad = self._norms[:, -1].tolist(), sums.bad[:, -1].tolist()
 
-    def change(self, model: int) -> Change:
-        """The measures of a model."""
-        square = self.gram[model][model]
-        return Change(
-            norm=square**0.5,
-            relative=_root(_share(square, self.gram[-1][-1])),
-            unchanged=_share(self._unchanged[model], self._elements),
-            along_base=self._cosine(model, len(self.gram) - 1),
-            largest=self._largest[model],
-            outliers=self._outliers[model],
-            nonfinite=self.bad[model],
-            density_90=_share(self._concentrated[model], self._elements) if square else None,
-            kept=tuple(self._kept(model, number, density) for number, density in enumerate(DENSITIES)),
+    def changes(self) -> list[tuple[Change, ...]]:
+        """The measures of each model."""
+        sums, elements, norms = self._sums, self._sums.elements[:, None], self._norms
+        squares, base = self._squares[:, :-1], self._squares[:, -1:]
+        columns = (
+            norms[:, :-1].tolist(),
+            _share(norms[:, :-1], norms[:, -1:], base > 0),
+            _share(elements - sums.changed, elements),
+            self._cosines(np.arange(self._models), np.full(self._models, self._models)),
+            sums.largest.tolist(),
+            sums.outliers.tolist(),
+            sums.bad[:, :-1].tolist(),
+            _share(sums.concentrated, elements, squares > 0),
+            self._kept(),
         )
+        return [tuple(map(Change, *row)) for row in zip(*columns, strict=True)]
 
-    def _kept(self, model: int, number: int, density: float) -> Kept:
-        changed = self._elements - self._unchanged[model] - self._skipped[model]
-        return Kept(
-            density,
-            self._kept_elements[model][number] / self._elements,
-            _share(self._kept_squares[model][number], self.gram[model][model]),
-            density * changed / self._elements,
+    def _kept(self) -> list[list[tuple[Kept, ...]]]:
+        sums, elements = self._sums, self._sums.elements[:, None, None]
+        by_dare = np.multiply.outer(sums.changed - sums.skipped, DENSITIES)
+        columns = (
+            _share(sums.kept_elements, elements),
+            _share(sums.kept_squares, self._squares[:, :-1, None]),
+            _share(by_dare, elements),
         )
+        return [
+            [tuple(map(Kept, DENSITIES, *model)) for model in zip(*row, strict=True)]
+            for row in zip(*columns, strict=True)
+        ]
 
-    def pair(self, model: int, other: int) -> Pair:
-        """The measures of an ordered pair of models."""
-        both, opposite, large, opposite_large = (each[model][other] for each in self._signs)
-        ratio = _root(_share(self._interference[0][model][other], self._interference[0][model][model]))
-        return Pair(
-            model, other, self._cosine(model, other), _share(both, self._elements),
-            _share(opposite, both), _share(opposite_large, large), ratio, self._error(model, other, ratio),
-        )  # fmt: skip
+    def pairs(self) -> list[tuple[Pair, ...]]:
+        """The measures of each ordered pair of models."""
+        one, other = np.nonzero(~np.eye(self._models, dtype=bool))
+        both, opposite, large, opposite_large = self._sums.signs[:, :, one, other].swapaxes(0, 1)
+        columns = (
+            self._cosines(one, other),
+            _share(both, self._sums.elements[:, None]),
+            _share(opposite, both),
+            _share(opposite_large, large),
+            *self._interference(one, other),
+        )
+        models = one.tolist(), other.tolist()
+        return [tuple(map(Pair, *models, *row)) for row in zip(*columns, strict=True)]
 
-    def _error(self, model: int, other: int, ratio: float | None) -> float | None:
-        """The standard error of ``interference``, by error propagation for the root of a quotient of estimates."""
-        products, variances, covariances = self._interference
-        own = products[model][model]
-        if not ratio:
-            return ratio
-        square = variances[model][other] / own - 2 * covariances[model][other] * ratio**2 / own
-        square += variances[model][model] * ratio**4 / own
-        return float(max(square / own, 0.0) ** 0.5 / (2 * ratio))
+    def _interference(self, one: Array, other: Array) -> tuple[list[Any], list[Any]]:
+        """The roots of the quotients, and their standard errors by error propagation."""
+        products, variances, covariances = self._sums.interference[:, :, one, other].swapaxes(0, 1)
+        own, own_variances = (self._sums.interference[:, number, one, one] for number in (0, 1))
+        defined = own > 0
+        own = np.where(defined, own, 1.0)
+        ratio = np.sqrt(products / own)
+        square = (variances - 2 * covariances * ratio**2 + own_variances * ratio**4) / own
+        error = np.sqrt(np.maximum(square / own, 0.0)) / np.where(ratio > 0, 2 * ratio, 1.0)
+        defined &= ~(error > MOST_ERROR * ratio)
+        return _listed(ratio, defined), _listed(np.where(ratio > 0, error, 0.0), defined)
 
-    def _cosine(self, one: int, other: int) -> float | None:
-        norms = self.gram[one][one] ** 0.5 * self.gram[other][other] ** 0.5
-        return max(-1.0, min(1.0, self.gram[one][other] / norms)) if norms > 0 else None
+    def _cosines(self, one: Array, other: Array) -> list[Any]:
+        norms = self._norms[:, one] * self._norms[:, other]
+        defined = norms > 0
+        return _listed((self._sums.gram[:, one, other] / np.where(defined, norms, 1.0)).clip(-1, 1), defined)
 
 
 class SquaresCurve:
@@ -200,22 +260,17 @@ def _value(bins: Array) -> Array:
     return value
 
 
-def _unchanged(sums: DifferenceSums, size: int) -> Array:
-    """The number of elements of each model that equal the base's, among those that are finite in both."""
-    changed = np.array([sums.signs[0, each, each] for each in range(len(sums.skipped))])
-    unchanged: Array = size - changed - sums.skipped
-    return unchanged
+def _share(part: Array, whole: Array, defined: Array | None = None) -> list[Any]:
+    defined = whole > 0 if defined is None else defined
+    return _listed(part / np.where(whole > 0, whole, 1), np.broadcast_to(defined, part.shape))
 
 
-def _times(value: Array, factor: float) -> Array:
-    """An array times a factor, in its own type; integers are rounded."""
-    scaled: Array = value * factor
-    return scaled if value.dtype.kind == "f" else np.rint(scaled).astype(value.dtype)
-
-
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None
-
-
-def _root(value: float | None) -> float | None:
-    return None if value is None else value**0.5
+def _listed(values: Array, defined: Array) -> list[Any]:
+    """Nested lists of Python numbers; None where they are undefined."""
+    if defined.all():
+        found: list[Any] = values.tolist()
+        return found
+    told = values.astype(object)
+    told[~defined] = None
+    undefined: list[Any] = told.tolist()
+    return undefined

@@ -11,26 +11,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from modelfuse.checkpoints import read_json
-from modelfuse.checkpoints.made_files import CONFIG_NAME, REPORT_NAME
-from modelfuse.errors import CheckpointError
-from modelfuse.inspection.diff import Progress, carry_out
+from modelfuse.checkpoints.made_files import REPORT_NAME
+from modelfuse.inspection.diff import Progress, carry_out, result_of
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.diff_result import Diff
 from modelfuse.inspection.merge_outcome import Outcome, outcome_of, outcomes_of
 from modelfuse.inspection.outcome_sentences import sentences_of
-from modelfuse.inspection.recompute import absent_inputs, in_stores, modified_inputs
-from modelfuse.inspection.report_reader import Report, read_recipe, read_report
+from modelfuse.inspection.sampled_sums import Sample, measure_sample
 from modelfuse.planning.diff_plan import DiffPlan, make_diff_plan
-from modelfuse.planning.diff_sample import sampled
-from modelfuse.planning.hub import QUIET, fetch
 from modelfuse.planning.tables import html
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, forget
+from modelfuse.storage import PathOrUrl
 
 #: Gives what shows how far it is with what was planned.
 ShownBy = Callable[[DiffPlan], AbstractContextManager[Progress]]
-#: Of a sample, every so many blocks are read.
-SAMPLE = 255
 #: Settings of a recipe that are not about what is merged.
 MACHINE = frozenset((
     "output_path", "overwrite", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "n_process", "memory",
@@ -70,7 +64,7 @@ class MergeReport:
         tensors: Tensor by tensor.
         suspicious: Models with tensors that stood out.
         findings: What matters, in sentences.
-        sample: Of so many blocks of elements one was read; None: all were.
+        sample: Which part of the elements was read, and the error that this causes; None: all were.
         diff: How the models and, as the last one, the output differ from the base.
         seconds: Wall time.
     """
@@ -87,7 +81,7 @@ class MergeReport:
     tensors: tuple[Outcome, ...]
     suspicious: tuple[SuspiciousModel, ...]
     findings: tuple[str, ...]
-    sample: int | None
+    sample: Sample | None
     diff: Diff
     seconds: float
 
@@ -106,48 +100,12 @@ class MergeReport:
         return f"<MergeReport: {', '.join(parts)}; {self.output}>"
 
 
-def report_output(
-    folder: PathOrUrl,
-    *,
-    exact: bool = False,
-    n_process: int | None = None,
-    memory: object = None,
-    shown: ShownBy = lambda _: nullcontext(lambda *_: None),
-) -> MergeReport:
-    """Compare an output with its inputs, which are to be at hand.
-
-    Args:
-        folder: The output.
-        exact: Whether interference is to be computed exactly.
-        n_process: Parallel workers; None: one a processor.
-        memory: The most memory to use; None: as for a merge.
-        shown: Gives what shows how far it is, once it is planned.
-
-    Raises:
-        CheckpointError: If it is no output of a merge, or an input is missing or was changed.
-        ModelfuseError: If an input cannot be read.
-    """
-    forget()
-    try:
-        report, _ = read_report(folder)
-        recipe, problems = read_recipe(folder, report)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or folder}: {error.strerror}") from error
-    if recipe is None:
-        raise CheckpointError(problems[0].message if problems else f"{folder} has no {CONFIG_NAME}",
-                              "Compare it by hand: modelfuse diff MODEL … OUT --base BASE.")  # fmt: skip
-    recipe = _at_hand(folder, recipe, report)
-    changes = {"n_process": n_process, "memory": memory}
-    recipe = _with_machine(recipe, {name: value for name, value in changes.items() if value is not None})
-    return compare_output(recipe, folder, exact=exact, shown=shown)
-
-
 def compare_output(
     recipe: Recipe,
     folder: PathOrUrl,
     *,
     exact: bool = False,
-    sample: int | None = None,
+    sample: bool = False,
     shown: ShownBy = lambda _: nullcontext(lambda *_: None),
 ) -> MergeReport:
     """Compare an output with the inputs of its recipe, which are at hand.
@@ -156,7 +114,7 @@ def compare_output(
         recipe: What was merged.
         folder: The output.
         exact: Whether interference is to be computed exactly.
-        sample: Read one of so many blocks of elements only, and tell no interference.
+        sample: Whether to read a sample only, which takes a small part of the time.
         shown: Gives what shows how far it is, once it is planned.
     """
     started = time.perf_counter()
@@ -169,9 +127,13 @@ def compare_output(
         "on_nonfinite": "propagate",
     })  # fmt: skip
     plan = make_diff_plan(compared, exact)
-    plan = plan if sample is None else sampled(plan, sample)
-    with shown(plan) as advance:
-        diff = carry_out(plan, has_base, advance)
+    sampled = None
+    if sample:
+        sums, sampled = measure_sample(plan)
+        diff = result_of(plan, sums, has_base, sampled.bytes_read, started)
+    else:
+        with shown(plan) as advance:
+            diff = carry_out(plan, has_base, advance)
     outcomes = {name: outcomes_of(getattr(diff, name)) for name in ("layers", "modules", "cells", "tensors")}
     whole = outcome_of(diff.whole)
     names = tuple(map(str, models))
@@ -181,7 +143,7 @@ def compare_output(
                 if name not in MACHINE and value not in (None, [], False)}  # fmt: skip
     return MergeReport(
         str(folder), str(base), has_base, names, settings, whole, outcomes["layers"], outcomes["modules"],
-        outcomes["cells"], outcomes["tensors"], suspicious, tuple(findings), sample, diff,
+        outcomes["cells"], outcomes["tensors"], suspicious, tuple(findings), sampled, diff,
         time.perf_counter() - started,
     )  # fmt: skip
 
@@ -191,32 +153,6 @@ def _names_base(recipe: Recipe) -> bool:
     if recipe.mergekit is None or recipe.configurations.mixture is not None:
         return False
     return recipe.configuration.base_model is not None
-
-
-def _at_hand(folder: PathOrUrl, recipe: Recipe, report: Report) -> Recipe:
-    """The recipe with its inputs, none of which is fetched: anybody may have written the files of an output."""
-    recipe = recipe.changed(output_path=None)
-    if recipe.hub_names:
-        recipe = fetch(recipe, QUIET, ask=False)
-    by_hand = "Fetch them, and compare by hand: modelfuse diff MODEL … OUT --base BASE."
-    if urls := in_stores(report, recipe):
-        raise CheckpointError(f"Inputs of {folder} are in stores, which a report does not ask: {urls[0]}", by_hand)
-    if absent := absent_inputs(report, recipe):
-        raise CheckpointError(f"Not all inputs of {folder} are at hand: {'; '.join(absent)}", by_hand)
-    if modified := modified_inputs(report):
-        raise CheckpointError(
-            f"Inputs of {folder} were written again since the merge: {', '.join(modified)}",
-            "Merge again, or compare by hand: modelfuse diff MODEL … OUT --base BASE.",
-        )
-    return recipe
-
-
-def _with_machine(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
-    """The same recipe with settings of this machine, checked."""
-    if not changes:
-        return recipe
-    checked = Recipe.parse({"model_path_list": [*recipe.inputs, recipe.inputs[0]], **changes})
-    return recipe.changed(**{name: getattr(checked, name) for name in changes})
 
 
 def _told(value: float | None) -> str:

@@ -51,7 +51,6 @@ class ComparedTensor:
         models: For each model, the index of its source; None if it uses the base's tensor.
         measurement: The measurement to run, for the models whose tensor is not the base's.
         location: Its position in the model.
-        sample_of: The base's full tensor, if only a sample of the elements is measured.
     """
 
     name: str
@@ -60,7 +59,6 @@ class ComparedTensor:
     models: tuple[int | None, ...]
     measurement: Measurement
     location: Location
-    sample_of: StoredTensor | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -77,7 +75,6 @@ class DiffPlan:
         models: The models in order, then the base.
         tensors: The tensors to measure.
         left_out: Names of tensors that are not compared, with the reason.
-        budget: Workers, slices and memory.
         exact: Whether interference is computed without sketches.
     """
 
@@ -85,7 +82,6 @@ class DiffPlan:
     models: tuple[Checkpoint, ...]
     tensors: tuple[ComparedTensor, ...]
     left_out: dict[str, str]
-    budget: Budget
     exact: bool
 
     @property
@@ -118,7 +114,7 @@ def make_diff_plan(recipe: Recipe, exact: bool) -> DiffPlan:
             "The models have no tensors of the same name and shape", "Compare models of one architecture."
         )
     tensors = tuple(_tensors(models, names, exact))
-    return DiffPlan(recipe, models, tensors, left_out, _budget(recipe, tensors), exact)
+    return DiffPlan(recipe, models, tensors, left_out, exact)
 
 
 def _left_out(
@@ -192,10 +188,16 @@ def _module(name: str) -> str:
     return pattern(module if module and leaf in ("weight", "bias") else name)
 
 
-def _budget(recipe: Recipe, tensors: Sequence[ComparedTensor]) -> Budget:
+def budget_of(plan: DiffPlan) -> Budget:
+    """Workers, slices and memory for measuring everything.
+
+    Raises:
+        RecipeError: If the memory budget is too small.
+    """
     operations = [
         Operation(each.name, each.sources[-1].dtype, each.sources[-1].shape, "copy", each.sources, each.inputs)
-        for each in tensors
+        for each in plan.tensors
     ]
-    demand = demand_of(recipe, operations)
-    return fit_memory(recipe, demand._replace(whole=max(each.measurement.memory for each in tensors)))
+    demand = demand_of(plan.recipe, operations)
+    whole = max(each.measurement.memory for each in plan.tensors)
+    return fit_memory(plan.recipe, demand._replace(whole=whole))

@@ -1,70 +1,142 @@
-"""A sample of a comparison: some blocks of elements of every tensor, the same blocks of all models."""
+"""A sample of what ``diff`` compares: of every tensor some runs of elements, the same of all models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
-from modelfuse.checkpoints.tensors import PartialTensor, Reader
+from modelfuse.checkpoints.tensors import StoredTensor
 from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan
-from modelfuse.storage.files import Buffer
+from modelfuse.storage import Url
+from modelfuse.storage.files import Buffer, OpenFile, SourceFile
 
-#: Elements of a block; about the fewest elements sampled of a larger tensor, and of all tensors together.
-BLOCK, LEAST, LEAST_IN_ALL = 1 << 12, 1 << 13, 1 << 21
+#: The fewest runs and elements of a tensor; of large ones, one in so many elements.
+LEAST_RUNS, LEAST, SHARE = 3, 1 << 11, 2047
+#: Elements of a run: a row, if it is neither shorter nor longer; else RUN.
+SHORTEST_ROW, LONGEST_ROW, RUN = 32, 1 << 16, 1024
+#: The most rows of a small matrix that is sampled whole, row by row.
+MOST_ROWS = 256
+#: Elements of all sources that are in memory at a time.
+MOST_ELEMENTS = 1 << 19
+#: The fractional part of the golden ratio: multiples of it are spread evenly.
+GOLDEN = 0.6180339887498949
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTensor(PartialTensor):
-    """Every ``stride``-th block of a tensor's elements, as one tensor.
+class Runs(NamedTuple):
+    """The runs that are sampled of a tensor.
 
     Attributes:
-        stride: The distance of sampled blocks, in blocks.
+        number: The number of runs.
+        length: Elements per run.
+        are_outputs: Whether they are outputs of one Linear layer, of which interference can be estimated.
     """
 
-    stride: int
+    number: int
+    length: int
+    are_outputs: bool
 
-    @contextmanager
-    def open(self) -> Iterator[Reader]:
-        """Open for reading."""
-        with self.source.open() as read:
-            width = self.dtype.bytes
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return self.number * self.length
 
-            def blocks(start: int, buffer: Buffer) -> None:
-                done, whole = 0, memoryview(buffer).cast("B")
-                while done < len(whole):
-                    block, inside = divmod(start + done // width, BLOCK)
-                    count = min(BLOCK - inside, (len(whole) - done) // width)
-                    read(block * self.stride * BLOCK + inside, whole[done : done + count * width])
-                    done += count * width
+    @classmethod
+    def of(cls, tensor: ComparedTensor) -> Runs:
+        """The runs of a tensor; of a small one, all elements are sampled."""
+        size, matrices = tensor.measurement.size, tensor.measurement.matrices
+        columns = tensor.sources[-1].shape[-1] if len(tensor.sources[-1].shape) > 1 else 0
+        are_rows = SHORTEST_ROW <= columns <= LONGEST_ROW
+        length = columns if are_rows else RUN
+        one_layer = matrices is not None and matrices.units == 1 and not matrices.parts and matrices.out_first
+        are_outputs = are_rows and one_layer
+        count = max(LEAST_RUNS, -(-LEAST // length), size // (SHARE * length))
+        if 2 * count * length > size:
+            count = size // length
+            return cls(count, length, True) if are_outputs and LEAST_RUNS <= count <= MOST_ROWS else cls(1, size, False)
+        return cls(count, length, are_outputs)
 
-            yield blocks
+    def starts(self, name: str, size: int) -> list[int]:
+        """The first element of each run: one in each of as many equal parts of the tensor, at a place that varies."""
+        available, begin = size // self.length, zlib.crc32(name.encode()) / 2**32
+        return [int((number + (begin + number * GOLDEN) % 1) * available / self.number) * self.length
+                for number in range(self.number)]  # fmt: skip
 
 
-def sampled(plan: DiffPlan, stride: int) -> DiffPlan:
-    """The plan of a sample. It has no whole matrices, so interference is not measured.
+@dataclass(frozen=True)
+class SampleBatch:
+    """Tensors that are measured together: their sources have the same types, and their samples the same shape.
 
-    Args:
-        plan: The full plan.
-        stride: The distance of sampled blocks in large tensors, in blocks; less in smaller ones. Odd, so that blocks
-            are not always the same columns of a matrix whose rows have a power of two elements.
+    Attributes:
+        numbers: Their positions in the plan.
+        tensors: The tensors.
+        runs: What is sampled of each.
     """
-    least = max(LEAST, LEAST_IN_ALL // len(plan.tensors))
-    return replace(plan, tensors=tuple(_sampled(each, stride, least) for each in plan.tensors))
+
+    numbers: tuple[int, ...]
+    tensors: tuple[ComparedTensor, ...]
+    runs: Runs
+
+    @property
+    def bytes_read(self) -> int:
+        """The number of bytes in all sources together."""
+        each = sum(source.stored.nbytes(self.runs.elements) for source in self.tensors[0].sources)
+        return len(self.tensors) * each
+
+    @cached_property
+    def starts(self) -> list[list[int]]:
+        """The first element of each run, for each tensor."""
+        return [self.runs.starts(each.name, each.measurement.size) for each in self.tensors]
+
+    def read(self, source: int, buffer: Buffer) -> None:
+        """Read the sample of all tensors, one after another, from one of their sources.
+
+        Raises:
+            CheckpointError: If a file was changed or cannot be read.
+        """
+        nbytes, done = self.tensors[0].sources[source].dtype.nbytes(self.runs.length), 0
+        with ExitStack() as files:
+            opened: dict[SourceFile, OpenFile] = {}
+            for each, starts in zip(self.tensors, self.starts, strict=True):
+                tensor = each.sources[source]
+                places = [
+                    buffer[done + begin : done + begin + nbytes] for begin in range(0, nbytes * len(starts), nbytes)
+                ]
+                done += nbytes * len(starts)
+                if type(tensor) is not StoredTensor:
+                    with tensor.open() as read:
+                        for start, place in zip(starts, places, strict=True):
+                            read(start, place)
+                    continue
+                if (file := opened.get(tensor.file)) is None:
+                    file = opened[tensor.file] = files.enter_context(tensor.file.open())
+                for start, place in zip(starts, places, strict=True):
+                    file.read(tensor.offset + tensor.dtype.nbytes(start), place)
+
+    def expect(self) -> None:
+        """Announce what will be read, so that remote ranges are fetched together."""
+        for each, starts in zip(self.tensors, self.starts, strict=True):
+            for source in each.sources:
+                for start in starts if isinstance(source.file.path, Url) else ():
+                    source.expect(start, self.runs.length)
 
 
-def _sampled(tensor: ComparedTensor, stride: int, least: int) -> ComparedTensor:
-    size = tensor.measurement.size
-    stride = min(stride, size // least)
-    stride -= 1 - stride % 2
-    if stride < 3:
-        return replace(tensor, measurement=replace(tensor.measurement, matrices=None))
-    blocks, rest = divmod(size, BLOCK)
-    chosen = -(-(blocks + bool(rest)) // stride)
-    last_is_cut = rest > 0 and (chosen - 1) * stride == blocks
-    count = chosen * BLOCK - (BLOCK - rest if last_is_cut else 0)
-    sources = tuple(
-        SampledTensor(each.name, each.dtype, (count,), each.file, each.offset, each, stride) for each in tensor.sources
-    )
-    measurement = replace(tensor.measurement, size=count, matrices=None)
-    return replace(tensor, sources=sources, measurement=measurement, sample_of=tensor.sources[-1])
+def sample_of(plan: DiffPlan) -> list[SampleBatch]:
+    """The sample of everything that a plan compares."""
+    alike: dict[object, list[int]] = {}
+    for number, tensor in enumerate(plan.tensors):
+        measurement = tensor.measurement
+        key = measurement.dtypes, measurement.models, tensor.models, Runs.of(tensor)
+        alike.setdefault(key, []).append(number)
+    return [batch for numbers in alike.values() for batch in _batches(plan.tensors, numbers)]
+
+
+def _batches(tensors: Sequence[ComparedTensor], numbers: Sequence[int]) -> Iterator[SampleBatch]:
+    runs, sources = Runs.of(tensors[numbers[0]]), len(tensors[numbers[0]].sources)
+    most = max(MOST_ELEMENTS // (runs.elements * sources), 1)
+    for begin in range(0, len(numbers), most):
+        some = tuple(numbers[begin : begin + most])
+        yield SampleBatch(some, tuple(tensors[number] for number in some), runs)

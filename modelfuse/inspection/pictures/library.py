@@ -1,9 +1,10 @@
-"""Vega-Lite as a script: put together once, and kept for this user alone."""
+"""The Vega-Lite script, bundled once and cached for this user."""
 
 from __future__ import annotations
 
 import contextlib
-from importlib.metadata import version
+import os
+import zlib
 from importlib.util import find_spec
 
 from modelfuse.errors import MissingExtraError
@@ -14,19 +15,19 @@ MISSING = ("Pages and pictures need Vega-Lite, which is not installed", "pip ins
 
 
 def library() -> str:
-    """Vega, Vega-Lite and Vega-Embed, as one script that nothing of HTML ends.
+    """Vega, Vega-Lite and Vega-Embed as one script, without text that would end an HTML script element.
 
     Raises:
         MissingExtraError: If the extra is not installed.
     """
+    name = f"vega-{_installed()}.js"
+    for folder in folders():
+        with contextlib.suppress(OSError), private_folder(folder) as descriptor:
+            return read_private(descriptor, name).decode()
     try:
         import vl_convert
     except ImportError as error:
         raise MissingExtraError(*MISSING) from error
-    name = f"vega-{version('vl-convert-python')}.js"
-    for folder in folders():
-        with contextlib.suppress(OSError), private_folder(folder) as descriptor:
-            return read_private(descriptor, name).decode()
     script: str = vl_convert.javascript_bundle().replace("</script", "<\\/script").replace("<!--", "<\\!--")
     for folder in folders():
         with contextlib.suppress(OSError), private_folder(folder, make=True) as descriptor:
@@ -36,10 +37,23 @@ def library() -> str:
 
 
 def check_installed() -> None:
-    """Refuse, before any work, what needs the extra.
+    """Check that the extra is installed, before any work is done.
 
     Raises:
-        MissingExtraError: If it is not installed.
+        MissingExtraError: If it is not.
     """
-    if find_spec("vl_convert") is None:
+    _installed()
+
+
+def _installed() -> str:
+    """What tells the installed Vega-Lite from other versions: its files' sizes and times. Its version takes longer."""
+    try:
+        found = find_spec("vl_convert")
+    except ValueError:  # The module was replaced by None.
+        found = None
+    if found is None or not found.submodule_search_locations:
         raise MissingExtraError(*MISSING)
+    with os.scandir(found.submodule_search_locations[0]) as entries:
+        files = sorted((each.name, each.stat()) for each in entries if each.is_file())
+    told = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in files]
+    return f"{zlib.crc32(' '.join(told).encode()):08x}"

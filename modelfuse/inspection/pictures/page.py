@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 
@@ -23,6 +22,8 @@ from modelfuse.version import __version__
 
 #: What is listed of many.
 MOST_LISTED = 200
+#: What a page of a sample says of better numbers.
+MEASURED = "modelfuse report OUTPUT --html FILE measures all elements."
 #: Nothing is fetched, whatever the text of strangers says.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -87,7 +88,7 @@ def as_script(value: object) -> str:
 
 
 def _resource(name: str) -> str:
-    return (files("modelfuse.inspection.pictures") / name).read_text(encoding="utf-8")
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _template(name: str) -> Template:
@@ -154,16 +155,27 @@ def _beside(shown: Shown) -> str:
     return "".join(parts)
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
+
+
 def _method(shown: Shown) -> str:
     found = shown.diff
     elements, parts = "all elements", ["τ is the difference of a model to the base, ‖·‖ the Frobenius norm."]
-    if shown.report is not None and shown.report.sample is not None:
-        elements = f"a sample, of every {shown.report.sample} blocks one; modelfuse report has all"
+    sample = None if shown.report is None else shown.report.sample
     if any(each.interference is not None for each in found.whole.pairs):
-        how = (
-            "computed exactly" if found.exact else "estimated by a sketch, whose standard error is told where pairs are"
-        )
+        how = "computed exactly" if found.exact else "estimated; the tooltips of pairs have the standard error"
         parts.append(f"Interference is {how}.")
+    elif len(shown.names) > 1:
+        how = "no matrix of a layer was compared" if sample is None else "the sample has too few rows of matrices"
+        parts.append(f"There is no interference: {how}." + (sample is not None) * f" {MEASURED}")
+    if sample is not None and sample.share < 1:
+        elements = (
+            f"a sample, {_percent(sample.share)} of the elements. The standard error of ‖τ‖ is "
+            f"{_percent(sample.model_error)} for all tensors together, and {_percent(sample.tensor_error)} for one of "
+            f"them (median). {MEASURED}"
+        )
+        return escape(" ".join((*parts, f"Numbers are estimates from {elements}")))
     parts.append(f"What trim keeps is told for the densities {', '.join(f'{each:g}' for each in DENSITIES)}.")
     parts.append(f"Numbers are float64 sums over {elements}.")
     return escape(" ".join(parts))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
 
 from modelfuse.inspection.diff_result import Group
 from modelfuse.inspection.pictures.measures import MEASURES, Measure, Number
 from modelfuse.inspection.pictures.shown import Part, Shown
 from modelfuse.inspection.pictures.specs import places_spec
+
+Array = np.ndarray[Any, Any]
 
 #: Digits that a picture can show.
 DIGITS = 4
@@ -54,12 +59,29 @@ def _columns(shown: Shown, part: Part, measures: Iterable[Measure]) -> dict[str,
 
 def _transposed(groups: Sequence[Group], values: Iterable[Sequence[Number]], measure: Measure) -> list[list[Number]]:
     """The numbers of each model, or of each pair; of what is the same both ways, once."""
-    rows = [[_round(value) for value in row] for row in values]
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    if measure.of == "pair" and columns:
-        pairs = groups[0].pairs
-        return [column for pair, column in zip(pairs, columns, strict=True) if pair.model < pair.other]
+    numbers = np.array([*values], np.float64)
+    if not numbers.size:
+        return []
+    if measure.of == "pair":
+        numbers = numbers[:, [pair.model < pair.other for pair in groups[0].pairs]]
+    columns: list[list[Number]] = _rounded(numbers.T)
     return columns
+
+
+def _rounded(values: Array) -> list[Any]:
+    """Numbers of DIGITS digits; None for NaN.
+
+    >>> _rounded(np.array([123456.0, 0.000123456, -1.0, 0.0, np.nan]))
+    [123500.0, 0.0001235, -1.0, 0.0, None]
+    """
+    sizes = np.abs(values)
+    exponents = np.floor(np.log10(np.where(sizes > 0, sizes, 1.0), where=sizes == sizes, out=np.zeros(values.shape)))
+    # Quotients of integers by powers of ten are the numbers that decimal notation means.
+    above, below = 10.0 ** np.maximum(exponents - DIGITS + 1, 0), 10.0 ** np.maximum(DIGITS - 1 - exponents, 0)
+    found = (np.rint(values / above * below) * above / below).astype(object)
+    found[np.isnan(values)] = None
+    rounded: list[Any] = found.tolist()
+    return rounded
 
 
 def _round(value: Number) -> Number:

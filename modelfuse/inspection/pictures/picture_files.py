@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -28,14 +27,13 @@ def replace_file(path: Path, content: bytes, overwrite: bool = False) -> None:
         OutputError: If there is such a file, or no folder for it.
     """
     check_replaceable(path, overwrite)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    unfinished = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("xb") as file:
             file.write(content)
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-        os.replace(name, path)
+        unfinished.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -63,9 +61,3 @@ def marked_png(content: bytes) -> bytes:
     text = b"tEXt" + b"Software\x00" + MARK
     chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
     return content[:FIRST_CHUNK] + chunk + content[FIRST_CHUNK:] if content.startswith(PNG) else content
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from modelfuse.inspection.diff_names import short_names
@@ -28,13 +29,14 @@ class Shown:
 
     diff: Diff
     report: MergeReport | None = None
+    _values: dict[tuple[str, Part], list[Sequence[Number]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, found: Diff | MergeReport) -> Shown:
         """Of either."""
         return cls(found) if isinstance(found, Diff) else cls(found.diff, found)
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Short names of the models that tell them apart."""
         found = short_names([printable(each) for each in self.diff.models])
@@ -58,6 +60,12 @@ class Shown:
 
     def values(self, measure: Measure, part: Part) -> list[Sequence[Number]]:
         """The numbers of every group."""
+        key = measure.key, part
+        if key not in self._values:
+            self._values[key] = self._computed(measure, part)
+        return self._values[key]
+
+    def _computed(self, measure: Measure, part: Part) -> list[Sequence[Number]]:
         if measure.outcome is None:
             return [measure.values(group) for group in self.groups(part)]
         assert self.report is not None
