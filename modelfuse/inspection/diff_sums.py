@@ -150,8 +150,9 @@ class Sums:
     def groups(self, keys: Sequence[GroupKey]) -> tuple[Group, ...]:
         """The measures that follow from each row."""
         numbers = _Numbers(self)
-        rows = zip(keys, self.tensors.tolist(), self.elements.tolist(), numbers.base_norm, numbers.base_bad, numbers.changes(),
-                   numbers.pairs(), strict=True)  # fmt: skip
+        columns = (self.tensors.tolist(), self.elements.tolist(), numbers.base_norm, numbers.base_bad,
+                   numbers.changes(), numbers.pairs())  # fmt: skip
+        rows = zip(keys, *columns, strict=True)
         return tuple(Group(*key, *values) for key, *values in rows)
 
 
