@@ -290,7 +290,7 @@ def test_a_connection_is_made_and_ended(merge: Command, disconnected: Simulated,
     said = merge(*words, *on(disconnected))
     assert not ray.is_initialized()
     assert said.err.splitlines() == [
-        "note: With Ray, each CPU of the cluster runs one worker, whatever n_process is.",
+        "note: With Ray, each CPU of the cluster runs one worker; n_process has no effect.",
         f"merging {len(SIZES) + 1} tensors of 3 checkpoints, 27.3 MB",
     ]
     assert content(tmp_path / "C") == expected
