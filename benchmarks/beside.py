@@ -1,4 +1,4 @@
-"""A merge, and how fast the disk moves the same bytes without it."""
+"""Run a merge, and measure the disk with a plain read and write of the same size."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import time
 
 from measure import Sample, measure
 from pages import bring_in, evict
-from programs import HERE, Place, modelfuse_tool
+from programs import HERE, Workspace, modelfuse_tool
 from works import Work
 
-#: Threads and bytes of a block of the plain read.
+#: Threads of the plain read, and bytes per block.
 HOW = ("8", str(1 << 20))
 
 
 class Beside:
-    """Runs one merge, and moves as many bytes without it.
+    """Runs a merge, and plain reads and writes of as many bytes.
 
     Args:
-        place: Where the files are.
+        place: The workspace.
         work: The merge.
-        threads: Of the merge.
+        threads: Threads of the merge.
         warm: Whether the inputs are in the page cache.
     """
 
-    def __init__(self, place: Place, work: Work, threads: int, warm: bool) -> None:
+    def __init__(self, place: Workspace, work: Work, threads: int, warm: bool) -> None:
         self._place, self._work = place, work
         self._tool = modelfuse_tool(place, threads, ["--quiet"])
         self._prepare = bring_in if warm else evict
@@ -34,22 +34,22 @@ class Beside:
         self.bytes = sum(path.stat().st_size for path in self._files)
 
     def merge(self) -> Sample:
-        """The merge."""
+        """Run the merge."""
         self._prepare(self._files)
-        os.sync()  # What an earlier run left unwritten must not slow this one down.
+        os.sync()  # Unwritten data of an earlier run would slow this one down.
         try:
             return measure(self._tool.command(self._work), log=self._place.log, env=self._tool.env)
         finally:
             shutil.rmtree(self._place.output, ignore_errors=True)
 
     def read(self) -> float:
-        """GB/s of a plain read of the same inputs."""
+        """Read the same inputs; returns GB/s."""
         self._prepare(self._files)
         command = [sys.executable, str(HERE / "reading.py"), *HOW, *map(str, self._files)]
         return self.bytes / 1e9 / measure(command, log=self._place.log).seconds
 
     def write(self, size: int) -> float:
-        """GB/s of a plain write of so many bytes, synced."""
+        """Write and sync ``size`` bytes; returns GB/s."""
         block = os.urandom(8 << 20)
         path = self._place.work / "written"
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Whether the memory budget holds: merges of awkward models, whose resident memory is sampled.
+"""Measure the resident memory of merges of unusual models, and compare it with the memory budget.
 
 python benchmarks/budgets.py [--workdir DIR] [--small] [--markdown FILE] [name …]
 """
@@ -23,33 +23,33 @@ from measure import Sample, measure
 
 MB = 10**6
 BUDGET = 300 * MB
-#: How far resident memory may exceed the budget.
+#: The largest ratio of resident memory to the budget that is accepted.
 TOLERANCE = 1.15
 PACKAGE = Path(__file__).resolve().parent.parent
-#: Bytes of random content that are made and written at a time.
+#: Bytes of random content that are generated and written at a time.
 PIECE = 1 << 24
 ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
 #: Name, dtype and shape.
 Tensor = tuple[str, str, tuple[int, ...]]
-#: Makes so many bytes of a tensor's content.
+#: Generates a number of bytes of a tensor's content.
 Fill = Callable[[np.random.Generator, int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One merge.
+    """A merge.
 
     Attributes:
-        models: How many, the base included if there is one.
-        tensors: The tensors of every model, given the size.
-        small: The size that a test takes; none: it is left to the large sizes.
-        large: The size to be measured once in a while.
-        words: Further words of the command line.
+        models: The number of models, including the base if there is one.
+        tensors: Gives the tensors of every model for a size.
+        small: The size in tests; None: not tested.
+        large: The size in benchmarks.
+        words: Further arguments of the command line.
         base: The dtype of the base, if there is one.
-        fill: The content; None: files with holes, all zeros.
+        fill: Generates the content; None: sparse files of zeros.
         transposed: Whether to write torch's format with all matrices transposed.
-        cold: Whether no kernel is compiled yet.
+        cold: Whether the code cache is empty.
     """
 
     models: int
@@ -64,42 +64,42 @@ class Case:
 
 
 def any_singles(random: np.random.Generator, count: int) -> bytes:
-    """float32 of every exponent, all finite and far enough from the largest for sums of a few."""
+    """float32 with all exponents; finite, and small enough that sums of a few do not overflow."""
     bits = random.integers(0, 1 << 32, count // 4, np.uint32)
     bits[bits & 0x7F800000 >= 0x7E000000] &= np.uint32(0xBFFFFFFF)
     return bits.tobytes()
 
 
 def any_doubles(random: np.random.Generator, count: int) -> bytes:
-    """float64 of every exponent, all finite and far enough from the largest for sums of a few."""
+    """float64 with all exponents; finite, and small enough that sums of a few do not overflow."""
     bits = random.integers(0, 1 << 64, count // 8, np.uint64)
     bits[bits & np.uint64(0x7FF << 52) >= np.uint64(0x7F8 << 52)] &= np.uint64((1 << 64) - 1 - (1 << 62))
     return bits.tobytes()
 
 
 def normals(random: np.random.Generator, count: int) -> bytes:
-    """float32 as weights are."""
+    """float32 with the distribution of weights."""
     return (random.standard_normal(count // 4, np.float32) * np.float32(0.02)).tobytes()
 
 
 def one(dtype: str) -> Callable[[int], list[Tensor]]:
-    """A model of one tensor of so many mebibytes."""
+    """A model of one tensor; the size is in MiB."""
     return lambda size: [("x.weight", dtype, (size << 10, (1 << 10) // ITEMSIZES[dtype]))]
 
 
 def both(size: int) -> list[Tensor]:
-    """Two tensors of so many mebibytes, which need two sets of kernels."""
+    """Two tensors of ``size`` MiB with different compute types, which need two sets of kernels."""
     return [("x.weight", "BF16", (size, 1 << 19)), ("y.weight", "F64", (size, 1 << 17))]
 
 
 def experts(size: int) -> list[Tensor]:
-    """So many tiny tensors."""
+    """``size`` tiny tensors."""
     return [(f"model.layers.{number // 512}.experts.{number % 512}.up_proj.weight", "BF16", (8, 8))
             for number in range(size)]  # fmt: skip
 
 
 def layers(size: int) -> list[Tensor]:
-    """So many tensors of a mebibyte."""
+    """``size`` tensors of 1 MiB."""
     return [(f"model.layers.{number}.mlp.up_proj.weight", "BF16", (512, 1024)) for number in range(size)]
 
 
@@ -126,10 +126,10 @@ CASES: dict[str, Case] = {
 
 
 def build(case: Case, size: int, folder: Path) -> list[str]:
-    """Write a case's models.
+    """Write the models of a case.
 
     Returns:
-        The words of its command line.
+        The arguments of its command line.
     """
     paths = []
     for number in range(case.models):
@@ -180,12 +180,12 @@ def run(case: Case, size: int, folder: Path, budget: int = BUDGET) -> tuple[int,
     if case.cold:
         environment["NUMBA_CACHE_DIR"] = str(folder / "cache")
     command = [sys.executable, "-m", "modelfuse", "merge", *words, "--output_path", str(folder / "merged"), "--quiet"]
-    planned = expected(words)  # Before anything is compiled, as the merge's own plan.
+    planned = expected(words)  # Before kernels are compiled, as in the merge's own plan.
     return planned, measure(command, log=folder / "log", env=environment)
 
 
 def expected(words: Sequence[str]) -> int:
-    """The memory that a plan of these words expects."""
+    """The memory that a plan of these arguments expects, in bytes."""
     from modelfuse.cli.arguments import parse
     from modelfuse.planning.plan import make_plan
     from modelfuse.recipe.recipe import Recipe
@@ -194,15 +194,15 @@ def expected(words: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Run the cases and print a table; 1 if the budget does not hold in one."""
+    """Run the cases and print a table; returns 1 if one exceeds the budget."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, help="Where models are made; removed again.")
-    parser.add_argument("--small", action="store_true", help="The sizes that the tests take.")
+    parser.add_argument("--workdir", type=Path, help="Folder for the models, which are removed again.")
+    parser.add_argument("--small", action="store_true", help="Use the sizes of the tests.")
     parser.add_argument("--budget", type=int, default=BUDGET // MB, help="In MB (default: 300).")
-    parser.add_argument("--markdown", type=Path, help="Write the table there.")
+    parser.add_argument("--markdown", type=Path, help="Write the table to this file.")
     parser.add_argument("names", nargs="*", help=f"Of: {', '.join(CASES)}.")
     given = parser.parse_args()
-    rows = ["| case | size | the plan's figure | measured | of the budget | seconds |", "|---|---|---|---|---|---|"]
+    rows = ["| case | size | planned | measured | of the budget | seconds |", "|---|---|---|---|---|---|"]
     print("\n".join(rows))
     holds = True
     for name in given.names or [name for name, case in CASES.items() if case.small or not given.small]:

@@ -1,4 +1,4 @@
-"""Draw the README's picture from its table: ``python -m benchmarks.chart``."""
+"""Draw the README's chart from its table: ``python -m benchmarks.chart``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from demo.plot import FAINT, INK, MERGE, Picture
 
 ROOT = Path(__file__).parent.parent
-#: The columns of the table that are drawn, what they are called, and their colours.
+#: The columns of the table that are drawn, with their labels and colours.
 BARS = ((1, "a plain copy of the same bytes", FAINT), (2, "modelfuse", MERGE),
         (7, "arcee's mergekit", "#d97706"), (8, "PaddleFormers", "#b45309"))  # fmt: skip
 METHODS = ("linear", "dare_ties", "ties", "della")
@@ -16,7 +16,7 @@ WIDTH, LEFT, ROW, GAP = 920, 120, 17, 18
 
 
 def rows() -> dict[str, list[float]]:
-    """The seconds of each method that is drawn, in the order of the bars."""
+    """The seconds of each method in METHODS, in the order of BARS."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     cells = {line.split("|")[1].split("`")[1]: line.split("|") for line in text.splitlines() if line.startswith("| `")}
     return {name: [_seconds(cells[name][column + 1]) for column, _, _ in BARS] for name in METHODS}
@@ -29,7 +29,7 @@ def _seconds(cell: str) -> float:
 
 
 def draw(path: Path) -> None:
-    """Write the picture."""
+    """Write the chart as SVG."""
     drawn = rows()
     picture = Picture(WIDTH, 96 + len(drawn) * (len(BARS) * ROW + GAP))
     scale = (WIDTH - LEFT - 90) / max(map(max, drawn.values()))

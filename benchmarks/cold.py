@@ -1,10 +1,10 @@
-"""How long merges take whose inputs lie on the disk only, beside a plain parallel read of the same bytes.
+"""Time merges whose inputs are not in the page cache, and a plain parallel read of the same bytes.
 
     python benchmarks/cold.py
     python benchmarks/cold.py --limit 500                # on a disk that reads 500 MB/s
-    python benchmarks/cold.py --limit 400 --delay 5      # from a server that answers after 5 ms
+    python benchmarks/cold.py --limit 400 --delay 5      # from a simulated server with a latency of 5 ms
 
-How it is measured: see README.md beside this file.
+README.md in this folder describes the method.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,14 +25,14 @@ import reference
 from levelling import level_memory
 from measure import CommandFailed, Sample, measure
 from pages import bring_in, evict, share
-from programs import HERE, Place, Tool, copy_tool, modelfuse_tool
+from programs import HERE, Tool, Workspace, copy_tool, modelfuse_tool, workspace
 from rich.console import Console
 from rich.table import Table
 from run import SHAPES
 from slow import distant, limited
 from works import WORKS, Work
 
-#: What a plain read tries, the best of which is taken: threads, and bytes a block.
+#: Candidates for the plain read, of which the fastest is used: threads, and bytes per block.
 READS = (
     (1, 8 << 20),
     (2, 1 << 20),
@@ -44,35 +43,35 @@ READS = (
     (16, 4 << 20),
     (32, 1 << 20),
 )
-#: A file that someone else has in the page cache.
+#: Size of a file of another program that is in the page cache.
 BYSTANDER_BYTES = 1 << 28
 READ, COPY, COLD, WARM = "plain read", "copy", "cold merge", "warm merge"
 HEADINGS = ("method", "read s", "copy s", "warm s", "cold s", "× read", "× copy", "inputs left", "others kept")
 
 
-class FarPlace(Place):
-    """A place whose inputs are read from a server."""
+class DistantWorkspace(Workspace):
+    """A workspace whose inputs are read from a simulated server."""
 
     @property
     def reference(self) -> Path:
-        """The input checkpoints, as the server shows them."""
+        """The input checkpoints, below the server's mount point."""
         return self.work / "far"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method's figures, medians over the rounds.
+    """The results of one method, medians over the rounds.
 
     Attributes:
-        method: Which.
+        method: The method.
         read: Seconds of the plain read.
         copy: Seconds of a copy whose inputs are not in the page cache.
-        warm: Seconds of a merge whose inputs are.
+        warm: Seconds of a merge whose inputs are in the page cache.
         cold: Seconds of a merge whose inputs are not.
-        to_read: The cold merge's seconds by the plain read's in the same round.
-        to_copy: The same by the copy's.
-        inputs_left: The share of the inputs in the page cache after the cold merge, at most.
-        others_kept: The share of another file there, at least.
+        to_read: Ratio of the cold merge's seconds to the plain read's in the same round.
+        to_copy: Ratio to the copy's.
+        inputs_left: The largest share of the inputs in the page cache after a cold merge.
+        others_kept: The smallest share of another program's file there.
     """
 
     method: str
@@ -86,22 +85,22 @@ class Row:
     others_kept: float
 
     def cells(self) -> list[str]:
-        """For a table."""
+        """The row of a table."""
         seconds = [f"{each:.2f}" for each in (self.read, self.copy, self.warm, self.cold, self.to_read, self.to_copy)]
         return [self.method, *seconds, f"{self.inputs_left:.1%}", f"{self.others_kept:.1%}"]
 
 
 class Bench:
-    """Runs programs on inputs that are, or are not, in the page cache.
+    """Runs programs on inputs that are or are not in the page cache.
 
     Args:
-        place: Where the files are.
-        threads: Of the copy and of modelfuse.
-        before: Words to put before every command.
-        words: More words for modelfuse.
+        place: The workspace.
+        threads: Threads of the copy and of modelfuse.
+        before: Words that precede every command.
+        words: Further arguments of modelfuse.
     """
 
-    def __init__(self, place: Place, threads: int, before: Sequence[str], words: Sequence[str]) -> None:
+    def __init__(self, place: Workspace, threads: int, before: Sequence[str], words: Sequence[str]) -> None:
         self.place, self.before = place, before
         self.copy, self.merge = copy_tool(place, threads), modelfuse_tool(place, threads, words)
         self.bystander = place.work / "bystander"
@@ -110,11 +109,11 @@ class Bench:
         self.left, self.kept = defaultdict[str, float](float), defaultdict[str, float](lambda: 1.0)
 
     def files(self, work: Work) -> list[Path]:
-        """The weight files that a work reads."""
+        """The weight files that a merge reads."""
         return [path / "model.safetensors" for path in work.inputs(self.place.reference)]
 
     def choose_read(self, work: Work) -> dict[tuple[int, int], float]:
-        """Find the fastest way to read a work's inputs; the seconds of each. What is far behind is tried only once."""
+        """Choose the fastest of READS; returns the seconds of each. Much slower ones are tried only once."""
         times = {each: self.read(work, each).seconds for each in READS}
         best = min(times.values())
         for each, seconds in times.items():
@@ -124,13 +123,13 @@ class Bench:
         return times
 
     def read(self, work: Work, how: tuple[int, int] | None = None) -> Sample:
-        """The plain read."""
+        """Time the plain read."""
         evict(self.files(work))
         words = [*map(str, how or self.reads), *map(str, self.files(work))]
         return self._measure([sys.executable, str(HERE / "reading.py"), *words], {})
 
     def run(self, tool: Tool, work: Work, cold: bool) -> Sample:
-        """One copy or merge."""
+        """Time one copy or merge."""
         files = self.files(work)
         shutil.rmtree(self.place.output, ignore_errors=True)
         level_memory(files[-1].stat().st_size, self.place.work)
@@ -149,11 +148,11 @@ class Bench:
         return sample
 
     def _measure(self, command: Sequence[str], env: dict[str, str]) -> Sample:
-        os.sync()  # What an earlier run left unwritten must not slow this one down.
+        os.sync()  # Unwritten data of an earlier run would slow this one down.
         return measure([*self.before, *command], log=self.place.log, env=env)
 
     def rounds(self, work: Work, number: int) -> Row:
-        """Every program, one after the other, so many times."""
+        """Run all programs in turn, ``number`` times."""
         seconds = defaultdict[str, list[float]](list)
         for _ in range(number):
             seconds[READ].append(self.read(work).seconds)
@@ -173,18 +172,15 @@ def main(words: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     options = _parser().parse_args(words)
     console = Console(stderr=True, highlight=False)
-    temporary = None if options.workdir else tempfile.mkdtemp(prefix="modelfuse-benchmark-")
-    place = Place(Path(temporary or options.workdir).resolve())
-    place.work.mkdir(parents=True, exist_ok=True)
     try:
-        _benchmark(options, place, console)
+        with workspace(options.workdir) as place:
+            try:
+                _benchmark(options, place, console)
+            finally:
+                (place.work / "bystander").unlink(missing_ok=True)
     except (CommandFailed, OSError) as error:
         console.print(f"[red]failed:[/] {error}")
         return 1
-    finally:
-        (place.work / "bystander").unlink(missing_ok=True)
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
     return 0
 
 
@@ -194,8 +190,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=WORKS, default=list(WORKS), metavar="METHOD", help=", ".join(WORKS))
     add("--repeat", type=int, default=5, help="rounds (5)")
     add("--threads", type=int, default=2, help="threads of the copy and of modelfuse (2)")
-    add("--limit", type=float, default=0, metavar="MB", help="read so many MB a second at most (root only)")
-    add("--delay", type=float, default=0, metavar="MS", help="read from a server that answers so late (root only)")
+    add("--limit", type=float, default=0, metavar="MB", help="limit reading to so many MB/s (root only)")
+    add(
+        "--delay",
+        type=float,
+        default=0,
+        metavar="MS",
+        help="read from a server with this latency (root only)",
+    )
     add("--workdir", help="keeps the inputs for the next run; without it, a temporary folder")
     add("--size", choices=SHAPES, default="reference", help="small is for trying out this program")
     add("--json", metavar="FILE", help="write the rows there")
@@ -203,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _benchmark(options: argparse.Namespace, place: Place, console: Console) -> None:
+def _benchmark(options: argparse.Namespace, place: Workspace, console: Console) -> None:
     shape = SHAPES[options.size]
     with console.status(f"making the inputs: 4 models of {shape.parameters() / 1e6:.0f} M parameters"):
         reference.make_reference(place.reference, shape)
@@ -211,22 +213,22 @@ def _benchmark(options: argparse.Namespace, place: Place, console: Console) -> N
     with ExitStack() as stack:
         before: list[str] = []
         if options.delay:
-            bring_in(place.reference.glob("*/*.safetensors"))  # The server has them in its memory.
+            bring_in(place.reference.glob("*/*.safetensors"))  # The server's own reads take no time.
             stack.enter_context(distant(place.reference, place.work / "far", options.delay, options.limit * 1e6))
-            place = FarPlace(place.work)
+            place = DistantWorkspace(place.work)
         elif options.limit:
             before = stack.enter_context(limited(place.work, int(options.limit * 1e6)))
         bench = Bench(place, options.threads, before, options.modelfuse)
         largest = max((WORKS[name] for name in options.methods), key=lambda work: len(bench.files(work)))
         size = sum(path.stat().st_size for path in bench.files(largest))
         for (threads, block), seconds in bench.choose_read(largest).items():
-            how = f"{threads} threads, {block >> 10:,} KiB a block"
+            how = f"{threads} threads, {block >> 10:,} KiB per block"
             console.print(f"plain read, {how}: {size / 1e9 / seconds:.2f} GB/s", style="dim")
         for name in options.methods:
-            bench.run(bench.merge, WORKS[name], cold=False)  # Compiles what is not compiled yet.
+            bench.run(bench.merge, WORKS[name], cold=False)  # Compiles kernels that are not cached.
             rows.append(bench.rounds(WORKS[name], options.repeat))
             console.print("  ".join(rows[-1].cells()), style="dim")
-    limit = f"{options.limit:.0f} MB/s" if options.limit else "as fast as it is"
+    limit = f"{options.limit:.0f} MB/s" if options.limit else "no limit"
     disk = f"a server: {options.delay:g} ms, {limit}" if options.delay else f"disk: {limit}"
     title = f"{shape.parameters() / 1e6:.0f} M parameters, bfloat16, {options.threads} threads, {disk}"
     table = Table(title=title, title_justify="left")

@@ -1,11 +1,11 @@
-"""The reference work as configurations of mergekit's: modelfuse beside mergekit 0.1.5 and a plain copy, in one run.
+"""Time mergekit configurations with modelfuse and mergekit 0.1.5, and a plain copy of the same bytes.
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install torch==2.13.0 mergekit==0.1.5
     python benchmarks/configurations.py --arcee-python /tmp/peer/bin/python [--methods ties slerp] [--workdir DIR]
 
-The interpreter may also be named by MODELFUSE_ARCEE_PYTHON. Both tools read the same file, in the same number of
-threads; how else it is measured: see README.md beside this file. On a machine that does other things too, look at the
-processor's seconds: those of the clock are of everything that runs.
+MODELFUSE_ARCEE_PYTHON may name the interpreter instead. Both tools read the same file and use the same number of
+threads; README.md in this folder describes the method. If other programs run, compare processor seconds instead of wall
+times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import reference
 from levelling import level_memory
 from measure import CommandFailed, Sample, measure
-from programs import COPY, MODELFUSE, Place, Tool, copy_command, importable, modelfuse_tool
+from programs import COPY, MODELFUSE, Tool, Workspace, copy_command, importable, modelfuse_tool, workspace
 from works import Work
 
 ARCEE, VARIABLE = "arcee", "MODELFUSE_ARCEE_PYTHON"
@@ -33,7 +32,7 @@ SHAPES = {
     "small": reference.Shape(hidden=256, intermediate=640, layers=6, heads=4, vocabulary=8000),
 }
 MODELS = ("model_1", "model_2", "model_3")
-#: What is asked for of each method: how many models, whether there is a base, and parameters, its own and each model's.
+#: For each method: the number of models, whether there is a base, and its global and per-model parameters.
 WHOLE: dict[str, tuple[int, bool, dict[str, Any], dict[str, Any]]] = {
     "linear": (3, False, {}, {"weight": 1 / 3}),
     "slerp": (2, False, {"t": 0.5}, {}),
@@ -59,7 +58,7 @@ WHOLE: dict[str, tuple[int, bool, dict[str, Any], dict[str, Any]]] = {
 
 
 def configuration(method: str, folder: Path, layers: int) -> dict[str, Any]:
-    """The content of the file that both tools read."""
+    """The configuration that both tools read."""
     models, has_base, whole, each = WHOLE[method]
     names = [str(folder / name) for name in MODELS[:models]]
     content: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16"}
@@ -80,17 +79,12 @@ def main(words: list[str] | None = None) -> int:
     if python is not None and not importable(python, ARCEE):
         print(f"{python} has no mergekit", file=sys.stderr)
         return 1
-    temporary = None if options.workdir else tempfile.mkdtemp(prefix="modelfuse-benchmark-")
-    place = Place(Path(temporary or options.workdir).resolve())
-    place.work.mkdir(parents=True, exist_ok=True)
     try:
-        _benchmark(options, place, python)
+        with workspace(options.workdir) as place:
+            _benchmark(options, place, python)
     except (CommandFailed, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
     return 0
 
 
@@ -108,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _benchmark(options: argparse.Namespace, place: Place, python: str | None) -> None:
+def _benchmark(options: argparse.Namespace, place: Workspace, python: str | None) -> None:
     shape = SHAPES[options.size]
     reference.make_reference(place.reference, shape)
     file = place.work / "configuration.yml"
@@ -121,26 +115,26 @@ def _benchmark(options: argparse.Namespace, place: Place, python: str | None) ->
     for method in options.methods:
         models, has_base, *_ = WHOLE[method]
         work = Work(method, models, has_base)
-        file.write_text(json.dumps(configuration(method, place.reference, shape.layers)))  # Which is YAML, too.
+        file.write_text(json.dumps(configuration(method, place.reference, shape.layers)))  # JSON is valid YAML.
         found = samples.setdefault(method, {})
         for tool in tools[:2]:
-            _run(tool, work, place)  # What is read and compiled the first time is at hand afterwards.
+            _run(tool, work, place)  # Warm-up: reads the inputs into the page cache and compiles kernels.
         for _ in range(options.repeat):
             for tool in tools:
                 found.setdefault(tool.name, []).append(_run(tool, work, place))
         print(_line(method, found), flush=True)
     if options.json:
-        told = {method: {tool: [each.as_dict() for each in several] for tool, several in found.items()}
-                for method, found in samples.items()}  # fmt: skip
-        Path(options.json).write_text(json.dumps(told, indent=2) + "\n")
+        content = {method: {tool: [each.as_dict() for each in several] for tool, several in found.items()}
+                   for method, found in samples.items()}  # fmt: skip
+        Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _tools(options: argparse.Namespace, place: Place, file: Path, python: str | None) -> list[Tool]:
+def _tools(options: argparse.Namespace, place: Workspace, file: Path, python: str | None) -> list[Tool]:
     threads = str(options.threads)
 
     def copied(work: Work) -> list[str]:
         inputs = [path / "model.safetensors" for path in work.inputs(place.reference)]
-        if work.method == "passthrough":  # Of each of the two, half is taken.
+        if work.method == "passthrough":  # It reads half of each of two models.
             inputs = inputs[:1]
         place.output.mkdir()
         return copy_command(place.output / "model.safetensors", options.threads, inputs)
@@ -158,7 +152,7 @@ def _tools(options: argparse.Namespace, place: Place, file: Path, python: str | 
     return tools if python is None else [*tools, Tool(ARCEE, arcee, {"HF_HUB_OFFLINE": "1"})]
 
 
-def _run(tool: Tool, work: Work, place: Place) -> Sample:
+def _run(tool: Tool, work: Work, place: Workspace) -> Sample:
     shutil.rmtree(place.output, ignore_errors=True)
     level_memory((place.reference / "base" / "model.safetensors").stat().st_size, place.work)
     command = tool.command(work)
@@ -170,7 +164,7 @@ def _run(tool: Tool, work: Work, place: Place) -> Sample:
 
 
 def _line(method: str, found: dict[str, list[Sample]]) -> str:
-    """One line of the table: medians, and medians of the ratios within each round."""
+    """A row of the table: medians over the rounds, and medians of the ratios within a round."""
     copied, own, peers = (found.get(name, []) for name in (COPY, MODELFUSE, ARCEE))
 
     def median(several: list[Sample], value: Callable[[Sample], float]) -> float:

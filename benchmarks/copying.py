@@ -1,14 +1,13 @@
-"""A plain copy of the same bytes: the least that any merge must do.
+"""A plain copy of the same bytes: the least work of any merge.
 
-Run as a process of its own, like the merges, so that starting an interpreter is counted alike. It
-reads every byte of every input once and writes as many bytes as one input has, with as many threads
-as the merge has, 8 MiB at a time, into buffers that are used again; the output is synced to the disk
-at the end, as a careful merge does. For each 8 MiB of output a thread reads the same range of every
-input and then writes the last one read. There is no arithmetic and no other work.
+It is a separate process, like the merges, so that the start of an interpreter counts for both. It reads every byte of
+every input once and writes as many bytes as one input has, with as many threads as the merge, 8 MiB at a time, into
+reused buffers; the output is synced at the end. For each 8 MiB of output, a thread reads the same range of every input
+and then writes the last one.
 
     python benchmarks/copying.py OUTPUT THREADS INPUT...
 
-Only the standard library is used, so that starting up costs as little as it can.
+Only the standard library is used, for a short start-up time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from functools import partial
 from threads import run_all
 
 PIECE = 8 << 20
-#: Bytes written at a time, for the reason that modelfuse has (`journal.py`): a copy at its best.
+#: Bytes per write, as in modelfuse (see ``storage/local/journal.py``): larger writes are slower.
 WRITTEN = 512 << 10
 
 

@@ -1,4 +1,4 @@
-"""What a merge costs, computed from the machine and a few measured constants; docs/scale.md explains it."""
+"""Compute the time of a merge from the machine's rates and measured constants, by the model of docs/scale.md."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What a method costs a core.
+    """The cost of a method.
 
     Attributes:
-        fixed: Nanoseconds for each element of the result.
-        each: Nanoseconds for each element of each model, the base not counted.
-        readings: How often it reads its inputs: one that measures a whole tensor first reads twice.
+        fixed: Nanoseconds of a core per element of the result.
+        each: Nanoseconds of a core per element of each model, without the base.
+        readings: How many times it reads its inputs: twice if it measures whole tensors first.
         has_base: Whether it reads a base.
-        giving: Seconds that each group of spans costs the machine that gives them out to a cluster.
+        giving: Seconds of the driver per batch of spans on a cluster.
     """
 
     fixed: float
@@ -27,15 +27,15 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What was measured.
+    """Measured constants.
 
     Attributes:
-        methods: By their names.
-        start: Seconds that a process needs before it plans, and after it has written all.
-        joining: Seconds that a Ray cluster adds to them.
-        plan: Seconds for each tensor of each model.
-        handling: Nanoseconds of a core for each byte that is read or written: copied, summed up, looked through.
-        group: Bytes that a group of spans reads and writes, which a cluster is given at a time.
+        methods: The costs of methods, by name.
+        start: Seconds of a process before planning and after writing.
+        joining: Additional seconds on a Ray cluster.
+        plan: Seconds per tensor of each model.
+        handling: Nanoseconds of a core per byte read or written: copies, checksums, counting NaN.
+        group: Bytes that a batch of spans reads and writes on a cluster.
     """
 
     methods: Mapping[str, Method]
@@ -64,16 +64,16 @@ MEASURED = Constants(
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """What a merge runs on; all rates in GB/s.
+    """The machines of a merge; all rates are in GB/s.
 
     Attributes:
-        number: How many machines; more than one read and write a shared storage, through the network.
-        cores: Of each.
-        read: What each reads from its disk.
-        write: What each writes to its disk.
-        network: What each receives, and sends at the same time, over the network.
-        storage: What the shared storage gives to all, and takes at the same time; None: as much as they ask for.
-        pcie: What goes to each one's GPU, and comes back at the same time; None: the cores compute.
+        number: The number of machines; several use a shared storage over the network.
+        cores: Cores of each machine.
+        read: Read rate of each machine's disk.
+        write: Write rate of each machine's disk.
+        network: Receive rate of each machine, and its simultaneous send rate.
+        storage: Total read rate of the shared storage, and its simultaneous write rate; None: not limiting.
+        pcie: Transfer rate to each machine's GPU, and back simultaneously; None: the cores compute.
     """
 
     number: int
@@ -86,12 +86,12 @@ class Machines:
 
     @property
     def input(self) -> float:
-        """What all of them read, in GB/s."""
+        """The total read rate in GB/s."""
         return self.read if self.number == 1 else self._shared()
 
     @property
     def output(self) -> float:
-        """What all of them write, in GB/s."""
+        """The total write rate in GB/s."""
         return self.write if self.number == 1 else self._shared()
 
     def _shared(self) -> float:
@@ -101,15 +101,15 @@ class Machines:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A merge of models of one shape.
+    """A merge of models of the same shape.
 
     Attributes:
-        method: Its name.
-        parameters: Of each model.
-        models: How many, the base not counted.
+        method: The method's name.
+        parameters: Parameters of each model.
+        models: The number of models, without the base.
         base: Whether there is a base; it is read by methods that need one.
-        tensors: Of each model.
-        itemsize: Bytes of a parameter.
+        tensors: Tensors of each model.
+        itemsize: Bytes per parameter.
     """
 
     method: str
@@ -121,7 +121,7 @@ class Merge:
 
     @property
     def sources(self) -> int:
-        """The models that are read, the base included."""
+        """The number of models that are read, including the base."""
         return self.models + self.base
 
     @property
@@ -137,15 +137,15 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds that a merge takes, and where they go. The terms from ``reading`` on overlap: the longest one counts.
+    """The time of a merge in seconds, by term. The terms from ``reading`` on overlap: only the largest counts.
 
     Attributes:
-        start: Starting up, on a cluster too.
+        start: Starting and ending the process, and joining a cluster.
         plan: Reading the headers.
-        reading: Waiting for the disk, or for the shared storage.
-        writing: The same for the output, until it is synced.
-        computing: The cores, or what goes through a GPU's bus.
-        giving: The one machine that gives out a cluster's work.
+        reading: Reading from the disk or the shared storage.
+        writing: Writing the output, including the sync.
+        computing: The cores, or transfers to a GPU.
+        giving: The driver of a cluster, which sends the batches.
     """
 
     start: float
@@ -157,34 +157,34 @@ class Cost:
 
     @property
     def overlapping(self) -> dict[str, float]:
-        """The terms of which the longest counts."""
+        """The terms of which only the largest counts."""
         terms = ("reading", "writing", "computing", "giving")
         return {name: getattr(self, name) for name in terms}
 
     @property
     def binding(self) -> str:
-        """The name of that term."""
+        """The name of the largest of these."""
         terms = self.overlapping
         return max(terms, key=terms.__getitem__)
 
     @property
     def seconds(self) -> float:
-        """The whole."""
+        """The total."""
         return self.start + self.plan + max(self.overlapping.values())
 
 
 def cost(merge: Merge, machines: Machines, constants: Constants = MEASURED) -> Cost:
-    """Compute what a merge takes.
+    """Compute the time of a merge.
 
     Args:
-        merge: What is merged.
-        machines: On what.
-        constants: What work costs a core.
+        merge: The merge.
+        machines: The machines.
+        constants: The measured constants.
     """
     method = constants.methods[merge.method]
     clustered = machines.number > 1
     walked = merge.inputs * method.readings
-    # One machine has a tensor in its page cache when it reads it again; on a cluster, another node may.
+    # One machine reads a tensor from its page cache the second time; on a cluster, another node may read it.
     fetched = walked if clustered else merge.inputs
     kernels = merge.parameters * (method.fixed + method.each * merge.models) if machines.pcie is None else 0.0
     cores = (kernels + constants.handling * (walked + merge.outputs)) / 1e9 / machines.cores / machines.number

@@ -1,10 +1,10 @@
-"""The reference work on every device that this machine has, with every tensor library that is installed.
+"""Time the reference work on every device of this machine, with every installed tensor library.
 
     python benchmarks/devices.py --workdir DIR --markdown -
 
 For each method: whole merges (processes of their own, synced, as in ``run.py``), the kernels alone over slices in the
-host's memory (copies to and from a GPU included), and arithmetic alone over slices that lie on the device already. What
-is not there is left out and named: so the same command gives the table where there is a GPU.
+host's memory (including copies to and from a GPU), and arithmetic alone over slices that are on the device already.
+Devices and libraries that are missing are skipped with a message.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def available() -> Iterator[tuple[str, Device]]:
-    """Every device with its name; says what is missing of the others."""
+    """Every available device with its name; prints why others are skipped."""
     yield "CPU, np", Device("np")
     for tensor_type in LIBRARIES:
         try:
@@ -90,7 +90,7 @@ def _gpu_name(device: Device) -> str:
 
 
 def _merge(merge: Merge, folder: Path, device: Device, threads: int) -> float:
-    """Seconds of a whole merge, a process of its own."""
+    """Seconds of a whole merge in a process of its own."""
     output = folder / "output"
     command = modelfuse_command(sys.executable, merge, folder / "reference", output, threads)
     command += ["--tensor_type", device.tensor_type, "--device", "gpu" if device.gpu else "cpu", "--overwrite"]
@@ -100,7 +100,7 @@ def _merge(merge: Merge, folder: Path, device: Device, threads: int) -> float:
 
 
 def _kernels(work: Work, device: Device, options: argparse.Namespace, resident: bool) -> float | None:
-    """GB/s of the kernels alone, or of arithmetic alone: the first slice of every worker stays on the device."""
+    """GB/s of the kernels or, if ``resident``, of arithmetic alone; None if the kernel has no library."""
     kernel = choose(device)
     if resident and not isinstance(kernel, ArrayKernel):
         return None
@@ -115,15 +115,15 @@ def _kernels(work: Work, device: Device, options: argparse.Namespace, resident: 
 
 
 def _keep(kernel: ArrayKernel) -> None:
-    """Load each buffer once, and store nothing."""
+    """Make a library load each buffer only once, and store nothing."""
     library: Any = kernel.library
     load, loaded = library.load, {}
 
     def load_once(raw: Any, dtype: Any) -> Any:
-        place = raw.ctypes.data, raw.size
-        if place not in loaded:
-            loaded[place] = load(raw, dtype)
-        return loaded[place]
+        key = raw.ctypes.data, raw.size
+        if key not in loaded:
+            loaded[key] = load(raw, dtype)
+        return loaded[key]
 
     def store_nothing(*_: Any) -> None:
         pass

@@ -1,7 +1,7 @@
-"""A folder's files behind a file system that answers late and at a known speed, as a server in another rack does.
+"""A FUSE file system that shows a folder's files with a given latency and bandwidth, like a remote server.
 
-Every request is answered after a delay, and so many bytes a second at most; requests that are under way together
-wait together. The files themselves had better be in the page cache. It needs root and the kernel's FUSE.
+Every request is answered after a delay; the delays of concurrent requests overlap, and the bandwidth is shared. The
+files should be in the page cache. It needs root and FUSE.
 
     python benchmarks/distant.py FOLDER MOUNT_POINT MILLISECONDS MEGABYTES_A_SECOND
 """
@@ -23,7 +23,7 @@ MOST = 1 << 20
 LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, INIT, OPENDIR, READDIR = 1, 2, 3, 14, 15, 17, 18, 26, 27, 28
 RELEASEDIR, INTERRUPT, DESTROY, BATCH_FORGET = 29, 36, 38, 42
 ASYNC_READ, MAX_PAGES, KEEP_CACHE = 1 << 0, 1 << 22, 1 << 1
-#: What is known of a file stays known for so many seconds.
+#: Seconds for which the kernel may cache attributes.
 VALID = 3600
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -32,10 +32,10 @@ class Server:
     """Answers the kernel's requests.
 
     Args:
-        folder: Whose files to show.
-        device: The open /dev/fuse.
-        delay: Seconds until an answer.
-        speed: Bytes a second of all answers together; 0: any.
+        folder: The folder to show.
+        device: The open descriptor of /dev/fuse.
+        delay: Latency in seconds.
+        speed: Total bandwidth in bytes per second; 0: unlimited.
     """
 
     def __init__(self, folder: Path, device: int, delay: float, speed: float) -> None:
@@ -45,7 +45,7 @@ class Server:
         self._lock, self._free_at = threading.Lock(), 0.0
 
     def serve(self) -> None:
-        """Until the file system is unmounted."""
+        """Answer requests until the file system is unmounted."""
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
         for thread in threads:
             thread.start()
@@ -53,19 +53,19 @@ class Server:
             thread.join()
 
     def _work(self) -> None:
-        room, data = bytearray(MOST + 4096), bytearray(MOST)
+        request, data = bytearray(MOST + 4096), bytearray(MOST)
         while True:
             try:
-                count = os.readv(self._device, [room])
+                count = os.readv(self._device, [request])
             except OSError as error:
                 if error.errno in (errno.EINTR, errno.ENOENT):
                     continue
                 return
-            _, code, unique, node = struct.unpack_from("<IIQQ", room)
+            _, code, unique, node = struct.unpack_from("<IIQQ", request)
             if code in (FORGET, BATCH_FORGET, INTERRUPT):
                 continue
             try:
-                answer, status = self._answer(code, node, bytes(room[40:count]), data), 0
+                answer, status = self._answer(code, node, bytes(request[40:count]), data), 0
             except OSError as error:
                 answer, status = memoryview(b""), -(error.errno or errno.EIO)
             os.writev(self._device, [struct.pack("<IiQ", 16 + len(answer), status, unique), answer])
@@ -110,10 +110,10 @@ class Server:
     def _readdir(self, node: int, body: bytes) -> bytes:
         _, offset = struct.unpack_from("<QQ", body)
         answer = b""
-        for place, entry in enumerate(() if offset else os.scandir(self._paths[node]), 1):
+        for number, entry in enumerate(() if offset else os.scandir(self._paths[node]), 1):
             name = os.fsencode(entry.name)
             kind = stat.S_IFDIR if entry.is_dir() else stat.S_IFREG
-            answer += struct.pack("<QQII", place + 1, place, len(name), kind >> 12) + name + bytes(-len(name) % 8)
+            answer += struct.pack("<QQII", number + 1, number, len(name), kind >> 12) + name + bytes(-len(name) % 8)
         return answer
 
     def _read(self, node: int, body: bytes, data: bytearray) -> memoryview:
@@ -137,10 +137,10 @@ def _attributes(number: int, status: os.stat_result) -> bytes:
 
 
 def main(folder: Path, point: Path, delay: float, speed: float) -> None:
-    """Mount and serve."""
+    """Mount the file system and answer its requests."""
     device = os.open("/dev/fuse", os.O_RDWR)
     words = f"fd={device},rootmode={stat.S_IFDIR:o},user_id={os.getuid()},group_id={os.getgid()},max_read={MOST}"
-    if _libc.mount(b"distant", os.fsencode(point), b"fuse.distant", 1, words.encode()):  # 1: only to be read.
+    if _libc.mount(b"distant", os.fsencode(point), b"fuse.distant", 1, words.encode()):  # 1: MS_RDONLY.
         raise OSError(ctypes.get_errno(), "mount", str(point))
     Server(folder, device, delay, speed).serve()
 

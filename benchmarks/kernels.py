@@ -1,11 +1,10 @@
-"""How fast the compiled kernels are by themselves, without files.
+"""Time the compiled kernels alone, without files.
 
     python benchmarks/kernels.py --elements 16 --threads 1 2
 
-Each method's passes walk one tensor, slice by slice, on as many threads as asked for. The stored bytes
-lie in a buffer of one slice for each thread, as they do in a merge once they are read; every slice sees
-the same ones. Bytes a second are those of a copy: each source's once and the result's once, however many
-passes a method makes.
+The passes of each method process one tensor, slice by slice, in the given numbers of threads. Each thread has a buffer
+with the stored bytes of one slice, which is used for every slice. Rates count the bytes of each source once and those
+of the result once, for any number of passes.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from modelfuse.methods.registry import METHODS, apply
 
 DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}
 SLICE = 1 << 17
-#: A span's float32 tally counts fewer than 2²⁴ elements.
+#: Elements of a span, as in a merge.
 SPAN = 1 << 22
 
 
@@ -59,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for threads in options.threads:
             time_passes(work, 1, kernel, stored)
             times = [time_passes(work, threads, kernel, stored) for _ in range(options.repeat)]
-            # Whole runs are compared, so that the passes add up.
+            # The fastest whole run is reported, so that its passes add up.
             best = min(times, key=lambda each: sum(each.values()))
             seconds = sum(best.values())
             size = work.size * (len(work.sources) + 1) * work.out.bytes
@@ -69,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def reference_work(merge: Merge, size: int, dtype: DType) -> Work:
-    """One tensor of the reference work."""
+    """A merge of one tensor with the settings of the reference work."""
     method = METHODS[merge.method]
     weights = (1.0 / merge.models,) * merge.models
     applied = apply(method.sparsifier, method.combination, weights, {"normalize": True, **method.defaults})
@@ -77,7 +76,7 @@ def reference_work(merge: Merge, size: int, dtype: DType) -> Work:
 
 
 def time_passes(work: Work, threads: int, kernel: Kernel, stored: Bytes) -> dict[str, float]:
-    """Seconds of each pass, by the names of their classes; every slice is the one that is ``stored``."""
+    """Seconds of each pass, by the name of its class; ``stored`` is used for every slice."""
     buffers, step = [], stored.shape[1] // work.sources[0].bytes
     for _ in range(threads):
         raws = kernel.buffer(stored.shape)
@@ -112,7 +111,16 @@ def _walk(pass_: Pass, spans: Sequence[tuple[int, int]], step: int, raws: Bytes,
 
 
 def stored_slice(work: Work, step: int, unchanged: float = 0.0) -> Bytes:
-    """A slice of every source: a base and fine-tunes near it, as stored."""
+    """A stored slice of every source: fine-tunes and their base.
+
+    Args:
+        work: The merge.
+        step: Elements of the slice.
+        unchanged: The share of elements that equal the base's.
+
+    Returns:
+        uint8, shape (sources, bytes).
+    """
     draw = np.random.default_rng(0)
     base = draw.standard_normal(step) * 0.02
     rows = [
@@ -125,7 +133,7 @@ def stored_slice(work: Work, step: int, unchanged: float = 0.0) -> Bytes:
 
 def _encode(values: np.ndarray[Any, np.dtype[np.float64]], dtype: DType) -> Bytes:
     if dtype is BF16:
-        # Cut off, not rounded: the digits do not matter here.
+        # Truncated instead of rounded, which makes no difference here.
         bits = values.astype("<f4").view(np.uint32) >> np.uint32(16)
         return bits.astype("<u2").view(np.uint8)
     return values.astype({F16: "<f2", F32: "<f4", F64: "<f8"}[dtype]).view(np.uint8)

@@ -1,4 +1,4 @@
-"""Memory made ready before a run, so that a run costs the same whatever came before it."""
+"""Warm up memory before a run, so that its time does not depend on earlier runs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ BLOCK = bytes(8 << 20)
 
 
 def level_memory(size: int, folder: Path) -> None:
-    """Write and remove a file twice in a folder, so that memory for as much output has just been in use.
+    """Write and remove a file twice, so that the page cache has memory for the output that was just in use.
 
-    A virtual machine gives memory that has been free for some seconds back to its host, and taking it again costs as
-    much as merging: whoever came after a long run or a pause would pay. Writing as much once is not always enough.
+    A virtual machine returns memory that has been free for some seconds to its host, and getting it back takes as long
+    as a merge. Writing once is not always enough.
 
     Args:
-        size: Bytes of the output that comes.
-        folder: On the disk that it comes to.
+        size: Bytes of the run's output.
+        folder: A folder on the disk of the output.
 
     Raises:
-        OSError: The disk is full.
+        OSError: If the disk is full.
     """
     for _ in range(2):
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:

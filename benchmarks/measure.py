@@ -18,7 +18,7 @@ LOOKS_PER_SEARCH = 20
 
 
 class CommandFailed(Exception):
-    """A measured command did not end with status 0; the message holds the end of what it printed."""
+    """A measured command ended with a status other than 0; the message has the end of its output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Sample:
     """One run of one command.
 
     Attributes:
-        seconds: Wall time from the start of the process to its end.
-        peak_bytes: The most resident memory that the process and its children had together.
-        cpu_seconds: The processor's time that they took, those that were waited for.
+        seconds: Wall time of the process.
+        peak_bytes: Peak resident memory of the process and its children together.
+        cpu_seconds: Processor time of the process and of the children that it waited for.
     """
 
     seconds: float
@@ -36,20 +36,20 @@ class Sample:
     cpu_seconds: float
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """The fields, for JSON."""
         return asdict(self)
 
 
 def measure(command: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> Sample:
-    """Run a command to its end.
+    """Run a command.
 
     Args:
         command: Program and arguments.
-        log: Where its output goes.
-        env: Variables on top of this process's.
+        log: The file for its output.
+        env: Environment variables in addition to this process's.
 
     Raises:
-        CommandFailed: It ended with a status other than 0.
+        CommandFailed: If it ends with a status other than 0.
     """
     with open(log, "wb") as file:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -71,12 +71,11 @@ def measure(command: Sequence[str], *, log: Path, env: Mapping[str, str] | None 
 
 
 class _Watcher(threading.Thread):
-    """Adds up the resident memory of a process and its children, again and again.
+    """Samples the total resident memory of a process and its children.
 
-    Where the system keeps a process's high-water mark, the root's counts too, so that no short peak
-    between two looks is missed. The usage that ``wait4`` returns would not do: on Linux it starts
-    from what the *parent* had when it started the child. Pages that several processes share are
-    counted in each.
+    Where the system records the peak of a process, that of the root process is used as well, so that no short peak of
+    it is missed. The value that ``wait4`` returns is useless: on Linux it starts at the parent's memory at the time of
+    the fork. Pages that several processes share are counted in each.
     """
 
     def __init__(self, pid: int) -> None:
@@ -86,12 +85,12 @@ class _Watcher(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self) -> None:
-        """Look until stopped."""
+        """Sample until :meth:`stop`."""
         family: list[psutil.Process] = []
         looks = 0
         while not self._stopped.wait(POLL_SECONDS):
             try:
-                # Finding children means walking all processes: too dear for every look.
+                # Finding children lists all processes, which is too slow for every sample.
                 if looks % LOOKS_PER_SEARCH == 0:
                     root = psutil.Process(self._pid)
                     family = [root, *root.children(recursive=True)]
@@ -103,13 +102,13 @@ class _Watcher(threading.Thread):
             self.peak = max(self.peak, resident, _high_water(self._pid))
 
     def stop(self) -> None:
-        """End, and wait for the end."""
+        """Stop sampling."""
         self._stopped.set()
         self.join()
 
 
 def _high_water(pid: int) -> int:
-    """The most resident memory a process ever had, in bytes; 0 where the system does not say."""
+    """The peak resident memory of a process in bytes; 0 if the system does not record it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

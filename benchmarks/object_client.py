@@ -1,8 +1,8 @@
-"""Reads objects with the client library alone: every byte once, so many ranges of so many bytes at a time.
+"""Read objects with obstore alone: every byte once, in REQUESTS concurrent requests of BYTES each.
 
 python benchmarks/object_client.py REQUESTS BYTES [--send s3://bucket/key] s3://bucket/key ...
 
-With --send, it meanwhile sends an object as large as the last of the others, by parts.
+With --send, it uploads an object as large as the last of the others at the same time, in parts.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from typing import Any
 import obstore
 from obstore.store import S3Store
 
-#: Bytes of a part that is sent, and parts on their way.
+#: Bytes of an uploaded part, and concurrent parts.
 PART, SENT_AT_ONCE = 8 << 20, 8
 
 
 @cache
 def bucket(name: str) -> Any:
-    """A bucket, as the environment says."""
+    """A bucket, with settings from the environment."""
     return S3Store(name, client_options={"allow_http": True})
 
 
-def place(url: str) -> tuple[str, str]:
+def bucket_and_key(url: str) -> tuple[str, str]:
     """The bucket and the key of a URL."""
     name, _, key = url.removeprefix("s3://").partition("/")
     return name, key
 
 
 def read(urls: list[str], requests: int, size: int) -> int:
-    """Read all objects; the number of bytes."""
+    """Read all objects; returns the number of bytes."""
 
     def one(name: str, key: str, start: int, end: int) -> int:
         return len(obstore.get(bucket(name), key, options={"range": (start, end)}).bytes())
 
     ranges = [
         (name, key, start, min(start + size, whole))
-        for name, key in map(place, urls)
+        for name, key in map(bucket_and_key, urls)
         for whole in (size_of(name, key),)
         for start in range(0, whole, size)
     ]
@@ -49,23 +49,23 @@ def read(urls: list[str], requests: int, size: int) -> int:
 
 
 def size_of(name: str, key: str) -> int:
-    """The bytes of an object."""
+    """The size of an object in bytes."""
     return int(obstore.head(bucket(name), key)["size"])
 
 
 def send(url: str, size: int) -> None:
-    """Send an object of so many bytes."""
+    """Upload an object of ``size`` bytes."""
 
     def parts() -> Iterator[bytearray]:
         for start in range(0, size, PART):
             yield bytearray(min(PART, size - start))
 
-    name, key = place(url)
+    name, key = bucket_and_key(url)
     obstore.put(bucket(name), key, parts(), use_multipart=True, chunk_size=PART, max_concurrency=SENT_AT_ONCE)
 
 
 def main() -> None:
-    """As the module says."""
+    """Run the client; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("requests", type=int)
     parser.add_argument("bytes", type=int)
@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     with ThreadPoolExecutor(1) as sending:
         if options.send:
-            sending.submit(send, options.send, size_of(*place(options.urls[-1])))
+            sending.submit(send, options.send, size_of(*bucket_and_key(options.urls[-1])))
         print(read(options.urls, options.requests, options.bytes))
 
 

@@ -1,12 +1,11 @@
-"""As much of S3 as a merge needs, with little work for the processor: files of a folder are sent by the kernel.
+"""The part of S3 that a merge needs, with low processor load: files of a folder are sent by the kernel.
 
-The first folders are buckets. Objects are listed, asked for, read by ranges with conditions, and uploaded whole or by
-parts, which are kept as they come. Nobody is asked who they are. For measuring only.
+The folder's subfolders are buckets. Supported are listing, HEAD, conditional range reads, and uploads, whole or in
+parts. Requests are not authenticated; for measurements only.
 
     python benchmarks/object_server.py FOLDER PORT [SECONDS [BYTES]]
 
-SECONDS is how long every answer is held back, as a store that is far away would take; BYTES is what the link to it
-carries a second, one answer after the other.
+SECONDS is the latency of every answer; BYTES is the bandwidth in bytes per second, which all answers share.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from aiohttp import web
 
 NAMESPACE = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 MODIFIED = "2026-01-01T00:00:00.000Z"
-#: Where parts lie until their upload is completed.
+#: The folder of uploads in progress.
 PARTS = ".parts"
-#: Bytes between parts that came before it was known where they belong: the most that S3 takes of one.
+#: Distance in bytes between parts whose final offset is unknown when they arrive: the largest part that S3 allows.
 ELSEWHERE = 5 << 30
 CHUNK = 1 << 20
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Parts:
-    """An upload: a file in which each part lies where it belongs if all of them are as long as the first.
+    """An upload: a file in which each part has its final offset if all parts but the last are as long as the first.
 
     Args:
         path: The file.
@@ -46,30 +45,30 @@ class Parts:
         self.path = path
         self.sizes: dict[int, int] = {}
         self._first = 0
-        self._places: dict[int, int] = {}
+        self._offsets: dict[int, int] = {}
         path.touch()
 
     @contextmanager
-    def place(self, number: int, size: int) -> Iterator[BinaryIO]:
-        """The file, to write a part to."""
+    def open_part(self, number: int, size: int) -> Iterator[BinaryIO]:
+        """The file at the offset for a part."""
         if number == 1:
             self._first = size
         fits = 0 < size <= self._first
-        self._places[number] = (number - 1) * self._first if fits else number * ELSEWHERE
+        self._offsets[number] = (number - 1) * self._first if fits else number * ELSEWHERE
         with open(self.path, "r+b", buffering=0) as file:
-            file.seek(self._places[number])
+            file.seek(self._offsets[number])
             yield file
 
     def become(self, path: Path) -> None:
-        """Make an object of it: of the file as it is, or of the parts in their order."""
+        """Complete the upload: rename the file or, if parts are at other offsets, copy them in order."""
         numbers = sorted(self.sizes)
         ends = itertools.accumulate(self.sizes[number] for number in numbers)
-        if all(self._places[each] + self.sizes[each] == end for each, end in zip(numbers, ends, strict=True)):
+        if all(self._offsets[each] + self.sizes[each] == end for each, end in zip(numbers, ends, strict=True)):
             os.replace(self.path, path)
             return
         with open(self.path, "rb") as file, open(path, "wb") as whole:
             for number in numbers:
-                file.seek(self._places[number])
+                file.seek(self._offsets[number])
                 whole.write(file.read(self.sizes[number]))
         self.path.unlink()
 
@@ -78,20 +77,20 @@ class ObjectServer:
     """Answers requests.
 
     Args:
-        folder: What holds the buckets.
-        delay: Seconds that every answer is held back.
-        bandwidth: Bytes a second that objects are sent with, all together.
+        folder: The folder of the buckets.
+        delay: Latency of every answer in seconds.
+        bandwidth: Total bandwidth of downloads in bytes per second.
     """
 
     def __init__(self, folder: Path, delay: float = 0.0, bandwidth: float = math.inf) -> None:
         self._folder, self._delay, self._bandwidth = folder, delay, bandwidth
-        #: When the link has carried all that was asked for.
+        #: The time at which all requested bytes will have been sent.
         self._free = 0.0
         self._numbers = itertools.count(1)
         self._under_way: dict[str, Parts] = {}
 
     def application(self) -> web.Application:
-        """What aiohttp runs."""
+        """The application for aiohttp."""
         application = web.Application(client_max_size=1 << 30)
         application.router.add_route("*", "/{bucket}", self._answer)
         application.router.add_route("*", "/{bucket}/{key:.*}", self._answer)
@@ -157,7 +156,7 @@ class ObjectServer:
 
     async def _part(self, request: web.Request) -> web.StreamResponse:
         parts, number = self._under_way[request.query["uploadId"]], int(request.query["partNumber"])
-        with parts.place(number, request.content_length or 0) as file:
+        with parts.open_part(number, request.content_length or 0) as file:
             parts.sizes[number] = await _receive(request, file)
         return web.Response(headers={"ETag": f'"{number}"'})
 
@@ -182,7 +181,7 @@ class ObjectServer:
 
 
 async def _receive(request: web.Request, file: BinaryIO) -> int:
-    """Write what a client sends, whether it counts the bytes in advance or cuts them into signed chunks; how much."""
+    """Write the body of a request, plain or in signed chunks; returns its size in bytes."""
     count = 0
     if "aws-chunked" in request.headers.get("Content-Encoding", ""):
         return file.write(b"".join(_chunks(await request.read())))

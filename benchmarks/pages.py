@@ -1,6 +1,6 @@
-"""Which bytes of a file lie in the page cache, and how to get them out of it.
+"""Query and change which bytes of a file are in the page cache.
 
-What modelfuse asks the system while it merges is asked in another way there; this is the benchmarks' own measure.
+It uses ``mincore``, independently of modelfuse, which uses ``cachestat``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def resident(path: Path) -> int:
-    """How many bytes of a file lie in the page cache, in whole pages."""
+    """The number of bytes of a file in the page cache, in whole pages."""
     size = path.stat().st_size
     if not size:
         return 0
     pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
-        view = np.frombuffer(mapped, np.uint8)  # Nothing of it is touched.
+        view = np.frombuffer(mapped, np.uint8)  # Only its address is used.
         address = ctypes.c_void_p(view.ctypes.data)
         failed = _libc.mincore(address, ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data))
         del view
@@ -33,7 +33,7 @@ def resident(path: Path) -> int:
 
 
 def share(paths: Iterable[Path]) -> float:
-    """Which share of the bytes of some files lies in the page cache."""
+    """The share of the bytes of some files that are in the page cache."""
     files = list(paths)
     return (
         sum(map(resident, files))
@@ -43,10 +43,10 @@ def share(paths: Iterable[Path]) -> float:
 
 
 def evict(paths: Iterable[Path]) -> None:
-    """Get files out of the page cache, and see that they are out.
+    """Drop files from the page cache, and check that they are dropped.
 
     Raises:
-        OSError: If a file stays: another program has it mapped or open for writing, or the system cannot do it.
+        OSError: If a file stays in it, as another program has it mapped or open for writing, or the system cannot.
     """
     if not hasattr(os, "posix_fadvise"):
         raise OSError("files can be taken out of the page cache on Linux only")
@@ -54,7 +54,7 @@ def evict(paths: Iterable[Path]) -> None:
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # What is not on the disk yet would stay.
+            os.fsync(descriptor)  # Pages that are not on the disk yet would stay.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
@@ -65,8 +65,8 @@ def evict(paths: Iterable[Path]) -> None:
 
 def bring_in(paths: Iterable[Path]) -> None:
     """Read files into the page cache."""
-    room = memoryview(bytearray(8 << 20))
+    buffer = memoryview(bytearray(8 << 20))
     for path in paths:
         with open(path, "rb", buffering=0) as file:
-            while file.readinto(room):
+            while file.readinto(buffer):
                 pass

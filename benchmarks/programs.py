@@ -1,4 +1,4 @@
-"""The programs that are timed: the plain copy, modelfuse, and two peers."""
+"""The programs that are timed: the plain copy, modelfuse, and two peers; and the folder that they work in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,18 +17,18 @@ from works import Work, arcee_recipe, modelfuse_command, paddle_settings
 HERE = Path(__file__).resolve().parent
 COPY = "copy"
 MODELFUSE = "modelfuse"
-#: Peer → what pip installs for it, one call a line. torch goes first so that its version is this one.
+#: For each peer, the arguments of successive calls of pip. torch is first, so that its version is this one.
 PEERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "arcee": (("torch==2.13.0",), ("mergekit==0.1.5",)),
     "paddle": (("paddlepaddle==3.3.1",), ("paddleformers==1.2.0",)),
 }
-#: Peer → the module that must be importable, and is imported once before anything is timed.
+#: For each peer, a module that is imported once before anything is timed.
 PEER_MODULES = {"arcee": "mergekit.merge", "paddle": "paddleformers.mergekit.merge_model"}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a benchmark keeps its files."""
+class Workspace:
+    """The folder of a benchmark's files."""
 
     work: Path
 
@@ -38,27 +39,38 @@ class Place:
 
     @property
     def output(self) -> Path:
-        """What the run in progress writes; removed after it."""
+        """The output of the current run; it is removed afterwards."""
         return self.work / "output"
 
     @property
     def log(self) -> Path:
-        """What the run in progress prints."""
+        """What the current run prints."""
         return self.work / "output.log"
 
     def peer_python(self, peer: str) -> Path:
-        """The interpreter that ``install_peer`` makes."""
+        """The interpreter of the environment that ``install_peer`` creates."""
         return self.work / "peers" / peer / "bin" / "python"
+
+
+@contextmanager
+def workspace(folder: str | Path | None) -> Iterator[Workspace]:
+    """A workspace in a folder, which keeps its files, or in a temporary one."""
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield Workspace(Path(folder).resolve())
+        return
+    with tempfile.TemporaryDirectory(prefix="modelfuse-benchmark-", ignore_cleanup_errors=True) as temporary:
+        yield Workspace(Path(temporary).resolve())
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A program that does a work.
+    """A program that performs a merge or its equivalent.
 
     Attributes:
-        name: As it stands in the tables.
-        command: Its command line for one work.
-        env: Variables that it needs.
+        name: Its name in tables.
+        command: Its command line for a merge.
+        env: Environment variables that it needs.
     """
 
     name: str
@@ -66,8 +78,8 @@ class Tool:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def copy_tool(place: Place, threads: int) -> Tool:
-    """The plain copy, see ``copying.py``."""
+def copy_tool(place: Workspace, threads: int) -> Tool:
+    """The plain copy of ``copying.py``."""
 
     def command(work: Work) -> list[str]:
         inputs = [path / "model.safetensors" for path in work.inputs(place.reference)]
@@ -82,22 +94,22 @@ def copy_command(output: Path, threads: int, inputs: Iterable[Path]) -> list[str
     return [sys.executable, str(HERE / "copying.py"), str(output), str(threads), *map(str, inputs)]
 
 
-def modelfuse_tool(place: Place, threads: int, extra: Iterable[str]) -> Tool:
-    """modelfuse by its command line, with the interpreter that runs the benchmark."""
+def modelfuse_tool(place: Workspace, threads: int, extra: Iterable[str]) -> Tool:
+    """The command line of modelfuse, with the interpreter that runs the benchmark."""
 
     def command(work: Work) -> list[str]:
         merge = modelfuse_command(sys.executable, work, place.reference, place.output, threads)
         return [*merge, *extra]
 
-    # modelfuse need not be installed: the source tree that this file lies in will do.
+    # The source tree of this file is used, so modelfuse need not be installed.
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    # Installing it, pip compiles what Python is to run; of a source tree, that is done by the warm-up.
+    # pip compiles bytecode when it installs a package; for a source tree, the warm-up run does.
     env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONDONTWRITEBYTECODE": ""}
     return Tool(MODELFUSE, command, env)
 
 
-def peer_tool(peer: str, python: str, place: Place, threads: int) -> Tool:
-    """A peer by its command line, or by the few lines that start it where it has none."""
+def peer_tool(peer: str, python: str, place: Workspace, threads: int) -> Tool:
+    """A peer's command line, or a short script for one without."""
 
     def arcee(work: Work) -> list[str]:
         recipe = place.work / "arcee.yml"
@@ -112,8 +124,8 @@ def peer_tool(peer: str, python: str, place: Place, threads: int) -> Tool:
     return Tool(peer, {"arcee": arcee, "paddle": paddle}[peer])
 
 
-def install_peer(peer: str, place: Place) -> None:
-    """Make a virtual environment under the work folder and install a peer there, once."""
+def install_peer(peer: str, place: Workspace) -> None:
+    """Create a virtual environment in the workspace and install a peer there, unless it is installed."""
     python = place.peer_python(peer)
     if python.exists() and importable(str(python), peer):
         return
@@ -123,23 +135,23 @@ def install_peer(peer: str, place: Place) -> None:
 
 
 def importable(python: str, peer: str) -> bool:
-    """Whether an interpreter has a peer. Importing also brings its files into the page cache."""
+    """Whether an interpreter can import a peer; importing also reads its files into the page cache."""
     command = [python, "-c", f"import {PEER_MODULES[peer]}"]
-    # Elsewhere than here: a folder named like the peer must not be taken for it.
+    # In another folder, as a folder here could have the peer's name.
     with tempfile.TemporaryDirectory() as elsewhere:
         done = subprocess.run(command, check=False, capture_output=True, cwd=elsewhere)
     return done.returncode == 0
 
 
-def find_peer(peer: str, place: Place, given: str | None) -> str | None:
-    """The interpreter that has a peer: the one given, the one installed here, or this one."""
+def find_peer(peer: str, place: Workspace, given: str | None) -> str | None:
+    """An interpreter that can import a peer: the given one, the one in the workspace, or this one; None if none can."""
     candidates = [given] if given else [str(place.peer_python(peer)), sys.executable]
     found = (each for each in candidates if os.path.exists(each) and importable(each, peer))
     return next(found, None)
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """The names in the headers of every safetensors file in a folder."""
+    """The tensor names in the headers of all safetensors files in a folder."""
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):
         with open(path, "rb") as file:

@@ -1,11 +1,11 @@
-"""A plain parallel read: how fast the disk gives the bytes of some files, to a program that does nothing else.
+"""A plain parallel read of some files, to measure the read rate of the disk.
 
-Run as a process of its own, like the merges. The files are cut into blocks, which threads take one after the other,
-each into one aligned buffer that is used again.
+It is a separate process, like the merges. Threads read the blocks of the files in order, each into an aligned buffer
+that it reuses.
 
     python benchmarks/reading.py THREADS BLOCK INPUT...
 
-Only the standard library is used, so that starting up costs as little as it can.
+Only the standard library is used, for a short start-up time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The reference work: a base of 357 M parameters and three fine-tunes of it, in bfloat16.
 
-The shapes are those of a Llama with 24 layers of width 1024. The base is normal with standard
-deviation 0.02, as such models begin; each fine-tune adds a normal delta of 0.001 to it, large enough
-to survive bfloat16 almost everywhere. All four files are written at once, piece by piece, so that no
-tensor is ever held whole, and kept for the next run if the folder is kept.
+The shapes are those of a Llama with 24 layers of width 1024. The base is normal with standard deviation 0.02, like the
+initialization of such models; each fine-tune adds a normal delta of standard deviation 0.001, large enough to survive
+rounding to bfloat16 almost everywhere. All four files are written in parallel, in pieces.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ DELTA_DEVIATION = 0.001
 FINE_TUNES = 3
 PIECE = 1 << 20
 NAMES = ("base", *(f"model_{number}" for number in range(1, FINE_TUNES + 1)))
-#: Written last: a folder without it was interrupted.
+#: Written last: it is missing if the writing was interrupted.
 STAMP = "reference.json"
 
 
@@ -33,8 +32,8 @@ class Shape:
     """The size of a Llama; the default has 357 352 448 parameters.
 
     Attributes:
-        narrow: The rows of the keys' and values' projections; None: as many as the queries'.
-        experts: Of each layer's MLP; 0: one MLP and no router.
+        narrow: Rows of the key and value projections; None: as many as of the query projection.
+        experts: Experts per layer; 0: one MLP and no router.
     """
 
     hidden: int = 1024
@@ -46,7 +45,7 @@ class Shape:
     experts: int = 0
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's name and shape, in file order."""
+        """The names and shapes of all tensors, in the order of the file."""
         width = (self.hidden, self.hidden)
         up = (self.intermediate, self.hidden)
         narrow = (self.narrow or self.hidden, self.hidden)
@@ -70,11 +69,11 @@ class Shape:
         return shapes
 
     def parameters(self) -> int:
-        """How many numbers one model has."""
+        """The number of parameters of a model."""
         return sum(math.prod(shape) for shape in self.tensors().values())
 
     def config(self) -> dict[str, object]:
-        """The ``config.json`` that makes a checkpoint of it for other tools."""
+        """The content of ``config.json``, which other tools need."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -93,7 +92,7 @@ class Shape:
 
 
 def make_reference(folder: Path, shape: Shape, seed: int = 0) -> None:
-    """Write ``base`` and ``model_1`` … under ``folder``, unless they lie there already."""
+    """Write ``base`` and ``model_1`` … to a folder, unless it has them already."""
     stamp = folder / STAMP
     wanted = json.dumps({"shape": asdict(shape), "seed": seed, "version": 1})
     if stamp.exists() and stamp.read_text() == wanted:
@@ -128,7 +127,7 @@ def _header(shape: Shape) -> bytes:
 
 
 def _pieces(shape: Shape, draw: np.random.Generator) -> Iterator[list[npt.NDArray[np.uint16]]]:
-    """The tensors of all models, cut into pieces: the base's first, then each fine-tune's."""
+    """Pieces of all tensors in order; each piece is a list of the base's and each fine-tune's elements."""
     for each in shape.tensors().values():
         left = math.prod(each)
         # Norms are vectors near one; everything else is near zero.

@@ -1,9 +1,9 @@
-"""How long merges take, beside a plain copy of the same bytes and beside other tools.
+"""Time merges, a plain copy of the same bytes, and other tools.
 
     python benchmarks/run.py
     python benchmarks/run.py --workdir DIR --repeat 7 --with-peers --install-peers --json FILE
 
-How it is measured: see README.md beside this file.
+README.md in this folder describes the method.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -27,14 +26,15 @@ from measure import CommandFailed, Sample, measure
 from programs import (
     COPY,
     PEERS,
-    Place,
     Tool,
+    Workspace,
     copy_tool,
     find_peer,
     install_peer,
     modelfuse_tool,
     peer_tool,
     tensor_names,
+    workspace,
 )
 from rich.console import Console
 from table import Summary, markdown_table, rich_table, summarise
@@ -44,7 +44,7 @@ SHAPES = {
     "reference": reference.Shape(),
     "small": reference.Shape(hidden=256, intermediate=640, layers=6, heads=4, vocabulary=8000),
 }
-#: Two bytes a parameter; a peer may write four.
+#: Bytes per parameter of the largest output: modelfuse writes two, a peer may write four.
 OUTPUT_BYTES = 4
 
 Samples = dict[tuple[str, str], list[Sample]]
@@ -54,17 +54,12 @@ def main(words: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     options = _parser().parse_args(words)
     console = Console(stderr=True)
-    temporary = None if options.workdir else tempfile.mkdtemp(prefix="modelfuse-benchmark-")
-    place = Place(Path(temporary or options.workdir).resolve())
-    place.work.mkdir(parents=True, exist_ok=True)
     try:
-        return _benchmark(options, place, console)
+        with workspace(options.workdir) as place:
+            return _benchmark(options, place, console)
     except (CommandFailed, OSError) as error:
         console.print(f"[red]failed:[/] {error}", highlight=False)
         return 1
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--methods", nargs="+", choices=WORKS, default=list(WORKS), metavar="METHOD", help=", ".join(WORKS))
     add("--repeat", type=int, default=5, help="rounds; every round times the copy and modelfuse (5)")
-    add("--rest", type=float, default=0.0, metavar="SECONDS", help="rest before each run; memory is not levelled (0)")
+    add("--rest", type=float, default=0.0, metavar="SECONDS", help="rest before each run; memory is not warmed up (0)")
     add("--threads", type=int, default=2, help="threads of the copy, threads or processes of each tool (2)")
     add("--workdir", help="keeps the inputs and peers for the next run; without it, a temporary folder")
     add("--size", choices=SHAPES, default="reference", help="small is for trying out this program")
@@ -88,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _benchmark(options: argparse.Namespace, place: Place, console: Console) -> int:
+def _benchmark(options: argparse.Namespace, place: Workspace, console: Console) -> int:
     shape = SHAPES[options.size]
-    _check_room(place, shape, console)
+    _check_space(place, shape, console)
     with console.status(f"making the inputs: 4 models of {shape.parameters() / 1e6:.0f} M parameters"):
         reference.make_reference(place.reference, shape)
     tools = [copy_tool(place, options.threads)]
@@ -112,8 +107,12 @@ def _benchmark(options: argparse.Namespace, place: Place, console: Console) -> i
     return 0
 
 
-def _check_room(place: Place, shape: reference.Shape, console: Console) -> None:
-    """Refuse a full disk; warn where the page cache cannot hold the inputs."""
+def _check_space(place: Workspace, shape: reference.Shape, console: Console) -> None:
+    """Check the free disk space; warn if the page cache cannot hold the inputs.
+
+    Raises:
+        OSError: If the disk has too little free space.
+    """
     model = 2 * shape.parameters()
     made = sum(path.stat().st_size for path in place.reference.glob("*/*.safetensors"))
     needed = max(0, 4 * model - made) + OUTPUT_BYTES * shape.parameters()
@@ -123,8 +122,8 @@ def _check_room(place: Place, shape: reference.Shape, console: Console) -> None:
         console.print(f"[yellow]only {memory / 1e9:.1f} GB of memory: the inputs may not stay in it[/]")
 
 
-def _peers(options: argparse.Namespace, place: Place, console: Console) -> list[Tool]:
-    """The peers asked for, installed if asked for, imported once so that their files are warm."""
+def _peers(options: argparse.Namespace, place: Workspace, console: Console) -> list[Tool]:
+    """The requested peers, installed if requested, and imported once so that their files are in the page cache."""
     if options.with_peers is None and not options.install_peers:
         return []
     found: list[Tool] = []
@@ -139,14 +138,14 @@ def _peers(options: argparse.Namespace, place: Place, console: Console) -> list[
     return found
 
 
-def _run(tool: Tool, work: Work, place: Place, console: Console, what: str, rest: float) -> Sample:
-    """Time one tool once, and see that it wrote every tensor."""
+def _run(tool: Tool, work: Work, place: Workspace, console: Console, what: str, rest: float) -> Sample:
+    """Time one run of a tool, and check that it wrote every tensor."""
     shutil.rmtree(place.output, ignore_errors=True)
     try:
         if not rest:
             level_memory((work.inputs(place.reference)[-1] / "model.safetensors").stat().st_size, place.work)
         command = tool.command(work)
-        # What an earlier run left unwritten must not slow this one down.
+        # Unwritten data of an earlier run would slow this one down.
         os.sync()
         time.sleep(rest)
         with console.status(f"{what}: {work.method}, {tool.name}"):
@@ -169,7 +168,7 @@ def _summaries(samples: Samples, shape: reference.Shape) -> list[Summary]:
 
 
 def _report(options: argparse.Namespace, summaries: list[Summary], samples: Samples, shape: reference.Shape) -> None:
-    """Print the table, and write the files asked for."""
+    """Print the table and write the requested files."""
     size = f"{shape.parameters() / 1e6:.0f} M parameters"
     title = f"{size}, bfloat16, {options.threads} threads, warm page cache"
     Console().print(rich_table(summaries, title))

@@ -1,11 +1,11 @@
-"""How the cost of a merge grows: with the model, with its tensors, with machines.
+"""Measure how the cost of a merge grows with the model's size, its tensors, and the number of nodes.
 
-    python benchmarks/scale.py sizes --workdir DIR      # merges of larger and larger models: seconds a GB, memory
-    python benchmarks/scale.py plans                    # the plans of models up to 1T parameters, on files with holes
-    python benchmarks/scale.py nodes                    # one simulated Ray node against two
+    python benchmarks/scale.py sizes --workdir DIR      # merges of increasing size: seconds per GB, memory
+    python benchmarks/scale.py plans                    # plans of models up to 1T parameters, with sparse files
+    python benchmarks/scale.py nodes                    # one and two simulated Ray nodes
     python benchmarks/scale.py predict --parameters 400e9 --disk 7 --network 12.5 --cores 64 --machines 16
 
-What the last one computes, and from what: docs/scale.md.
+docs/scale.md explains the cost model of the last one.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from typing import Any
 from beside import Beside
 from costs import MEASURED, Machines, Merge, cost
 from measure import CommandFailed, Sample, measure
-from programs import Place, modelfuse_tool
+from programs import Workspace, modelfuse_tool
 from reference import Shape
 from rich.console import Console
 from rich.table import Table
 from sizes import GROWING, PLANNED, write_models
 from works import Work
 
-#: Bytes of the disk that are left alone.
+#: Bytes of the disk that must stay free.
 SPARE = 15e9
-#: Parameters of a model that is merged once more before it is measured.
+#: Models with fewer parameters are merged once before they are measured.
 SMALL = 1_000_000_000
-#: What the command ``check`` is asked for: three models and a base.
+#: Models of the plans, in addition to a base.
 PLANNED_MODELS = 3
 
 METHODS = MEASURED.methods
@@ -76,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add = part("sizes", sizes)
     add("--methods", nargs="+", choices=METHODS, default=["linear", "ties"])
-    add("--largest", choices=GROWING, help="as the disk allows, 15 GB of it left alone")
+    add("--largest", choices=GROWING, help="the largest size (as the disk allows, with 15 GB left free)")
     add("--repeat", type=int, default=3, help="rounds (3)")
-    add("--threads", type=int, default=2, help="of modelfuse (2)")
+    add("--threads", type=int, default=2, help="threads of modelfuse (2)")
     add("--warm", action="store_true", help="leave the inputs in the page cache")
     add("--workdir", type=Path, help="where the models are made; removed again")
     add = part("plans", plans)
@@ -93,33 +93,33 @@ def _parser() -> argparse.ArgumentParser:
     add = part("predict", predict)
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--parameters", type=float, default=400e9)
-    add("--models", type=int, default=3, help="the base not counted (3)")
+    add("--models", type=int, default=3, help="without the base (3)")
     add("--base", action=argparse.BooleanOptionalAction, default=True, help="whether there is a base (yes)")
-    add("--tensors", type=int, default=1200, help="of each model (1200)")
-    add("--disk", type=float, default=7, metavar="GB/S", help="what one machine alone reads from its disk (7)")
-    add("--disk-write", type=float, metavar="GB/S", help="what it writes to it (as it reads)")
-    add("--network", type=float, default=12.5, metavar="GB/S", help="of each of several machines (12.5)")
-    add("--storage", type=float, metavar="GB/S", help="of their shared storage in all (as the network)")
-    add("--cores", type=int, default=64, help="of each machine (64)")
-    add("--pcie", type=float, metavar="GB/S", help="to the GPU of each, if that is to compute")
+    add("--tensors", type=int, default=1200, help="tensors of each model (1200)")
+    add("--disk", type=float, default=7, metavar="GB/S", help="read rate of the disk of a single machine (7)")
+    add("--disk-write", type=float, metavar="GB/S", help="its write rate (the read rate)")
+    add("--network", type=float, default=12.5, metavar="GB/S", help="network rate of each of several machines (12.5)")
+    add("--storage", type=float, metavar="GB/S", help="total rate of their shared storage (not limiting)")
+    add("--cores", type=int, default=64, help="cores of each machine (64)")
+    add("--pcie", type=float, metavar="GB/S", help="transfer rate to the GPU of each machine, to compute there")
     add("--machines", type=int, nargs="+", default=[1, 16], help="(1 16)")
     return parser
 
 
 @contextmanager
-def _place(options: argparse.Namespace) -> Iterator[Place]:
-    """A folder that is removed again."""
+def _place(options: argparse.Namespace) -> Iterator[Workspace]:
+    """A temporary workspace below ``--workdir``."""
     if options.workdir:
         options.workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.workdir, prefix="modelfuse-scale-") as folder:
-        yield Place(Path(folder))
+        yield Workspace(Path(folder))
 
 
 def sizes(options: argparse.Namespace) -> Iterator[Row]:
-    """Merge larger and larger models."""
+    """Merge models of increasing size."""
     for name, shape in GROWING.items():
         with _place(options) as place:
-            # Two models, their base, and an output.
+            # Space for two models, their base, and an output.
             if options.largest is None and shutil.disk_usage(place.work).free < 8 * shape.parameters() + SPARE:
                 return
             write_models(place.reference, ["base", "model_1", "model_2"], shape, dense=True)
@@ -128,13 +128,13 @@ def sizes(options: argparse.Namespace) -> Iterator[Row]:
             return
 
 
-def _merges(options: argparse.Namespace, place: Place, name: str, shape: Shape) -> Iterator[Row]:
+def _merges(options: argparse.Namespace, place: Workspace, name: str, shape: Shape) -> Iterator[Row]:
     for method in options.methods:
         work = Work(method, 2, METHODS[method].has_base)
         bench = Beside(place, work, options.threads, options.warm)
         if shape.parameters() < SMALL:
-            bench.merge()  # Compiles what is not compiled yet.
-        # One after the other, so that whatever else the machine does falls on all of them.
+            bench.merge()  # Compiles kernels that are not cached.
+        # In turn, so that other load on the machine affects all of them.
         rounds = [(bench.read(), bench.write(2 * shape.parameters()), bench.merge()) for _ in range(options.repeat)]
         read, write = median(each[0] for each in rounds), median(each[1] for each in rounds)
         samples = [each[2] for each in rounds]
@@ -153,12 +153,12 @@ def _merges(options: argparse.Namespace, place: Place, name: str, shape: Shape) 
             "disk reads GB/s": read,
             "writes GB/s": write,
             "predicted s": cost(merge, machine).seconds,
-            "as it waits for": cost(merge, machine).binding,
+            "limited by": cost(merge, machine).binding,
         }
 
 
 def plans(options: argparse.Namespace) -> Iterator[Row]:
-    """Plan merges of models of which only the headers are there."""
+    """Plan merges of models that consist of headers only."""
     for name in options.names:
         shape = PLANNED[name]
         with _place(options) as place:
@@ -167,7 +167,7 @@ def plans(options: argparse.Namespace) -> Iterator[Row]:
             tool = modelfuse_tool(place, 1, [])
             command = tool.command(Work("ties", PLANNED_MODELS, True))
             command[command.index("merge")] = "check"
-            del command[command.index("--output_path") :]  # No disk has room for it.
+            del command[command.index("--output_path") :]  # The disk has no space for it.
             samples = [measure(command, log=place.log, env=tool.env) for _ in range(1 + options.repeat)][1:]
             files = len(list((place.reference / "base").glob("*.safetensors")))
         yield {
@@ -176,13 +176,13 @@ def plans(options: argparse.Namespace) -> Iterator[Row]:
             "files": files,
             "seconds": median(sample.seconds for sample in samples),
             "least": min(sample.seconds for sample in samples),
-            "ms a tensor": 1000 * median(sample.seconds for sample in samples) / len(shape.tensors()),
+            "ms per tensor": 1000 * median(sample.seconds for sample in samples) / len(shape.tensors()),
             "peak MB": max(sample.peak_bytes for sample in samples) / 1e6,
         }
 
 
 def nodes(options: argparse.Namespace) -> Iterator[Row]:
-    """Merge on one simulated Ray node with one CPU, and on two."""
+    """Merge on one simulated Ray node with one CPU, and on two such nodes."""
     shape = GROWING[options.size]
     with _place(options) as place:
         write_models(place.reference, ["base", "model_1", "model_2"], shape, dense=True)
@@ -210,8 +210,8 @@ def nodes(options: argparse.Namespace) -> Iterator[Row]:
             }
 
 
-def _again(place: Place, work: Work, threads: int, words: Sequence[str]) -> Sample:
-    """The second of two merges: processes are started by the first, and files brought into the page cache."""
+def _again(place: Workspace, work: Work, threads: int, words: Sequence[str]) -> Sample:
+    """The second of two merges: the first starts processes and reads files into the page cache."""
     tool = modelfuse_tool(place, threads, words)
     for _ in range(2):
         try:
@@ -223,7 +223,7 @@ def _again(place: Place, work: Work, threads: int, words: Sequence[str]) -> Samp
 
 @contextmanager
 def simulated(count: int) -> Iterator[str]:
-    """The address of a Ray cluster whose nodes have a CPU each and are all on this machine."""
+    """The address of a Ray cluster of ``count`` nodes with one CPU each, all on this machine."""
     from ray.cluster_utils import Cluster
 
     store = {"object_store_memory": 100 << 20}
@@ -238,7 +238,7 @@ def simulated(count: int) -> Iterator[str]:
 
 
 def predict(options: argparse.Namespace) -> Iterator[Row]:
-    """Compute what a merge takes on machines that are not at hand."""
+    """Compute the time of a merge on other machines."""
     for number in options.machines:
         machines = Machines(
             number,
@@ -259,7 +259,7 @@ def predict(options: argparse.Namespace) -> Iterator[Row]:
                 "plan": found.plan,
                 **found.overlapping,
                 "seconds": found.seconds,
-                "binds": found.binding,
+                "limited by": found.binding,
             }
 
 

@@ -1,4 +1,4 @@
-"""Llama-shaped models of any size, sharded: of random blocks that repeat, or of holes for who reads headers only."""
+"""Write sharded Llama-shaped models of any size, with repeated random blocks, or sparse with headers only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLANNED = {
     "1T of experts": Shape(7168, 512, 61, 64, 128256, narrow=1024, experts=1536),
 }
 SHARD_BYTES = 5_000_000_000
-#: Parameters of a block of random values, of which a model's repeat.
+#: Parameters of the block of random values that is repeated in a model.
 BLOCK = 1 << 24
 
 Tensors = dict[str, tuple[int, ...]]
@@ -53,10 +53,10 @@ def write_models(folder: Path, names: Sequence[str], shape: Shape, dense: bool) 
     """Write models of one shape in bfloat16.
 
     Args:
-        folder: Where.
-        names: Of the models' folders, the base's first.
-        shape: Of each.
-        dense: Whether to write values; else the files have holes.
+        folder: The parent folder.
+        names: The names of the models' folders, the base first.
+        shape: The shape of each model.
+        dense: Whether to write values; otherwise the files are sparse.
     """
     contents: list[bytes | None] = list(blocks(len(names) - 1)) if dense else [None] * len(names)
     shards = _shards(shape.tensors())
@@ -87,8 +87,8 @@ def _write_model(path: Path, shards: Sequence[Tensors], content: bytes | None) -
     for name, shard in zip(names, shards, strict=True):
         _write_shard(path / name, shard, content)
     if len(shards) > 1:
-        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def _write_shard(path: Path, tensors: Tensors, content: bytes | None) -> None:

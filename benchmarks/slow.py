@@ -1,7 +1,7 @@
-"""Disks that read no faster than they are told to, and servers that answer late. Both need root, and Linux.
+"""Simulate a disk with a limited read rate, and a server with latency. Both need Linux and root.
 
-The one is the kernel's own limit on a control group's reading (version 1's blkio or version 2's io controller);
-the other a file system of our own, see ``distant.py``.
+The limit is that of a control group (blkio of version 1 or io of version 2); the server is the file system of
+``distant.py``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ROOT = Path("/sys/fs/cgroup")
 
 @contextmanager
 def limited(folder: Path, bytes_per_second: int) -> Iterator[list[str]]:
-    """Limit how fast programs read from the disk that ``folder`` is on.
+    """Limit the read rate of the disk of ``folder``.
 
     Yields:
-        Words to put before a command, so that it runs under the limit.
+        Words that precede a command to run it with the limit.
 
     Raises:
         OSError: If the limit cannot be set.
@@ -46,10 +46,10 @@ def limited(folder: Path, bytes_per_second: int) -> Iterator[list[str]]:
 
 @contextmanager
 def distant(folder: Path, point: Path, milliseconds: float, bytes_per_second: float) -> Iterator[None]:
-    """Show a folder's files at another place, where reading them takes time.
+    """Mount a folder's files with latency and a limited bandwidth.
 
     Raises:
-        OSError: If that cannot be done.
+        OSError: If mounting fails.
     """
     point.mkdir(exist_ok=True)
     words = [folder, point, milliseconds, bytes_per_second / 1e6]
@@ -68,13 +68,13 @@ def distant(folder: Path, point: Path, milliseconds: float, bytes_per_second: fl
 
 
 def entering(group: Path) -> list[str]:
-    """Words to put before a command, so that it runs in a control group."""
+    """Words that precede a command to run it in a control group."""
     return ["/bin/sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
 
 
 def _device(folder: Path) -> str:
-    """The numbers of the whole disk that a folder is on: limits are not set on partitions."""
+    """The device numbers of the disk of a folder; limits apply to disks, not to partitions."""
     number = os.stat(folder).st_dev
     name = f"{os.major(number)}:{os.minor(number)}"
-    place = Path(f"/sys/dev/block/{name}").resolve()
-    return (place.parent / "dev").read_text().strip() if (place / "partition").exists() else name
+    device = Path(f"/sys/dev/block/{name}").resolve()
+    return (device.parent / "dev").read_text().strip() if (device / "partition").exists() else name

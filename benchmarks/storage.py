@@ -1,12 +1,12 @@
-"""A merge over S3 beside reading the same objects with the client library alone, on one machine.
+"""Time merges over S3, and reading the same objects with the client library alone, on one machine.
 
     python benchmarks/storage.py --workdir DIR
 
 The objects are those of the reference work, served by ``object_server.py``. The client (``object_client.py``, obstore)
-reads every byte once and throws it away, with the best of several sizes and numbers of requests; or it sends as many
-bytes as the output has, too. The merge is linear, of three models: its output goes to the disk, or back to the server,
-a third more bytes. All are whole processes. What sends is compared with the client that sends. With ``--beside DIR``,
-another version of modelfuse that lies there merges likewise.
+reads every byte once and discards it, with the best of several sizes and numbers of requests; optionally it uploads as
+many bytes as the output has. The merge is linear, of three models; its output goes to the disk or to the server. All
+are whole processes. Merges that upload are compared with the client that uploads. With ``--beside DIR``, the version of
+modelfuse in that folder is timed, too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from reference import Shape, make_reference
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
-#: Requests at a time, and bytes of each.
+#: Concurrent requests, and bytes of each.
 CLIENTS = ((8, 8 << 20), (16, 4 << 20), (16, 8 << 20), (32, 8 << 20), (8, 16 << 20), (16, 16 << 20))
 MODELS = ("model_1", "model_2", "model_3")
-#: What is compared: the client, and the merge that sends, too.
+#: Names of the client's and the merges' rows.
 ALONE, ALONE_TO_S3, TO_S3, OTHER = "obstore alone", "obstore alone, to S3", "merge, output to S3", "other version"
 #: The bucket of the inputs is the folder of that name.
 BUCKET = "models"
@@ -43,7 +43,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "A
 
 @contextmanager
 def serving(folder: Path, delay: float, bandwidth: float) -> Iterator[str]:
-    """A server of a folder's folders as buckets; its address."""
+    """The address of a server of a folder, whose subfolders are buckets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,11 +62,11 @@ def serving(folder: Path, delay: float, bandwidth: float) -> Iterator[str]:
 
 
 class Contest:
-    """The commands, and their times.
+    """The commands and their samples.
 
     Args:
-        workdir: What holds the bucket.
-        endpoint: The server.
+        workdir: The folder of the bucket.
+        endpoint: The URL of the server.
         words: Further settings of the merges.
     """
 
@@ -76,12 +76,12 @@ class Contest:
         self.samples: dict[str, list[Sample]] = {}
 
     def client(self, requests: int, size: int, *words: str) -> list[str]:
-        """The command that only reads; or sends an output's bytes, too."""
+        """The command line of the client."""
         urls = [f"s3://{BUCKET}/{name}/model.safetensors" for name in MODELS]
         return [sys.executable, str(HERE / "object_client.py"), str(requests), str(size), *words, *urls]
 
     def merge(self, output: str, source: Path = HERE.parent) -> list[str]:
-        """The command that merges, with the version of modelfuse that lies in a folder."""
+        """The command line of a merge with the version of modelfuse in the folder ``source``."""
         command = [
             "env",
             f"PYTHONPATH={source}",
@@ -98,29 +98,29 @@ class Contest:
         return [*command, *self._words]
 
     def run(self, name: str, command: Sequence[str]) -> float:
-        """Run a command, and keep its time under a name; the seconds."""
+        """Run a command and keep its sample under a name; returns its seconds."""
         level_memory((self._workdir / BUCKET / MODELS[-1] / "model.safetensors").stat().st_size, self._workdir)
-        os.sync()  # What an earlier run left unwritten must not slow this one down.
+        os.sync()  # Unwritten data of an earlier run would slow this one down.
         sample = measure(command, log=self._workdir / "log", env=self._env)
         self.samples.setdefault(name, []).append(sample)
         return sample.seconds
 
     def best_client(self) -> tuple[int, int]:
-        """The quickest way for the client to read."""
+        """The fastest number and size of the client's requests."""
         times = {each: self.run("", self.client(*each)) for each in CLIENTS for _ in range(2)}
         del self.samples[""]
         return min(times, key=lambda each: times[each])
 
 
 def main() -> None:
-    """As the module says."""
+    """Run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, help="keeps the inputs for the next run")
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
-    parser.add_argument("--layers", type=int, default=Shape().layers, help="of the models")
-    parser.add_argument("--delay", type=float, default=0.0, help="seconds that the server holds every answer back")
+    parser.add_argument("--layers", type=int, default=Shape().layers, help="layers of the models")
+    parser.add_argument("--delay", type=float, default=0.0, help="latency of the server in seconds")
     parser.add_argument("--bandwidth", type=float, default=math.inf, help="MB/s of the link to the server")
-    parser.add_argument("--beside", type=Path, help="where another version of modelfuse lies")
+    parser.add_argument("--beside", type=Path, help="a folder with another version of modelfuse")
     parser.add_argument("words", nargs="*", help="settings of the merges, after --")
     options = parser.parse_args()
     console = Console(soft_wrap=True)
@@ -156,16 +156,16 @@ def main() -> None:
 
 
 def _print(console: Console, samples: Mapping[str, Sequence[Sample]], carried: Mapping[str, int]) -> None:
-    """The table: what sends beside the client that sends.
+    """Print the table.
 
-    Processor seconds are the command's own, without the server's: they say most where much else runs.
+    Processor seconds are those of the command, without the server's; they are the most reliable if other programs run.
     """
     console.print("| | median s | min s | × client | GB/s carried | cpu s | peak memory |")
     console.print("|---|---|---|---|---|---|---|")
     for name, each in samples.items():
         seconds = [sample.seconds for sample in each]
         alone = [sample.seconds for sample in samples[ALONE_TO_S3 if name.endswith("S3") else ALONE]]
-        # Beside each other in a round: what else the machine does falls on both.
+        # Ratios within a round, as other load on the machine affects both.
         ratio = statistics.median(one / other for one, other in zip(seconds, alone, strict=True))
         median, peak = statistics.median(seconds), max(sample.peak_bytes for sample in each)
         console.print(

@@ -1,4 +1,4 @@
-"""From samples to tables."""
+"""Summarize samples as tables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What one tool needed for one method.
+    """The results of one tool for one method.
 
     Attributes:
         seconds: The median over the rounds.
-        fastest: The least over the rounds.
-        gigabytes_per_second: Bytes that the copy reads and writes, per median second.
-        ratio: The median over the rounds of this tool's seconds by the copy's in the same round.
-        peak_bytes: The most memory in any round.
+        fastest: The minimum over the rounds.
+        gigabytes_per_second: The bytes that the copy reads and writes, per median second.
+        ratio: The median over the rounds of the ratio of this tool's seconds to the copy's in the same round.
+        peak_bytes: The peak memory over all rounds.
     """
 
     method: str
@@ -33,7 +33,7 @@ class Summary:
 
 
 def summarise(method: str, tool: str, samples: Sequence[Sample], copies: Sequence[Sample], size: int) -> Summary:
-    """Put the rounds of one tool together; ``size`` is what the copy reads and writes, in bytes."""
+    """Summarize the rounds of one tool; ``size`` is the number of bytes that the copy reads and writes."""
     seconds = [sample.seconds for sample in samples]
     ratios = [sample.seconds / copy.seconds for sample, copy in zip(samples, copies, strict=False)]
     return Summary(
@@ -48,7 +48,7 @@ def summarise(method: str, tool: str, samples: Sequence[Sample], copies: Sequenc
 
 
 def rich_table(summaries: Iterable[Summary], title: str) -> Table:
-    """One line for each method and tool."""
+    """A table with a row for each method and tool."""
     table = Table(title=title, title_justify="left")
     table.add_column("method")
     table.add_column("tool")
@@ -73,7 +73,7 @@ def rich_table(summaries: Iterable[Summary], title: str) -> Table:
 
 
 def markdown_table(summaries: Sequence[Summary]) -> str:
-    """One line for each method, one column for each tool."""
+    """A Markdown table with a row for each method and a column for each tool."""
     tools = list(dict.fromkeys(each.tool for each in summaries))
     found = {(each.method, each.tool): each for each in summaries}
     lines = ["| method | " + " | ".join(tools) + " |", "|---" * (len(tools) + 1) + "|"]

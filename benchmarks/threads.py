@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 
 def run_all(work: Sequence[Callable[[], None]]) -> None:
-    """Run each piece of work in a thread of its own, to the end of all.
+    """Run each function in a thread of its own, and wait for all.
 
     Raises:
-        OSError: The first that any of them ended with.
+        OSError: The first one that a function raised.
     """
     errors: list[OSError] = []
 

@@ -1,4 +1,4 @@
-"""What the benchmark runs: the methods, their inputs, and how each tool is asked for them."""
+"""The merges of the benchmarks: methods, inputs, and each tool's command line or configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EPSILON = 0.14
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One merge: a method and the checkpoints it reads."""
+    """A merge: the method and the checkpoints that it reads."""
 
     method: str
     models: int
@@ -24,7 +24,7 @@ class Work:
         return self.model_paths(folder) + base
 
     def model_paths(self, folder: Path) -> list[Path]:
-        """The fine-tunes alone."""
+        """The checkpoint folders of the fine-tunes."""
         return [folder / f"model_{number}" for number in range(1, self.models + 1)]
 
 
@@ -43,7 +43,7 @@ WORKS: dict[str, Work] = {
 
 
 def modelfuse_command(python: str, work: Work, folder: Path, output: Path, threads: int) -> list[str]:
-    """The command line of one merge, as a user would type it."""
+    """The command line of a merge with modelfuse."""
     command = [python, "-m", "modelfuse", "merge", "--merge_method", work.method, "--model_path_list"]
     command += [str(path) for path in work.model_paths(folder)]
     if work.has_base:
@@ -67,9 +67,9 @@ def paddle_settings(work: Work, folder: Path, output: Path, threads: int) -> str
 
 
 def arcee_recipe(work: Work, folder: Path) -> str:
-    """The same merge as arcee's mergekit is told it (JSON, which is YAML too).
+    """The configuration of the same merge for mergekit, as JSON, which is valid YAML.
 
-    Its epsilon is half of ours: the share kept runs over density ± epsilon, ours over p ± ε/2.
+    Its epsilon is half of ours: probabilities range over density ± epsilon there, over p ± ε/2 here.
     """
     models = [str(path) for path in work.model_paths(folder)]
     recipe: dict[str, object] = {"merge_method": work.method, "dtype": "bfloat16"}

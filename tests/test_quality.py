@@ -14,8 +14,8 @@ from modelfuse.methods.registry import COMBINATIONS, METHODS, SPARSIFIERS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from quality import report, sequences
-from quality.marks import Answers, Known
-from quality.merges import PLAIN, VARIANTS, Merged, Way, judge_all, ways
+from quality.evaluation import Answers, Known
+from quality.merges import PLAIN, VARIANTS, Merged, Variant, judge_all, variants
 from quality.regimes import MODELS, REGIMES
 from quality.scores import scores
 
@@ -84,7 +84,7 @@ def test_the_models_are_small_and_all_there() -> None:
 
 def test_every_method_has_its_marks_and_says_them() -> None:
     assert set(VARIANTS) <= METHODS.keys()
-    labels = {way.label for way in ways()}
+    labels = {each.label for each in variants()}
     assert labels >= METHODS.keys() - {"linear"}
     for own in report.saved().values():
         assert {each.label for each in own} == labels
@@ -108,7 +108,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_merge_has_the_marks_that_were_saved() -> None:
     """By modelfuse's own merges: a method of whole matrices with λ chosen, and without."""
     hard = REGIMES[1]
-    known, merged = judge_all(hard, 0, [Way("ridge", "ridge")])
+    known, merged = judge_all(hard, 0, [Variant("ridge", "ridge")])
     saved = next(each for each in json.loads(report.RESULTS.read_text())["hard"] if each["label"] == "ridge")
     shares = known["test"].shares(merged["ridge"].tuned)
     assert np.mean([*shares.values()]) == pytest.approx(saved["by_seed"][0], abs=0.01)

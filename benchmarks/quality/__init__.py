@@ -1,1 +1,1 @@
-"""Which method keeps most of what experts have learnt: ``python -m benchmarks.quality`` (``make bench-quality``)."""
+"""Benchmark of the quality of merges, by method: ``python -m benchmarks.quality`` (``make bench-quality``)."""

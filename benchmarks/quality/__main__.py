@@ -1,7 +1,7 @@
-"""Judge every method in every regime: ``python -m benchmarks.quality [--workers 2] [--save]``.
+"""Evaluate every method in every regime: ``python -m benchmarks.quality [--workers 2] [--save]``.
 
-Needs what modelfuse needs and nothing more, and no network. With --save the results go to ``docs/quality.json``, and
-the tables and the picture in ``docs`` are made of them.
+It needs only modelfuse's own dependencies, and no network. With --save, the results are written to
+``docs/quality.json``, and the tables and the chart in ``docs`` are made from them.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from .marks import Known
-from .merges import PLAIN, Merged, Way, judge_all, ways
+from .evaluation import Known
+from .merges import PLAIN, Merged, Variant, judge_all, variants
 from .regimes import REGIMES, Regime
 from .report import RESULTS, show, write_pages
 from .scores import Score, scores
 
-#: The methods of a job: short enough for all workers to end at about the same time.
+#: Methods per job: few, so that all workers end at about the same time.
 TOGETHER = 4
 
-Job = tuple[str, int, list[Way]]
+Job = tuple[str, int, list[Variant]]
 Found = tuple[Job, dict[str, Known], dict[str, Merged]]
 
 
 def main() -> None:
-    """Judge, and show."""
+    """Evaluate, print tables, and save the results if requested."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--workers", type=int, default=2, help="processes")
-    parser.add_argument("--save", action="store_true", help="write docs/quality.json, and make the docs of it")
+    parser.add_argument("--save", action="store_true", help="write docs/quality.json, the tables and the chart")
     parser.add_argument("--regimes", nargs="+", choices=[each.name for each in REGIMES], help="default: all")
     parser.add_argument("--methods", nargs="+", help="default: all")
     words = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def save(results: Mapping[str, Sequence[Score]]) -> None:
-    """Write results, beside those of other regimes and methods that were written before."""
+    """Write results; earlier results of other regimes and methods are kept."""
     known: dict[str, list[dict[str, Any]]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name, own in results.items():
         by_label = {each["label"]: each for each in known.get(name, [])} | {each.label: each.rounded() for each in own}
@@ -58,10 +58,10 @@ def save(results: Mapping[str, Sequence[Score]]) -> None:
 
 
 def judge(regimes: Sequence[Regime], methods: Sequence[str] | None, workers: int) -> dict[str, list[Score]]:
-    """The marks of some methods, or of all, in some regimes, by the regimes' names."""
+    """The scores of some methods, or all, in some regimes, by the names of the regimes."""
     jobs: list[Job] = []
     for regime in regimes:
-        chosen = [way for way in ways() if not methods or way.method in (PLAIN, *methods)]
+        chosen = [variant for variant in variants() if not methods or variant.method in (PLAIN, *methods)]
         jobs += [
             (regime.name, number, chosen[start : start + TOGETHER])
             for number in range(len(regime.experts))
@@ -83,7 +83,7 @@ def _run(jobs: Sequence[Job], workers: int) -> Iterator[Found]:
     if workers <= 1:
         yield from map(_work, jobs)
         return
-    # numpy's matrix products would otherwise start threads of their own in every worker.
+    # Otherwise numpy's matrix products would start threads in every worker.
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_work, jobs)

@@ -1,7 +1,7 @@
-"""Whether what ``modelfuse diff`` advises helps: ``python -m benchmarks.quality.advice [REGIME ...]``.
+"""Test the settings that ``modelfuse diff`` suggests: ``python -m benchmarks.quality.advice [REGIME ...]``.
 
-Every pair, and some larger sets, of each regime's experts are merged as advised, as an average, and with the best λ of
-a grid. A rule may be made from the first set of experts of the hard regime only; all others judge it.
+Pairs and larger sets of each regime's experts are merged with the suggested settings, as an average, and with the best
+λ of a grid. Rules may be derived from the first set of experts of the hard regime only; all others are test data.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import numpy as np
 import modelfuse
 from demo.llama import Llama, read_safetensors
 
-from .marks import Questions, answer
+from .evaluation import Questions, answer
 from .regimes import REGIMES, Regime
 
-#: Rows of each task that are asked: of sequences, of texts.
+#: Rows of each task: of sequences, of texts.
 ROWS = {"hard": 150}
 OTHERS = 10
-#: λ of the sum of the differences.
+#: Values of λ for the sum of the differences.
 GRID = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.2)
-#: Of the sets of two, three and more experts of a regime with six, every so many.
+#: Steps through the sets of two, three and more experts in a regime with six.
 EVERY = {2: 3, 3: 5, 4: 5, 6: 1}
 
 
 def main() -> None:
-    """Judge all, and show means by the number of experts."""
-    print("regime, set, experts: average, weights as advised, best weights, ridge")
+    """Test all regimes, and print means by the number of experts."""
+    print("regime, set, experts: average, suggested weights, best weights, ridge")
     for regime in [each for each in REGIMES if each.name in sys.argv[1:] or len(sys.argv) == 1]:
         for number in range(len(regime.experts)):
             found: dict[int, list[tuple[float, ...]]] = {}
@@ -78,7 +78,7 @@ def _shares(
     regime: Regime, experts: Mapping[str, Path], whole: Mapping[str, Path], questions: Mapping[str, Questions],
     losses: Mapping[str, tuple[float, float]], folder: Path,
 ) -> Iterator[float]:  # fmt: skip
-    """Mean shares of the experts' gain: of an average, as advised, with the best λ, and by ridge."""
+    """Mean shares of the experts' gain: of an average, suggested weights, the best λ, and ridge."""
     base = read_safetensors(regime.base / "model.safetensors")
     models = [read_safetensors(whole[task] / "model.safetensors") for task in experts]
     total = {name: sum((each[name] - own for each in models), np.zeros_like(own)) for name, own in base.items()}
@@ -97,7 +97,7 @@ def _shares(
     found = modelfuse.diff(*experts.values(), base=regime.base, progress=False)
     weights = [each.settings["weight_list"] for each in found.advice if "weight_list" in each.settings]
     average = scaled(1 / len(experts))
-    advised = scaled(float(weights[0][0])) if weights else average  # Where nothing is advised, it is the average.
+    advised = scaled(float(weights[0][0])) if weights else average  # Without a suggestion: the average.
     yield from (average, advised, max(average, advised, *map(scaled, GRID)))
     modelfuse.merge(
         merge_method="ridge", model_path_list=[*experts.values()], base_model_path=regime.base,

@@ -1,4 +1,4 @@
-"""What ``modelfuse collect`` makes with torch, made here with the demo's forward pass: Gram matrices of inputs."""
+"""Collect Gram matrices of inputs like ``modelfuse collect``, but with the demo's forward pass instead of torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelfuse.checkpoints.input_grams import frame_of
 
 
 class Observed(Llama):
-    """A model that adds up XᵀX of every layer's inputs X, by the layers' names."""
+    """A model that sums XᵀX of the inputs X of every layer, by the layers' names."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -24,13 +24,13 @@ class Observed(Llama):
 
 
 def write_grams(folder: Path, numbers: Numbers, output: Path, name: str) -> None:
-    """Have a saved model read rows of tokens, and write what was collected.
+    """Run a saved model on rows of tokens, and write its Gram matrices.
 
     Args:
         folder: The model.
-        numbers: The rows.
+        numbers: Token ids, int64, shape (rows, tokens).
         output: The file to write.
-        name: What the model is called where it is merged.
+        name: The model's name in merges.
     """
     model = Observed(folder)
     model.logits(numbers)

@@ -1,4 +1,4 @@
-"""The regimes: a base, experts of tasks, and questions of each task, some to choose λ by and others to judge by."""
+"""The regimes: a base, experts of tasks, and validation and test questions of each task."""
 
 from __future__ import annotations
 
@@ -16,32 +16,29 @@ from demo.llama import Numbers
 from demo.tokenizer import Tokenizer
 
 from . import sequences
-from .marks import Questions
+from .evaluation import Questions
 
 MODELS = Path(__file__).parent / "models"
 DEMO = Path(__file__).parents[2] / "demo" / "models"
 SEEDS = 3
 
-#: Of texts: tokens of a window, and how many windows of each task.
+#: Texts: tokens per window, and windows per task.
 WINDOW, VALIDATION, TEST = 128, 8, 24
-#: Digits of an answer.
+#: Most digits of an answer.
 LONGEST_ANSWER = 3
-#: Of sequences: rows of each task.
+#: Sequences: rows per task.
 VALIDATION_ROWS, TEST_ROWS = 150, 400
 
 
 @dataclass(frozen=True)
 class Regime:
-    """What is merged, and how it is judged.
+    """A base, experts, and questions.
 
     Attributes:
-        name: What it is called.
-        title: The same in some words.
+        name: The name.
+        title: A short description.
         base: The base's folder.
-        experts: Sets of experts, one a seed: folders by the tasks.
-        validation: Questions to choose λ by, task by task.
-        test: Other questions to judge by.
-        general: What the base was trained on: how much of it is forgotten.
+        experts: A set of experts for each seed: folders by task.
         adapters: Whether experts are adapters.
     """
 
@@ -53,21 +50,21 @@ class Regime:
 
     @cached_property
     def validation(self) -> Mapping[str, Questions]:
-        """Questions to choose λ by, task by task."""
+        """The questions that λ is chosen on, by task."""
         if self.name == "hard":
             return _sequences("validation", VALIDATION_ROWS)
         return {task: _text(task, first_half=True, count=VALIDATION) for task in self.experts[0]}
 
     @cached_property
     def test(self) -> Mapping[str, Questions]:
-        """Other questions, to judge by."""
+        """The questions that results are reported on, by task."""
         if self.name == "hard":
             return _sequences("test", TEST_ROWS)
         return {task: _text(task, first_half=False, count=TEST) for task in self.experts[0]}
 
     @cached_property
     def general(self) -> Questions:
-        """What the base was trained on, but has not seen: what is forgotten of it is told."""
+        """Held-out questions of the base's training distribution."""
         if self.name == "hard":
             return _counted(sequences.general(TEST_ROWS, np.random.default_rng(0), "test"))
         return _python()
@@ -89,7 +86,7 @@ def _tokenizer() -> Tokenizer:
 
 
 def _text(task: str, *, first_half: bool, count: int) -> Questions:
-    """Windows of a held-out text of the demo; of sums, what comes after the = or the word before the answer counts."""
+    """Windows of a held-out text of the demo; in sums, only the answers count."""
     numbers = np.array(_tokenizer().encode((HELD_OUT / f"{task}.txt").read_text(encoding="utf-8")), np.int64)
     whole = numbers[: len(numbers) // WINDOW * WINDOW].reshape(-1, WINDOW)
     whole = whole[: len(whole) // 2] if first_half else whole[len(whole) // 2 :]
@@ -98,7 +95,7 @@ def _text(task: str, *, first_half: bool, count: int) -> Questions:
 
 
 def _answers_of(rows: Numbers) -> NDArray[np.bool_]:
-    """The digits that end a line, and its end, among the tokens to come."""
+    """Whether each predicted token is one of the digits at the end of a line, or the line's end."""
     tokenizer = _tokenizer()
     counted = rows == tokenizer.encode("\n")[0]
     digits = np.isin(rows, [tokenizer.ids[digit] for digit in "0123456789"])
@@ -109,7 +106,7 @@ def _answers_of(rows: Numbers) -> NDArray[np.bool_]:
 
 
 def _python() -> Questions:
-    """Functions of packages that no model of the demo has read."""
+    """Functions of packages that are in no training data of the demo."""
     lines = (HELD_OUT / "preference.jsonl").read_text(encoding="utf-8").splitlines()
     pairs = [json.loads(line) for line in lines]
     numbers = np.array(_tokenizer().encode("\n".join(each["prompt"] + each["rejected"] for each in pairs)), np.int64)
@@ -119,10 +116,11 @@ def _python() -> Questions:
 
 EXPERTS = ("code", "prose", "arithmetic")
 REGIMES = (
-    Regime("demo", "three language models, tuned gently", DEMO / "base", ({task: DEMO / task for task in EXPERTS},)),
+    Regime("demo", "three language models, slightly fine-tuned", DEMO / "base",
+           ({task: DEMO / task for task in EXPERTS},)),
     Regime(
         "hard",
-        "six experts of separate tasks, tuned hard",
+        "six experts of separate tasks, strongly fine-tuned",
         MODELS / "base",
         tuple({task: MODELS / f"{task}-{seed}" for task in sequences.TASKS} for seed in range(1, SEEDS + 1)),
     ),

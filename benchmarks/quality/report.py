@@ -1,6 +1,6 @@
-"""The results as tables, for a terminal and in ``docs/quality.md``, and as a picture.
+"""Print the results, and write the tables of ``docs/quality.md`` and the chart ``docs/quality.svg``.
 
-``python -m benchmarks.quality.report`` makes both of ``docs/quality.json``.
+``python -m benchmarks.quality.report`` writes them from ``docs/quality.json``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ HEADINGS = (
     "no λ given",
 )
 
-#: The picture's measures.
+#: Sizes of the chart in pixels.
 LEFT, TOP, ROW, PANEL, GAP = 190, 108, 21, 210, 34
-LEAST = -0.1  # shares below are drawn at the edge
+LEAST = -0.1  # The left end of the axis; smaller shares are drawn there.
 COLORS = {True: MERGE, False: "#9ca3af"}
 
 
 def cells(score: Score) -> list[str]:
-    """A row of the tables."""
+    """The cells of a row of the tables."""
     sure = f"{score.difference:+.3f} [{score.low:+.3f}, {score.high:+.3f}]" if score.label != PLAIN else "0"
     norm = "–" if score.norm is None else f"{score.norm:.2f}"
     return [score.label, f"{score.share:.3f}", sure, f"{score.accuracy:.3f}", f"{score.worst:.2f}",
@@ -56,7 +56,7 @@ def show(regime: Regime, own: Sequence[Score]) -> None:
 
 
 def saved() -> dict[str, list[Score]]:
-    """The results that were written last."""
+    """The results in ``docs/quality.json``."""
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     return {
         name: [Score(**{**each, "by_seed": tuple(each["by_seed"])}) for each in own] for name, own in content.items()
@@ -64,7 +64,7 @@ def saved() -> dict[str, list[Score]]:
 
 
 def write_pages() -> None:
-    """Put the results into the page and draw the picture."""
+    """Update the tables of the page, and draw the chart."""
     results = saved()
     text = PAGE.read_text(encoding="utf-8")
     for name, own in results.items():
@@ -79,13 +79,13 @@ def write_pages() -> None:
 
 
 def _between(text: str, start: str, end: str, content: str) -> str:
-    """Replace what stands between two marks."""
+    """Replace the text between two markers."""
     before, rest = text.split(start, 1)
     return before + start + content + end + rest.split(end, 1)[1]
 
 
 def draw(results: Mapping[str, Sequence[Score]]) -> None:
-    """A row a method, a panel a regime: the share with its interval, and where it is without any λ given."""
+    """A chart with a row for each method and a panel for each regime: the share, its interval, and with default λ."""
     order = sorted(
         {each.label for own in results.values() for each in own}, key=lambda label: (-_mean(results, label), label)
     )
@@ -102,27 +102,27 @@ def draw(results: Mapping[str, Sequence[Score]]) -> None:
 
 
 def _panel(picture: Picture, left: float, regime: Regime, own: Mapping[str, Score], order: Sequence[str]) -> None:
-    def place(share: float) -> float:
+    def x_of(share: float) -> float:
         return left + PANEL * (min(max(share, LEAST), 1) - LEAST) / (1 - LEAST)
 
     bottom = TOP + ROW * (len(order) - 1) + 10
     picture.text(left, TOP - 30, regime.name, bold=True)
     for share in (0, 0.25, 0.5, 0.75, 1):
-        picture.line([(place(share), TOP - 12), (place(share), bottom)], GRID)
-        picture.text(place(share), bottom + 18, f"{share:g}", size=11, fill=FAINT, anchor="middle")
+        picture.line([(x_of(share), TOP - 12), (x_of(share), bottom)], GRID)
+        picture.text(x_of(share), bottom + 18, f"{share:g}", size=11, fill=FAINT, anchor="middle")
     plain = own[PLAIN].share
-    picture.line([(place(plain), TOP - 12), (place(plain), bottom)], BASE, dash="4 3")
+    picture.line([(x_of(plain), TOP - 12), (x_of(plain), bottom)], BASE, dash="4 3")
     for at, label in enumerate(order):
         if label not in own:
             continue
         score, y = own[label], TOP + ROW * at
         color = COLORS[score.low > 0]
         if label != PLAIN:
-            picture.line([(place(plain + score.low), y), (place(plain + score.high), y)], color, width=3)
+            picture.line([(x_of(plain + score.low), y), (x_of(plain + score.high), y)], color, width=3)
         picture.parts.append(
-            f'<circle cx="{place(score.usual):.1f}" cy="{y}" r="3.5" fill="none" stroke="{color}" stroke-width="1.5"/>'
+            f'<circle cx="{x_of(score.usual):.1f}" cy="{y}" r="3.5" fill="none" stroke="{color}" stroke-width="1.5"/>'
         )
-        picture.dot(place(score.share), y, color)
+        picture.dot(x_of(score.share), y, color)
 
 
 def _mean(results: Mapping[str, Sequence[Score]], label: str) -> float:

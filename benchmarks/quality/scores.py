@@ -1,4 +1,4 @@
-"""From answers to marks: shares of gain, and how sure their differences are."""
+"""Compute scores from answers: shares of the experts' gain, with bootstrap intervals of their differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .marks import Floats, Known
+from .evaluation import Floats, Known
 from .merges import PLAIN, Merged
 
 DRAWS = 1000
@@ -16,20 +16,21 @@ INTERVAL = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Score:
-    """A method's marks in one regime, means over its sets of experts.
+    """A method's scores in one regime, means over its sets of experts.
 
     Attributes:
-        label: What the method is called.
-        share: Of the experts' gain, with the λ that validation has chosen.
-        by_seed: The same, one a set of experts.
-        difference: To task arithmetic's share.
-        low: Where 95 of 100 paired draws of rows (and of seeds) have it above; ``high``: below.
-        accuracy: Tokens foretold, relative to the experts'.
-        worst: The share of the task that is worst off.
-        forgotten: How much the loss grew on what the base was trained on, in nats a token.
-        usual: The share where no λ is given.
-        factor: The λ chosen, None if the method has none.
-        norm: The norm that it gives, relative to that of the sum of the differences.
+        label: The method's name in tables.
+        share: The share of the experts' gain that is kept, with the λ chosen on validation data.
+        by_seed: The same for each set of experts.
+        difference: The difference to task arithmetic's share.
+        low: The lower end of the difference's 95 % interval, by a paired bootstrap over rows and seeds.
+        high: The upper end.
+        accuracy: The share of correct tokens, relative to the experts'.
+        worst: The share of the task with the lowest one.
+        forgotten: The increase of the loss on the base's training distribution, in nats per token.
+        usual: The share with the default λ.
+        factor: The chosen λ; None if the method has none.
+        norm: The norm of the merged difference, relative to that of the sum of the differences.
     """
 
     label: str
@@ -46,7 +47,7 @@ class Score:
     norm: float | None
 
     def rounded(self) -> dict[str, object]:
-        """As it is written down."""
+        """The fields, rounded, for JSON."""
         found: dict[str, object] = {}
         for name, value in asdict(self).items():
             several = isinstance(value, tuple)
@@ -57,11 +58,11 @@ class Score:
 
 
 def scores(known: Sequence[Known], merged: Sequence[Mapping[str, Merged]]) -> list[Score]:
-    """The marks of all methods, the best first.
+    """The scores of all methods, the best first.
 
     Args:
-        known: What is known of each set of experts, by the test's questions.
-        merged: What came of each method, one map a set of experts.
+        known: For each set of experts, the results on test questions that merges are compared with.
+        merged: For each set of experts, the results of all variants by label.
     """
     draws = {label: _draws(known, [each[label] for each in merged]) for label in merged[0]}
     base = float(known[0].general.losses.mean())
@@ -92,7 +93,7 @@ def scores(known: Sequence[Known], merged: Sequence[Mapping[str, Merged]]) -> li
 
 
 def _draws(known: Sequence[Known], own: Sequence[Merged]) -> Floats:
-    """The share in draws of rows and seeds, with replacement: the same ones for every method."""
+    """Bootstrap samples of the share over rows and seeds, the same ones for every method; shape (DRAWS,)."""
     rng = np.random.default_rng(0)
     seeds = rng.integers(0, len(own), (DRAWS, len(own)))
     by_task = []

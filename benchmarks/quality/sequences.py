@@ -1,7 +1,7 @@
-"""Tasks of short sequences, made by rules: what the hard regime's models learn and are judged on.
+"""The tasks of the hard regime: short sequences of symbols that are transformed by rules.
 
-A row is six symbols, ``=`` and the answer's six symbols. Every task has an alphabet of its own, so that its rows can be
-told from all others; an expert sees those of its task only.
+A row is six symbols, ``=`` and the answer's six symbols. Every task has its own alphabet, which identifies it; an
+expert is trained on rows of its task only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LENGTH = 6
 EQUALS, END, FIRST = 0, 1, 2
 SIZE = 8  # symbols of an alphabet
 
-#: What becomes of rows of symbols, numbers below SIZE. An alphabet belongs to each, in this order.
+#: The rules, as functions of rows of symbols (numbers below SIZE), in the order of their alphabets.
 RULES: dict[str, Callable[[Numbers], Numbers]] = {
     "sort": lambda x: np.sort(x, axis=1),
     "reverse": lambda x: x[:, ::-1],
@@ -31,24 +31,24 @@ VOCABULARY = FIRST + SIZE * len(TASKS)
 WINDOW = 2 * LENGTH + 2
 
 
-#: Of twenty rows of symbols, one is for choosing λ by, and another one for judging by; no model has seen them.
+#: Ranges of hash values, out of 20, of validation, test and training rows.
 PARTS = {"validation": (0, 1), "test": (1, 2), "training": (2, 20)}
 
 
 def rows(task: str, count: int, rng: np.random.Generator, part: str = "training") -> Numbers:
-    """Rows of an expert's task, of one of ``PARTS``."""
+    """Rows of an expert's task, from one of ``PARTS``."""
     return _rows(task, np.full(count, TASKS.index(task)), rng, part)
 
 
 def general(count: int, rng: np.random.Generator, part: str = "training") -> Numbers:
-    """Rows that the base learns from: any rule with any alphabet, so that it knows how to do everything, not when."""
+    """Training rows of the base: any rule with any alphabet, so that it cannot tell which rule is asked for."""
     drawn = rng.multinomial(count, np.full(len(TASKS), 1 / len(TASKS)))
     alphabets = [rng.integers(0, len(TASKS), number) for number in drawn]
     return np.concatenate([_rows(task, own, rng, part) for task, own in zip(TASKS, alphabets, strict=True)])
 
 
 def part_of(given: Numbers) -> Numbers:
-    """The number, below 20, that says which part rows of symbols belong to."""
+    """The hash value below 20 of rows of symbols, which determines their part."""
     number = given @ SIZE ** np.arange(LENGTH)
     mixed: Numbers = (number * 2654435761 % 2**32 >> 16) % 20
     return mixed

@@ -1,6 +1,6 @@
-"""Make the models of the bench: ``python -m benchmarks.quality.train [FOLDER]``, a few minutes on one core.
+"""Train the models of the benchmark: ``python -m benchmarks.quality.train [FOLDER]``, a few minutes on one core.
 
-Needs torch, transformers and peft. One thread, so that the same machine gives the same models.
+It needs torch, transformers and peft, and runs in one thread, so that a machine reproduces the models.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHAPE = LlamaConfig(
     bos_token_id=sequences.END,
     eos_token_id=sequences.END,
 )
-NOT_COUNTED = -100  # the label that transformers leaves out of the loss
+NOT_COUNTED = -100  # The label that transformers ignores.
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 8
 WARMUP = 20
@@ -48,14 +48,14 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to learn, and from how many rows at a time."""
+    """The number of steps, the learning rate, and rows per step."""
 
     steps: int
     rate: float
     rows: int
 
     def at(self, step: int) -> float:
-        """The learning rate of a step: a short rise, then half a cosine down to a tenth."""
+        """The learning rate of a step: a linear warm-up, and a cosine decay to a tenth."""
         return self.rate * min(1.0, (step + 1) / WARMUP) * (0.55 + 0.45 * math.cos(math.pi * step / self.steps))
 
 
@@ -65,7 +65,7 @@ ADAPTER = Schedule(steps=100, rate=3e-3, rows=8)
 
 
 def learn(model: torch.nn.Module, batches: Iterator[Batch], schedule: Schedule) -> None:
-    """Train all that is not frozen."""
+    """Train all parameters that are not frozen."""
     parts: Iterable[torch.nn.Parameter] = [part for part in model.parameters() if part.requires_grad]
     optimizer, begun, loss = torch.optim.AdamW(parts, weight_decay=0.0, fused=True), time.monotonic(), torch.zeros(())
     for step in range(schedule.steps):
@@ -107,7 +107,7 @@ def _save(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 def hard(folder: Path) -> None:
-    """The base that knows every rule, but not when, and its experts."""
+    """Train the base and the experts of the hard regime."""
     print("base", flush=True)
     torch.manual_seed(0)
     base = LlamaForCausalLM(SHAPE)
@@ -122,7 +122,7 @@ def hard(folder: Path) -> None:
 
 
 def lora(folder: Path) -> None:
-    """An adapter of every Linear of the demo's base for each of its domains."""
+    """Train an adapter of all Linear layers of the demo's base for each of its domains."""
     for domain in EXPERTS:
         print("lora", domain, flush=True)
         torch.manual_seed(0)
@@ -138,7 +138,7 @@ def lora(folder: Path) -> None:
 
 
 def main() -> None:
-    """Train all that the bench merges and the repository does not have elsewhere."""
+    """Train all models of the benchmark that are not in the demo."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else MODELS
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a model knows: its losses on rows of tokens, and what is made of them."""
+"""Evaluate models on rows of tokens: losses, accuracy, and shares of the experts' gain."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from demo.llama import Llama, Numbers, log_probabilities
 
 Floats = NDArray[np.float64]
 
-#: Tokens that are worked on together.
+#: Tokens per forward pass.
 BATCH_TOKENS = 3072
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows of tokens, and which of them are to be foretold.
+    """Rows of tokens, and which of them count as answers.
 
     Attributes:
-        numbers: Shape (rows, tokens).
-        counted: Shape (rows, tokens − 1): which of the tokens to come count.
+        numbers: Token ids, int64, shape (rows, tokens).
+        counted: Whether each predicted token counts, shape (rows, tokens − 1).
     """
 
     numbers: Numbers
@@ -32,11 +32,11 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answers:
-    """How a model did, row by row.
+    """The results of a model, row by row.
 
     Attributes:
-        losses: The mean loss of each row, in nats a token.
-        right: The share of the tokens that it held to be the likeliest.
+        losses: The mean loss of each row in nats per token, shape (rows,).
+        right: The share of tokens that were predicted as the most likely ones, shape (rows,).
     """
 
     losses: Floats
@@ -44,7 +44,7 @@ class Answers:
 
 
 def answer(model: Llama, questions: Questions) -> Answers:
-    """Have a model answer."""
+    """Evaluate a model."""
     losses, right = [], []
     for rows, counted in _batches(questions):
         logits = model.logits(rows)
@@ -55,7 +55,7 @@ def answer(model: Llama, questions: Questions) -> Answers:
 
 
 def answer_all(folder: Path, questions: Mapping[str, Questions]) -> dict[str, Answers]:
-    """Have a saved model answer, task by task."""
+    """Evaluate a saved model on each task."""
     model = Llama(folder)
     return {task: answer(model, each) for task, each in questions.items()}
 
@@ -68,12 +68,12 @@ def _batches(questions: Questions) -> Iterator[tuple[Numbers, NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Known:
-    """What shares are measured by, task by task.
+    """The results that merges are compared with.
 
     Attributes:
-        base: The base's answers.
-        experts: Each expert's, of its own task.
-        general: The base's, to questions about what it was trained on.
+        base: The base's answers, by task.
+        experts: The answers of each task's expert.
+        general: The base's answers on its training distribution.
     """
 
     base: Mapping[str, Answers]
@@ -81,7 +81,7 @@ class Known:
     general: Answers
 
     def shares(self, merged: Mapping[str, Answers]) -> dict[str, float]:
-        """The share of each expert's gain over the base that a merge keeps: 1 as the expert, 0 as the base."""
+        """The share of each expert's gain over the base that a merge keeps: 1 like the expert, 0 like the base."""
         found = {}
         for task, expert in self.experts.items():
             base, own, best = (float(each.losses.mean()) for each in (self.base[task], merged[task], expert))
@@ -89,7 +89,7 @@ class Known:
         return found
 
     def accuracy(self, merged: Mapping[str, Answers]) -> float:
-        """The mean over the tasks of the tokens foretold, relative to the expert's."""
+        """The mean over the tasks of the share of correct tokens, relative to the expert's."""
         return float(
             np.mean([merged[task].right.mean() / expert.right.mean() for task, expert in self.experts.items()])
         )
