@@ -25,7 +25,7 @@ Pair = tuple[Path, Path]
 @pytest.mark.parametrize("function", [package.merge, package.check])
 def test_signatures_and_docstrings_have_every_setting(function: Any) -> None:
     parameters = inspect.signature(function).parameters
-    assert [*map(argument, SETTINGS)] == [name for name in parameters if name != "progress"]
+    assert [*map(argument, SETTINGS)] == [name for name in parameters if name not in ("progress", "html")]
     assert parameters["n_process"].default is None
     assert parameters["reserve_p"].default == 0.7
     assert parameters["model_path_list"].default is inspect.Parameter.empty

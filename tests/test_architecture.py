@@ -157,7 +157,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planning.hub",
         "execution",
     },
-    "inspection.pictures": {"printable", "errors", "version", "recipe", "kernels.jit", "inspection"},
+    "inspection.pictures": {"printable", "errors", "version", "storage", "recipe", "kernels.jit", "inspection"},
     "execution.tuning": {
         "printable",
         "errors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from test_documents import document
 
 import modelfuse as package
 from modelfuse.cli.demo import make_models
-from modelfuse.errors import CheckpointError
+from modelfuse.errors import CheckpointError, OutputError
 from modelfuse.inspection.diff import diff_recipe
+from modelfuse.inspection.diff_advice import _was_done
+from modelfuse.inspection.diff_measures import Advice
 from modelfuse.inspection.merge_outcome import Outcome
 from modelfuse.inspection.merge_report import MergeReport, compare_output
 from modelfuse.inspection.report_output import report_output
@@ -307,6 +310,36 @@ def test_the_command_shows_it_and_draws_it(models: Path, tmp_path: Path, modelfu
     wrong = modelfuse("report", tmp_path / "out", "--image", tmp_path / "p.svg", "--measure", "droped")
     assert wrong.status == 2
     assert "There is no measure 'droped'" in wrong.err
+
+
+def test_other_settings_are_suggested_for_the_inputs_of_a_merge(models: Path, tmp_path: Path, modelfuse: Run) -> None:
+    """By the inputs alone, and without what the merge did."""
+    alone = package.diff(*(models / name for name in "abc"), base=models / "base", progress=False)
+    assert [each.settings["merge_method"] for each in alone.advice] == ["ridge"]
+    assert merged(models, tmp_path / "ties", merge_method="ties").advice == alone.advice
+    assert "worth trying: 3 models" in modelfuse("report", tmp_path / "ties").out.replace("\n", " ")
+    assert merged(models, tmp_path / "ridge", merge_method="ridge").advice == ()
+    report = merged(models, tmp_path / "sum", merge_method="linear", weight_list=[0.3, 0.25, 0.3])
+    suggested = Advice("", {"merge_method": "linear", "weight_list": [0.27, 0.27, 0.27]})
+    assert _was_done(suggested, report.settings)
+    assert not _was_done(replace(suggested, settings={**suggested.settings, "weight_list": [1, 1, 1]}), report.settings)
+
+
+def test_a_merge_in_python_draws_what_it_kept(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    page = tmp_path / "page.html"
+    settings: dict[str, Any] = {"model_path_list": [models / "a", models / "b"], "base_model_path": models / "base",
+                                "progress": False}  # fmt: skip
+    result = package.merge(**settings, output_path=tmp_path / "out", html=str(page))
+    assert result.html == page
+    assert str(page) in result._repr_html_()
+    assert "what the merge kept of a, b" in page.read_text()
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="modelfuse has not written it"):
+        package.merge(**settings, output_path=tmp_path / "other", html=tmp_path / "mine")
+    assert not (tmp_path / "other").exists()
+    assert package.merge(**settings, output_path=tmp_path / "other").html is None
+    assert "html: " in (package.merge.__doc__ or "")
 
 
 def test_a_merge_draws_what_it_kept(models: Path, tmp_path: Path, modelfuse: Run) -> None:

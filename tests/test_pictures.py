@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from browser import needs_browser, use
 from modelfuse.errors import MissingExtraError, OutputError, RecipeError
 from modelfuse.inspection.diff_result import (
     DENSITIES,
+    Advice,
     Change,
     Diff,
     Group,
@@ -76,6 +78,13 @@ def test_the_page_is_one_file_that_asks_nobody(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)\s*=|url\(|@import""", own)
     assert "default-src 'none'" in text
     assert len(text) < 1_500_000
+
+
+def test_advice_is_on_the_page(tmp_path: Path) -> None:
+    advice = Advice("They disturb <each> other.", {"merge_method": "ridge", "weight_list": [1.0, 0.5]})
+    text = page(replace(made(2, ["/a/code", "/a/prose"]), advice=(advice,)))
+    assert "They disturb &lt;each&gt; other.<br><code>--merge_method ridge --weight_list 1 0.5</code>" in text
+    assert "Worth trying" not in page(made(2, ["/a/code", "/a/prose"]))
 
 
 def test_text_of_strangers_is_text(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Unpack
 
 from modelfuse.api.keywords import Keywords
 from modelfuse.api.signatures import describe, with_settings
 from modelfuse.cli import progress as shown
 from modelfuse.cli.console import err
+from modelfuse.cli.drawing import Drawing
 from modelfuse.execution.intermediate import keep_intermediate
 from modelfuse.execution.result import Result
 from modelfuse.execution.run import run_plan
@@ -35,7 +39,12 @@ Tell = Callable[[str], None]
 
 
 @with_settings
-def merge(*, progress: Count | bool | None = None, **settings: Unpack[Keywords]) -> Result:
+def merge(
+    *,
+    progress: Count | bool | None = None,
+    html: str | os.PathLike[str] | None = None,
+    **settings: Unpack[Keywords],
+) -> Result:
     """Merge models into a new folder.
 
     >>> import modelfuse
@@ -45,6 +54,8 @@ def merge(*, progress: Count | bool | None = None, **settings: Unpack[Keywords])
     Args:
         progress: Whether to show notes and how far it is; None: on a terminal and in a notebook. Or what is called
             with a number of bytes whenever so many more are done, from worker threads.
+        html: A file to write a page to: how much of each model is in the output, and where, from a sample of the
+            elements. :func:`report` and :func:`draw` make the same page from all elements.
 
     Returns:
         Where the output is, and what was done.
@@ -53,12 +64,20 @@ def merge(*, progress: Count | bool | None = None, **settings: Unpack[Keywords])
         ModelfuseError: One of its kinds; nothing is then left at ``output_path`` that was not there before.
             If the disk was full or failed, what is done is kept beside it, and the same call resumes from there.
     """
+    page = None if html is None else Path(html)
+    Drawing(page).check()
     name_hosts(settings.values())
     recipe = fetch(Recipe.parse(settings), QUIET if progress is False else None)
     keep_intermediate(recipe)
     plan = make_plan(recipe)
     with _merging(plan, progress) as (advance, tell):
-        return run_plan(plan, advance, tell)
+        result = run_plan(plan, advance, tell)
+    if page is None:
+        return result
+    from modelfuse.inspection.pictures.merge_page import write_merge_page
+
+    write_merge_page(recipe, result.output_path, page)
+    return replace(result, html=page)
 
 
 @with_settings

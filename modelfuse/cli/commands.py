@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from modelfuse.cli import console
 from modelfuse.cli.arguments import Options, parse, parse_demo, parse_options, parse_push, parse_verify
-from modelfuse.cli.drawing import Drawing
+from modelfuse.cli.drawing import Drawing, tell_written
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.installed_methods import register_installed
 from modelfuse.recipe.names import renew
@@ -99,9 +99,10 @@ def _run(recipe: Recipe, options: Options) -> int:
     elif not quiet:
         render.result(plan, result)
     if options.html is not None:
-        from modelfuse.cli.report_command import draw_merge
+        from modelfuse.inspection.pictures.merge_page import write_merge_page
 
-        draw_merge(recipe, result.output_path, options)
+        write_merge_page(recipe, result.output_path, options.html)
+        tell_written([options.html], options)
     return 0
 
 

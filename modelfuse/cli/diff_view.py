@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from modelfuse.cli.console import out
 from modelfuse.cli.units import counted, duration, many, rate
 from modelfuse.inspection.diff_names import short_names
-from modelfuse.inspection.diff_result import Diff, Group
+from modelfuse.inspection.diff_result import Advice, Diff, Group
 from modelfuse.printable import one_line
 
 #: Shades from the least to the most, and their colours of a terminal's 256.
@@ -36,11 +36,7 @@ def show(found: Diff) -> None:
     out.say("")
     for sentence in found.findings:
         out.say("- {}", sentence)
-    if found.advice:
-        out.say("")
-    for advice in found.advice:
-        out.say("- worth trying: {}", advice.text)
-        out.command(advice.flags)
+    advise(found.advice)
     out.say("")
     out.table(("", "model", "‖τ‖/‖b‖", "unchanged", "90 % of ‖τ‖²", "outlying", "NaN, inf"), _models(found))
     if len(found.models) > 1:
@@ -55,6 +51,15 @@ def show(found: Diff) -> None:
         _map(found, "largest interference of any pair", _interference)
     for each in found.side_differences:
         out.tell("warning" if each.fatal else "note", "{}: {}", short_names(found.models)[each.model], each.text)
+
+
+def advise(advice: Sequence[Advice]) -> None:
+    """Write settings that are worth trying."""
+    if advice:
+        out.say("")
+    for each in advice:
+        out.say("- worth trying: {}", each.text)
+        out.command(each.flags)
 
 
 def _models(found: Diff) -> Iterator[Sequence[object]]:

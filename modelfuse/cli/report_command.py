@@ -1,8 +1,7 @@
-"""``modelfuse report``: its words, and what is done with them; the page of a merge."""
+"""``modelfuse report``: its arguments, and the command."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +9,7 @@ from modelfuse.cli import console, progress
 from modelfuse.cli.arguments import Options, Parser, plain_flags
 from modelfuse.cli.drawing import Drawing, add_drawing, drawing_of, tell_written
 from modelfuse.cli.groups import from_environment
-from modelfuse.errors import ModelfuseError
-from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, path_or_url
+from modelfuse.storage import path_or_url
 
 
 def report_parser() -> Parser:
@@ -58,24 +55,3 @@ def tell_kept(words: Sequence[str]) -> int:
         show(found)
     tell_written(drawing.draw(found), options)
     return 0
-
-
-def draw_merge(recipe: Recipe, folder: PathOrUrl, options: Options) -> None:
-    """Write the page of a merge that was just made, from a sample of its elements.
-
-    Args:
-        recipe: What was merged, at hand.
-        folder: The output.
-        options: They name the page.
-    """
-    from modelfuse.inspection.merge_report import compare_output
-
-    gc.disable()  # Nothing of it is a cycle.
-    try:
-        found = compare_output(recipe, folder, sample=True)
-        tell_written(Drawing(options.html).draw(found), options)
-    except (ModelfuseError, OSError) as error:
-        error.add_note(f"The merge is done, and {folder} is whole; only its page could not be made.")
-        raise
-    finally:
-        gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from modelfuse.cli.json_output import Document
+from modelfuse.inspection.diff_measures import Advice
 from modelfuse.inspection.merge_outcome import Outcome
 from modelfuse.inspection.merge_report import MergeReport, SuspiciousModel
 
@@ -28,6 +29,7 @@ class Report(Document, frozen=True, kw_only=True):
         tensors: Tensor by tensor.
         suspicious: Models with tensors that stood out when they were merged.
         findings: What matters, in sentences.
+        advice: Settings that are worth trying on the same inputs, without those of this merge.
         bytes_read: Bytes of the tensors that were read.
         seconds: Wall time.
     """
@@ -45,6 +47,7 @@ class Report(Document, frozen=True, kw_only=True):
     tensors: list[Outcome]
     suspicious: list[SuspiciousModel]
     findings: list[str]
+    advice: list[Advice]
     bytes_read: int
     seconds: float
 
@@ -64,6 +67,7 @@ def of_report(found: MergeReport) -> Report:
         tensors=[*found.tensors],
         suspicious=[*found.suspicious],
         findings=[*found.findings],
+        advice=[*found.advice],
         bytes_read=found.diff.bytes_read,
         seconds=found.seconds,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from modelfuse.cli.console import out
+from modelfuse.cli.diff_view import advise
 from modelfuse.cli.units import duration, rate
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.merge_report import MergeReport
@@ -20,6 +21,7 @@ def show(found: MergeReport) -> None:
     out.say("")
     for text in found.findings:
         out.say("- {}", text)
+    advise(found.advice)
     for each in found.suspicious:
         lists = ((each.equal, "equal the base's"), (each.far, "are far from the base's"))
         parts = ", ".join(f"{len(names)} {what}" for names, what in lists if names)

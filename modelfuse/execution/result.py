@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from modelfuse.checkpoints.made_files import REPORT_NAME
 from modelfuse.execution.anomalies import Suspicious
@@ -24,6 +25,7 @@ class Result:
         seconds: Wall time.
         bytes_kept: Bytes, read and written, that a resumed earlier run had already done.
         suspicious: Models with tensors that equal the base's, or are far from it.
+        html: The page of the merge, if one was written.
     """
 
     output_path: PathOrUrl
@@ -34,6 +36,7 @@ class Result:
     seconds: float
     bytes_kept: int = 0
     suspicious: tuple[Suspicious, ...] = ()
+    html: Path | None = None
 
     def __repr__(self) -> str:
         suspicious = f", {len(self.suspicious)} suspicious models" if self.suspicious else ""
@@ -46,6 +49,7 @@ class Result:
         numbers = (("merged", self.merged), ("copied", self.copied), ("seconds", f"{self.seconds:.1f}"),
                    ("read", size(self.bytes_read)), ("written", size(self.bytes_written)))  # fmt: skip
         notes = [f"{each.path}: {each.summary} (listed in {REPORT_NAME})" for each in self.suspicious]
+        notes += [] if self.html is None else [f"page: {self.html}"]
         return html(
             str(self.output_path), ([name for name, _ in numbers], [[value for _, value in numbers]]), notes=notes
         )

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from modelfuse.inspection.diff_measures import Advice
 from modelfuse.inspection.diff_result import Diff
@@ -30,6 +31,36 @@ def advice_of(diff: Diff, adapters: bool) -> tuple[Advice, ...]:
     if not diff.base_given or fatal or len(changed) < len(diff.models) or len(diff.models) < 2:
         return ()
     return (*_scaling(diff), *(() if adapters else _solving(diff)))
+
+
+def advice_after(diff: Diff, settings: Mapping[str, object], adapters: bool) -> tuple[Advice, ...]:
+    """The suggestions for the inputs of a merge, without what it did.
+
+    Args:
+        diff: The comparison, in which the last model is the output.
+        settings: The settings of the merge.
+        adapters: Whether any of the models is an adapter.
+    """
+    count, whole = len(diff.models) - 1, diff.whole
+    pairs = tuple(each for each in whole.pairs if count not in (each.model, each.other))
+    inputs = replace(
+        diff,
+        models=diff.models[:-1],
+        whole=replace(whole, models=whole.models[:-1], pairs=pairs),
+        side_differences=tuple(each for each in diff.side_differences if each.model < count),
+    )
+    return tuple(each for each in advice_of(inputs, adapters) if not _was_done(each, settings))
+
+
+def _was_done(advice: Advice, settings: Mapping[str, object]) -> bool:
+    """Whether a merge had the suggested method and, where these matter, about the suggested weights."""
+    weights, used = advice.settings.get("weight_list"), settings.get("weight_list")
+    if settings.get("merge_method") != advice.settings["merge_method"]:
+        return False
+    if not isinstance(weights, list) or not isinstance(used, list):
+        return weights is None
+    ratios = [one / other if other else 0.0 for one, other in zip(weights, used, strict=True)]
+    return all(1 / LEAST_CHANGE < ratio < LEAST_CHANGE for ratio in ratios)
 
 
 def _scaling(diff: Diff) -> Iterator[Advice]:

@@ -11,8 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from modelfuse.checkpoints import read_json
+from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.made_files import REPORT_NAME
 from modelfuse.inspection.diff import Progress, carry_out, result_of
+from modelfuse.inspection.diff_advice import advice_after
+from modelfuse.inspection.diff_measures import Advice
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.diff_result import Diff
 from modelfuse.inspection.merge_outcome import Outcome, outcome_of, outcomes_of
@@ -64,6 +67,7 @@ class MergeReport:
         tensors: Tensor by tensor.
         suspicious: Models with tensors that stood out.
         findings: What matters, in sentences.
+        advice: Settings that are worth trying on the same inputs, without those of this merge.
         sample: Which part of the elements was read, and the error that this causes; None: all were.
         diff: How the models and, as the last one, the output differ from the base.
         seconds: Wall time.
@@ -81,6 +85,7 @@ class MergeReport:
     tensors: tuple[Outcome, ...]
     suspicious: tuple[SuspiciousModel, ...]
     findings: tuple[str, ...]
+    advice: tuple[Advice, ...]
     sample: Sample | None
     diff: Diff
     seconds: float
@@ -141,9 +146,11 @@ def compare_output(
     findings = sentences_of(short_names((*names, str(folder))), whole, outcomes["modules"], outcomes["layers"], diff)
     settings = {name: value for name, value in recipe.effective().items()
                 if name not in MACHINE and value not in (None, [], False)}  # fmt: skip
+    adapters = any(isinstance(model, Adapter) for model in plan.models)
+    advice = advice_after(diff, settings, adapters)
     return MergeReport(
         str(folder), str(base), has_base, names, settings, whole, outcomes["layers"], outcomes["modules"],
-        outcomes["cells"], outcomes["tensors"], suspicious, tuple(findings), sampled, diff,
+        outcomes["cells"], outcomes["tensors"], suspicious, tuple(findings), advice, sampled, diff,
         time.perf_counter() - started,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from modelfuse.inspection.diff_names import short_names
-from modelfuse.inspection.diff_result import DENSITIES, Diff
+from modelfuse.inspection.diff_result import DENSITIES, Advice, Diff
 from modelfuse.inspection.merge_report import MergeReport
 from modelfuse.inspection.pictures.library import library
 from modelfuse.inspection.pictures.page_data import page_data
@@ -57,6 +57,7 @@ def page(found: Diff | MergeReport) -> str:
         style=_resource("page.css"),
         subtitle=_subtitle(shown),
         findings=_listed((found if isinstance(found, MergeReport) else diff).findings, "findings"),
+        advice=_advice((found if isinstance(found, MergeReport) else diff).advice),
         recipe="" if shown.report is None else _recipe(shown.report),
         beside=_beside(shown),
         method=_method(shown),
@@ -111,6 +112,14 @@ def _listed(texts: Sequence[str], kind: str = "") -> str:
         return ""
     items = "".join(f"<li>{escape(printable(text))}</li>" for text in texts)
     return f'<ul class="{kind}">{items}</ul>'
+
+
+def _advice(advice: Sequence[Advice]) -> str:
+    """Settings that are worth trying, and why."""
+    items = "".join(
+        f"<li>{escape(printable(each.text))}<br><code>{escape(printable(each.flags))}</code></li>" for each in advice
+    )
+    return f'<section><h2>Worth trying</h2><ul class="findings">{items}</ul></section>' if items else ""
 
 
 def _recipe(report: MergeReport) -> str:
