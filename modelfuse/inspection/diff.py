@@ -27,7 +27,7 @@ from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.differences import DifferenceSums, measure
 from modelfuse.kernels.jit.compile import nothing_compiled
 from modelfuse.kernels.kernel import CompiledKernel
-from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan, budget_of, make_diff_plan
+from modelfuse.planning.diff_plan import ComparedTensor, CutRows, DiffPlan, budget_of, make_diff_plan
 from modelfuse.planning.hub import FetchDisplay, fetch
 from modelfuse.planning.memory_budget import SPAN
 from modelfuse.planning.side_file_differences import FolderFiles, processor_and_code_differences, serving_differences
@@ -125,7 +125,7 @@ def result_of(plan: DiffPlan, sums: Sums, base_given: bool, bytes_read: int, sta
         modules=_groups(sums, [(each.stack, None, each.module) for each in places]),
         cells=cells,
         tensors=_tensors(plan, sums, cells),
-        facts=tuple(_facts(each) for each in plan.tensors),
+        facts=tuple(_facts(each, plan.common_rows.get(each.name)) for each in plan.tensors),
         not_compared=tuple(NotCompared(name, because) for name, because in plan.left_out.items()),
         side_differences=tuple(_side_differences(plan)),
         findings=(),
@@ -160,9 +160,10 @@ def _name(stack: str, layer: int | None, module: str | None) -> str:
     return f"{where} {module or ''}".strip() or "model"
 
 
-def _facts(tensor: ComparedTensor) -> TensorFacts:
-    base = tensor.sources[-1]
-    return TensorFacts(tensor.name, str(base.natural), base.shape, tensor.measurement.matrices is not None)
+def _facts(tensor: ComparedTensor, cut: CutRows | None) -> TensorFacts:
+    base, is_matrix = tensor.sources[-1], tensor.measurement.matrices is not None
+    rows, shape = (None, base.shape) if cut is None else cut
+    return TensorFacts(tensor.name, str(base.natural), shape, is_matrix, rows)
 
 
 class Measuring:

@@ -133,7 +133,13 @@ class _Sentences:
             )
 
     def left_out(self) -> Iterator[str]:
-        """Tensors that were not compared."""
+        """Tensors that were not compared, or not whole."""
+        for each in self._diff.facts:
+            if each.rows is not None:
+                yield (
+                    f"Of {each.name}, {each.rows:,} rows were compared, those of tokens that all models have; the base "
+                    f"has {max(each.shape[:2]):,}."
+                )
         found = [each for each in self._diff.not_compared if not each.because.startswith("tied to")]
         if found:
             yield f"Not compared: {_some([f'{each.tensor} ({each.because})' for each in found], 1)}."

@@ -168,12 +168,15 @@ class TensorFacts:
         dtype: Its element type in the base.
         shape: Its shape in the base, in the layout that all inputs were converted to.
         matrix: Whether interference was measured, that is, whether it is a layer's matrix, fused ones, or experts'.
+        rows: The number of rows that were compared, those of tokens that all models have, where the numbers of rows
+            differ between models; None: all rows.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     matrix: bool
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

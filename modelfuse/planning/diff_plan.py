@@ -6,8 +6,8 @@ instead of being an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
@@ -24,6 +24,9 @@ from modelfuse.planning.operations import Operation, can_be_merged
 from modelfuse.planning.whole_matrices import Cuts
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import forget
+
+#: Of a tensor of which only some rows are compared, their number and its shape in the base.
+CutRows = tuple[int, tuple[int, ...]]
 
 
 class Location(NamedTuple):
@@ -76,6 +79,7 @@ class DiffPlan:
         tensors: The tensors to measure.
         left_out: Names of tensors that are not compared, with the reason.
         exact: Whether interference is computed without sketches.
+        common_rows: Tensors of which only the rows of tokens that all models have are compared.
     """
 
     recipe: Recipe
@@ -83,6 +87,7 @@ class DiffPlan:
     tensors: tuple[ComparedTensor, ...]
     left_out: dict[str, str]
     exact: bool
+    common_rows: Mapping[str, CutRows] = field(default_factory=dict)
 
     @property
     def bytes_read(self) -> int:
@@ -107,18 +112,23 @@ def make_diff_plan(recipe: Recipe, exact: bool) -> DiffPlan:
     match, mismatch = find_matches(models, True, lambda _: everything)
     if mismatch.untied:
         raise Mismatch(models, (), (), mismatch.untied, lambda _: everything).error()
-    left_out = dict(_left_out(recipe, models, match, mismatch))
+    rows, reasons = dict[str, CutRows](), dict[str, str]()
+    if mismatch.misshapen:
+        from modelfuse.checkpoints.vocabulary.common_rows import with_common_rows
+
+        models, rows, reasons = with_common_rows(models, mismatch.misshapen)
+    left_out = dict(_left_out(recipe, models, match, mismatch, reasons))
     names = [name for name in match.names if name not in left_out]
     if not names:
         raise MismatchError(
             "The models have no tensors of the same name and shape", "Compare models of one architecture."
         )
     tensors = tuple(_tensors(models, names, exact))
-    return DiffPlan(recipe, models, tensors, left_out, exact)
+    return DiffPlan(recipe, models, tensors, left_out, exact, rows)
 
 
 def _left_out(
-    recipe: Recipe, models: Sequence[Checkpoint], match: Match, mismatch: Mismatch
+    recipe: Recipe, models: Sequence[Checkpoint], match: Match, mismatch: Mismatch, reasons: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     """Names of tensors that cannot be compared, with the reason."""
     for tied in match.tied:
@@ -130,10 +140,12 @@ def _left_out(
             if name not in model and name not in model.aliases
         ]
         yield name, f"not in {', '.join(lacking)}"
-    for name in mismatch.misshapen:
+    misshapen = [name for name in mismatch.misshapen if len({_tensor(model, name).shape for model in models}) > 1]
+    for name in misshapen:
         found = zip(recipe.inputs, (_tensor(model, name).shape for model in models), strict=True)
-        yield name, "other shapes: " + ", ".join(f"{[*shape]} in {path}" for path, shape in found)
-    shaped = set(match.names).difference(mismatch.misshapen)
+        shapes = ", ".join(f"{[*shape]} in {path}" for path, shape in found)
+        yield name, f"other shapes: {shapes}" + (f"; {reasons[name]}" if name in reasons else "")
+    shaped = set(match.names).difference(misshapen)
     for name in match.names:
         if name in shaped and not all(can_be_merged(name, _tensor(model, name)) for model in models):
             yield name, f"{_tensor(models[-1], name).dtype}, not weights"
