@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelfuse.inspection.diff_result import BLOCK, DENSITIES, OUTLYING, Change, Group, Pair
+from modelfuse.inspection.diff_result import BLOCK, DENSITIES, OUTLYING, Change, Group, ModelPair
 
 Array = np.ndarray
 
@@ -160,7 +160,7 @@ def hold_change(own: Change, tensors: Sequence[Whole], model: int, close: float)
     near(own.density_90, fewest_with(tensors, model, 0.9), 0.02, "density_90")
 
 
-def hold_pair(own: Pair, tensors: Sequence[Whole], sketched: bool, close: float) -> None:
+def hold_pair(own: ModelPair, tensors: Sequence[Whole], sketched: bool, close: float) -> None:
     for name, wanted in pair(tensors, own.model, own.other).items():
         found = getattr(own, name)
         if name == "interference" and sketched and wanted is not None:

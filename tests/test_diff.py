@@ -24,8 +24,8 @@ from modelfuse.inspection.diff_result import (
     Diff,
     Group,
     Kept,
+    ModelPair,
     NotCompared,
-    Pair,
     SideDifference,
     TensorFacts,
 )
@@ -37,8 +37,8 @@ def example() -> Diff:
     kept = Kept(0.1, 0.1, 0.4, 0.05)
     change = Change(1.0, 0.1, 0.5, 0.0, 0.3, 2, 0, 0.4, (kept,))
     pairs = (
-        Pair(0, 1, 0.1, 0.3, 0.5, 0.4, 0.2, 0.01),
-        Pair(1, 0, 0.1, 0.3, 0.5, 0.4, None, None),
+        ModelPair(0, 1, 0.1, 0.3, 0.5, 0.4, 0.2, 0.01),
+        ModelPair(1, 0, 0.1, 0.3, 0.5, 0.4, None, None),
     )
     group = Group("w", "", 0, "mlp.up_proj", 1, 12, 10.0, 0, (change, change), pairs)
     return Diff(

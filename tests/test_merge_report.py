@@ -21,7 +21,7 @@ from modelfuse.errors import CheckpointError, OutputError
 from modelfuse.inspection.diff import diff_recipe
 from modelfuse.inspection.diff_advice import _was_done
 from modelfuse.inspection.diff_measures import Advice
-from modelfuse.inspection.merge_outcome import Outcome
+from modelfuse.inspection.merge_outcome import MergeOutcome
 from modelfuse.inspection.merge_report import MergeReport, compare_output
 from modelfuse.inspection.report_output import report_output
 from modelfuse.planning.diff_plan import make_diff_plan
@@ -73,7 +73,7 @@ def same(found: float | None, expected: float | None) -> None:
     assert found is None or found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def check(outcome: Outcome, tuned: list[np.ndarray], base: np.ndarray, output: np.ndarray) -> None:
+def check(outcome: MergeOutcome, tuned: list[np.ndarray], base: np.ndarray, output: np.ndarray) -> None:
     """Hold an outcome against its definitions; differences are taken in float32, as merges do."""
     taus = [(each.astype(np.float32) - base.astype(np.float32)).astype(np.float64) for each in tuned]
     delta = (output.astype(np.float32) - base.astype(np.float32)).astype(np.float64)
@@ -289,11 +289,11 @@ def test_what_cannot_be_compared_is_told(models: Path, tmp_path: Path, modelfuse
     assert "modelfuse diff MODEL … OUT --base BASE" in said.err
     shutil.move(tmp_path / "elsewhere", here / "a")
     (here / "a" / "model.safetensors").write_bytes((here / "b" / "model.safetensors").read_bytes())
-    assert "written again since the merge" in modelfuse("report", tmp_path / "out").err
+    assert "were changed since the merge" in modelfuse("report", tmp_path / "out").err
     config = json.loads((tmp_path / "out" / "merge_config.json").read_text())
     config["model_path_list"][0] = "https://example.invalid/model"
     (tmp_path / "out" / "merge_config.json").write_text(json.dumps(config))
-    assert "in stores, which a report does not ask" in modelfuse("report", tmp_path / "out").err
+    assert "in stores, which report does not access" in modelfuse("report", tmp_path / "out").err
 
 
 def test_the_command_shows_it_and_draws_it(models: Path, tmp_path: Path, modelfuse: Run) -> None:

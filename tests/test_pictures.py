@@ -22,8 +22,8 @@ from modelfuse.inspection.diff_result import (
     Diff,
     Group,
     Kept,
+    ModelPair,
     NotCompared,
-    Pair,
     SideDifference,
     TensorFacts,
 )
@@ -44,7 +44,7 @@ def group(draw: random.Random, name: str, layer: int | None, module: str | None,
         for _ in range(models)
     )  # fmt: skip
     pairs = tuple(
-        Pair(i, j, (i + j) / 100, draw.random(), draw.random(), draw.random(),
+        ModelPair(i, j, (i + j) / 100, draw.random(), draw.random(), draw.random(),
              None if module == "input_layernorm" else draw.random(), 0.01)
         for i in range(models) for j in range(models) if i != j
     )  # fmt: skip

@@ -14,6 +14,7 @@ from modelfuse.cli.documents import DOCUMENTS
 from modelfuse.cli.groups import FROM_ENVIRONMENT, PREFIX, groups
 from modelfuse.cli.help import default_of, steps
 from modelfuse.cli.help_pages import PAGES
+from modelfuse.cli.json_output import Document
 from modelfuse.methods.registry import MERGE_METHODS
 from modelfuse.recipe.names import SETTINGS, SYNONYMS
 from modelfuse.recipe.schema import Setting
@@ -29,7 +30,7 @@ def files() -> dict[str, str]:
         "docs/reference/methods.md": "\n".join(_methods()) + "\n",
         "docs/reference/command-line.md": "\n".join(_command_line()) + "\n",
         "modelfuse/api/keywords.py": "\n".join(_keywords()) + "\n",
-        **{f"docs/schemas/{kind.__name__.lower()}.json": _schema(kind) for kind in DOCUMENTS},
+        **{f"docs/schemas/{_name(kind)}.json": _schema(kind) for kind in DOCUMENTS},
     }
 
 
@@ -71,6 +72,11 @@ def _type(name: str, setting: Setting) -> str:
         one = "Any"
     several = f"Sequence[{one}]" if setting.takes_several else one
     return several if setting.default is not None else f"{several} | None"
+
+
+def _name(kind: type[Document]) -> str:
+    """The command whose document it is."""
+    return kind.__name__.removesuffix("Document").lower()
 
 
 def _schema(kind: type) -> str:
@@ -132,7 +138,7 @@ def _command_line() -> Iterator[str]:
             yield "Takes every [setting](settings.md) as a flag, and a recipe: a YAML or JSON file of the same names."
     yield "\n## What every command takes\n"
     yield from (f"- `{', '.join(flags)}`: {about}" for flags, about in OPTIONS.values())
-    names = ", ".join(_link(kind.__name__.lower()) for kind in DOCUMENTS)
+    names = ", ".join(_link(_name(kind)) for kind in DOCUMENTS)
     yield "\n`--json` writes one document to standard output, in every case; all else goes to standard error."
     yield f"The forms are described by JSON Schemas: {names}."
     yield "`document` names the form and its version, which changes with every change but an addition."

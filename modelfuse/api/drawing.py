@@ -1,4 +1,4 @@
-"""``modelfuse.report`` and ``draw``: what a merge kept, and pages and pictures of it and of ``diff``."""
+"""``modelfuse.report`` and ``modelfuse.draw``: reports on merges; pages and images of results."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def report(
     memory: int | str | None = None,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> MergeReport:
-    """Compare the output of a merge with its inputs: how much of each model is in it, what was dropped and cancelled.
+    """Compare the output of a merge with its inputs: how much of each model it contains, and where.
 
     >>> found = report("c")  # doctest: +SKIP
     >>> found.whole.models[0].projection  # doctest: +SKIP
     0.62
 
     Args:
-        path: The output; its inputs are to be at hand, as they were.
+        path: The output; its inputs must be available unchanged.
         exact: Compute interference without sketches, which takes much longer.
-        n_process: Parallel workers; by default as the merge had.
-        memory: The most memory to use; by default as the merge had.
-        progress: Whether to show how far it is; None: on a terminal and in a notebook. Or what is called with the
-            bytes read since the last call and those to read in all, from worker threads.
+        n_process: Parallel workers; by default as in the merge.
+        memory: The memory budget; by default as in the merge.
+        progress: Whether to show progress; None: on a terminal and in a notebook. Or a function, called from worker
+            threads with the bytes read since the last call and the bytes to read in total.
 
     Returns:
-        The numbers, for each tensor and summed by layer, module and model; see ``docs/pictures.md``.
+        The measures of each tensor, layer, module and model; see ``docs/pictures.md``.
 
     Raises:
-        ModelfuseError: If it is no output of a merge, or an input is not at hand or was changed.
+        ModelfuseError: If it is not the output of a merge, or an input is missing or was changed.
     """
     name_hosts([path])
     shown = showing_comparison(progress)
@@ -51,19 +51,20 @@ def report(
 def draw(
     found: Diff | MergeReport, path: str | os.PathLike[str], *, measure: str | None = None, overwrite: bool = False
 ) -> None:
-    """Draw what :func:`modelfuse.diff` or :func:`modelfuse.report` found.
+    """Write a page or an image of a result of :func:`modelfuse.diff` or :func:`modelfuse.report`.
 
     >>> draw(report("c"), "report.html")  # doctest: +SKIP
 
     Args:
-        found: What they gave.
-        path: The file: ``.html`` for an interactive page that needs no network, ``.svg`` or ``.png`` for a picture.
-        measure: What a picture shows, such as ``relative``, ``cosine`` or ``interference``; by default what says most.
+        found: The result.
+        path: The file: ``.html`` for an interactive page, which works offline, ``.svg`` or ``.png`` for an image.
+        measure: The measure of an image, such as ``relative``, ``cosine`` or ``interference``; by default the most
+            informative one.
         overwrite: Replace a file that modelfuse has not written.
 
     Raises:
-        ModelfuseError: If the extra ``modelfuse[report]`` is not installed, the name has another ending, or somebody
-            else's file is there.
+        ModelfuseError: If the extra ``modelfuse[report]`` is not installed, the suffix is unknown, or the file exists
+            and modelfuse has not written it.
     """
     file = Path(path)
     if file.suffix.lower() not in (".html", ".htm"):

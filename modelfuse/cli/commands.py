@@ -170,9 +170,9 @@ def _collect(words: list[str], _: Mapping[str, object]) -> int:
 
 
 def _report(words: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.report_command import tell_kept
+    from modelfuse.cli.report_command import run_report
 
-    return tell_kept(words)
+    return run_report(words)
 
 
 def _diff(words: list[str], _: Mapping[str, object]) -> int:

@@ -9,11 +9,11 @@ from modelfuse.inspection import diff_result
 from modelfuse.inspection.diff_result import Advice, Group, NotCompared, SideDifference, TensorFacts
 
 
-class Diff(Document, frozen=True, kw_only=True):
+class DiffDocument(Document, frozen=True, kw_only=True):
     """How models differ from a base and from each other: ``modelfuse diff --json``.
 
     τᵢ is the difference of model i to the base. Norms are Frobenius norms, shares are between 0 and 1, and what is
-    undefined is null. The descriptions of ``Change``, ``Pair`` and ``Group`` define every number.
+    undefined is null. The descriptions of ``Change``, ``ModelPair`` and ``Group`` define every number.
 
     Attributes:
         base: What differences are taken to: the base or, where none was given, the first model.
@@ -59,9 +59,9 @@ class Diff(Document, frozen=True, kw_only=True):
     advice: list[Advice]
 
 
-def of_diff(found: diff_result.Diff) -> Diff:
+def of_diff(found: diff_result.Diff) -> DiffDocument:
     """The document of ``diff``."""
-    return Diff(
+    return DiffDocument(
         base=found.base,
         base_given=found.base_given,
         models=[*found.models],

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
-from modelfuse.cli.diff_document import Diff
+from modelfuse.cli.diff_document import DiffDocument
 from modelfuse.cli.help import steps
 from modelfuse.cli.inspect_document import Inspect
 from modelfuse.cli.json_output import Document
-from modelfuse.cli.report_document import Report
+from modelfuse.cli.report_document import ReportDocument
 from modelfuse.cli.tune_document import Tune
 from modelfuse.errors import ModelfuseError
 from modelfuse.methods.registry import MERGE_METHODS
@@ -177,7 +177,19 @@ class Error(Document, frozen=True, kw_only=True):
     status: int
 
 
-DOCUMENTS: Sequence[type[Document]] = (Check, Merge, Tune, Diff, Inspect, Report, Verify, Push, Collect, Methods, Error)
+DOCUMENTS: Sequence[type[Document]] = (
+    Check,
+    Merge,
+    Tune,
+    DiffDocument,
+    Inspect,
+    ReportDocument,
+    Verify,
+    Push,
+    Collect,
+    Methods,
+    Error,
+)
 
 
 def of_plan(plan: Plan) -> Check:

@@ -1,4 +1,4 @@
-"""Pages and pictures of what commands find: the flags that ask for them, and the files."""
+"""Flags of commands that write pages and images of their results."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from typing import Any
 from modelfuse.cli.arguments import Options, Parser
 from modelfuse.cli.console import err, out
 
-#: Flags of commands that draw what they find, and what they do.
+#: These flags, with their help.
 DRAWING = (
-    ("--html FILE", "Write an interactive page: one file that needs no network, to be looked at or printed."),
-    ("--image FILE", "Write a picture, .svg or .png: maps of layers × modules, and models in pairs."),
-    ("--measure NAME", "What the picture shows, such as relative, cosine or interference. Default: what says most."),
-    ("--overwrite", "Replace these files even where modelfuse has not written them."),
+    ("--html FILE", "Write an interactive page: one file, which works offline and prints well."),
+    ("--image FILE", "Write an image, .svg or .png: maps of layers × modules, and pairs of models."),
+    (
+        "--measure NAME",
+        "The measure of the image, such as relative, cosine or interference. Default: the most informative one.",
+    ),
+    ("--overwrite", "Replace these files even if modelfuse has not written them."),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What is to be drawn.
+    """The files to write.
 
     Attributes:
-        html: The file of a page; None for none.
-        image: The file of a picture.
-        measure: What the picture shows; None: what says most.
-        overwrite: Whether other files are replaced.
+        html: The page; None: no page.
+        image: The image; None: no image.
+        measure: The measure of the image; None: the most informative one.
+        overwrite: Whether to replace files that modelfuse has not written.
     """
 
     html: Path | None = None
@@ -36,10 +39,10 @@ class Drawing:
     overwrite: bool = False
 
     def check(self, of_merge: bool = False) -> None:
-        """Refuse, before any work, what cannot be drawn or written.
+        """Check that the files can be written, before any work is done.
 
         Raises:
-            ModelfuseError: If so.
+            ModelfuseError: If they cannot.
         """
         if self.html is None and self.image is None:
             return
@@ -55,7 +58,7 @@ class Drawing:
             check_image(self.image, self.measure, self.overwrite, of_merge)
 
     def draw(self, found: Any) -> list[Path]:
-        """Write the files; which ones."""
+        """Write the files; returns their paths."""
         written = []
         if self.html is not None:
             from modelfuse.inspection.pictures.page import write_page
@@ -71,7 +74,7 @@ class Drawing:
 
 
 def add_drawing(parser: Parser) -> None:
-    """Let a command take the flags of ``DRAWING``."""
+    """Add the flags of ``DRAWING`` to a parser."""
     for flag in ("--html", "--image"):
         parser.add_argument(flag, type=Path)
     parser.add_argument("--measure")
@@ -79,12 +82,12 @@ def add_drawing(parser: Parser) -> None:
 
 
 def drawing_of(given: dict[str, Any]) -> Drawing:
-    """Take what is to be drawn out of what was given."""
+    """Remove these flags from the arguments of a command."""
     names = ("html", "image", "measure", "overwrite")
     return Drawing(**{name: given.pop(name) for name in names if name in given})
 
 
 def tell_written(paths: Sequence[Path], options: Options) -> None:
-    """Say which files were written."""
+    """Report the files that were written."""
     for path in () if options.quiet else paths:
         (err if options.json else out).say("wrote [bold]{}[/]", path)

@@ -13,7 +13,7 @@ from modelfuse.storage import path_or_url
 
 
 def report_parser() -> Parser:
-    """The parser of ``report``."""
+    """The parser of the command's arguments."""
     parser = Parser("report")
     parser.add_argument("folder")
     parser.add_argument("--exact", action="store_true")
@@ -24,7 +24,7 @@ def report_parser() -> Parser:
 
 
 def parse_report(words: Sequence[str]) -> tuple[dict[str, Any], Drawing, Options]:
-    """Turn the words behind ``report`` into its arguments.
+    """Parse the arguments of ``report``.
 
     Raises:
         RecipeError: If a flag is unknown or lacks its value.
@@ -35,8 +35,8 @@ def parse_report(words: Sequence[str]) -> tuple[dict[str, Any], Drawing, Options
     return {**from_environment(["n_process", "memory"]), **given}, drawing, options
 
 
-def tell_kept(words: Sequence[str]) -> int:
-    """Compare an output with its inputs as the words say, and tell what was kept of them."""
+def run_report(words: Sequence[str]) -> int:
+    """Run the command: compare an output with its inputs, and show the report."""
     from modelfuse.inspection.report_output import report_output
 
     given, drawing, options = parse_report(words)

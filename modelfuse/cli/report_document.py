@@ -1,4 +1,4 @@
-"""What ``modelfuse report --json`` writes."""
+"""The document of ``modelfuse report --json``."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Any, Literal
 
 from modelfuse.cli.json_output import Document
 from modelfuse.inspection.diff_measures import Advice
-from modelfuse.inspection.merge_outcome import Outcome
+from modelfuse.inspection.merge_outcome import MergeOutcome
 from modelfuse.inspection.merge_report import MergeReport, SuspiciousModel
 
 
-class Report(Document, frozen=True, kw_only=True):
-    """What a merge kept of its inputs: ``modelfuse report --json``.
+class ReportDocument(Document, frozen=True, kw_only=True):
+    """How much of its inputs is in the output of a merge: ``modelfuse report --json``.
 
     τᵢ is the difference of model i to the base, δ that of the output. Shares are between 0 and 1, and what is
-    undefined is null. The descriptions of ``Taken`` and ``Outcome`` define every number.
+    undefined is null. ``ModelOutcome`` and ``MergeOutcome`` define the numbers.
 
     Attributes:
         output: The output.
-        base: What differences are taken to: the base or, where there is none, the first model.
+        base: The model that differences are taken to: the base or, without one, the first model.
         base_given: Whether the merge had a base.
-        models: The models in order; numbers of models have theirs.
-        settings: What was asked for.
-        whole: Everything together.
-        layers: Layer by layer.
-        modules: By kind of module.
-        cells: By layer and kind of module.
-        tensors: Tensor by tensor.
-        suspicious: Models with tensors that stood out when they were merged.
-        findings: What matters, in sentences.
+        models: The models; lists by model have their order.
+        settings: The settings of the merge.
+        whole: All tensors together.
+        layers: Each layer.
+        modules: Each kind of module, over all layers.
+        cells: Each kind of module in each layer.
+        tensors: Each tensor.
+        suspicious: Models with suspicious tensors, as the merge reported them.
+        findings: A summary in sentences.
         advice: Settings that are worth trying on the same inputs, without those of this merge.
         bytes_read: Bytes of the tensors that were read.
         seconds: Wall time.
@@ -40,11 +40,11 @@ class Report(Document, frozen=True, kw_only=True):
     base_given: bool
     models: list[str]
     settings: dict[str, Any]
-    whole: Outcome
-    layers: list[Outcome]
-    modules: list[Outcome]
-    cells: list[Outcome]
-    tensors: list[Outcome]
+    whole: MergeOutcome
+    layers: list[MergeOutcome]
+    modules: list[MergeOutcome]
+    cells: list[MergeOutcome]
+    tensors: list[MergeOutcome]
     suspicious: list[SuspiciousModel]
     findings: list[str]
     advice: list[Advice]
@@ -52,9 +52,9 @@ class Report(Document, frozen=True, kw_only=True):
     seconds: float
 
 
-def of_report(found: MergeReport) -> Report:
-    """The document of ``report``."""
-    return Report(
+def of_report(found: MergeReport) -> ReportDocument:
+    """The document of a report."""
+    return ReportDocument(
         output=found.output,
         base=found.base,
         base_given=found.base_given,

@@ -1,4 +1,4 @@
-"""How people see what a merge kept of its inputs."""
+"""Show a report on a merge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelfuse.planning.tables import Row
 
 
 def show(found: MergeReport) -> None:
-    """Write it to standard output."""
+    """Write the report to standard output."""
     kind = "base" if found.base_given else "first model"
     out.say("[bold]{}[/] beside its inputs; {}: {}", found.output, kind, found.base)
     out.say("")

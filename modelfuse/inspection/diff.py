@@ -20,7 +20,7 @@ from modelfuse.execution.worker import BufferSizes, Task, Worker, row_bytes
 from modelfuse.inspection.diff_advice import advice_of
 from modelfuse.inspection.diff_findings import findings_of
 from modelfuse.inspection.diff_result import Diff, Group, NotCompared, SideDifference, TensorFacts
-from modelfuse.inspection.diff_sums import GroupKey, Sums
+from modelfuse.inspection.diff_sums import GroupKey, GroupSums
 from modelfuse.kernels import Pass
 from modelfuse.kernels.adaptive import SMALL
 from modelfuse.kernels.blas_threads import one_thread
@@ -99,11 +99,11 @@ def carry_out(plan: DiffPlan, base_given: bool, progress: Progress | None = None
         CheckpointError: If an input cannot be read.
     """
     started = time.perf_counter()
-    sums = Sums.joined(Measuring(plan, progress or (lambda *_: None)).run())
+    sums = GroupSums.joined(Measuring(plan, progress or (lambda *_: None)).run())
     return result_of(plan, sums, base_given, plan.bytes_read, started)
 
 
-def result_of(plan: DiffPlan, sums: Sums, base_given: bool, bytes_read: int, started: float) -> Diff:
+def result_of(plan: DiffPlan, sums: GroupSums, base_given: bool, bytes_read: int, started: float) -> Diff:
     """The result of a comparison.
 
     Args:
@@ -137,13 +137,13 @@ def result_of(plan: DiffPlan, sums: Sums, base_given: bool, bytes_read: int, sta
     return result.with_findings(findings_of(result), advice_of(result, adapters))
 
 
-def _groups(sums: Sums, places: Sequence[tuple[str, int | None, str | None]]) -> tuple[Group, ...]:
+def _groups(sums: GroupSums, places: Sequence[tuple[str, int | None, str | None]]) -> tuple[Group, ...]:
     """Sum the tensors of the same stack, layer and module; groups are in the order of their first tensor."""
     keys = [GroupKey(_name(*place), *place) for place in dict.fromkeys(places)]
     return sums.added(places).groups(keys) if places else ()
 
 
-def _tensors(plan: DiffPlan, sums: Sums, cells: Sequence[Group]) -> tuple[Group, ...]:
+def _tensors(plan: DiffPlan, sums: GroupSums, cells: Sequence[Group]) -> tuple[Group, ...]:
     """The group of each tensor. That of a tensor which is alone in its cell is the cell's, with another name."""
     found = {(each.stack, each.layer, each.module): each for each in cells if each.tensors == 1}
     several = [number for number, each in enumerate(plan.tensors) if each.location not in found]
@@ -186,10 +186,10 @@ class Measuring:
         ]
         paths = [model.path for model in plan.models]
         self._tasks = [Task(each.sources, tuple(paths[number] for number in each.inputs)) for each in plan.tensors]
-        self._sums: list[Sums | None] = [None] * len(plan.tensors)
+        self._sums: list[GroupSums | None] = [None] * len(plan.tensors)
         self._scheduler: Scheduler[Pass] = Scheduler(self._walk, budget.workers, SPAN)
 
-    def run(self) -> list[Sums]:
+    def run(self) -> list[GroupSums]:
         """Measure all tensors, in the plan's order."""
         self._streaming = Streaming(self._tasks)
         # A small comparison takes less time with numpy than the compiler to start; the numbers are the same.
@@ -210,7 +210,7 @@ class Measuring:
         tensor = self._plan.tensors[number]
 
         def keep(found: DifferenceSums) -> None:
-            self._sums[number] = Sums.of(tensor.measurement.size, found).spread(tensor.models)
+            self._sums[number] = GroupSums.of(tensor.measurement.size, found).spread(tensor.models)
 
         return keep
 

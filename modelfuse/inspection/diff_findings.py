@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from modelfuse.inspection.diff_names import short_names
-from modelfuse.inspection.diff_result import Diff, Group, Pair
+from modelfuse.inspection.diff_result import Diff, Group, ModelPair
 
 MOST_FINDINGS = 10
 #: Most names in a sentence.
@@ -144,7 +144,7 @@ class _Sentences:
         if found:
             yield f"Not compared: {_some([f'{each.tensor} ({each.because})' for each in found], 1)}."
 
-    def _both(self, pair: Pair) -> str:
+    def _both(self, pair: ModelPair) -> str:
         return f"{self._names[pair.model]} and {self._names[pair.other]}"
 
 
@@ -152,7 +152,7 @@ def _cosine(value: float) -> str:
     return f"{value:.2f}".replace("-0.00", "0.00")
 
 
-def _interference(pair: Pair) -> str:
+def _interference(pair: ModelPair) -> str:
     error = f" (± {pair.interference_error:.1g})" if pair.interference_error else ""
     return f"{pair.interference:.2f}{error}"
 

@@ -70,7 +70,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ModelPair:
     """Measures of an ordered pair (i, j) of models; all but the interference of i by j are symmetric.
 
     Attributes:
@@ -125,9 +125,9 @@ class Group:
     base_norm: float
     base_nonfinite: int
     models: tuple[Change, ...]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ModelPair, ...]
 
-    def pair(self, model: int, other: int) -> Pair:
+    def pair(self, model: int, other: int) -> ModelPair:
         """The measures of an ordered pair of different models.
 
         Args:

@@ -15,15 +15,28 @@ from modelfuse.inspection.diff_measures import (
     Change,
     Group,
     Kept,
+    ModelPair,
     NotCompared,
-    Pair,
     SideDifference,
     TensorFacts,
 )
 from modelfuse.inspection.diff_tables import Level, frame_of, html_of
 
-__all__ = ["BLOCK", "DENSITIES", "OUTLYING", "PROBES", "Advice", "Change", "Diff", "Group", "Kept", "NotCompared",
-           "Pair", "SideDifference", "TensorFacts"]  # fmt: skip
+__all__ = [
+    "BLOCK",
+    "DENSITIES",
+    "OUTLYING",
+    "PROBES",
+    "Advice",
+    "Change",
+    "Diff",
+    "Group",
+    "Kept",
+    "ModelPair",
+    "NotCompared",
+    "SideDifference",
+    "TensorFacts",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -81,7 +94,7 @@ class Diff:
         Returns:
             A ``pandas.DataFrame`` with the columns ``name``, ``stack``, ``layer``, ``module``, ``tensors`` and
             ``elements`` of the group, the models' names, and the fields of :class:`Change` (those of ``kept`` as
-            ``trim_squares_0.2`` and so on) or of :class:`Pair`. Undefined values are missing.
+            ``trim_squares_0.2`` and so on) or of :class:`ModelPair`. Undefined values are missing.
 
         Raises:
             RecipeError: If there is no such level.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.inspection.diff_measures import DENSITIES, Change, Group, Kept, Pair
+from modelfuse.inspection.diff_measures import DENSITIES, Change, Group, Kept, ModelPair
 from modelfuse.kernels.differences import BIN_SHIFT, DifferenceSums
 
 Array = np.ndarray[Any, Any]
@@ -29,8 +29,8 @@ class GroupKey(NamedTuple):
 
 
 @dataclass
-class Sums:
-    """Sums over groups of tensors. Every array has one row per group.
+class GroupSums:
+    """GroupSums over groups of tensors. Every array has one row per group.
 
     Attributes:
         tensors: The number of tensors: int64, shape (groups,).
@@ -55,7 +55,7 @@ class Sums:
     concentrated: Array
 
     @classmethod
-    def zeros(cls, groups: int, models: int) -> Sums:
+    def zeros(cls, groups: int, models: int) -> GroupSums:
         """The sums of no elements."""
         whole, by_model, kept = np.int64, (groups, models), (groups, models, len(DENSITIES))
         return cls(
@@ -66,7 +66,7 @@ class Sums:
         )  # fmt: skip
 
     @classmethod
-    def of(cls, size: int, found: DifferenceSums) -> Sums:
+    def of(cls, size: int, found: DifferenceSums) -> GroupSums:
         """The sums of one tensor, as it was measured whole."""
         sums = cls.zeros(1, found.skipped.size)
         sums.tensors[:], sums.elements[:] = 1, size
@@ -88,7 +88,7 @@ class Sums:
         changed: Array = np.diagonal(self.signs[:, 0], axis1=1, axis2=2) + self.skipped
         return changed
 
-    def spread(self, models: Sequence[int | None]) -> Sums:
+    def spread(self, models: Sequence[int | None]) -> GroupSums:
         """The same with zeros for further models, whose tensors are the base's own.
 
         Args:
@@ -97,7 +97,7 @@ class Sums:
         own = np.flatnonzero([each is not None for each in models])
         if own.size == len(models):
             return self
-        found, with_base = Sums.zeros(len(self.elements), len(models)), np.append(own, len(models))
+        found, with_base = GroupSums.zeros(len(self.elements), len(models)), np.append(own, len(models))
         found.tensors, found.elements = self.tensors, self.elements
         found.gram[:, with_base[:, None], with_base] = self.gram
         found.bad[:] = self.bad[:, -1:]
@@ -110,17 +110,17 @@ class Sums:
         return found
 
     @classmethod
-    def joined(cls, several: Sequence[Sums]) -> Sums:
+    def joined(cls, several: Sequence[GroupSums]) -> GroupSums:
         """The rows of several, one after another."""
         return several[0] if len(several) == 1 else cls(
             *(np.concatenate([vars(each)[name] for each in several]) for name in vars(several[0]))
         )  # fmt: skip
 
-    def rows(self, order: Array) -> Sums:
+    def rows(self, order: Array) -> GroupSums:
         """Some rows, in an order."""
-        return Sums(*(value[order] for value in vars(self).values()))
+        return GroupSums(*(value[order] for value in vars(self).values()))
 
-    def added(self, keys: Iterable[object]) -> Sums:
+    def added(self, keys: Iterable[object]) -> GroupSums:
         """Rows of the same key added up, in the order of each key's first row.
 
         Args:
@@ -132,14 +132,14 @@ class Sums:
             return self
         order = np.argsort(index, kind="stable")
         starts = np.searchsorted(index[order], np.arange(len(numbers)))
-        return Sums(
+        return GroupSums(
             *((np.maximum if name == "largest" else np.add).reduceat(value[order], starts, axis=0)
               for name, value in vars(self).items())
         )  # fmt: skip
 
-    def scaled(self, elements: Array) -> Sums:
+    def scaled(self, elements: Array) -> GroupSums:
         """The sums of this many elements in each row, as those of a sample suggest them; counts stay whole."""
-        factors, found = elements / self.elements, Sums(**vars(self))
+        factors, found = elements / self.elements, GroupSums(**vars(self))
         for name, value in vars(self).items():
             if name not in ("tensors", "elements", "largest"):
                 own = value * factors.reshape(-1, *(1,) * (value.ndim - 1))
@@ -159,7 +159,7 @@ class Sums:
 class _Numbers:
     """The measures of all rows at once: array operations are faster than single numbers."""
 
-    def __init__(self, sums: Sums) -> None:
+    def __init__(self, sums: GroupSums) -> None:
         self._sums, self._models = sums, sums.skipped.shape[1]
         self._squares = np.diagonal(sums.gram, axis1=1, axis2=2)
         self._norms = np.sqrt(self._squares)
@@ -195,7 +195,7 @@ class _Numbers:
             for row in zip(*columns, strict=True)
         ]
 
-    def pairs(self) -> list[tuple[Pair, ...]]:
+    def pairs(self) -> list[tuple[ModelPair, ...]]:
         """The measures of each ordered pair of models."""
         one, other = np.nonzero(~np.eye(self._models, dtype=bool))
         both, opposite, large, opposite_large = self._sums.signs[:, :, one, other].swapaxes(0, 1)
@@ -207,7 +207,7 @@ class _Numbers:
             *self._interference(one, other),
         )
         models = one.tolist(), other.tolist()
-        return [tuple(map(Pair, *models, *row)) for row in zip(*columns, strict=True)]
+        return [tuple(map(ModelPair, *models, *row)) for row in zip(*columns, strict=True)]
 
     def _interference(self, one: Array, other: Array) -> tuple[list[Any], list[Any]]:
         """The roots of the quotients, and their standard errors by error propagation."""

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
 
 from modelfuse.errors import MissingExtraError, RecipeError
-from modelfuse.inspection.diff_measures import Advice, Change, Group, Kept, Pair
+from modelfuse.inspection.diff_measures import Advice, Change, Group, Kept, ModelPair
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.planning.tables import Row, html
 
@@ -19,7 +19,7 @@ LEVELS: tuple[str, ...] = get_args(Level)
 WHERE = ("name", "stack", "layer", "module", "tensors", "elements")
 #: Fields of models and pairs that become columns of the same name.
 OF_CHANGES = tuple(each.name for each in fields(Change) if each.name != "kept")
-OF_PAIRS = tuple(each.name for each in fields(Pair) if each.name not in ("model", "other"))
+OF_PAIRS = tuple(each.name for each in fields(ModelPair) if each.name not in ("model", "other"))
 
 
 class ComparedModels(Protocol):

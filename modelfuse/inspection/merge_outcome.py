@@ -1,7 +1,7 @@
-"""What a merge kept of its inputs, tensor by tensor and summed: functions of what ``diff`` measures with the output.
+"""Compute how much of each model the output of a merge contains, from a comparison with the output as last model.
 
-τᵢ is the difference of model i to the base, δ that of the output. Everything follows from their dot products and from
-counts of elements that they change.
+τᵢ is the difference of model i to the base, δ that of the output. All measures follow from their dot products and from
+counts of changed elements.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.inspection.diff_measures import Group, Pair
+from modelfuse.inspection.diff_measures import Group, ModelPair
 
 Array = np.ndarray[Any, Any]
 Number = float | None
 
-#: A direction that has so small a share of the others' squares cannot be told from them.
+#: The least eigenvalue of the cosines for which differences count as linearly independent.
 RANK = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """What became of one model's difference.
+class ModelOutcome:
+    """What the output contains of one model's difference.
 
     Attributes:
-        projection: ⟨δ, τᵢ⟩ / ‖τᵢ‖²: how often its difference is in the output's, with what others add in its direction.
-        coefficient: cᵢ of the weighted sum Σ cⱼτⱼ that is nearest to δ: its own part. None where models' differences
-            are not independent.
-        left: √(1 − cos²) of δ and τᵢ: the share of the output's difference that is not in its direction.
-        dropped: Of the elements that it changes, the share that the output has as they are in the base.
-        reversed: Of the elements that both change, the share that the output changes in the opposite direction.
+        projection: ⟨δ, τᵢ⟩ / ‖τᵢ‖²: how many times its difference is in the output's, including what other models
+            contribute in its direction.
+        coefficient: cᵢ of the weighted sum Σ cⱼτⱼ that is nearest to δ: its own contribution. None if the models'
+            differences are linearly dependent.
+        left: √(1 − cos²) of δ and τᵢ: the share of δ orthogonal to τᵢ.
+        dropped: Of the elements that it changes, the share that equals the base in the output.
+        reversed: Of the elements that both change, the share with opposite signs.
     """
 
     projection: float | None
@@ -42,22 +43,22 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the output is of its inputs, in some tensors.
+class MergeOutcome:
+    """What the output contains of its inputs, in a group of tensors.
 
     Attributes:
-        name: As of the group of ``diff``.
-        stack: The same.
-        layer: The same.
-        module: The same.
-        elements: How many elements.
+        name: As of the :class:`Group`.
+        stack: As of the group.
+        layer: As of the group.
+        module: As of the group.
+        elements: The number of elements.
         relative: ‖δ‖ / ‖b‖.
         unchanged: The share of elements that equal the base's.
-        residual: ‖δ − Σ cᵢτᵢ‖ / ‖δ‖: what is no weighted sum of the models' differences, as methods that drop, elect or
-            round make it.
-        cancelled: 1 − ‖Σ cᵢτᵢ‖² / Σ ‖cᵢτᵢ‖², where that is above 0: what the models' parts take from each other.
+        residual: ‖δ − Σ cᵢτᵢ‖ / ‖δ‖: the share that is not a weighted sum of the models' differences, because elements
+            were dropped, outvoted or rounded.
+        cancelled: max(0, 1 − ‖Σ cᵢτᵢ‖² / Σ ‖cᵢτᵢ‖²): what the models' contributions cancel of each other.
         nonfinite: Elements of the output that are NaN or infinite.
-        models: What became of each model's difference.
+        models: The outcome of each model.
     """
 
     name: str
@@ -70,16 +71,16 @@ class Outcome:
     residual: float | None
     cancelled: float | None
     nonfinite: int
-    models: tuple[Taken, ...]
+    models: tuple[ModelOutcome, ...]
 
 
-def outcome_of(group: Group) -> Outcome:
-    """What became of the inputs in a group whose last model is the output."""
+def outcome_of(group: Group) -> MergeOutcome:
+    """The outcome in a group of tensors whose last model is the output."""
     return outcomes_of([group])[0]
 
 
-def outcomes_of(groups: Sequence[Group]) -> tuple[Outcome, ...]:
-    """The same for several groups of the same models."""
+def outcomes_of(groups: Sequence[Group]) -> tuple[MergeOutcome, ...]:
+    """The outcomes in several groups of the same models."""
     if not groups:
         return ()
     gram = _grams(groups)
@@ -91,30 +92,32 @@ def outcomes_of(groups: Sequence[Group]) -> tuple[Outcome, ...]:
     rest = np.maximum(square - 2 * (coefficients * products).sum(axis=1) + both, 0.0)
     known = independent & (square > 0)
     columns = (
-        _told(np.sqrt(rest / _positive(square)), known),
-        _told(np.maximum(0.0, 1 - both / _positive(alone)), known & (alone > 0)),
-        _told(products / _positive(np.diagonal(models, axis1=1, axis2=2)), np.diagonal(models, axis1=1, axis2=2) > 0),
-        _told(coefficients, np.broadcast_to(independent[:, None], coefficients.shape)),
+        _listed(np.sqrt(rest / _positive(square)), known),
+        _listed(np.maximum(0.0, 1 - both / _positive(alone)), known & (alone > 0)),
+        _listed(products / _positive(np.diagonal(models, axis1=1, axis2=2)), np.diagonal(models, axis1=1, axis2=2) > 0),
+        _listed(coefficients, np.broadcast_to(independent[:, None], coefficients.shape)),
     )
     return tuple(_outcome(group, *row) for group, *row in zip(groups, *columns, strict=True))
 
 
 def _outcome(
     group: Group, residual: Number, cancelled: Number, projections: Sequence[Number], coefficients: Sequence[Number]
-) -> Outcome:
+) -> MergeOutcome:
     own, count = group.models[-1], len(group.models) - 1
     taken = []
     for model, projection, coefficient in zip(range(count), projections, coefficients, strict=True):
         meeting = group.pair(model, count)
         left = None if meeting.cosine is None else max(0.0, 1 - meeting.cosine**2) ** 0.5
-        taken.append(Taken(projection, coefficient, left, _dropped(group, model, meeting), meeting.sign_conflict))
-    return Outcome(
+        taken.append(
+            ModelOutcome(projection, coefficient, left, _dropped(group, model, meeting), meeting.sign_conflict)
+        )
+    return MergeOutcome(
         group.name, group.stack, group.layer, group.module, group.elements, own.relative, own.unchanged, residual,
         cancelled, own.nonfinite, tuple(taken),
     )  # fmt: skip
 
 
-def _dropped(group: Group, model: int, meeting: Pair) -> Number:
+def _dropped(group: Group, model: int, meeting: ModelPair) -> Number:
     own = group.models[model]
     if own.unchanged is None or own.unchanged >= 1:
         return None
@@ -135,7 +138,7 @@ def _grams(groups: Sequence[Group]) -> Array:
 
 
 def _solved(grams: Array, products: Array) -> tuple[Array, Array]:
-    """The weights of the nearest weighted sums, and whether there is only one; a model that is the base has none."""
+    """The weights of the nearest weighted sums, and whether they are unique. That of the base is 0."""
     squares = np.diagonal(grams, axis1=1, axis2=2)
     moving, norms = squares > 0, np.sqrt(_positive(squares))
     cosines = np.where(np.eye(grams.shape[1], dtype=bool), 1.0, grams / norms[:, :, None] / norms[:, None, :])
@@ -151,8 +154,8 @@ def _positive(values: Array) -> Array:
     return np.where(values > 0, values, 1.0)
 
 
-def _told(values: Array, defined: Array) -> list[Any]:
-    """Numbers of Python in nested lists; None where they are undefined."""
+def _listed(values: Array, defined: Array) -> list[Any]:
+    """Nested lists of Python numbers; None where they are undefined."""
     told = values.astype(object)
     told[~defined] = None
     found: list[Any] = told.tolist()

@@ -1,6 +1,6 @@
-"""What a merge kept: ``modelfuse report``, and the page of ``modelfuse merge --html``.
+"""Report how much of each model is in the output of a merge.
 
-The output is one more model of a ``diff`` of the inputs; how its difference meets theirs tells what became of them.
+The output is compared with the inputs as a further model of ``diff``; the report follows from their dot products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modelfuse.inspection.diff_advice import advice_after
 from modelfuse.inspection.diff_measures import Advice
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.diff_result import Diff
-from modelfuse.inspection.merge_outcome import Outcome, outcome_of, outcomes_of
+from modelfuse.inspection.merge_outcome import MergeOutcome, outcome_of, outcomes_of
 from modelfuse.inspection.outcome_sentences import sentences_of
 from modelfuse.inspection.sampled_sums import Sample, measure_sample
 from modelfuse.planning.diff_plan import DiffPlan, make_diff_plan
@@ -26,9 +26,9 @@ from modelfuse.planning.tables import html
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import PathOrUrl
 
-#: Gives what shows how far it is with what was planned.
+#: Starts the display of progress of a plan.
 ShownBy = Callable[[DiffPlan], AbstractContextManager[Progress]]
-#: Settings of a recipe that are not about what is merged.
+#: Settings that do not change what is merged.
 MACHINE = frozenset((
     "output_path", "overwrite", "device", "tensor_type", "gpu_memory", "allow_cpu_fallback", "n_process", "memory",
     "max_shard_size", "engine", "ray_address", "ray_timeout", "hub_endpoint", "hub_anonymous", "intermediate_dir",
@@ -37,11 +37,11 @@ MACHINE = frozenset((
 
 @dataclass(frozen=True, slots=True)
 class SuspiciousModel:
-    """What stood out in a model when it was merged.
+    """The suspicious tensors of a model, as the merge reported them.
 
     Attributes:
         model: The model.
-        equal: Tensors that are the base's.
+        equal: Tensors that equal the base's.
         far: Tensors that are far from the base's.
     """
 
@@ -52,24 +52,24 @@ class SuspiciousModel:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MergeReport:
-    """What a merge kept of its inputs.
+    """How much of its inputs is in the output of a merge.
 
     Attributes:
-        output: The output, as it was named.
-        base: What differences are taken to: the base or, where there is none, the first model.
+        output: The output, as it was given.
+        base: The model that differences are taken to: the base or, without one, the first model.
         base_given: Whether the merge had a base.
-        models: The models in order; without a base, those behind the first.
-        settings: What was asked for, by name.
+        models: The models in order; without a base, all but the first.
+        settings: The settings of the merge, by name.
         whole: All tensors together.
-        layers: Layer by layer.
-        modules: By kind of module.
-        cells: By layer and kind of module.
-        tensors: Tensor by tensor.
-        suspicious: Models with tensors that stood out.
-        findings: What matters, in sentences.
+        layers: Each layer.
+        modules: Each kind of module, over all layers.
+        cells: Each kind of module in each layer.
+        tensors: Each tensor.
+        suspicious: Models with suspicious tensors.
+        findings: A summary in sentences.
         advice: Settings that are worth trying on the same inputs, without those of this merge.
-        sample: Which part of the elements was read, and the error that this causes; None: all were.
-        diff: How the models and, as the last one, the output differ from the base.
+        sample: The sample that was measured, and its error; None: all elements were.
+        diff: The comparison of the models and, as the last one, the output with the base.
         seconds: Wall time.
     """
 
@@ -78,11 +78,11 @@ class MergeReport:
     base_given: bool
     models: tuple[str, ...]
     settings: Mapping[str, object]
-    whole: Outcome
-    layers: tuple[Outcome, ...]
-    modules: tuple[Outcome, ...]
-    cells: tuple[Outcome, ...]
-    tensors: tuple[Outcome, ...]
+    whole: MergeOutcome
+    layers: tuple[MergeOutcome, ...]
+    modules: tuple[MergeOutcome, ...]
+    cells: tuple[MergeOutcome, ...]
+    tensors: tuple[MergeOutcome, ...]
     suspicious: tuple[SuspiciousModel, ...]
     findings: tuple[str, ...]
     advice: tuple[Advice, ...]
@@ -91,7 +91,7 @@ class MergeReport:
     seconds: float
 
     def _repr_html_(self) -> str:
-        """The numbers of each model, for a notebook."""
+        """The measures of each model, for a notebook."""
         rows = [(name, *map(_told, (each.projection, each.coefficient, each.dropped, each.reversed)))
                 for name, each in zip(short_names(self.models), self.whole.models, strict=True)]  # fmt: skip
         titles = ("model", "in output", "own part", "dropped", "reversed")
@@ -113,14 +113,14 @@ def compare_output(
     sample: bool = False,
     shown: ShownBy = lambda _: nullcontext(lambda *_: None),
 ) -> MergeReport:
-    """Compare an output with the inputs of its recipe, which are at hand.
+    """Compare an output with the inputs of its recipe.
 
     Args:
-        recipe: What was merged.
+        recipe: The recipe; its inputs are local or in stores, not names on a hub.
         folder: The output.
-        exact: Whether interference is to be computed exactly.
-        sample: Whether to read a sample only, which takes a small part of the time.
-        shown: Gives what shows how far it is, once it is planned.
+        exact: Whether interference is computed without sketches.
+        sample: Whether to measure a sample only, which takes a small part of the time.
+        shown: Starts the display of progress.
     """
     started = time.perf_counter()
     inputs, has_base = recipe.inputs, recipe.has_base or _names_base(recipe)
@@ -156,7 +156,7 @@ def compare_output(
 
 
 def _names_base(recipe: Recipe) -> bool:
-    """Whether a configuration of mergekit's has a base, which is the first input then."""
+    """Whether a mergekit configuration has a base, which is then the first input."""
     if recipe.mergekit is None or recipe.configurations.mixture is not None:
         return False
     return recipe.configuration.base_model is not None

@@ -1,29 +1,33 @@
-"""What matters of a merge's outcome, in a few sentences."""
+"""Summarize the outcome of a merge in a few sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from modelfuse.inspection.diff_result import Diff
-from modelfuse.inspection.merge_outcome import Outcome, Taken
+from modelfuse.inspection.merge_outcome import MergeOutcome, ModelOutcome
 
-#: A part of a model of which so much less is in the output than of the whole of it is worth a word.
+#: Parts of a model whose projection is below this share of the whole model's are reported.
 UNEVEN = 0.6
-#: Shares below are not worth a word.
+#: The least share that is reported.
 LEAST = 0.02
 
 
 def sentences_of(
-    names: Sequence[str], whole: Outcome, modules: Sequence[Outcome], layers: Sequence[Outcome], diff: Diff
+    names: Sequence[str],
+    whole: MergeOutcome,
+    modules: Sequence[MergeOutcome],
+    layers: Sequence[MergeOutcome],
+    diff: Diff,
 ) -> Iterator[str]:
     """The sentences.
 
     Args:
-        names: Of the models, the output last.
-        whole: All tensors together.
-        modules: By kind of module.
-        layers: By layer.
-        diff: What they follow from.
+        names: The names of the models, then of the output.
+        whole: The outcome in all tensors.
+        modules: The outcomes by kind of module.
+        layers: The outcomes by layer.
+        diff: The comparison.
     """
     if whole.nonfinite:
         yield f"{whole.nonfinite:,} elements of the output are NaN or infinite."
@@ -41,31 +45,33 @@ def sentences_of(
         yield from _least(name, number, whole, modules, layers)
     if whole.residual is not None:
         yield (
-            f"But for {_percent(whole.residual)} of its norm, the output's difference is a weighted sum of the "
-            "models'; the rest is what was dropped, outvoted or rounded."
+            f"{_percent(whole.residual)} of the norm of the output's difference is not a weighted sum of the "
+            "models' differences: elements were dropped, outvoted or rounded."
         )
     if whole.cancelled is not None and whole.cancelled >= LEAST:
-        yield f"The models' parts take {_percent(whole.cancelled)} of the sum of their squares from each other."
+        yield f"The models' contributions cancel {_percent(whole.cancelled)} of the sum of their squares."
 
 
-def _of_model(name: str, taken: Taken) -> Iterator[str]:
+def _of_model(name: str, taken: ModelOutcome) -> Iterator[str]:
     if taken.projection is None:
-        yield f"{name} is the base: there is nothing of it to be in the output."
+        yield f"{name} equals the base: it contributes nothing."
         return
     parts = [f"{taken.projection:.2f} times its difference is in the output"]
     if taken.coefficient is not None and abs(taken.coefficient - taken.projection) >= LEAST:
-        parts[0] += f", {taken.coefficient:.2f} of its own and the rest by what others have in common with it"
+        parts[0] += (
+            f", {taken.coefficient:.2f} by its own weight and the rest through what other models have in common with it"
+        )
     if taken.dropped is not None and taken.dropped >= LEAST:
-        parts.append(f"{_percent(taken.dropped)} of the elements that it changes are as in the base")
+        parts.append(f"{_percent(taken.dropped)} of the elements that it changes equal the base")
     if taken.reversed is not None and taken.reversed >= LEAST:
-        parts.append(f"{_percent(taken.reversed)} of those that both change go the other way")
+        parts.append(f"{_percent(taken.reversed)} of those that both change have the opposite sign")
     yield f"{name}: {'; '.join(parts)}."
 
 
 def _least(
-    name: str, number: int, whole: Outcome, modules: Sequence[Outcome], layers: Sequence[Outcome]
+    name: str, number: int, whole: MergeOutcome, modules: Sequence[MergeOutcome], layers: Sequence[MergeOutcome]
 ) -> Iterator[str]:
-    """Where clearly less of a model is in the output than elsewhere."""
+    """The part of a model of which the output contains least, if clearly less than of the rest."""
     usual = whole.models[number].projection
     if usual is None or usual <= 0:
         return

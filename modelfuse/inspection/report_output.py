@@ -1,4 +1,4 @@
-"""All of ``modelfuse report``: an output is compared with the inputs that its files name."""
+"""Compare the output of a merge with the inputs that its files name: ``modelfuse report``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def report_output(
     memory: object = None,
     shown: ShownBy = lambda _: nullcontext(lambda *_: None),
 ) -> MergeReport:
-    """Compare an output with its inputs, which are to be at hand.
+    """Compare an output with its inputs, which must be available unchanged.
 
     Args:
         folder: The output.
-        exact: Whether interference is to be computed exactly.
-        n_process: Parallel workers; None: one a processor.
-        memory: The most memory to use; None: as for a merge.
-        shown: Gives what shows how far it is, once it is planned.
+        exact: Whether interference is computed without sketches.
+        n_process: Parallel workers; None: as in the recipe.
+        memory: The memory budget; None: as in the recipe.
+        shown: Starts the display of progress.
 
     Raises:
-        CheckpointError: If it is no output of a merge, or an input is missing or was changed.
+        CheckpointError: If it is not the output of a merge, or an input is missing or was changed.
         ModelfuseError: If an input cannot be read.
     """
     forget()
@@ -52,25 +52,25 @@ def report_output(
 
 
 def _at_hand(folder: PathOrUrl, recipe: Recipe, report: Report) -> Recipe:
-    """The recipe with its inputs, none of which is fetched: anybody may have written the files of an output."""
+    """The recipe with its inputs, which are never fetched: the files of an output may come from anyone."""
     recipe = recipe.changed(output_path=None)
     if recipe.hub_names:
         recipe = fetch(recipe, QUIET, ask=False)
     by_hand = "Fetch them, and compare by hand: modelfuse diff MODEL … OUT --base BASE."
     if urls := in_stores(report, recipe):
-        raise CheckpointError(f"Inputs of {folder} are in stores, which a report does not ask: {urls[0]}", by_hand)
+        raise CheckpointError(f"Inputs of {folder} are in stores, which report does not access: {urls[0]}", by_hand)
     if absent := absent_inputs(report, recipe):
-        raise CheckpointError(f"Not all inputs of {folder} are at hand: {'; '.join(absent)}", by_hand)
+        raise CheckpointError(f"Not all inputs of {folder} are available: {'; '.join(absent)}", by_hand)
     if modified := modified_inputs(report):
         raise CheckpointError(
-            f"Inputs of {folder} were written again since the merge: {', '.join(modified)}",
+            f"Inputs of {folder} were changed since the merge: {', '.join(modified)}",
             "Merge again, or compare by hand: modelfuse diff MODEL … OUT --base BASE.",
         )
     return recipe
 
 
 def _with_machine(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
-    """The same recipe with settings of this machine, checked."""
+    """The recipe with other settings of the machine, after checking them."""
     if not changes:
         return recipe
     checked = Recipe.parse({"model_path_list": [*recipe.inputs, recipe.inputs[0]], **changes})

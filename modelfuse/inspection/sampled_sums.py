@@ -16,7 +16,7 @@ import numpy as np
 
 from modelfuse.dtypes import BF16, computed_in
 from modelfuse.inspection.diff_measures import DENSITIES, OUTLYING
-from modelfuse.inspection.diff_sums import MOST_SQUARES, Sums
+from modelfuse.inspection.diff_sums import MOST_SQUARES, GroupSums
 from modelfuse.kernels.differences import bits_of, decoded, ones_in
 from modelfuse.planning.diff_plan import DiffPlan
 from modelfuse.planning.diff_sample import SampleBatch, sample_of
@@ -49,7 +49,7 @@ class Sample:
     tensor_error: float
 
 
-def measure_sample(plan: DiffPlan) -> tuple[Sums, Sample]:
+def measure_sample(plan: DiffPlan) -> tuple[GroupSums, Sample]:
     """Estimate the sums of every tensor from a sample.
 
     Args:
@@ -70,17 +70,17 @@ def measure_sample(plan: DiffPlan) -> tuple[Sums, Sample]:
         finally:
             over = True
     order = np.argsort([number for batch in batches for number in batch.numbers])
-    sums = Sums.joined([each for each, _ in found]).rows(order)
+    sums = GroupSums.joined([each for each, _ in found]).rows(order)
     variances = np.concatenate([each for _, each in found])[order]
     return sums, _told(sums, variances, batches)
 
 
-def _measuring() -> Callable[[SampleBatch], tuple[Sums, Array]]:
+def _measuring() -> Callable[[SampleBatch], tuple[GroupSums, Array]]:
     scratch = _Scratch({})
     return lambda batch: _measured(batch, scratch)
 
 
-def _told(sums: Sums, variances: Array, batches: Sequence[SampleBatch]) -> Sample:
+def _told(sums: GroupSums, variances: Array, batches: Sequence[SampleBatch]) -> Sample:
     """The sample's size, and the errors of norms, which are half of those of squares."""
     squares = np.diagonal(sums.gram, axis1=1, axis2=2)[:, :-1]
     whole = np.sqrt(variances.sum(axis=0)) / np.maximum(squares.sum(axis=0), np.finfo(float).tiny)
@@ -92,7 +92,7 @@ def _told(sums: Sums, variances: Array, batches: Sequence[SampleBatch]) -> Sampl
     return Sample(share, nbytes, float(whole.max(initial=0.0)) / 2, median / 2)
 
 
-def _measured(batch: SampleBatch, scratch: _Scratch) -> tuple[Sums, Array]:
+def _measured(batch: SampleBatch, scratch: _Scratch) -> tuple[GroupSums, Array]:
     """The sums of the tensors of a batch, and the variances of ‖τ‖² of all models."""
     first, sizes = batch.tensors[0], np.array([each.measurement.size for each in batch.tensors])
     batch.expect()
@@ -182,14 +182,14 @@ class _SampledElements:
             self._skipped[:, model] = np.count_nonzero(out, axis=(1, 2))
             own[out] = 0
 
-    def estimates(self, sizes: Array, are_outputs: bool) -> Sums:
+    def estimates(self, sizes: Array, are_outputs: bool) -> GroupSums:
         """The sums of whole tensors of these sizes, as the samples' suggest them.
 
         Args:
             sizes: Elements of each tensor.
             are_outputs: Whether runs are outputs of a layer.
         """
-        found = Sums.zeros(self._count, self._models)
+        found = GroupSums.zeros(self._count, self._models)
         found.tensors[:], found.elements[:] = 1, self._runs * self._length
         found.gram, found.bad, found.skipped = self._dots.sum(axis=1), self._bad, self._skipped
         differences = self._values[:, :-1]
@@ -202,7 +202,7 @@ class _SampledElements:
             scaled.interference = self._interference(sizes // self._length)
         return scaled
 
-    def _count_elements(self, found: Sums, magnitudes: Array) -> None:
+    def _count_elements(self, found: GroupSums, magnitudes: Array) -> None:
         """Count signs, large elements and outliers, as for blocks that are the runs."""
         roots = np.sqrt(np.diagonal(self._dots, axis1=2, axis2=3)[:, :, :-1] / self._length)
         roots = roots.swapaxes(1, 2).astype(self._values.dtype)[..., None]
@@ -230,7 +230,7 @@ class _SampledElements:
         words = bits_of(mask.reshape(self._count * self._models, -1))
         return words.reshape(self._count, self._models, -1)
 
-    def _order(self, found: Sums, magnitudes: Array) -> None:
+    def _order(self, found: GroupSums, magnitudes: Array) -> None:
         """Which part of ‖τ‖² is in the largest elements: they are sorted, and summed between quantiles."""
         size = self._runs * self._length
         ordered = magnitudes.reshape(self._count, self._models, size)

@@ -1,1 +1,1 @@
-"""What was found of models as pictures: one interactive page, and images for papers."""
+"""Draw the results of diff and report: interactive pages, and images."""

@@ -1,4 +1,4 @@
-"""Pictures for papers and slides: SVG and PNG, without a browser."""
+"""Draw SVG and PNG images, without a browser."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Any
 from modelfuse.errors import RecipeError
 from modelfuse.inspection.diff_result import Diff, Group
 from modelfuse.inspection.merge_report import MergeReport
+from modelfuse.inspection.pictures.drawn_result import DrawnResult
 from modelfuse.inspection.pictures.library import check_installed
 from modelfuse.inspection.pictures.measures import MEASURES, OUTCOMES, Measure, Number
 from modelfuse.inspection.pictures.picture_files import check_replaceable, marked_png, replace_file
-from modelfuse.inspection.pictures.shown import Shown
 from modelfuse.inspection.pictures.specs import CONFIG, FONT, NOTHING, ROW, Spec, map_spec, matrix_spec
 from modelfuse.version import __version__
 
-#: How the names of images end.
+#: Suffixes of image files.
 ENDINGS = (".svg", ".png")
-#: What text is drawn in on paper, and how wide a map is.
+#: Colours of text and background; the width of a map in pixels.
 INK, PAPER, WIDTH = "#1d2127", "#ffffff", 720
-#: Pixels of a PNG for one of the picture.
+#: Pixels of a PNG per pixel of the image.
 SCALE = 2.0
-#: Maps in a picture.
+#: The most maps in an image.
 MOST_MAPS = 12
 OUTSIDE = "–"
 
 
 def check_image(path: Path, measure: str | None, overwrite: bool = False, of_merge: bool = False) -> Measure:
-    """Refuse, before any work, what cannot be drawn.
+    """Check the arguments of an image, before any work is done.
 
     Args:
         path: The file.
-        measure: What is drawn; None: what says most.
-        overwrite: Whether another file is replaced.
-        of_merge: Whether it is a merge that is drawn.
+        measure: The measure to draw; None: the first.
+        overwrite: Whether to replace a file that modelfuse has not written.
+        of_merge: Whether the result is that of a merge.
 
     Raises:
         MissingExtraError: If the extra is not installed.
-        RecipeError: If the file's name has another ending, or there is no such measure.
-        OutputError: If another file is there.
+        RecipeError: If the suffix or the measure is unknown.
+        OutputError: If there is a file that modelfuse has not written.
     """
     if path.suffix.lower() not in ENDINGS:
         raise RecipeError(f"{path} is no name of an image", f"It should end with {' or '.join(ENDINGS)}.")
@@ -54,20 +54,20 @@ def check_image(path: Path, measure: str | None, overwrite: bool = False, of_mer
 
 
 def write_image(found: Diff | MergeReport, path: Path, measure: str | None = None, overwrite: bool = False) -> None:
-    """Draw maps of layers × modules, one a model, and all pairs of models beneath.
+    """Draw one map of layers × modules per model, and all pairs of models below.
 
     Args:
-        found: How models differ, or what a merge kept.
-        path: The file, .svg or .png; one that modelfuse has written is replaced.
-        measure: What is drawn, one of ``MEASURES``, of a merge also of ``OUTCOMES``; None: what says most.
-        overwrite: Whether any other file is replaced, too.
+        found: The result of diff or report.
+        path: The file, .svg or .png.
+        measure: A key of ``MEASURES`` or, for a merge, of ``OUTCOMES``; None: the first.
+        overwrite: Whether to replace a file that modelfuse has not written.
 
     Raises:
         MissingExtraError: If the extra is not installed.
-        RecipeError: If the file's name has another ending, or there is no such measure.
-        OutputError: If another file is there.
+        RecipeError: If the suffix or the measure is unknown.
+        OutputError: If there is a file that modelfuse has not written.
     """
-    shown = Shown.of(found)
+    shown = DrawnResult.of(found)
     chosen = check_image(path, measure, overwrite, shown.report is not None)
     import vl_convert
 
@@ -80,8 +80,8 @@ def write_image(found: Diff | MergeReport, path: Path, measure: str | None = Non
     replace_file(path, content, overwrite)
 
 
-def image_spec(shown: Shown, measure: Measure) -> Spec:
-    """The picture as one specification of Vega-Lite, data included."""
+def image_spec(shown: DrawnResult, measure: Measure) -> Spec:
+    """The Vega-Lite specification of an image, with data."""
     found, names = shown.diff, shown.names
     values = shown.values(measure, "cells")
     series = [(label, column) for label, column in _series(names, found, measure)
@@ -106,7 +106,7 @@ def image_spec(shown: Shown, measure: Measure) -> Spec:
 
 
 def _series(names: Sequence[str], found: Diff, measure: Measure) -> list[tuple[str, int]]:
-    """What each map is of: a model, or a pair, by its number among the measure's values."""
+    """The label of each map, and the index of its model or pair among the measure's values."""
     if measure.of == "model":
         return [(name, number) for number, name in enumerate(names)]
     pairs = [(each.model, each.other) for each in found.whole.pairs]
@@ -134,7 +134,7 @@ def _map(cells: Sequence[Group], label: str, values: Sequence[Number], measure: 
 
 
 def _matrix(names: Sequence[str], found: Diff, measure: Measure) -> Spec | None:
-    """All pairs of models: of the measure, or of interference, else cosine, where it is none of pairs."""
+    """The table of all pairs: of the measure or, if it is one of single models, of interference or else cosine."""
     wanted = [measure.key] if measure.of != "model" else ["interference", "cosine"]
     for key in wanted:
         shown = MEASURES[key]
@@ -159,14 +159,14 @@ def _matrix(names: Sequence[str], found: Diff, measure: Measure) -> Spec | None:
 
 
 def column_of(group: Group) -> str:
-    """What the layer of a group is called."""
+    """The name of a group's layer."""
     if group.layer is None:
         return OUTSIDE
     return f"{group.stack} {group.layer}" if group.stack else str(group.layer)
 
 
 def _domain(values: Sequence[Number], measure: Measure) -> list[float]:
-    """The smallest and the largest value that colours are for."""
+    """The smallest and the largest value of the colour scale."""
     there = [value for value in values if value is not None]
     if not there:
         return [0.0, 1.0]

@@ -46,7 +46,7 @@ def check_installed() -> None:
 
 
 def _installed() -> str:
-    """What tells the installed Vega-Lite from other versions: its files' sizes and times. Its version takes longer."""
+    """A digest of the installed files' sizes and times; reading the version of the package takes longer."""
     try:
         found = find_spec("vl_convert")
     except ValueError:  # The module was replaced by None.

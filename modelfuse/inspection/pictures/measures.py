@@ -1,4 +1,4 @@
-"""The numbers that pictures show: what each is called, what it says, and in which colours."""
+"""The measures that pages and images show: titles, descriptions and colours."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from modelfuse.inspection.diff_result import Change, Group, Pair
-from modelfuse.inspection.merge_outcome import Outcome, Taken
+from modelfuse.inspection.diff_result import Change, Group, ModelPair
+from modelfuse.inspection.merge_outcome import MergeOutcome, ModelOutcome
 
 Number = float | None
-#: Colours for numbers from nothing to much, and for those with a middle.
+#: Colour schemes, for measures without and with a neutral middle.
 SEQUENTIAL, DIVERGING = "viridis", "purpleorange"
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number of every model, or of every ordered pair of models, in a group of tensors.
+    """A measure of each model, or of each pair of models, in a group of tensors.
 
     Attributes:
-        key: What it is called in data.
-        short: What its column is called.
-        title: What it is called on a page.
-        about: What it says.
-        of: ``model``, ``pair`` for an unordered pair, or ``order`` for an ordered one.
-        values: The number of each model or pair of a group, in their order.
-        percent: Whether it is a share, shown in percent.
-        domain: The smallest and the largest value that it can have; None to take those that there are.
-        middle: The value in the middle of colours that have one.
-        sums: How the numbers of several groups become one: a root of sums of squares over that of the base, the same
-            of itself, a sum, the largest, or a mean weighted by elements.
-        outcome: Of what a merge kept, the number of each model and of the output, instead.
+        key: Its name in data and on the command line.
+        short: The heading of its column.
+        title: Its title on a page.
+        about: An explanation.
+        of: ``model``; ``pair`` if it is symmetric; ``order`` if it is one of ordered pairs.
+        values: Its values for all models or pairs of a group, in order.
+        percent: Whether it is shown in percent.
+        domain: The range of the colour scale; None: that of the values.
+        middle: The neutral value, if there is one.
+        sums: How the values of several groups are combined: root of the sum of squares, relative to the base's or not;
+            sum; maximum; or mean, weighted by elements.
+        outcome: For measures of a merge: the values of each model and of the output.
     """
 
     key: str
@@ -43,15 +43,15 @@ class Measure:
     domain: tuple[float, float] | None = None
     middle: float | None = None
     sums: Literal["relative", "norm", "sum", "largest", "mean"] = "mean"
-    outcome: Callable[[Outcome], Sequence[Number]] | None = None
+    outcome: Callable[[MergeOutcome], Sequence[Number]] | None = None
 
     @property
     def scheme(self) -> str:
-        """The name of its colours."""
+        """The name of its colour scheme."""
         return SEQUENTIAL if self.middle is None else DIVERGING
 
     def described(self) -> dict[str, object]:
-        """What a page must know of it."""
+        """Its description for a page."""
         return {
             "key": self.key, "short": self.short, "title": self.title, "about": self.about, "of": self.of,
             "percent": self.percent, "domain": self.domain, "middle": self.middle, "scheme": self.scheme,
@@ -63,7 +63,7 @@ def _changes(get: Callable[[Change], Number]) -> Callable[[Group], Sequence[Numb
     return lambda group: [get(each) for each in group.models]
 
 
-def _pairs(get: Callable[[Pair], Number]) -> Callable[[Group], Sequence[Number]]:
+def _pairs(get: Callable[[ModelPair], Number]) -> Callable[[Group], Sequence[Number]]:
     return lambda group: [get(each) for each in group.pairs]
 
 
@@ -119,11 +119,11 @@ def _none(_: Group) -> Sequence[Number]:
     return ()
 
 
-def _taken(get: Callable[[Taken], Number]) -> Callable[[Outcome], Sequence[Number]]:
+def _taken(get: Callable[[ModelOutcome], Number]) -> Callable[[MergeOutcome], Sequence[Number]]:
     return lambda outcome: [*map(get, outcome.models), None]
 
 
-def _output(get: Callable[[Outcome], Number]) -> Callable[[Outcome], Sequence[Number]]:
+def _output(get: Callable[[MergeOutcome], Number]) -> Callable[[MergeOutcome], Sequence[Number]]:
     return lambda outcome: [*(None for _ in outcome.models), get(outcome)]
 
 
@@ -149,5 +149,5 @@ _OF_MERGES = (
             "What the models' parts take from the sum of each other's squares.",
             "model", _none, percent=True, domain=(0, 1), outcome=_output(lambda each: each.cancelled)),
 )  # fmt: skip
-#: Of a merge: what became of each model, and of the output what is nobody's.
+#: Measures of a merge: of each model in the output, and of the output.
 OUTCOMES: Mapping[str, Measure] = {each.key: each for each in _OF_MERGES}

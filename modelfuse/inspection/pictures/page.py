@@ -1,4 +1,4 @@
-"""One self-contained page: data, pictures and behaviour in a single file that needs no network."""
+"""Write a self-contained page: data, charts and scripts in one file, which works offline."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from string import Template
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.diff_result import DENSITIES, Advice, Diff
 from modelfuse.inspection.merge_report import MergeReport
+from modelfuse.inspection.pictures.drawn_result import DrawnResult
 from modelfuse.inspection.pictures.library import library
 from modelfuse.inspection.pictures.page_data import page_data
 from modelfuse.inspection.pictures.picture_files import replace_file
-from modelfuse.inspection.pictures.shown import Shown
 from modelfuse.inspection.pictures.specs import templates
 from modelfuse.printable import printable
 from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
-#: What is listed of many.
+#: The most entries of a list.
 MOST_LISTED = 200
-#: What a page of a sample says of better numbers.
+#: How to get a page of all elements instead of a sample.
 MEASURED = "modelfuse report OUTPUT --html FILE measures all elements."
-#: Nothing is fetched, whatever the text of strangers says.
+#: Content security policy: the page loads nothing, whatever names and paths contain.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
@@ -32,23 +32,23 @@ POLICY = (
 
 
 def write_page(found: Diff | MergeReport, path: Path, overwrite: bool = False) -> None:
-    """Write a page.
+    """Write the page of a result.
 
     Args:
-        found: How models differ, or what a merge kept.
-        path: The file; one that modelfuse has written is replaced.
-        overwrite: Whether any other file is, too.
+        found: The result of diff or report.
+        path: The file.
+        overwrite: Whether to replace a file that modelfuse has not written.
 
     Raises:
         MissingExtraError: If the extra is not installed.
-        OutputError: If another file is there.
+        OutputError: If there is a file that modelfuse has not written.
     """
     replace_file(path, page(found).encode(), overwrite)
 
 
 def page(found: Diff | MergeReport) -> str:
-    """The page of what was found, as one text."""
-    shown = Shown.of(found)
+    """The page as HTML."""
+    shown = DrawnResult.of(found)
     diff = shown.diff
     return _template("page.html").substitute(
         title=escape(title_of(shown)),
@@ -68,8 +68,8 @@ def page(found: Diff | MergeReport) -> str:
     )
 
 
-def title_of(shown: Shown) -> str:
-    """What a page is about."""
+def title_of(shown: DrawnResult) -> str:
+    """The title."""
     names = shown.names
     if shown.report is not None:
         return f"{short_names([shown.report.output])[0]}: what the merge kept of {', '.join(names[:-1])}"
@@ -79,7 +79,7 @@ def title_of(shown: Shown) -> str:
 
 
 def as_script(value: object) -> str:
-    r"""JSON that no text in it can end: nothing of it is HTML, wherever it stands.
+    r"""Encode as JSON without characters that are special in HTML, so that no text in it ends the script element.
 
     >>> as_script("</script>")
     '"\\u003c/script\\u003e"'
@@ -96,7 +96,7 @@ def _template(name: str) -> Template:
     return Template(_resource(name))
 
 
-def _subtitle(shown: Shown) -> str:
+def _subtitle(shown: DrawnResult) -> str:
     found = shown.diff
     kind = "base" if found.base_given else "compared with"
     models = found.models if shown.report is None else found.models[:-1]
@@ -115,7 +115,7 @@ def _listed(texts: Sequence[str], kind: str = "") -> str:
 
 
 def _advice(advice: Sequence[Advice]) -> str:
-    """Settings that are worth trying, and why."""
+    """Settings that are worth trying, with the reasons."""
     items = "".join(
         f"<li>{escape(printable(each.text))}<br><code>{escape(printable(each.flags))}</code></li>" for each in advice
     )
@@ -123,7 +123,7 @@ def _advice(advice: Sequence[Advice]) -> str:
 
 
 def _recipe(report: MergeReport) -> str:
-    """What was asked for, and what stood out when it was merged."""
+    """The recipe, and suspicious tensors of the inputs."""
     rows = "".join(
         f'<tr><td class="text">{escape(name)}</td><td class="text name">{escape(printable(_plain(value)))}</td></tr>'
         for name, value in report.settings.items()
@@ -147,13 +147,13 @@ def _plain(value: object) -> str:
 
 
 def _cut(texts: Sequence[str]) -> str:
-    """A list, or the beginning of a long one."""
+    """A list; of a long one, its beginning."""
     left = len(texts) - MOST_LISTED
     return _listed(texts[:MOST_LISTED]) + (f'<p class="soft">and {left} more</p>' if left > 0 else "")
 
 
-def _beside(shown: Shown) -> str:
-    """Differences beside the weights, and tensors that were not compared."""
+def _beside(shown: DrawnResult) -> str:
+    """Differences of other files, and tensors that were not compared."""
     found, names = shown.diff, shown.names
     beside = [f"{names[each.model]}: {each.text}" for each in found.side_differences]
     absent = [f"{each.tensor}: {each.because}" for each in found.not_compared]
@@ -168,7 +168,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
 
 
-def _method(shown: Shown) -> str:
+def _method(shown: DrawnResult) -> str:
     found = shown.diff
     elements, parts = "all elements", ["τ is the difference of a model to the base, ‖·‖ the Frobenius norm."]
     sample = None if shown.report is None else shown.report.sample

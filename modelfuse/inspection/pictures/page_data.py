@@ -1,4 +1,4 @@
-"""What a page is drawn from: results as columns of numbers, small enough for large models."""
+"""The data of a page: results as columns of numbers, limited in size for large models."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import numpy as np
 
 from modelfuse.inspection.diff_result import Group
+from modelfuse.inspection.pictures.drawn_result import DrawnResult, Part
 from modelfuse.inspection.pictures.measures import MEASURES, Measure, Number
-from modelfuse.inspection.pictures.shown import Part, Shown
 from modelfuse.inspection.pictures.specs import places_spec
 
 Array = np.ndarray[Any, Any]
 
-#: Digits that a picture can show.
+#: Significant digits of numbers.
 DIGITS = 4
-#: Numbers of tensors that share a cell, those with the largest changes; and at least so many tensors.
+#: The most numbers of tensors that share a cell with others, and the fewest tensors; the most changed are taken.
 MOST_NUMBERS, LEAST_TENSORS = 400_000, 100
 
 
-def page_data(shown: Shown) -> dict[str, object]:
-    """Everything that a page shows.
+def page_data(shown: DrawnResult) -> dict[str, object]:
+    """The data of a page.
 
     Args:
-        shown: What was found.
+        shown: The result.
     """
-    found, measures = shown.diff, shown.telling()
+    found, measures = shown.diff, shown.with_values()
     places = shown.places()
     return {
         "models": shown.names,
@@ -43,8 +43,8 @@ def page_data(shown: Shown) -> dict[str, object]:
     }
 
 
-def _columns(shown: Shown, part: Part, measures: Iterable[Measure]) -> dict[str, object]:
-    """Groups as columns: a list of numbers for each model or pair."""
+def _columns(shown: DrawnResult, part: Part, measures: Iterable[Measure]) -> dict[str, object]:
+    """Groups as columns: one list of values per model or pair and measure."""
     groups = shown.groups(part)
     return {
         "name": [each.name for each in groups],
@@ -58,7 +58,7 @@ def _columns(shown: Shown, part: Part, measures: Iterable[Measure]) -> dict[str,
 
 
 def _transposed(groups: Sequence[Group], values: Iterable[Sequence[Number]], measure: Measure) -> list[list[Number]]:
-    """The numbers of each model, or of each pair; of what is the same both ways, once."""
+    """One list of values per model or pair; for symmetric measures, one per unordered pair."""
     numbers = np.array([*values], np.float64)
     if not numbers.size:
         return []
@@ -69,7 +69,7 @@ def _transposed(groups: Sequence[Group], values: Iterable[Sequence[Number]], mea
 
 
 def _rounded(values: Array) -> list[Any]:
-    """Numbers of DIGITS digits; None for NaN.
+    """Round to DIGITS significant digits; NaN becomes None.
 
     >>> _rounded(np.array([123456.0, 0.000123456, -1.0, 0.0, np.nan]))
     [123500.0, 0.0001235, -1.0, 0.0, None]
@@ -88,8 +88,8 @@ def _round(value: Number) -> Number:
     return None if value is None else float(f"{value:.{DIGITS}g}")
 
 
-def _tensors(shown: Shown, measures: Sequence[Measure]) -> dict[str, object]:
-    """The tensors: the numbers of one that is alone in its cell are the cell's, those of others stand here."""
+def _tensors(shown: DrawnResult, measures: Sequence[Measure]) -> dict[str, object]:
+    """The tensors. Values of a tensor that is alone in its cell are the cell's; those of others are listed here."""
     found = shown.diff
     cells = {_place(cell): number for number, cell in enumerate(found.cells) if cell.tensors == 1}
     alone = [cells.get(_place(each)) for each in found.tensors]
@@ -110,7 +110,7 @@ def _tensors(shown: Shown, measures: Sequence[Measure]) -> dict[str, object]:
     }
 
 
-def _picked(shown: Shown, measure: Measure, numbers: Sequence[int]) -> list[Sequence[Number]]:
+def _picked(shown: DrawnResult, measure: Measure, numbers: Sequence[int]) -> list[Sequence[Number]]:
     values = shown.values(measure, "tensors") if numbers else []
     return [values[number] for number in numbers]
 
@@ -120,6 +120,6 @@ def _place(group: Group) -> tuple[str, int | None, str | None]:
 
 
 def _size(group: Group) -> float:
-    """How much a tensor changed, before others where values are not finite."""
+    """The size of the largest change; tensors with non-finite values come first."""
     changes = group.models
     return max((each.relative or 0.0 for each in changes), default=0.0) + sum(each.nonfinite > 0 for each in changes)

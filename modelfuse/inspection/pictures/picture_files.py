@@ -1,4 +1,4 @@
-"""Files that pictures are written to: whole or not at all, and never in the place of somebody else's."""
+"""Write files atomically, without replacing files that modelfuse has not written."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 from modelfuse.errors import OutputError
 
-#: What is in the beginning of every picture that modelfuse writes.
+#: The mark in every page and image, and the number of bytes at the beginning that contain it.
 MARK, BEGINNING = b"modelfuse", 4096
-#: The signature of a PNG file and its first chunk, which has a fixed size.
+#: The signature of a PNG file, and the bytes up to the end of its first chunk.
 PNG, FIRST_CHUNK = b"\x89PNG\r\n\x1a\n", 33
 
 
 def replace_file(path: Path, content: bytes, overwrite: bool = False) -> None:
-    """Write a file, which appears whole.
+    """Write a file atomically.
 
     Args:
-        path: Where.
-        content: What; with MARK in its beginning.
+        path: The file.
+        content: Its content, with MARK near the beginning.
         overwrite: Whether to replace a file that modelfuse has not written.
 
     Raises:
-        OutputError: If there is such a file, or no folder for it.
+        OutputError: If there is such a file, or no folder.
     """
     check_replaceable(path, overwrite)
     unfinished = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
@@ -38,7 +38,7 @@ def replace_file(path: Path, content: bytes, overwrite: bool = False) -> None:
 
 
 def check_replaceable(path: Path, overwrite: bool = False) -> None:
-    """Refuse, before any work, to write where something else is.
+    """Check that a file can be written or replaced, before any work is done.
 
     Raises:
         OutputError: If there is a file that modelfuse has not written, or no folder.
@@ -57,7 +57,7 @@ def check_replaceable(path: Path, overwrite: bool = False) -> None:
 
 
 def marked_png(content: bytes) -> bytes:
-    """A PNG image that says what made it."""
+    """Add the mark to a PNG image."""
     text = b"tEXt" + b"Software\x00" + MARK
     chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
     return content[:FIRST_CHUNK] + chunk + content[FIRST_CHUNK:] if content.startswith(PNG) else content

@@ -1,6 +1,6 @@
-"""Pictures as Vega-Lite's specifications without data: a page fills them in as it is used, an image once.
+"""Vega-Lite specifications without data, for pages and images.
 
-A page changes its colours with the reader's, so that text and axes have the colour of the text around them.
+Text and axes take the colour of the surrounding text, as a page can be light or dark.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ Spec = dict[str, Any]
 
 TEXT = "currentColor"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', 'Liberation Sans', sans-serif"
-#: What has no value, on light and on dark.
+#: The colour of missing values, on light and dark.
 NOTHING = "#88888833"
-#: Heights of a row of a map, of a map's axis and title, and of a chart, in pixels; colours of models.
+#: Heights of a row of a map and of a chart, in pixels; the colour scheme of models.
 ROW, CHART, SERIES = 15, 260, "tableau20"
 CONFIG: Spec = {
     "background": None,
@@ -33,7 +33,7 @@ def _tip(field: str, title: str, **more: object) -> Spec:
 
 
 def map_spec() -> Spec:
-    """Layers × modules of one model or pair: rows ``column``, ``module``, ``value``, ``series``, ``norm``."""
+    """Map of layers × modules of a model or pair: rows ``column``, ``module``, ``value``, ``series``, ``norm``."""
     return {
         "mark": {"type": "rect", "invalid": None},
         "encoding": {
@@ -51,7 +51,7 @@ def map_spec() -> Spec:
 
 
 def lines_spec() -> Spec:
-    """A number by layer: rows ``column``, ``value``, ``series``."""
+    """Lines of a measure by layer: rows ``column``, ``value``, ``series``."""
     return {
         "height": CHART,
         "mark": {"type": "line", "point": {"size": 18}, "strokeWidth": 1.6},
@@ -69,7 +69,7 @@ def lines_spec() -> Spec:
 
 
 def matrix_spec() -> Spec:
-    """All ordered pairs of models: rows ``model``, ``other``, ``value``, ``shown``."""
+    """Table of all ordered pairs of models: rows ``model``, ``other``, ``value``, ``shown``."""
     place = {
         "x": {"field": "other", "type": "ordinal", "sort": None, "title": "disturbed by",
               "axis": {"orient": "top", "labelAngle": -30, "labelLimit": 160, "domain": False, "ticks": False}},
@@ -91,7 +91,7 @@ def matrix_spec() -> Spec:
 
 
 def kept_spec() -> Spec:
-    """What trimming keeps: rows ``density``, ``value``, ``series``; the line of dare is where both are equal."""
+    """Share of ‖τ‖² that trim keeps: rows ``density``, ``value``, ``series``. The diagonal is what dare keeps."""
     shares = {"format": ".0%"}
     return {
         "height": CHART,
@@ -115,7 +115,7 @@ def kept_spec() -> Spec:
 
 
 def places_spec(places: Mapping[str, Any], width: int = 440, height: int = CHART) -> Spec:
-    """Points of models and the base, as far from each other as they are."""
+    """The models and the base as points; both axes have the same scale."""
     (x, y), (wide, high) = places["center"], places["span"]
     unit = max(wide / width, high / height) or 1.0
     axis = {"axis": None, "type": "quantitative"}
@@ -140,5 +140,5 @@ def places_spec(places: Mapping[str, Any], width: int = 440, height: int = CHART
 
 
 def templates() -> Mapping[str, Spec]:
-    """All of them, by name."""
+    """All specifications by name."""
     return {"map": map_spec(), "lines": lines_spec(), "matrix": matrix_spec(), "kept": kept_spec(), "config": CONFIG}

@@ -1,4 +1,4 @@
-"""Where models lie: their distances to the base and to each other, as far as a plane can show them."""
+"""Place the models and the base in a plane by their distances (classical multidimensional scaling)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 
 from modelfuse.inspection.diff_result import Group
 
-#: Room around the points, as a share of what they take.
+#: The margin around the points, relative to their extent.
 MARGIN = 0.18
 
 
-def places_of(group: Group, names: Sequence[str], base: str) -> dict[str, Any] | None:
-    """Points in a plane whose distances are nearest to those of the models and the base.
+def positions_of(group: Group, names: Sequence[str], base: str) -> dict[str, Any] | None:
+    """The points in a plane whose distances approximate those of the models and the base.
 
     Args:
-        group: What was measured.
-        names: Of the models.
-        base: Of the base.
+        group: The measures.
+        names: The names of the models.
+        base: The name of the base.
 
     Returns:
-        Points, the share of the squares of all distances that the plane has, and the part of the plane to show, per
-        pixel of width; None where there are no distances.
+        The points, the share of the squared distances that the plane shows, and the centre and extent of the part to
+        show; None if all distances are zero.
     """
     squares = _distances(group)
     count = len(squares)
@@ -32,7 +32,7 @@ def places_of(group: Group, names: Sequence[str], base: str) -> dict[str, Any] |
     values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
     if count < 2 or not values[0] > 0:
         return None
-    # The sign of a vector is a library's choice.
+    # The sign of an eigenvector depends on the library.
     for column in range(2):
         vectors[:, column] *= 1 if vectors[np.abs(vectors[:, column]).argmax(), column] > 0 else -1
     points = vectors[:, :2] * np.sqrt(values[:2])
@@ -50,7 +50,7 @@ def places_of(group: Group, names: Sequence[str], base: str) -> dict[str, Any] |
 
 
 def _distances(group: Group) -> np.ndarray:
-    """Squares of the distances between models and, behind them, the base."""
+    """Squared distances between the models and, last, the base."""
     count = len(group.models)
     norms = np.array([*(each.norm for each in group.models), 0.0])
     gram = np.diag(norms**2)
