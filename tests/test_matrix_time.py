@@ -25,19 +25,29 @@ def method(name: str, norm: float | None = None) -> Any:
 
 
 def test_products_and_decompositions_are_counted() -> None:
-    """Of the sum: a Gram matrix, eigenvalues, the result. Of each model, the result twice where a norm is asked for."""
-    cut, product = Matrices(1, 60, 40), 2.0 * 60 * 40 * 40
+    """Gram matrices, of which half is computed, decompositions, and the result; and elements that are read."""
+    cut, product, square = Matrices(1, 60, 40), 2.0 * 60 * 40 * 40, 2.0 * 40**3
+    read = matrix_time.ELEMENT * 60 * 40 * 3 * 2
     work = {}
-    for name in ("iso_c", "swudi", "tsv_m"):
+    for name in ("iso_c", "swudi", "tsv_m", "ridge"):
         how = registry.COMBINATIONS[name].matrix
         assert how is not None
-        work[name] = how.work(2) * 2.0 * 40**3
-    assert computation_of(cut, method("iso_c"), 2) == Computation(2 * product + work["iso_c"], 1, 40)
-    assert computation_of(cut, method("swudi"), 2).operations == 4 * product + work["swudi"]
-    assert computation_of(cut, method("swudi", 0.6), 2).operations == 6 * product + work["swudi"]
-    assert computation_of(cut, method("tsv_m", 0.6), 2).operations == 5 * product + work["tsv_m"]
+        work[name] = how.work(2) * square + read
+    assert computation_of(cut, method("iso_c"), 2) == Computation(1.65 * product + work["iso_c"], 1, 40)
+    for norm in (None, 0.6):  # The result is held, so that it is computed once.
+        assert computation_of(cut, method("swudi", norm), 2).operations == pytest.approx(3.3 * product + work["swudi"])
+        assert computation_of(cut, method("ridge", norm), 2).operations == pytest.approx(4.3 * product + work["ridge"])
+        assert computation_of(cut, method("tsv_m", norm), 2).operations == pytest.approx(4.3 * product + work["tsv_m"])
     experts = Matrices(8, 60, 40, parts=(((0, 30),), ((30, 30),)))
     assert computation_of(experts, method("iso_c"), 2)[1:] == (16, 30)
+
+
+def test_a_result_that_is_not_held_is_computed_twice_for_its_norm() -> None:
+    cut, product, square = Matrices(1, 400_000, 4000), 2.0 * 400_000 * 4000**2, 2.0 * 4000**3
+    more = {"iso_c": square, "swudi": 2 * product, "ridge": 2 * product, "tsv_m": 4 * square}
+    for name, again in more.items():
+        once, twice = (computation_of(cut, method(name, norm), 2).operations for norm in (None, 0.6))
+        assert twice - once == pytest.approx(again)
 
 
 def test_workers_share_tensors_but_not_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,16 @@ from driving import STORED, load, store
 import modelfuse as package
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
-from modelfuse.kernels import Work, matrices, steps_of, tolerance, whole_matrix
+from modelfuse.kernels import (
+    Work,
+    gram_matrices,
+    matrices,
+    matrix_result,
+    product_pass,
+    steps_of,
+    tolerance,
+    whole_matrix,
+)
 from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.matrices import Matrices, memory_of
 from modelfuse.kernels.procedures import merge_procedure
@@ -87,12 +96,14 @@ def merged(cut: Matrices, differences: Sequence[Array]) -> Array:
     return result
 
 
-@pytest.fixture
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of a few thousand elements take many slices and panels."""
-    for module in (matrices, whole_matrix):
-        monkeypatch.setattr(module, "SLICE", 1024)
-        monkeypatch.setattr(module, "PANEL", 2048)
+@pytest.fixture(params=[True, False], ids=["held", "in panels"])
+def small_slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a few thousand elements take many slices and panels; results are held, or made panel by panel."""
+    for module in (matrices, gram_matrices, matrix_result, whole_matrix, product_pass):
+        for name, size in (("SLICE", 1024), ("PANEL", 2048)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr(matrices.Demand, "holds", lambda *_: request.param)
 
 
 CUTS = {
@@ -487,8 +498,13 @@ def test_verify_allows_for_other_machines(
 ) -> None:
     """A decomposition on another processor is a little different; the tolerance allows for that, not for more."""
     outcome(tmp_path / "out", request_)
-    solve = whole_matrix.MatrixPass._solve
-    monkeypatch.setattr(whole_matrix.MatrixPass, "_solve", lambda *args: solve(*args) * (1 + off))
+    finish = matrix_result.finish
+
+    def finish_otherwise(solved: Any, block: Array, *args: Any) -> None:
+        finish(solved, block, *args)
+        block *= 1 + off
+
+    monkeypatch.setattr(whole_matrix, "finish", finish_otherwise)
     found = package.verify(tmp_path / "out", full=True)
     assert found.holds == holds
     if not holds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from msgspec import Struct
@@ -107,13 +107,16 @@ class MatrixPart:
         k: The size of the Gram matrices.
         inputs: The inputs of the layer.
         rows: The indices of its rows in the matrix, ascending.
+        columns: Those of its columns.
+        height: The rows of the matrix.
+        width: Its columns.
     """
 
     def __init__(self, matrices: Matrices, number: int, how: WholeMatrix, models: int) -> None:
         outputs = matrices.outputs[number]
         self.how = how.for_shape(outputs.size, matrices.inputs, models)
         self.of_columns, self.k = matrices.side(number, self.how.side)
-        self.inputs = matrices.inputs
+        self.inputs, self.height, self.width = matrices.inputs, matrices.rows, matrices.columns
         self.rows = outputs if matrices.out_first else np.arange(matrices.rows)
         self.columns = np.arange(matrices.columns) if matrices.out_first else outputs
 
@@ -140,21 +143,47 @@ def panel_of(k: int) -> int:
     return max(k * k // SLICE, PANEL // SLICE) * SLICE if k else SLICE
 
 
-def memory_of(matrices: Matrices, how: WholeMatrix, models: int) -> int:
-    """Peak memory in bytes of a worker for a tensor, beside its buffers."""
-    if matrices.merged is not None:
-        return matrices.merged.memory + 8 * 4 * matrices.window
-    parts = [MatrixPart(matrices, part, how, models) for part in range(len(matrices.outputs))]
-    number, kept, most, panel, by_rows = 1, 0, 0, 0, 0
-    for part in parts:
+class Demand(NamedTuple):
+    """Elements that a worker holds for a tensor, beside its buffers.
+
+    Attributes:
+        solving: While factors are computed.
+        kept: The factors of all parts.
+        models: Matrices of a window that are held.
+        by_rows: The size of the largest Gram matrix of rows.
+    """
+
+    solving: int
+    kept: int
+    models: int
+    by_rows: int
+
+    def holds(self, matrices: Matrices) -> bool:
+        """Whether there is room for a whole matrix of the result, once factors are computed."""
+        return self.kept + matrices.unit <= self.solving
+
+
+def demand_of(matrices: Matrices, how: WholeMatrix, models: int) -> Demand:
+    """What a method of whole matrices holds."""
+    number, kept, most, by_rows = 1, 0, 0, 0
+    for part in (MatrixPart(matrices, part, how, models) for part in range(len(matrices.outputs))):
         own, grams = {"sum": (1, 1), "pairs": (models, models**2)}.get(part.how.gram, (models, models))
         # Decompositions need the memory of four matrices; methods of several Gram matrices hold up to five copies.
         square = part.k**2
         work = 4 + {"sum": 0, "pairs": 4 * grams}.get(part.how.gram, 5 * own)
         most = max(most, kept + square * (grams + work), kept + square * (grams + 1) + max(square, PANEL) * own)
-        kept += square * own
+        kept += square * (own + part.how.fixed_order)
         number = max(number, own)
         by_rows = max(by_rows, 0 if part.of_columns else part.k)
-        panel = max(panel, panel_of(by_rows) + 2 * matrices.columns)
-    most = max(most, kept + 2 * panel)
-    return 8 * (most + (number + 3) * matrices.window + SLICE)
+    return Demand(most, kept, number, by_rows)
+
+
+def memory_of(matrices: Matrices, how: WholeMatrix, models: int) -> int:
+    """Peak memory in bytes of a worker for a tensor, beside its buffers."""
+    if matrices.merged is not None:
+        return matrices.merged.memory + 8 * 4 * matrices.window
+    demand = demand_of(matrices, how, models)
+    panel = min(panel_of(demand.by_rows) + 2 * matrices.columns, matrices.unit + SLICE)
+    result = matrices.unit + min(2 * PANEL, matrices.unit) if demand.holds(matrices) else 2 * panel
+    most = max(demand.solving, demand.kept + result)
+    return 8 * (most + (demand.models + 3) * matrices.window + SLICE)

@@ -12,9 +12,13 @@ from msgspec import Struct
 
 from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.gram_matrices import BY_MODEL
-from modelfuse.kernels.matrices import Matrices, MatrixPart
+from modelfuse.kernels.matrices import Matrices, MatrixPart, demand_of
 from modelfuse.methods.applied import Applied
 
+#: What a product of a matrix with itself takes, of which half is computed, beside another one of that size.
+OWN = 0.65
+#: Operations that take as long as reading an element and subtracting the base's.
+ELEMENT = 170
 #: The side of a matrix whose product is timed, and how often: the best counts.
 SIDE, TIMES = 384, 4
 
@@ -49,14 +53,22 @@ class Expected(Struct, frozen=True):
 
 def computation_of(matrices: Matrices, method: Applied, models: int) -> Computation:
     """What the matrices of one tensor take."""
-    assert method.combination.matrix is not None
-    operations, largest = 0.0, 0
+    how = method.combination.matrix
+    assert how is not None
+    largest, held = 0, demand_of(matrices, how, models).holds(matrices)
+    operations: float = ELEMENT * matrices.unit * (models + 1) * 2
     for number, outputs in enumerate(matrices.outputs):
-        part = MatrixPart(matrices, number, method.combination.matrix, models)
-        product, own = 2.0 * outputs.size * matrices.inputs * part.k, 1 if part.how.gram == "sum" else models
-        grams = {"pairs": models * (models + 1) / 2, "given": 0}.get(part.how.gram, own)
-        made = own * (2 if method.norm is not None and part.how.gram in BY_MODEL else 1)
-        operations += product * (grams + made) + 2.0 * part.k**3 * part.how.work(models)
+        part = MatrixPart(matrices, number, how, models)
+        product, square = 2.0 * outputs.size * matrices.inputs * part.k, 2.0 * part.k**3
+        kind, own = part.how.gram, 1.0 if part.how.gram == "sum" else float(models)
+        by_model, shared = kind in BY_MODEL, part.how.fixed_order and kind in BY_MODEL
+        grams: float = {"given": 0.0, "pairs": models * (models - 1) / 2 + OWN * models}.get(kind, OWN * own)
+        made = own + float(shared and held)
+        if not held:
+            again = method.norm is not None
+            made += own * (by_model and again)
+            operations += square * (own * shared + (0 if by_model or not again else own * own))
+        operations += product * (grams + made) + square * part.how.work(models)
         largest = max(largest, part.k)
     return Computation(operations * matrices.units, len(matrices.outputs) * matrices.units, largest)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from modelfuse.errors import ModelfuseError
-from modelfuse.kernels.blas_threads import one_thread
-from modelfuse.kernels.gram_matrices import even_weights, ratio
+from modelfuse.kernels.algebra import algebra_of
+from modelfuse.kernels.gram_matrices import ratio, square_of_sum, sum_of_squares
 from modelfuse.methods.applied import Applied
 from modelfuse.methods.spec import Floats
 
@@ -34,25 +34,25 @@ def merge_matrices(name: str, values: Floats, method: Applied, of_columns: bool,
     k = turned.shape[2]
     if how.gram == "sum":
         turned = np.tensordot(np.array(method.weights), turned, 1)[None]
-    with one_thread(), np.errstate(all="ignore"):
+    algebra = algebra_of(how)
+    with np.errstate(all="ignore"):
         if how.gram == "pairs":
-            grams = np.stack([[one.T @ other for other in turned] for one in turned])
+            grams = np.stack([[algebra.product(one.T, other) for other in turned] for one in turned])
         else:
-            grams = np.stack([one.T @ one for one in turned])
+            grams = np.stack([algebra.product(one.T, one) for one in turned])
             grams = grams[0] if how.gram == "sum" else grams
         # Methods of the smaller side tell which one it is by comparing the inputs with the Gram matrix's size.
         inputs = k if how.side == "smaller" and of_columns else inputs
         try:
-            factors = how.factors(grams, method.weights, method.shared, inputs)
+            factors, shared = how.factors(grams, method.weights, method.shared, inputs, algebra)
         except np.linalg.LinAlgError as error:
             raise ModelfuseError(
                 f"Tensor {name!r}: {method.merge_type} cannot be computed: {error}",
                 "Add a rule that merges it with another method.",
             ) from error
-        made: Floats = sum(
-            (one @ factor for one, factor in zip(turned, factors, strict=True)), np.zeros(turned.shape[1:])
-        )
+        products = (algebra.product(one, factor) for one, factor in zip(turned, factors, strict=True))
+        made: Floats = sum(products, np.zeros(turned.shape[1:]))
+        made = made if shared is None else algebra.product(made, shared)
         if method.norm is not None:
-            whole = np.tensordot(even_weights(method.weights), values, 1)
-            made *= method.norm * ratio(float(np.vdot(whole, whole)), float(np.vdot(made, made)))
+            made *= method.norm * ratio(square_of_sum([*turned], method.weights, how.gram), sum_of_squares(made))
     return made if of_columns else made.T

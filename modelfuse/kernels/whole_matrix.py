@@ -3,26 +3,34 @@
 A tensor is one span, processed by one worker. Elements are read by whole rows and not kept: only Gram matrices, and
 matrices derived from them, are in memory. Gram matrices of columns are sums over rows. For those of rows, a panel of
 rows is multiplied by itself and all rows after it, and the result is computed panel by panel; a panel is no larger than
-a Gram matrix, or small. The shapes of all products depend on the tensor's shape alone, so slices change no bit.
+a Gram matrix, or small. The result is held if it takes no more memory than solving did, else computed panel by panel.
+The shapes of all products depend on the tensor's shape alone, so slices change no bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from modelfuse.errors import ModelfuseError
 from modelfuse.kernels import Bytes, Extent, PassStep, Work
-from modelfuse.kernels.blas_threads import one_thread
-from modelfuse.kernels.gram_matrices import BY_MODEL, allocate_grams, even_weights, ratio, ratio_by_gram
-from modelfuse.kernels.matrices import PANEL, SLICE, MatrixPart, panel_of
+from modelfuse.kernels.algebra import algebra_of
+from modelfuse.kernels.gram_matrices import (
+    BY_MODEL,
+    Steps,
+    gram_of_columns,
+    gram_of_rows,
+    ratio,
+    ratio_by_gram,
+    square_of_sum,
+    sum_of_squares,
+)
+from modelfuse.kernels.matrices import SLICE, MatrixPart, demand_of, panel_of
+from modelfuse.kernels.matrix_result import Norm, Solved, finish, multiply
 from modelfuse.kernels.matrix_state import MatrixState
-from modelfuse.methods.spec import Floats, WholeMatrix
-
-#: A generator of steps that returns a float64 array.
-Steps = Generator[PassStep, None, Floats]
+from modelfuse.methods.spec import Factors, Floats, WholeMatrix
 
 
 class MatrixPass:
@@ -35,6 +43,8 @@ class MatrixPass:
         assert work.method.combination.matrix is not None
         self._work, self._matrices = work, work.matrices
         self._how: WholeMatrix = work.method.combination.matrix
+        self._algebra = algebra_of(self._how)
+        self._is_held = demand_of(work.matrices, self._how, work.models).holds(work.matrices)
 
     def __reduce__(self) -> tuple[type[MatrixPass], tuple[Work]]:
         return type(self), (self._work,)  # Declarations cannot be pickled, only methods by their names.
@@ -68,17 +78,19 @@ class MatrixPass:
             begin = unit * self._matrices.unit
             numbers, models = range(len(self._matrices.outputs)), self._work.models
             parts = [MatrixPart(self._matrices, each, self._how, models) for each in numbers]
-            factors = []
+            solved = []
             for part in parts:
                 gram = yield from self._gram_of(state, unit, part)
-                factors.append(self._solve(gram, part))
+                solved.append(self._solve(gram, part))
                 del gram
+            if self._is_held:
+                yield from self._emit_held(state, begin, solved)
+                continue
             share = self._work.method.norm
-            unscaled = [each for each in zip(parts, factors, strict=True) if each[0].how.gram in BY_MODEL]
+            unscaled = [each for each in solved if each.part.how.gram in BY_MODEL]
             if share is not None and unscaled:
-                some, own = [part for part, _ in unscaled], [each for _, each in unscaled]
-                yield from self._scale_by_norm(state, begin, some, own, share)
-            yield from self._emit(state, begin, parts, factors)
+                yield from self._scale_by_norm(state, begin, unscaled, share)
+            yield from self._emit(state, begin, solved)
 
     # Elements ---------------------------------------------------------------------------------------------------------
 
@@ -133,163 +145,88 @@ class MatrixPass:
         """The Gram matrices of a part of one matrix."""
         if part.how.gram == "given":
             return state.read_grams(self._matrices.grams, unit, part.k)
-        of_side = self._of_columns if part.of_columns else self._of_rows
-        return (yield from of_side(state, unit * self._matrices.unit, part))
+        of_side = gram_of_columns if part.of_columns else gram_of_rows
+        windows = partial(self._windows, state, unit * self._matrices.unit)
+        return (yield from of_side(windows, part, self._work.models, self._algebra))
 
-    def _of_columns(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
-        """Gram matrices of the columns: sums of products of hundreds or thousands of rows."""
-        stacked, grams = allocate_grams(part, self._work.models)
-        height = max(1, SLICE // self._matrices.columns, part.k // 2)
-        panel, filled = np.empty((1 + max(i for i, _ in grams), height, part.k)), 0
-
-        def add() -> None:
-            with one_thread(), np.errstate(all="ignore"):
-                for (i, j), gram in grams.items():
-                    if i <= j:
-                        gram += panel[i, :filled].T @ panel[j, :filled]
-
-        for each in self._windows(state, begin, int(part.rows[0]), int(part.rows[-1]) + 1):
-            if isinstance(each, PassStep):
-                yield each
-                continue
-            first, last, values = part.take(each[1], each[0])
-            if filled + last - first > height:
-                add()
-                filled = 0
-            for number, own in enumerate(values):
-                panel[number, filled : filled + last - first] = own
-            filled += last - first
-        add()
-        for (i, j), gram in grams.items():
-            if i > j:
-                gram[:] = grams[j, i].T
-        return stacked
-
-    def _of_rows(self, state: MatrixState, begin: int, part: MatrixPart) -> Steps:
-        """Gram matrices of the rows: a panel of rows is multiplied by itself and by all rows after it."""
-        stacked, grams = allocate_grams(part, self._work.models)
-        number, width = 1 + max(i for i, _ in grams), part.columns.size
-        height = min(max(1, max(part.k**2, PANEL) // (number * width)), part.k)
-        panel = np.empty((number, height, width))
-        for top in range(0, part.k, height):
-            bottom = min(top + height, part.k)
-            for each in self._windows(state, begin, int(part.rows[top]), int(part.rows[-1]) + 1):
-                if isinstance(each, PassStep):
-                    yield each
-                    continue
-                first, last, values = part.take(each[1], each[0])
-                known = min(last, bottom)
-                for own, rows in zip(values, panel, strict=True):
-                    rows[first - top : known - top] = own[: max(known - first, 0)]
-                with one_thread(), np.errstate(all="ignore"):
-                    for (i, j), gram in grams.items():
-                        gram[top:known, first:last] = panel[i, : known - top] @ values[j].T
-        for row in range(part.k):
-            for (i, j), gram in grams.items():
-                gram[row + 1 :, row] = grams[j, i][row, row + 1 :]
-        return stacked
-
-    def _solve(self, gram: Floats, part: MatrixPart) -> Floats:
+    def _solve(self, gram: Floats, part: MatrixPart) -> Solved:
         """The factors that the matrices are multiplied by; NaN if the Gram matrix is not finite."""
-        method = self._work.method
+        method, kind = self._work.method, part.how.gram
         if not np.isfinite(gram).all():
             k = gram.shape[-1]
-            return np.full((1 if part.how.gram == "sum" else self._work.models, k, k), np.nan)
+            return Solved(part, Factors(np.full((1 if kind == "sum" else self._work.models, k, k), np.nan)))
         try:
-            with one_thread(), np.errstate(all="ignore"):
-                factors = part.how.factors(gram, method.weights, method.shared, part.inputs)
-                if method.norm is not None and part.how.gram not in BY_MODEL:
-                    factors *= method.norm * ratio_by_gram(gram, factors, part.how.gram, method.weights)
+            with np.errstate(all="ignore"):
+                each, shared = part.how.factors(gram, method.weights, method.shared, part.inputs, self._algebra)
+                if method.norm is not None and kind not in BY_MODEL and not self._is_held:
+                    each *= method.norm * ratio_by_gram(gram, each, kind, method.weights, self._algebra)
         except np.linalg.LinAlgError as error:
             raise ModelfuseError(
                 f"Tensor {self._work.name!r}: {method.merge_type} cannot be computed: {error}",
                 "Add a rule that merges it with another method.",
             ) from error
-        return factors if part.of_columns else factors.transpose(0, 2, 1)
+        if not part.of_columns:
+            each, shared = each.transpose(0, 2, 1), None if shared is None else shared.T
+        solved = Solved(part, Factors(each, shared))
+        return solved if self._is_held else solved.multiplied(self._algebra)
 
     def _scale_by_norm(
-        self, state: MatrixState, begin: int, parts: Sequence[MatrixPart], factors: Sequence[Floats], share: float
+        self, state: MatrixState, begin: int, solved: Sequence[Solved], share: float
     ) -> Iterator[PassStep]:
         """Scale each part's result to ``share`` times the norm of the sum of its differences.
 
         With Gram matrices of single models only, this needs the result itself, which is then computed twice.
         """
-        squares, matrices, weights = np.zeros((len(parts), 2)), self._matrices, even_weights(self._work.method.weights)
+        squares, matrices, weights = np.zeros((len(solved), 2)), self._matrices, self._work.method.weights
         for each in self._windows(state, begin, 0, matrices.rows):
             if isinstance(each, PassStep):
                 yield each
                 continue
-            for square, part in zip(squares, parts, strict=True):
-                whole = np.tensordot(weights, part.take(each[1], each[0])[2], 1)
-                square[0] += np.vdot(whole, whole)
-        most = panel_of(max([part.k for part in parts if not part.of_columns], default=0))
+            for square, (part, _) in zip(squares, solved, strict=True):
+                square[0] += square_of_sum(part.take(each[1], each[0])[2], weights, part.how.gram)
+        windows = partial(self._windows, state, begin)
+        most = panel_of(max([each.part.k for each in solved if not each.part.of_columns], default=0))
         for start in range(0, matrices.unit, most):
             top, bottom = (-(-edge // matrices.columns) for edge in (start, min(start + most, matrices.unit)))
             block = np.zeros((bottom - top, matrices.columns))
-            yield from self._multiply(state, begin, top, bottom, parts, factors, block)
-            for square, part in zip(squares, parts, strict=True):
+            yield from multiply(windows, (top, bottom), solved, block, self._algebra)
+            for square, (part, _) in zip(squares, solved, strict=True):
                 made = part.take(block[None], top)[2][0]
-                square[1] += np.vdot(made, made)
-        for own, (whole, made) in zip(factors, squares, strict=True):
-            own *= share * ratio(whole, made)
+                square[1] += sum_of_squares(made) if made.size else 0
+        for (_, factors), (whole, made) in zip(solved, squares, strict=True):
+            factors.each[:] *= share * ratio(whole, made)
 
     # The result -------------------------------------------------------------------------------------------------------
 
-    def _emit(
-        self, state: MatrixState, begin: int, parts: Sequence[MatrixPart], factors: Sequence[Floats]
-    ) -> Iterator[PassStep]:
-        """Compute and write one matrix; a slice that spans several matrices is written once it is full."""
-        matrices, size = self._matrices, self._work.size
-        most = panel_of(max([part.k for part in parts if not part.of_columns], default=0))
+    def _emit_held(self, state: MatrixState, begin: int, solved: Sequence[Solved]) -> Iterator[PassStep]:
+        """Compute one matrix as a whole, then write it."""
+        matrices, share = self._matrices, self._work.method.norm
+        norm = None if share is None else Norm(share, self._work.method.weights, [0.0] * len(solved))
+        block = np.zeros((matrices.rows, matrices.columns))
+        windows = partial(self._windows, state, begin)
+        yield from multiply(windows, (0, matrices.rows), solved, block, self._algebra, norm)
+        finish(solved, block, self._algebra, norm)
+        yield from self._put(state, begin, block.ravel())
+
+    def _emit(self, state: MatrixState, begin: int, solved: Sequence[Solved]) -> Iterator[PassStep]:
+        """Compute and write one matrix, panel by panel."""
+        matrices, windows = self._matrices, partial(self._windows, state, begin)
+        most = panel_of(max([each.part.k for each in solved if not each.part.of_columns], default=0))
         stop = begin + matrices.unit
         for start in range(begin // most * most, stop, most):
             first, last = max(start, begin), min(start + most, stop)
             top, bottom = (first - begin) // matrices.columns, -((begin - last) // matrices.columns)
             block = np.zeros((bottom - top, matrices.columns))
-            yield from self._multiply(state, begin, top, bottom, parts, factors, block)
-            values = block.ravel()[first - begin - top * matrices.columns :]
-            for slice_ in range(first // SLICE * SLICE, last, SLICE):
-                left, right = max(slice_, first), min(slice_ + SLICE, last)
-                state.result[left - slice_ : right - slice_] = values[left - first : right - first]
-                if right == min(slice_ + SLICE, size):
-                    state.writes = True
-                    yield PassStep(slice_, right - slice_)
+            yield from multiply(windows, (top, bottom), solved, block, self._algebra)
+            skipped = first - begin - top * matrices.columns
+            yield from self._put(state, first, block.ravel()[skipped : skipped + last - first])
 
-    def _multiply(
-        self, state: MatrixState, begin: int, top: int, bottom: int, parts: Sequence[MatrixPart],
-        factors: Sequence[Floats], block: Floats,
-    ) -> Iterator[PassStep]:  # fmt: skip
-        """Add the parts' results to the rows from ``top`` to ``bottom``."""
-        for of_columns in (True, False):
-            chosen = [(part, own) for part, own in zip(parts, factors, strict=True) if part.of_columns == of_columns]
-            chosen = [(part, own) for part, own in chosen if part.locate(top, bottom)[0] < part.locate(top, bottom)[1]]
-            if not chosen:
-                continue
-            rows = (top, bottom) if of_columns else (0, self._matrices.rows)
-            for each in self._windows(state, begin, *rows):
-                if isinstance(each, PassStep):
-                    yield each
-                    continue
-                with one_thread(), np.errstate(all="ignore"):
-                    for part, own in chosen:
-                        first, last, values = part.take(each[1], each[0])
-                        if of_columns:
-                            _, _, indices = part.locate(each[0], each[0] + each[1].shape[1])
-                            target = block[each[0] - top : each[0] - top + each[1].shape[1]]
-                            products = [x @ factor for x, factor in zip(values, own, strict=True)]
-                        else:
-                            begins, ends, indices = part.locate(top, bottom)
-                            target = block
-                            products = [
-                                factor[begins:ends, first:last] @ x for x, factor in zip(values, own, strict=True)
-                            ]
-                        rows_, columns = indices
-                        for product in products:
-                            _add(target, rows_, columns, product)
-
-
-def _add(target: Floats, rows: Any, columns: Any, values: Floats) -> None:
-    if isinstance(rows, slice) or isinstance(columns, slice):
-        target[rows, columns] += values
-    else:
-        target[np.ix_(rows, columns)] += values
+    def _put(self, state: MatrixState, first: int, values: Floats) -> Iterator[PassStep]:
+        """Write elements from a number on; a slice that spans several matrices is written once it is full."""
+        last = first + values.size
+        for slice_ in range(first // SLICE * SLICE, last, SLICE):
+            left, right = max(slice_, first), min(slice_ + SLICE, last)
+            state.result[left - slice_ : right - slice_] = values[left - first : right - first]
+            if right == min(slice_ + SLICE, self._work.size):
+                state.writes = True
+                yield PassStep(slice_, right - slice_)

@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from modelfuse.methods.spec import Floats
+from modelfuse.methods.spec import Algebra, Floats
 
 #: Singular values below this share of the largest one are rounding errors.
 NOISE = 1e-6
 
 
-def directions(gram: Floats, most: int, least: float = 0.0) -> tuple[Floats, Floats]:
+def trace(matrix: Floats) -> float:
+    """The sum of the diagonal, rounded once; NaN if any of it is not finite."""
+    diagonal: Floats = np.diagonal(matrix)
+    return math.fsum(diagonal.tolist()) if np.isfinite(diagonal).all() else math.nan
+
+
+def directions(algebra: Algebra, gram: Floats, most: int, least: float = 0.0) -> tuple[Floats, Floats]:
     """Right singular vectors, shape (k, number), and singular values, descending, of a matrix with this Gram matrix.
 
     Args:
+        algebra: What computes.
         gram: The Gram matrix.
         most: The most vectors.
         least: Singular values below this are rounding errors too, for the remainder of a larger matrix.
     """
-    squares, vectors = np.linalg.eigh(gram)
+    squares, vectors = algebra.eigh(gram)
     sigma = np.sqrt(np.maximum(squares[::-1], 0))
     number = min(most, int(np.count_nonzero(sigma > max(NOISE * sigma[0], least))))
     return vectors[:, ::-1][:, :number], sigma[:number]
 
 
-def inverse_root(square: Floats) -> Floats:
+def inverse_root(algebra: Algebra, square: Floats) -> Floats:
     """square^(−1/2) of a Gram matrix (pseudoinverse: zero in its null space)."""
-    vectors, sigma = directions(square, len(square))
+    vectors, sigma = directions(algebra, square, len(square))
     half = vectors / np.sqrt(sigma)
-    root: Floats = half @ half.T
-    return root
+    return algebra.product(half, half.T)
 
 
-def whitened(grams: Floats, left: Sequence[Floats], right: Floats, sizes: Floats) -> Floats:
+def whitened(algebra: Algebra, grams: Floats, left: Sequence[Floats], right: Floats, sizes: Floats) -> Floats:
     """The factors of the models for Ũ·diag(sizes)·Ṽᵀ, with Ũ and Ṽ the orthonormal matrices nearest to U and V.
 
     Args:
+        algebra: What computes.
         grams: Gram matrices of all pairs of the models' matrices A, shape (models, models, k, k).
         left: One matrix X per model, shape (k, number); U = Σ A·X.
         right: V, shape (k, number).
         sizes: One factor per column of U and V.
     """
-    models = range(len(left))
-    square = sum(left[i].T @ grams[i, j] @ left[j] for i in models for j in models)
+    models, product = range(len(left)), algebra.product
+    square = sum(product(left[i].T, product(grams[i, j], left[j])) for i in models for j in models)
     if not right.shape[1]:
         return np.zeros((len(left), len(right), len(right)))
-    middle = inverse_root(np.asarray(square)) * sizes @ (right @ inverse_root(right.T @ right)).T
-    return np.stack([own @ middle for own in left])
+    turned = product(right, inverse_root(algebra, product(right.T, right)))
+    middle = product(inverse_root(algebra, np.asarray(square)) * sizes, turned.T)
+    return np.stack([product(own, middle) for own in left])
 
 
 def weighted(grams: Floats, weights: Sequence[float]) -> Floats:

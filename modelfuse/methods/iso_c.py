@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from modelfuse.methods.expressions import total
-from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
+from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 RANK_TOLERANCE = Parameter(
     "rank_tolerance", 1e-6, "iso_c: singular values below this share of the largest one count as zero.",
@@ -16,16 +16,15 @@ RANK_TOLERANCE = Parameter(
 )  # fmt: skip
 
 
-def _factors(gram: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+def _factors(gram: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
     """mean(σ)·(MᵀM)^(−1/2), over the singular values above the tolerance."""
-    squares, vectors = np.linalg.eigh(gram)
+    squares, vectors = algebra.eigh(gram)
     sigma = np.sqrt(np.maximum(squares, 0))
     counts = sigma > settings.rank_tolerance * sigma[-1]
     if not counts.any():
-        return np.zeros((1, *gram.shape))
+        return Factors(np.zeros((1, *gram.shape)))
     half = vectors[:, counts] * np.sqrt(sigma[counts].mean() / sigma[counts])
-    factor: Floats = half @ half.T
-    return factor[None]
+    return Factors(algebra.product(half, half.T)[None])
 
 
 ISO_C = Combination(

@@ -10,7 +10,7 @@ import numpy as np
 
 from modelfuse.methods.decompositions import NOISE, directions, weighted, whitened
 from modelfuse.methods.expressions import total
-from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
+from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 COMMON_FRACTION = Parameter(
     "common_fraction", 0.8, "iso_cts: the share of the directions that are the sum's, not single models'.",
@@ -18,9 +18,9 @@ COMMON_FRACTION = Parameter(
 )  # fmt: skip
 
 
-def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
-    grams, models, k = weighted(grams, weights), len(weights), grams.shape[-1]
-    vectors, sigma = directions(grams.sum((0, 1)), k)
+def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
+    grams, models, k, product = weighted(grams, weights), len(weights), grams.shape[-1], algebra.product
+    vectors, sigma = directions(algebra, grams.sum((0, 1)), k)
     rank = sigma.size
     own = max(0, round((rank - int(rank * settings.common_fraction)) / models))
     vectors, sigma = vectors[:, : rank - own * models], sigma[: rank - own * models]
@@ -31,12 +31,12 @@ def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int
         gram = grams[model, model]
         least = NOISE * math.sqrt(max(float(np.trace(gram)), 0.0))
         if k == inputs:
-            shared = (vectors / sigma).T @ grams[:, model].sum(0)
-            mine, size = directions(gram - shared.T @ shared, own, least)
-            shared_lean = (vectors / sigma) @ (shared @ (mine / size))
+            shared = product((vectors / sigma).T, grams[:, model].sum(0))
+            mine, size = directions(algebra, gram - product(shared.T, shared), own, least)
+            shared_lean = product(vectors / sigma, product(shared, mine / size))
         else:
-            rest = np.eye(k) - vectors @ vectors.T
-            mine, size = directions(rest @ gram @ rest, own, least)
+            rest = np.eye(k) - product(vectors, vectors.T)
+            mine, size = directions(algebra, product(rest, product(gram, rest)), own, least)
             shared_lean = np.zeros_like(mine)
         for other, left in enumerate(lefts):
             left.append(mine / size * (other == model) - shared_lean)
@@ -45,8 +45,8 @@ def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int
     every = np.concatenate(sizes)
     left = [np.hstack(each) for each in lefts]
     mean = np.full(every.size, every.mean() if every.size else 0.0)
-    factors: Floats = whitened(grams, left, np.hstack(rights), mean) * np.array(weights)[:, None, None]
-    return factors
+    factors = whitened(algebra, grams, left, np.hstack(rights), mean) * np.array(weights)[:, None, None]
+    return Factors(factors)
 
 
 ISO_CTS = Combination(

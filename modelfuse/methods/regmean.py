@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from modelfuse.methods.decompositions import trace
 from modelfuse.methods.expressions import total
-from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
+from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 SHRINK = Parameter(
     "regmean_shrink", 0.9, "regmean: what off-diagonal elements of the Gram matrices are multiplied by.",
@@ -22,17 +23,16 @@ SHRINK = Parameter(
 LEAST = 1e-6
 
 
-def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
     """wᵢGᵢ(ΣG)⁻¹, weights with a mean of 1; where nothing was seen, the weighted mean."""
     even = np.array(weights) * len(weights) / sum(weights)
     shares = settings.regmean_shrink + (1 - settings.regmean_shrink) * np.eye(inputs)
     grams = grams * shares
     whole = grams.sum(0)
-    least = LEAST * np.trace(whole) / inputs
+    least = LEAST * trace(whole) / inputs
     if not least > 0:
-        return even[:, None, None] / len(weights) * np.eye(inputs)
-    solved = np.linalg.solve(whole + least * np.eye(inputs), np.hstack([*grams]))
-    return np.stack([part.T * weight for part, weight in zip(np.hsplit(solved, len(grams)), even, strict=True)])
+        return Factors(even[:, None, None] / len(weights) * np.eye(inputs))
+    return Factors(grams * even[:, None, None], algebra.inverse(whole + least * np.eye(inputs)))
 
 
 REGMEAN = Combination(
@@ -42,7 +42,7 @@ REGMEAN = Combination(
     paper="Jin et al. 2023, Dataless Knowledge Fusion by Merging Weights of Language Models, arXiv:2212.09849",
     measured="The best with gentle experts and, by far, with adapters; level with ridge with hard ones.",
     parameters=(SHRINK,),
-    matrix=WholeMatrix(_factors, gram="given", side="inputs", work=lambda models: 0.7 + 2 * models),
+    matrix=WholeMatrix(_factors, gram="given", side="inputs", work=lambda models: 1.5, fixed_order=True),
     base="required",
     weights="relative",
     combine=lambda each: total(each.x * each.weight),

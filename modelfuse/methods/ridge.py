@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from modelfuse.methods.decompositions import trace
 from modelfuse.methods.expressions import total
-from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
+from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 RIDGE = Parameter(
     "ridge_mu", 0.3, "ridge: how strongly the result is held at the plain sum, beside the mean eigenvalue.",
@@ -22,32 +23,29 @@ RIDGE = Parameter(
 
 def normalized(grams: Floats) -> tuple[Floats, Floats]:
     """Gram matrices divided by their traces, and the traces; zero for a model that equals the base."""
-    traces: Floats = np.trace(grams, axis1=-2, axis2=-1)
+    traces: Floats = np.array([trace(gram) for gram in grams])
     return grams / np.where(traces > 0, traces, 1)[:, None, None], traces
 
 
-def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
-    """wᵢ(Gᵢ + μ̄)(C + μ̄)⁻¹, of normalized Gram matrices."""
+def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
+    """wᵢ(Gᵢ + μ̄) and (C + μ̄)⁻¹, of normalized Gram matrices."""
     grams, _ = normalized(grams)
     whole = grams.sum(0)
-    ridge = settings.ridge_mu * np.trace(whole) / inputs * np.eye(len(whole))
+    ridge = settings.ridge_mu * trace(whole) / inputs * np.eye(len(whole))
     if not ridge.any():
-        return np.zeros_like(grams)
-    solved = np.linalg.solve(whole + ridge, np.hstack([gram + ridge for gram in grams]))
-    return np.stack([
-        part.T * weight for part, weight in zip(np.hsplit(solved, len(grams)), weights, strict=True)
-    ])  # fmt: skip
+        return Factors(np.zeros_like(grams))
+    return Factors((grams + ridge) * np.array(weights)[:, None, None], algebra.inverse(whole + ridge))
 
 
-def _dual(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+def _dual(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
     """The same from Gram matrices of outputs.
 
     With S = [τ₁/‖τ₁‖; …], P = SSᵀ and R = [wᵢ‖τᵢ‖(Pᵢᵢ + μ̄)]ᵢ: m = R(P + μ̄)⁻¹S.
     """
     models, k = len(weights), grams.shape[-1]
-    sizes = np.sqrt([np.trace(grams[model, model]) for model in range(models)])
+    sizes = np.sqrt([trace(grams[model, model]) for model in range(models)])
     if not sizes.any():
-        return np.zeros((models, k, k))
+        return Factors(np.zeros((models, k, k)))
     inverse = np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > 0)
     scaled = grams * (inverse[:, None] * inverse)[:, :, None, None]
     ridge = settings.ridge_mu * np.count_nonzero(sizes) / inputs
@@ -56,9 +54,8 @@ def _dual(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -
         weights[model] * sizes[model] * (scaled[model, model] + ridge * np.eye(k)) for model in range(models)
     ])  # fmt: skip
     whole[np.diag_indices(models * k)] += ridge
-    solved = np.linalg.solve(whole, right).reshape(models, k, k)
-    factors: Floats = solved * inverse[:, None, None]
-    return factors
+    solved = algebra.solve(whole, right).reshape(models, k, k)
+    return Factors(solved * inverse[:, None, None])
 
 
 RIDGE_MERGE = Combination(
@@ -75,8 +72,11 @@ RIDGE_MERGE = Combination(
         _factors,
         gram="each",
         side="inputs",
-        work=lambda models: 0.7 + 2 * models,
-        dual=WholeMatrix(_dual, gram="pairs", side="outputs", work=lambda models: 0.7 * models**3 + 1.7 * models**2),
+        work=lambda models: 1.5,
+        fixed_order=True,
+        dual=WholeMatrix(
+            _dual, gram="pairs", side="outputs", work=lambda models: models**3 + 2.0 * models**2, fixed_order=True
+        ),
     ),
     base="required",
     combine=lambda each: total(each.x * each.weight),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 from msgspec import Struct, field
 
@@ -61,37 +61,69 @@ class Parameter(Struct, frozen=True, eq=False):
         return isinstance(self.default, bool | str)
 
 
+class Algebra(Protocol):
+    """What methods compute with float64 matrices beside elementwise operations."""
+
+    def product(self, left: Floats, right: Floats) -> Floats:
+        """The matrix product."""
+
+    def eigh(self, matrix: Floats) -> tuple[Floats, Floats]:
+        """Eigenvalues, ascending, and eigenvectors, as columns, of a symmetric matrix."""
+
+    def solve(self, matrix: Floats, right: Floats) -> Floats:
+        """The matrix X of matrix · X = right, for a symmetric positive definite matrix."""
+
+    def inverse(self, matrix: Floats) -> Floats:
+        """The inverse of a symmetric positive definite matrix."""
+
+
+class Factors(NamedTuple):
+    """The factors Kᵢ of a method, as products of one of each model and one that all share.
+
+    Attributes:
+        each: Shape (models, k, k).
+        shared: Shape (k, k); None: the identity.
+    """
+
+    each: Floats
+    shared: Floats | None = None
+
+
 class WholeMatrix(Struct, frozen=True, eq=False):
     """A step on whole matrices: the merged difference is Σ τᵢ·Kᵢ, τᵢ = xᵢ − b, with K computed from Gram matrices.
 
     All is float64. Kᵢ multiplies from the right if Gram matrices are those of the columns, τᵢᵀτⱼ; with those of the
-    rows, everything is transposed. Decompositions differ in their last bits between processors and library versions,
-    so bytes are reproducible only on one machine with one version of numpy.
+    rows, everything is transposed. LAPACK's decompositions differ in their last bits between processors and library
+    versions, so bytes are reproducible only on one machine with one version of numpy; with ``fixed_order`` they are on
+    any processor.
 
     Attributes:
-        factors: Maps the Gram matrices, the weights, the settings and the number of inputs to K, shape (models, k, k),
-            or (1, k, k) for ``sum``.
+        factors: Maps the Gram matrices, the weights, the settings, the number of inputs and the algebra to compute with
+            to K, shape (models, k, k), or (1, k, k) for ``sum``.
         gram: Which Gram matrices are needed: that of the weighted ``sum`` M = Σ wᵢτᵢ, shape (k, k) (the result is then
             M·K); those of ``each`` model, shape (models, k, k); of all ``pairs``, shape (models, models, k, k).
             ``given`` ones are read from files: those of the inputs of each model's layer, shape (models, k, k).
         side: The side of the matrix: the ``smaller`` one, or the ``inputs`` or ``outputs`` of a Linear layer.
         work: Maps the number of models to the cost of ``factors``, in products of two Gram matrices. An eigenvalue
-            decomposition costs about 6, a linear system 0.7, and 2 more for as many right sides as unknowns.
-        dual: An equivalent that is cheaper if all models have fewer outputs together than inputs.
+            decomposition costs about 5, an inverse or a linear system about 1.5.
+        fixed_order: Whether all is products and linear systems, which are computed in a fixed order: ``factors`` uses
+            nothing but the algebra and elementwise operations.
+        dual: An equivalent that is cheaper if all models have together not many more outputs than inputs.
         tolerance: How much results of other machines may differ beyond one rounding, relative to a tensor's largest
             element.
     """
 
-    factors: Callable[[Floats, Sequence[float], Any, int], Floats]
+    factors: Callable[[Floats, Sequence[float], Any, int, Algebra], Factors]
     gram: Literal["sum", "each", "pairs", "given"] = "sum"
     side: Literal["smaller", "inputs", "outputs"] = "smaller"
-    work: Callable[[int], float] = lambda models: 6.5
+    work: Callable[[int], float] = lambda models: 5.5
+    fixed_order: bool = False
     dual: WholeMatrix | None = None
     tolerance: float = 1e-5
 
     def for_shape(self, outputs: int, inputs: int, models: int) -> WholeMatrix:
         """This step, or its dual if that is cheaper for the shape."""
-        return self.dual if self.dual is not None and models * outputs < inputs else self
+        return self.dual if self.dual is not None and 4 * models * outputs < 5 * inputs else self
 
 
 class Step(Struct, frozen=True, eq=False):

@@ -10,7 +10,7 @@ import numpy as np
 
 from modelfuse.methods.expressions import total
 from modelfuse.methods.ridge import normalized
-from modelfuse.methods.spec import Combination, Floats, Method, Parameter, WholeMatrix
+from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 TIME = Parameter(
     "swudi_time", 1.5, "swudi: how long the gradient is followed, times the mean eigenvalue.", bounds={"gt": 0}
@@ -24,21 +24,25 @@ LEAST = 1e-8
 PAPER = "SWUDI 2026, arXiv:2606.07289; Cheng et al. 2025, arXiv:2503.08099"
 
 
-def _filtered(grams: Floats, weights: Sequence[float], filter_: Callable[[Floats], Floats]) -> Floats:
+def _filtered(
+    grams: Floats, weights: Sequence[float], filter_: Callable[[Floats], Floats], algebra: Algebra
+) -> Factors:
     """Σwᵢτᵢ, replaced by D·C⁻¹ in eigendirections of C, to the extent given by the filter."""
     grams, _ = normalized(grams)
     whole = grams.sum(0)
     if not whole.any():
-        return np.zeros_like(grams)
-    eigenvalues, vectors = np.linalg.eigh(whole)
+        return Factors(np.zeros_like(grams))
+    eigenvalues, vectors = algebra.eigh(whole)
     eigenvalues = np.maximum(eigenvalues, LEAST)
     kept = filter_(eigenvalues)
-    staying = np.eye(len(whole)) - vectors * kept @ vectors.T
-    inverse = vectors * (kept / eigenvalues) @ vectors.T
-    return np.stack([weight * (staying + gram @ inverse) for gram, weight in zip(grams, weights, strict=True)])
+    staying = np.eye(len(whole)) - algebra.product(vectors * kept, vectors.T)
+    inverse = algebra.product(vectors * (kept / eigenvalues), vectors.T)
+    return Factors(np.stack([
+        weight * (staying + algebra.product(gram, inverse)) for gram, weight in zip(grams, weights, strict=True)
+    ]))  # fmt: skip
 
 
-def _swudi(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+def _swudi(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
     models = int(np.count_nonzero(np.trace(grams, axis1=1, axis2=2)))
 
     def filter_(eigenvalues: Floats) -> Floats:
@@ -46,10 +50,10 @@ def _swudi(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) 
         kept[: max(0, kept.size - max(1, math.ceil(settings.swudi_share * inputs)))] = 0
         return kept
 
-    return _filtered(grams, weights, filter_)
+    return _filtered(grams, weights, filter_, algebra)
 
 
-def _swudi_a(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+def _swudi_a(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
     def filter_(eigenvalues: Floats) -> Floats:
         others = inputs - eigenvalues.size  # Directions that no model has, where all of them are left out.
         roots, whole = np.sqrt(eigenvalues).sum() + others * math.sqrt(LEAST), eigenvalues.sum() + others * LEAST
@@ -57,7 +61,7 @@ def _swudi_a(grams: Floats, weights: Sequence[float], settings: Any, inputs: int
         kept: Floats = (np.arange(eigenvalues.size) >= eigenvalues.size - number).astype(np.float64)
         return kept
 
-    return _filtered(grams, weights, filter_)
+    return _filtered(grams, weights, filter_, algebra)
 
 
 SWUDI = Combination(
@@ -67,7 +71,7 @@ SWUDI = Combination(
     paper=PAPER,
     measured="As ridge.",
     parameters=(TIME, SHARE),
-    matrix=WholeMatrix(_swudi, gram="each", side="inputs", work=lambda models: 8 + models),
+    matrix=WholeMatrix(_swudi, gram="each", side="inputs", work=lambda models: 7 + models),
     base="required",
     combine=lambda each: total(each.x * each.weight),
 )
@@ -77,7 +81,7 @@ SWUDI_A = Combination(
     formula="as swudi, with f = 1 for the first (Σ√λ)²/Σλ directions, else 0",
     paper=PAPER,
     measured="As ridge; no gain with three gentle experts.",
-    matrix=WholeMatrix(_swudi_a, gram="each", side="inputs", work=lambda models: 8 + models),
+    matrix=WholeMatrix(_swudi_a, gram="each", side="inputs", work=lambda models: 7 + models),
     base="required",
     combine=lambda each: total(each.x * each.weight),
 )

@@ -9,19 +9,19 @@ import numpy as np
 
 from modelfuse.methods.decompositions import directions, weighted, whitened
 from modelfuse.methods.expressions import total
-from modelfuse.methods.spec import Combination, Floats, Method, WholeMatrix
+from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, WholeMatrix
 
 
-def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int) -> Floats:
+def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
     grams, models, k = weighted(grams, weights), len(weights), grams.shape[-1]
-    found = [directions(grams[model, model], max(1, k // models)) for model in range(models)]
+    found = [directions(algebra, grams[model, model], max(1, k // models)) for model in range(models)]
     right, sizes = np.hstack([vectors for vectors, _ in found]), np.concatenate([sigma for _, sigma in found])
     left, start = [np.zeros_like(right) for _ in range(models)], 0
     for own, (vectors, sigma) in zip(left, found, strict=True):
         own[:, start : start + sigma.size] = vectors / sigma
         start += sigma.size
-    factors: Floats = whitened(grams, left, right, sizes) * np.array(weights)[:, None, None]
-    return factors
+    factors = whitened(algebra, grams, left, right, sizes) * np.array(weights)[:, None, None]
+    return Factors(factors)
 
 
 TSV_M = Combination(

@@ -216,6 +216,12 @@ def _processor() -> str:
 
 
 @cache
+def has_wide_vectors() -> bool:
+    """Whether vectors of this processor have 512 bits, and there are 32 of them."""
+    return "avx512f" in _processor()
+
+
+@cache
 def _key() -> str:
     """What machine code depends on beside the arguments: the processor, the sources and the compiler's version."""
     import llvmlite

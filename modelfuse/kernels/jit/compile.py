@@ -11,14 +11,17 @@ import contextlib
 import os
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib.util import find_spec
+from inspect import signature
 from time import monotonic
 from typing import Any, TypeVar, cast, overload
 
 from modelfuse.kernels.jit import code_cache
 from modelfuse.kernels.jit.code_cache import NotLaidOut, Prepared, prepare
+from modelfuse.kernels.jit.entry import entry_module
 from modelfuse.kernels.jit.linking import link
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -243,6 +246,28 @@ class Foreign:
         return types.ExternalFunction(self._name, signature)
 
 
+class Intrinsic(ABC):
+    """A function that kernels can call and whose code is written for LLVM; it returns nothing."""
+
+    __call__: Callable[..., None]
+
+    @abstractmethod
+    def generate(self, context: Any, builder: Any, types: Any, arguments: Any) -> Any:
+        """Build the code, as functions that numba lowers with do."""
+
+    @cached_property
+    def _numba_type_(self) -> Any:
+        from numba import types
+        from numba.core.typing import templates
+
+        def define(_: Any, *arguments: Any) -> Any:
+            return types.void(*arguments), self.generate
+
+        # numba takes the names of the parameters from here.
+        vars(define)["__signature__"] = signature(type(self).__call__)
+        return types.Function(vars(templates)["make_intrinsic_template"](self, define, type(self).__name__))
+
+
 def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
     """Compile a kernel for such arguments to a cache file's content; empty if it needs numba's runtime."""
     import numba
@@ -255,7 +280,7 @@ def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
     result = {types.none: b"n", types.int64: b"i", types.boolean: b"b"}.get(overload.signature.return_type)
     if result is None:
         return b""
-    module = binding.parse_assembly(str(_entry_module(overload, symbol)))
+    module = binding.parse_assembly(str(entry_module(overload, symbol)))
     module.link_in(binding.parse_bitcode(overload.library.serialize_using_bitcode()[2]))
     # Reference counts concern arrays that numba allocates. There are none here, and counting is slower than the work.
     module = binding.parse_assembly(_COUNTING.sub("", str(module)))
@@ -267,44 +292,3 @@ def _export(dispatcher: Any, symbol: str, arguments: tuple[Any, ...]) -> bytes:
     builder.getModulePassManager().run(module, builder)
     needed = {each.name for each in module.functions if each.is_declaration and not each.name.startswith("llvm.")}
     return result + link(machine.emit_object(module), symbol) if needed <= _LIBRARY else b""
-
-
-def _entry_module(overload: Any, symbol: str) -> Any:
-    """The LLVM module of the entry point: unpacks the argument words, calls the kernel and stores its result."""
-    from llvmlite import ir
-
-    context, returned, word, status = (
-        overload.target_context,
-        overload.signature.return_type,
-        ir.IntType(64),
-        ir.IntType(32),
-    )
-    module = ir.Module(symbol)
-    entry = ir.Function(module, ir.FunctionType(status, [word.as_pointer(), word.as_pointer()]), symbol)
-    builder = ir.IRBuilder(entry.append_basic_block())
-    packer = context.get_arg_packer(overload.signature.args)
-    flat = []
-    for number, wanted in enumerate(packer.argument_types):
-        value = builder.load(builder.gep(entry.args[0], [word(number)]))
-        flat.append(_narrow(builder, value, wanted))
-    how, value = context.call_conv.call_function(
-        builder, context.declare_function(module, overload.fndesc), returned, overload.signature.args,
-        packer.from_arguments(builder, flat),
-    )  # fmt: skip
-    if isinstance(value.type, ir.IntType):
-        builder.store(value if value.type == word else builder.zext(value, word), entry.args[1])
-    builder.ret(builder.zext(how.is_error, status))
-    return module
-
-
-def _narrow(builder: Any, value: Any, wanted: Any) -> Any:
-    """Convert a word back to the type of the argument."""
-    from llvmlite import ir
-
-    if isinstance(wanted, ir.PointerType):
-        return builder.inttoptr(value, wanted)
-    if isinstance(wanted, ir.DoubleType):
-        return builder.bitcast(value, wanted)
-    if isinstance(wanted, ir.FloatType):
-        return builder.bitcast(builder.trunc(value, ir.IntType(32)), wanted)
-    return value if value.type == wanted else builder.trunc(value, wanted)
