@@ -26,8 +26,8 @@ import modelfuse as package
 from modelfuse.cli import help_pages
 from modelfuse.cli.arguments import Options, parse
 from modelfuse.cli.commands import COMMANDS
-from modelfuse.cli.groups import groups
 from modelfuse.cli.help import default_of
+from modelfuse.cli.setting_groups import groups
 from modelfuse.methods.registry import PARAMETERS
 from modelfuse.planning import memory_budget
 from modelfuse.recipe.method_settings import METHOD_SETTINGS
@@ -641,7 +641,7 @@ def test_methods(modelfuse: Run) -> None:
     for word in ("--x", "ties"):
         refused = modelfuse("methods", word)
         assert (refused.status, refused.out) == (2, "")
-        assert f"methods takes nothing, but {word!r} is given" in refused.err
+        assert f"methods takes no arguments, but got {word!r}" in refused.err
 
 
 def test_a_bug_is_not_called_a_mistake(modelfuse: Run, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

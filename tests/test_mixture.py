@@ -375,7 +375,7 @@ def test_moe_takes_experts_only(modelfuse: Run, tmp_path: Path) -> None:
     (tmp_path / "c.yml").write_text("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
     said = modelfuse("moe", tmp_path / "c.yml", "--output_path", tmp_path / "out")
     assert said.status == 2
-    assert "moe takes a configuration with experts:" in said.err
+    assert "moe needs a configuration with experts:" in said.err
 
 
 PEER = json.loads((Path(__file__).parent / "fixtures" / "peers" / "arcee_moe.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modelfuse as package
-from modelfuse.cli.console import Voice
+from modelfuse.cli.console import TextStream
 from modelfuse.printable import Lines, is_printable, one_line, printable
 
 Run = Callable[..., Said]
@@ -75,11 +75,11 @@ def test_no_word_is_shown_raw(attack: str, capsys: pytest.CaptureFixture[str], m
     for forced in (False, True):
         if forced:
             monkeypatch.setenv("FORCE_COLOR", "1")
-        voice, kept = Voice("stdout"), list[str]()
-        voice.logs = [lambda level, text, kept=kept: kept.append(text)]  # type: ignore[misc]
-        voice.say("[bold]{}[/]", attack)
-        voice.tell("note", "{}", attack)
-        voice.table(("one", "other"), [(attack, 1)])
+        stream, kept = TextStream("stdout"), list[str]()
+        stream.logs = [lambda level, text, kept=kept: kept.append(text)]  # type: ignore[misc]
+        stream.print("[bold]{}[/]", attack)
+        stream.log("note", "{}", attack)
+        stream.table(("one", "other"), [(attack, 1)])
         said = capsys.readouterr().out
         assert is_clean(re.sub(r"\x1b\[[0-9;]*m", "", said)), said
         assert is_clean(kept[0])

@@ -20,7 +20,7 @@ from conftest import ROOT, Said
 from test_first_minute import commands_of
 
 import modelfuse as package
-from modelfuse.cli.groups import FROM_ENVIRONMENT
+from modelfuse.cli.setting_groups import FROM_ENVIRONMENT
 
 Run = Callable[..., Said]
 

@@ -18,7 +18,7 @@ from adapting import DOWN, Q, adapter_of, make_base
 from conftest import ROOT, Said, array, make_model, read_model, snapshot, start
 
 import modelfuse as package
-from modelfuse.cli.tune import parse_tune
+from modelfuse.cli.tune_command import parse_tune
 from modelfuse.errors import EvaluationError, ModelfuseError, OutputError, RecipeError
 from modelfuse.execution.tuning import merged_folders
 from modelfuse.execution.tuning.evaluation import numbers_in

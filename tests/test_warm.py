@@ -21,7 +21,7 @@ def test_what_is_warmed_is_compiled_before_a_merge(tmp_path: Path) -> None:
     done = warm("task_arithmetic", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "compiled 4 of 4"
-    assert done.stdout == f"compiled kernels are kept in {tmp_path / 'modelfuse'}\n"
+    assert done.stdout == f"compiled kernels are stored in {tmp_path / 'modelfuse'}\n"
     code = (
         "from modelfuse.kernels.adaptive import every_kind, rehearse\n"
         "from modelfuse.kernels.jit.compile import compiling\n"

@@ -1,4 +1,4 @@
-"""Write the files that follow from the code: ``python tools/generate.py``. Tests hold them to it."""
+"""Generate reference pages, schemas and keywords from the code: ``python tools/generate.py``. Tests compare them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from msgspec.json import schema
 
 from modelfuse.cli.arguments import OPTIONS
 from modelfuse.cli.documents import DOCUMENTS
-from modelfuse.cli.groups import FROM_ENVIRONMENT, PREFIX, groups
 from modelfuse.cli.help import default_of, steps
 from modelfuse.cli.help_pages import PAGES
 from modelfuse.cli.json_output import Document
+from modelfuse.cli.setting_groups import FROM_ENVIRONMENT, PREFIX, groups
 from modelfuse.methods.registry import MERGE_METHODS
 from modelfuse.recipe.names import SETTINGS, SYNONYMS
 from modelfuse.recipe.schema import Setting
@@ -24,7 +24,7 @@ WRITTEN = "<!-- Written by tools/generate.py; edit the code instead. -->\n"
 
 
 def files() -> dict[str, str]:
-    """The content of every file that is written here, by its path."""
+    """The content of every generated file, by its path."""
     return {
         "docs/reference/settings.md": "\n".join(_settings()) + "\n",
         "docs/reference/methods.md": "\n".join(_methods()) + "\n",
@@ -54,7 +54,7 @@ def _keywords() -> Iterator[str]:
 
 
 def _type(name: str, setting: Setting) -> str:
-    """A setting's type, as Python has it."""
+    """The Python type of a setting."""
     one = "str"
     if setting.choices:
         one = f"Literal[{', '.join(f'{chr(34)}{each}{chr(34)}' for each in setting.choices)}] | str"
@@ -136,15 +136,15 @@ def _command_line() -> Iterator[str]:
             yield ""
         if page.takes_settings:
             yield "Takes every [setting](settings.md) as a flag, and a recipe: a YAML or JSON file of the same names."
-    yield "\n## What every command takes\n"
+    yield "\n## Options of every command\n"
     yield from (f"- `{', '.join(flags)}`: {about}" for flags, about in OPTIONS.values())
     names = ", ".join(_link(_name(kind)) for kind in DOCUMENTS)
-    yield "\n`--json` writes one document to standard output, in every case; all else goes to standard error."
+    yield "\n`--json` always writes one document to standard output, and everything else to standard error."
     yield f"The forms are described by JSON Schemas: {names}."
-    yield "`document` names the form and its version, which changes with every change but an addition."
+    yield "`document` names the form and its version, which changes with every change except additions."
     yield "\n## Environment variables\n"
-    yield "Settings that are the machine's may come from it. They override a recipe, and flags override them;"
-    yield "none of them changes a byte of the output.\n"
+    yield "Environment variables give settings of the machine. They override a recipe, and flags override them;"
+    yield "none of them changes the bytes of the output.\n"
     yield from (f"- `{PREFIX}{name.upper()}`" for name in (*FROM_ENVIRONMENT, "log_file"))
     yield "\n## Exit status\n"
     yield from ("- 0: done", "- 1: the system or modelfuse itself failed: a full disk, no memory, a bug",

@@ -1,1 +1,1 @@
-"""What programs and notebooks call: settings in, results out, with signatures that name every setting."""
+"""The Python API: functions that take settings as arguments and return results."""

@@ -73,7 +73,7 @@ def draw(
         write_image(found, file, measure, overwrite)
         return
     if measure is not None:
-        raise RecipeError("A page shows all measures", "Leave measure out, or name an .svg or .png file.")
+        raise RecipeError("A page shows all measures", "Leave measure out, or give an .svg or .png file.")
     from modelfuse.inspection.pictures.page import write_page
 
     write_page(found, file, overwrite)

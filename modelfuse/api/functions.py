@@ -52,17 +52,17 @@ def merge(
     <Result: merged 291 tensors, copied 0 in 9.8 s; /…/c>
 
     Args:
-        progress: Whether to show notes and how far it is; None: on a terminal and in a notebook. Or what is called
-            with a number of bytes whenever so many more are done, from worker threads.
-        html: A file to write a page to: how much of each model is in the output, and where, from a sample of the
-            elements. :func:`report` and :func:`draw` make the same page from all elements.
+        progress: Whether to show notes and progress; None: on a terminal and in a notebook. Or a function that is
+            called with the bytes done since the last call, from worker threads.
+        html: The file of a page that shows what was kept of each model, and where, from a sample of the elements.
+            :func:`report` and :func:`draw` make the same page from all elements.
 
     Returns:
-        Where the output is, and what was done.
+        The path of the output, and numbers about the merge.
 
     Raises:
-        ModelfuseError: One of its kinds; nothing is then left at ``output_path`` that was not there before.
-            If the disk was full or failed, what is done is kept beside it, and the same call resumes from there.
+        ModelfuseError: If the merge fails; ``output_path`` is then as it was before. If the disk was full or failed,
+            finished work is kept beside it, and the same call resumes from there.
     """
     page = None if html is None else Path(html)
     Drawing(page).check()
@@ -82,11 +82,11 @@ def merge(
 
 @with_settings
 def check(**settings: Unpack[Keywords]) -> Plan:
-    """Plan a merge from the checkpoints' headers, without reading a tensor or writing anything.
+    """Plan a merge from the checkpoints' headers; no tensor data is read, and nothing is written.
 
     Returns:
-        The plan: what will be merged, copied and left out, and what it will cost. It is to be looked at: of models on
-        a hub that are not in the cache, no more than the headers was there while it was made.
+        The plan: what will be merged, copied and left out, with the expected memory and I/O. Its tensors cannot be read
+        if models on a hub are not in the cache, as only headers are fetched.
 
     Raises:
         ModelfuseError: As :func:`merge` would, before any work.
@@ -111,28 +111,28 @@ def diff(
     hub_anonymous: bool = False,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> Diff:
-    """Compare models with a base and with each other, tensor by tensor: how far, where, and who may disturb whom.
+    """Compare models with a base and with each other, by tensor: how much they differ, where, and which may interfere.
 
     >>> found = diff("a", "b", base="base")  # doctest: +SKIP
     >>> found.whole.pair(0, 1).interference  # doctest: +SKIP
     0.8
 
     Args:
-        models: Folders, weight files, URLs, names on a hub, or adapters of the base.
-        base: What differences are taken to; by default the first model.
-        exact: Compute interference without sketches, which takes much longer and holds matrices of all models.
-        n_process: Parallel workers; by default one a processor.
-        memory: As of a merge.
+        models: Folders, weight files, URLs, hub names, or adapters of the base.
+        base: The model that differences are taken to; by default the first model.
+        exact: Compute interference without sketches, which is much slower and needs memory for whole matrices.
+        n_process: Parallel workers; by default one per processor.
+        memory: The memory budget, as for a merge.
         merge_prefix: Which weights of a folder: ``model`` (default) or ``master_weights``.
-        input_layout: ``hf`` or ``paddle``: one for all, or one a model with the base's last.
-        merge_with_qdq_base_model: Quantize and dequantize the base first, as adapters saw it.
-        hub_endpoint: Where models on a hub are; by default HF_ENDPOINT, else huggingface.co.
-        hub_anonymous: Send no token there.
-        progress: Whether to show how far it is; None: on a terminal and in a notebook. Or what is called with the
-            bytes read since the last call and those to read in all, from worker threads.
+        input_layout: ``hf`` or ``paddle``: one for all, or one per model with the base's last.
+        merge_with_qdq_base_model: Quantize and dequantize the base first, as in the training of quantized adapters.
+        hub_endpoint: The URL of the hub; by default HF_ENDPOINT, else huggingface.co.
+        hub_anonymous: Send no token.
+        progress: Whether to show progress; None: on a terminal and in a notebook. Or a function that is called with
+            the bytes read since the last call and the total, from worker threads.
 
     Returns:
-        The numbers, for each tensor and summed by layer, module and model; see ``docs/diff.md``.
+        The measures by tensor, layer, module and model; see ``docs/diff.md``.
 
     Raises:
         ModelfuseError: If there are too few models, one cannot be read, or there is nothing to compare.
@@ -147,21 +147,21 @@ def diff(
 
 
 def register(*methods: Method) -> None:
-    """Make methods of one's own known by their names, for ``merge_method`` in this process.
+    """Register methods by name, for ``merge_method`` in this process.
 
     >>> from modelfuse.methods.expressions import total
     >>> from modelfuse.methods.spec import Combination, Method
     >>> plain_sum = Combination("plain_sum", "The sum of the models.", "Σ xᵢ", combine=lambda each: total(each.x))
     >>> register(Method("plain_sum", plain_sum))  # doctest: +SKIP
 
-    A package makes methods known to every process, the command line's too, by an entry point of the group
+    A package can register methods for every process, including the command line, by an entry point in the group
     ``modelfuse.methods``.
 
     Args:
-        methods: Declarations, as ``docs/adding_a_method.md`` describes them.
+        methods: Declarations; see ``docs/adding_a_method.md``.
 
     Raises:
-        RecipeError: If a name is that of something else.
+        RecipeError: If a name is already in use.
     """
     register_all(methods)
     renew()
@@ -175,22 +175,22 @@ def inspect(
     hub_endpoint: str | None = None,
     hub_anonymous: bool = False,
 ) -> Inspection:
-    """See what is in a model, from the headers of its files alone.
+    """Inspect a model, from the headers of its files only.
 
     >>> inspect("a")  # doctest: +SKIP
     <Inspection of a: LlamaForCausalLM, 291 tensors, 6,738,415,616 parameters, 13.5 GB in 3 files>
 
     Args:
-        model: A folder, a weight file, a URL, or a name on a hub; an adapter, too.
+        model: A folder, weight file, URL or hub name of a model or an adapter.
         merge_prefix: Which weights of a folder: ``model`` (default) or ``master_weights``.
-        hub_endpoint: Where a model on a hub is; by default HF_ENDPOINT, else huggingface.co.
-        hub_anonymous: Send no token there.
+        hub_endpoint: The URL of the hub; by default HF_ENDPOINT, else huggingface.co.
+        hub_anonymous: Send no token.
 
     Returns:
-        Its modules, types, layout, ties and configuration, and what stands in the way of a merge.
+        Its modules, dtypes, layout, ties and configuration, and obstacles to a merge.
 
     Raises:
-        ModelfuseError: If there is no model, or its files cannot be read.
+        ModelfuseError: If the model does not exist, or its files cannot be read.
     """
     name_hosts([model])
     return inspect_named(
@@ -209,28 +209,28 @@ def verify(
     hub_anonymous: bool = False,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> Verification:
-    """Check that an output is what its merge wrote, and that the inputs give it.
+    """Check that an output is unchanged since its merge, and that merging the inputs again gives the same.
 
     >>> verify("c").holds  # doctest: +SKIP
     True
 
     Args:
         path: The output of a merge.
-        full: Merge every tensor again, not a sample; without the inputs, that is a problem. Only so are inputs that are
-            in stores asked for.
-        sample: How many tensors to merge again; by default as many as read and compare about 256 MB.
-        n_process: Parallel workers; by default one a processor, up to eight.
-        seed: Chooses the sample; another one each time if not given.
-        hub_endpoint: Where models on a hub are fetched from, with ``full``; what the output says of it is not followed.
-        hub_anonymous: Send no token there, and ask also a hub that only the output names.
-        progress: Whether to show how far it is; None: on a terminal and in a notebook. Or what is called with the
-            bytes done since the last call and those to do in all, from worker threads.
+        full: Merge all tensors again instead of a sample, also from inputs in stores and on a hub. A missing input is
+            then a problem.
+        sample: The number of tensors to merge again; by default as many as read and compare about 256 MB.
+        n_process: Parallel workers; by default one per processor, up to eight.
+        seed: The seed of the sample; random by default.
+        hub_endpoint: The URL of the hub to fetch models from, with ``full``; the one in the output's files is not used.
+        hub_anonymous: Send no token, and also fetch from a hub that only the output's files name.
+        progress: Whether to show progress; None: on a terminal and in a notebook. Or a function that is called with
+            the bytes done since the last call and the total, from worker threads.
 
     Returns:
-        What was checked, and every problem found.
+        What was checked, and all problems.
 
     Raises:
-        CheckpointError: If the folder is no output of a merge, or its report cannot be understood.
+        CheckpointError: If the folder is not the output of a merge, or its report is invalid.
         RecipeError: If a number is out of range.
     """
     name_hosts([path])
@@ -251,7 +251,7 @@ def verify(
 def showing_comparison(
     progress: Callable[[int, int], None] | bool | None,
 ) -> Callable[[DiffPlan], AbstractContextManager[Callable[[int, int], None]]]:
-    """What shows how far a comparison is, as ``progress`` says."""
+    """The function that shows the progress of a comparison, by the argument ``progress``."""
 
     @contextmanager
     def shown_by(plan: DiffPlan) -> Iterator[Callable[[int, int], None]]:
@@ -268,10 +268,10 @@ def _merging(plan: Plan, progress: Count | bool | None) -> Iterator[tuple[Count,
 
 
 def _shows(progress: object) -> bool:
-    """Whether anything is to be shown; what is called instead shows it itself."""
+    """Whether to show progress and notes here, by the argument ``progress``."""
     return err.shows_bars if progress is None else progress is True
 
 
 def tell_of(progress: object) -> Tell:
-    """What shows sentences, if any are to be shown."""
-    return (lambda text: err.tell("note", "{}", text)) if _shows(progress) else lambda _: None
+    """The function that shows notes, by the argument ``progress``."""
+    return (lambda text: err.log("note", "{}", text)) if _shows(progress) else lambda _: None

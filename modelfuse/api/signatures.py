@@ -1,4 +1,4 @@
-"""Signatures and docstrings that name every setting, as a notebook shows them."""
+"""Signatures and docstrings with all settings, for notebooks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from modelfuse.recipe.names import SETTINGS
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
-#: The functions that take settings, and what they are without them.
+#: The functions that take settings, with their signatures and docstrings without settings.
 _TAKING: list[tuple[Callable[..., Any], inspect.Signature, str]] = []
 
 
 def with_settings(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
-    """The same function with the settings in its signature and docstring."""
+    """Decorate a function that takes settings: adds them to its signature and docstring."""
     _TAKING.append((function, inspect.signature(function), inspect.cleandoc(function.__doc__ or "")))
     describe()
     return function
 
 
 def describe() -> None:
-    """Give all such functions the signature and docstring that follow from the settings there are now."""
+    """Update the signatures and docstrings of all decorated functions to the current settings."""
     for function, plain, text in _TAKING:
         own = [each for each in plain.parameters.values() if each.kind is not each.VAR_KEYWORD]
         parameters = sorted([*_parameters(), *own], key=lambda each: each.kind)
@@ -39,7 +39,7 @@ def describe() -> None:
 
 
 def argument(name: str) -> str:
-    """What a setting is called where Python's words are no names: ``lambda_``."""
+    """The name of a setting as a Python argument, such as ``lambda_``."""
     return f"{name}_" if iskeyword(name) else name
 
 

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from modelfuse.api.functions import tell_of
-from modelfuse.cli.tune import evaluation_of
+from modelfuse.cli.tune_command import evaluation_of
 from modelfuse.execution.tuning.evaluation import Function
 from modelfuse.execution.tuning.request import Tuned, TuningRequest
 from modelfuse.execution.tuning.tune import tune as run_request
@@ -35,33 +35,33 @@ def tune(
     progress: bool | None = None,
     **settings: object,
 ) -> Tuned:
-    """Search settings by evaluating merges, and merge with the best.
+    """Search settings by evaluating merges, and write the best merge.
 
     >>> import modelfuse
     >>> modelfuse.tune("recipe.yaml", evaluate=lambda folder: loss_of(folder), budget=40)  # doctest: +SKIP
     <Tuned: value 1.73451 by trial 32 of 40; /…/merged>
 
     Args:
-        recipe: Settings as ``merge`` takes them, or a file of them. Numbers that are marked are searched:
-            ``{"weight_list": {"tune": [0, 1.5]}}``; without marks, weights are.
-        evaluate: Called with the folder of a merged model, which is there until it returns; gives the loss, or several
-            numbers by name. Or a command with ``{model}``, or ``"perplexity"`` of the texts in ``data``.
-        budget: How many merges are evaluated in all, those of earlier runs of the same request included.
-        groups: Parts of the depth that have weights of their own for each model; 0: none.
-        attention_apart: Whether attention and MLP of each part have weights of their own.
+        recipe: Settings as for ``merge``, or the path of a recipe. Marked numbers are searched, as in
+            ``{"weight_list": {"tune": [0, 1.5]}}``; without marks, the weights are.
+        evaluate: A function that is called with the folder of a merged model, which is removed afterwards, and returns
+            the loss, or several numbers by name. Or a command with ``{model}``, or ``"perplexity"`` of ``data``.
+        budget: The number of merges to evaluate, including those of earlier runs of the same request.
+        groups: The number of groups of layers with separate weights; 0: one weight per model.
+        attention_apart: Whether attention and MLP of each group have separate weights.
         direction: ``"minimize"`` or ``"maximize"``; ``["accuracy=maximize"]`` for one of several numbers.
         sampler: ``"cmaes"``, ``"tpe"``, ``"gradient"`` (weights of linear merges, with perplexity), or ``"auto"``.
-        jobs: How many evaluations run at a time, each in a thread.
-        scratch: A folder for merges while they are evaluated; None: a RAM disk if they fit, else beside the study.
+        jobs: The number of concurrent evaluations, each in a thread.
+        scratch: The folder of merges while they are evaluated; None: a RAM disk if they fit, else beside the study.
         data: Files of texts for ``"perplexity"``.
-        progress: Whether to tell of each trial; None: on a terminal and in a notebook.
-        settings: Override those of the recipe, such as ``output_path``.
+        progress: Whether to print each trial; None: on a terminal and in a notebook.
+        settings: Settings that override the recipe's, such as ``output_path``.
 
     Returns:
-        The best trial, and where its merge and the study are.
+        The best trial, and the paths of its merge and of the study.
 
     Raises:
-        ModelfuseError: If the request is wrong, or a merge or an evaluation fails. What was found is kept in
+        ModelfuseError: If the request is invalid, or a merge or an evaluation fails. Finished trials are kept in
             ``OUTPUT.tune``, and the same call resumes from there.
     """
     given = by_canonical_name(settings)

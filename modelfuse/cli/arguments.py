@@ -1,4 +1,4 @@
-"""The words of the command line as settings and options."""
+"""Parse command-line arguments into settings and options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modelfuse.cli.groups import PREFIX, from_environment
+from modelfuse.cli.setting_groups import PREFIX, from_environment
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import closest
 from modelfuse.recipe.files import load_recipe
@@ -19,30 +19,30 @@ from modelfuse.recipe.hosts_in_files import without_hosts
 from modelfuse.recipe.names import ANOTHER_WAY, SETTINGS, by_canonical_name, canonical_name
 from modelfuse.recipe.schema import Setting
 
-#: More than any float has before or behind its point.
+#: The most digits of a number before or after the point; no float has more.
 MOST_DIGITS = 400
-#: What every command takes beside its settings: the field of ``Options``, its flags, and what it does.
+#: Options of every command: the field of :class:`Options`, its flags, and its description.
 OPTIONS = {
-    "quiet": (("--quiet", "-q"), "Say only what is wrong."),
-    "verbose": (("--verbose", "-v"), "Say more, with times and levels."),
+    "quiet": (("--quiet", "-q"), "Print errors only."),
+    "verbose": (("--verbose", "-v"), "Print details, with times and levels."),
     "json": (("--json",), "Write one JSON document to standard output."),
-    "log_file": (("--log_file",), "Append everything that is said, and more, to this file."),
+    "log_file": (("--log_file",), "Append all messages, with details, to this file."),
 }
 SHORT = {flags[-1]: flags[0] for flags, _ in OPTIONS.values() if len(flags) > 1}
-#: Settings whose values may be given in one word, with commas; numbers have none, and a path may have some.
+#: The start of a number.
 NUMBER = r"[-+]?(\d|\.\d)"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a command is to speak.
+    """The options of a command about its output.
 
     Attributes:
-        quiet: Only of what is wrong.
-        verbose: Of more, with times and levels.
-        json: In one document on standard output; all else on standard error.
-        log_file: Where to write it, too.
-        html: Of a merge, where to write a page of what it kept.
+        quiet: Print errors only.
+        verbose: Print details, with times and levels.
+        json: Write one JSON document to standard output, and everything else to standard error.
+        log_file: A file to append all messages to.
+        html: For a merge, the file of its page.
     """
 
     quiet: bool = False
@@ -53,11 +53,10 @@ class Options:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command, with its options.
+    """The parser of a command, with the options of every command.
 
     Args:
-        command: The command.
-        takes: The settings that it takes beside them.
+        command: The name of the command.
     """
 
     def __init__(self, command: str) -> None:
@@ -72,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         raise RecipeError(message[0].upper() + message[1:], f"`{self.prog} --help` lists every setting.")
 
     def options_of(self, given: dict[str, object]) -> Options:
-        """Take the options out of what was given."""
+        """Remove the options from the parsed arguments, and return them."""
         options: dict[str, Any] = {name: given.pop(name) for name in OPTIONS if name in given}
         if "log_file" not in options and (named := os.environ.get(f"{PREFIX}LOG_FILE")):
             options["log_file"] = Path(named)
@@ -91,31 +90,31 @@ def merge_parser(command: str) -> Parser:
         if setting.is_switch:
             parser.add_argument(f"--{name}", nargs="?", const=True)
         else:
-            parser.add_argument(f"--{name}", nargs="+" if _takes_words(setting) else None)
+            parser.add_argument(f"--{name}", nargs="+" if _takes_list(setting) else None)
     return parser
 
 
 def parse(
-    words: Sequence[str],
+    argv: Sequence[str],
     command: str = "merge",
     defaults: Mapping[str, object] = {},
 ) -> tuple[dict[str, object], Options]:
-    """Turn words into named settings: those of a recipe file, overridden by the environment's, overridden by flags.
+    """Parse settings from a recipe file, environment variables and flags; later ones override earlier ones.
 
     Args:
-        words: The words behind the command.
-        command: ``merge`` or ``check``.
-        defaults: What settings are where neither says anything.
+        argv: The arguments after the command.
+        command: The command, for messages; ``merge`` has additional flags.
+        defaults: Values of settings that are not given.
 
     Raises:
         RecipeError: If a flag is unknown or lacks its value, or the recipe cannot be read.
     """
-    plain = _switched([part for word in words for part in _normal(word)])
-    parser = merge_parser(command)  # Now that it is known whether any setting is of a method of another package.
+    plain = _switched([part for word in argv for part in _normal(word)])
+    parser = merge_parser(command)  # After looking up the names, which may load methods of other packages.
     given = vars(parser.parse_args(plain))
     options = replace(parser.options_of(given), html=given.pop("html", None))
     for name in given.keys() & SETTINGS.keys():
-        if _takes_words(SETTINGS[name]):
+        if _takes_list(SETTINGS[name]):
             given[name] = _listed(given[name], SETTINGS[name].is_number or bool(SETTINGS[name].choices))
             if SETTINGS[name].is_per_model and len(given[name]) == 1:
                 given[name] = given[name][0]
@@ -129,83 +128,40 @@ def parse(
     return {**defaults, **settings, **own}, options
 
 
-def parse_push(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
-    """Turn the words behind ``push`` into its arguments.
+def parse_demo(argv: Sequence[str]) -> tuple[dict[str, Any], Options]:
+    """Parse the arguments of ``demo``.
 
     Raises:
-        RecipeError: If a flag is unknown or lacks its value.
-    """
-    parser = push_parser()
-    given = {**from_environment(["hub_endpoint"]), **vars(parser.parse_args(plain_flags(words)))}
-    return given, parser.options_of(given)
-
-
-def parse_demo(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
-    """Turn the words behind ``demo`` into its arguments.
-
-    Raises:
-        RecipeError: If there are others than a folder.
+        RecipeError: If there are arguments other than a folder.
     """
     parser = Parser("demo")
     parser.add_argument("folder", nargs="?", default="models")
-    given = vars(parser.parse_args(plain_flags(words)))
+    given = vars(parser.parse_args(plain_flags(argv)))
     return given, parser.options_of(given)
 
 
-def parse_options(command: str, words: Sequence[str]) -> Options:
-    """Turn the words behind a command that takes nothing else into its options.
+def parse_options(command: str, argv: Sequence[str]) -> Options:
+    """Parse the options of a command without other arguments.
 
     Raises:
-        RecipeError: If there are others.
+        RecipeError: If there are other arguments.
     """
     parser = Parser(command)
-    given, rest = parser.parse_known_args(plain_flags(words))
+    given, rest = parser.parse_known_args(plain_flags(argv))
     if rest:
-        raise RecipeError(f"{command} takes nothing, but {rest[0]!r} is given", f"`{parser.prog} --help` tells more.")
+        raise RecipeError(
+            f"{command} takes no arguments, but got {rest[0]!r}", f"`{parser.prog} --help` shows the usage."
+        )
     return parser.options_of(vars(given))
 
 
-def parse_verify(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
-    """Turn the words behind ``verify`` into its arguments.
-
-    Raises:
-        RecipeError: If a flag is unknown or lacks its value.
-    """
-    parser = verify_parser()
-    given = {**from_environment(["n_process", "hub_endpoint"]), **vars(parser.parse_args(plain_flags(words)))}
-    return given, parser.options_of(given)
-
-
-def push_parser() -> Parser:
-    """The parser of ``push``."""
-    parser = Parser("push")
-    parser.add_argument("folder")
-    parser.add_argument("name")
-    for flag in ("--public", "--overwrite"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("--hub_endpoint")
-    return parser
-
-
-def verify_parser() -> Parser:
-    """The parser of ``verify``."""
-    parser = Parser("verify")
-    parser.add_argument("folder")
-    for switch in ("--full", "--hub_anonymous"):
-        parser.add_argument(switch, action="store_true")
-    parser.add_argument("--hub_endpoint", type=SETTINGS["hub_endpoint"].read)
-    for setting in ("--sample", "--n_process", "--seed"):
-        parser.add_argument(setting, type=int)
-    return parser
-
-
-def plain_flags(words: Sequence[str]) -> list[str]:
-    """Flags with underscores, short ones at full length."""
-    return [f"--{word[2:].replace('-', '_')}" if word.startswith("--") else SHORT.get(word, word) for word in words]
+def plain_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments with underscores in flags, and long flags instead of short ones."""
+    return [f"--{word[2:].replace('-', '_')}" if word.startswith("--") else SHORT.get(word, word) for word in argv]
 
 
 def _normal(word: str) -> list[str]:
-    """A flag with its name as the recipe has it; a negative number as argparse knows it."""
+    """A flag with the canonical name of its setting; a negative number in a form that argparse accepts."""
     if word.startswith("--") and len(word) > 2:
         name, equals, value = word[2:].partition("=")
         plain = name.replace("-", "_")
@@ -223,10 +179,10 @@ def _normal(word: str) -> list[str]:
             number = Decimal(word)
         except InvalidOperation:
             raise RecipeError(
-                f"There is no flag {word}", f"Flags begin with two dashes, but for {' and '.join(SHORT)}."
+                f"There is no flag {word}", f"Flags begin with two dashes, except for {' and '.join(SHORT)}."
             ) from None
         if not number.is_finite() or abs(number.adjusted()) > MOST_DIGITS:
-            raise RecipeError(f"{word} is not a number that any setting takes")
+            raise RecipeError(f"{word} is out of range for any setting")
         return [format(number, "f")]
     return [word]
 
@@ -238,10 +194,10 @@ def _known(name: str, plain: str) -> str:
         raise RecipeError(error.message, closest(plain, OPTIONS).strip() or error.hint) from None
 
 
-def _switched(words: Sequence[str]) -> list[str]:
-    """A recipe behind a boolean flag or a list of numbers is no value of it."""
+def _switched(argv: Sequence[str]) -> list[str]:
+    """Keep argparse from taking a recipe after a boolean flag or a list of numbers as the flag's value."""
     done, last = list[str](), ""
-    for word in words:
+    for word in argv:
         flag = done[-1].removeprefix("--") if done and done[-1].startswith("--") else ""
         if _is_switch(flag) and _is_recipe(word):
             done.append("True")
@@ -253,24 +209,24 @@ def _switched(words: Sequence[str]) -> list[str]:
     return done
 
 
-def _listed(words: Sequence[str], always: bool) -> list[str]:
-    """The values of a list, also where they were given as ``1,2`` or ``[1, 2]``.
+def _listed(values: Sequence[str], always: bool) -> list[str]:
+    """The values of a list, which may be given as ``1 2``, ``1,2`` or ``[1, 2]``.
 
     >>> _listed(["[1,", "2]"], always=True), _listed(["A,B"], always=False)
     (['1', '2'], ['A', 'B'])
 
     Args:
-        words: As they were given.
-        always: Whether no value has a comma or a bracket; else a word that is a path or a URL stays whole.
+        values: The arguments.
+        always: Whether to split at commas always; else paths that exist and URLs are not split.
     """
-    return [part for word in _bare(words, always) for part in _parts(word, always)]
+    return [part for word in _without_brackets(values, always) for part in _parts(word, always)]
 
 
-def _bare(words: Sequence[str], always: bool) -> Sequence[str]:
-    bracketed = words[0].startswith("[") and words[-1].endswith("]")
-    if not bracketed or (not always and os.path.lexists(words[0])):
-        return words
-    *most, last = (words[0][1:], *words[1:])
+def _without_brackets(values: Sequence[str], always: bool) -> Sequence[str]:
+    bracketed = values[0].startswith("[") and values[-1].endswith("]")
+    if not bracketed or (not always and os.path.lexists(values[0])):
+        return values
+    *most, last = (values[0][1:], *values[1:])
     return [*most, last[:-1]]
 
 
@@ -282,7 +238,7 @@ def _parts(word: str, always: bool) -> Iterator[str]:
     yield from (part.strip("\"' ") for part in word.split(",") if part.strip())
 
 
-def _takes_words(setting: Setting) -> bool:
+def _takes_list(setting: Setting) -> bool:
     return setting.takes_several or setting.is_per_model
 
 

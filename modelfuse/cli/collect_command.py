@@ -1,4 +1,4 @@
-"""``modelfuse collect``: its words, and what is done with them."""
+"""The command ``modelfuse collect``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def collect_parser() -> Parser:
     return parser
 
 
-def collect_inputs(words: Sequence[str]) -> int:
-    """Run a model over texts as the words say, and write Gram matrices of what its layers are given.
+def run(argv: Sequence[str]) -> int:
+    """Run a model over texts, and write the Gram matrices of its layers' inputs; returns the exit status.
 
     Raises:
         RecipeError: If a flag is unknown, lacks its value or is missing.
@@ -29,17 +29,17 @@ def collect_inputs(words: Sequence[str]) -> int:
     from modelfuse.inspection.collect import collect
 
     parser = collect_parser()
-    given = vars(parser.parse_args(plain_flags(words)))
+    given = vars(parser.parse_args(plain_flags(argv)))
     options = parser.options_of(given)
-    console.begin_logs(options.verbose, options.log_file)
+    console.configure_logs(options.verbose, options.log_file)
     model, data, output = (given.pop(name) for name in ("model", "data", "output"))
     found = collect(model, data, output, **given)
     if options.json:
-        from modelfuse.cli.documents import Collect
+        from modelfuse.cli.documents import CollectDocument
         from modelfuse.cli.json_output import write
 
-        write(Collect(output=str(found.output), modules=found.modules, tokens=found.tokens))
+        write(CollectDocument(output=str(found.output), modules=found.modules, tokens=found.tokens))
     elif not options.quiet:
-        said = "[green]wrote[/] {}: Gram matrices of the inputs of {} modules, {} tokens"
-        console.out.tell("info", said, found.output, str(found.modules), str(found.tokens))
+        text = "[green]wrote[/] {}: Gram matrices of the inputs of {} modules, {} tokens"
+        console.out.log("info", text, found.output, str(found.modules), str(found.tokens))
     return 0

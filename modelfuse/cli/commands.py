@@ -1,4 +1,4 @@
-"""The commands: words behind each in, what it does, an exit status out."""
+"""The commands by name. Each takes its arguments and default settings, and returns the exit status."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelfuse.cli import console
-from modelfuse.cli.arguments import Options, parse, parse_demo, parse_options, parse_push, parse_verify
-from modelfuse.cli.drawing import Drawing, tell_written
+from modelfuse.cli.arguments import Options, parse, parse_demo, parse_options
+from modelfuse.cli.drawing import Drawing, print_written
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.installed_methods import register_installed
 from modelfuse.recipe.names import renew
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, path_or_url
 
 if TYPE_CHECKING:
     from modelfuse.planning.plan import Plan
@@ -22,28 +21,28 @@ if TYPE_CHECKING:
 Command = Callable[[list[str], Mapping[str, object]], int]
 
 
-def show_help(words: list[str]) -> int:
-    """What there is to say first, or of one command."""
+def show_help(argv: list[str]) -> int:
+    """Print the list of commands, or the help of one."""
     from modelfuse.cli.help import help_page, usage
     from modelfuse.cli.help_pages import PAGES
 
-    if not words:
+    if not argv:
         usage()
-    elif words[0] in PAGES:
-        help_page(words[0])
+    elif argv[0] in PAGES:
+        help_page(argv[0])
     else:
-        raise RecipeError(f"There is no command {words[0]!r}", LISTED)
+        raise RecipeError(f"There is no command {argv[0]!r}", LISTED)
     return 0
 
 
-def _check(words: list[str], defaults: Mapping[str, object]) -> int:
+def _check(argv: list[str], defaults: Mapping[str, object]) -> int:
     from modelfuse.cli import progress, render
     from modelfuse.planning.hub import headers
     from modelfuse.planning.output_location import check_disk_space
 
-    settings, options = parse(words, "check", defaults)
+    settings, options = parse(argv, "check", defaults)
     recipe = _begin(settings, options, console.err if options.json else console.out)
-    with headers(recipe, progress.watch(options.quiet)) as at_hand:
+    with headers(recipe, progress.fetching(options.quiet)) as at_hand:
         plan = _plan(at_hand)
     if not options.json:
         render.plan(plan)
@@ -57,20 +56,20 @@ def _check(words: list[str], defaults: Mapping[str, object]) -> int:
     return 0
 
 
-def _merge(words: list[str], defaults: Mapping[str, object]) -> int:
-    return _run(*_begun(words, "merge", defaults))
+def _merge(argv: list[str], defaults: Mapping[str, object]) -> int:
+    return _run(*_parsed(argv, "merge", defaults))
 
 
-def _moe(words: list[str], defaults: Mapping[str, object]) -> int:
-    """The same of a configuration with experts only."""
-    recipe, options = _begun(words, "moe", defaults)
+def _moe(argv: list[str], defaults: Mapping[str, object]) -> int:
+    """A merge of a mergekit-moe configuration."""
+    recipe, options = _parsed(argv, "moe", defaults)
     if recipe.mergekit is None or recipe.configurations.mixture is None:
-        raise RecipeError("moe takes a configuration with experts:", "`modelfuse help moe` shows one.")
+        raise RecipeError("moe needs a configuration with experts:", "`modelfuse help moe` describes it.")
     return _run(recipe, options)
 
 
-def _begun(words: list[str], command: str, defaults: Mapping[str, object]) -> tuple[Recipe, Options]:
-    settings, options = parse(words, command, defaults)
+def _parsed(argv: list[str], command: str, defaults: Mapping[str, object]) -> tuple[Recipe, Options]:
+    settings, options = parse(argv, command, defaults)
     return _begin(settings, options, console.err), options
 
 
@@ -79,11 +78,11 @@ def _run(recipe: Recipe, options: Options) -> int:
 
     quiet = options.quiet
     if recipe.output_path is None:
-        raise RecipeError("output_path is not given", "Name the folder to create with --output_path.")
+        raise RecipeError("output_path is not given", "Give the folder to create with --output_path.")
     Drawing(options.html).check()
     from modelfuse.planning.hub import fetch
 
-    recipe = fetch(recipe, progress.watch(quiet))
+    recipe = fetch(recipe, progress.fetching(quiet))
     from modelfuse.execution.intermediate import keep_intermediate
     from modelfuse.execution.run import run_plan
 
@@ -91,7 +90,7 @@ def _run(recipe: Recipe, options: Options) -> int:
     plan = _plan(recipe)
 
     with progress.merging(plan, quiet) as advance:
-        result = run_plan(plan, advance, _tell(quiet))
+        result = run_plan(plan, advance, render.notes_unless(quiet))
     if options.json:
         from modelfuse.cli import documents, json_output
 
@@ -102,116 +101,86 @@ def _run(recipe: Recipe, options: Options) -> int:
         from modelfuse.inspection.pictures.merge_page import write_merge_page
 
         write_merge_page(recipe, result.output_path, options.html)
-        tell_written([options.html], options)
+        print_written([options.html], options)
     return 0
 
 
-def _tune(words: list[str], defaults: Mapping[str, object]) -> int:
-    from modelfuse.cli.tune import run
+def _tune(argv: list[str], defaults: Mapping[str, object]) -> int:
+    from modelfuse.cli.tune_command import run
 
-    return run(words, defaults)
+    return run(argv, defaults)
 
 
 def _mergekit(command: str) -> Command:
-    """A command line of mergekit's."""
+    """The command for one of mergekit's command lines."""
 
-    def run(words: list[str], defaults: Mapping[str, object]) -> int:
+    def run(argv: list[str], defaults: Mapping[str, object]) -> int:
+        from modelfuse.cli import render
         from modelfuse.cli.mergekit import extracted, translated
 
-        meant = (extracted if command.endswith("extract-lora") else translated)(command, words)
-        if not {"--quiet", "-q"} & set(words):
-            for text in meant.notes:
-                _tell(False)(text)
-        return _merge(meant.words, defaults)
+        translation = (extracted if command.endswith("extract-lora") else translated)(command, argv)
+        tell = render.notes_unless(bool({"--quiet", "-q"} & set(argv)))
+        for text in translation.notes:
+            tell(text)
+        return _merge(translation.argv, defaults)
 
     return run
 
 
-def _begin(settings: Mapping[str, object], options: Options, voice: console.Voice) -> Recipe:
-    """Speak as was asked for, first of what can be said before anything is read."""
+def _begin(settings: Mapping[str, object], options: Options, stream: console.TextStream) -> Recipe:
+    """Configure the logs, parse the recipe, and print the warnings about it."""
     from modelfuse.cli import render
 
-    console.begin_logs(options.verbose, options.log_file)
+    console.configure_logs(options.verbose, options.log_file)
     recipe = Recipe.parse(settings)
     render.details(recipe)
     if not options.quiet:
-        render.warnings(recipe, voice)
+        render.warnings(recipe, stream)
     return recipe
 
 
-def _verify(words: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli import progress, render
-    from modelfuse.inspection.verify import verify_output
-    from modelfuse.kernels.jit.compile import announcing
+def _verify(argv: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.verify_command import run
 
-    given, options = parse_verify(words)
-    console.begin_logs(options.verbose, options.log_file)
-    folder = _place(given.pop("folder"))
-    with progress.verifying(folder, options.quiet) as advance, announcing(_tell(options.quiet)):
-        found = verify_output(folder, **given, progress=advance, tell=_tell(options.quiet))
-    render.verification(found, options.quiet or options.json)
-    if options.json:
-        from modelfuse.cli import documents, json_output
-
-        json_output.write(documents.of_verification(found))
-    return 0 if found.holds else 2
+    return run(argv)
 
 
-def _inspect(words: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.inspect_command import look
+def _inspect(argv: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.inspect_command import run
 
-    return look(words)
-
-
-def _collect(words: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.collect_command import collect_inputs
-
-    return collect_inputs(words)
+    return run(argv)
 
 
-def _report(words: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.report_command import run_report
+def _collect(argv: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.collect_command import run
 
-    return run_report(words)
-
-
-def _diff(words: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.diff_command import compare
-
-    return compare(words)
+    return run(argv)
 
 
-def _push(words: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli import render
-    from modelfuse.planning.hub.upload import push_folder
+def _report(argv: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.report_command import run
 
-    given, options = parse_push(words)
-    console.begin_logs(options.verbose, options.log_file)
-    pushed = push_folder(
-        Path(given["folder"]),
-        given["name"],
-        public=given.get("public", False),
-        overwrite=given.get("overwrite", False),
-        endpoint=given.get("hub_endpoint"),
-        tell=_tell(options.quiet),
-    )
-    if options.json:
-        from modelfuse.cli import documents, json_output
-
-        json_output.write(
-            documents.Push(name=pushed.name, url=pushed.url, commit=pushed.commit, private=pushed.private)
-        )
-    elif not options.quiet:
-        render.pushed(pushed)
-    return 0
+    return run(argv)
 
 
-def _demo(words: list[str], _: Mapping[str, object]) -> int:
+def _diff(argv: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.diff_command import run
+
+    return run(argv)
+
+
+def _push(argv: list[str], _: Mapping[str, object]) -> int:
+    from modelfuse.cli.push_command import run
+
+    return run(argv)
+
+
+def _demo(argv: list[str], _: Mapping[str, object]) -> int:
     from modelfuse.cli import render
     from modelfuse.cli.demo import make_models
 
-    given, options = parse_demo(words)
-    console.begin_logs(options.verbose, options.log_file)
+    given, options = parse_demo(argv)
+    console.configure_logs(options.verbose, options.log_file)
     folder = Path(given["folder"])
     commands = make_models(folder)
     if not options.quiet:
@@ -219,8 +188,8 @@ def _demo(words: list[str], _: Mapping[str, object]) -> int:
     return 0
 
 
-def _methods(words: list[str], _: Mapping[str, object]) -> int:
-    options = parse_options("methods", words)
+def _methods(argv: list[str], _: Mapping[str, object]) -> int:
+    options = parse_options("methods", argv)
     if register_installed():
         renew()
     if options.json:
@@ -234,7 +203,7 @@ def _methods(words: list[str], _: Mapping[str, object]) -> int:
     return 0
 
 
-def _warm(words: list[str], _: Mapping[str, object]) -> int:
+def _warm(argv: list[str], _: Mapping[str, object]) -> int:
     """Compile the kernels of some methods, or of all."""
     from modelfuse.kernels.adaptive import every_kind, warm
     from modelfuse.kernels.jit.code_cache import kept_in
@@ -242,61 +211,47 @@ def _warm(words: list[str], _: Mapping[str, object]) -> int:
     from modelfuse.methods.registry import METHODS
     from modelfuse.recipe.checks import nearest
 
-    options = parse_options("warm", [word for word in words if word.startswith("-")])
-    names = [word for word in words if not word.startswith("-")]
+    options = parse_options("warm", [word for word in argv if word.startswith("-")])
+    names = [word for word in argv if not word.startswith("-")]
     for name in names:
         if name not in METHODS:
             raise RecipeError(f"There is no method {name!r}", nearest(name, METHODS))
     if missing := compiler_missing():
-        raise RecipeError(f"Nothing can be compiled: {missing}", "Merges use numpy then, to the same bytes.")
+        raise RecipeError(f"Nothing can be compiled: {missing}", "Merges use numpy instead, with the same bytes.")
     works = every_kind(names or METHODS)
     total = str(len(works))
-    warm(works, lambda done: None if options.quiet else console.err.say("compiled {} of {}", str(done), total))
+    warm(works, lambda done: None if options.quiet else console.err.print("compiled {} of {}", str(done), total))
     if not options.quiet:
-        console.out.say("compiled kernels are kept in {}", str(kept_in() or "no folder: none can be written to"))
+        console.out.print("compiled kernels are stored in {}", str(kept_in() or "no folder, as none is writable"))
     return 0
 
 
-def _completion(words: list[str], _: Mapping[str, object]) -> int:
+def _completion(argv: list[str], _: Mapping[str, object]) -> int:
     from modelfuse.cli.completion import SHELLS, script
 
-    if len(words) != 1 or words[0] not in SHELLS:
-        raise RecipeError("completion takes the name of a shell", f"Give one of {', '.join(SHELLS)}.")
-    print(script(words[0]))
+    if len(argv) != 1 or argv[0] not in SHELLS:
+        raise RecipeError("completion needs the name of a shell", f"Give one of {', '.join(SHELLS)}.")
+    print(script(argv[0]))
     return 0
 
 
 #: Command lines of arcee's mergekit.
 MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe", "mergekit-extract-lora")
-#: What each command does with the words behind it, and settings to take where those say nothing.
+#: The functions of the commands.
 COMMANDS: dict[str, Command] = {
     "merge": _merge, "check": _check, "verify": _verify, "tune": _tune, "inspect": _inspect, "diff": _diff, "moe": _moe,
     "report": _report, "push": _push, "collect": _collect, "demo": _demo, "methods": _methods, "warm": _warm,
     "completion": _completion,
     **{name: _mergekit(name) for name in ("extract-lora", *MERGEKIT)},
 }  # fmt: skip
-LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` tells more."
+LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` describes them."
 
 
 def _plan(recipe: Recipe) -> Plan:
     from modelfuse.planning.plan import make_plan
 
-    gc.disable()  # Nothing in a plan is a cycle; looking for some takes a third of the time.
+    gc.disable()  # A plan has no reference cycles, and looking for them takes a third of the time.
     try:
         return make_plan(recipe)
     finally:
         gc.enable()
-
-
-def _tell(quiet: bool) -> Callable[[str], None]:
-    """Where to say what the user may wonder about."""
-    from modelfuse.cli import render
-
-    return (lambda _: None) if quiet else render.note
-
-
-def _place(word: str) -> PathOrUrl:
-    try:
-        return path_or_url(word)
-    except ValueError as error:
-        raise RecipeError(f"{word}: {error}", "`modelfuse help verify` tells more.") from None

@@ -1,4 +1,4 @@
-"""Text for people: with styles and wrapped at spaces on a terminal, plainly in a log."""
+"""Output of text: styled and wrapped on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-#: What gives rich's markup its style; a log does without.
+#: rich's style tags, which are removed from logs.
 STYLES = re.compile(r"\[[a-z /]+\]")
-#: What has rich take a log for a terminal.
+#: Environment variables that make rich treat any stream as a terminal.
 FORCED = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
-#: What a line begins with that is more than information, its style, and its level in a log with times.
+#: For each kind of message, its styled prefix, and its level in logs with times.
 KINDS = {
     "error": ("[bold red]error:[/] ", "ERROR"),
     "hint": ("[bold]hint:[/] ", "ERROR"),
@@ -35,50 +35,50 @@ KINDS = {
 }
 
 
-class Voice:
-    """Lines and tables on one stream; rich is loaded for a terminal only.
+class TextStream:
+    """Writes lines and tables to a stream; rich is imported only for a terminal.
 
     Args:
         stream: ``stdout`` or ``stderr``.
-        fails: Whether it is an error that nothing can be written, as when the disk of a log is full.
+        fails: Whether errors of writing are raised, such as a full disk; else they are ignored.
     """
 
     def __init__(self, stream: str, fails: bool = True) -> None:
         self._stream, self._fails = stream, fails
-        #: What takes the level and text of every line that is told, and whether one of them shows it here.
+        #: Called with the level and text of every logged line; and whether one of them writes to this stream.
         self.logs: list[Callable[[str, str], None]] = []
-        self.has_times = False
+        self.has_timestamps = False
 
     @property
     def is_terminal(self) -> bool:
-        """Whether someone sees it at once."""
+        """Whether the stream is a terminal."""
         forced = any(name in os.environ for name in FORCED)
         return self.console.is_terminal if forced else bool(getattr(sys, self._stream).isatty())
 
     @property
     def width(self) -> int | None:
-        """Columns of the terminal; None for a log, whose lines have any length."""
+        """Columns of the terminal; None for a log, whose lines are not limited."""
         return self.console.width if self.is_terminal else None
 
     @property
     def shows_bars(self) -> bool:
-        """Whether progress is a bar: on a terminal and in a notebook, unless lines with times are wanted there."""
-        return not self.has_times and (self.is_terminal or in_notebook())
+        """Whether to show progress bars: on a terminal and in a notebook, unless lines with times are written there."""
+        return not self.has_timestamps and (self.is_terminal or in_notebook())
 
     @property
-    def keeps_lines(self) -> bool:
-        """Whether progress is lines, too."""
+    def logs_progress(self) -> bool:
+        """Whether to write lines of progress."""
         return bool(self.logs) or not self.shows_bars
 
-    def say(self, text: str, *words: object, wrap: bool = True) -> None:
-        """Write a line, or several.
+    def print(self, text: str, *values: object, wrap: bool = True) -> None:
+        """Write one or more lines.
 
         Args:
-            text: With rich's markup, and with braces for the words.
-            words: Without markup and control characters, whatever they look like.
-            wrap: Whether a terminal may break it at spaces; a command to copy stays one line.
+            text: A format string with rich's markup.
+            values: Values to format, in which markup and control characters are escaped.
+            wrap: Whether to wrap lines at spaces on a terminal.
         """
-        shown = [printable(word) for word in words]
+        shown = [printable(value) for value in values]
         if self.is_terminal:
             from rich.markup import escape
             from rich.text import Text
@@ -91,38 +91,38 @@ class Voice:
         with suppress(*() if self._fails else (OSError,)):
             print(STYLES.sub("", text).format(*shown), file=getattr(sys, self._stream))
 
-    def tell(self, kind: str, text: str, *words: object) -> None:
-        """Write a line of one of ``KINDS``, to the logs that were begun, too."""
+    def log(self, kind: str, text: str, *values: object) -> None:
+        """Write a message of one of ``KINDS``, also to the logs."""
         prefix, level = KINDS[kind]
         for log in self.logs:
-            plain = STYLES.sub("", text).format(*map(printable, words))
+            plain = STYLES.sub("", text).format(*map(printable, values))
             log(level, f"{kind}: {plain}" if kind == "hint" else plain)
-        if not (self.has_times or kind == "debug" or (kind == "progress" and self.shows_bars)):
-            self.say(prefix + text, *words)
+        if not (self.has_timestamps or kind == "debug" or (kind == "progress" and self.shows_bars)):
+            self.print(prefix + text, *values)
 
     def command(self, text: str) -> None:
         """Write a command to copy, on a line of its own."""
-        self.say("  [bold]{}[/]", text, wrap=False)
+        self.print("  [bold]{}[/]", text, wrap=False)
 
     def table(self, titles: Sequence[str], rows: Iterable[Sequence[object]], head: int = 1) -> None:
-        """Write rows in columns; where they are wider than the terminal, each row in a few lines.
+        """Write a table; if it is wider than the terminal, each row takes several lines.
 
         Args:
-            titles: Of the columns.
-            rows: Their cells.
-            head: How many cells say what a row is about; in lines, these come first.
+            titles: The titles of the columns.
+            rows: The cells of each row.
+            head: The number of leading columns that identify a row, which are its first line in a narrow terminal.
         """
         texts = [[one_line(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(titles, *texts, strict=True)]
         if self.width is None or sum(widths) + 2 * len(widths) - 2 <= self.width:
             for number, row in enumerate([list(titles), *texts]):
                 line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-                self.say("{}" if number else "[bold]{}[/]", line.rstrip(), wrap=False)
+                self.print("{}" if number else "[bold]{}[/]", line.rstrip(), wrap=False)
             return
         for row in texts:
-            self.say("[bold]{}[/]", " ".join(filter(None, row[:head])), wrap=False)
+            self.print("[bold]{}[/]", " ".join(filter(None, row[:head])), wrap=False)
             rest = zip(titles[head:], row[head:], strict=True)
-            self.say("{}", "  " + ", ".join(f"{title} {cell}" for title, cell in rest if cell))
+            self.print("{}", "  " + ", ".join(f"{title} {cell}" for title, cell in rest if cell))
 
     def _print(self, *objects: Any, **options: Any) -> None:
         with suppress(*() if self._fails else (OSError,)):
@@ -136,29 +136,29 @@ class Voice:
         return Console(highlight=False, soft_wrap=True, stderr=self._stream == "stderr")
 
 
-#: What was asked for.
-out = Voice("stdout")
-#: All else. No merge ends because the disk of its log is full.
-err = Voice("stderr", fails=False)
+#: Results of commands.
+out = TextStream("stdout")
+#: Everything else. A merge does not fail because the disk of its log is full.
+err = TextStream("stderr", fails=False)
 
 
 def in_notebook() -> bool:
-    """Whether output goes to a notebook."""
+    """Whether this process is the kernel of a notebook."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def begin_logs(verbose: bool, path: Path | None) -> None:
-    """From now on, keep the lines that are told with their times and levels, and lines of kind ``debug`` too.
+def configure_logs(verbose: bool, path: Path | None) -> None:
+    """Configure logs with times and levels, which include messages of kind ``debug``.
 
     Args:
-        verbose: Whether on standard error, instead of plain lines.
-        path: A file to append them to, with those on standard output; None for none.
+        verbose: Whether to log to standard error, instead of plain lines.
+        path: A file to append the messages of both streams to.
 
     Raises:
         OutputError: If the file cannot be opened.
     """
-    out.logs, err.logs, err.has_times = [], [], verbose
+    out.logs, err.logs, err.has_timestamps = [], [], verbose
     if path is not None or verbose:
         from modelfuse.cli.logs import log_file, log_stream
 
@@ -167,7 +167,7 @@ def begin_logs(verbose: bool, path: Path | None) -> None:
 
 
 def _wrapped(line: Text, width: int) -> Iterator[Text]:
-    """A line in pieces that fit, broken at spaces only and indented as it begins: no path or word is torn."""
+    """Split a line at spaces into pieces that fit; the pieces have the line's indentation."""
     indent = len(line.plain) - len(line.plain.lstrip(" "))
     begin = 0
     for end in _breaks(line.plain, width, indent):
@@ -180,7 +180,7 @@ def _wrapped(line: Text, width: int) -> Iterator[Text]:
 
 
 def _breaks(line: str, width: int, indent: int) -> Iterator[int]:
-    """Where the pieces of a line end: behind the spaces between two words."""
+    """The ends of the pieces of a line, after spaces."""
     begin, column, end = 0, 0, 0
     for word in re.finditer(r" *[^ ]+ *", line):
         if end > begin and column + len(word[0].rstrip()) > width:

@@ -1,4 +1,4 @@
-"""Tiny models to try every command on: a base, three fine-tunes of it and an adapter. Their weights are random."""
+"""Tiny models with random weights for trying commands: a base, three fine-tunes of it and an adapter."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ output_path: {folder}/merged-by-recipe
 
 
 def make_models(folder: Path) -> list[str]:
-    """Write the models into a new folder; the same bytes every time.
+    """Write the models into a new folder; the bytes are always the same.
 
     Returns:
-        Commands to try on them.
+        Commands to try.
 
     Raises:
-        OutputError: If the folder holds anything.
+        OutputError: If the folder exists and is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and is not empty", "Name another folder: modelfuse demo FOLDER.")
+        raise OutputError(f"{folder} exists and is not empty", "Give another folder: modelfuse demo FOLDER.")
     random = np.random.default_rng(0)
     base = {name: random.normal(0, 0.02, shape).astype(np.float32) for name, shape in _shapes().items()}
     base |= {name: np.ones(each.shape, np.float32) for name, each in base.items() if each.ndim == 1}
@@ -79,7 +79,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _tuned(weights: Any, random: np.random.Generator) -> Any:
-    """What fine-tuning would make of them: small changes."""
+    """Weights with small random changes, in place of fine-tuning."""
     scale = 0.02 if weights.ndim == 1 else 0.002
     return weights + random.normal(0, scale, weights.shape).astype(np.float32)
 
@@ -102,7 +102,7 @@ def _write_model(folder: Path, weights: Arrays) -> None:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letter that byte-level BPE writes for each byte, and the byte."""
+    """The character of byte-level BPE for each byte."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + at): byte for at, byte in enumerate(others)}

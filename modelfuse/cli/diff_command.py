@@ -1,4 +1,4 @@
-"""``modelfuse diff``: its words, and what is done with them."""
+"""The command ``modelfuse diff``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from modelfuse.cli import console, progress
 from modelfuse.cli.arguments import Options, Parser, plain_flags
-from modelfuse.cli.drawing import add_drawing, drawing_of, tell_written
-from modelfuse.cli.groups import SHARED, from_environment
+from modelfuse.cli.drawing import add_drawing, drawing_of, print_written
+from modelfuse.cli.setting_groups import SHARED, from_environment
 from modelfuse.recipe.names import SETTINGS
 
 
@@ -28,29 +28,31 @@ def diff_parser() -> Parser:
     return parser
 
 
-def parse_diff(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
-    """Turn the words behind ``diff`` into its arguments: models, base, what to draw and how, and settings.
+def parse_diff(argv: Sequence[str]) -> tuple[dict[str, Any], Options]:
+    """Parse the arguments of ``diff``: models, base, files to draw, and settings.
 
     Raises:
         RecipeError: If a flag is unknown or lacks its value.
     """
     parser = diff_parser()
-    given = vars(parser.parse_intermixed_args(plain_flags(words)))
+    given = vars(parser.parse_intermixed_args(plain_flags(argv)))
     options = parser.options_of(given)
     return {**from_environment(["n_process", "memory", "hub_endpoint"]), **given}, options
 
 
-def compare(words: Sequence[str]) -> int:
-    """Compare models as the words say, and tell what was found."""
+def run(argv: Sequence[str]) -> int:
+    """Compare models and print the result; returns the exit status."""
     from modelfuse.inspection.diff import diff_named
 
-    given, options = parse_diff(words)
-    console.begin_logs(options.verbose, options.log_file)
+    given, options = parse_diff(argv)
+    console.configure_logs(options.verbose, options.log_file)
     drawing = drawing_of(given)
     drawing.check()
     models, base, exact = given.pop("models", []), given.pop("base", None), given.pop("exact", False)
     quiet = options.quiet
-    found = diff_named(models, base, exact, given, lambda plan: progress.comparing(plan, quiet), progress.watch(quiet))
+    found = diff_named(
+        models, base, exact, given, lambda plan: progress.comparing(plan, quiet), progress.fetching(quiet)
+    )
     if options.json:
         from modelfuse.cli.diff_document import of_diff
         from modelfuse.cli.json_output import write
@@ -60,5 +62,5 @@ def compare(words: Sequence[str]) -> int:
         from modelfuse.cli.diff_view import show
 
         show(found)
-    tell_written(drawing.draw(found), options)
+    print_written(drawing.draw(found), options)
     return 0

@@ -1,12 +1,21 @@
-"""What ``modelfuse diff --json`` writes."""
+"""The document of ``modelfuse diff --json``."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from modelfuse.cli.json_output import Document
-from modelfuse.inspection import diff_result
-from modelfuse.inspection.diff_result import Advice, Group, NotCompared, SideDifference, TensorFacts
+from modelfuse.inspection.diff_result import (
+    BLOCK,
+    OUTLYING,
+    PROBES,
+    Advice,
+    Diff,
+    Group,
+    NotCompared,
+    SideDifference,
+    TensorFacts,
+)
 
 
 class DiffDocument(Document, frozen=True, kw_only=True):
@@ -16,25 +25,25 @@ class DiffDocument(Document, frozen=True, kw_only=True):
     undefined is null. The descriptions of ``Change``, ``ModelPair`` and ``Group`` define every number.
 
     Attributes:
-        base: What differences are taken to: the base or, where none was given, the first model.
-        base_given: Whether it was given as a base.
-        models: All other models; measures have their order.
-        exact: Whether interference was computed exactly for every matrix.
-        probes: Sums of outputs that a sketch keeps of a matrix; smaller matrices are exact.
-        block: Elements of a block, at most, from whose root mean square "large" and "outlying" are told.
-        outlying: How many times the root mean square an outlying element is at least.
-        whole: Everything together.
-        layers: Layer by layer.
+        base: The model that differences are taken to: the base or, if none was given, the first model.
+        base_given: Whether a base was given.
+        models: The other models, in the order of all measures.
+        exact: Whether interference was computed without sketches.
+        probes: Projections per matrix in a sketch; matrices with fewer outputs are exact.
+        block: The most elements of a block; large and outlying elements are relative to its root mean square.
+        outlying: The least ratio of an outlying element to the root mean square of its block.
+        whole: The measures of all tensors together.
+        layers: By layer.
         modules: By kind of module.
         cells: By layer and kind of module.
-        tensors: Tensor by tensor.
-        facts: What else is known of each of ``tensors``, in their order.
+        tensors: By tensor.
+        facts: Properties of each of ``tensors``, in the same order.
         not_compared: Tensors that were not compared.
         side_differences: Differences of config, tokenizer, chat template and other files.
-        findings: What matters, in sentences.
+        findings: The main findings, as sentences.
         bytes_read: Bytes of the tensors that were read.
         seconds: Wall time.
-        advice: Settings of a merge that are worth trying, the best first.
+        advice: Suggested settings of a merge, the best first.
     """
 
     document: Literal["diff/1"] = "diff/1"
@@ -59,16 +68,16 @@ class DiffDocument(Document, frozen=True, kw_only=True):
     advice: list[Advice]
 
 
-def of_diff(found: diff_result.Diff) -> DiffDocument:
-    """The document of ``diff``."""
+def of_diff(found: Diff) -> DiffDocument:
+    """The document of a comparison."""
     return DiffDocument(
         base=found.base,
         base_given=found.base_given,
         models=[*found.models],
         exact=found.exact,
-        probes=diff_result.PROBES,
-        block=diff_result.BLOCK,
-        outlying=diff_result.OUTLYING,
+        probes=PROBES,
+        block=BLOCK,
+        outlying=OUTLYING,
         whole=found.whole,
         layers=[*found.layers],
         modules=[*found.modules],

@@ -1,43 +1,43 @@
-"""How people see differences: what matters in sentences, tables, and maps of layers × modules, in 80 columns."""
+"""Print the result of ``diff``: findings, tables, and maps of layers × modules, in 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 from modelfuse.cli.console import out
-from modelfuse.cli.units import counted, duration, many, rate
+from modelfuse.cli.units import abbreviated, counted, duration, rate
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.diff_result import Advice, Diff, Group
 from modelfuse.printable import one_line
 
-#: Shades from the least to the most, and their colours of a terminal's 256.
+#: Shades of a map from small to large values, and their colours in a 256-colour terminal.
 SHADES = "·░▒▓█"
 COLOURS = (17, 19, 26, 32, 38, 71, 106, 148, 184, 220, 214, 208)
-#: Columns where there is no terminal.
+#: The width without a terminal.
 WIDTH = 80
-#: Columns of names of modules, and of models beside numbers, at most.
+#: The greatest width of module names, and of model names beside numbers.
 NAMES, MODELS = 28, 20
-#: Modules that a map shows.
+#: The most modules in a map.
 MOST_ROWS = 24
 
 Measure = Callable[[Group], float | None]
 
 
 def show(found: Diff) -> None:
-    """Write all that matters to standard output."""
+    """Print a comparison."""
     whole = found.whole
     against = "against" if found.base_given else "against the first,"
-    out.say(
+    out.print(
         "[bold]{}[/] {} [bold]{}[/]: {}, {} elements, in {} ({})",
         counted(len(found.models), "model"), against, found.base,
-        counted(whole.tensors, "tensor"), many(whole.elements),
+        counted(whole.tensors, "tensor"), abbreviated(whole.elements),
         duration(found.seconds), rate(found.bytes_read, found.seconds),
     )  # fmt: skip
-    out.say("")
+    out.print("")
     for sentence in found.findings:
-        out.say("- {}", sentence)
+        out.print("- {}", sentence)
     advise(found.advice)
-    out.say("")
+    out.print("")
     out.table(("", "model", "‖τ‖/‖b‖", "unchanged", "90 % of ‖τ‖²", "outlying", "NaN, inf"), _models(found))
     if len(found.models) > 1:
         _matrix(found, "interference: how strongly columns act on rows' inputs (1: as the row itself)",
@@ -50,15 +50,15 @@ def show(found: Diff) -> None:
     if len(found.models) > 1:
         _map(found, "largest interference of any pair", _interference)
     for each in found.side_differences:
-        out.tell("warning" if each.fatal else "note", "{}: {}", short_names(found.models)[each.model], each.text)
+        out.log("warning" if each.fatal else "note", "{}: {}", short_names(found.models)[each.model], each.text)
 
 
 def advise(advice: Sequence[Advice]) -> None:
-    """Write settings that are worth trying."""
+    """Print settings that are worth trying."""
     if advice:
-        out.say("")
+        out.print("")
     for each in advice:
-        out.say("- worth trying: {}", each.text)
+        out.print("- worth trying: {}", each.text)
         out.command(each.flags)
 
 
@@ -76,17 +76,17 @@ def _pair(found: Diff, model: int, other: int, name: str) -> str:
 
 
 def _matrix(found: Diff, title: str, cells: Sequence[Sequence[str]]) -> None:
-    """A table of models × models; columns are numbered as the rows are."""
+    """Print a table of models × models; columns have the numbers of the rows."""
     width = max(5, *(len(cell) + 1 for row in cells for cell in row))
     room = max(8, (out.width or WIDTH) - width * len(cells) - 5)
     names = [_fitted(name, min(NAMES, room)) for name in short_names(found.models)]
     beside = max(map(len, names))
-    out.say("\n[bold]{}[/]", title)
-    out.say("{}", " " * (beside + 4) + "".join(str(number).rjust(width) for number in range(1, len(cells) + 1)),
+    out.print("\n[bold]{}[/]", title)
+    out.print("{}", " " * (beside + 4) + "".join(str(number).rjust(width) for number in range(1, len(cells) + 1)),
             wrap=False)  # fmt: skip
     for number, (name, row) in enumerate(zip(names, cells, strict=True), 1):
         line = f"{number:>3} {name.ljust(beside)}" + "".join(cell.rjust(width) for cell in row)
-        out.say("{}", line, wrap=False)
+        out.print("{}", line, wrap=False)
 
 
 def _distance(group: Group) -> float | None:
@@ -99,7 +99,7 @@ def _interference(group: Group) -> float | None:
 
 
 def _map(found: Diff, title: str, measure: Measure) -> None:
-    """A row a module, a column a layer, or several where there is no room; what is outside of layers at the right."""
+    """Print a map for each stack of layers: one row per module, one column per layer."""
     for stack in dict.fromkeys(each.stack for each in found.cells if each.layer is not None):
         cells = {(each.module, each.layer): measure(each) for each in found.cells if each.stack == stack}
         layers = [each.layer for each in found.layers if each.stack == stack and each.layer is not None]
@@ -107,35 +107,35 @@ def _map(found: Diff, title: str, measure: Measure) -> None:
         rows = {module: [cells.get((module, layer)) for layer in layers] for module in modules}
         rows = {module: row for module, row in rows.items() if any(value is not None for value in row)}
         if rows:
-            _strip(f"{stack}: {title}" if stack else title, rows, layers)
+            _map_of_stack(f"{stack}: {title}" if stack else title, rows, layers)
 
 
-def _strip(title: str, rows: dict[str, list[float | None]], layers: Sequence[int]) -> None:
+def _map_of_stack(title: str, rows: dict[str, list[float | None]], layers: Sequence[int]) -> None:
     names = {module: _fitted(module, NAMES) for module in rows}
     beside = max(map(len, names.values()))
     room = (out.width or WIDTH) - beside - 12
     wide = 2 if 2 * len(layers) <= room else 1
     together = -(-len(layers) * wide // room)
     most = max((value for row in rows.values() for value in row if value is not None), default=0.0)
-    out.say("\n[bold]{}[/]", title)
+    out.print("\n[bold]{}[/]", title)
     for number, (module, row) in enumerate(rows.items()):
         if number == MOST_ROWS:
-            out.say("{}", f"and {len(rows) - MOST_ROWS} more modules")
+            out.print("{}", f"and {len(rows) - MOST_ROWS} more modules")
             break
         shown = [_largest(row[first : first + together]) for first in range(0, len(row), together)]
         known = [value for value in row if value is not None]
-        out.say(
+        out.print(
             "{} " + "".join(_cell(value, most, wide) for value in shown) + " {}",
             names[module].ljust(beside), f"≤ {_number(max(known))}" if known else "", wrap=False,
         )  # fmt: skip
     columns = f"layers {layers[0]} to {layers[-1]}" + (f", {together} a column" if together > 1 else "")
     steps = [f"{shade} from {_number(most * step / len(SHADES))}" for step, shade in enumerate(SHADES)][1:]
     for line in (columns, ", ".join(steps)):
-        out.say("{}", f"{' ' * min(beside + 1, NAMES)}{line}")
+        out.print("{}", f"{' ' * min(beside + 1, NAMES)}{line}")
 
 
 def _cell(value: float | None, most: float, wide: int) -> str:
-    """A shade, in colour where there is any: it is plain where NO_COLOR takes that away."""
+    """The shade of a value, in colour on a terminal."""
     share = 0.0 if value is None or not most > 0 else value / most
     shade = (" " if value is None else SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]) * wide
     if not out.is_terminal or value is None:
@@ -156,7 +156,7 @@ def _share(value: float | None) -> str:
 
 
 def _fitted(text: str, width: int) -> str:
-    """A name's end, where it is too long.
+    """A name without its start, if it is too long.
 
     >>> _fitted("self_attn.q_proj", 8)
     '….q_proj'

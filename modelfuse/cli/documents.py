@@ -1,4 +1,4 @@
-"""What ``--json`` writes: one document a command, each of a documented and versioned form (docs/schemas)."""
+"""The documents that ``--json`` writes, one form per command, versioned and described in docs/schemas."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal
 from msgspec import Struct
 
 from modelfuse.cli.diff_document import DiffDocument
-from modelfuse.cli.help import steps
-from modelfuse.cli.inspect_document import Inspect
+from modelfuse.cli.help import StepFacts, steps
+from modelfuse.cli.inspect_document import InspectDocument
 from modelfuse.cli.json_output import Document
 from modelfuse.cli.report_document import ReportDocument
-from modelfuse.cli.tune_document import Tune
+from modelfuse.cli.tune_document import TuneDocument
 from modelfuse.errors import ModelfuseError
+from modelfuse.inspection.report_reader import Problem
 from modelfuse.methods.registry import MERGE_METHODS
 from modelfuse.planning.warnings import warnings_of
 
 if TYPE_CHECKING:
     from modelfuse.execution.result import Result
     from modelfuse.inspection.verify import Verification
+    from modelfuse.planning.hub.upload import Pushed
     from modelfuse.planning.plan import Plan
 
 
-class Input(Struct, frozen=True):
-    """An input of a merge; weight is null for the base and where the method takes none."""
+class PlannedInput(Struct, frozen=True):
+    """An input of a merge; weight is null for the base, and for methods without weights."""
 
     path: str
     role: Literal["model", "base"]
@@ -33,8 +35,8 @@ class Input(Struct, frozen=True):
     weight: float | None
 
 
-class Tensor(Struct, frozen=True):
-    """A tensor of the output: how it comes about, by which of the recipe's rules (from 1), and where it is stored."""
+class PlannedTensor(Struct, frozen=True):
+    """A tensor of the output: the action that gives its values, its file, and the number of its rule, from 1 on."""
 
     name: str
     action: Literal["merge", "copy", "take"]
@@ -44,21 +46,21 @@ class Tensor(Struct, frozen=True):
     rule: int | None
 
 
-class LeftOut(Struct, frozen=True):
-    """A tensor of the inputs that the output does without."""
+class LeftOutTensor(Struct, frozen=True):
+    """A tensor of the inputs that the output does not contain."""
 
     tensor: str
     because: str
 
 
-class Check(Document, frozen=True, kw_only=True):
+class CheckDocument(Document, frozen=True, kw_only=True):
     """The plan of a merge: ``modelfuse check --json``."""
 
     document: Literal["check/1"] = "check/1"
     settings: dict[str, Any]
-    inputs: list[Input]
-    tensors: list[Tensor]
-    left_out: list[LeftOut]
+    inputs: list[PlannedInput]
+    tensors: list[PlannedTensor]
+    left_out: list[LeftOutTensor]
     files: dict[str, int]
     copied_files: list[str]
     bytes_read: int
@@ -69,8 +71,8 @@ class Check(Document, frozen=True, kw_only=True):
     notes: list[str]
 
 
-class Suspicious(Struct, frozen=True):
-    """What stands out in one model: tensors that are the base's, and distances of those that are far from it."""
+class SuspiciousTensors(Struct, frozen=True):
+    """Suspicious tensors of one model: those that equal the base's, and relative distances of those far from it."""
 
     path: str
     tensors: int
@@ -78,8 +80,8 @@ class Suspicious(Struct, frozen=True):
     far: dict[str, float | None]
 
 
-class Merge(Document, frozen=True, kw_only=True):
-    """What a merge did: ``modelfuse merge --json``; all else is in ``merge_report.json`` there."""
+class MergeDocument(Document, frozen=True, kw_only=True):
+    """The result of a merge: ``modelfuse merge --json``. Details are in ``merge_report.json`` in the output."""
 
     document: Literal["merge/1"] = "merge/1"
     output_path: str
@@ -89,22 +91,13 @@ class Merge(Document, frozen=True, kw_only=True):
     bytes_written: int
     bytes_kept: int
     seconds: float
-    suspicious: list[Suspicious]
+    suspicious: list[SuspiciousTensors]
     warnings: list[str]
     notes: list[str]
 
 
-class Problem(Struct, frozen=True):
-    """Something that is not as it should be; tensor and file are null where it is about none."""
-
-    kind: str
-    message: str
-    tensor: str | None
-    file: str | None
-
-
-class Verify(Document, frozen=True, kw_only=True):
-    """What was checked and found: ``modelfuse verify --json``."""
+class VerifyDocument(Document, frozen=True, kw_only=True):
+    """The result of a verification: ``modelfuse verify --json``."""
 
     document: Literal["verify/1"] = "verify/1"
     path: str
@@ -119,8 +112,8 @@ class Verify(Document, frozen=True, kw_only=True):
     seconds: float
 
 
-class Push(Document, frozen=True, kw_only=True):
-    """Where an output is on a hub: ``modelfuse push --json``."""
+class PushDocument(Document, frozen=True, kw_only=True):
+    """An uploaded output: ``modelfuse push --json``."""
 
     document: Literal["push/1"] = "push/1"
     name: str
@@ -129,8 +122,8 @@ class Push(Document, frozen=True, kw_only=True):
     private: bool
 
 
-class Collect(Document, frozen=True, kw_only=True):
-    """What Gram matrices were written: ``modelfuse collect --json``."""
+class CollectDocument(Document, frozen=True, kw_only=True):
+    """Collected Gram matrices: ``modelfuse collect --json``."""
 
     document: Literal["collect/1"] = "collect/1"
     output: str
@@ -138,36 +131,24 @@ class Collect(Document, frozen=True, kw_only=True):
     tokens: int
 
 
-class Pair(Struct, frozen=True):
-    """A name for a pair of steps."""
+class MethodSteps(Struct, frozen=True):
+    """The steps of a method."""
 
     merge_method: str
     sparsify_type: str | None
     merge_type: str
 
 
-class Step(Struct, frozen=True):
-    """A step of a merge, with its settings and their defaults in words."""
-
-    name: str
-    kind: Literal["sparsify_type", "merge_type"]
-    summary: str
-    formula: str
-    paper: str
-    measured: str
-    settings: dict[str, str]
-
-
-class Methods(Document, frozen=True, kw_only=True):
-    """The methods: ``modelfuse methods --json``."""
+class MethodsDocument(Document, frozen=True, kw_only=True):
+    """The methods and their steps: ``modelfuse methods --json``."""
 
     document: Literal["methods/1"] = "methods/1"
-    merge_methods: list[Pair]
-    steps: list[Step]
+    merge_methods: list[MethodSteps]
+    steps: list[StepFacts]
 
 
-class Error(Document, frozen=True, kw_only=True):
-    """Why there is no other document, whatever the command; the exit status is ``status``."""
+class ErrorDocument(Document, frozen=True, kw_only=True):
+    """The error of a failed command, instead of its document; ``status`` is the exit status."""
 
     document: Literal["error/1"] = "error/1"
     kind: str
@@ -178,27 +159,18 @@ class Error(Document, frozen=True, kw_only=True):
 
 
 DOCUMENTS: Sequence[type[Document]] = (
-    Check,
-    Merge,
-    Tune,
-    DiffDocument,
-    Inspect,
-    ReportDocument,
-    Verify,
-    Push,
-    Collect,
-    Methods,
-    Error,
-)
+    CheckDocument, MergeDocument, TuneDocument, DiffDocument, InspectDocument, ReportDocument, VerifyDocument,
+    PushDocument, CollectDocument, MethodsDocument, ErrorDocument,
+)  # fmt: skip
 
 
-def of_plan(plan: Plan) -> Check:
-    """The document of ``check``."""
+def of_plan(plan: Plan) -> CheckDocument:
+    """The document of a plan."""
     recipe = plan.recipe
-    return Check(
+    return CheckDocument(
         settings=recipe.effective(),
         inputs=[
-            Input(
+            PlannedInput(
                 str(recipe.inputs[number]),
                 "base" if plan.has_base and number == len(plan.models) - 1 else "model",
                 model.kind,
@@ -208,7 +180,7 @@ def of_plan(plan: Plan) -> Check:
             for number, model in enumerate(plan.models)
         ],
         tensors=[
-            Tensor(
+            PlannedTensor(
                 each.name,
                 each.action,
                 str(each.dtype),
@@ -218,7 +190,7 @@ def of_plan(plan: Plan) -> Check:
             )
             for each in plan.tensors
         ],
-        left_out=[LeftOut(tied.name, f"tied to {tied.other}") for tied in plan.tied],
+        left_out=[LeftOutTensor(tied.name, f"tied to {tied.other}") for tied in plan.tied],
         files={file.name: file.size for file in plan.files},
         copied_files=[file.name for file in plan.side_files],
         bytes_read=plan.bytes_read,
@@ -237,9 +209,9 @@ def _weight(plan: Plan, number: int) -> float | None:
     return recipe.weights[number]
 
 
-def of_result(plan: Plan, result: Result) -> Merge:
-    """The document of ``merge``."""
-    return Merge(
+def of_result(plan: Plan, result: Result) -> MergeDocument:
+    """The document of a merge."""
+    return MergeDocument(
         output_path=str(result.output_path),
         merged=result.merged,
         copied=result.copied,
@@ -248,16 +220,16 @@ def of_result(plan: Plan, result: Result) -> Merge:
         bytes_kept=result.bytes_kept,
         seconds=result.seconds,
         suspicious=[
-            Suspicious(str(each.path), each.tensors, [*each.equal], dict(each.far)) for each in result.suspicious
+            SuspiciousTensors(str(each.path), each.tensors, [*each.equal], dict(each.far)) for each in result.suspicious
         ],
         warnings=[*warnings_of(plan.recipe), *plan.warnings],
         notes=[*plan.notes[len(warnings_of(plan.recipe)) :]],
     )
 
 
-def of_verification(found: Verification) -> Verify:
-    """The document of ``verify``."""
-    return Verify(
+def of_verification(found: Verification) -> VerifyDocument:
+    """The document of a verification."""
+    return VerifyDocument(
         path=str(found.path),
         holds=found.holds,
         files=found.files,
@@ -265,29 +237,34 @@ def of_verification(found: Verification) -> Verify:
         recomputed=found.recomputed,
         seed=found.seed,
         absent=[*found.absent],
-        problems=[Problem(each.kind, each.message, each.tensor, each.file) for each in found.problems],
+        problems=[*found.problems],
         bytes_read=found.nbytes,
         seconds=found.seconds,
     )
 
 
-def of_methods() -> Methods:
-    """The document of ``methods``."""
-    return Methods(
-        merge_methods=[Pair(name, *steps) for name, steps in MERGE_METHODS.items()],
-        steps=[Step(**vars(step)) for step in steps()],
+def of_upload(pushed: Pushed) -> PushDocument:
+    """The document of an upload."""
+    return PushDocument(name=pushed.name, url=pushed.url, commit=pushed.commit, private=pushed.private)
+
+
+def of_methods() -> MethodsDocument:
+    """The document of all methods."""
+    return MethodsDocument(
+        merge_methods=[MethodSteps(name, *pair) for name, pair in MERGE_METHODS.items()],
+        steps=[*steps()],
     )
 
 
-def of_error(kind: str, error: ModelfuseError, status: int) -> Error:
+def of_error(kind: str, error: ModelfuseError, status: int) -> ErrorDocument:
     """The document of a command that failed.
 
     Args:
-        kind: The class of what was raised.
-        error: What is told of it.
+        kind: The name of the exception's class.
+        error: The error with the message, the hint and notes.
         status: The exit status.
     """
-    return Error(
+    return ErrorDocument(
         kind=kind,
         message=error.message,
         hint=error.hint,

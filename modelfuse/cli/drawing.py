@@ -87,7 +87,7 @@ def drawing_of(given: dict[str, Any]) -> Drawing:
     return Drawing(**{name: given.pop(name) for name in names if name in given})
 
 
-def tell_written(paths: Sequence[Path], options: Options) -> None:
-    """Report the files that were written."""
+def print_written(paths: Sequence[Path], options: Options) -> None:
+    """Print the paths of the files that were written."""
     for path in () if options.quiet else paths:
-        (err if options.json else out).say("wrote [bold]{}[/]", path)
+        (err if options.json else out).print("wrote [bold]{}[/]", path)

@@ -1,4 +1,4 @@
-"""The pages that tell how modelfuse is used: commands, settings, methods."""
+"""Print help: commands, settings, methods."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import Literal
 
 from modelfuse.cli.arguments import OPTIONS
 from modelfuse.cli.console import out
-from modelfuse.cli.groups import groups
 from modelfuse.cli.help_pages import PAGES
+from modelfuse.cli.setting_groups import groups
 from modelfuse.methods.registry import COMBINATIONS, MERGE_METHODS, SPARSIFIERS
 from modelfuse.methods.spec import Step
 from modelfuse.recipe.names import SETTINGS
 from modelfuse.recipe.schema import Setting
 from modelfuse.recipe.sizes import size
 
-#: The widest that text is set.
+#: The greatest width of text.
 WIDTH = 80
 INDENT = " " * 6
 
 
 def usage() -> None:
-    """What there is to say first."""
-    out.say("usage: modelfuse COMMAND [...]\n")
+    """Print the list of commands."""
+    out.print("usage: modelfuse COMMAND [...]\n")
     for name, page in PAGES.items():
-        out.say("  [bold]{}[/]", name)
-        out.say("      {}", page.summary)
-    out.say("\nHow to use each of them:")
+        out.print("  [bold]{}[/]", name)
+        out.print("      {}", page.summary)
+    out.print("\nHelp on a command:")
     out.command("modelfuse help merge")
 
 
 def help_page(command: str) -> None:
-    """All that a command takes."""
+    """Print the help of a command."""
     page = PAGES[command]
-    out.say("usage: {}\n\n{}", page.usage, page.summary)
+    out.print("usage: {}\n\n{}", page.usage, page.summary)
     if page.examples:
-        out.say("\n[bold]Examples[/]\n")
+        out.print("\n[bold]Examples[/]\n")
         for example in page.examples:
             out.command(example)
     if page.own:
@@ -49,15 +49,15 @@ def help_page(command: str) -> None:
         name: ", ".join(flags) + (" FILE" if name == "log_file" else "") for name, (flags, _) in OPTIONS.items()
     }
     if command not in ("help", "completion"):
-        _section("What it says", ((flags_of[name], [about]) for name, (_, about) in OPTIONS.items()))
+        _section("Messages", ((flags_of[name], [about]) for name, (_, about) in OPTIONS.items()))
     if page.ending:
-        out.say("")
+        out.print("")
         for line in textwrap.wrap(page.ending, WIDTH, break_on_hyphens=False):
-            out.say("{}", line)
+            out.print("{}", line)
 
 
 def value_of(setting: Setting) -> str:
-    """What stands behind a setting's flag."""
+    """The placeholder for a setting's value in help."""
     if setting.is_switch:
         return "[true|false]"
     value = "SIZE" if setting.is_size else "N" if setting.is_number else "VALUE" if setting.choices else setting.noun
@@ -65,7 +65,7 @@ def value_of(setting: Setting) -> str:
 
 
 def default_of(setting: Setting) -> str:
-    """What happens where a setting is not given."""
+    """The default of a setting, as text."""
     if setting.is_required:
         return "required"
     if setting.otherwise:
@@ -89,29 +89,29 @@ def _about(setting: Setting) -> list[str]:
 
 
 def _section(title: str, entries: Iterable[tuple[str, Sequence[str]]]) -> None:
-    out.say("\n[bold]{}[/]\n", title)
+    out.print("\n[bold]{}[/]\n", title)
     for flag, about in entries:
-        out.say("  [bold]{}[/]", flag)
-        out.say("{}", textwrap.fill(" ".join(about), WIDTH, initial_indent=INDENT, subsequent_indent=INDENT))
+        out.print("  [bold]{}[/]", flag)
+        out.print("{}", textwrap.fill(" ".join(about), WIDTH, initial_indent=INDENT, subsequent_indent=INDENT))
 
 
 def methods() -> None:
-    """What exists, with settings, formula and paper."""
+    """Print the methods and their steps, with settings, formula and paper."""
     pairs = [(name, sparsify_type or "–", merge_type) for name, (sparsify_type, merge_type) in MERGE_METHODS.items()]
     out.table(("merge_method", "sparsify_type", "merge_type"), pairs)
     for step in steps():
-        out.say("\n[bold]{}[/] ({}): {}", step.name, step.kind, step.summary)
-        out.say("  formula: {}", step.formula)
-        out.say("  settings: {}", ", ".join(f"{name} = {default}" for name, default in step.settings.items()) or "–")
-        out.say("  paper: {}", step.paper)
+        out.print("\n[bold]{}[/] ({}): {}", step.name, step.kind, step.summary)
+        out.print("  formula: {}", step.formula)
+        out.print("  settings: {}", ", ".join(f"{name} = {default}" for name, default in step.settings.items()) or "–")
+        out.print("  paper: {}", step.paper)
         if step.measured:
-            out.say("  measured: {}", step.measured)
-    out.say("\nWhat was measured, and on what: docs/quality.md; what to take when: docs/choosing.md")
+            out.print("  measured: {}", step.measured)
+    out.print("\nMeasurements: docs/quality.md; how to choose a method: docs/choosing.md")
 
 
 @dataclass(frozen=True)
 class StepFacts:
-    """A step of a merge; its settings have the defaults that take effect where nothing is given, in words."""
+    """A step of a method, with its settings and their defaults as text."""
 
     name: str
     kind: Literal["sparsify_type", "merge_type"]
@@ -123,7 +123,7 @@ class StepFacts:
 
 
 def steps() -> Iterator[StepFacts]:
-    """All steps that there are."""
+    """All sparsifiers and combinations."""
     for sparsifier in SPARSIFIERS.values():
         yield _facts(sparsifier, "sparsify_type")
     for combination in COMBINATIONS.values():

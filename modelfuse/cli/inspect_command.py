@@ -1,4 +1,4 @@
-"""``modelfuse inspect``: its words, and what is done with them."""
+"""The command ``modelfuse inspect``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from modelfuse.cli import console, progress
 from modelfuse.cli.arguments import Options, Parser, plain_flags
-from modelfuse.cli.groups import from_environment
+from modelfuse.cli.setting_groups import from_environment
 from modelfuse.recipe.names import SETTINGS
 
 
@@ -22,26 +22,26 @@ def inspect_parser() -> Parser:
     return parser
 
 
-def parse_inspect(words: Sequence[str]) -> tuple[dict[str, Any], Options]:
-    """Turn the words behind ``inspect`` into its arguments.
+def parse_inspect(argv: Sequence[str]) -> tuple[dict[str, Any], Options]:
+    """Parse the arguments of ``inspect``.
 
     Raises:
-        RecipeError: If a flag is unknown or lacks its value, or no model is named.
+        RecipeError: If a flag is unknown or lacks its value, or no model is given.
     """
     parser = inspect_parser()
-    given = {**from_environment(["hub_endpoint"]), **vars(parser.parse_args(plain_flags(words)))}
+    given = {**from_environment(["hub_endpoint"]), **vars(parser.parse_args(plain_flags(argv)))}
     return given, parser.options_of(given)
 
 
-def look(words: Sequence[str]) -> int:
-    """Look at a model as the words say, and tell what is in it."""
+def run(argv: Sequence[str]) -> int:
+    """Inspect a model and print the result; returns the exit status."""
     from modelfuse.inspection.inspect_model import inspect_named
 
-    given, options = parse_inspect(words)
-    console.begin_logs(options.verbose, options.log_file)
-    gc.disable()  # As for a plan.
+    given, options = parse_inspect(argv)
+    console.configure_logs(options.verbose, options.log_file)
+    gc.disable()  # There are no reference cycles, as in a plan.
     try:
-        found = inspect_named(given.pop("model"), **given, watch=progress.watch(options.quiet))
+        found = inspect_named(given.pop("model"), **given, watch=progress.fetching(options.quiet))
     finally:
         gc.enable()
     if options.json:

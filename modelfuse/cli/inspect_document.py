@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, cast
+
+from msgspec import defstruct
+from msgspec.structs import fields
 
 from modelfuse.cli.json_output import Document
-from modelfuse.inspection.inspected_model import Amount, Inspection, Remark, Shard, TensorFacts, Tie
-from modelfuse.inspection.model_facts import AdapterFacts, TokenizerFacts
-from modelfuse.inspection.module_tree import Module
+from modelfuse.inspection.inspected_model import Inspection
+
+#: The fields of an :class:`Inspection`, as a document.
+InspectDocument = cast(
+    type[Document],
+    defstruct(
+        "InspectDocument",
+        [("document", Literal["inspect/1"], "inspect/1"), *((each.name, each.type) for each in fields(Inspection))],
+        bases=(Document,),
+        namespace={"__doc__": "The content of a model: ``modelfuse inspect --json``."},
+        module=__name__,
+        frozen=True,
+        kw_only=True,
+    ),
+)
 
 
-class Inspect(Document, frozen=True, kw_only=True):
-    """What is in a model: ``modelfuse inspect --json``."""
-
-    document: Literal["inspect/1"] = "inspect/1"
-    path: str
-    role: Literal["model", "adapter"]
-    format: str
-    layout: Literal["hf", "paddle"] | None
-    parameters: int
-    bytes: int
-    dtypes: Mapping[str, Amount]
-    shards: Sequence[Shard]
-    modules: Sequence[Module]
-    tensors: Sequence[TensorFacts]
-    tied: Sequence[Tie]
-    fused: Mapping[str, str]
-    left_out: Mapping[str, str]
-    config: Mapping[str, str | int | float | bool]
-    tokenizer: TokenizerFacts | None
-    adapter: AdapterFacts | None
-    remarks: Sequence[Remark]
-
-
-def of_inspection(found: Inspection) -> Inspect:
-    """The document of ``inspect``."""
-    return Inspect(**{name: getattr(found, name) for name in Inspection.__struct_fields__})
+def of_inspection(found: Inspection) -> Document:
+    """The document of an inspection."""
+    values: dict[str, Any] = {each.name: getattr(found, each.name) for each in fields(Inspection)}
+    return InspectDocument(**values)

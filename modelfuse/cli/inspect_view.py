@@ -1,11 +1,11 @@
-"""How people see a model: facts, a tree of modules in 80 columns, and remarks."""
+"""Print the result of ``inspect``: facts, a tree of modules in 80 columns, and remarks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from modelfuse.cli.console import out
-from modelfuse.cli.units import counted, many
+from modelfuse.cli.units import abbreviated, counted
 from modelfuse.inspection.inspected_model import Inspection
 from modelfuse.inspection.model_facts import AdapterFacts, TokenizerFacts
 from modelfuse.inspection.module_tree import Module
@@ -13,39 +13,39 @@ from modelfuse.planning.tables import Row
 from modelfuse.printable import printable
 from modelfuse.recipe.sizes import size
 
-#: What the layouts are called in a line.
+#: Descriptions of the layouts and formats.
 LAYOUTS = {"hf": "Hugging Face's layout, [out, in]", "paddle": "Paddle's layout, [in, out]"}
 FORMATS = {"torch": "torch pickles", "paddle": ".pdparams pickles"}
-#: Columns of the tree, and whether their cells stand at the right.
+#: Columns of the tree, and whether they are right-aligned.
 TITLES = ("module", "shape", "dtype", "parameters", "bytes")
 AT_RIGHT = (False, False, False, True, True)
 GAP = "  "
 
 
 def show(found: Inspection) -> None:
-    """Write all that was found to standard output."""
-    out.say("[bold]{}[/]", found.path)
+    """Print an inspection."""
+    out.print("[bold]{}[/]", found.path)
     for title, text in _facts(found):
-        out.say("  [bold]{}[/] {}", title, text)
+        out.print("  [bold]{}[/] {}", title, text)
     if found.adapter is not None:
-        out.say("")
+        out.print("")
         out.table(("changes", "kind", "rank", "scale", "layers"), _targets(found.adapter))
-    out.say("")
+    out.print("")
     for number, line in enumerate(_tree(found)):
-        out.say("{}" if number else "[bold]{}[/]", line, wrap=False)
+        out.print("{}" if number else "[bold]{}[/]", line, wrap=False)
     if found.remarks:
-        out.say("")
+        out.print("")
     for remark in found.remarks:
-        out.tell(remark.kind, "{}", remark.text)
+        out.log(remark.kind, "{}", remark.text)
         if remark.hint:
-            out.say("  {}", remark.hint)
+            out.print("  {}", remark.hint)
 
 
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     types = ", ".join(
         f"{name} {size(each.bytes)}" if len(found.dtypes) > 1 else name for name, each in found.dtypes.items()
     )
-    yield "holds", f"{many(found.parameters)} parameters in {counted(len(found.tensors), 'tensor')}, {types}"
+    yield "contains", f"{abbreviated(found.parameters)} parameters in {counted(len(found.tensors), 'tensor')}, {types}"
     stored = sum(each.bytes for each in found.shards)
     layout = f"; {LAYOUTS[found.layout]}" if found.layout else ""
     files = counted(len(found.shards), "file")
@@ -70,7 +70,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _tokenizer(facts: TokenizerFacts) -> str:
-    kind = "files that are not understood" if facts.kind is None else f"{facts.kind}, {facts.tokens:,} tokens"
+    kind = "files in an unknown format" if facts.kind is None else f"{facts.kind}, {facts.tokens:,} tokens"
     added = f" ({facts.added:,} added)" if facts.added else ""
     special = "".join(f", {name.removesuffix('_token')} {token}" for name, token in facts.special.items())
     return f"{kind}{added}{special}, {'a' if facts.chat_template else 'no'} chat template"
@@ -93,9 +93,9 @@ def _targets(facts: AdapterFacts) -> Iterator[Row]:
 
 
 def _tree(found: Inspection) -> Iterator[str]:
-    """The tree in columns; names that are too long lose their middle."""
+    """The lines of the tree, in columns."""
     rows = [_cells(depth, each) for top in found.modules for depth, each in top.rows()]
-    shown = [TITLES, *rows, ("all", "", "", many(found.parameters), size(found.bytes))]
+    shown = [TITLES, *rows, ("all", "", "", abbreviated(found.parameters), size(found.bytes))]
     widths = [max(len(row[column]) for row in shown) for column in range(len(TITLES))]
     others = sum(widths[1:]) + len(GAP) * (len(TITLES) - 1)
     if out.width is not None:
@@ -110,7 +110,7 @@ def _tree(found: Inspection) -> Iterator[str]:
 
 def _cells(depth: int, module: Module) -> Sequence[str]:
     name = "  " * depth + printable(module.name)
-    numbers = (many(module.parameters), size(module.bytes))
+    numbers = (abbreviated(module.parameters), size(module.bytes))
     if module.shape is None:
         return (name, f"{module.copies} alike" if module.copies > 1 else "", "", *numbers)
     shape = "×".join(map(str, module.shape)) or "one number"
@@ -119,7 +119,7 @@ def _cells(depth: int, module: Module) -> Sequence[str]:
 
 
 def _fitted(text: str, width: int) -> str:
-    """A text without its middle, where it is too long.
+    """A text without its middle, if it is too long.
 
     >>> _fitted("vision_tower.encoder", 12)
     'vision…coder'

@@ -1,4 +1,4 @@
-"""One JSON document on standard output: what all of them have, and how they are written."""
+"""Write JSON documents to standard output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelfuse.version import __version__
 
 
 class Document(Struct, kw_only=True, frozen=True):
-    """What all documents have.
+    """The fields of all documents.
 
     Attributes:
         modelfuse_version: The version that wrote it.

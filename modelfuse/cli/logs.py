@@ -1,4 +1,4 @@
-"""Lines with times and levels, for those who read later what happened."""
+"""Logs: lines with times and levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Log = Callable[[str, str], None]
 
 
 def log_file(path: Path) -> Log:
-    """What appends lines to a file, opened for each: few come, and none is lost or held back.
+    """A log that appends lines to a file. The file is opened for each line, so that none is buffered.
 
     Raises:
         OutputError: If it cannot be opened.
@@ -31,12 +31,12 @@ def log_file(path: Path) -> Log:
         raise OutputError(
             f"log_file {path} cannot be written: {error.strerror}", "Name a file in a folder that exists."
         ) from error
-    return _forgiving(write)
+    return _ignoring_errors(write)
 
 
 def log_stream(stream: TextIO) -> Log:
-    """What writes lines to a stream."""
-    return _forgiving(lambda level, text: stream.writelines(_lines(level, text)))
+    """A log that writes lines to a stream."""
+    return _ignoring_errors(lambda level, text: stream.writelines(_lines(level, text)))
 
 
 def _lines(level: str, text: str) -> Iterator[str]:
@@ -44,11 +44,11 @@ def _lines(level: str, text: str) -> Iterator[str]:
     return (f"{now} {level:7} {line}\n" for line in text.splitlines() if line)
 
 
-def _forgiving(write: Log) -> Log:
-    """The same, but that a full disk ends no merge."""
+def _ignoring_errors(write: Log) -> Log:
+    """The log without errors of writing: a full disk must not end a merge."""
 
-    def forgiving(level: str, text: str) -> None:
+    def log(level: str, text: str) -> None:
         with suppress(OSError):
             write(level, text)
 
-    return forgiving
+    return log

@@ -1,4 +1,4 @@
-"""The command lines of arcee's mergekit, word for word, as those of ``modelfuse merge``."""
+"""Translate the command lines of arcee's mergekit to that of ``modelfuse merge``."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from modelfuse.cli.arguments import OPTIONS, Parser
 from modelfuse.errors import RecipeError
 from modelfuse.recipe.checks import shown
 
-#: Options that change nothing here, and why.
+#: Options without effect, and the reason.
 _WITHOUT_EFFECT = {
     "allow_crimes": "tensors are matched by their names, whatever the architectures",
     "lora_merge_cache": "adapters are applied while they are read",
     "lora_merge_dtype": "adapters are applied in float32",
-    "low_cpu_memory": "--memory says how much is used",
+    "low_cpu_memory": "--memory limits the memory",
     "read_to_gpu": "tensors are read slice by slice",
     "multi_gpu": "one GPU is used",
-    "clone_tensors": "nothing is held",
-    "async_write": "writing never waits",
-    "write_threads": "writing never waits",
-    "lazy_unpickle": "pickles are read by an interpreter of their own, tensor by tensor",
-    "trust_remote_code": "no code of a model is ever run",
-    "lazy": "an intermediate result is made anew",
+    "clone_tensors": "no tensors are kept in memory",
+    "async_write": "workers write in parallel",
+    "write_threads": "workers write in parallel",
+    "lazy_unpickle": "pickles are always read tensor by tensor",
+    "trust_remote_code": "no code from a model is run",
+    "lazy": "intermediate results are always computed again",
     "load_in_4bit": "the base is run in bfloat16",
     "load_in_8bit": "the base is run in bfloat16",
 }
@@ -35,38 +35,38 @@ _SWITCHES = ("allow_crimes", "unsafe_truncate_embeddings", "copy_tokenizer", "wr
              "lazy_unpickle", "trust_remote_code", "lazy")  # fmt: skip
 _VALUES = ("lora_merge_cache", "lora_merge_dtype", "write_threads")
 _SHARD = re.compile(r"(-?\d+(?:\.\d+)?)\s*([KMB]?)", re.IGNORECASE)
-#: As that tool counts.
+#: Units of sizes in mergekit.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-#: No file is larger.
+#: A size that no file exceeds.
 NO_LIMIT = 2**63 - 1
 
 
-class Translated(NamedTuple):
+class Translation(NamedTuple):
     """A command line of ``modelfuse merge``.
 
     Attributes:
-        words: The words behind the command.
-        notes: What changes nothing here.
+        argv: The arguments after the command.
+        notes: Notes on options without effect.
     """
 
-    words: list[str]
+    argv: list[str]
     notes: list[str]
 
 
-def translated(command: str, words: Sequence[str]) -> Translated:
-    """The words behind ``mergekit-yaml`` and its like as those behind ``merge``.
+def translated(command: str, argv: Sequence[str]) -> Translation:
+    """Translate the arguments of ``mergekit-yaml`` and similar commands.
 
-    >>> translated("mergekit-yaml", ["c.yml", "out", "--out-shard-size", "2B", "--random-seed", "3"]).words
+    >>> translated("mergekit-yaml", ["c.yml", "out", "--out-shard-size", "2B", "--random-seed", "3"]).argv
     ['c.yml', '--output_path', 'out', '--seed', '3', '--max_shard_size', '2000000000']
 
     Args:
         command: ``mergekit-yaml``, ``mergekit-multi``, ``mergekit-pytorch`` or ``mergekit-moe``.
-        words: Those behind it; flags of ``merge`` may be among them.
+        argv: Its arguments, which may include flags of ``merge``.
 
     Raises:
-        RecipeError: If one cannot be understood.
+        RecipeError: If an argument is invalid or missing.
     """
-    given, others = _parser(command).parse_known_args(list(words))
+    given, others = _parser(command).parse_known_args(list(argv))
     found = vars(given)
     out = found.get("out_path") or found.get("out")
     if found.get("config") is None or out is None:
@@ -74,32 +74,32 @@ def translated(command: str, words: Sequence[str]) -> Translated:
     named = [str(found["config"]), "--output_path", str(out)]
     notes = [f"--{name.replace('_', '-')} has no effect here: {why}." for name, why in _WITHOUT_EFFECT.items()
              if name in found]  # fmt: skip
-    return Translated([*named, *_settings(found), *_options(found), *others], notes)
+    return Translation([*named, *_settings(found), *_options(found), *others], notes)
 
 
-#: Options of mergekit-extract-lora, and the settings that they are here.
+#: Options of mergekit-extract-lora, and the equivalent settings.
 _EXTRACTED = {"sv_epsilon": "lora_epsilon", "skip_undecomposable": "lora_skip_whole",
               "distribute_scale": "lora_distribute_scale"}  # fmt: skip
 
 
-def extracted(command: str, words: Sequence[str]) -> Translated:
-    """The words behind ``mergekit-extract-lora`` as those behind ``merge``: the difference of two models as an adapter.
+def extracted(command: str, argv: Sequence[str]) -> Translation:
+    """Translate the arguments of ``mergekit-extract-lora``: the difference of two models as an adapter.
 
-    >>> extracted("extract-lora", ["--model", "m", "--base-model", "b", "--out-path", "o"]).words[-5:]
+    >>> extracted("extract-lora", ["--model", "m", "--base-model", "b", "--out-path", "o"]).argv[-5:]
     ['--output_format', 'lora', '--lora_rank', '128', '--lora_embeddings=whole']
 
     Args:
-        command: The command.
-        words: Those behind it; flags of ``merge`` may be among them.
+        command: ``mergekit-extract-lora`` or ``extract-lora``.
+        argv: Its arguments, which may include flags of ``merge``.
 
     Raises:
-        RecipeError: If one cannot be understood.
+        RecipeError: If an argument is invalid or missing.
     """
-    given, others = _extract_parser(command).parse_known_args(list(words))
+    given, others = _extract_parser(command).parse_known_args(list(argv))
     found = vars(given)
     if missing := [name for name in ("model", "base_model", "out_path") if not found.get(name)]:
         flag = f"--{missing[0].replace('_', '-')}"
-        raise RecipeError(f"{command} needs {flag}", "Name two models and a folder to create.")
+        raise RecipeError(f"{command} needs {flag}", "Give two models and a folder to create.")
     notes = [f"--{name.replace('_', '-')} has no effect here: {why}." for name, why in _WITHOUT_EFFECT.items()
              if name in found]  # fmt: skip
     plain = ["--model_path_list", str(found["model"]), "--base_model_path", str(found["base_model"]), "--output_path",
@@ -111,7 +111,7 @@ def extracted(command: str, words: Sequence[str]) -> Translated:
     plain += [f"--{setting}={found[name]}" for name, setting in _EXTRACTED.items() if name in found]
     if "save_module" in found:
         plain += ["--lora_whole", *found["save_module"]]
-    return Translated([*plain, *_settings(found), *_options(found), *others], notes)
+    return Translation([*plain, *_settings(found), *_options(found), *others], notes)
 
 
 def _extract_parser(command: str) -> Parser:
@@ -168,38 +168,38 @@ def _add_common(parser: Parser) -> None:
 
 
 def _settings(found: dict[str, Any]) -> list[str]:
-    """What changes the output or how it is made, as flags of ``merge``."""
-    words = list[str]()
+    """Options with an effect, as flags of ``merge``."""
+    argv = list[str]()
     if found.get("random_seed") is not None:
-        words += ["--seed", str(found["random_seed"])]
+        argv += ["--seed", str(found["random_seed"])]
     if found.get("out_shard_size") is not None:
-        words += ["--max_shard_size", str(_shard_size(str(found["out_shard_size"])))]
+        argv += ["--max_shard_size", str(_shard_size(str(found["out_shard_size"])))]
     if found.get("num_threads") is not None:
-        words += ["--n_process", str(found["num_threads"])]
+        argv += ["--n_process", str(found["num_threads"])]
     for name, setting in (("write_model_card", "model_card"), ("copy_tokenizer", "copy_tokenizer"),
                           ("safe_serialization", "safe_serialization"),
                           ("unsafe_truncate_embeddings", "truncate_embeddings")):  # fmt: skip
         if name in found:
-            words.append(f"--{setting}={found[name]}")
+            argv.append(f"--{setting}={found[name]}")
     device = str(found.get("device") or ("cuda" if found.get("cuda") or found.get("gpu_rich") else "cpu"))
     if device.startswith("cuda"):
-        words += ["--tensor_type", "pt", "--device", "gpu"]
+        argv += ["--tensor_type", "pt", "--device", "gpu"]
     elif device not in ("cpu", "auto"):
         raise RecipeError(f"--device is {shown(device)}", "Give cpu or cuda.")
     if found.get("allow_mismatch"):
-        words.append("--allow_mismatch")
+        argv.append("--allow_mismatch")
     for name, policy in (("intersection", "drop"), ("union", "copy")):
         if found.get(name):
-            words += ["--missing", policy]
+            argv += ["--missing", policy]
     if found.get("intermediate_dir") is not None:
-        words += ["--intermediate_dir", str(found["intermediate_dir"])]
+        argv += ["--intermediate_dir", str(found["intermediate_dir"])]
     if found.get("transformers_cache") is not None:
-        os.environ["HF_HUB_CACHE"] = str(found["transformers_cache"])  # Where the hub's own library keeps its files.
-    return words
+        os.environ["HF_HUB_CACHE"] = str(found["transformers_cache"])  # Read by huggingface_hub.
+    return argv
 
 
 def _options(found: dict[str, Any]) -> list[str]:
-    """What every command takes, as it was given."""
+    """The given options of every command."""
     given = [name for name in OPTIONS if found.get(name)]
     return [word for name in given for word in (f"--{name}", *([str(found[name])] if name == "log_file" else []))]
 

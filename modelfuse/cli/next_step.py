@@ -1,4 +1,4 @@
-"""What can be done with an output: what loads a model of its kind."""
+"""Commands and code to print after a merge: how to load the output, and how to verify it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Collection, Iterator, Mapping
 from modelfuse.checkpoints.single_files import loader_of
 from modelfuse.planning.plan import Plan
 
-#: How the class of a model that writes text ends, as config.json names it.
+#: Suffixes of the classes of models that generate text.
 WRITES_TEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-#: Model types of such classes that hear or speak instead, or that servers of language models do not know.
+#: Model types with such a class that are not language models, or that vLLM does not serve.
 OTHERS = ("whisper", "speecht5", "speech_to_text", "bark", "musicgen", "pix2struct", "trocr", "vision-encoder-decoder",
           "t5", "mt5", "bart", "mbart", "pegasus", "marian", "blip", "blip-2")  # fmt: skip
 
 
 def next_steps(plan: Plan) -> Iterator[str]:
-    """What loads the output, if anything tells, and what checks it."""
+    """Code or a command that loads the output, if its kind is known, and the command that verifies it."""
     folder, config = str(plan.recipe.output_path), plan.reference.config
     names = {file.name for file in plan.side_files}
     if plan.recipe.output_format == "lora":
@@ -44,7 +44,7 @@ def _loads(folder: str, config: Mapping[str, object], names: Collection[str], la
 
 
 def _architecture(config: Mapping[str, object]) -> str | None:
-    """The class that config.json names first."""
+    """The first class in config.json's ``architectures``."""
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
     return first if isinstance(first, str) and first.isidentifier() else None

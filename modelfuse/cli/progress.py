@@ -1,4 +1,4 @@
-"""How far work has come: a bar on a terminal or in a notebook, a line now and then in a log."""
+"""Show progress: a bar on a terminal or in a notebook, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from modelfuse.planning.hub import FetchDisplay
     from modelfuse.planning.plan import Plan
 
-#: Seconds between two lines of progress in a log.
+#: Seconds between lines of progress in a log.
 LOG_INTERVAL = 10.0
-#: And between two looks of a bar in a notebook.
+#: Seconds between updates of a bar in a notebook.
 NOTEBOOK_INTERVAL = 0.2
-#: The share that must be done before it tells how long the rest will take.
-LEAST_TOLD = 0.005
+#: The share that must be done before the remaining time is estimated.
+LEAST_SHARE = 0.005
 
 
 Advance = Callable[[int], None]
@@ -33,58 +33,58 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def merging(plan: Plan, quiet: bool, of_recipe: bool = False) -> Iterator[Advance]:
-    """Show a merge; what the user should know of it comes first.
+    """Show the notes and warnings of a plan, then the progress of the merge.
 
     Args:
-        plan: What is merged.
+        plan: The plan.
         quiet: Whether to show nothing.
-        of_recipe: Whether to show the warnings of the recipe, too; the command line did before the plan was made.
+        of_recipe: Whether to show the warnings about the recipe, too. The command line shows them before planning.
     """
     from modelfuse.planning.warnings import warnings_of
 
     whole, warnings = plan.bytes_read + plan.bytes_written, len(warnings_of(plan.recipe))
     for number, text in enumerate(() if quiet else plan.notes):
         if of_recipe or number >= warnings:
-            err.tell("note" if number >= warnings else "warning", "{}", text)
+            err.log("note" if number >= warnings else "warning", "{}", text)
     for text in () if quiet else plan.warnings:
-        err.tell("warning", "{}", text)
+        err.log("warning", "{}", text)
     what = f"merging {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(whole)}"
     with _shown("merging", what, quiet, whole) as advance:
         yield lambda count: advance(count, whole)
 
 
 def verifying(folder: PathOrUrl, quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]:
-    """Show a verification; how much there is to do is known with the first bytes."""
+    """Show the progress of a verification, whose total is known with the first bytes."""
     return _shown("verifying", f"verifying {folder}", quiet)
 
 
 def comparing(plan: DiffPlan, quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]:
-    """Show a comparison of models."""
+    """Show the progress of a comparison."""
     what = f"comparing {len(plan.tensors)} tensors of {len(plan.models)} checkpoints, {size(plan.bytes_read)}"
     return _shown("comparing", what, quiet, plan.bytes_read)
 
 
-def watch(quiet: bool) -> FetchDisplay:
-    """Show what is fetched from a hub."""
+def fetching(quiet: bool) -> FetchDisplay:
+    """Show the progress of fetching from a hub, and notes."""
     from modelfuse.planning.hub import FetchDisplay
 
     @contextmanager
-    def fetching(whole: int) -> Iterator[Advance]:
+    def show(whole: int) -> Iterator[Advance]:
         with _shown("fetching", f"fetching {size(whole)}", quiet, whole) as advance:
             yield lambda count: advance(count, whole)
 
-    return FetchDisplay(fetching, lambda text: err.tell("note", "{}", text))
+    return FetchDisplay(show, lambda text: err.log("note", "{}", text))
 
 
 @contextmanager
 def _shown(word: str, what: str, quiet: bool, whole: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Called with bytes that are done since the last call, and all there are to do."""
+    """Show progress. The context's value is called with the bytes done since the last call, and the total."""
     with ExitStack() as stack:
         shown: list[Callable[[int, int], None]] = []
         if err.shows_bars and not quiet:
             shown.append(stack.enter_context(_notebook_bar(word) if console.in_notebook() else _bar(word, whole)))
-        if err.keeps_lines and not quiet:
-            err.tell("progress", "{}", what)
+        if err.logs_progress and not quiet:
+            err.log("progress", "{}", what)
             shown.append(_Lines().advance)
 
         def advance(count: int, whole: int) -> None:
@@ -114,7 +114,7 @@ def _bar(word: str, whole: int | None) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _notebook_bar(word: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of HTML, which needs nothing but IPython."""
+    """A bar in HTML, which needs only IPython."""
     display = import_module("IPython.display")
     lines, lock = _Lines(), threading.Lock()
     handle = display.display(display.HTML(f"{word} …"), display_id=True)
@@ -136,7 +136,7 @@ def _notebook_bar(word: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class _Lines:
-    """A line of progress every few seconds."""
+    """Counts progress, and writes a line every few seconds."""
 
     def __init__(self) -> None:
         self.done, self._lock = 0, threading.Lock()
@@ -149,15 +149,15 @@ class _Lines:
             if now - self._shown < LOG_INTERVAL:
                 return
             self._shown = now
-        err.tell("progress", "{}", text)
+        err.log("progress", "{}", text)
 
     def count(self, count: int, whole: int) -> str:
-        """Take what was done since, and say how far it is; one thread at a time."""
+        """Count bytes, and describe the progress; not thread-safe."""
         self.done += count
-        if self._first is None:  # What an earlier run has done comes at once, and says nothing of the speed.
+        if self._first is None:  # The first call may include work of an earlier run, which is left out of the speed.
             self._first, self.started = count, time.monotonic()
         text, fresh = f"{self.done / whole:4.0%}  {size(self.done)}", self.done - self._first
-        if fresh > LEAST_TOLD * whole:
+        if fresh > LEAST_SHARE * whole:
             passed = max(time.monotonic() - self.started, 1e-9)
             text += f"  {rate(fresh, passed)}  {(whole - self.done) / fresh * passed:,.0f} s left"
         return text

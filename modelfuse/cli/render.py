@@ -1,4 +1,4 @@
-"""What people see: plans, summaries and errors, on a terminal or in a log."""
+"""Print plans, summaries and errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from modelfuse.checkpoints.made_files import REPORT_NAME
-from modelfuse.cli.console import Voice, err, out
+from modelfuse.cli.console import TextStream, err, out
 from modelfuse.cli.units import counted, duration, rate
 from modelfuse.errors import ModelfuseError
 from modelfuse.planning.tables import models_of, rules_of, tensors_of
@@ -17,7 +17,7 @@ from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from modelfuse.execution.result import Result
@@ -26,44 +26,49 @@ if TYPE_CHECKING:
     from modelfuse.planning.plan import Plan
     from modelfuse.recipe.recipe import Recipe
 
-#: Problems that are listed one by one.
+#: The most problems that are printed one by one.
 MOST_PROBLEMS = 50
 
 
 def error(problem: ModelfuseError) -> None:
-    """A short message and what to do, on standard error."""
-    err.tell("error", "{}", problem.message)
+    """Print an error's message, hint and notes to standard error."""
+    err.log("error", "{}", problem.message)
     if problem.hint:
-        err.tell("hint", "{}", problem.hint)
+        err.log("hint", "{}", problem.hint)
     _notes(problem)
 
 
 def interrupted(interruption: KeyboardInterrupt) -> None:
-    """After Ctrl-C."""
+    """Print a message after Ctrl-C or SIGTERM."""
     kept = getattr(interruption, "__notes__", ())
     what = "[bold red]interrupted[/]" if kept else "[bold red]interrupted:[/] nothing was written to output_path"
-    err.tell("info", what)
+    err.log("info", what)
     _notes(interruption)
 
 
 def details(recipe: Recipe) -> None:
-    """What those who read the log later want to know first."""
+    """Log versions and settings, if there are logs."""
     if not err.logs:
-        return  # The system is asked by a command.
-    err.tell("debug", "modelfuse {}, Python {}, {}", __version__, platform.python_version(), platform.platform())
+        return  # platform.platform() may run a command.
+    err.log("debug", "modelfuse {}, Python {}, {}", __version__, platform.python_version(), platform.platform())
     for name, value in recipe.effective().items():
-        err.tell("debug", "{} = {}", name, value)
+        err.log("debug", "{} = {}", name, value)
 
 
-def warnings(recipe: Recipe, voice: Voice) -> None:
-    """What is allowed, but hardly ever meant."""
+def warnings(recipe: Recipe, stream: TextStream) -> None:
+    """Print the warnings about a recipe."""
     for text in warnings_of(recipe):
-        voice.tell("warning", "{}", text)
+        stream.log("warning", "{}", text)
 
 
 def note(text: str) -> None:
-    """A sentence that the user should read."""
-    err.tell("note", "{}", text)
+    """Print a note."""
+    err.log("note", "{}", text)
+
+
+def notes_unless(quiet: bool) -> Callable[[str], None]:
+    """The function that prints notes, or one that ignores them if ``quiet``."""
+    return (lambda _: None) if quiet else note
 
 
 def _notes(problem: BaseException) -> None:
@@ -73,8 +78,8 @@ def _notes(problem: BaseException) -> None:
 
 def bug() -> None:
     """Report an unexpected exception (a bug)."""
-    err.say("{}", Lines.of(traceback.format_exc().splitlines()))
-    err.say("[bold red]This is a bug in modelfuse.[/] Please report it with the lines above.")
+    err.print("{}", Lines.of(traceback.format_exc().splitlines()))
+    err.print("[bold red]This is a bug in modelfuse.[/] Please report it with the lines above.")
 
 
 def _device(plan: Plan) -> str:
@@ -84,19 +89,19 @@ def _device(plan: Plan) -> str:
 
 
 def plan(plan: Plan) -> None:
-    """What a merge will do."""
+    """Print a plan."""
     recipe = plan.recipe
     models = counted(len(recipe.model_path_list), "model")
     if recipe.mergekit is not None:
-        out.say("[bold]{}[/], as mergekit's configuration says, of {}", recipe.method_told[0], models)
+        out.print("[bold]{}[/], by a mergekit configuration, of {}", recipe.method_told[0], models)
     else:
         steps = " → ".join(step for step in recipe.parameters.steps if step)
-        out.say("[bold]{}[/] ({}) of {}", recipe.parameters.name, steps, models)
+        out.print("[bold]{}[/] ({}) of {}", recipe.parameters.name, steps, models)
     out.table(*models_of(plan))
     if recipe.rules:
         out.table(*rules_of(plan))
     out.table(*tensors_of(plan), head=2)
-    out.say(
+    out.print(
         "\nreads {}, writes {} into {}, copies {}; {}, at most about {} of memory{}",
         size(plan.bytes_read),
         size(plan.bytes_written),
@@ -108,64 +113,64 @@ def plan(plan: Plan) -> None:
     )
     if (found := plan.expected) is not None:
         side = f"{found.largest:,}²"
-        out.say("about {}: {} of up to {}", duration(found.seconds), counted(found.solved, "decomposition"), side)
+        out.print("about {}: {} of up to {}", duration(found.seconds), counted(found.solved, "decomposition"), side)
     for text in plan.notes[len(warnings_of(recipe)) :]:
-        out.tell("note", "{}", text)
+        out.log("note", "{}", text)
     for text in plan.warnings:
-        out.tell("warning", "{}", text)
+        out.log("warning", "{}", text)
 
 
 def checked(plan: Plan) -> None:
-    """After a plan that can be carried out."""
+    """Print the conclusion of ``check``, if the plan has no errors."""
     if count := len(plan.warnings):
-        out.say("[yellow]can be merged, with {}[/]", counted(count, "warning"))
+        out.print("[yellow]can be merged, with {}[/]", counted(count, "warning"))
     else:
-        out.say("[green]no problems found[/]")
+        out.print("[green]no problems found[/]")
 
 
 def result(plan: Plan, result: Result) -> None:
-    """The closing summary."""
+    """Print the summary of a merge, and the next steps."""
     from modelfuse.cli.next_step import next_steps
 
     speed = rate(result.bytes_read + result.bytes_written - result.bytes_kept, result.seconds)
     copied = f", copied {result.copied}" if result.copied else ""
     done = f"{counted(result.merged, 'tensor')}{copied} in {duration(result.seconds)} ({speed})"
-    out.tell("info", "[green]merged[/] {} into [bold]{}[/]", done, result.output_path)
+    out.log("info", "[green]merged[/] {} into [bold]{}[/]", done, result.output_path)
     for each in result.suspicious:
-        out.tell("note", "{}: {} (listed in {})", each.path, each.summary, REPORT_NAME)
-    out.say("next:")
+        out.log("note", "{}: {} (listed in {})", each.path, each.summary, REPORT_NAME)
+    out.print("next:")
     for command in next_steps(plan):
         out.command(command)
 
 
 def pushed(pushed: Pushed) -> None:
-    """Where an output is on a hub."""
+    """Print the URL of an uploaded output."""
     seen = "private" if pushed.private else "public"
-    out.tell("info", "[green]pushed[/] to {}, {}, at commit {}", pushed.url, seen, pushed.commit)
+    out.log("info", "[green]pushed[/] to {}, {}, commit {}", pushed.url, seen, pushed.commit)
 
 
 def demo(folder: Path, commands: Sequence[str]) -> None:
-    """What there is to try, on what."""
-    out.say("[green]made[/] a base, three fine-tunes of it and an adapter in [bold]{}[/], tiny and random", folder)
-    out.say("try, in this order:")
+    """Print the commands to try on the demo's models."""
+    out.print("[green]wrote[/] a base, three fine-tunes of it and an adapter, tiny and random, to [bold]{}[/]", folder)
+    out.print("try these commands in order:")
     for command in commands:
         out.command(command)
 
 
 def verification(found: Verification, quiet: bool) -> None:
-    """Every problem on standard error, or what holds."""
+    """Print the problems to standard error, or the summary if there are none."""
     for problem in found.problems[:MOST_PROBLEMS]:
-        err.tell("problem", "{}", problem.message)
+        err.log("problem", "{}", problem.message)
     if len(found.problems) > MOST_PROBLEMS:
-        err.tell("problem", "and {} more", len(found.problems) - MOST_PROBLEMS)
+        err.log("problem", "and {} more", len(found.problems) - MOST_PROBLEMS)
     if not found.holds:
-        err.tell(
+        err.log(
             "info", "[bold red]not verified:[/] {} in [bold]{}[/]", counted(len(found.problems), "problem"), found.path
         )
     elif not quiet:
         number = "all" if found.recomputed == found.tensors else f"{found.recomputed} of them (seed {found.seed})"
         again = f"; {number} merged again, with the same bytes" if not found.absent else ""
         done = f"{counted(found.tensors, 'tensor')} in {duration(found.seconds)} ({rate(found.nbytes, found.seconds)})"
-        out.tell("info", "[green]verified[/] {} in [bold]{}[/]: every checksum holds{}", done, found.path, again)
+        out.log("info", "[green]verified[/] {} in [bold]{}[/]: every checksum holds{}", done, found.path, again)
         for absent in found.absent:
-            out.tell("note", "nothing was merged again: {}", absent)
+            out.log("note", "nothing was merged again: {}", absent)

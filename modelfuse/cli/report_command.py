@@ -1,4 +1,4 @@
-"""``modelfuse report``: its arguments, and the command."""
+"""The command ``modelfuse report``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from modelfuse.cli import console, progress
 from modelfuse.cli.arguments import Options, Parser, plain_flags
-from modelfuse.cli.drawing import Drawing, add_drawing, drawing_of, tell_written
-from modelfuse.cli.groups import from_environment
+from modelfuse.cli.drawing import Drawing, add_drawing, drawing_of, print_written
+from modelfuse.cli.setting_groups import from_environment
 from modelfuse.storage import path_or_url
 
 
@@ -23,24 +23,24 @@ def report_parser() -> Parser:
     return parser
 
 
-def parse_report(words: Sequence[str]) -> tuple[dict[str, Any], Drawing, Options]:
+def parse_report(argv: Sequence[str]) -> tuple[dict[str, Any], Drawing, Options]:
     """Parse the arguments of ``report``.
 
     Raises:
         RecipeError: If a flag is unknown or lacks its value.
     """
     parser = report_parser()
-    given: dict[str, Any] = vars(parser.parse_args(plain_flags(words)))
+    given: dict[str, Any] = vars(parser.parse_args(plain_flags(argv)))
     options, drawing = parser.options_of(given), drawing_of(given)
     return {**from_environment(["n_process", "memory"]), **given}, drawing, options
 
 
-def run_report(words: Sequence[str]) -> int:
-    """Run the command: compare an output with its inputs, and show the report."""
+def run(argv: Sequence[str]) -> int:
+    """Compare an output with its inputs and print the result; returns the exit status."""
     from modelfuse.inspection.report_output import report_output
 
-    given, drawing, options = parse_report(words)
-    console.begin_logs(options.verbose, options.log_file)
+    given, drawing, options = parse_report(argv)
+    console.configure_logs(options.verbose, options.log_file)
     drawing.check(of_merge=True)
     folder = path_or_url(given.pop("folder"))
     found = report_output(folder, **given, shown=lambda plan: progress.comparing(plan, options.quiet))
@@ -53,5 +53,5 @@ def run_report(words: Sequence[str]) -> int:
         from modelfuse.cli.report_view import show
 
         show(found)
-    tell_written(drawing.draw(found), options)
+    print_written(drawing.draw(found), options)
     return 0

@@ -15,19 +15,19 @@ from modelfuse.planning.tables import Row
 def show(found: MergeReport) -> None:
     """Write the report to standard output."""
     kind = "base" if found.base_given else "first model"
-    out.say("[bold]{}[/] beside its inputs; {}: {}", found.output, kind, found.base)
-    out.say("")
+    out.print("[bold]{}[/] compared with its inputs; {}: {}", found.output, kind, found.base)
+    out.print("")
     out.table(("model", "in output", "own part", "dropped", "reversed", "‖τ‖/‖b‖"), _models(found))
-    out.say("")
+    out.print("")
     for text in found.findings:
-        out.say("- {}", text)
+        out.print("- {}", text)
     advise(found.advice)
     for each in found.suspicious:
         lists = ((each.equal, "equal the base's"), (each.far, "are far from the base's"))
         parts = ", ".join(f"{len(names)} {what}" for names, what in lists if names)
-        out.tell("note", "{}: of its tensors, {}", each.model, parts)
+        out.log("note", "{}: of its tensors, {}", each.model, parts)
     speed = rate(found.diff.bytes_read, found.seconds)
-    out.say("\ncompared {} tensors in {} ({})", len(found.tensors), duration(found.seconds), speed)
+    out.print("\ncompared {} tensors in {} ({})", len(found.tensors), duration(found.seconds), speed)
 
 
 def _models(found: MergeReport) -> Iterator[Row]:

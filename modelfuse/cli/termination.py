@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does: what is kept is said, and only then the process dies of it."""
+"""Handle SIGTERM like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import contextmanager, suppress
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised in the main thread when the process is asked to end."""
+    """Raised in the main thread on SIGTERM."""
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Have SIGTERM raise :class:`Terminated` in the block; at its end, the process dies of the signal.
+    """Raise :class:`Terminated` in the block on SIGTERM, and end the process with the signal after the block.
 
-    Whoever sent it expects that of a process. A process that handles the signal by itself is left alone.
+    Nothing is changed if the process handles the signal itself.
     """
     asked = threading.current_thread() is threading.main_thread()
     if not asked or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:

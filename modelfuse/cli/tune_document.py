@@ -1,4 +1,4 @@
-"""What ``modelfuse tune --json`` writes."""
+"""The document of ``modelfuse tune --json``."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     from modelfuse.execution.tuning.request import Tuned
 
 
-class Trial(Struct, frozen=True):
-    """A merge that was evaluated: its numbers (null where one was none), and the settings that were searched."""
+class EvaluatedTrial(Struct, frozen=True):
+    """A merge that was evaluated: its numbers, null where not finite, and the values of the searched settings."""
 
     trial: int
     numbers: dict[str, float | None]
     parameters: dict[str, float]
 
 
-class Tune(Document, frozen=True, kw_only=True):
-    """What a search has found: ``modelfuse tune --json``; all trials are in the study."""
+class TuneDocument(Document, frozen=True, kw_only=True):
+    """The result of a search: ``modelfuse tune --json``. All trials are in the study."""
 
     document: Literal["tune/1"] = "tune/1"
     output_path: str
     study_path: str
     directions: dict[str, str]
-    best: Trial
-    front: list[Trial]
+    best: EvaluatedTrial
+    front: list[EvaluatedTrial]
     trials: int
     seconds: float
 
 
-def of_tuned(found: Tuned) -> Tune:
-    """The document of ``tune``."""
-    return Tune(
+def of_tuned(found: Tuned) -> TuneDocument:
+    """The document of a search."""
+    return TuneDocument(
         output_path=str(found.output_path),
         study_path=str(found.study_path),
         directions={name: "maximize" if upward else "minimize" for name, upward in found.directions.items()},
@@ -48,6 +48,6 @@ def of_tuned(found: Tuned) -> Tune:
     )
 
 
-def _trial(found: trials.Trial) -> Trial:
+def _trial(found: trials.Trial) -> EvaluatedTrial:
     numbers = {name: number if math.isfinite(number) else None for name, number in found.numbers.items()}
-    return Trial(found.number, numbers, dict(found.parameters))
+    return EvaluatedTrial(found.number, numbers, dict(found.parameters))

@@ -1,4 +1,4 @@
-"""Rates, times and counts in words, in units that fit."""
+"""Format rates, times and counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from modelfuse.recipe.sizes import size
 
 
 def rate(count: float, seconds: float) -> str:
-    """Bytes a second.
+    """Bytes per second.
 
     >>> rate(14_200_000, 2)
     '7.1 MB/s'
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things.
+    """A number with a noun.
 
     >>> counted(1, "worker"), counted(2, "worker")
     ('1 worker', '2 workers')
@@ -37,10 +37,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def many(number: int) -> str:
-    """A number of elements, in three digits.
+def abbreviated(number: int) -> str:
+    """A number with three digits and a suffix.
 
-    >>> many(70), many(14_200), many(405_853_388_800)
+    >>> abbreviated(70), abbreviated(14_200), abbreviated(405_853_388_800)
     ('70', '14.2 k', '406 B')
     """
     for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):

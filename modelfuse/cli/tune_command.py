@@ -1,4 +1,4 @@
-"""``modelfuse tune``: its words as a request, and what it says."""
+"""The command ``modelfuse tune``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelfuse.execution.tuning.request import Tuned, TuningRequest
 from modelfuse.execution.tuning.study import SAMPLERS
 from modelfuse.execution.tuning.tune import tune
 
-#: Its own flags: type, and how many values.
+#: Its own flags: type, and number of values as argparse's nargs.
 OWN: Mapping[str, tuple[Any, str | None]] = {
     "evaluate": (str, None), "data": (Path, "+"), "budget": (int, None), "groups": (int, None),
     "direction": (str, "+"), "sampler": (str, None), "jobs": (int, None), "scratch": (Path, None),
@@ -25,56 +25,56 @@ OWN: Mapping[str, tuple[Any, str | None]] = {
 SWITCHES = ("attention_apart",)
 
 
-class _Own(argparse.ArgumentParser):
+class _TuneParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RecipeError(message[0].upper() + message[1:], "`modelfuse tune --help` lists every setting.")
 
 
 def tune_parser() -> Parser:
-    """All that ``tune`` takes, for completion."""
+    """The parser of all arguments of ``tune``, for completion."""
     parser = merge_parser("tune")
     _add(parser)
     return parser
 
 
-def parse_tune(words: Sequence[str], defaults: Mapping[str, object]) -> tuple[TuningRequest, Options]:
-    """Turn the words behind ``tune`` into a request.
+def parse_tune(argv: Sequence[str], defaults: Mapping[str, object]) -> tuple[TuningRequest, Options]:
+    """Parse the arguments of ``tune`` into a request.
 
     Raises:
         RecipeError: If a flag is unknown or lacks its value, or the recipe cannot be read.
     """
-    parser = _Own(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _TuneParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     _add(parser)
-    own, rest = parser.parse_known_args([_normal(word) for word in words])
+    own, rest = parser.parse_known_args([_normal(word) for word in argv])
     given = vars(own)
     settings, options = parse(rest, "tune", defaults)
     evaluate, data = given.pop("evaluate", None), given.pop("data", [])
     if evaluate is None:
-        raise RecipeError("evaluate is not given", "Say how good a merge is: --evaluate 'python eval.py {model}'.")
+        raise RecipeError("evaluate is not given", "Give a command: --evaluate 'python eval.py {model}'.")
     return TuningRequest(settings, evaluation_of(evaluate, data), **given), options
 
 
 def evaluation_of(evaluate: str, data: Sequence[Path]) -> Evaluation:
-    """What ``--evaluate`` means.
+    """The evaluation of ``--evaluate`` and ``--data``.
 
     Raises:
-        RecipeError: If data are given that nothing reads.
+        RecipeError: If ``data`` is given for a command.
     """
     if evaluate == PERPLEXITY:
         return Perplexity(data)
     if data:
-        raise RecipeError(f"data is for --evaluate {PERPLEXITY}; a command knows its own")
+        raise RecipeError(f"data is for --evaluate {PERPLEXITY}; a command reads its own data")
     return Command(evaluate)
 
 
-def run(words: list[str], defaults: Mapping[str, object]) -> int:
-    """The command."""
+def run(argv: list[str], defaults: Mapping[str, object]) -> int:
+    """Search settings, and write the best merge; returns the exit status."""
     from modelfuse.cli import progress
 
-    request, options = parse_tune(words, defaults)
-    console.begin_logs(options.verbose, options.log_file)
-    tell = (lambda _: None) if options.quiet else (lambda text: console.err.tell("info", "{}", text))
-    found = tune(request, tell, progress.watch(options.quiet))
+    request, options = parse_tune(argv, defaults)
+    console.configure_logs(options.verbose, options.log_file)
+    tell = (lambda _: None) if options.quiet else (lambda text: console.err.log("info", "{}", text))
+    found = tune(request, tell, progress.fetching(options.quiet))
     if options.json:
         from modelfuse.cli.json_output import write
         from modelfuse.cli.tune_document import of_tuned
@@ -86,17 +86,17 @@ def run(words: list[str], defaults: Mapping[str, object]) -> int:
 
 
 def tuned(found: Tuned) -> None:
-    """The closing summary."""
+    """Print the summary of a search."""
     first, best = found.trials[0], found.best
     names = [*found.directions]
-    rows = [["as it was", *(f"{first.numbers[name]:.6g}" for name in names)]]
+    rows = [["recipe as given", *(f"{first.numbers[name]:.6g}" for name in names)]]
     rows += [[f"trial {each.number}", *(f"{each.numbers[name]:.6g}" for name in names)] for each in found.front]
     console.out.table(("", *names), rows)
     what = f"trial {best.number} of {len(found.trials)}"
-    console.out.tell("info", "[green]merged[/] with the settings of {} into [bold]{}[/]", what, found.output_path)
-    console.out.say("the study, its table and picture are in {}", found.study_path)
+    console.out.log("info", "[green]merged[/] with the settings of {} into [bold]{}[/]", what, found.output_path)
+    console.out.print("the study, its table and picture are in {}", found.study_path)
     if len(found.front) > 1:
-        console.out.say("another point of the front:")
+        console.out.print("another point of the front:")
         other = found.study_path / "front" / f"trial-{found.front[-1].number}.yaml"
         console.out.command(f"modelfuse merge {other} --output_path {found.output_path}-{found.front[-1].number}")
 
@@ -109,7 +109,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _normal(word: str) -> str:
-    """One of its own flags, with underscores."""
+    """An argument with underscores, if it is one of the command's own flags."""
     name, equals, value = word.partition("=")
     plain = name[2:].replace("-", "_")
     return f"--{plain}{equals}{value}" if word.startswith("--") and plain in (*OWN, *SWITCHES) else word

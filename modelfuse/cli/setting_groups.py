@@ -1,4 +1,4 @@
-"""The settings by what they are about, and those that the environment may give."""
+"""Groups of settings for help, and settings from environment variables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modelfuse.recipe.checks import shown
 from modelfuse.recipe.names import SETTINGS
 from modelfuse.recipe.schema import InvalidValue
 
-#: The settings by what they are about; all others say how to merge.
+#: The settings by topic; "How" has all others.
 GROUPS: Mapping[str, Sequence[str]] = {
     "What to merge": (
         "model_path_list", "base_model_path", "gram_list", "mergekit", "mergekit_document",
@@ -32,25 +32,25 @@ GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "Accepted for Paddle's tool; slices are always small": ("split_pieces", "max_tensor_mem"),
 }  # fmt: skip
-#: What is the machine's may come from it, as variables of these names with ``MODELFUSE_`` in front, in capitals.
+#: Settings that environment variables can give: the name in capitals after ``MODELFUSE_``.
 FROM_ENVIRONMENT = (*GROUPS["Machine"], "hub_endpoint")
 PREFIX = "MODELFUSE_"
-#: Settings of a merge that mean the same where models are only compared.
+#: Settings of a merge that also apply to ``diff``.
 SHARED = ("n_process", "memory", "merge_prefix", "input_layout", "merge_with_qdq_base_model", "hub_endpoint",
           "hub_anonymous")  # fmt: skip
 
 
 def groups() -> dict[str, list[str]]:
-    """Every setting, in its group."""
+    """The names of all settings by group."""
     grouped = {name for names in GROUPS.values() for name in names}
     return {title: [*names] or [name for name in SETTINGS if name not in grouped] for title, names in GROUPS.items()}
 
 
 def from_environment(names: Sequence[str] = FROM_ENVIRONMENT) -> dict[str, object]:
-    """The settings that environment variables give; an empty one gives none.
+    """The settings that environment variables give; empty variables are ignored.
 
     Raises:
-        RecipeError: If a value cannot be understood; names the variable.
+        RecipeError: If a value is invalid; names the variable.
     """
     given = {name: os.environ.get(f"{PREFIX}{name.upper()}", "") for name in names}
     return {name: _read(name, text) for name, text in given.items() if text}
