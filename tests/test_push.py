@@ -45,7 +45,7 @@ def test_an_output_goes_to_a_private_repository(modelfuse: Run, hub: Hub, output
     sent = files_of(hub, "me/merged")
     assert {name: content for name, content in sent.items() if name != ".gitattributes"} == snapshot(output)
     assert "README.md" in sent
-    assert said.out.startswith(f"pushed to {hub.endpoint}/me/merged, private, at commit ")
+    assert said.out.startswith(f"pushed to {hub.endpoint}/me/merged, private, commit ")
     assert f"such as {output.parent / 'A'}" in said.err
 
 

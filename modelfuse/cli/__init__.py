@@ -1,1 +1,1 @@
-"""The command line: words in, text out."""
+"""The command line: parsing of arguments, commands, and printing of their results."""

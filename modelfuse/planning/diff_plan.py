@@ -201,7 +201,7 @@ def _module(name: str) -> str:
 
 
 def budget_of(plan: DiffPlan) -> Budget:
-    """Workers, slices and memory for measuring everything.
+    """Workers, slices and memory of a full comparison.
 
     Raises:
         RecipeError: If the memory budget is too small.

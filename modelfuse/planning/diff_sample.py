@@ -1,4 +1,4 @@
-"""A sample of what ``diff`` compares: of every tensor some runs of elements, the same of all models."""
+"""A sample of a comparison: some runs of elements of every tensor, the same runs of all models."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan
 from modelfuse.storage import Url
 from modelfuse.storage.files import Buffer, OpenFile, SourceFile
 
-#: The fewest runs and elements of a tensor; of large ones, one in so many elements.
+#: The fewest runs and elements sampled of a tensor; large tensors are sampled at one element in SHARE.
 LEAST_RUNS, LEAST, SHARE = 3, 1 << 11, 2047
-#: Elements of a run: a row, if it is neither shorter nor longer; else RUN.
+#: A run is a row, if its length is between these; else it has RUN elements.
 SHORTEST_ROW, LONGEST_ROW, RUN = 32, 1 << 16, 1024
-#: The most rows of a small matrix that is sampled whole, row by row.
+#: The most rows of a small matrix that is sampled completely, row by row.
 MOST_ROWS = 256
-#: Elements of all sources that are in memory at a time.
+#: The most elements of all sources in memory at a time.
 MOST_ELEMENTS = 1 << 19
-#: The fractional part of the golden ratio: multiples of it are spread evenly.
+#: The fractional part of the golden ratio, whose multiples modulo 1 are spread evenly.
 GOLDEN = 0.6180339887498949
 
 
@@ -32,7 +32,7 @@ class Runs(NamedTuple):
     Attributes:
         number: The number of runs.
         length: Elements per run.
-        are_outputs: Whether they are outputs of one Linear layer, of which interference can be estimated.
+        are_outputs: Whether they are rows of one linear layer's outputs, so that interference can be estimated.
     """
 
     number: int
@@ -46,7 +46,7 @@ class Runs(NamedTuple):
 
     @classmethod
     def of(cls, tensor: ComparedTensor) -> Runs:
-        """The runs of a tensor; of a small one, all elements are sampled."""
+        """The runs of a tensor; small tensors are sampled completely."""
         size, matrices = tensor.measurement.size, tensor.measurement.matrices
         columns = tensor.sources[-1].shape[-1] if len(tensor.sources[-1].shape) > 1 else 0
         are_rows = SHORTEST_ROW <= columns <= LONGEST_ROW
@@ -60,7 +60,7 @@ class Runs(NamedTuple):
         return cls(count, length, are_outputs)
 
     def starts(self, name: str, size: int) -> list[int]:
-        """The first element of each run: one in each of as many equal parts of the tensor, at a place that varies."""
+        """The index of the first element of each run: one run per equal part of the tensor, at varying offsets."""
         available, begin = size // self.length, zlib.crc32(name.encode()) / 2**32
         return [int((number + (begin + number * GOLDEN) % 1) * available / self.number) * self.length
                 for number in range(self.number)]  # fmt: skip
@@ -68,12 +68,12 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Tensors that are measured together: their sources have the same types, and their samples the same shape.
+    """Tensors that are measured together: their sources have the same dtypes, and their samples the same shape.
 
     Attributes:
         numbers: Their positions in the plan.
         tensors: The tensors.
-        runs: What is sampled of each.
+        runs: The runs of each tensor.
     """
 
     numbers: tuple[int, ...]
@@ -82,42 +82,46 @@ class SampleBatch:
 
     @property
     def bytes_read(self) -> int:
-        """The number of bytes in all sources together."""
+        """The number of bytes to read from all sources."""
         each = sum(source.stored.nbytes(self.runs.elements) for source in self.tensors[0].sources)
         return len(self.tensors) * each
 
     @cached_property
     def starts(self) -> list[list[int]]:
-        """The first element of each run, for each tensor."""
+        """The index of the first element of each run, for each tensor."""
         return [self.runs.starts(each.name, each.measurement.size) for each in self.tensors]
 
     def read(self, source: int, buffer: Buffer) -> None:
-        """Read the sample of all tensors, one after another, from one of their sources.
+        """Read the samples of all tensors from one of their sources.
+
+        Args:
+            source: The index of the source.
+            buffer: Receives the samples of the tensors, one after another.
 
         Raises:
-            CheckpointError: If a file was changed or cannot be read.
+            CheckpointError: If a file has changed or cannot be read.
         """
         nbytes, done = self.tensors[0].sources[source].dtype.nbytes(self.runs.length), 0
         with ExitStack() as files:
             opened: dict[SourceFile, OpenFile] = {}
             for each, starts in zip(self.tensors, self.starts, strict=True):
                 tensor = each.sources[source]
-                places = [
+                parts = [
                     buffer[done + begin : done + begin + nbytes] for begin in range(0, nbytes * len(starts), nbytes)
                 ]
                 done += nbytes * len(starts)
                 if type(tensor) is not StoredTensor:
                     with tensor.open() as read:
-                        for start, place in zip(starts, places, strict=True):
-                            read(start, place)
+                        for start, part in zip(starts, parts, strict=True):
+                            read(start, part)
                     continue
                 if (file := opened.get(tensor.file)) is None:
                     file = opened[tensor.file] = files.enter_context(tensor.file.open())
-                for start, place in zip(starts, places, strict=True):
-                    file.read(tensor.offset + tensor.dtype.nbytes(start), place)
+                for start, part in zip(starts, parts, strict=True):
+                    file.read(tensor.offset + tensor.dtype.nbytes(start), part)
 
     def expect(self) -> None:
-        """Announce what will be read, so that remote ranges are fetched together."""
+        """Announce the reads, so that remote ranges are fetched together."""
         for each, starts in zip(self.tensors, self.starts, strict=True):
             for source in each.sources:
                 for start in starts if isinstance(source.file.path, Url) else ():
@@ -125,7 +129,7 @@ class SampleBatch:
 
 
 def sample_of(plan: DiffPlan) -> list[SampleBatch]:
-    """The sample of everything that a plan compares."""
+    """The batches of a sample of all tensors of a plan."""
     alike: dict[object, list[int]] = {}
     for number, tensor in enumerate(plan.tensors):
         measurement = tensor.measurement

@@ -1,4 +1,4 @@
-"""What methods on whole matrices need to know of each tensor."""
+"""The matrices of each tensor for whole-matrix methods."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from modelfuse.recipe.recipe import Recipe
 
 
 class MatrixMethods:
-    """Cuts tensors into matrices for the methods that merge whole ones.
+    """Splits tensors into matrices, with Gram matrices and adapters' low-rank terms where a method can use them.
 
     Args:
         recipe: The settings.
         models: The models in order, then the base if there is one.
 
     Raises:
-        CheckpointError: If a file of ``gram_list`` is missing or malformed.
-        MismatchError: If one was collected from another of the models.
+        CheckpointError: If a file in ``gram_list`` is missing or malformed.
+        MismatchError: If a file was collected from another of the models.
     """
 
     def __init__(self, recipe: Recipe, models: Sequence[Checkpoint]) -> None:
@@ -33,13 +33,13 @@ class MatrixMethods:
         self._cuts = Cuts((donor, *models), recipe.output_layout or donor.layout)
 
     def matrices(self, name: str, sources: Sequence[StoredTensor], method: Applied, named: bool) -> Matrices | None:
-        """The matrices of a tensor; None if its mean is to be taken.
+        """The matrices of a tensor; None if it is averaged instead.
 
         Args:
             name: Its name in the output.
             sources: The models' tensors, then the base's if there is one.
-            method: What merges them.
-            named: Whether a rule names the method for this tensor, so that embeddings, heads and routers are matrices.
+            method: Its method.
+            named: Whether a rule gives this tensor its method: then embeddings, heads and routers are matrices, too.
         """
         if not can_be_merged(name, sources[-1]):
             return None
@@ -51,7 +51,7 @@ class MatrixMethods:
         return matrices
 
     def notes(self) -> Iterator[str]:
-        """Which Gram matrices are used; which tensors are averaged or not cut.
+        """Notes on Gram matrices that are used, and on tensors that are averaged or not split.
 
         Raises:
             MismatchError: If Gram matrices are missing or do not fit.
