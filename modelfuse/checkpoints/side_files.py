@@ -18,7 +18,7 @@ from modelfuse.errors import CheckpointError, RecipeError
 from modelfuse.printable import is_printable
 from modelfuse.recipe.checks import is_inside
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, Url, children, has_file, is_dir, is_file, look_up, size_of
+from modelfuse.storage import PathOrUrl, Url, children, folder_of, has_file, is_dir, is_file, look_up, size_of
 from modelfuse.storage.files import read_whole
 
 #: Patterns of files that training or an earlier merge leaves in a folder.
@@ -64,7 +64,7 @@ def files_to_serve(recipe: Recipe, reference: Checkpoint) -> tuple[SideFile, ...
         CheckpointError: If a file in ``copy_file_list`` is not there, or another one is a link out of the folder.
         RecipeError: If it is one that the merge itself makes.
     """
-    folder = reference.path if is_dir(reference.path) else reference.path.parent
+    folder = folder_of(reference.path)
     named = [os.path.normpath(name) for name in recipe.copy_file_list]
     look_up(folder, named)
     for name in named:
@@ -113,7 +113,7 @@ def tokenizer_folder(recipe: Recipe) -> PathOrUrl | None:
     path = recipe.tokenizer_path
     if path is None:
         return None
-    folder = path if is_dir(path) else path.parent
+    folder = folder_of(path)
     if not is_dir(folder) or not any(is_tokenizers(each.name) for each in children(folder)):
         raise RecipeError(
             f"tokenizer_from is {recipe.tokenizer_from}, which has no tokenizer", "Name a folder that has one."

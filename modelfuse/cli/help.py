@@ -44,7 +44,7 @@ def help_page(command: str) -> None:
         _section("Flags", ((flag, [about]) for flag, about in page.own))
     if page.takes_settings:
         for title, names in groups().items():
-            _section(title, ((f"--{name} {value_of(SETTINGS[name])}", _about(SETTINGS[name])) for name in names))
+            _section(title, ((f"--{name} {placeholder_of(SETTINGS[name])}", _about(SETTINGS[name])) for name in names))
     flags_of = {
         name: ", ".join(flags) + (" FILE" if name == "log_file" else "") for name, (flags, _) in OPTIONS.items()
     }
@@ -56,7 +56,7 @@ def help_page(command: str) -> None:
             out.print("{}", line)
 
 
-def value_of(setting: Setting) -> str:
+def placeholder_of(setting: Setting) -> str:
     """The placeholder for a setting's value in help."""
     if setting.is_switch:
         return "[true|false]"

@@ -20,7 +20,7 @@ from modelfuse.kernels.tolerance import apart
 from modelfuse.planning.operations import Operation, method_numbers, methods_of
 from modelfuse.planning.plan import Plan, make_plan
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, Url, exists, is_dir, is_file, look_up, path_or_url, size_of
+from modelfuse.storage import PathOrUrl, Url, exists, folder_of, is_file, look_up, path_or_url, size_of
 from modelfuse.storage.files import SourceFile
 
 #: A sample reads and compares at most SAMPLE_BYTES, but has at least SAMPLE_LEAST tensors.
@@ -66,7 +66,7 @@ def _locations(report: Report, recipe: Recipe | None) -> Iterator[tuple[Reported
 
 
 def _files(model: ReportedInput, path: PathOrUrl) -> Iterator[tuple[PathOrUrl, int, int]]:
-    folder = path if is_dir(path) else path.parent
+    folder = folder_of(path)
     look_up(folder, model.files)
     for name, file in model.files.items():
         yield folder / name, file.size, file.modified_ns

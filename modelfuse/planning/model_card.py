@@ -13,7 +13,7 @@ from modelfuse.printable import one_line
 from modelfuse.recipe.files import load_documents
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, Url, has_file, is_dir, size_of
+from modelfuse.storage import PathOrUrl, Url, folder_of, has_file, size_of
 from modelfuse.storage.files import read_whole
 from modelfuse.version import __version__
 
@@ -54,7 +54,7 @@ def model_card(recipe: Recipe, models: Sequence[Checkpoint], base: int | None) -
         models: The inputs in the recipe's order.
         base: The index of the base among them, if there is one.
     """
-    facts = [facts_of(folder_of(model.path)) for model in models]
+    facts = [card_facts(folder_of(model.path)) for model in models]
     front, configuration = as_yaml(_front(recipe, models, facts)), _configuration(recipe).rstrip()
     fence = "```" if "```" not in configuration else "~~~~~"
     names = [_short(each) for each in recipe.inputs]
@@ -93,7 +93,7 @@ def _scalar(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)  # JSON is valid YAML.
 
 
-def facts_of(folder: PathOrUrl) -> CardFacts:
+def card_facts(folder: PathOrUrl) -> CardFacts:
     """Read the front matter of a model's card; empty facts if there is none or it cannot be read."""
     path = folder / CARD_FILE
     try:
@@ -116,11 +116,6 @@ def facts_of(folder: PathOrUrl) -> CardFacts:
 def _is_word(value: object) -> bool:
     """Whether a value from a model card is a short plain text, as licences and languages are."""
     return isinstance(value, str) and _WORD.fullmatch(value) is not None
-
-
-def folder_of(path: PathOrUrl) -> PathOrUrl:
-    """The folder of a model, which may be a single file."""
-    return path if is_dir(path) else path.parent
 
 
 def _front(recipe: Recipe, models: Sequence[Checkpoint], facts: Sequence[CardFacts]) -> dict[str, object]:

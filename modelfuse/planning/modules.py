@@ -13,7 +13,7 @@ from modelfuse.errors import MismatchError
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.rules import Rules, operations_of
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, children, is_dir, is_file
+from modelfuse.storage import PathOrUrl, children, folder_of, is_dir, is_file
 
 
 def merge_modules(
@@ -39,17 +39,13 @@ def merge_modules(
     full = [model for model in models if not isinstance(model, Adapter)]
     made: list[ModuleFile] = []
     for folder in folders:
-        modules = [_folder_of(model) / folder for model in full]
+        modules = [folder_of(model.path) / folder for model in full]
         if not all(map(_has_weights, modules)) or len(full) < len(models):
             continue
         made.append(_merged(recipe, rules, folder, [open_checkpoint(module) for module in modules]))
     done = {file.name.partition("/")[0] for file in made}
     left = tuple(file for file in side_files if not (file.holds_weights and file.name.partition("/")[0] in done))
     return tuple(made), left
-
-
-def _folder_of(model: Checkpoint) -> PathOrUrl:
-    return model.path if is_dir(model.path) else model.path.parent
 
 
 def _has_weights(folder: PathOrUrl) -> bool:

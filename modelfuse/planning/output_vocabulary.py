@@ -15,7 +15,7 @@ from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_CONFIG, TOKENI
 from modelfuse.checkpoints.vocabulary.union import OutputVocabulary, one_of, union_of
 from modelfuse.errors import MismatchError
 from modelfuse.recipe.recipe import Recipe
-from modelfuse.storage import PathOrUrl, is_dir, is_file
+from modelfuse.storage import folder_of, is_file
 
 
 class WithVocabulary(NamedTuple):
@@ -41,7 +41,7 @@ def rearranged_models(recipe: Recipe, models: Sequence[Checkpoint]) -> WithVocab
         CheckpointError: If a model's tokenizer is missing or cannot be read.
         MismatchError: If the rows of the models differ in length.
     """
-    tokenizers = [read_tokenizer(_folder(model.path)) for model in models]
+    tokenizers = [read_tokenizer(folder_of(model.path)) for model in models]
     limits = [limit_of(model) for model in models]
     first = recipe.reference % len(models)
     output = _output(recipe, tokenizers, limits, first)
@@ -98,7 +98,3 @@ def _tokenizer_files(output: OutputVocabulary) -> dict[str, bytes]:
     if is_file(config):
         made[TOKENIZER_CONFIG] = encoded_json(output.tokenizer_config(read_json(config)))
     return made
-
-
-def _folder(path: PathOrUrl) -> PathOrUrl:
-    return path if is_dir(path) else path.parent

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from modelfuse.checkpoints.json_files import read_json
 from modelfuse.checkpoints.vocabulary.tokenizers import TOKENIZER_FILE, Tokenizer, tokenizer_of
 from modelfuse.errors import CheckpointError
-from modelfuse.storage import PathOrUrl, children, is_dir, is_file, size_of
+from modelfuse.storage import PathOrUrl, children, folder_of, is_file, size_of
 from modelfuse.storage.files import read_whole
 
 #: Larger files are not compared, in bytes.
@@ -63,7 +63,7 @@ class FolderFiles:
     @classmethod
     def of(cls, path: PathOrUrl) -> FolderFiles:
         """The files of a model's or adapter's folder; ``path`` may be a weight file in it."""
-        folder = path if is_dir(path) else path.parent
+        folder = folder_of(path)
         here = {each.name for each in children(folder) if is_file(each)}
         return cls(folder, frozenset(here))
 

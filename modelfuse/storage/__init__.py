@@ -24,6 +24,7 @@ __all__ = [
     "children",
     "configure_cache",
     "exists",
+    "folder_of",
     "forget",
     "has_file",
     "is_dir",
@@ -103,6 +104,11 @@ def has_file(path: PathOrUrl) -> bool:
 def is_dir(path: PathOrUrl) -> bool:
     """Whether there is a folder; in a store: objects with that prefix."""
     return bool(children(path)) if isinstance(path, Url) else _answer(path, path.is_dir)
+
+
+def folder_of(path: PathOrUrl) -> PathOrUrl:
+    """The folder of a model: the path itself, or the folder that contains it if it is a file."""
+    return path if is_dir(path) else path.parent
 
 
 def exists(path: PathOrUrl) -> bool:

@@ -14,7 +14,7 @@ from modelfuse.checkpoints.vocabulary.row_maps import RowMap
 from modelfuse.checkpoints.vocabulary.token_rows import axis_of_tokens, has_rows_of_tokens, rows_of
 from modelfuse.checkpoints.vocabulary.tokenizers import read_tokenizer
 from modelfuse.errors import CheckpointError, MissingExtraError
-from modelfuse.storage import PathOrUrl, is_dir
+from modelfuse.storage import folder_of
 
 
 class CommonRows(NamedTuple):
@@ -85,12 +85,8 @@ def _row_maps(tokens: Sequence[Mapping[str, int]], lengths: Sequence[int]) -> li
 def _tokens(model: Checkpoint, base: Checkpoint) -> Mapping[str, int]:
     """The ids of a model's tokens; one without a tokenizer that has the base's rows has its tokens."""
     try:
-        return read_tokenizer(_folder(model.path)).tokens
+        return read_tokenizer(folder_of(model.path)).tokens
     except CheckpointError:
         if model is base or rows_of(model) != rows_of(base):
             raise
-        return read_tokenizer(_folder(base.path)).tokens
-
-
-def _folder(path: PathOrUrl) -> PathOrUrl:
-    return path if is_dir(path) else path.parent
+        return read_tokenizer(folder_of(base.path)).tokens

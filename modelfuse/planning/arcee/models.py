@@ -20,6 +20,7 @@ from modelfuse.recipe.arcee.configuration import Configuration
 from modelfuse.recipe.arcee.mixture import Mixture
 from modelfuse.recipe.arcee.references import Reference, Stage, Weights
 from modelfuse.recipe.recipe import Recipe
+from modelfuse.storage import PathOrUrl, folder_of
 from modelfuse.storage.concurrent import each_of
 
 
@@ -42,6 +43,11 @@ class OpenModel:
     adapter: Adapter | None
     stacks: tuple[Stack, ...]
     made: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> PathOrUrl:
+        """The folder of its other files."""
+        return folder_of(self.checkpoint.path)
 
     def find(self, name: str) -> StoredTensor | None:
         """The tensor of a name; for a head that is tied to the embedding, the embedding. None if there is none."""

@@ -27,7 +27,7 @@ from modelfuse.planning.arcee.config_json import (
 )
 from modelfuse.planning.arcee.models import OpenModel
 from modelfuse.planning.arcee.tensors import Arrangement
-from modelfuse.planning.arcee.vocabulary import Vocabulary, folder_of
+from modelfuse.planning.arcee.vocabulary import Vocabulary
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.output_format import OutputFormat
 from modelfuse.recipe.arcee.configuration import Configuration
@@ -132,13 +132,13 @@ def _take_tokenizer(recipe: Recipe, files: PlannedFiles, donor: OpenModel, vocab
 def _content(model: OpenModel, name: str) -> dict[str, Any]:
     """The content of a JSON file of a model."""
     made = model.made.get(name)
-    return dict(read_json(folder_of(model) / name)) if made is None else dict(json.loads(made))
+    return dict(read_json(model.folder / name)) if made is None else dict(json.loads(made))
 
 
 def _put_template(
     files: PlannedFiles, wanted: str, models: Sequence[OpenModel], vocabulary: Vocabulary | None, donor: OpenModel
 ) -> None:
-    text = template_of(wanted, [folder_of(model) for model in models])
+    text = template_of(wanted, [model.folder for model in models])
     if text is None:
         files.notes.append("chat_template is auto, but no model has a chat template.")
         return

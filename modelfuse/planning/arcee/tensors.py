@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from modelfuse.checkpoints.layer_stacks import DEFAULT, SHARED, Stack, comes_first, module_of
 from modelfuse.errors import RecipeError
 from modelfuse.planning.arcee.models import OpenModel
-from modelfuse.recipe.arcee.configuration import DEFAULT_MODULE, Configuration, Module, Slice, Source
+from modelfuse.recipe.arcee.configuration import DEFAULT_MODULE, Configuration, ConfiguredModule, Slice, Source
 from modelfuse.recipe.arcee.parameters import depth_of
 from modelfuse.recipe.arcee.references import Reference
 
@@ -29,7 +29,7 @@ class Slot:
     """
 
     name: str
-    module: Module
+    module: ConfiguredModule
     part: Slice
     depth: float
     names: tuple[str, ...]
@@ -113,8 +113,8 @@ class _Arranger:
         for name in known:
             self._module(name)
 
-    def _module(self, name: str) -> Module:
-        """What the configuration says of a part of the model."""
+    def _module(self, name: str) -> ConfiguredModule:
+        """The configuration of a module of the model."""
         modules = self._configuration.modules
         if self._configuration.applies_to_all:
             return modules[DEFAULT_MODULE]
@@ -157,7 +157,7 @@ class _Arranger:
             raise RecipeError(f"The models have different numbers of layers: {counts}", "Choose layers with slices:.")
         return ranges
 
-    def _in_layers(self, target: Stack, module: Module) -> Iterator[Slot]:
+    def _in_layers(self, target: Stack, module: ConfiguredModule) -> Iterator[Slot]:
         before = 0
         for part in module.slices:
             ranges = self._ranges(part, target.module)
@@ -197,7 +197,7 @@ class _Arranger:
             self._layers[key] = found
         return self._layers[key]
 
-    def _beyond(self, part: Slice, module: Module, target: Stack, length: int) -> Iterator[Slot]:
+    def _beyond(self, part: Slice, module: ConfiguredModule, target: Stack, length: int) -> Iterator[Slot]:
         """Tensors of layers after those that config.json counts, for multi-token prediction."""
         for source in part.sources:
             stack = self._stack(source, target.module)
@@ -216,7 +216,7 @@ class _Arranger:
             part = module.slices[0 if comes_first(name) else -1]
             yield self._slot(name, module, part, 0.0, (name,) * len(part.sources))
 
-    def _outside_names(self) -> Iterator[tuple[str, Module]]:
+    def _outside_names(self) -> Iterator[tuple[str, ConfiguredModule]]:
         configuration = self._configuration
         parts = [part for module in configuration.modules.values() for part in (module.slices[0], module.slices[-1])]
         models = dict.fromkeys(source.model for part in parts for source in part.sources)
@@ -229,12 +229,12 @@ class _Arranger:
                     if reference in [source.model for source in part.sources]:
                         yield name, module
 
-    def _slot(self, name: str, module: Module, part: Slice, depth: float, names: tuple[str, ...]) -> Slot:
+    def _slot(self, name: str, module: ConfiguredModule, part: Slice, depth: float, names: tuple[str, ...]) -> Slot:
         for source, own in zip(part.sources, names, strict=True):
             self._taken.setdefault(source.model, set()).add(own)
         return Slot(name, module, part, depth, names)
 
-    def _origins(self, target: Stack, module: Module) -> Iterator[tuple[Stack, OpenModel, int]]:
+    def _origins(self, target: Stack, module: ConfiguredModule) -> Iterator[tuple[Stack, OpenModel, int]]:
         """For each layer of the output, its source for config.json: the base, else the first source."""
         for part in module.slices:
             base = self._configuration.base_of(part)

@@ -19,7 +19,6 @@ from modelfuse.planning.arcee.models import OpenModel
 from modelfuse.planning.arcee.tensors import Slot
 from modelfuse.recipe.arcee.configuration import TokenizerSettings, TokenSource
 from modelfuse.recipe.arcee.references import Reference
-from modelfuse.storage import PathOrUrl, is_dir
 
 
 @dataclass
@@ -142,7 +141,7 @@ def open_vocabulary(
 
 
 def _tokenizer_of(model: OpenModel) -> Tokenizer:
-    made, folder = model.made.get(TOKENIZER_FILE), folder_of(model)
+    made, folder = model.made.get(TOKENIZER_FILE), model.folder
     return read_tokenizer(folder) if made is None else tokenizer_of(json.loads(made), folder / TOKENIZER_FILE)
 
 
@@ -165,12 +164,6 @@ def _row(
             "Give another source, or kind: zero.",
         )
     return TokenRow((number, row), source.force)
-
-
-def folder_of(model: OpenModel) -> PathOrUrl:
-    """The folder of a model's other files."""
-    path = model.checkpoint.path
-    return path if is_dir(path) else path.parent
 
 
 def _check_widths(name: str, tensors: Sequence[StoredTensor], axis: int) -> None:

@@ -15,7 +15,7 @@ from modelfuse.planning.drafts import Draft
 from modelfuse.planning.matching import find_equal_pairs
 from modelfuse.planning.mixture.config_json import Sizes, config_of_mixture
 from modelfuse.planning.mixture.gates import Gates
-from modelfuse.planning.mixture.kinds import KINDS, kind_of
+from modelfuse.planning.mixture.kinds import KINDS, mixture_kind
 from modelfuse.planning.mixture.operations import MixtureBuilder
 from modelfuse.planning.operations import Operation
 from modelfuse.planning.output_format import OutputFormat
@@ -44,7 +44,7 @@ def draft_of_mixture(recipe: Recipe, mixture: Mixture) -> Draft:
     models = inputs.models_of(mixture)
     base = models[mixture.base_model]
     config = _config_of(base)
-    kind = kind_of(mixture, config.get("model_type"))
+    kind = mixture_kind(mixture, config.get("model_type"))
     _check_activations(models, config)
     builder = MixtureBuilder(recipe, mixture, kind, models, Gates(recipe, mixture, base, _embedding(base)))
     operations = builder.build()

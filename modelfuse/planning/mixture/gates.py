@@ -9,7 +9,6 @@ from modelfuse.checkpoints.adapters.arrays import Recent
 from modelfuse.dtypes import F32
 from modelfuse.errors import MismatchError, RecipeError
 from modelfuse.planning.arcee.models import OpenModel
-from modelfuse.planning.arcee.vocabulary import folder_of
 from modelfuse.planning.mixture.hidden import TOLERANCE, HiddenRows, PromptStates, prompt_states
 from modelfuse.planning.mixture.prompts import PromptReader
 from modelfuse.planning.mixture.tensors import EmbeddedPrompts, MadeTensor, Prompts, RandomRows, ValueFunction
@@ -50,9 +49,9 @@ class Gates:
         if mode in HIDDEN and self.recipe.engine == "ray":
             raise RecipeError(f"gate_mode {mode} runs the base, which --engine ray cannot do", "Use --engine local.")
         rows = self.embedding.shape[0]
-        self._prompts = PromptReader(folder_of(self.base), rows, mode).tokens(experts)
+        self._prompts = PromptReader(self.base.folder, rows, mode).tokens(experts)
         if mode in HIDDEN:
-            self._states = prompt_states(self.base.checkpoint, folder_of(self.base), self._prompts, mode)
+            self._states = prompt_states(self.base.checkpoint, self.base.folder, self._prompts, mode)
 
     def router(self, name: str, layer: int) -> StoredTensor:
         """The router of a layer: float32, of shape [experts, width]."""

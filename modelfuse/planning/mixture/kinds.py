@@ -89,7 +89,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def kind_of(mixture: Mixture, base_type: object) -> MixtureKind:
+def mixture_kind(mixture: Mixture, base_type: object) -> MixtureKind:
     """The kind of a configuration's ``architecture``, else the first kind that fits.
 
     Args:

@@ -45,7 +45,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class ConfiguredModule:
     """A stack of layers with the other tensors of its part of the model.
 
     Attributes:
@@ -111,7 +111,7 @@ class Configuration:
 
     name: str | None
     merge_method: str
-    modules: Mapping[str, Module]
+    modules: Mapping[str, ConfiguredModule]
     applies_to_all: bool
     base_model: Reference | None
     parameters: Parameters
@@ -148,7 +148,7 @@ class Configuration:
         """The base of a slice."""
         return part.base_model or self.base_model
 
-    def whole_values(self, module: Module, part: Slice, name: str, depth: float) -> dict[str, Scalar | None]:
+    def whole_values(self, module: ConfiguredModule, part: Slice, name: str, depth: float) -> dict[str, Scalar | None]:
         """The parameters of the merge for one tensor.
 
         Args:
@@ -167,7 +167,7 @@ class Configuration:
         }
 
     def model_values(
-        self, module: Module, part: Slice, source: Source, name: str, depth: float
+        self, module: ConfiguredModule, part: Slice, source: Source, name: str, depth: float
     ) -> dict[str, Scalar | None]:
         """The parameters of one model for one tensor.
 

@@ -11,7 +11,7 @@ from modelfuse.errors import RecipeError
 from modelfuse.recipe.arcee.configuration import (
     DEFAULT_MODULE,
     Configuration,
-    Module,
+    ConfiguredModule,
     Slice,
     Source,
     TokenizerSettings,
@@ -80,24 +80,26 @@ class _Reader:
     def _tokenizer(self, content: Mapping[object, object]) -> TokenizerSettings | None:
         return read_tokenizer(content, self._model, self._notes)
 
-    def _modules(self, content: Mapping[object, object], base: Reference | None) -> dict[str, Module]:
+    def _modules(self, content: Mapping[object, object], base: Reference | None) -> dict[str, ConfiguredModule]:
         given = [key for key in CONTENT_KEYS if content.get(key)]
         if len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "None of models, slices and modules is given"
             raise RecipeError(what, "A configuration has exactly one of them, and something in it.")
         if given[0] != "modules":
-            return {DEFAULT_MODULE: Module(self._slices(content, given[0], "", base), {})}
+            return {DEFAULT_MODULE: ConfiguredModule(self._slices(content, given[0], "", base), {})}
         return {name: self._module(each, f"modules.{name}", base)
                 for name, each in _map(content, "modules", "modules").items()}  # fmt: skip
 
-    def _module(self, content: object, where: str, base: Reference | None) -> Module:
+    def _module(self, content: object, where: str, base: Reference | None) -> ConfiguredModule:
         if not isinstance(content, Mapping):
             raise RecipeError(f"{where} is {shown(content)}", "Write models: or slices: below it.")
         self._notes.unknown(content, MODULE_KEYS, where, self._names)
         given = [key for key in ("models", "slices") if content.get(key)]
         if len(given) != 1:
             raise RecipeError(f"{where} has {len(given)} of models and slices", "Give exactly one of them.")
-        return Module(self._slices(content, given[0], f"{where}.", base), self._parameters(content, f"{where}."))
+        return ConfiguredModule(
+            self._slices(content, given[0], f"{where}.", base), self._parameters(content, f"{where}.")
+        )
 
     def _slices(
         self, content: Mapping[object, object], key: str, where: str, base: Reference | None
