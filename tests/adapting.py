@@ -1,4 +1,4 @@
-"""Small models and adapters of them, made without torch, and what merging them gives by definition."""
+"""Create small models and adapters without torch, and the differences that the adapters represent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import Stored, make_model, save_file
 Tensors = dict[str, np.ndarray]
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False,
           "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-#: [out, in]; nothing is square but o_proj.
+#: Shapes [out, in]; k_proj and v_proj are square.
 SHAPES = {
     "model.embed_tokens.weight": (13, 8),
     "model.layers.0.self_attn.q_proj.weight": (16, 8),
@@ -60,12 +60,12 @@ def make_paddle(folder: Path, tensors: Mapping[str, np.ndarray], **config: Any) 
 
 
 def lora(module: str, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-    """The names of PEFT's tensors, without the prefix."""
+    """The tensors of a LoRA layer by PEFT's names, without the prefix."""
     return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
 
 
 def adapter_of(folder: Path, seed: int, *modules: str, **config: Any) -> tuple[Path, Tensors]:
-    """A PEFT adapter of some modules, and scale·B·A of each, by the name of the weight."""
+    """Create a PEFT adapter of some modules; returns it and scale·B·A of each, by the name of the weight."""
     tensors: Tensors = {}
     deltas: Tensors = {}
     for number, module in enumerate(modules):

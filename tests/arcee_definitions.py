@@ -1,4 +1,4 @@
-"""The methods of arcee's configurations by their plain definitions in float64 numpy, over whole tensors."""
+"""Definitions of the methods of mergekit's configurations, in float64 numpy over whole tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from modelfuse.methods.random import draws, stream_key
 
 Array = npt.NDArray[np.float64]
-#: Per-model parameters, one mapping a model.
+#: Per-model parameters, one mapping per model.
 Each = Sequence[Mapping[str, Any]]
 Whole = Mapping[str, Any]
 
@@ -40,7 +40,7 @@ def linear(xs: list[Array], each: Each, whole: Whole) -> Array:
 
 
 def arc(a: Array, c: Array, t: float, straight: float, least: float, clamp: bool) -> Array:
-    """Slerp of un-normalised tensors; ``straight`` is the largest |cosine| that is not interpolated straight."""
+    """Slerp of tensors that are not normalized; beyond the |cosine| ``straight``, linear interpolation."""
     norms = [max(norm(x), least) if clamp else (norm(x) if norm(x) > least else 1.0) for x in (a, c)]
     cosine = min(max(dot(a, c) / norms[0] / norms[1], -1.0), 1.0)
     if (clamp and 1 - cosine**2 <= straight) or (not clamp and abs(cosine) > straight):
@@ -119,11 +119,11 @@ def model_stock(ds: list[Array], each: Each, whole: Whole) -> Array:
     return np.asarray(t * sum(ds) / n)
 
 
-# The family -----------------------------------------------------------------------------------------------------------
+# Sparsifiers with weighted sums and sign election ---------------------------------------------------------------------
 
 
 def largest(d: Array, own: Mapping[str, Any], random: Array) -> Array:
-    """Those that equal the smallest one kept are kept too."""
+    """Keep the largest elements, including all that equal the smallest one kept."""
     order = np.sort(np.abs(d), axis=None)
     k = max(1, math.floor(own["density"] * d.size))
     return np.where(np.abs(d) >= order[d.size - k], d, 0.0)
@@ -245,7 +245,7 @@ PLAIN = {
 def merge(
     name: str, xs: Sequence[Array], base: Array | None, each: Each, whole: Whole, *, tensor: str = "w", seed: int = 0
 ) -> Array:
-    """Merge one tensor of float64 values as a configuration says."""
+    """Merge one tensor of float64 values."""
     ds = [x - base for x in xs] if base is not None else list(xs)
     if name == "arcee_fusion":
         assert base is not None

@@ -1,4 +1,4 @@
-"""As much of Azure's blob storage as a merge needs: listing, asking, ranges with conditions, writing by blocks."""
+"""A server with the part of Azure's blob storage that a merge needs: lists, conditional ranges, uploads in blocks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Azure:
     """A container.
 
     Attributes:
-        blobs: What it holds.
-        conditions: All that readers have said of versions.
-        fails: Chooses requests that fail, by their path and query.
+        blobs: The contents of blobs, by name.
+        conditions: The If-Match headers of all requests.
+        fails: Whether a request fails, by its path and query.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Azure:
         self._server.server_close()
 
     def put(self, folder: Path, prefix: str) -> str:
-        """Upload a folder; its URL."""
+        """Upload a folder; returns its URL."""
         for path in folder.rglob("*"):
             if path.is_file():
                 self.blobs[f"{prefix}/{path.relative_to(folder)}"] = path.read_bytes()
@@ -116,7 +116,7 @@ class Azure:
         return 206, known, content[first : last + 1]
 
     def _remove(self, body: str) -> bytes:
-        """Many at once, each with a request and an answer of its own."""
+        """Answer a batch of DELETE requests."""
         answers = []
         for number, name in enumerate(re.findall(rf"DELETE /(?:{ACCOUNT}/)?{BOX}/(\S+)", body)):
             status = "202 Accepted" if self.blobs.pop(unquote(name), None) is not None else "404 BlobNotFound"
@@ -146,5 +146,5 @@ class Azure:
 
 
 def _tag(content: bytes) -> str:
-    """As listings have it; headers have it between quotation marks."""
+    """The version of a blob, as in listings; headers have it in quotation marks."""
     return f"0x{md5(content).hexdigest()[:16].upper()}"

@@ -1,4 +1,4 @@
-"""A real browser without a window: a page is used as a person would, and says what it then shows."""
+"""Run a page in a headless browser, operate its controls, and return what it shows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-#: What browsers are called that can be driven so.
+#: Commands of browsers that can be used.
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 SECONDS = 180
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome on this machine")
 
-#: Runs the test's steps once the page is drawn, and puts what they give in the place of the page.
+#: Runs the test's steps once the page is drawn, and replaces the page by their result.
 PROBE = """<script>(async () => {
   const drawn = async (count) => {
     for (let tries = 0; Number(document.body.dataset.drawn || 0) < count; tries += 1) {
@@ -48,7 +48,7 @@ PROBE = """<script>(async () => {
 
 
 def use(page: Path, steps: str, *flags: str) -> Any:
-    """Open a page, do the steps of a program that may use ``choose``, ``drawn`` and ``marks``, and give its result."""
+    """Open a page and run JavaScript in it, which may use ``choose``, ``drawn`` and ``marks``; returns its result."""
     assert BROWSER is not None
     driven = page.with_name(f"driven-{page.name}")
     text, end, rest = page.read_text(encoding="utf-8").rpartition("</body>")

@@ -1,4 +1,4 @@
-"""What the tests share: tiny models made without torch, and the command line with all it says."""
+"""Shared by the tests: tiny models created without torch, and the command line with its output."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from modelfuse.cli.console import FORCED
 from modelfuse.dtypes import BY_NAME
 from modelfuse.printable import is_printable
 
-#: The scripts that made the fixtures need the libraries that made them.
+#: The scripts there need the libraries that the fixtures were created with.
 collect_ignore = ["fixtures"]
 ROOT = Path(__file__).parent.parent
-#: Every (sparsify_type, merge_type), as words of the command line.
+#: Every (sparsify_type, merge_type), as arguments of the command line.
 STEPS = [
     [*(["--sparsify_type", sparsify] if sparsify else []), "--merge_type", merge]
     for sparsify in (None, *SPARSIFIERS)
@@ -37,13 +37,13 @@ COMPILING = {f"test_{name}.py" for name in ("adaptive", "arcee_methods", "array"
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A shell has its background jobs ignore interruptions, and so would the programs that tests start and interrupt.
+    # Background jobs of a shell ignore SIGINT, and the processes that tests start and interrupt would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """In several processes, each takes whole files, and one takes those that compile the same kernels."""
+    """Distribute whole files among processes; files that compile the same kernels go to one process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]
@@ -56,7 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a safetensors file holds it."""
+    """A tensor as stored in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class Stored:
 
 
 def bf16(values: Any) -> Stored:
-    """Values in bfloat16; those that it cannot represent are cut off, not rounded."""
+    """Values in bfloat16, truncated instead of rounded."""
     wide = np.asarray(values, np.float32)
     return Stored("BF16", wide.shape, (wide.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
@@ -100,14 +100,14 @@ def make_model(
     """Write a model folder.
 
     Args:
-        folder: Where; created with its parents.
-        tensors: By name, in order. uint16 arrays are stored as U16, :func:`bf16` ones as BF16.
-        config: config.json; None for none.
-        metadata: Of every weight file; None for ``{"format": "pt"}``.
+        folder: The folder, which is created with its parents.
+        tensors: The tensors by name, in order. uint16 arrays are stored as U16, :func:`bf16` ones as BF16.
+        config: The content of config.json; None: no such file.
+        metadata: The metadata of every weight file; None: ``{"format": "pt"}``.
         prefix: ``model`` or ``master_weights``.
-        shards: How many weight files the tensors are dealt out to.
-        index: Whether several shards get an index.
-        files: Further files: name → content.
+        shards: The number of weight files, among which the tensors are distributed in turn.
+        index: Whether to write an index for several shards.
+        files: The contents of further files, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{prefix}-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
@@ -128,7 +128,7 @@ def make_model(
 
 
 def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors and metadata of a safetensors file, by the letter of the format and not by our code."""
+    """The tensors and metadata of a safetensors file, read independently of the package's reader."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length].decode("utf-8"))
@@ -162,7 +162,7 @@ def array(stored: Stored) -> np.ndarray:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str | None]:
-    """Everything in a folder, hidden or not: files with their content, links with their target, folders."""
+    """Everything in a folder, including hidden files: the contents of files, the targets of links, None for folders."""
     found: dict[str, bytes | str | None] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -175,7 +175,7 @@ def snapshot(folder: Path) -> dict[str, bytes | str | None]:
 
 @dataclass(frozen=True)
 class Said:
-    """How a command ended, and what it said."""
+    """The exit status and the output of a command."""
 
     status: int
     out: str
@@ -192,7 +192,7 @@ def modelfuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
         status = main([str(word) for word in words])
         said = capsys.readouterr()
         if not any(name in os.environ for name in FORCED):
-            # Ray's own lines come in colour from another process.
+            # Ray's own lines are coloured by another process.
             lines = [line for line in (said.out + said.err).splitlines() if "(raylet)" not in line]
             assert is_printable("".join(lines)), "raw control characters"
         return Said(status, said.out, said.err)
@@ -214,7 +214,7 @@ def merge(modelfuse: Callable[..., Said]) -> Callable[..., Said]:
 
 @pytest.fixture
 def refuse(modelfuse: Callable[..., Said], tmp_path: Path) -> Callable[..., str]:
-    """A command that must be refused as the user's mistake: short, without a traceback, and leaving no trace."""
+    """A command that must fail as the user's mistake: with a short message, no traceback, and no files left behind."""
 
     def run(*words: object, says: Sequence[object] = (), hint: str | None = None) -> str:
         before = snapshot(tmp_path)
@@ -247,7 +247,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def random_tensors(seed: int, *, dtype: str = "float32") -> dict[str, Any]:
-    """Tensors of a model in small, the same names and shapes for every seed."""
+    """The tensors of a tiny model, with the same names and shapes for every seed."""
     random = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (11, 4), "model.layers.0.mlp.weight": (4, 5),
               "model.layers.1.mlp.weight": (4, 5), "model.norm.weight": (4,), "lm_head.weight": (11, 4)}  # fmt: skip
@@ -256,7 +256,7 @@ def random_tensors(seed: int, *, dtype: str = "float32") -> dict[str, Any]:
 
 
 def base_and_two(folder: Path, shapes: Mapping[str, int | tuple[int, ...]], integers: int) -> list[Path]:
-    """A base and two models of these tensors in bfloat16, with one of so many integers, ``ids``, that is copied."""
+    """A base and two models of these tensors in bfloat16, and of a copied tensor ``ids`` of ``integers`` integers."""
     made = []
     for seed, name in enumerate("ZAB"):
         random = np.random.default_rng(seed)
@@ -267,7 +267,7 @@ def base_and_two(folder: Path, shapes: Mapping[str, int | tuple[int, ...]], inte
 
 
 def start(*words: object, folder: Path | None = None, code: str | None = None, **options: Any) -> subprocess.Popen[str]:
-    """``python -m modelfuse`` (or ``code``) in a process of its own."""
+    """Start ``python -m modelfuse`` (or ``code``) as a subprocess."""
     command = [sys.executable, "-W", "error", *(["-c", code] if code else ["-m", "modelfuse"]), *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -301,7 +301,7 @@ def s3_server() -> Iterator[Any]:
 
 @pytest.fixture
 def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A local S3 with one empty bucket, where the libraries look for it."""
+    """A local S3 with one empty bucket; the environment directs the libraries to it."""
     from stores import ENVIRONMENT
 
     from modelfuse.storage.remote import open_store, stores

@@ -1,4 +1,4 @@
-"""The seed's methods by their plain definitions in numpy, over whole tensors: what all backends are tested against."""
+"""Definitions of methods in numpy over whole tensors, which all backends are compared with."""
 
 from __future__ import annotations
 

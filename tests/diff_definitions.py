@@ -1,4 +1,4 @@
-"""What ``modelfuse diff`` tells, by plain float64 definitions over whole tensors."""
+"""Definitions of the measures of ``modelfuse diff``, in float64 over whole tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Array = np.ndarray
 
 @dataclass
 class Whole:
-    """A tensor as the base holds it and each model's difference, float64.
+    """A tensor of the base and its differences in all models, float64.
 
     Attributes:
         base: The base's values.
-        differences: One a model.
-        matrices: Cuts such a tensor into matrices [outputs, inputs]; None for what is no matrix of a layer.
-        columns: The columns of the matrix as it is stored.
+        differences: The difference of each model.
+        matrices: Splits such a tensor into matrices [outputs, inputs]; None if it is not a layer's matrix.
+        columns: The number of columns of the stored matrix.
     """
 
     base: Array
@@ -56,7 +56,7 @@ def over(part: float, whole: float) -> float | None:
 
 
 def root_mean_squares(values: Array, block: int) -> Array:
-    """Of each element, that of its block."""
+    """For each element, the root mean square of its block."""
     flat = values.ravel()
     blocks = [flat[first : first + block] for first in range(0, flat.size, block)]
     return np.concatenate([np.full(each.size, np.sqrt(np.mean(each**2))) for each in blocks])
@@ -134,7 +134,7 @@ def near(found: float | None, wanted: Any, close: float, name: str) -> None:
 
 
 def hold(group: Group, tensors: Sequence[Whole], *, sketched: bool = False, close: float = 2e-6) -> None:
-    """Hold what was told of some tensors against the definitions."""
+    """Compare the measures of some tensors with the definitions."""
     assert (group.tensors, group.elements) == (len(tensors), sum(each.base.size for each in tensors))
     norm = norm_of(np.concatenate([each.base.ravel() for each in tensors]))
     assert group.base_norm == pytest.approx(norm, rel=close)

@@ -1,4 +1,4 @@
-"""Walking a kernel's procedure as the run does, over arrays in memory."""
+"""Run the passes of a procedure like a merge does, on arrays in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelfuse.methods.applied import Applied
 
 Array = npt.NDArray[Any]
 
-#: Slices start at multiples of this many elements: the sums of slerp are added up in such chunks.
+#: Slices start at multiples of this many elements, the chunks of partial sums.
 GRAIN = merge_loops.CHUNK
 FLOATS = {"float32": F32, "float16": F16, "bfloat16": BF16, "float64": F64}
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -40,7 +40,7 @@ def bfloat16(values: Array) -> npt.NDArray[np.uint16]:
     above = below + np.uint32(1)
     with np.errstate(invalid="ignore"):
         lower, upper = ((bits << np.uint32(16)).view(np.float32).astype(np.float64) for bits in (below, above))
-    # The first value too large rounds as if the exponent range went on.
+    # The first value beyond the range is rounded as if the exponent were unbounded.
     upper = np.where(np.abs(upper) < 2.0**128, upper, np.copysign(2.0**128, wide))
     with np.errstate(invalid="ignore"):
         to_lower, to_upper = np.abs(wide - lower), np.abs(upper - wide)
@@ -52,7 +52,7 @@ def bfloat16(values: Array) -> npt.NDArray[np.uint16]:
 
 
 def store(values: Array, dtype: DType) -> Array:
-    """Values as a checkpoint would store them; bfloat16 as uint16."""
+    """Convert values to their stored type; bfloat16 as uint16."""
     if dtype is BF16:
         return bfloat16(values)
     with np.errstate(over="ignore"):
@@ -60,7 +60,7 @@ def store(values: Array, dtype: DType) -> Array:
 
 
 def load(stored: Array, dtype: DType, compute: str) -> Array:
-    """The opposite of ``store``."""
+    """Convert stored values to the compute type."""
     if dtype is BF16:
         with np.errstate(invalid="ignore"):
             return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(compute)
@@ -84,23 +84,23 @@ def walk(
     out: Array,
     extents: Sequence[Extent] = (),
 ) -> tuple[Any, Array]:
-    """One span, in slices of ``step`` elements; returns what the pass found and its counts of non-finite elements."""
+    """Process one span in slices of ``step`` elements; returns the finding and the counts of non-finite elements."""
     assert first % GRAIN == 0
     assert step % GRAIN == 0
     state = pass_.start()
     assert not extents or pass_.read_from(state, extents)
     sizes = [source.bytes for source in work.sources]
-    # Bytes beyond the slice hold rubbish, as in a buffer that is used again.
+    # Bytes beyond the slice have arbitrary values, as in a reused buffer.
     raws = np.full((len(stored), step * max(sizes)), 0xA5, np.uint8)
-    room = np.full(step * work.out.bytes, 0x5A, np.uint8)
+    buffer = np.full(step * work.out.bytes, 0x5A, np.uint8)
     for start in range(first, first + count, step):
         length = min(step, first + count - start)
         for raw, values, size in zip(raws, stored, sizes, strict=True) if not extents else ():
             raw[: length * size] = values[start : start + length].view(np.uint8)
-        pass_.apply(state, start, length, raws, room)
+        pass_.apply(state, start, length, raws, buffer)
         if pass_.writes:
             begin = start * work.out.bytes
-            out[begin : begin + length * work.out.bytes] = room[: length * work.out.bytes]
+            out[begin : begin + length * work.out.bytes] = buffer[: length * work.out.bytes]
     bad = state.bad.copy()
     return pass_.finish(state), bad
 
@@ -117,13 +117,13 @@ def drive(
     """Merge arrays; returns the stored result and the counts of non-finite elements of the pass that writes.
 
     Args:
-        work: What to do.
+        work: The merge.
         stored: The stored models, the base last if there is one.
-        spans: The first elements of the spans after the first one.
-        step: Elements a slice.
-        procedure: What to drive instead of merging.
-        passes: Filled with every pass and what its spans found.
-        extents: Where the passes are to read the stored models by themselves.
+        spans: The first elements of all spans but the first one.
+        step: Elements per slice.
+        procedure: The procedure to run; None: that of the merge.
+        passes: Receives every pass and its spans' findings.
+        extents: The file extents of the models, if the passes are to read them by themselves.
     """
     out = np.zeros(work.size * work.out.bytes, np.uint8)
     edges = [0, *(spans or ()), work.size]

@@ -1,6 +1,6 @@
-"""Merges again and again, and lets another system call fail each time; run by test_faults.py with faults.c preloaded.
+"""Repeat a merge with a fault at each system call in turn; test_faults.py runs it with faults.c preloaded.
 
-One process imports and compiles everything; every merge is a fork of it. What is wrong is printed, a line each.
+One process imports and compiles everything; every merge is a fork of it. Errors are printed, one per line.
 
     python fault_sweep.py FOLDER SCENARIO KIND [KIND ...]
 """
@@ -29,8 +29,8 @@ from modelfuse.cli.main import main
 from modelfuse.execution import run
 from modelfuse.execution.result import Result
 
-#: What befalls a call: an error number, or what faults.c does besides; whether all later calls of its name fail too;
-#: and whether that begins with planning, or when there is a plan.
+#: Kinds of faults: an error number, or another action of faults.c; whether all later calls of the same name fail too;
+#: whether calls are counted from planning on, or from the execution of the plan.
 KINDS = {
     "EIO": (errno.EIO, False, False),
     "EIO from the start": (errno.EIO, False, True),
@@ -39,17 +39,17 @@ KINDS = {
     "short": (-1, False, False),
     "SIGKILL": (-2, False, False),
 }
-#: Calls that the system never interrupts, and that nobody tries again.
+#: Calls that the system never interrupts, and that are not retried.
 NEVER_INTERRUPTED = ("rename", "mkdir", "rmdir", "unlink", "unlinkat", "stat64", "fstat64", "fstatat64")
 _shim = ctypes.CDLL(None)
 
 
 def keep_at_once() -> None:
-    """Sync after every tensor, so that there is something to go wrong, on the thread that asks for it."""
+    """Sync after every tensor, in the calling thread, so that these calls can fail as well."""
     keep = OutputFolder.keep
 
     def synced(folder: OutputFolder, name: str, nbytes: int, entry: object) -> None:
-        with contextlib.suppress(AttributeError):  # The thread is not to begin before its time.
+        with contextlib.suppress(AttributeError):  # Before the sync's thread is started.
             keep(folder, name, nbytes, entry)
             folder._sync.stop()
             folder._sync.flush()
@@ -59,12 +59,12 @@ def keep_at_once() -> None:
 
 
 class Ended(NamedTuple):
-    """How a merge ended.
+    """The result of a merge.
 
     Attributes:
-        status: Its exit status, or minus the signal that killed it.
-        point: The name of the call that failed, empty if none did.
-        err: What it said.
+        status: Its exit status, or the negative number of the signal that killed it.
+        point: The name of the call that failed; empty if none did.
+        err: Its standard error.
     """
 
     status: int
@@ -72,12 +72,12 @@ class Ended(NamedTuple):
     err: str
 
 
-#: Merges by these words, with a fault of this kind at the call of this number, from 1.
+#: Merges with these arguments, with a fault of this kind at the call with this number, from 1 on.
 Fail = Callable[[list[str], str, int], Ended]
 
 
 def merge(words: list[str], kind: str, number: int) -> Ended:
-    """Merge in this process, with a fault."""
+    """Merge with a fault in this process."""
     what, lasts, from_the_start = KINDS[kind]
     run_plan, err = run.run_plan, io.StringIO()
 
@@ -97,17 +97,17 @@ def merge(words: list[str], kind: str, number: int) -> Ended:
 
 
 def merge_in_a_fork(words: list[str], kind: str, number: int) -> Ended:
-    """The same in a process that may be killed."""
+    """Merge with a fault in a fork, which may be killed."""
     child = os.fork()
     if not child:
         os._exit(merge(words, kind, number).status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return Ended(status, "where it was killed" if status < 0 else "", "")
+    return Ended(status, "killed" if status < 0 else "", "")
 
 
 @contextlib.contextmanager
 def interrupted_after_two_tensors() -> Iterator[None]:
-    """Ctrl-C in a worker, as good as in any other place."""
+    """Raise KeyboardInterrupt in a worker when the third tensor is written."""
     write, calls = run.Run.write, []
 
     def interrupting(*words: Any) -> None:
@@ -122,7 +122,7 @@ def interrupted_after_two_tensors() -> Iterator[None]:
 
 
 def prepare(folder: Path) -> list[str]:
-    """Make models, an old output, and everything that is imported and compiled; returns the words of the merge."""
+    """Create models and an old output, and import and compile everything; returns the arguments of the merge."""
     models = []
     for seed, name in enumerate("AB"):
         random = np.random.default_rng(seed)
@@ -130,9 +130,9 @@ def prepare(folder: Path) -> list[str]:
         models.append(make_model(folder / name, {**tensors, "ids": np.arange(3)}, shards=1 + seed))
     out = folder / "out" / "C"
     words = ["merge", "--model_path_list", *map(str, models), "--output_path", str(out), "--overwrite", "--quiet"]
-    words += ["--n_process", "1"]  # What is kept at once is kept by one thread, as in a merge.
+    words += ["--n_process", "1"]  # keep_at_once must be called by one thread only.
     words += ["--merge_method", "slerp", "--max_shard_size", "300"]
-    for alpha in "0", "2":  # The second is a mistake, which loads what shows one.
+    for alpha in "0", "2":  # The second is invalid, which imports the modules that report errors.
         with contextlib.redirect_stderr(io.StringIO()):
             main([*words, "--slerp_alpha", alpha])
     out.rename(folder / "old")
@@ -140,7 +140,7 @@ def prepare(folder: Path) -> list[str]:
 
 
 def sweep(folder: Path, words: list[str], scenario: str, kind: str, fail: Fail) -> Iterator[str]:
-    """Every point of a merge, the first call that is counted to the last; yields what is wrong."""
+    """Merge with a fault at every counted call in turn; yields errors."""
     out = folder / "out" / "C"
     assert main(words) == 0
     new = snapshot(out)
@@ -170,7 +170,7 @@ def sweep(folder: Path, words: list[str], scenario: str, kind: str, fail: Fail) 
 
 
 def judge(ended: Ended, before: object, after: object, new: object, kind: str) -> Iterator[str]:
-    """What is wrong with how a merge ended, and with the output that it left."""
+    """Check the result of a merge with a fault, and the output that it left; yields errors."""
     if ended.status not in (-9, 0, 1, 2):
         yield f"ends with {ended.status}"
     if after not in (before, new):
@@ -187,11 +187,11 @@ def judge(ended: Ended, before: object, after: object, new: object, kind: str) -
 
 
 def sweep_all(fail: Fail) -> None:
-    """As the words of the command line say."""
+    """Run the sweep of the command line's arguments."""
     folder, scenario, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     keep_at_once()
     words = prepare(folder)
-    gc.freeze()  # What is here to stay need not be looked through, and so copied, in every fork.
+    gc.freeze()  # Otherwise garbage collection would touch, and so copy, all objects in every fork.
     for kind in kinds:
         for line in sweep(folder, words, scenario, kind, fail):
             print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Documents made hostile: any JSON or YAML file, damaged in its structure or in its bytes."""
+"""Strategies of hypothesis that damage JSON and YAML documents, in their structure or in their bytes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-#: How much harder to try than a test run has time for: FUZZ=50 pytest tests/test_fuzz.py
+#: Multiplies the number of cases: FUZZ=50 pytest tests/test_fuzz.py
 EFFORT = int(os.environ.get("FUZZ", "1"))
 SECONDS = 30
 BYTES = 100_000_000
 
-#: What no reader should stumble over, wherever it stands.
+#: Values that readers must handle anywhere in a document.
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 2**64, 10**400, 0.5, -0.0, 1e-320, 1e308,
     1e400, -1e400, math.nan, "", " ", "\0", "a\0b", "\ud800", "\udcff", "..", ".", "/", "../x", "/etc/passwd", "~",
     "C:\\x", "%s{}", "[bold]", "\x1b[2J", "\r\n", "a" * 5000, "NaN", "1e999", "0x10", "5GB", "١", "float32", [], {},
     [[]], [None], {"": None}, ["a", "a"], [1.5, "x", None], {"a": {"b": []}}, [0] * 3000,
 ]  # fmt: skip
-#: What no parser should stumble over, wherever it is put.
+#: Bytes that parsers must handle anywhere in a file.
 PIECES = [
     b"{", b"}", b"[", b"]" * 50, b"[" * 2000, b'"', b",", b":", b"\\u0000", b"\\ud800", b"\0", b"\xff", b"\xef\xbb\xbf",
     b"9" * 5000, b"&a ", b"*a", b"!!python/name:os.system ", b"<<: *a", b"? ", b"---\n", b"1e5", b"NaN", b"\n", b"\t",
@@ -34,13 +34,13 @@ PIECES = [
 ]  # fmt: skip
 
 
-def _places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths to everything inside."""
+def _paths(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all entries, at any depth."""
     entries = document.items() if isinstance(document, dict) else enumerate(document)
     for key, value in entries:
         yield (*path, key)
         if isinstance(value, dict | list):
-            yield from _places(value, (*path, key))
+            yield from _paths(value, (*path, key))
 
 
 def _nested(depth: int, by: str) -> Any:
@@ -55,10 +55,10 @@ def structures(draw: st.DrawFn, document: Any) -> Any:
     """The document with a few entries replaced, removed, renamed, moved or nested."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(document))
-        if not places:
+        paths = list(_paths(document))
+        if not paths:
             break
-        *path, key = draw(st.sampled_from(places))
+        *path, key = draw(st.sampled_from(paths))
         parent = document
         for step in path:
             parent = parent[step]
@@ -66,7 +66,7 @@ def structures(draw: st.DrawFn, document: Any) -> Any:
         if what == "value":
             parent[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
         elif what == "other":
-            *others, last = draw(st.sampled_from(places))
+            *others, last = draw(st.sampled_from(paths))
             source = document
             with contextlib.suppress(KeyError, IndexError, TypeError):
                 for step in others:
@@ -88,7 +88,7 @@ def structures(draw: st.DrawFn, document: Any) -> Any:
 
 @st.composite
 def texts(draw: st.DrawFn, content: bytes) -> bytes:
-    """The bytes with some changed, repeated, cut out or put in, or in another encoding."""
+    """The bytes with some changed, repeated, removed or inserted, or with a byte order mark."""
     damaged = bytearray(content)
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(damaged)))
@@ -109,7 +109,7 @@ def texts(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def json_files(document: Any) -> st.SearchStrategy[bytes]:
-    """JSON files that are nearly the document."""
+    """Damaged JSON files of a document."""
 
     def encode(damaged: Any) -> bytes:
         return json.dumps(damaged, ensure_ascii=True).encode()
@@ -120,7 +120,7 @@ def json_files(document: Any) -> st.SearchStrategy[bytes]:
 
 @contextlib.contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Fails where the block takes too long or too much memory."""
+    """Fail if the block takes more than SECONDS, or BYTES of memory."""
 
     def stop(*_: object) -> None:
         raise AssertionError(f"{what} takes more than {SECONDS} seconds")

@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of the protocol as huggingface_hub speaks to fetch models."""
+"""A local hub with the part of the protocol that huggingface_hub needs to download and upload models."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-#: Larger files lie in another place, to which the hub sends whoever asks for them.
+#: Requests for files of at least this size are redirected to another host.
 SMALL = 1000
 PIECE = 1 << 16
 
 
 @dataclass
 class Repository:
-    """A model: its commits, each with all its files, and what branches and tags point to."""
+    """A model: its commits, each with all files, and the commits of branches and tags."""
 
     name: str
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, and how many bytes were sent."""
+    """A request."""
 
     method: str
     path: str
@@ -48,15 +48,15 @@ class Asked:
 
 @dataclass
 class Hub:
-    """The server and all that it was asked.
+    """The server and its log.
 
     Attributes:
-        asked: Every request.
-        sent: Bytes sent of each file.
-        status: What every request is answered with instead, if not None.
+        asked: All requests.
+        sent: The number of bytes sent of each file.
+        status: The status of all answers; None: normal answers.
         before: Called with a file's name before its content is sent.
-        ranges: Whether parts of files can be asked for.
-        token: What lets in to gated models.
+        ranges: Whether range requests are supported.
+        token: The token that gives access to gated and private models.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Hub:
         return repository
 
     def fetched(self, name: str) -> set[str]:
-        """The files of a model of which anything was sent."""
+        """The files of a model that were requested."""
         with self.lock:
             return {path.removeprefix(f"{name}/") for path in self.sent if path.startswith(f"{name}/")}
 
@@ -93,7 +93,7 @@ def _all(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub for as long as the context lasts."""
+    """Run a hub while the context is active."""
     hub = Hub()
 
     class Handler(_Handler):
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer()
 
     def do_POST(self) -> None:
-        """Making a repository, and a commit to it, which only those may who are let in."""
+        """Create a repository, a branch or a commit; a token is required."""
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.asked.append(Asked(self.command, path, {name.lower(): value for name, value in self.headers.items()}))
@@ -246,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         blob = hashlib.sha256(content).hexdigest()
         self.hub.blobs[blob] = f"{name}/{file}", content
-        # Another host, to which no token must go.
+        # Another host, which must not receive the token.
         headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{blob}"',
                     "Location": f"http://localhost:{self.hub.port}/blobs/{blob}"}  # fmt: skip
         self.reply(302, b"", headers)

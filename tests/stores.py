@@ -1,4 +1,4 @@
-"""Stores on this machine: moto's S3, and a web server with ranges, both with faults that tests ask for."""
+"""Local stores: moto's S3, and a web server with range requests, both with faults that tests choose."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 BUCKET = "bucket"
 AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
-#: What the libraries are told where S3 is, and who asks.
+#: Environment variables with the credentials of S3.
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
                "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: its method, the path, the query, and the range if there is one."""
+    """A request: method, path, query, and the headers Range and If-Match, if there are any."""
 
     method: str
     path: str
@@ -40,16 +40,16 @@ class Asked:
 
 
 Headers = dict[str, str]
-#: What an answer says instead.
+#: Replaces the headers of an answer.
 Twist = Callable[[Asked, Headers], Headers]
-#: What is to become of a request: a status instead of an answer, or None.
+#: Gives the status of an error for a request; None: a normal answer.
 Fault = Callable[[Asked], int | None]
-#: Instead of a status: the request is done, but its answer is an error.
+#: Instead of a status: the request is executed, but answered with an error.
 LOST = -1
 
 
 def length_of(asked: Asked) -> int:
-    """The bytes of a range."""
+    """The number of bytes of a request's range."""
     first, last = str(asked.range).removeprefix("bytes=").split("-")
     return int(last) - int(first) + 1
 
@@ -63,15 +63,15 @@ class _Quiet(WSGIRequestHandler):
 
 @dataclass
 class S3:
-    """moto's S3, which remembers what it was asked.
+    """moto's S3 with a log of requests.
 
     Attributes:
         asked: All requests, in order.
         fault: Chooses requests that fail.
         twist: Changes the headers of answers.
-        delay: Seconds that each answer is held back.
-        most: The most requests that were under way at a time.
-        proof: The files of a certificate and its key, to be spoken to over TLS.
+        delay: Seconds before each answer.
+        most: The largest number of concurrent requests.
+        proof: The files of a certificate and its key, for TLS.
     """
 
     asked: list[Asked] = field(default_factory=list)
@@ -80,7 +80,7 @@ class S3:
     delay: float = 0.0
     most: int = 0
     proof: tuple[str, str] | None = None
-    #: Whether it takes anybody for its owner.
+    #: Whether requests without a signature are accepted.
     trusts: bool = False
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class S3:
 
     @property
     def client(self) -> Any:
-        """A client of another library."""
+        """A client of boto3."""
         import boto3  # type: ignore[import-untyped]
 
         keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
@@ -154,7 +154,7 @@ class S3:
             client.close()
 
     def put(self, folder: Path, prefix: str) -> str:
-        """Upload a folder; its URL."""
+        """Upload a folder; returns its URL."""
         with self.speaking() as client:
             for path in sorted(folder.rglob("*")):
                 if path.is_file():
@@ -162,7 +162,7 @@ class S3:
         return f"s3://{BUCKET}/{prefix}"
 
     def objects(self, prefix: str = "") -> dict[str, bytes]:
-        """All objects whose names begin so, without that beginning."""
+        """The contents of all objects with a prefix, by their names without it."""
         with self.speaking() as client:
             found = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
             keys = [each["Key"] for each in found]
@@ -171,12 +171,12 @@ class S3:
             }
 
     def uploads(self) -> list[str]:
-        """The names of files whose parts lie there, uncompleted."""
+        """The names of unfinished multipart uploads."""
         with self.speaking() as client:
             return [each["Key"] for each in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
 
     def reset(self) -> None:
-        """Empty, and without faults."""
+        """Remove all objects, uploads and faults."""
         self.trusts = False
         self.fault, self.twist, self.delay = (lambda _: None), (lambda _, headers: headers), 0.0
         with self.speaking() as client:
@@ -189,7 +189,7 @@ class S3:
 
 
 def prove(folder: Path) -> tuple[str, str]:
-    """A certificate of this machine, signed by itself, and its key."""
+    """Write a self-signed certificate for 127.0.0.1 and its key; returns their paths."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -213,7 +213,7 @@ class Web:
     """A web server of a folder.
 
     Args:
-        folder: What it shows.
+        folder: The folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -221,7 +221,7 @@ class Web:
         self.headers: list[Mapping[str, str]] = []
         self.fault: Fault = lambda _: None
         self.twist: Twist = lambda _, headers: headers
-        #: Chooses answers that end early; whether bytes come one by one; what follows them.
+        #: Chooses answers that are truncated; whether bytes are sent one by one; bytes that follow the content.
         self.cut: Callable[[Asked], bool] = lambda _: False
         self.trickles, self.more = False, b""
         web = self
@@ -276,8 +276,8 @@ class Web:
             handler.close_connection = True
             return
         try:
-            for place in range(0, len(content), 1) if self.trickles else ():
-                handler.wfile.write(content[place : place + 1])
+            for offset in range(len(content)) if self.trickles else ():
+                handler.wfile.write(content[offset : offset + 1])
                 time.sleep(0.05)
             if not self.trickles:
                 handler.wfile.write(content)

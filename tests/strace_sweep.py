@@ -1,8 +1,8 @@
-"""The sweep of fault_sweep.py, but with faults that strace injects into one kind of system call; run by test_faults.py.
+"""The sweep of fault_sweep.py with faults that strace injects into one kind of system call; test_faults.py runs it.
 
     python strace_sweep.py FOLDER SCENARIO KIND [KIND ...]
 
-A KIND is a call and what befalls it, in the words of strace: ``fsync:error=EIO``.
+A KIND is a call and its fault in the syntax of strace: ``fsync:error=EIO``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
 
 def merge_under_strace(words: list[str], kind: str, number: int) -> Ended:
-    """Merge in a fork that strace attaches to; calls are counted in each of its threads."""
+    """Merge in a fork that strace is attached to; calls are counted in each of its threads."""
     call, _, fault = kind.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         said, log = Path(folder) / "said", Path(folder) / "log"
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
-            # Some systems let only parents trace a process, unless it says so.
+            # Some systems let only the parent trace a process, unless the process allows others.
             ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
             os.close(writing)
-            os.read(reading, 1)  # Ends when strace is there.
+            os.read(reading, 1)  # Returns when strace is attached.
             with said.open("w") as err, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
                 status = main(words)
             os._exit(status)

@@ -120,7 +120,7 @@ def test_a_terminal_shows_a_bar_unless_it_is_unwanted(
 
 @pytest.fixture
 def notebook(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a pretended notebook shows."""
+    """What a simulated notebook shows."""
     shown: list[str] = []
     shell = type("ZMQInteractiveShell", (), {})()
     display = ModuleType("IPython.display")

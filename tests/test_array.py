@@ -16,8 +16,8 @@ from definitions import MERGES, applied, merge_tensor
 from driving import FLOATS, drive, load, store, walk, work_on
 from hypothesis import given, settings
 from msgspec.structs import replace
-from pretended_gpu import PretendedGpu
-from pretended_paddle_gpu import PretendedPaddleGpu
+from simulated_gpu import SimulatedGpu
+from simulated_paddle_gpu import SimulatedPaddleGpu
 from test_kernels import (
     NAMES,
     SINGLES,
@@ -46,7 +46,7 @@ from modelfuse.planning.memory_budget import GRAIN as PLAN_GRAIN
 from modelfuse.planning.memory_budget import LEAST_GPU_WORKER_BYTES
 
 Array = npt.NDArray[Any]
-#: Every library on the CPU and on a GPU; on a pretended one where there is none.
+#: Every library on the CPU and on a GPU; on a simulated one where there is none.
 DEVICES = [(tensor_type, gpu) for gpu in (False, True) for tensor_type in LIBRARIES]
 
 
@@ -55,8 +55,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     tensor_type, gpu = request.param
     if gpu and not find_gpu(tensor_type, "gpu", allow_cpu_fallback=True):
         # The tests' own memory is not pinned.
-        pretended = (PretendedGpu(pinned=False) if tensor_type == "pt" else PretendedPaddleGpu()).module()
-        monkeypatch.setattr(backends, "import_module", lambda name: pretended)
+        simulated = (SimulatedGpu(pinned=False) if tensor_type == "pt" else SimulatedPaddleGpu()).module()
+        monkeypatch.setattr(backends, "import_module", lambda name: simulated)
     return Device(tensor_type, gpu)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import STEPS, bf16, call, make_model, read_model
-from pretended_gpu import PretendedGpu
-from pretended_paddle_gpu import PretendedPaddleGpu
+from simulated_gpu import SimulatedGpu
+from simulated_paddle_gpu import SimulatedPaddleGpu
 
 import modelfuse as package
 from modelfuse.errors import _installed_from
@@ -245,10 +245,10 @@ def test_a_gpu_merges_the_same_bytes(
     merge: Run, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[str], device: str,
     tensor_type: str,
 ) -> None:  # fmt: skip
-    """On a pretended one where there is none."""
+    """On a simulated one where there is none."""
     if without_gpu(tensor_type):
-        pretended = (PretendedGpu() if tensor_type == "pt" else PretendedPaddleGpu()).module()
-        monkeypatch.setattr(backends, "import_module", lambda name: pretended)
+        simulated = (SimulatedGpu() if tensor_type == "pt" else SimulatedPaddleGpu()).module()
+        monkeypatch.setattr(backends, "import_module", lambda name: simulated)
     models = trio[1:3] if "slerp" in steps else trio[1:]
     words = ["--model_path_list", *models, "--base_model_path", trio[0], *steps]
     merge(*words, "--output_path", tmp_path / "np")
@@ -260,7 +260,7 @@ def test_copies_are_under_way_while_a_gpu_computes(
     merge: Run, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From and to pinned memory, and by several workers, each on a stream of its own."""
-    gpu = PretendedGpu()
+    gpu = SimulatedGpu()
     module = gpu.module()
     monkeypatch.setattr(backends, "import_module", lambda name: module)
     merge("--model_path_list", *trio[1:], "--base_model_path", trio[0], "--merge_method", "dare_ties",
@@ -273,7 +273,7 @@ def test_copies_are_under_way_while_a_gpu_computes(
 def test_copies_are_under_way_while_paddle_s_gpu_computes(
     merge: Run, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = PretendedPaddleGpu()
+    gpu = SimulatedPaddleGpu()
     module = gpu.module()
     monkeypatch.setattr(backends, "import_module", lambda name: module)
     merge("--model_path_list", *trio[1:], "--base_model_path", trio[0], "--merge_method", "dare_ties",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch_models import make
 
 import modelfuse
 
@@ -28,20 +29,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(case: str, noise: int) -> Any:
+def create(case: str, noise: int) -> Any:
     cls, settings, _ = CASES[case]
-    torch.manual_seed(0)
-    model = getattr(diffusers, cls)(**settings).eval()
-    torch.manual_seed(noise)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    return model
+    return make(lambda: getattr(diffusers, cls)(**settings), noise)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_loads_clean_and_computes_what_a_merge_by_hand_does(tmp_path: Path, case: str) -> None:
-    models = {name: make(case, noise) for name, noise in (("base", 1), ("a", 2), ("b", 3))}
+    models = {name: create(case, noise) for name, noise in (("base", 1), ("a", 2), ("b", 3))}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
     inputs: dict[str, Any] = {"base_model_path": tmp_path / "base",
@@ -50,7 +45,7 @@ def test_a_merge_loads_clean_and_computes_what_a_merge_by_hand_does(tmp_path: Pa
     modelfuse.merge(**inputs, output_path=tmp_path / "out", merge_method="linear", weight_list=[0.75, 0.25])
     loaded, info = type(models["base"]).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[each] for each in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    expected, states = make(case, 0), [models[name].state_dict() for name in "ab"]
+    expected, states = create(case, 0), [models[name].state_dict() for name in "ab"]
     expected.load_state_dict({
         name: (0.75 * one.double() + 0.25 * states[1][name].double()).float() if one.is_floating_point() else one
         for name, one in states[0].items()

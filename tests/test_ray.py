@@ -18,7 +18,7 @@ import pytest
 import ray
 from adapting import UP, Q, adapter_of, make_base
 from conftest import ROOT, Said, base_and_two, bf16, make_model, snapshot, start
-from haunted import haunt
+from failing_inputs import make_fail
 from ray.cluster_utils import Cluster as Simulated
 
 import modelfuse as package
@@ -328,7 +328,7 @@ def test_what_fails_three_times_ends_the_merge(
     monkeypatch.setattr(driver, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(batches, "MOST_BYTES", 1)
     with monkeypatch.context() as patch:
-        visits = haunt(patch, tmp_path / "visits", how, lambda name: name == "e")
+        visits = make_fail(patch, tmp_path / "visits", how, lambda name: name == "e")
         said = modelfuse("merge", *words, *on(simulated))
     assert said.status == status, said
     for part in [*says, "This was tried 3 times."]:
@@ -344,7 +344,7 @@ def test_what_fails_once_is_done_again(
     merge: Command, simulated: Simulated, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = on_one_machine(merge, words, tmp_path)
-    haunt(monkeypatch, tmp_path / "visits", "once", lambda name: name == "e")
+    make_fail(monkeypatch, tmp_path / "visits", "once", lambda name: name == "e")
     merge(*words, *on(simulated))
     assert content(tmp_path / "C") == expected
 
@@ -550,7 +550,7 @@ def test_the_tasks_of_a_lost_node_run_elsewhere_and_without_any_node_the_merge_e
     monkeypatch.setattr(batches, "MOST_BYTES", 1)
     first, *others = losing.worker_nodes
     with monkeypatch.context() as patch:
-        visits = haunt(patch, tmp_path / "visits", "slow", lambda name: name in "ae")
+        visits = make_fail(patch, tmp_path / "visits", "slow", lambda name: name in "ae")
         with lose_after(losing, [first], visits, 4):
             said = merge(*words, *on(losing))
     assert any(batch.attempts == 2 for batch in sent)
@@ -558,7 +558,7 @@ def test_the_tasks_of_a_lost_node_run_elsewhere_and_without_any_node_the_merge_e
     assert content(tmp_path / "C") == expected
 
     with monkeypatch.context() as patch:
-        visits = haunt(patch, tmp_path / "more visits", "slow", lambda name: name in "ae")
+        visits = make_fail(patch, tmp_path / "more visits", "slow", lambda name: name in "ae")
         with lose_after(losing, others, visits, 4):
             said = modelfuse("merge", *words, "--overwrite", *on(losing, "--ray_timeout", 3))
     assert said.status == 2

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch_models import make
 
 import modelfuse
 
@@ -104,21 +105,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(case: str, noise: int) -> Any:
+def create(case: str, noise: int) -> Any:
     cls, config, settings = CASES[case]
-    torch.manual_seed(0)
-    model = getattr(transformers, cls)(getattr(transformers, config)(**settings)).eval()
-    if noise:
-        torch.manual_seed(noise)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-    return model
+    return make(lambda: getattr(transformers, cls)(getattr(transformers, config)(**settings)), noise)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_loads_clean_and_is_what_a_merge_by_hand_is(tmp_path: Path, case: str) -> None:
-    models = {name: make(case, noise) for name, noise in (("base", 0), ("a", 1), ("b", 2))}
+    models = {name: create(case, noise) for name, noise in (("base", 0), ("a", 1), ("b", 2))}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
     settings: dict[str, Any] = {"base_model_path": tmp_path / "base",
@@ -143,7 +137,7 @@ def test_a_merge_loads_clean_and_is_what_a_merge_by_hand_is(tmp_path: Path, case
 @pytest.mark.parametrize("case", CASES)
 def test_a_class_s_own_names_beside_those_that_it_saves(tmp_path: Path, case: str) -> None:
     """FSDP and ZeRO store a model under its class's names; transformers saves many under the hub's."""
-    base, model = make(case, 0), make(case, 1)
+    base, model = create(case, 0), create(case, 1)
     base.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "a")
     for file in (tmp_path / "a").glob("*.safetensors*"):

@@ -1,1 +1,1 @@
-"""Programs beside the package: Paddle's launcher, and what writes files that follow from the code."""
+"""Programs of the repository: a launcher with Paddle's interface, and generators of files."""

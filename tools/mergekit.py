@@ -1,4 +1,4 @@
-"""Paddle's ``mergekit.py``, flag for flag: a launcher of ``modelfuse merge``."""
+"""A launcher of ``modelfuse merge`` with the flags of Paddle's ``mergekit.py``."""
 
 import sys
 from pathlib import Path

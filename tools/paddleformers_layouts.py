@@ -1,14 +1,13 @@
-"""Make the table of PaddleFormers' layouts from what it states of its models.
+"""Generate the table of PaddleFormers' layouts from the statements of its model classes.
 
     pip install paddlepaddle==3.3.1 paddleformers==1.2.0
     python tools/paddleformers_layouts.py [FILE]
 
-For every architecture, PaddleFormers states which of Hugging Face's weights become which of its own: transposed
-("^T") or not, fused or not, under which names (``_gen_aoa_config``). Written are those facts, one a line, with ``*``
-for every number and ``+`` for one of a layer past the last (a prediction layer), as
-``modelfuse/checkpoints/layouts/paddleformers.py`` reads them; what is the same in both is left out where it has one
-dimension. There may be two layouts: of the models that run anywhere, and of those that are built
-with ``paddlefleet``. It takes a Python that has PaddleFormers; nothing of it is needed afterwards.
+For every architecture, PaddleFormers states how Hugging Face's weights become its own (``_gen_aoa_config``): transposed
+("^T") or not, fused or not, and their names. The table has one line per statement, with ``*`` for numbers and ``+`` for
+the number of a layer past the last one (a prediction layer), as ``modelfuse/checkpoints/layouts/paddleformers.py``
+reads them; vectors that are the same in both are left out. An architecture may have two layouts: that of the plain
+models, and that of models built with ``paddlefleet``. It needs a Python with PaddleFormers.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ sys.path.insert(0, str(ROOT / "tests" / "fixtures" / "layouts"))
 import paddleformers_models as models  # type: ignore[import-not-found]  # noqa: E402
 
 OUT = ROOT / "modelfuse" / "checkpoints" / "layouts" / "paddleformers.json"
-#: How PaddleFormers says that heads of queries stand beside their keys and values, and that parts follow one another.
+#: PaddleFormers' words for parts that are interleaved by heads, and for parts in order.
 BY_HEAD, IN_ORDER = ("fused_qkv",), ("fused_ffn", "fused_qkv_old", "axis=1")
-#: What makes models state more than those that run here have: prediction layers, biases.
+#: Settings that add prediction layers and biases, so that models state these, too.
 BIASED = {"attention_bias": True}
 MORE: dict[str, dict[str, Any]] = {"glm4_moe": {"num_nextn_predict_layers": 1}, "qwen3": BIASED, "qwen3_vl": BIASED}
-#: Vectors, if their names and values are the same in both.
+#: Names of vectors, which are left out if they are the same in both.
 VECTOR = re.compile(r".*(?:norm\w*\.(?:\*\.)?weight|\.bias|\.sinks|\.ln_q\.weight)")
 
 
@@ -59,7 +58,7 @@ def _layouts(kind: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _names_in_files(model: Any) -> Callable[[str], str]:
-    """What a model saves its weights as: some have other names in memory."""
+    """A function from the names of a model's weights in memory to those in files."""
     from paddleformers.transformers.model_utils import VLMS
 
     mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
@@ -77,7 +76,7 @@ def _names_in_files(model: Any) -> Callable[[str], str]:
 
 
 def _line(statement: str, saved: Callable[[str], str]) -> str | None:
-    """One statement in our words, with the names that files have; None if nothing changes."""
+    """The line of a statement, with the names in files; None if nothing changes."""
     left, right = (side.split(",") for side in _starred(statement).split("->"))
     sources = [each.strip() for each in left]
     words = [each for each in map(str.strip, right) if "=" in each or each in (*BY_HEAD, *IN_ORDER)]
@@ -104,7 +103,7 @@ def _order(words: list[str], statement: str) -> str:
 
 
 def _check_other(statement: str, sources: list[str], targets: list[str]) -> None:
-    """What has no line: buffers that are made anew, and the head, which is the same in both."""
+    """Check that a statement without a line concerns a buffer, or the head, which is the same in both."""
     if "_" in (*sources, *targets) or targets == ["lm_head.weight"]:
         return
     raise ValueError(f"A new kind of statement: {statement}")

@@ -63,7 +63,7 @@ PYTHON = """# Python
 
 
 def sections() -> dict[str, str]:
-    """The README's sections by their titles; the first is the page to begin with."""
+    """The README's sections by title; the first one is the start page."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     first, *others = re.split(r"^## ", text, flags=re.MULTILINE)
     found = {part.partition("\n")[0]: part.partition("\n")[2] for part in others}
@@ -77,7 +77,7 @@ def slug(title: str) -> str:
 
 
 def pages() -> dict[str, str]:
-    """The content of every page that is not in docs/, by its name."""
+    """The contents of all pages that are not in docs/, by name."""
     from tools import generate
 
     made = {"index.md" if not title else f"{slug(title)}.md": text
@@ -99,12 +99,12 @@ def _homes() -> dict[str, str]:
 
 
 def _linked(name: str, text: str, source: str) -> str:
-    """A page whose links lead to pages of the site.
+    """A page with its links changed to pages of the site.
 
     Args:
-        name: Of the page on the site.
-        text: The page.
-        source: The file of the repository that it is from.
+        name: The name of the page on the site.
+        text: The text of the page.
+        source: The file of the repository that it comes from.
     """
     there = {path: page for page, path in PAGES.items()} | ELSEWHERE
     folder, up = source.rpartition("/")[0], "../" * name.count("/")
@@ -125,7 +125,7 @@ def _linked(name: str, text: str, source: str) -> str:
 
 
 def on_config(config: Any) -> Any:
-    """Put the pages in order."""
+    """Set the navigation."""
     titles = [title for title in sections() if title and title not in LEFT_OUT]
     how = [{title: f"{slug(title)}.md"} for title in titles if title not in EXPLANATIONS]
     why = [{title: f"{slug(title)}.md"} for title in EXPLANATIONS]
@@ -141,22 +141,22 @@ def on_config(config: Any) -> Any:
             {"Command line": "reference/command-line.md"}, {"Python": "reference/python.md"},
             {"The report": "report.md"}]},
         {"Explanations": [
-            *why, {"What holds the promises": "guarantees.md"}, {"How cost grows": "scale.md"},
+            *why, {"Guarantees and their tests": "guarantees.md"}, {"Cost at scale": "scale.md"},
             {"Benchmarks": "benchmarks.md"},
-            {"Which method is best": "quality.md"}, {"How it is built": "architecture.md"}]},
+            {"Quality of merges": "quality.md"}, {"Architecture": "architecture.md"}]},
         {"Project": [{"Changes": "changelog.md"}, {"Contributing": "contributing.md"}, {"Security": "security.md"}]},
     ]  # fmt: skip
     return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Have links of pages in docs/ lead to pages of the site, too."""
+    """Change the links of pages in docs/ to pages of the site."""
     name = page.file.src_uri
     return markdown if page.file.generated_by else _linked(name, markdown, f"docs/{name}")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages, and what the examples' page links to."""
+    """Add the pages, and the files that the page of the examples links to."""
     from mkdocs.structure.files import File
 
     for name, text in pages().items():

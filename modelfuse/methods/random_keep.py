@@ -18,24 +18,24 @@ def _factors(sums: Floats, size: int, settings: Any) -> Mapping[str, Sequence[fl
     return {"factor": [scale(before, after, MIN_L1) for before, after in sums.tolist()]}
 
 
-def _rescaled(kept: Any) -> Sums:
-    """The sums of magnitudes before and after dropping, to rescale by."""
-    return Sums(lambda each: (abs(each.x), abs(kept(each))), _factors, needed=lambda settings: bool(settings.rescale))
+def _random_keep(probability: str, *ranks: LineRanks, **fields: Any) -> Sparsifier:
+    """A sparsifier that keeps elements with the probability of this name, and restores the sum of magnitudes."""
+
+    def kept(each: Any) -> Expression:
+        return where(each.draw < single(getattr(each, probability)), each.x, 0.0)
+
+    sums = Sums(lambda each: (abs(each.x), abs(kept(each))), _factors, needed=lambda settings: bool(settings.rescale))
+    return Sparsifier(measures=(*ranks, sums), element=lambda each: kept(each) * each.factor, **fields)
 
 
-def _kept(each: Any) -> Expression:
-    return where(each.draw < single(each.probability), each.x, 0.0)
-
-
-RANDOM = Sparsifier(
+RANDOM = _random_keep(
+    "probability",
     name="random",
     summary="Keep each element with one probability and restore the sum of magnitudes.",
     formula="x with probability p, else 0; × Σ|x| before ÷ Σ|x| after",
     paper=DARE.paper,
     parameters=(RESERVE_P, RESCALE),
     numbers=lambda settings: {"probability": settings.reserve_p, "factor": 1.0},
-    measures=(_rescaled(_kept),),
-    element=lambda each: _kept(each) * each.factor,
 )
 
 
@@ -57,11 +57,15 @@ def _check(settings: Any) -> None:
         )
 
 
-def _kept_by_rank(each: Any) -> Expression:
-    return where(each.draw < single(each.keep), each.x, 0.0)
-
-
-RANDOM_BY_RANK = Sparsifier(
+RANDOM_BY_RANK = _random_keep(
+    "keep",
+    LineRanks(
+        # Axis 1: the last one of a matrix, the second one of tensors with more dimensions.
+        axis=lambda dimensions: min(dimensions - 1, 1),
+        probability=lambda ranks, length, settings: keep_probability(
+            ranks, length, settings.reserve_p, settings.epsilon
+        ),
+    ),
     name="random_by_rank",
     summary="Keep each element with a probability that grows with its rank in its row, restore the sum of magnitudes.",
     formula="x with probability p − ε + 2ε·r/(n − 1), r the rank by |x| in a row of n from 0, the smallest; else 0",
@@ -69,15 +73,4 @@ RANDOM_BY_RANK = Sparsifier(
     parameters=(RESERVE_P, EPSILON, RESCALE),
     numbers=lambda settings: {"factor": 1.0},
     check=_check,
-    measures=(
-        LineRanks(
-            # Axis 1: the last one of a matrix, the second one of tensors with more dimensions.
-            axis=lambda dimensions: min(dimensions - 1, 1),
-            probability=lambda ranks, length, settings: keep_probability(
-                ranks, length, settings.reserve_p, settings.epsilon
-            ),
-        ),
-        _rescaled(_kept_by_rank),
-    ),
-    element=lambda each: _kept_by_rank(each) * each.factor,
 )

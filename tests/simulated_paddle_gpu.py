@@ -1,13 +1,13 @@
-"""A GPU for Paddle that is none: as :mod:`pretended_gpu` for torch, for what Paddle would punish.
+"""A simulated GPU for Paddle, like :mod:`simulated_gpu` for torch.
 
 Operations are Paddle's own on the CPU. These are errors:
 
-- a tensor of the host among those on the device;
-- what a thread makes before it has chosen the device, which is each thread's own, among those on the device;
-- an operand that is a Python number, which the kernels never give Paddle;
-- pinned memory that is given up while a copy from it is under way.
+- operations on tensors of both host and device;
+- operations on the device's tensors and those that a thread has created before it set the device;
+- an operand that is a Python number, which the kernels never pass to Paddle;
+- pinned memory that is released during a copy from it.
 
-There is one stream for all threads, so tensors may go from one thread to another.
+All threads share one stream, so tensors may be used by any thread.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Placed:
     """A tensor on the device or in pinned memory.
 
     Attributes:
-        behind: Its values, which lie in the host's memory.
+        behind: Its values, in a tensor on the host.
         place: ``gpu:0`` or ``pinned``.
     """
 
-    def __init__(self, behind: Any, place: str, gpu: PretendedPaddleGpu) -> None:
+    def __init__(self, behind: Any, place: str, gpu: SimulatedPaddleGpu) -> None:
         self.behind, self.place, self._gpu = behind, place, gpu
 
     @property
     def shape(self) -> list[int]:
-        """As the tensor's; so are type and number of dimensions."""
+        """The shape."""
         return list(self.behind.shape)
 
     @property
@@ -47,7 +47,7 @@ class Placed:
         return self.behind.dtype
 
     def numpy(self) -> Any:
-        """A copy on the host, when the stream has come to it."""
+        """A copy on the host, after all pending operations of the stream."""
         assert self.place == GPU
         self._gpu.synchronize()
         return self.behind.numpy().copy()
@@ -77,11 +77,11 @@ for _name in OPERATORS:
     setattr(Placed, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-class PretendedPaddleGpu:
+class SimulatedPaddleGpu:
     """The device.
 
     Attributes:
-        copies: How many there were from pinned memory.
+        copies: The number of copies from pinned memory.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class PretendedPaddleGpu:
         self._pinned: list[weakref.ref[Placed]] = []
 
     def module(self) -> Any:
-        """The module as it would be where there is this GPU."""
+        """The module ``paddle`` with this GPU."""
         own = {
             "CUDAPlace": lambda number: f"gpu:{number}",
             "CUDAPinnedPlace": lambda: PINNED,
@@ -115,7 +115,7 @@ class PretendedPaddleGpu:
         return Module()
 
     def under_way(self, pinned: Placed) -> None:
-        """A copy from pinned memory begins."""
+        """Begin a copy from pinned memory."""
         with self._lock:
             self.copies += 1
             self._pinned.append(weakref.ref(pinned))
@@ -123,11 +123,11 @@ class PretendedPaddleGpu:
     def synchronize(self) -> None:
         """Wait for all copies."""
         with self._lock:
-            assert all(each() for each in self._pinned), "pinned memory was given up while a copy from it was under way"
+            assert all(each() for each in self._pinned), "pinned memory was released during a copy from it"
             self._pinned.clear()
 
     def on_device(self, function: Callable[..., Any], *first: Placed) -> Callable[..., Any]:
-        """A function of Paddle's for tensors on the device, or for what it makes on the thread's device."""
+        """A function of Paddle that takes and creates tensors on the device of its arguments or of the thread."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             tensors: list[Any] = []
@@ -142,13 +142,13 @@ class PretendedPaddleGpu:
         return call
 
     def _behind(self, value: Any, tensors: list[Any]) -> Any:
-        """The values behind all tensors of some arguments; the tensors are added to a list."""
+        """Arguments with their tensors replaced by those on the host; the tensors are appended to a list."""
         if isinstance(value, list | tuple):
             return type(value)(self._behind(each, tensors) for each in value)
         if isinstance(value, dict):
             return {name: self._behind(each, tensors) for name, each in value.items()}
         if isinstance(value, Placed):
-            assert value.place == GPU, "pinned memory where the device's is wanted"
+            assert value.place == GPU, "pinned memory instead of the device's"
             tensors.append(value)
             return value.behind
         if isinstance(value, self._paddle.Tensor):

@@ -1,11 +1,11 @@
-"""A GPU for torch that is none: memory apart from the host's, streams, and copies that are under way for a while.
+"""A simulated GPU for torch: separate device memory, streams, and asynchronous copies.
 
-Operations are torch's own on the CPU. What a GPU would punish by chance is an error here, at once:
+Operations are torch's own on the CPU. Mistakes that a GPU would reveal by chance only are errors:
 
-- a tensor of the host among those on the device, but for a copy from one to the other;
-- a tensor that was made on one stream and is used on another, or on none;
-- host memory that changes while a copy from it is under way, or that is used before a copy to it has ended;
-- memory that is not pinned, where a copy is not to be waited for.
+- operations on tensors of both host and device, except copies between them;
+- a tensor of one stream that is used on another, or without a stream;
+- host memory that changes during a copy from it, or is used before a copy to it has ended;
+- an asynchronous copy from or to memory that is not pinned.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-#: The device's name: one that torch knows everywhere, and that has no memory of its own.
+#: The name of the device: one that every build of torch knows, and that has no memory.
 NAME = "meta"
 CPU = torch.device("cpu")
-#: What host memory holds until a copy to it has ended.
+#: The bytes of host memory until a copy to it has ended.
 NOT_YET = 0xA5
 
 
@@ -30,8 +30,8 @@ class OnDevice(torch.Tensor):
     """A tensor on the device.
 
     Attributes:
-        behind: Its values.
-        stream: What it was made on.
+        behind: Its values, in a tensor on the host.
+        stream: The stream that it was created on.
     """
 
     behind: torch.Tensor
@@ -53,10 +53,10 @@ class OnDevice(torch.Tensor):
 
 
 class Stream:
-    """Copies and operations in an order.
+    """A stream, which executes copies and operations in order.
 
     Attributes:
-        copies: How many there were that nobody waited for one by one.
+        copies: The number of asynchronous copies.
     """
 
     def __init__(self) -> None:
@@ -81,9 +81,9 @@ class Stream:
         self.copies += 1
 
     def synchronize(self) -> None:
-        """Wait for all that is under way."""
+        """Finish all pending copies."""
         for host, behind in self._from_host:
-            same = torch.equal(host.view(torch.uint8), behind.view(torch.uint8))  # NaN and all.
+            same = torch.equal(host.view(torch.uint8), behind.view(torch.uint8))  # As bytes: NaN ≠ NaN.
             assert same, "host memory has changed while a copy from it was under way"
         for host, behind in self._to_host:
             assert bool((host == NOT_YET).all()), "host memory was written to while a copy to it was under way"
@@ -92,14 +92,14 @@ class Stream:
         self._to_host.clear()
 
 
-class PretendedGpu:
+class SimulatedGpu:
     """The device.
 
     Args:
-        pinned: Whether copies that are not to be waited for must be from and to pinned memory.
+        pinned: Whether asynchronous copies must be from and to pinned memory.
 
     Attributes:
-        streams: All that were made.
+        streams: All streams.
     """
 
     def __init__(self, pinned: bool = True) -> None:
@@ -108,7 +108,7 @@ class PretendedGpu:
         self._pinned: list[torch.Tensor] = []
 
     def module(self) -> Any:
-        """The module as it would be where there is this GPU."""
+        """The module ``torch`` with this GPU."""
         own = {
             "cuda": SimpleNamespace(device_count=lambda: 1, Stream=self._stream, stream=self._on),
             "version": SimpleNamespace(cuda="13.0", hip=None),
@@ -129,7 +129,7 @@ class PretendedGpu:
         return made
 
     def copies(self, host: torch.Tensor) -> bool:
-        """Whether it copies from and to a tensor while its caller goes on: all of that lies in pinned memory."""
+        """Whether it can copy from and to a tensor asynchronously: all of that is in pinned memory."""
         if not self._strict:
             return True
         first, last = host.data_ptr(), host.data_ptr() + host.nbytes
@@ -146,15 +146,15 @@ class PretendedGpu:
 
 
 class _Operations(TorchDispatchMode):
-    """All operations of a thread, which go to one stream."""
+    """Directs all operations of a thread to one stream."""
 
-    def __init__(self, gpu: PretendedGpu, stream: Stream) -> None:
+    def __init__(self, gpu: SimulatedGpu, stream: Stream) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._gpu, self._stream = gpu, stream
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        with self:  # What is made of other operations, as what they are made of.
+        with self:  # Composite operations are decomposed.
             if (result := function.decompose(*args, **kwargs)) is not NotImplemented:
                 return result
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
@@ -180,12 +180,12 @@ class _Operations(TorchDispatchMode):
     def _copied(
         self, x: torch.Tensor, device: torch.device, dtype: Any = None, non_blocking: bool = False, **others: Any
     ) -> torch.Tensor:
-        """From the host to the device, or back: what is waited for has ended, and all before it."""
+        """Copy from the host to the device, or back; a synchronous copy finishes all pending ones."""
         assert dtype in (None, x.dtype), "copied and cast in one"
         assert others.keys() <= {"layout", "pin_memory", "memory_format"}
         assert isinstance(x, OnDevice) is (device == CPU), "copied to where it is"
         if isinstance(x, OnDevice):
-            assert not non_blocking, "nobody knows when this copy has ended"
+            assert not non_blocking, "an asynchronous copy to new memory, whose end is unknown"
             self._stream.synchronize()
             return x.behind.clone()
         if non_blocking:

@@ -1,4 +1,4 @@
-"""Inputs that are slow or fail on the nodes of a cluster: what a node reads from is sent to it, so this is, too."""
+"""Inputs that are slow or fail on the nodes of a cluster; stored tensors are sent to nodes, so these are, too."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from modelfuse.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Haunted(StoredTensor):
-    """A tensor that cannot be opened just so.
+class FailingTensor(StoredTensor):
+    """A stored tensor that is slow or fails when it is opened.
 
     Attributes:
-        how: What happens: ``slow``, ``disk``, ``bug``, ``memory``, ``crash`` or ``once``, which fails the first time.
-        visits: A folder with a file for each attempt to open it.
+        how: ``slow``, ``disk``, ``bug``, ``memory``, ``crash``, or ``once``, which crashes the first time only.
+        visits: A folder, which gets a file for each attempt to open the tensor.
     """
 
     how: str
@@ -49,25 +49,25 @@ class Haunted(StoredTensor):
             raise MemoryError("a terabyte was asked for")
         elif self.how == "crash" or (self.how == "once" and first):
             os.kill(os.getpid(), 9)
-        # Of a class with slots, super() does not know the class.
+        # super() without arguments does not work in a dataclass with slots.
         with StoredTensor.open(self) as read:
             yield read
 
 
-def haunt(monkeypatch: pytest.MonkeyPatch, visits: Path, how: str, which: Callable[[str], bool]) -> Path:
-    """Haunt the first source of the tensors of some names, in the next merge on a cluster; returns ``visits``."""
+def make_fail(monkeypatch: pytest.MonkeyPatch, visits: Path, how: str, which: Callable[[str], bool]) -> Path:
+    """Make the first source of some tensors fail in merges on a cluster; returns ``visits``."""
     visits.mkdir()
 
-    class HauntedTasks:
+    class FailingTasks:
         @staticmethod
         def of(plan: Plan) -> Tasks:
             tasks = Tasks.of(plan)
             for task in tasks.tensors:
                 one, *others = task.sources
                 if which(one.name):
-                    haunted = Haunted(one.name, one.dtype, one.shape, one.file, one.offset, how, visits)
-                    task.sources = (haunted, *others)
+                    failing = FailingTensor(one.name, one.dtype, one.shape, one.file, one.offset, how, visits)
+                    task.sources = (failing, *others)
             return tasks
 
-    monkeypatch.setattr(running, "Tasks", HauntedTasks)
+    monkeypatch.setattr(running, "Tasks", FailingTasks)
     return visits
