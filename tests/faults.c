@@ -1,6 +1,6 @@
-/* Lets one system call of a process fail, the n-th of those that are counted: preloaded by test_faults.py.
+/* Makes the n-th counted system call of a process fail; preloaded by test_faults.py.
 
-   Counted are the calls that read, write, sync, create, rename or remove, of all threads together. */
+   Calls that read, write, sync, create, rename or remove are counted, in all threads together. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,15 +18,15 @@ enum { SHORT = -1, DIE = -2 };
 static atomic_int armed, counted, kind, target, lasts, hit;
 static char point[64];
 
-/* Count from now on and let call number `nth` (from 1) fail with the error number `what`, come back short, or end
+/* Count from now on and let call number `nth` (from 1) fail with the error number `what`, return short, or kill
    the process; with `all`, every later call of the same name too, as when a disk stays full. */
 void fault_arm(int what, int nth, int all) { kind = what; target = nth; lasts = all; counted = hit = 0; point[0] = 0; armed = 1; }
 void fault_disarm(void) { armed = 0; }
-/* The name of the call that failed, empty if there was none; how many calls were counted. */
+/* The name of the call that failed, empty if none did; the number of counted calls. */
 const char *fault_point(void) { return point; }
 int fault_count(void) { return counted; }
 
-/* Whether this call is the one. Returns 0, SHORT or the error number. */
+/* The fault of this call: 0 for none, SHORT, or an error number. */
 static int strike(const char *name) {
     if (!armed) return 0;
     int number = atomic_fetch_add(&counted, 1) + 1;
@@ -39,13 +39,13 @@ static int strike(const char *name) {
 
 #define REAL(name) ({ static __typeof__(&name) real; if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name); real; })
 #define FAIL(name) do { int error = strike(#name); if (error > 0) { errno = error; return -1; } } while (0)
-/* Of reads and writes of more than one byte, half is done. */
+/* Short reads and writes transfer half of the bytes, at least one. */
 #define SHORTEN(name, count) do { int error = strike(#name); if (error > 0) { errno = error; return -1; } \
     if (error == SHORT && count > 1) count = count / 2; } while (0)
 
 ssize_t read(int fd, void *data, size_t count) { SHORTEN(read, count); return REAL(read)(fd, data, count); }
 ssize_t write(int fd, const void *data, size_t count) {
-    if (fd == 1 || fd == 2) return REAL(write)(fd, data, count);  /* What the test itself looks at. */
+    if (fd == 1 || fd == 2) return REAL(write)(fd, data, count);  /* The output that the test reads. */
     SHORTEN(write, count);
     return REAL(write)(fd, data, count);
 }

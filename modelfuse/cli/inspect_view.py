@@ -8,7 +8,7 @@ from modelfuse.cli.console import out
 from modelfuse.cli.units import abbreviated, counted
 from modelfuse.inspection.inspected_model import Inspection
 from modelfuse.inspection.model_facts import AdapterFacts, TokenizerFacts
-from modelfuse.inspection.module_tree import Module
+from modelfuse.inspection.module_tree import FoldedModule
 from modelfuse.planning.tables import Row
 from modelfuse.printable import printable
 from modelfuse.recipe.sizes import size
@@ -108,7 +108,7 @@ def _tree(found: Inspection) -> Iterator[str]:
         yield GAP.join(cells).rstrip()
 
 
-def _cells(depth: int, module: Module) -> Sequence[str]:
+def _cells(depth: int, module: FoldedModule) -> Sequence[str]:
     name = "  " * depth + printable(module.name)
     numbers = (abbreviated(module.parameters), size(module.bytes))
     if module.shape is None:

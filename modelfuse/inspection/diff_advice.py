@@ -70,8 +70,8 @@ def _scaling(diff: Diff) -> Iterator[Advice]:
     if max(weight * count, 1 / (weight * count)) < LEAST_CHANGE:
         return
     yield Advice(
-        f"All differences together have {100 * size:.2g} % of the base's norm: as a weighted sum, with the weight "
-        f"{weight:g} each" + (f" instead of {1 / count:.2g}." if weight < 1 else ", they are small enough for that."),
+        f"The sum of all differences has {100 * size:.2g} % of the base's norm: add them with the weight {weight:g} "
+        "each" + (f" instead of {1 / count:.2g}." if weight < 1 else ", as they are small enough."),
         {"merge_method": "task_arithmetic", "weight_list": [weight] * count},
     )
 

@@ -9,7 +9,7 @@ from typing import Literal
 from msgspec import Struct
 
 from modelfuse.inspection.model_facts import AdapterFacts, TokenizerFacts
-from modelfuse.inspection.module_tree import Module
+from modelfuse.inspection.module_tree import FoldedModule
 from modelfuse.planning.tables import html
 from modelfuse.recipe.sizes import size
 
@@ -93,7 +93,7 @@ class Inspection(Struct, frozen=True):
     bytes: int
     dtypes: Mapping[str, Amount]
     shards: Sequence[Shard]
-    modules: Sequence[Module]
+    modules: Sequence[FoldedModule]
     tensors: Sequence[TensorFacts]
     tied: Sequence[Tie]
     fused: Mapping[str, str]

@@ -17,7 +17,7 @@ ITSELF = "\n"
 MOST_RUNS = 4
 
 
-class Module(Struct, frozen=True):
+class FoldedModule(Struct, frozen=True):
     """A module or, if it has a shape, a tensor; equal numbered siblings are folded into one.
 
     Attributes:
@@ -38,9 +38,9 @@ class Module(Struct, frozen=True):
     bytes: int
     dtype: str | None = None
     shape: Sequence[int] | None = None
-    modules: Sequence[Module] = ()
+    modules: Sequence[FoldedModule] = ()
 
-    def rows(self, depth: int = 0) -> Iterator[tuple[int, Module]]:
+    def rows(self, depth: int = 0) -> Iterator[tuple[int, FoldedModule]]:
         """This module and all its descendants, depth first, each with its depth."""
         yield depth, self
         for each in self.modules:
@@ -56,7 +56,7 @@ class _Node:
     key: int = 0
 
 
-def tree_of(tensors: Mapping[str, StoredTensor]) -> Sequence[Module]:
+def tree_of(tensors: Mapping[str, StoredTensor]) -> Sequence[FoldedModule]:
     """The folded tree of a model's modules, in the order of its tensors.
 
     Args:
@@ -83,7 +83,7 @@ def _number(node: _Node, known: dict[object, int]) -> None:
     node.key = known.setdefault(content, len(known))
 
 
-def _folded(node: _Node, times: int) -> Iterator[Module]:
+def _folded(node: _Node, times: int) -> Iterator[FoldedModule]:
     """The children of a node, with equal numbered ones folded.
 
     Args:
@@ -99,20 +99,20 @@ def _folded(node: _Node, times: int) -> Iterator[Module]:
         yield _module(name, node.parts[names[0]], len(names), times * len(names))
 
 
-def _module(name: str, node: _Node, copies: int, times: int) -> Module:
+def _module(name: str, node: _Node, copies: int, times: int) -> FoldedModule:
     if node.tensor is not None:
         tensor = node.tensor
         stored = tensor.stored.nbytes(tensor.size)
-        return Module(name, copies, times, times * tensor.size, times * stored, str(tensor.stored), tensor.shape)
+        return FoldedModule(name, copies, times, times * tensor.size, times * stored, str(tensor.stored), tensor.shape)
     inside = tuple(_folded(node, times))
     if len(inside) == 1:
         only = inside[0]
         together = name if only.name == ITSELF else f"{name}.{only.name}"
-        return Module(together, copies * only.copies, *_numbers(inside), only.dtype, only.shape, only.modules)
-    return Module(name, copies, *_numbers(inside), modules=inside)
+        return FoldedModule(together, copies * only.copies, *_numbers(inside), only.dtype, only.shape, only.modules)
+    return FoldedModule(name, copies, *_numbers(inside), modules=inside)
 
 
-def _numbers(modules: Sequence[Module]) -> tuple[int, int, int]:
+def _numbers(modules: Sequence[FoldedModule]) -> tuple[int, int, int]:
     return (
         sum(each.tensors for each in modules),
         sum(each.parameters for each in modules),
