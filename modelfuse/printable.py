@@ -23,7 +23,7 @@ _QUERY = re.compile(
 _TOKEN = re.compile(r"\b(Bearer|Basic) +[\w+/=.~-]{8,}|\bhf_\w{16,}")
 
 
-class Lines(str):
+class PrintableText(str):
     """Text fit to be shown, of one line or several: of control characters, only the ends of its lines are left."""
 
     __slots__ = ()
@@ -34,7 +34,7 @@ class Lines(str):
         return cls("\n".join(map(one_line, lines)))
 
 
-def printable(text: object) -> Lines:
+def printable(text: object) -> PrintableText:
     r"""Any text, fit to be shown.
 
     An end of a line stays one where an indented line follows, as in the lists of our messages.
@@ -44,12 +44,12 @@ def printable(text: object) -> Lines:
     >>> printable("https://me:secret@example.org/a?signature=b#c is missing")
     'https://example.org/a is missing'
     """
-    if isinstance(text, Lines):
+    if isinstance(text, PrintableText):
         return text
     plain = str(text)
     if "://" in plain:
         plain = _QUERY.sub(r"\1", _USER.sub("", plain))
-    return Lines(_OTHER_END.sub(_escaped, _CONTROL.sub(_escaped, _TOKEN.sub("…", plain))))
+    return PrintableText(_OTHER_END.sub(_escaped, _CONTROL.sub(_escaped, _TOKEN.sub("…", plain))))
 
 
 def one_line(text: object) -> str:

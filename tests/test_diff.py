@@ -21,13 +21,13 @@ from modelfuse.cli.diff_document import of_diff
 from modelfuse.errors import MissingExtraError, RecipeError
 from modelfuse.inspection.diff_result import (
     Change,
+    ComparedTensorFacts,
     Diff,
     Group,
     Kept,
     ModelPair,
     NotCompared,
     SideDifference,
-    TensorFacts,
 )
 
 Run = Callable[..., Said]
@@ -43,7 +43,7 @@ def example() -> Diff:
     group = Group("w", "", 0, "mlp.up_proj", 1, 12, 10.0, 0, (change, change), pairs)
     return Diff(
         "base", True, ("a", "b"), group, (group,), (group,), (group,), (group,),
-        (TensorFacts("w", "bfloat16", (3, 4), True),), (NotCompared("v", "only in a"),),
+        (ComparedTensorFacts("w", "bfloat16", (3, 4), True),), (NotCompared("v", "only in a"),),
         (SideDifference(0, "config", "rope_theta is another", "rope_theta", "1", "2"),), ("nothing",), False, 1, 0.1,
     )  # fmt: skip
 

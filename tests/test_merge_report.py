@@ -20,7 +20,7 @@ from modelfuse.cli.demo import make_models
 from modelfuse.errors import CheckpointError, OutputError
 from modelfuse.inspection.diff import diff_recipe
 from modelfuse.inspection.diff_advice import _was_done
-from modelfuse.inspection.diff_measures import Advice
+from modelfuse.inspection.diff_measures import Suggestion
 from modelfuse.inspection.merge_outcome import MergeOutcome
 from modelfuse.inspection.merge_report import MergeReport, compare_output
 from modelfuse.inspection.report_output import report_output
@@ -320,7 +320,7 @@ def test_other_settings_are_suggested_for_the_inputs_of_a_merge(models: Path, tm
     assert "worth trying: 3 models" in modelfuse("report", tmp_path / "ties").out.replace("\n", " ")
     assert merged(models, tmp_path / "ridge", merge_method="ridge").advice == ()
     report = merged(models, tmp_path / "sum", merge_method="linear", weight_list=[0.3, 0.25, 0.3])
-    suggested = Advice("", {"merge_method": "linear", "weight_list": [0.27, 0.27, 0.27]})
+    suggested = Suggestion("", {"merge_method": "linear", "weight_list": [0.27, 0.27, 0.27]})
     assert _was_done(suggested, report.settings)
     assert not _was_done(replace(suggested, settings={**suggested.settings, "weight_list": [1, 1, 1]}), report.settings)
 

@@ -17,15 +17,15 @@ from browser import needs_browser, use
 from modelfuse.errors import MissingExtraError, OutputError, RecipeError
 from modelfuse.inspection.diff_result import (
     DENSITIES,
-    Advice,
     Change,
+    ComparedTensorFacts,
     Diff,
     Group,
     Kept,
     ModelPair,
     NotCompared,
     SideDifference,
-    TensorFacts,
+    Suggestion,
 )
 from modelfuse.inspection.pictures.images import write_image
 from modelfuse.inspection.pictures.measures import MEASURES
@@ -58,7 +58,7 @@ def made(layers: int, models: Sequence[str], odd: str = "") -> Diff:
     for layer in range(layers):
         cells += [group(draw, f"model.layers.{layer}.{kind}{odd}.weight", layer, kind, count) for kind in KINDS]
     rows = tuple(group(draw, f"layer {layer}", layer, None, count) for layer in range(layers))
-    facts = tuple(TensorFacts(each.name, "bfloat16", (10, 100), True) for each in cells)
+    facts = tuple(ComparedTensorFacts(each.name, "bfloat16", (10, 100), True) for each in cells)
     return Diff(
         f"/base{odd}", True, tuple(models), group(draw, "model", None, None, count), rows, tuple(cells[:6]),
         tuple(cells), tuple(cells), facts, (NotCompared(f"bias{odd}", "only in one"),),
@@ -81,7 +81,7 @@ def test_the_page_is_one_file_that_asks_nobody(tmp_path: Path) -> None:
 
 
 def test_advice_is_on_the_page(tmp_path: Path) -> None:
-    advice = Advice("They disturb <each> other.", {"merge_method": "ridge", "weight_list": [1.0, 0.5]})
+    advice = Suggestion("They disturb <each> other.", {"merge_method": "ridge", "weight_list": [1.0, 0.5]})
     text = page(replace(made(2, ["/a/code", "/a/prose"]), advice=(advice,)))
     assert "They disturb &lt;each&gt; other.<br><code>--merge_method ridge --weight_list 1 0.5</code>" in text
     assert "Worth trying" not in page(made(2, ["/a/code", "/a/prose"]))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import modelfuse as package
 from modelfuse.cli.console import TextStream
-from modelfuse.printable import Lines, is_printable, one_line, printable
+from modelfuse.printable import PrintableText, is_printable, one_line, printable
 
 Run = Callable[..., Said]
 #: What clears a screen, hides what was said, writes backwards, or begins a line of its own.
@@ -45,7 +45,7 @@ def test_nothing_but_ends_of_indented_lines_is_left(text: str) -> None:
     assert all(line.startswith("  ") for line in shown.split("\n")[1:])
     assert printable(shown) == printable(str(shown)) == shown
     assert is_printable(one_line(text))
-    assert "\n" not in Lines.of([text])
+    assert "\n" not in PrintableText.of([text])
 
 
 @pytest.mark.parametrize(

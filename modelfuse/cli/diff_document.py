@@ -9,12 +9,12 @@ from modelfuse.inspection.diff_result import (
     BLOCK,
     OUTLYING,
     PROBES,
-    Advice,
+    ComparedTensorFacts,
     Diff,
     Group,
     NotCompared,
     SideDifference,
-    TensorFacts,
+    Suggestion,
 )
 
 
@@ -59,13 +59,13 @@ class DiffDocument(Document, frozen=True, kw_only=True):
     modules: list[Group]
     cells: list[Group]
     tensors: list[Group]
-    facts: list[TensorFacts]
+    facts: list[ComparedTensorFacts]
     not_compared: list[NotCompared]
     side_differences: list[SideDifference]
     findings: list[str]
     bytes_read: int
     seconds: float
-    advice: list[Advice]
+    advice: list[Suggestion]
 
 
 def of_diff(found: Diff) -> DiffDocument:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from modelfuse.cli.console import out
 from modelfuse.cli.units import abbreviated, counted, duration, rate
 from modelfuse.inspection.diff_names import short_names
-from modelfuse.inspection.diff_result import Advice, Diff, Group
+from modelfuse.inspection.diff_result import Diff, Group, Suggestion
 from modelfuse.printable import one_line
 
 #: Shades of a map from small to large values, and their colours in a 256-colour terminal.
@@ -53,7 +53,7 @@ def show(found: Diff) -> None:
         out.log("warning" if each.fatal else "note", "{}: {}", short_names(found.models)[each.model], each.text)
 
 
-def advise(advice: Sequence[Advice]) -> None:
+def advise(advice: Sequence[Suggestion]) -> None:
     """Print settings that are worth trying."""
     if advice:
         out.print("")

@@ -12,7 +12,7 @@ from modelfuse.cli.units import counted, duration, rate
 from modelfuse.errors import ModelfuseError
 from modelfuse.planning.tables import models_of, rules_of, tensors_of
 from modelfuse.planning.warnings import warnings_of
-from modelfuse.printable import Lines
+from modelfuse.printable import PrintableText
 from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
@@ -78,7 +78,7 @@ def _notes(problem: BaseException) -> None:
 
 def bug() -> None:
     """Report an unexpected exception (a bug)."""
-    err.print("{}", Lines.of(traceback.format_exc().splitlines()))
+    err.print("{}", PrintableText.of(traceback.format_exc().splitlines()))
     err.print("[bold red]This is a bug in modelfuse.[/] Please report it with the lines above.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from modelfuse.cli.json_output import Document
-from modelfuse.inspection.diff_measures import Advice
+from modelfuse.inspection.diff_measures import Suggestion
 from modelfuse.inspection.merge_outcome import MergeOutcome
 from modelfuse.inspection.merge_report import MergeReport, SuspiciousModel
 
@@ -47,7 +47,7 @@ class ReportDocument(Document, frozen=True, kw_only=True):
     tensors: list[MergeOutcome]
     suspicious: list[SuspiciousModel]
     findings: list[str]
-    advice: list[Advice]
+    advice: list[Suggestion]
     bytes_read: int
     seconds: float
 

@@ -19,7 +19,7 @@ from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.execution.worker import BufferSizes, Task, Worker, row_bytes
 from modelfuse.inspection.diff_advice import advice_of
 from modelfuse.inspection.diff_findings import findings_of
-from modelfuse.inspection.diff_result import Diff, Group, NotCompared, SideDifference, TensorFacts
+from modelfuse.inspection.diff_result import ComparedTensorFacts, Diff, Group, NotCompared, SideDifference
 from modelfuse.inspection.diff_sums import GroupKey, GroupSums
 from modelfuse.kernels import Pass
 from modelfuse.kernels.adaptive import SMALL
@@ -160,10 +160,10 @@ def _name(stack: str, layer: int | None, module: str | None) -> str:
     return f"{where} {module or ''}".strip() or "model"
 
 
-def _facts(tensor: ComparedTensor, cut: CutRows | None) -> TensorFacts:
+def _facts(tensor: ComparedTensor, cut: CutRows | None) -> ComparedTensorFacts:
     base, is_matrix = tensor.sources[-1], tensor.measurement.matrices is not None
     rows, shape = (None, base.shape) if cut is None else cut
-    return TensorFacts(tensor.name, str(base.natural), shape, is_matrix, rows)
+    return ComparedTensorFacts(tensor.name, str(base.natural), shape, is_matrix, rows)
 
 
 class Measuring:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from modelfuse.inspection.diff_measures import Advice
+from modelfuse.inspection.diff_measures import Suggestion
 from modelfuse.inspection.diff_result import Diff
 
 #: The norm that the merged difference of a weighted sum should have, relative to the base's.
@@ -19,7 +19,7 @@ LEAST_CHANGE = 1.25
 SEVERAL = 3
 
 
-def advice_of(diff: Diff, adapters: bool) -> tuple[Advice, ...]:
+def advice_of(diff: Diff, adapters: bool) -> tuple[Suggestion, ...]:
     """The suggestions; none where no rule applies, as for models without a common base.
 
     Args:
@@ -33,7 +33,7 @@ def advice_of(diff: Diff, adapters: bool) -> tuple[Advice, ...]:
     return (*_scaling(diff), *(() if adapters else _solving(diff)))
 
 
-def advice_after(diff: Diff, settings: Mapping[str, object], adapters: bool) -> tuple[Advice, ...]:
+def advice_after(diff: Diff, settings: Mapping[str, object], adapters: bool) -> tuple[Suggestion, ...]:
     """The suggestions for the inputs of a merge, without what it did.
 
     Args:
@@ -52,7 +52,7 @@ def advice_after(diff: Diff, settings: Mapping[str, object], adapters: bool) -> 
     return tuple(each for each in advice_of(inputs, adapters) if not _was_done(each, settings))
 
 
-def _was_done(advice: Advice, settings: Mapping[str, object]) -> bool:
+def _was_done(advice: Suggestion, settings: Mapping[str, object]) -> bool:
     """Whether a merge had the suggested method and, where these matter, about the suggested weights."""
     weights, used = advice.settings.get("weight_list"), settings.get("weight_list")
     if settings.get("merge_method") != advice.settings["merge_method"]:
@@ -63,23 +63,23 @@ def _was_done(advice: Advice, settings: Mapping[str, object]) -> bool:
     return all(1 / LEAST_CHANGE < ratio < LEAST_CHANGE for ratio in ratios)
 
 
-def _scaling(diff: Diff) -> Iterator[Advice]:
+def _scaling(diff: Diff) -> Iterator[Suggestion]:
     """Weights of a weighted sum: an average keeps too little of experts whose differences are small."""
     count, size = len(diff.models), _size_of_sum(diff)
     weight = round(min(1.0, SHARE / size), 2) if size else 1.0
     if max(weight * count, 1 / (weight * count)) < LEAST_CHANGE:
         return
-    yield Advice(
+    yield Suggestion(
         f"The sum of all differences has {100 * size:.2g} % of the base's norm: add them with the weight {weight:g} "
         "each" + (f" instead of {1 / count:.2g}." if weight < 1 else ", as they are small enough."),
         {"merge_method": "task_arithmetic", "weight_list": [weight] * count},
     )
 
 
-def _solving(diff: Diff) -> Iterator[Advice]:
+def _solving(diff: Diff) -> Iterator[Suggestion]:
     """A method that minimizes interference, if several experts (no adapters) act on each other's inputs."""
     if len(diff.models) >= SEVERAL and any(each.interference for each in diff.whole.pairs):
-        yield Advice(
+        yield Suggestion(
             f"{len(diff.models)} models act on each other's inputs: ridge minimizes the interference. Of fully "
             "fine-tuned experts it kept more than any equal weights; of LoRAs it kept less.",
             {"merge_method": "ridge"},

@@ -138,7 +138,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class Suggestion:
     """Settings of a merge that are worth trying.
 
     Attributes:
@@ -160,7 +160,7 @@ class Advice:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFacts:
+class ComparedTensorFacts:
     """Type and shape of a compared tensor.
 
     Attributes:

@@ -11,14 +11,14 @@ from modelfuse.inspection.diff_measures import (
     DENSITIES,
     OUTLYING,
     PROBES,
-    Advice,
     Change,
+    ComparedTensorFacts,
     Group,
     Kept,
     ModelPair,
     NotCompared,
     SideDifference,
-    TensorFacts,
+    Suggestion,
 )
 from modelfuse.inspection.diff_tables import Level, frame_of, html_of
 
@@ -27,15 +27,15 @@ __all__ = [
     "DENSITIES",
     "OUTLYING",
     "PROBES",
-    "Advice",
     "Change",
+    "ComparedTensorFacts",
     "Diff",
     "Group",
     "Kept",
     "ModelPair",
     "NotCompared",
     "SideDifference",
-    "TensorFacts",
+    "Suggestion",
 ]  # fmt: skip
 
 
@@ -71,16 +71,16 @@ class Diff:
     modules: tuple[Group, ...]
     cells: tuple[Group, ...]
     tensors: tuple[Group, ...]
-    facts: tuple[TensorFacts, ...]
+    facts: tuple[ComparedTensorFacts, ...]
     not_compared: tuple[NotCompared, ...]
     side_differences: tuple[SideDifference, ...]
     findings: tuple[str, ...]
     exact: bool
     bytes_read: int
     seconds: float
-    advice: tuple[Advice, ...] = ()
+    advice: tuple[Suggestion, ...] = ()
 
-    def with_findings(self, findings: Sequence[str], advice: Sequence[Advice] = ()) -> Diff:
+    def with_findings(self, findings: Sequence[str], advice: Sequence[Suggestion] = ()) -> Diff:
         """A copy with these findings and this advice."""
         return replace(self, findings=tuple(findings), advice=tuple(advice))
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
 
 from modelfuse.errors import MissingExtraError, RecipeError
-from modelfuse.inspection.diff_measures import Advice, Change, Group, Kept, ModelPair
+from modelfuse.inspection.diff_measures import Change, Group, Kept, ModelPair, Suggestion
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.planning.tables import Row, html
 
@@ -32,7 +32,7 @@ class ComparedModels(Protocol):
     @property
     def findings(self) -> tuple[str, ...]: ...
     @property
-    def advice(self) -> tuple[Advice, ...]: ...
+    def advice(self) -> tuple[Suggestion, ...]: ...
 
 
 def frame_of(found: ComparedModels, level: Level, pairs: bool) -> Any:

@@ -15,7 +15,7 @@ from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.made_files import REPORT_NAME
 from modelfuse.inspection.diff import Progress, carry_out, result_of
 from modelfuse.inspection.diff_advice import advice_after
-from modelfuse.inspection.diff_measures import Advice
+from modelfuse.inspection.diff_measures import Suggestion
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.inspection.diff_result import Diff
 from modelfuse.inspection.merge_outcome import MergeOutcome, outcome_of, outcomes_of
@@ -85,7 +85,7 @@ class MergeReport:
     tensors: tuple[MergeOutcome, ...]
     suspicious: tuple[SuspiciousModel, ...]
     findings: tuple[str, ...]
-    advice: tuple[Advice, ...]
+    advice: tuple[Suggestion, ...]
     sample: Sample | None
     diff: Diff
     seconds: float

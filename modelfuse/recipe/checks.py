@@ -11,7 +11,7 @@ from pathlib import Path
 from modelfuse.errors import RecipeError
 from modelfuse.methods.registry import MERGE_METHODS
 from modelfuse.methods.spec import Combination, Step
-from modelfuse.printable import Lines
+from modelfuse.printable import PrintableText
 
 #: Limits of an error: characters of a value that are shown, and settings that are listed.
 MOST_CHARACTERS = 500
@@ -45,7 +45,7 @@ def listed(problems: Sequence[str]) -> str:
     """Problems of single settings, one per line."""
     if len(problems) > MOST_LINES:
         problems = [*problems[:MOST_LINES], f"and {len(problems) - MOST_LINES} more"]
-    return Lines.of(problems)
+    return PrintableText.of(problems)
 
 
 def shown(value: object) -> str:

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelfuse.errors import ClusterError, ModelfuseError
 from modelfuse.execution.ray import node
-from modelfuse.printable import Lines
+from modelfuse.printable import PrintableText
 
 #: Seconds for a node to answer whether it can take part: it may have to start a process and import this package.
 LIMIT = 120.0
@@ -119,7 +119,7 @@ def look_at_all(common: Sequence[Any]) -> None:
     if problems:
         listed = list(dict.fromkeys(each.message for each in problems))
         more = [f"and {len(listed) - MOST_PROBLEMS} more"] if len(listed) > MOST_PROBLEMS else []
-        raise ClusterError(Lines.of([*listed[:MOST_PROBLEMS], *more]), problems[0].hint)
+        raise ClusterError(PrintableText.of([*listed[:MOST_PROBLEMS], *more]), problems[0].hint)
 
 
 def _answer(asked: Node, reference: Any) -> ClusterError | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from modelfuse.inspection.diff_names import short_names
-from modelfuse.inspection.diff_result import DENSITIES, Advice, Diff
+from modelfuse.inspection.diff_result import DENSITIES, Diff, Suggestion
 from modelfuse.inspection.merge_report import MergeReport
 from modelfuse.inspection.pictures.drawn_result import DrawnResult
 from modelfuse.inspection.pictures.library import library
@@ -114,7 +114,7 @@ def _listed(texts: Sequence[str], kind: str = "") -> str:
     return f'<ul class="{kind}">{items}</ul>'
 
 
-def _advice(advice: Sequence[Advice]) -> str:
+def _advice(advice: Sequence[Suggestion]) -> str:
     """Settings that are worth trying, with the reasons."""
     items = "".join(
         f"<li>{escape(printable(each.text))}<br><code>{escape(printable(each.flags))}</code></li>" for each in advice
