@@ -20,17 +20,17 @@ class Beside:
     """Runs a merge, and plain reads and writes of as many bytes.
 
     Args:
-        place: The workspace.
+        space: The workspace.
         work: The merge.
         threads: Threads of the merge.
         warm: Whether the inputs are in the page cache.
     """
 
-    def __init__(self, place: Workspace, work: Work, threads: int, warm: bool) -> None:
-        self._place, self._work = place, work
-        self._tool = modelfuse_tool(place, threads, ["--quiet"])
+    def __init__(self, space: Workspace, work: Work, threads: int, warm: bool) -> None:
+        self._workspace, self._work = space, work
+        self._tool = modelfuse_tool(space, threads, ["--quiet"])
         self._prepare = bring_in if warm else evict
-        self._files = [path for folder in work.inputs(place.reference) for path in folder.glob("*.safetensors")]
+        self._files = [path for folder in work.inputs(space.reference) for path in folder.glob("*.safetensors")]
         self.bytes = sum(path.stat().st_size for path in self._files)
 
     def merge(self) -> Sample:
@@ -38,20 +38,20 @@ class Beside:
         self._prepare(self._files)
         os.sync()  # Unwritten data of an earlier run would slow this one down.
         try:
-            return measure(self._tool.command(self._work), log=self._place.log, env=self._tool.env)
+            return measure(self._tool.command(self._work), log=self._workspace.log, env=self._tool.env)
         finally:
-            shutil.rmtree(self._place.output, ignore_errors=True)
+            shutil.rmtree(self._workspace.output, ignore_errors=True)
 
     def read(self) -> float:
         """Read the same inputs; returns GB/s."""
         self._prepare(self._files)
         command = [sys.executable, str(HERE / "reading.py"), *HOW, *map(str, self._files)]
-        return self.bytes / 1e9 / measure(command, log=self._place.log).seconds
+        return self.bytes / 1e9 / measure(command, log=self._workspace.log).seconds
 
     def write(self, size: int) -> float:
         """Write and sync ``size`` bytes; returns GB/s."""
         block = os.urandom(8 << 20)
-        path = self._place.work / "written"
+        path = self._workspace.work / "written"
         start = time.perf_counter()
         with open(path, "wb", buffering=0) as file:
             for _ in range(0, size, len(block)):

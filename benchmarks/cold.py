@@ -94,23 +94,23 @@ class Bench:
     """Runs programs on inputs that are or are not in the page cache.
 
     Args:
-        place: The workspace.
+        space: The workspace.
         threads: Threads of the copy and of modelfuse.
         before: Words that precede every command.
         words: Further arguments of modelfuse.
     """
 
-    def __init__(self, place: Workspace, threads: int, before: Sequence[str], words: Sequence[str]) -> None:
-        self.place, self.before = place, before
-        self.copy, self.merge = copy_tool(place, threads), modelfuse_tool(place, threads, words)
-        self.bystander = place.work / "bystander"
+    def __init__(self, space: Workspace, threads: int, before: Sequence[str], words: Sequence[str]) -> None:
+        self.space, self.before = space, before
+        self.copy, self.merge = copy_tool(space, threads), modelfuse_tool(space, threads, words)
+        self.bystander = space.work / "bystander"
         self.bystander.write_bytes(os.urandom(BYSTANDER_BYTES))
         self.reads = READS[0]
         self.left, self.kept = defaultdict[str, float](float), defaultdict[str, float](lambda: 1.0)
 
     def files(self, work: Work) -> list[Path]:
         """The weight files that a merge reads."""
-        return [path / "model.safetensors" for path in work.inputs(self.place.reference)]
+        return [path / "model.safetensors" for path in work.inputs(self.space.reference)]
 
     def choose_read(self, work: Work) -> dict[tuple[int, int], float]:
         """Choose the fastest of READS; returns the seconds of each. Much slower ones are tried only once."""
@@ -131,8 +131,8 @@ class Bench:
     def run(self, tool: Tool, work: Work, cold: bool) -> Sample:
         """Time one copy or merge."""
         files = self.files(work)
-        shutil.rmtree(self.place.output, ignore_errors=True)
-        level_memory(files[-1].stat().st_size, self.place.work)
+        shutil.rmtree(self.space.output, ignore_errors=True)
+        level_memory(files[-1].stat().st_size, self.space.work)
         command = tool.command(work)
         bring_in([self.bystander])
         bring_in(files)
@@ -141,7 +141,7 @@ class Bench:
         try:
             sample = self._measure(command, tool.env)
         finally:
-            shutil.rmtree(self.place.output, ignore_errors=True)
+            shutil.rmtree(self.space.output, ignore_errors=True)
         if cold and tool is self.merge:
             self.left[work.method] = max(self.left[work.method], share(files))
             self.kept[work.method] = min(self.kept[work.method], share([self.bystander]))
@@ -149,7 +149,7 @@ class Bench:
 
     def _measure(self, command: Sequence[str], env: dict[str, str]) -> Sample:
         os.sync()  # Unwritten data of an earlier run would slow this one down.
-        return measure([*self.before, *command], log=self.place.log, env=env)
+        return measure([*self.before, *command], log=self.space.log, env=env)
 
     def rounds(self, work: Work, number: int) -> Row:
         """Run all programs in turn, ``number`` times."""
@@ -173,11 +173,11 @@ def main(words: list[str] | None = None) -> int:
     options = _parser().parse_args(words)
     console = Console(stderr=True, highlight=False)
     try:
-        with workspace(options.workdir) as place:
+        with workspace(options.workdir) as space:
             try:
-                _benchmark(options, place, console)
+                _benchmark(options, space, console)
             finally:
-                (place.work / "bystander").unlink(missing_ok=True)
+                (space.work / "bystander").unlink(missing_ok=True)
     except (CommandFailed, OSError) as error:
         console.print(f"[red]failed:[/] {error}")
         return 1
@@ -205,20 +205,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _benchmark(options: argparse.Namespace, place: Workspace, console: Console) -> None:
+def _benchmark(options: argparse.Namespace, space: Workspace, console: Console) -> None:
     shape = SHAPES[options.size]
     with console.status(f"making the inputs: 4 models of {shape.parameters() / 1e6:.0f} M parameters"):
-        reference.make_reference(place.reference, shape)
+        reference.make_reference(space.reference, shape)
     rows = []
     with ExitStack() as stack:
         before: list[str] = []
         if options.delay:
-            bring_in(place.reference.glob("*/*.safetensors"))  # The server's own reads take no time.
-            stack.enter_context(distant(place.reference, place.work / "far", options.delay, options.limit * 1e6))
-            place = DistantWorkspace(place.work)
+            bring_in(space.reference.glob("*/*.safetensors"))  # The server's own reads take no time.
+            stack.enter_context(distant(space.reference, space.work / "far", options.delay, options.limit * 1e6))
+            space = DistantWorkspace(space.work)
         elif options.limit:
-            before = stack.enter_context(limited(place.work, int(options.limit * 1e6)))
-        bench = Bench(place, options.threads, before, options.modelfuse)
+            before = stack.enter_context(limited(space.work, int(options.limit * 1e6)))
+        bench = Bench(space, options.threads, before, options.modelfuse)
         largest = max((WORKS[name] for name in options.methods), key=lambda work: len(bench.files(work)))
         size = sum(path.stat().st_size for path in bench.files(largest))
         for (threads, block), seconds in bench.choose_read(largest).items():

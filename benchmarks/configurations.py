@@ -80,8 +80,8 @@ def main(words: list[str] | None = None) -> int:
         print(f"{python} has no mergekit", file=sys.stderr)
         return 1
     try:
-        with workspace(options.workdir) as place:
-            _benchmark(options, place, python)
+        with workspace(options.workdir) as space:
+            _benchmark(options, space, python)
     except (CommandFailed, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
@@ -102,11 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _benchmark(options: argparse.Namespace, place: Workspace, python: str | None) -> None:
+def _benchmark(options: argparse.Namespace, space: Workspace, python: str | None) -> None:
     shape = SHAPES[options.size]
-    reference.make_reference(place.reference, shape)
-    file = place.work / "configuration.yml"
-    tools = _tools(options, place, file, python)
+    reference.make_reference(space.reference, shape)
+    file = space.work / "configuration.yml"
+    tools = _tools(options, space, file, python)
     samples: dict[str, dict[str, list[Sample]]] = {}
     print(
         "| method | copy | modelfuse | × copy | mergekit | times faster | processor | mergekit | times less | memory |"
@@ -115,13 +115,13 @@ def _benchmark(options: argparse.Namespace, place: Workspace, python: str | None
     for method in options.methods:
         models, has_base, *_ = WHOLE[method]
         work = Work(method, models, has_base)
-        file.write_text(json.dumps(configuration(method, place.reference, shape.layers)))  # JSON is valid YAML.
+        file.write_text(json.dumps(configuration(method, space.reference, shape.layers)))  # JSON is valid YAML.
         found = samples.setdefault(method, {})
         for tool in tools[:2]:
-            _run(tool, work, place)  # Warm-up: reads the inputs into the page cache and compiles kernels.
+            _run(tool, work, space)  # Warm-up: reads the inputs into the page cache and compiles kernels.
         for _ in range(options.repeat):
             for tool in tools:
-                found.setdefault(tool.name, []).append(_run(tool, work, place))
+                found.setdefault(tool.name, []).append(_run(tool, work, space))
         print(_line(method, found), flush=True)
     if options.json:
         content = {method: {tool: [each.as_dict() for each in several] for tool, several in found.items()}
@@ -129,38 +129,38 @@ def _benchmark(options: argparse.Namespace, place: Workspace, python: str | None
         Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _tools(options: argparse.Namespace, place: Workspace, file: Path, python: str | None) -> list[Tool]:
+def _tools(options: argparse.Namespace, space: Workspace, file: Path, python: str | None) -> list[Tool]:
     threads = str(options.threads)
 
     def copied(work: Work) -> list[str]:
-        inputs = [path / "model.safetensors" for path in work.inputs(place.reference)]
+        inputs = [path / "model.safetensors" for path in work.inputs(space.reference)]
         if work.method == "passthrough":  # It reads half of each of two models.
             inputs = inputs[:1]
-        place.output.mkdir()
-        return copy_command(place.output / "model.safetensors", options.threads, inputs)
+        space.output.mkdir()
+        return copy_command(space.output / "model.safetensors", options.threads, inputs)
 
     def fused(_: Work) -> list[str]:
-        return [sys.executable, "-m", "modelfuse", "mergekit-yaml", str(file), str(place.output), "--num-threads",
+        return [sys.executable, "-m", "modelfuse", "mergekit-yaml", str(file), str(space.output), "--num-threads",
                 threads, "--memory", options.memory, "--quiet"]  # fmt: skip
 
     def arcee(_: Work) -> list[str]:
-        return [str(python), "-m", "mergekit.scripts.run_yaml", str(file), str(place.output), "--no-copy-tokenizer",
+        return [str(python), "-m", "mergekit.scripts.run_yaml", str(file), str(space.output), "--no-copy-tokenizer",
                 "--quiet", "--num-threads", threads]  # fmt: skip
 
-    env = modelfuse_tool(place, options.threads, ()).env
+    env = modelfuse_tool(space, options.threads, ()).env
     tools = [Tool(COPY, copied), Tool(MODELFUSE, fused, env)]
     return tools if python is None else [*tools, Tool(ARCEE, arcee, {"HF_HUB_OFFLINE": "1"})]
 
 
-def _run(tool: Tool, work: Work, place: Workspace) -> Sample:
-    shutil.rmtree(place.output, ignore_errors=True)
-    level_memory((place.reference / "base" / "model.safetensors").stat().st_size, place.work)
+def _run(tool: Tool, work: Work, space: Workspace) -> Sample:
+    shutil.rmtree(space.output, ignore_errors=True)
+    level_memory((space.reference / "base" / "model.safetensors").stat().st_size, space.work)
     command = tool.command(work)
     os.sync()
     try:
-        return measure(command, log=place.log, env=tool.env)
+        return measure(command, log=space.log, env=tool.env)
     finally:
-        shutil.rmtree(place.output, ignore_errors=True)
+        shutil.rmtree(space.output, ignore_errors=True)
 
 
 def _line(method: str, found: dict[str, list[Sample]]) -> str:

@@ -78,13 +78,13 @@ class Tool:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def copy_tool(place: Workspace, threads: int) -> Tool:
+def copy_tool(space: Workspace, threads: int) -> Tool:
     """The plain copy of ``copying.py``."""
 
     def command(work: Work) -> list[str]:
-        inputs = [path / "model.safetensors" for path in work.inputs(place.reference)]
-        place.output.mkdir()
-        return copy_command(place.output / "model.safetensors", threads, inputs)
+        inputs = [path / "model.safetensors" for path in work.inputs(space.reference)]
+        space.output.mkdir()
+        return copy_command(space.output / "model.safetensors", threads, inputs)
 
     return Tool(COPY, command)
 
@@ -94,11 +94,11 @@ def copy_command(output: Path, threads: int, inputs: Iterable[Path]) -> list[str
     return [sys.executable, str(HERE / "copying.py"), str(output), str(threads), *map(str, inputs)]
 
 
-def modelfuse_tool(place: Workspace, threads: int, extra: Iterable[str]) -> Tool:
+def modelfuse_tool(space: Workspace, threads: int, extra: Iterable[str]) -> Tool:
     """The command line of modelfuse, with the interpreter that runs the benchmark."""
 
     def command(work: Work) -> list[str]:
-        merge = modelfuse_command(sys.executable, work, place.reference, place.output, threads)
+        merge = modelfuse_command(sys.executable, work, space.reference, space.output, threads)
         return [*merge, *extra]
 
     # The source tree of this file is used, so modelfuse need not be installed.
@@ -108,25 +108,25 @@ def modelfuse_tool(place: Workspace, threads: int, extra: Iterable[str]) -> Tool
     return Tool(MODELFUSE, command, env)
 
 
-def peer_tool(peer: str, python: str, place: Workspace, threads: int) -> Tool:
+def peer_tool(peer: str, python: str, space: Workspace, threads: int) -> Tool:
     """A peer's command line, or a short script for one without."""
 
     def arcee(work: Work) -> list[str]:
-        recipe = place.work / "arcee.yml"
-        recipe.write_text(arcee_recipe(work, place.reference))
+        recipe = space.work / "arcee.yml"
+        recipe.write_text(arcee_recipe(work, space.reference))
         options = ["--no-copy-tokenizer", "--quiet", "--num-threads", str(threads)]
-        return [python, "-m", "mergekit.scripts.run_yaml", str(recipe), str(place.output), *options]
+        return [python, "-m", "mergekit.scripts.run_yaml", str(recipe), str(space.output), *options]
 
     def paddle(work: Work) -> list[str]:
-        settings = paddle_settings(work, place.reference, place.output, threads)
+        settings = paddle_settings(work, space.reference, space.output, threads)
         return [python, str(HERE / "peers" / "paddle_merge.py"), settings]
 
     return Tool(peer, {"arcee": arcee, "paddle": paddle}[peer])
 
 
-def install_peer(peer: str, place: Workspace) -> None:
+def install_peer(peer: str, space: Workspace) -> None:
     """Create a virtual environment in the workspace and install a peer there, unless it is installed."""
-    python = place.peer_python(peer)
+    python = space.peer_python(peer)
     if python.exists() and importable(str(python), peer):
         return
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(python.parents[1])], check=True)
@@ -143,9 +143,9 @@ def importable(python: str, peer: str) -> bool:
     return done.returncode == 0
 
 
-def find_peer(peer: str, place: Workspace, given: str | None) -> str | None:
+def find_peer(peer: str, space: Workspace, given: str | None) -> str | None:
     """An interpreter that can import a peer: the given one, the one in the workspace, or this one; None if none can."""
-    candidates = [given] if given else [str(place.peer_python(peer)), sys.executable]
+    candidates = [given] if given else [str(space.peer_python(peer)), sys.executable]
     found = (each for each in candidates if os.path.exists(each) and importable(each, peer))
     return next(found, None)
 

@@ -55,8 +55,8 @@ def main(words: list[str] | None = None) -> int:
     options = _parser().parse_args(words)
     console = Console(stderr=True)
     try:
-        with workspace(options.workdir) as place:
-            return _benchmark(options, place, console)
+        with workspace(options.workdir) as space:
+            return _benchmark(options, space, console)
     except (CommandFailed, OSError) as error:
         console.print(f"[red]failed:[/] {error}", highlight=False)
         return 1
@@ -83,46 +83,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _benchmark(options: argparse.Namespace, place: Workspace, console: Console) -> int:
+def _benchmark(options: argparse.Namespace, space: Workspace, console: Console) -> int:
     shape = SHAPES[options.size]
-    _check_space(place, shape, console)
+    _check_space(space, shape, console)
     with console.status(f"making the inputs: 4 models of {shape.parameters() / 1e6:.0f} M parameters"):
-        reference.make_reference(place.reference, shape)
-    tools = [copy_tool(place, options.threads)]
+        reference.make_reference(space.reference, shape)
+    tools = [copy_tool(space, options.threads)]
     if not options.without_modelfuse:
-        tools.append(modelfuse_tool(place, options.threads, options.modelfuse))
-    peers = _peers(options, place, console)
+        tools.append(modelfuse_tool(space, options.threads, options.modelfuse))
+    peers = _peers(options, space, console)
     works = [WORKS[name] for name in options.methods]
     samples: Samples = defaultdict(list)
     for work in works:
         for tool in tools:
-            _run(tool, work, place, console, "warm-up", options.rest)
+            _run(tool, work, space, console, "warm-up", options.rest)
     for number in range(options.repeat):
         for work in works:
             for tool in tools + (peers if number < options.peer_repeat else []):
-                sample = _run(tool, work, place, console, f"round {number + 1} of {options.repeat}", options.rest)
+                sample = _run(tool, work, space, console, f"round {number + 1} of {options.repeat}", options.rest)
                 samples[work.method, tool.name].append(sample)
     summaries = _summaries(samples, shape)
     _report(options, summaries, samples, shape)
     return 0
 
 
-def _check_space(place: Workspace, shape: reference.Shape, console: Console) -> None:
+def _check_space(space: Workspace, shape: reference.Shape, console: Console) -> None:
     """Check the free disk space; warn if the page cache cannot hold the inputs.
 
     Raises:
         OSError: If the disk has too little free space.
     """
     model = 2 * shape.parameters()
-    made = sum(path.stat().st_size for path in place.reference.glob("*/*.safetensors"))
+    made = sum(path.stat().st_size for path in space.reference.glob("*/*.safetensors"))
     needed = max(0, 4 * model - made) + OUTPUT_BYTES * shape.parameters()
-    if (free := shutil.disk_usage(place.work).free) < needed * 1.1:
-        raise OSError(f"{place.work} has {free / 1e9:.1f} GB free; {needed * 1.1 / 1e9:.1f} are needed")
+    if (free := shutil.disk_usage(space.work).free) < needed * 1.1:
+        raise OSError(f"{space.work} has {free / 1e9:.1f} GB free; {needed * 1.1 / 1e9:.1f} are needed")
     if (memory := psutil.virtual_memory().available) < 6 * model:
         console.print(f"[yellow]only {memory / 1e9:.1f} GB of memory: the inputs may not stay in it[/]")
 
 
-def _peers(options: argparse.Namespace, place: Workspace, console: Console) -> list[Tool]:
+def _peers(options: argparse.Namespace, space: Workspace, console: Console) -> list[Tool]:
     """The requested peers, installed if requested, and imported once so that their files are in the page cache."""
     if options.with_peers is None and not options.install_peers:
         return []
@@ -130,30 +130,30 @@ def _peers(options: argparse.Namespace, place: Workspace, console: Console) -> l
     for peer in options.with_peers or PEERS:
         if options.install_peers:
             with console.status(f"installing {peer}"):
-                install_peer(peer, place)
-        python = find_peer(peer, place, getattr(options, f"{peer}_python"))
+                install_peer(peer, space)
+        python = find_peer(peer, space, getattr(options, f"{peer}_python"))
         if python is None:
             raise OSError(f"{peer} is not installed: add --install-peers, or --{peer}-python PATH")
-        found.append(peer_tool(peer, python, place, options.threads))
+        found.append(peer_tool(peer, python, space, options.threads))
     return found
 
 
-def _run(tool: Tool, work: Work, place: Workspace, console: Console, what: str, rest: float) -> Sample:
+def _run(tool: Tool, work: Work, space: Workspace, console: Console, what: str, rest: float) -> Sample:
     """Time one run of a tool, and check that it wrote every tensor."""
-    shutil.rmtree(place.output, ignore_errors=True)
+    shutil.rmtree(space.output, ignore_errors=True)
     try:
         if not rest:
-            level_memory((work.inputs(place.reference)[-1] / "model.safetensors").stat().st_size, place.work)
+            level_memory((work.inputs(space.reference)[-1] / "model.safetensors").stat().st_size, space.work)
         command = tool.command(work)
         # Unwritten data of an earlier run would slow this one down.
         os.sync()
         time.sleep(rest)
         with console.status(f"{what}: {work.method}, {tool.name}"):
-            sample = measure(command, log=place.log, env=tool.env)
-        if tool.name != COPY and tensor_names(place.output) != tensor_names(place.reference / "model_1"):
+            sample = measure(command, log=space.log, env=tool.env)
+        if tool.name != COPY and tensor_names(space.output) != tensor_names(space.reference / "model_1"):
             raise CommandFailed(f"{tool.name}, {work.method}: tensors are missing from the output")
     finally:
-        shutil.rmtree(place.output, ignore_errors=True)
+        shutil.rmtree(space.output, ignore_errors=True)
     console.print(f"{what}: {work.method}, {tool.name}: {sample.seconds:.2f} s", style="dim", highlight=False)
     return sample
 

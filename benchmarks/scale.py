@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _place(options: argparse.Namespace) -> Iterator[Workspace]:
+def _workspace(options: argparse.Namespace) -> Iterator[Workspace]:
     """A temporary workspace below ``--workdir``."""
     if options.workdir:
         options.workdir.mkdir(parents=True, exist_ok=True)
@@ -118,20 +118,20 @@ def _place(options: argparse.Namespace) -> Iterator[Workspace]:
 def sizes(options: argparse.Namespace) -> Iterator[Row]:
     """Merge models of increasing size."""
     for name, shape in GROWING.items():
-        with _place(options) as place:
+        with _workspace(options) as space:
             # Space for two models, their base, and an output.
-            if options.largest is None and shutil.disk_usage(place.work).free < 8 * shape.parameters() + SPARE:
+            if options.largest is None and shutil.disk_usage(space.work).free < 8 * shape.parameters() + SPARE:
                 return
-            write_models(place.reference, ["base", "model_1", "model_2"], shape, dense=True)
-            yield from _merges(options, place, name, shape)
+            write_models(space.reference, ["base", "model_1", "model_2"], shape, dense=True)
+            yield from _merges(options, space, name, shape)
         if name == options.largest:
             return
 
 
-def _merges(options: argparse.Namespace, place: Workspace, name: str, shape: Shape) -> Iterator[Row]:
+def _merges(options: argparse.Namespace, space: Workspace, name: str, shape: Shape) -> Iterator[Row]:
     for method in options.methods:
         work = Work(method, 2, METHODS[method].has_base)
-        bench = Beside(place, work, options.threads, options.warm)
+        bench = Beside(space, work, options.threads, options.warm)
         if shape.parameters() < SMALL:
             bench.merge()  # Compiles kernels that are not cached.
         # In turn, so that other load on the machine affects all of them.
@@ -161,15 +161,15 @@ def plans(options: argparse.Namespace) -> Iterator[Row]:
     """Plan merges of models that consist of headers only."""
     for name in options.names:
         shape = PLANNED[name]
-        with _place(options) as place:
+        with _workspace(options) as space:
             folders = ["base", *(f"model_{number + 1}" for number in range(PLANNED_MODELS))]
-            write_models(place.reference, folders, shape, dense=False)
-            tool = modelfuse_tool(place, 1, [])
+            write_models(space.reference, folders, shape, dense=False)
+            tool = modelfuse_tool(space, 1, [])
             command = tool.command(Work("ties", PLANNED_MODELS, True))
             command[command.index("merge")] = "check"
             del command[command.index("--output_path") :]  # The disk has no space for it.
-            samples = [measure(command, log=place.log, env=tool.env) for _ in range(1 + options.repeat)][1:]
-            files = len(list((place.reference / "base").glob("*.safetensors")))
+            samples = [measure(command, log=space.log, env=tool.env) for _ in range(1 + options.repeat)][1:]
+            files = len(list((space.reference / "base").glob("*.safetensors")))
         yield {
             "parameters": name,
             "tensors": len(shape.tensors()),
@@ -184,18 +184,18 @@ def plans(options: argparse.Namespace) -> Iterator[Row]:
 def nodes(options: argparse.Namespace) -> Iterator[Row]:
     """Merge on one simulated Ray node with one CPU, and on two such nodes."""
     shape = GROWING[options.size]
-    with _place(options) as place:
-        write_models(place.reference, ["base", "model_1", "model_2"], shape, dense=True)
+    with _workspace(options) as space:
+        write_models(space.reference, ["base", "model_1", "model_2"], shape, dense=True)
         for method in options.methods:
             seconds: dict[str, list[Sample]] = {}
             for _ in range(options.repeat):
                 for count in (1, 2):
                     work = Work(method, 2, METHODS[method].has_base)
-                    local = _again(place, work, count, ["--quiet"])
+                    local = _again(space, work, count, ["--quiet"])
                     seconds.setdefault(f"{count} local", []).append(local)
                     with simulated(count) as address:
                         words = ["--quiet", "--engine", "ray", "--ray_address", address]
-                        seconds.setdefault(f"{count} ray", []).append(_again(place, work, 1, words))
+                        seconds.setdefault(f"{count} ray", []).append(_again(space, work, 1, words))
             middle = {each: median(sample.seconds for sample in samples) for each, samples in seconds.items()}
             cpu = median(sample.cpu_seconds for sample in seconds["2 ray"])
             yield {
@@ -210,14 +210,14 @@ def nodes(options: argparse.Namespace) -> Iterator[Row]:
             }
 
 
-def _again(place: Workspace, work: Work, threads: int, words: Sequence[str]) -> Sample:
+def _again(space: Workspace, work: Work, threads: int, words: Sequence[str]) -> Sample:
     """The second of two merges: the first starts processes and reads files into the page cache."""
-    tool = modelfuse_tool(place, threads, words)
+    tool = modelfuse_tool(space, threads, words)
     for _ in range(2):
         try:
-            sample = measure(tool.command(work), log=place.log, env=tool.env)
+            sample = measure(tool.command(work), log=space.log, env=tool.env)
         finally:
-            shutil.rmtree(place.output, ignore_errors=True)
+            shutil.rmtree(space.output, ignore_errors=True)
     return sample
 
 

@@ -1,6 +1,6 @@
-"""Pages of the documentation's site that are kept elsewhere: sections of the README, files of the repository, the code.
+"""Generate pages of the documentation's site from sections of the README, files of the repository, and the code.
 
-A hook of mkdocs (mkdocs.yml). So each fact stands in one place, and is read in the repository as on the site.
+It is a hook of mkdocs (mkdocs.yml), so that the repository and the site share their texts.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def result_of(plan: DiffPlan, sums: GroupSums, base_given: bool, bytes_read: int
         sums: The sums of each tensor, in the plan's order.
         base_given: Whether the base was given as one.
         bytes_read: The number of bytes that were read.
-        started: When it began, as ``time.perf_counter`` tells.
+        started: The start, by ``time.perf_counter``.
     """
     recipe, places = plan.recipe, [each.location for each in plan.tensors]
     inside = np.flatnonzero([each.layer is not None for each in places])
