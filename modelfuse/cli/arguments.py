@@ -6,10 +6,12 @@ import argparse
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from modelfuse.cli.setting_groups import PREFIX, from_environment
 from modelfuse.errors import RecipeError
@@ -33,8 +35,7 @@ SHORT = {flags[-1]: flags[0] for flags, _ in OPTIONS.values() if len(flags) > 1}
 NUMBER = r"[-+]?(\d|\.\d)"
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Struct, frozen=True):
     """The options of a command about its output.
 
     Attributes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from modelfuse.cli.arguments import Options, Parser
 from modelfuse.cli.console import err, out
@@ -22,8 +23,7 @@ DRAWING = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Drawing:
+class Drawing(Struct, frozen=True):
     """The files to write.
 
     Attributes:

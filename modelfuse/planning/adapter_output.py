@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.adapter import PEFT_CONFIG

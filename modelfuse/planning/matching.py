@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from modelfuse.checkpoints import Checkpoint, StoredTensor
 from modelfuse.checkpoints.tensor_names import EMBEDDINGS, HEADS, group_names
@@ -15,8 +16,7 @@ from modelfuse.recipe.missing import MissingRule, policy_of
 from modelfuse.storage import PathOrUrl
 
 
-@dataclass(frozen=True, slots=True)
-class Tied:
+class Tied(Struct, frozen=True):
     """A tensor name that the output leaves out because its values are another tensor's.
 
     Attributes:
@@ -28,8 +28,7 @@ class Tied:
     other: str
 
 
-@dataclass(frozen=True, slots=True)
-class EqualPair:
+class EqualPair(Struct, frozen=True):
     """Two tensors that must be equal: tied tensors of a model, or an adapter's copy of a base tensor and the original.
 
     Attributes:

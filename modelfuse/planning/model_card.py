@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from modelfuse.checkpoints import CONFIG_FILE, Checkpoint, read_json
 from modelfuse.errors import ModelfuseError
@@ -33,8 +34,7 @@ _MACHINE = ("output_path", "n_process", "memory", "device", "tensor_type", "gpu_
             "copy_file_list", "allow_mismatch")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class CardFacts:
+class CardFacts(Struct, frozen=True):
     """The front matter of an input's model card.
 
     Attributes:

@@ -7,8 +7,9 @@ that (files, memory, execution, report, verification) uses operations only.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from modelfuse.checkpoints import StoredTensor
 from modelfuse.checkpoints.buffers import is_buffer
@@ -21,8 +22,7 @@ from modelfuse.methods.registry import TAKE
 Action = Literal["merge", "copy", "take"]
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(Struct, frozen=True):
     """One tensor of the output.
 
     Attributes:

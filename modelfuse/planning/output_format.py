@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.formats.safetensors import frame_safetensors
@@ -27,8 +28,7 @@ PADDLE_STEMS = {"model": "model_state", "master_weights": "master_weights"}
 TORCH_STEMS = {"model": "pytorch_model", "master_weights": "master_weights"}
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFormat:
+class OutputFormat(Struct, frozen=True):
     """How the output is stored.
 
     Attributes:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
 from modelfuse.checkpoints import Checkpoint
 from modelfuse.checkpoints.adapters.adapter import Adapter
 from modelfuse.checkpoints.buffers import without
@@ -41,8 +43,7 @@ if TYPE_CHECKING:
     from modelfuse.kernels.matrix_time import Expected
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFile:
+class OutputFile(Struct, frozen=True):
     """A weight file of the output: its name, and its frame, which is everything but the tensors' bytes."""
 
     name: str
