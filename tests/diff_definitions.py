@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelfuse.inspection.diff_result import BLOCK, DENSITIES, OUTLYING, Change, Group, ModelPair
+from modelfuse.inspection.diff_result import BLOCK, DENSITIES, OUTLYING, Change, ModelPair, TensorGroup
 
 Array = np.ndarray
 
@@ -133,7 +133,7 @@ def near(found: float | None, wanted: Any, close: float, name: str) -> None:
     assert found == (wanted if wanted is None else pytest.approx(wanted, rel=close, abs=close)), name
 
 
-def hold(group: Group, tensors: Sequence[Whole], *, sketched: bool = False, close: float = 2e-6) -> None:
+def hold(group: TensorGroup, tensors: Sequence[Whole], *, sketched: bool = False, close: float = 2e-6) -> None:
     """Compare the measures of some tensors with the definitions."""
     assert (group.tensors, group.elements) == (len(tensors), sum(each.base.size for each in tensors))
     norm = norm_of(np.concatenate([each.base.ravel() for each in tensors]))

@@ -23,11 +23,11 @@ from modelfuse.inspection.diff_result import (
     Change,
     ComparedTensorFacts,
     Diff,
-    Group,
     Kept,
     ModelPair,
     NotCompared,
     SideDifference,
+    TensorGroup,
 )
 
 Run = Callable[..., Said]
@@ -40,7 +40,7 @@ def example() -> Diff:
         ModelPair(0, 1, 0.1, 0.3, 0.5, 0.4, 0.2, 0.01),
         ModelPair(1, 0, 0.1, 0.3, 0.5, 0.4, None, None),
     )
-    group = Group("w", "", 0, "mlp.up_proj", 1, 12, 10.0, 0, (change, change), pairs)
+    group = TensorGroup("w", "", 0, "mlp.up_proj", 1, 12, 10.0, 0, (change, change), pairs)
     return Diff(
         "base", True, ("a", "b"), group, (group,), (group,), (group,), (group,),
         (ComparedTensorFacts("w", "bfloat16", (3, 4), True),), (NotCompared("v", "only in a"),),

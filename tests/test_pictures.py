@@ -20,12 +20,12 @@ from modelfuse.inspection.diff_result import (
     Change,
     ComparedTensorFacts,
     Diff,
-    Group,
     Kept,
     ModelPair,
     NotCompared,
     SideDifference,
     Suggestion,
+    TensorGroup,
 )
 from modelfuse.inspection.pictures.images import write_image
 from modelfuse.inspection.pictures.measures import MEASURES
@@ -37,7 +37,7 @@ KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj",
 HOSTILE = "</script><script>window.bad = 1</script><img src=x onerror='window.bad = 1'>"
 
 
-def group(draw: random.Random, name: str, layer: int | None, module: str | None, models: int) -> Group:
+def group(draw: random.Random, name: str, layer: int | None, module: str | None, models: int) -> TensorGroup:
     changes = tuple(
         Change(draw.random(), draw.random() / 10, draw.random(), draw.uniform(-1, 1), draw.random(), draw.randrange(9),
                0, draw.random(), tuple(Kept(each, each, min(1.0, 3 * each), each) for each in DENSITIES))
@@ -48,7 +48,7 @@ def group(draw: random.Random, name: str, layer: int | None, module: str | None,
              None if module == "input_layernorm" else draw.random(), 0.01)
         for i in range(models) for j in range(models) if i != j
     )  # fmt: skip
-    return Group(name, "", layer, module, 1, 1000, 10 * draw.random(), 0, changes, pairs)
+    return TensorGroup(name, "", layer, module, 1, 1000, 10 * draw.random(), 0, changes, pairs)
 
 
 def made(layers: int, models: Sequence[str], odd: str = "") -> Diff:

@@ -11,10 +11,10 @@ from modelfuse.inspection.diff_result import (
     PROBES,
     ComparedTensorFacts,
     Diff,
-    Group,
     NotCompared,
     SideDifference,
     Suggestion,
+    TensorGroup,
 )
 
 
@@ -22,7 +22,7 @@ class DiffDocument(Document, frozen=True, kw_only=True):
     """How models differ from a base and from each other: ``modelfuse diff --json``.
 
     τᵢ is the difference of model i to the base. Norms are Frobenius norms, shares are between 0 and 1, and what is
-    undefined is null. The descriptions of ``Change``, ``ModelPair`` and ``Group`` define every number.
+    undefined is null. The descriptions of ``Change``, ``ModelPair`` and ``TensorGroup`` define every number.
 
     Attributes:
         base: The model that differences are taken to: the base or, if none was given, the first model.
@@ -54,11 +54,11 @@ class DiffDocument(Document, frozen=True, kw_only=True):
     probes: int
     block: int
     outlying: float
-    whole: Group
-    layers: list[Group]
-    modules: list[Group]
-    cells: list[Group]
-    tensors: list[Group]
+    whole: TensorGroup
+    layers: list[TensorGroup]
+    modules: list[TensorGroup]
+    cells: list[TensorGroup]
+    tensors: list[TensorGroup]
     facts: list[ComparedTensorFacts]
     not_compared: list[NotCompared]
     side_differences: list[SideDifference]

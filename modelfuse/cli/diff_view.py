@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from modelfuse.cli.console import out
 from modelfuse.cli.units import abbreviated, counted, duration, rate
 from modelfuse.inspection.diff_names import short_names
-from modelfuse.inspection.diff_result import Diff, Group, Suggestion
+from modelfuse.inspection.diff_result import Diff, Suggestion, TensorGroup
 from modelfuse.printable import one_line
 
 #: Shades of a map from small to large values, and their colours in a 256-colour terminal.
@@ -20,7 +20,7 @@ NAMES, MODELS = 28, 20
 #: The most modules in a map.
 MOST_ROWS = 24
 
-Measure = Callable[[Group], float | None]
+Measure = Callable[[TensorGroup], float | None]
 
 
 def show(found: Diff) -> None:
@@ -89,12 +89,12 @@ def _matrix(found: Diff, title: str, cells: Sequence[Sequence[str]]) -> None:
         out.print("{}", line, wrap=False)
 
 
-def _distance(group: Group) -> float | None:
+def _distance(group: TensorGroup) -> float | None:
     found = [each.relative for each in group.models if each.relative is not None]
     return (sum(each**2 for each in found) / len(found)) ** 0.5 if found else None
 
 
-def _interference(group: Group) -> float | None:
+def _interference(group: TensorGroup) -> float | None:
     return max((each.interference for each in group.pairs if each.interference is not None), default=None)
 
 

@@ -19,7 +19,7 @@ from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.execution.worker import BufferSizes, Task, Worker, row_bytes
 from modelfuse.inspection.diff_advice import advice_of
 from modelfuse.inspection.diff_findings import findings_of
-from modelfuse.inspection.diff_result import ComparedTensorFacts, Diff, Group, NotCompared, SideDifference
+from modelfuse.inspection.diff_result import ComparedTensorFacts, Diff, NotCompared, SideDifference, TensorGroup
 from modelfuse.inspection.diff_sums import GroupKey, GroupSums
 from modelfuse.kernels import Pass
 from modelfuse.kernels.adaptive import SMALL
@@ -137,13 +137,13 @@ def result_of(plan: DiffPlan, sums: GroupSums, base_given: bool, bytes_read: int
     return result.with_findings(findings_of(result), advice_of(result, adapters))
 
 
-def _groups(sums: GroupSums, places: Sequence[tuple[str, int | None, str | None]]) -> tuple[Group, ...]:
+def _groups(sums: GroupSums, places: Sequence[tuple[str, int | None, str | None]]) -> tuple[TensorGroup, ...]:
     """Sum the tensors of the same stack, layer and module; groups are in the order of their first tensor."""
     keys = [GroupKey(_name(*place), *place) for place in dict.fromkeys(places)]
     return sums.added(places).groups(keys) if places else ()
 
 
-def _tensors(plan: DiffPlan, sums: GroupSums, cells: Sequence[Group]) -> tuple[Group, ...]:
+def _tensors(plan: DiffPlan, sums: GroupSums, cells: Sequence[TensorGroup]) -> tuple[TensorGroup, ...]:
     """The group of each tensor. That of a tensor which is alone in its cell is the cell's, with another name."""
     found = {(each.stack, each.layer, each.module): each for each in cells if each.tensors == 1}
     several = [number for number, each in enumerate(plan.tensors) if each.location not in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from modelfuse.inspection.diff_names import short_names
-from modelfuse.inspection.diff_result import Diff, Group, ModelPair
+from modelfuse.inspection.diff_result import Diff, ModelPair, TensorGroup
 
 MOST_FINDINGS = 10
 #: Most names in a sentence.
@@ -157,7 +157,7 @@ def _interference(pair: ModelPair) -> str:
     return f"{pair.interference:.2f}{error}"
 
 
-def _mean(group: Group) -> float:
+def _mean(group: TensorGroup) -> float:
     """The root mean square of the models' relative differences."""
     found = [(each.relative or 0.0) ** 2 for each in group.models]
     return float((sum(found) / len(found)) ** 0.5)

@@ -99,7 +99,7 @@ class ModelPair:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class TensorGroup:
     """Measures of a group of tensors: one tensor, a layer, a kind of module, or the model.
 
     Attributes:

@@ -13,12 +13,12 @@ from modelfuse.inspection.diff_measures import (
     PROBES,
     Change,
     ComparedTensorFacts,
-    Group,
     Kept,
     ModelPair,
     NotCompared,
     SideDifference,
     Suggestion,
+    TensorGroup,
 )
 from modelfuse.inspection.diff_tables import Level, frame_of, html_of
 
@@ -30,12 +30,12 @@ __all__ = [
     "Change",
     "ComparedTensorFacts",
     "Diff",
-    "Group",
     "Kept",
     "ModelPair",
     "NotCompared",
     "SideDifference",
     "Suggestion",
+    "TensorGroup",
 ]  # fmt: skip
 
 
@@ -66,11 +66,11 @@ class Diff:
     base: str
     base_given: bool
     models: tuple[str, ...]
-    whole: Group
-    layers: tuple[Group, ...]
-    modules: tuple[Group, ...]
-    cells: tuple[Group, ...]
-    tensors: tuple[Group, ...]
+    whole: TensorGroup
+    layers: tuple[TensorGroup, ...]
+    modules: tuple[TensorGroup, ...]
+    cells: tuple[TensorGroup, ...]
+    tensors: tuple[TensorGroup, ...]
     facts: tuple[ComparedTensorFacts, ...]
     not_compared: tuple[NotCompared, ...]
     side_differences: tuple[SideDifference, ...]

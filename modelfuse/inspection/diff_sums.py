@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelfuse.inspection.diff_measures import DENSITIES, Change, Group, Kept, ModelPair
+from modelfuse.inspection.diff_measures import DENSITIES, Change, Kept, ModelPair, TensorGroup
 from modelfuse.kernels.differences import BIN_SHIFT, DifferenceSums
 
 Array = np.ndarray[Any, Any]
@@ -20,7 +20,7 @@ MOST_SQUARES = 0.9
 
 
 class GroupKey(NamedTuple):
-    """What a group is called, and where in a model it is; see :class:`Group`."""
+    """What a group is called, and where in a model it is; see :class:`TensorGroup`."""
 
     name: str
     stack: str
@@ -147,13 +147,13 @@ class GroupSums:
         found.elements = elements
         return found
 
-    def groups(self, keys: Sequence[GroupKey]) -> tuple[Group, ...]:
+    def groups(self, keys: Sequence[GroupKey]) -> tuple[TensorGroup, ...]:
         """The measures that follow from each row."""
         numbers = _Numbers(self)
         columns = (self.tensors.tolist(), self.elements.tolist(), numbers.base_norm, numbers.base_bad,
                    numbers.changes(), numbers.pairs())  # fmt: skip
         rows = zip(keys, *columns, strict=True)
-        return tuple(Group(*key, *values) for key, *values in rows)
+        return tuple(TensorGroup(*key, *values) for key, *values in rows)
 
 
 class _Numbers:

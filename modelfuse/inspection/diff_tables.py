@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
 
 from modelfuse.errors import MissingExtraError, RecipeError
-from modelfuse.inspection.diff_measures import Change, Group, Kept, ModelPair, Suggestion
+from modelfuse.inspection.diff_measures import Change, Kept, ModelPair, Suggestion, TensorGroup
 from modelfuse.inspection.diff_names import short_names
 from modelfuse.planning.tables import Row, html
 
@@ -28,7 +28,7 @@ class ComparedModels(Protocol):
     @property
     def models(self) -> tuple[str, ...]: ...
     @property
-    def whole(self) -> Group: ...
+    def whole(self) -> TensorGroup: ...
     @property
     def findings(self) -> tuple[str, ...]: ...
     @property
@@ -48,7 +48,7 @@ def frame_of(found: ComparedModels, level: Level, pairs: bool) -> Any:
     return frame
 
 
-def _changes(found: ComparedModels, group: Group) -> Iterator[dict[str, object]]:
+def _changes(found: ComparedModels, group: TensorGroup) -> Iterator[dict[str, object]]:
     where = {name: getattr(group, name) for name in WHERE}
     for name, change in zip(short_names(found.models), group.models, strict=True):
         kept = {
@@ -60,7 +60,7 @@ def _changes(found: ComparedModels, group: Group) -> Iterator[dict[str, object]]
         yield {**where, "model": name, **{each: getattr(change, each) for each in OF_CHANGES}, **kept}
 
 
-def _pairs(found: ComparedModels, group: Group) -> Iterator[dict[str, object]]:
+def _pairs(found: ComparedModels, group: TensorGroup) -> Iterator[dict[str, object]]:
     where, names = {name: getattr(group, name) for name in WHERE}, short_names(found.models)
     for pair in group.pairs:
         own = {each: getattr(pair, each) for each in OF_PAIRS}

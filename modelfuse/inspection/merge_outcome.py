@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.inspection.diff_measures import Group, ModelPair
+from modelfuse.inspection.diff_measures import ModelPair, TensorGroup
 
 Array = np.ndarray[Any, Any]
 Number = float | None
@@ -47,7 +47,7 @@ class MergeOutcome:
     """What the output contains of its inputs, in a group of tensors.
 
     Attributes:
-        name: As of the :class:`Group`.
+        name: As of the :class:`TensorGroup`.
         stack: As of the group.
         layer: As of the group.
         module: As of the group.
@@ -74,12 +74,12 @@ class MergeOutcome:
     models: tuple[ModelOutcome, ...]
 
 
-def outcome_of(group: Group) -> MergeOutcome:
+def outcome_of(group: TensorGroup) -> MergeOutcome:
     """The outcome in a group of tensors whose last model is the output."""
     return outcomes_of([group])[0]
 
 
-def outcomes_of(groups: Sequence[Group]) -> tuple[MergeOutcome, ...]:
+def outcomes_of(groups: Sequence[TensorGroup]) -> tuple[MergeOutcome, ...]:
     """The outcomes in several groups of the same models."""
     if not groups:
         return ()
@@ -101,7 +101,11 @@ def outcomes_of(groups: Sequence[Group]) -> tuple[MergeOutcome, ...]:
 
 
 def _outcome(
-    group: Group, residual: Number, cancelled: Number, projections: Sequence[Number], coefficients: Sequence[Number]
+    group: TensorGroup,
+    residual: Number,
+    cancelled: Number,
+    projections: Sequence[Number],
+    coefficients: Sequence[Number],
 ) -> MergeOutcome:
     own, count = group.models[-1], len(group.models) - 1
     taken = []
@@ -117,7 +121,7 @@ def _outcome(
     )  # fmt: skip
 
 
-def _dropped(group: Group, model: int, meeting: ModelPair) -> Number:
+def _dropped(group: TensorGroup, model: int, meeting: ModelPair) -> Number:
     own = group.models[model]
     if own.unchanged is None or own.unchanged >= 1:
         return None
@@ -126,7 +130,7 @@ def _dropped(group: Group, model: int, meeting: ModelPair) -> Number:
     return min(1.0, max(0.0, 1 - (meeting.both_changed or 0.0) / changed)) if changed > 0 else None
 
 
-def _grams(groups: Sequence[Group]) -> Array:
+def _grams(groups: Sequence[TensorGroup]) -> Array:
     """Dot products of all differences, from norms and cosines: shape (groups, models, models)."""
     norms = np.array([[each.norm for each in group.models] for group in groups])
     cosines = np.broadcast_to(np.eye(norms.shape[1]), (*norms.shape, norms.shape[1])).copy()

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from modelfuse.inspection.diff_names import short_names
-from modelfuse.inspection.diff_result import Diff, Group
+from modelfuse.inspection.diff_result import Diff, TensorGroup
 from modelfuse.inspection.merge_outcome import MergeOutcome
 from modelfuse.inspection.merge_report import MergeReport
 from modelfuse.inspection.pictures.measures import MEASURES, OUTCOMES, Measure, Number
@@ -54,7 +54,7 @@ class DrawnResult:
             found["points"][-2]["kind"] = "output"
         return found
 
-    def groups(self, part: Part) -> Sequence[Group]:
+    def groups(self, part: Part) -> Sequence[TensorGroup]:
         """The groups of a part of the result."""
         return (self.diff.whole,) if part == "whole" else getattr(self.diff, part)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelfuse.errors import RecipeError
-from modelfuse.inspection.diff_result import Diff, Group
+from modelfuse.inspection.diff_result import Diff, TensorGroup
 from modelfuse.inspection.merge_report import MergeReport
 from modelfuse.inspection.pictures.drawn_result import DrawnResult
 from modelfuse.inspection.pictures.library import check_installed
@@ -118,7 +118,9 @@ def _series(names: Sequence[str], found: Diff, measure: Measure) -> list[tuple[s
     ]
 
 
-def _map(cells: Sequence[Group], label: str, values: Sequence[Number], measure: Measure, domain: list[float]) -> Spec:
+def _map(
+    cells: Sequence[TensorGroup], label: str, values: Sequence[Number], measure: Measure, domain: list[float]
+) -> Spec:
     spec = map_spec()
     rows = [
         {"column": column_of(each), "module": each.module, "value": value}
@@ -158,7 +160,7 @@ def _matrix(names: Sequence[str], found: Diff, measure: Measure) -> Spec | None:
     return {**spec, "title": shown.title, "width": {"step": 52}, "height": {"step": 28}, "data": {"values": rows}}
 
 
-def column_of(group: Group) -> str:
+def column_of(group: TensorGroup) -> str:
     """The name of a group's layer."""
     if group.layer is None:
         return OUTSIDE

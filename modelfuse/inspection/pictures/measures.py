@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from modelfuse.inspection.diff_result import Change, Group, ModelPair
+from modelfuse.inspection.diff_result import Change, ModelPair, TensorGroup
 from modelfuse.inspection.merge_outcome import MergeOutcome, ModelOutcome
 
 Number = float | None
@@ -38,7 +38,7 @@ class Measure:
     title: str
     about: str
     of: Literal["model", "pair", "order"]
-    values: Callable[[Group], Sequence[Number]]
+    values: Callable[[TensorGroup], Sequence[Number]]
     percent: bool = False
     domain: tuple[float, float] | None = None
     middle: float | None = None
@@ -59,11 +59,11 @@ class Measure:
         }  # fmt: skip
 
 
-def _changes(get: Callable[[Change], Number]) -> Callable[[Group], Sequence[Number]]:
+def _changes(get: Callable[[Change], Number]) -> Callable[[TensorGroup], Sequence[Number]]:
     return lambda group: [get(each) for each in group.models]
 
 
-def _pairs(get: Callable[[ModelPair], Number]) -> Callable[[Group], Sequence[Number]]:
+def _pairs(get: Callable[[ModelPair], Number]) -> Callable[[TensorGroup], Sequence[Number]]:
     return lambda group: [get(each) for each in group.pairs]
 
 
@@ -71,7 +71,7 @@ def _kept(density: float) -> Callable[[Change], Number]:
     return lambda change: next((each.trim_squares for each in change.kept if each.density == density), None)
 
 
-def _outlying(group: Group) -> Sequence[Number]:
+def _outlying(group: TensorGroup) -> Sequence[Number]:
     return [each.outliers / group.elements * 1e6 if group.elements else None for each in group.models]
 
 
@@ -115,7 +115,7 @@ _ALL = (
 MEASURES: Mapping[str, Measure] = {each.key: each for each in _ALL}
 
 
-def _none(_: Group) -> Sequence[Number]:
+def _none(_: TensorGroup) -> Sequence[Number]:
     return ()
 
 

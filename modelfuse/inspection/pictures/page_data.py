@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.inspection.diff_result import Group
+from modelfuse.inspection.diff_result import TensorGroup
 from modelfuse.inspection.pictures.drawn_result import DrawnResult, Part
 from modelfuse.inspection.pictures.measures import MEASURES, Measure, Number
 from modelfuse.inspection.pictures.specs import places_spec
@@ -57,7 +57,9 @@ def _columns(shown: DrawnResult, part: Part, measures: Iterable[Measure]) -> dic
     }
 
 
-def _transposed(groups: Sequence[Group], values: Iterable[Sequence[Number]], measure: Measure) -> list[list[Number]]:
+def _transposed(
+    groups: Sequence[TensorGroup], values: Iterable[Sequence[Number]], measure: Measure
+) -> list[list[Number]]:
     """One list of values per model or pair; for symmetric measures, one per unordered pair."""
     numbers = np.array([*values], np.float64)
     if not numbers.size:
@@ -115,11 +117,11 @@ def _picked(shown: DrawnResult, measure: Measure, numbers: Sequence[int]) -> lis
     return [values[number] for number in numbers]
 
 
-def _place(group: Group) -> tuple[str, int | None, str | None]:
+def _place(group: TensorGroup) -> tuple[str, int | None, str | None]:
     return group.stack, group.layer, group.module
 
 
-def _size(group: Group) -> float:
+def _size(group: TensorGroup) -> float:
     """The size of the largest change; tensors with non-finite values come first."""
     changes = group.models
     return max((each.relative or 0.0 for each in changes), default=0.0) + sum(each.nonfinite > 0 for each in changes)

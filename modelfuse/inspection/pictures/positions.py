@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from modelfuse.inspection.diff_result import Group
+from modelfuse.inspection.diff_result import TensorGroup
 
 #: The margin around the points, relative to their extent.
 MARGIN = 0.18
 
 
-def positions_of(group: Group, names: Sequence[str], base: str) -> dict[str, Any] | None:
+def positions_of(group: TensorGroup, names: Sequence[str], base: str) -> dict[str, Any] | None:
     """The points in a plane whose distances approximate those of the models and the base.
 
     Args:
@@ -49,7 +49,7 @@ def positions_of(group: Group, names: Sequence[str], base: str) -> dict[str, Any
     }
 
 
-def _distances(group: Group) -> np.ndarray:
+def _distances(group: TensorGroup) -> np.ndarray:
     """Squared distances between the models and, last, the base."""
     count = len(group.models)
     norms = np.array([*(each.norm for each in group.models), 0.0])
