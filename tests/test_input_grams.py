@@ -17,7 +17,7 @@ from conftest import ROOT, Said, array, make_model, read_file, read_model, save_
 import modelfuse as package
 from modelfuse.checkpoints.input_grams import KIND, open_input_grams
 from modelfuse.errors import CheckpointError, MismatchError, ModelfuseError, OutputError, RecipeError
-from modelfuse.inspection.collect import collect, read_texts
+from modelfuse.inspection.collect import collect, read_texts, split
 from modelfuse.planning.plan import make_plan
 from modelfuse.recipe.recipe import Recipe
 
@@ -328,7 +328,14 @@ def test_a_model_is_collected_from_and_merged(tmp_path: Path, texts: Path, model
     assert json.loads(said.out) == {"modelfuse_version": package.__version__, "document": "collect/1",
                                     "output": str(output), "modules": 29, "tokens": 200}  # fmt: skip
     found, metadata = read_file(output)
+    aliases = json.loads(metadata.pop("aliases"))
     assert metadata == {"format": "pt", "kind": KIND, "model": "base", "tokens": "200"}
+    assert aliases == {
+        f"model.layers.{layer}.{name}": f"model.layers.{layer}.{same}" for layer in range(4)
+        for name, same in (("self_attn.k_proj", "self_attn.q_proj"), ("self_attn.v_proj", "self_attn.q_proj"),
+                           ("mlp.up_proj", "mlp.gate_proj"))
+    }  # fmt: skip
+    found |= {name: found[same] for name, same in aliases.items()}
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     observed, left = Observed(MODEL), 200
     for text in read_texts(texts):
@@ -343,6 +350,52 @@ def test_a_model_is_collected_from_and_merged(tmp_path: Path, texts: Path, model
     files = [save_grams(tmp_path / name, {key: array(each) for key, each in found.items()}, name) for name in names]
     package.merge(merge_method="regmean", base_model_path=MODEL, gram_list=files, output_path=tmp_path / "out",
                   model_path_list=[MODEL.parent / name for name in names])  # fmt: skip
+
+
+def test_within_a_budget_parts_are_summed_one_after_the_other(tmp_path: Path, texts: Path, transformers: Any) -> None:
+    for name, memory in (("whole", "1GB"), ("parts", 4 * 576**2)):
+        collect(MODEL, texts, tmp_path / name, tokens=50, memory=memory)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    with pytest.raises(RecipeError, match=r"memory is 100 kB, but the Gram matrix of model\.layers\.0\."):
+        collect(MODEL, texts, tmp_path / "none", tokens=50, memory="100kB")
+    with pytest.raises(RecipeError, match="memory is 'much': give a size"):
+        collect(MODEL, texts, tmp_path / "none", tokens=50, memory="much")
+    assert not (tmp_path / "none").exists()
+    assert split({"a": (1, 4, 4), "b": (2, 4, 4), "c": (1, 2, 2)}, 140) == [["a"], ["b"], ["c"]]
+    assert split({"a": (1, 4, 4), "b": (1, 4, 4), "c": (1, 2, 2)}, 140) == [["a", "b"], ["c"]]
+
+
+def test_only_modules_that_never_had_other_inputs_share_a_matrix() -> None:
+    torch = pytest.importorskip("torch", reason="sees what torch multiplies")
+    from modelfuse.inspection.seen_inputs import SeenInputs
+
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in "abcdef"})
+    seen, x = SeenInputs(torch, model), torch.randn(5, 3)
+
+    def run() -> None:
+        y = x.clone()
+        for name in "abc":
+            model[name](y)
+        y += 1  # The same tensor, with other elements.
+        for name in "cde":
+            model[name](y)
+        model["f"](y[:4])
+
+    with seen.watching(sums=False):
+        run()
+    assert seen.aliases == {"b": "a", "e": "d"}
+    assert not seen.grams
+    with seen.watching(["a", "c"]):
+        run()
+    assert seen.grams.keys() == {"a", "c"}
+    torch.testing.assert_close(seen.grams["c"][0], x.T @ x + (x + 1).T @ (x + 1))
+
+
+@pytest.mark.parametrize("aliases", ["[]", "{", '{"x": "none"}', '{"model.layers.0.mlp.up_proj": 3}'])
+def test_aliases_of_nothing_are_refused(tmp_path: Path, aliases: str) -> None:
+    path = save_grams(tmp_path / "x", {"model.layers.0.mlp.gate_proj": np.eye(3)}, "A", aliases=aliases)
+    with pytest.raises(CheckpointError, match="no valid `aliases`"):
+        open_input_grams(path)
 
 
 def _model_of(transformers: Any, kind: str, folder: Path) -> Path:

@@ -1,11 +1,14 @@
 """Gram matrices of the inputs of a model's layers, in a file: what `modelfuse collect` writes and regmean takes.
 
 The file is a safetensors one. It has a tensor a module, called as the module's weight without ``.weight``: XᵀX, summed
-over tokens, float32, shape [inputs, inputs], or [experts, inputs, inputs]. Its metadata says of which model it is.
+over tokens, float32, shape [inputs, inputs], or [experts, inputs, inputs]. Its metadata says of which model it is, and
+has a JSON object of ``aliases``: modules with the inputs of one that has a tensor, such as keys and values.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -73,18 +76,35 @@ def open_input_grams(path: PathOrUrl) -> InputGrams:
                 f"{path}: {name} is {tensor.dtype.name} {list(tensor.shape)}, which is no Gram matrix of floats",
                 "Collect it again.",
             )
+    tensors = {**tensors, **_aliases(path, metadata.get("aliases", "{}"), tensors)}
     names = by_key(name + WEIGHT for name in tensors)
     own = {key: tensors[name.removesuffix(WEIGHT)] for key, name in names.items()}
     return InputGrams(path, metadata.get("model", ""), metadata.get("tokens", ""), own)
 
 
-def frame_of(shapes: Sequence[tuple[str, Sequence[int]]], model: str, tokens: int) -> Frame:
+def _aliases(path: PathOrUrl, text: str, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of modules that have none of their own, by name."""
+    with contextlib.suppress(ValueError, RecursionError):
+        aliases = json.loads(text)
+        if isinstance(aliases, dict) and all(
+            isinstance(other, str) and other in tensors and name not in tensors for name, other in aliases.items()
+        ):
+            return {name: tensors[other] for name, other in aliases.items()}
+    raise CheckpointError(f"{path}: its metadata has no valid `aliases`", "Collect it again.")
+
+
+def frame_of(
+    shapes: Sequence[tuple[str, Sequence[int]]], model: str, tokens: int, aliases: Mapping[str, str] | None = None
+) -> Frame:
     """How a file of Gram matrices is laid out.
 
     Args:
         shapes: The modules' names and the shapes of their matrices.
         model: What the model's folder is called.
         tokens: How many tokens it has read.
+        aliases: Modules with the inputs of another one: its name.
     """
     metadata = {"format": "pt", "kind": KIND, "model": model, "tokens": str(tokens)}
+    if aliases:
+        metadata["aliases"] = json.dumps(dict(aliases))
     return frame_safetensors([(name, F32, shape) for name, shape in shapes], metadata)

@@ -16,6 +16,7 @@ def collect_parser() -> Parser:
         parser.add_argument(flag, required=True)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--device", choices=("cpu", "gpu"))
+    parser.add_argument("--memory")
     parser.add_argument("--overwrite", action="store_true")
     return parser
 

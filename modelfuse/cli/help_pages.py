@@ -255,6 +255,11 @@ PAGES = {
             ("--output FILE", "The file to write: a Gram matrix of the inputs of every layer, in float32."),
             ("--tokens N", "The number of tokens to read, at most a quarter of them from one text. Default: 512."),
             ("--device cpu|gpu", "Where to run the model. Default: cpu."),
+            (
+                "--memory SIZE",
+                "The most memory for Gram matrices, beside the model's; the texts are read again for each part of the "
+                "layers that fits. Default: 8GB.",
+            ),
             ("--overwrite", "Replace the file."),
         ),
         ending="It needs torch and transformers: pip install 'modelfuse[calibrate]'. " + STATUS,

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from msgspec import convert
 
 from modelfuse.checkpoints.input_grams import frame_of
+from modelfuse.checkpoints.tensors import Frame
 from modelfuse.errors import CheckpointError, OutputError, RecipeError
 from modelfuse.inspection.seen_inputs import SeenInputs
 from modelfuse.planning.optional_packages import require
 from modelfuse.recipe.hub_names import HubName
 from modelfuse.recipe.schema import read_input
+from modelfuse.recipe.sizes import parse_bytes, size
 
 #: At most one SHARE-th of all tokens is taken from one text, so that several are read, but at least LEAST tokens.
 SHARE, LEAST = 4, 32
 #: Keys of a JSON line that may hold its text; the first that is there counts.
 KEYS = ("text", "content", "prompt")
+#: The most memory for Gram matrices.
+MEMORY = "8GB"
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ def collect(
     *,
     tokens: int = 512,
     device: str = "cpu",
+    memory: int | str = MEMORY,
     overwrite: bool = False,
 ) -> Collected:
     """Run a model on some texts of its task, and write the Gram matrices of its layers' inputs as a safetensors file.
@@ -58,12 +67,15 @@ def collect(
         output: The file to write.
         tokens: The number of tokens to run the model on.
         device: ``cpu`` or ``gpu``.
+        memory: The most bytes of Gram matrices in memory, beside the model, or a size such as ``8GB``; the texts are
+            run through the model once for each part of the layers that fits.
         overwrite: Whether to replace an existing file.
 
     Raises:
         ModelfuseError: If a library, the model or the texts are missing, or the output exists and is not to be
             replaced.
     """
+    most = _bytes_of(memory)
     if tokens < 1:
         raise RecipeError(f"tokens is {tokens}; it should be at least 1", "The default, 512, is enough.")
     output = Path(output)
@@ -81,15 +93,68 @@ def collect(
         rows = _tokens(transformers, str(model), texts, tokens)
         running = _load(torch, transformers, str(model), device)
         seen = SeenInputs(torch, running)
-        with seen.watching():
-            for row in rows:
-                numbers = torch.tensor([row], device=running.device)
-                more = {"decoder_input_ids": numbers} if running.config.is_encoder_decoder else {}
-                running(input_ids=numbers, **more)
-    read = sum(map(len, rows))
-    grams = {name: gram if gram.shape[0] > 1 else gram[0] for name, gram in seen.grams.items()}
-    _write(output, grams, Path(model).absolute().name if Path(model).exists() else str(model), read)
-    return Collected(output, len(grams), read)
+
+        def read(**how: Any) -> None:
+            with seen.watching(**how):
+                for row in rows:
+                    numbers = torch.tensor([row], device=running.device)
+                    more = {"decoder_input_ids": numbers} if running.config.is_encoder_decoder else {}
+                    running(input_ids=numbers, **more)
+
+        name = Path(model).absolute().name if Path(model).exists() else str(model)
+        count = sum(map(len, rows))
+        _sum_and_write(seen, read, output, most, partial(frame_of, model=name, tokens=count))
+    return Collected(output, len(seen.shapes), count)
+
+
+def _bytes_of(memory: int | str) -> int:
+    try:
+        return convert(parse_bytes(memory), int)
+    except ValueError as error:
+        raise RecipeError(f"memory is {memory!r}: {error}", "Give a size such as 8GB.") from None
+
+
+def _sum_and_write(
+    seen: SeenInputs, read: Callable[..., None], output: Path, most: int, frame_of: Callable[..., Frame]
+) -> None:
+    """Run the model once to see its modules, then for each part of them, and write the parts' Gram matrices."""
+    read(sums=False)
+    aliases = seen.aliases
+    shapes = {name: shape for name, shape in seen.shapes.items() if name not in aliases}
+    parts = split(shapes, most)
+    frame = frame_of([(name, shape[shape[0] == 1 :]) for name, shape in shapes.items()], aliases=aliases)
+    offsets = dict(zip(shapes, frame.offsets, strict=True))
+    with _replacing(output) as file:
+        for start, piece in frame.pieces:
+            file.seek(start)
+            file.write(piece)
+        for part in parts:
+            read(names=part)
+            for name in part:
+                file.seek(offsets[name])
+                file.write(seen.grams.pop(name).cpu().numpy().astype("<f4").tobytes())
+
+
+def split(shapes: Mapping[str, tuple[int, ...]], most: int) -> list[list[str]]:
+    """Modules in parts, in order, whose Gram matrices take at most so many bytes.
+
+    Raises:
+        RecipeError: If a single one takes more.
+    """
+    parts, filled = list[list[str]](), most
+    for name, shape in shapes.items():
+        needed = 4 * math.prod(shape)
+        if needed > most:
+            raise RecipeError(
+                f"memory is {size(most)}, but the Gram matrix of {name}'s inputs takes {size(needed)}",
+                f"Give at least {size(needed)}.",
+            )
+        if filled + needed > most:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += needed
+    return parts
 
 
 def read_texts(path: Path) -> list[str | list[dict[str, Any]]]:
@@ -190,22 +255,13 @@ def _tokens(transformers: Any, model: str, texts: Sequence[Any], most: int) -> l
     return rows
 
 
-def _write(output: Path, grams: dict[str, Any], model: str, tokens: int) -> None:
-    """Write the file atomically.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
-    frame = frame_of([(name, tuple(gram.shape)) for name, gram in grams.items()], model, tokens)
+@contextmanager
+def _replacing(output: Path) -> Iterator[IO[bytes]]:
+    """A temporary file, which becomes the output if all goes well."""
     try:
         with tempfile.NamedTemporaryFile(dir=output.absolute().parent, prefix=f".{output.name}.", delete=False) as file:
             try:
-                for start, piece in frame.pieces:
-                    file.seek(start)
-                    file.write(piece)
-                for offset, gram in zip(frame.offsets, grams.values(), strict=True):
-                    file.seek(offset)
-                    file.write(gram.cpu().numpy().astype("<f4").tobytes())
+                yield file
                 file.close()
                 os.chmod(file.name, 0o666 & ~_umask())
                 os.replace(file.name, output)
