@@ -177,6 +177,7 @@ def sampled(tmp_path: Path, shapes: dict[str, tuple[int, ...]], **settings: Any)
 def test_a_sample_tells_about_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a small tensor, which is read whole, weighs as much as large ones."""
     monkeypatch.setattr("modelfuse.planning.diff_sample.LEAST_RUNS", 16)
+    monkeypatch.setattr("modelfuse.planning.diff_sample.LEAST_IN_ALL", 1)
     shapes = {f"model.layers.{layer}.mlp.{name}.weight": (256, 192) for layer in range(4) for name in ("up_proj", "a")}
     full, part = sampled(tmp_path, {**shapes, "model.norm.weight": (192,)})
     assert part.sample is not None
@@ -236,8 +237,9 @@ def test_a_sample_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_sample_is_the_same_runs_of_all(tmp_path: Path, transposed: bool) -> None:
+def test_a_sample_is_the_same_runs_of_all(tmp_path: Path, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of tensors that are not stored as they are read."""
+    monkeypatch.setattr("modelfuse.planning.diff_sample.LEAST_IN_ALL", 1)
     plain = np.arange(64 * 2048, dtype=np.float32).reshape(2048, 64)
     layout = {"input_layout": ["paddle", "hf"]} if transposed else {}
     name = "model.layers.0.mlp.up_proj.weight"

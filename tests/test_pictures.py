@@ -29,7 +29,8 @@ from modelfuse.inspection.diff_result import (
 )
 from modelfuse.inspection.pictures.images import write_image
 from modelfuse.inspection.pictures.measures import MEASURES
-from modelfuse.inspection.pictures.page import page, write_page
+from modelfuse.inspection.pictures.page import _settings_of, page, write_page
+from modelfuse.inspection.pictures.specs import places_spec
 
 pytest.importorskip("vl_convert")
 
@@ -223,3 +224,24 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_every_measure_has_a_name_of_its_own() -> None:
     assert len({each.short for each in MEASURES.values()}) == len({each.title for each in MEASURES.values()}) == 14
+
+
+def test_labels_of_points_do_not_overlap() -> None:
+    """Where models are close together, some have their name in a tooltip alone."""
+    points = [{"x": x, "y": 0.0, "name": f"expert-{number}", "kind": "model"} for number, x in enumerate((0, 0.1, 0.2))]
+    points += [{"x": x, "y": y, "name": name, "kind": "base"} for x, y, name in ((100, 0, "far"), (50, 50, "base"))]
+    spec = places_spec({"points": points, "center": [50, 25], "span": [140, 70]})
+    labels = {each["name"]: (each["x"], each["y"]) for each in spec["layer"][1]["data"]["values"]}
+    assert {"far", "base"} < {*labels}
+    assert len({*labels.values()}) == len(labels) < len(points) + 1
+    crowded = [{**points[0], "name": f"expert-{number}"} for number in range(12)]
+    spec = places_spec({"points": [*crowded, *points[3:]], "center": [50, 25], "span": [140, 70]})
+    assert len(spec["layer"][1]["data"]["values"]) < len(crowded)
+    assert len(spec["data"]["values"]) == len(crowded) + 2
+
+
+def test_a_recipe_has_its_own_settings_before_those_by_default() -> None:
+    own, rest = _settings_of({"merge_method": "ties", "slerp_alpha": 0.5, "reserve_p": 0.3}).split("<details>")
+    assert "merge_method" in own
+    assert "reserve_p" in own
+    assert "slerp_alpha" in rest

@@ -14,8 +14,9 @@ from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan
 from modelfuse.storage import Url
 from modelfuse.storage.files import Buffer, OpenFile, SourceFile
 
-#: The fewest runs and elements sampled of a tensor; large tensors are sampled at one element in SHARE.
-LEAST_RUNS, LEAST, SHARE = 3, 1 << 11, 2047
+#: The fewest runs and elements sampled of a tensor, and elements of all tensors; large tensors are sampled at one
+#: element in SHARE.
+LEAST_RUNS, LEAST, LEAST_IN_ALL, SHARE = 3, 1 << 11, 1 << 19, 2047
 #: A run is a row, if its length is between these; else it has RUN elements.
 SHORTEST_ROW, LONGEST_ROW, RUN = 32, 1 << 16, 1024
 #: The most rows of a small matrix that is sampled completely, row by row.
@@ -45,15 +46,15 @@ class Runs(NamedTuple):
         return self.number * self.length
 
     @classmethod
-    def of(cls, tensor: ComparedTensor) -> Runs:
-        """The runs of a tensor; small tensors are sampled completely."""
+    def of(cls, tensor: ComparedTensor, least: int) -> Runs:
+        """The runs of a tensor, of at least ``least`` elements; small tensors are sampled completely."""
         size, matrices = tensor.measurement.size, tensor.measurement.matrices
         columns = tensor.sources[-1].shape[-1] if len(tensor.sources[-1].shape) > 1 else 0
         are_rows = SHORTEST_ROW <= columns <= LONGEST_ROW
         length = columns if are_rows else RUN
         one_layer = matrices is not None and matrices.units == 1 and not matrices.parts and matrices.out_first
         are_outputs = are_rows and one_layer
-        count = max(LEAST_RUNS, -(-LEAST // length), size // (SHARE * length))
+        count = max(LEAST_RUNS, -(-least // length), size // (SHARE * length))
         if 2 * count * length > size:
             count = size // length
             return cls(count, length, True) if are_outputs and LEAST_RUNS <= count <= MOST_ROWS else cls(1, size, False)
@@ -130,16 +131,17 @@ class SampleBatch:
 
 def sample_of(plan: DiffPlan) -> list[SampleBatch]:
     """The batches of a sample of all tensors of a plan."""
-    alike: dict[object, list[int]] = {}
+    alike: dict[tuple[object, Runs], list[int]] = {}
+    least = max(LEAST, LEAST_IN_ALL // len(plan.tensors))
     for number, tensor in enumerate(plan.tensors):
         measurement = tensor.measurement
-        key = measurement.dtypes, measurement.models, tensor.models, Runs.of(tensor)
-        alike.setdefault(key, []).append(number)
-    return [batch for numbers in alike.values() for batch in _batches(plan.tensors, numbers)]
+        key = measurement.dtypes, measurement.models, tensor.models
+        alike.setdefault((key, Runs.of(tensor, least)), []).append(number)
+    return [batch for (_, runs), numbers in alike.items() for batch in _batches(plan.tensors, numbers, runs)]
 
 
-def _batches(tensors: Sequence[ComparedTensor], numbers: Sequence[int]) -> Iterator[SampleBatch]:
-    runs, sources = Runs.of(tensors[numbers[0]]), len(tensors[numbers[0]].sources)
+def _batches(tensors: Sequence[ComparedTensor], numbers: Sequence[int], runs: Runs) -> Iterator[SampleBatch]:
+    sources = len(tensors[numbers[0]].sources)
     most = max(MOST_ELEMENTS // (runs.elements * sources), 1)
     for begin in range(0, len(numbers), most):
         some = tuple(numbers[begin : begin + most])

@@ -151,7 +151,7 @@ def _matrix(names: Sequence[str], found: Diff, measure: Measure) -> Spec | None:
         share = 0.0 if value is None else (value - domain[0]) / (domain[1] - domain[0])
         bright = value is not None and (share > 0.6 if shown.middle is None else abs(share - 0.5) < 0.3)
         rows.append({"model": names[pair.model], "other": names[pair.other], "value": value,
-                     "shown": "" if value is None else f"{value:.2g}", "bright": bright})  # fmt: skip
+                     "text": "" if value is None else f"{value:.2g}", "bright": bright})  # fmt: skip
     spec = matrix_spec()
     spec["layer"][0]["encoding"].pop("tooltip")
     spec["layer"][0]["encoding"]["color"]["scale"] = {"scheme": shown.scheme, "domain": domain}

@@ -28,6 +28,13 @@ function shown(value, measure) {
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(3)));
 }
 
+// The same for columns of a table, with trailing zeros.
+function aligned(value, measure) {
+  const size = Math.abs(value);
+  const plain = value === null || value === undefined || measure.percent || Number.isInteger(value);
+  return plain || size >= 1e3 || size < 1e-3 ? shown(value, measure) : value.toPrecision(3);
+}
+
 function many(value) {
   for (const [unit, factor] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["k", 1e3]]) {
     if (value >= factor) return `${Number((value / factor).toPrecision(3))} ${unit}`;
@@ -126,6 +133,10 @@ function draw(target, spec, listen) {
   return drawing;
 }
 
+// Columns of a legend, so that it fits the width of its chart.
+const legendColumns = (place, labels) => Math.max(1, Math.floor(
+  (place.clientWidth - 60) / (40 + 6.5 * Math.max(...labels.map((label) => label.length), 1))));
+
 const copyOf = (name) => JSON.parse(JSON.stringify(SPECS[name]));
 
 function drawMaps() {
@@ -183,6 +194,7 @@ function drawLines() {
   const positive = values.every((each) => each.value === null || each.value > 0);
   if (state.log && positive && measure.middle === null) spec.encoding.y.scale.type = "log";
   spec.data = { values };
+  spec.encoding.color.legend.columns = legendColumns($("lines"), values.map((each) => each.series));
   draw($("lines"), spec);
   const several = !all && state.modules.size > 1 && measure.sums === "mean";
   $("lines-note").textContent = several ? "Of several modules: the mean, weighted by elements." : "";
@@ -199,8 +211,9 @@ function drawMatrix() {
     for (const other of chosen) {
       if (model === other) continue;
       const value = table.values[measure.key][pairOf(measure, model, other)][0];
-      rows.push({ model: DATA.models[model], other: DATA.models[other], value, shown: shown(value, measure), one: model,
-        two: other, error: measure.of === "order" ? shown(DATA.errors[pairOf(measure, model, other)]) : "–" });
+      const text = shown(value, measure);
+      rows.push({ model: DATA.models[model], other: DATA.models[other], value, shown: text, text, one: model, two: other,
+        error: measure.of === "order" ? shown(DATA.errors[pairOf(measure, model, other)]) : "–" });
     }
   }
   const domain = domainOf(rows.map((row) => row.value), measure);
@@ -213,6 +226,7 @@ function drawMatrix() {
   const beside = 40 + 7 * Math.min(26, Math.max(...names.map((name) => name.length)));
   const size = Math.max(26, Math.min(64, ($("matrix").clientWidth - beside - 30) / Math.max(1, chosen.length)));
   spec.layer[1].mark.fontSize = size < 40 ? 9 : 11;
+  if (size < 40) for (const row of rows) if (row.value !== null) row.text = String(Number(row.value.toPrecision(2)));
   spec.width = { step: size };
   spec.height = { step: Math.max(24, size * 0.6) };
   spec.encoding.x.title = measure.of === "order" ? "disturbed by" : null;
@@ -240,6 +254,7 @@ function drawKept() {
   const spec = copyOf("kept");
   spec.width = "container";
   spec.layer[1].data = { values: rows };
+  spec.layer[1].encoding.color.legend.columns = legendColumns($("kept"), rows.map((each) => each.series));
   draw($("kept"), spec);
 }
 
@@ -247,7 +262,9 @@ function drawPlaces() {
   $("places-section").hidden = DATA.places === null;
   if (DATA.places === null) return;
   draw($("places"), DATA.places);
-  $("places-note").textContent = `Distances between models as far as a plane shows them: ${(DATA.places_share * 100).toPrecision(3)} % of their squares.`;
+  const labels = DATA.places.layer[1].data.values.length, points = DATA.places.data.values.length;
+  $("places-note").textContent = `Distances between models as far as a plane shows them: ${(DATA.places_share * 100).toPrecision(3)} % of their squares.`
+    + (labels < points ? " Points without a label have their name in a tooltip." : "");
 }
 
 // A table whose columns can be sorted; cells are [value, text, class].
@@ -287,7 +304,7 @@ function drawModels() {
   const titles = [{ text: "model", left: true }, ...measures.map((each) => ({ text: each.short, about: `${each.title}. ${each.about}` }))];
   const rows = DATA.models.map((label, model) => [[label, label, "text name"], ...measures.map((measure) => {
     const value = DATA.whole.values[measure.key][model][0];
-    return [value, shown(value, measure), measure.key === "nonfinite" && value ? "bad" : ""];
+    return [value, aligned(value, measure), measure.key === "nonfinite" && value ? "bad" : ""];
   })]);
   table($("models"), titles, bySort(rows, modelSort), modelSort, (...sort) => { modelSort = sort; drawModels(); });
 }
@@ -305,7 +322,7 @@ function drawTensors() {
     ...wanted.map((each) => {
       const values = (data.cell[row] === null ? data : DATA.cells).values[measure.key][each.column];
       const value = values[data.cell[row] ?? data.own[row]];
-      return [value, shown(value, measure)];
+      return [value, aligned(value, measure)];
     }),
   ]);
   const count = rows.length;

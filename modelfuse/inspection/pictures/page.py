@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -17,6 +17,7 @@ from modelfuse.inspection.pictures.page_data import page_data
 from modelfuse.inspection.pictures.picture_files import replace_file
 from modelfuse.inspection.pictures.specs import templates
 from modelfuse.printable import printable
+from modelfuse.recipe.names import SETTINGS
 from modelfuse.recipe.sizes import size
 from modelfuse.version import __version__
 
@@ -124,10 +125,6 @@ def _advice(advice: Sequence[Suggestion]) -> str:
 
 def _recipe(report: MergeReport) -> str:
     """The recipe, and suspicious tensors of the inputs."""
-    rows = "".join(
-        f'<tr><td class="text">{escape(name)}</td><td class="text name">{escape(printable(_plain(value)))}</td></tr>'
-        for name, value in report.settings.items()
-    )
     stood_out = [
         text
         for each in report.suspicious
@@ -137,7 +134,24 @@ def _recipe(report: MergeReport) -> str:
         )
     ]
     found = f"<section><h2>Suspicious tensors</h2>{_cut(stood_out)}</section>" if stood_out else ""
-    return f'{found}<section><h2>Recipe</h2><div class="scroll"><table>{rows}</table></div></section>'
+    return f"{found}<section><h2>Recipe</h2>{_settings_of(report.settings)}</section>"
+
+
+def _settings_of(settings: Mapping[str, object]) -> str:
+    """Settings that differ from their defaults, and the others, folded."""
+    defaults = {name: setting.default for name, setting in SETTINGS.items()}
+    own = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    others = f"<details><summary>{len(rest)} settings with default values</summary>{_settings(rest)}</details>"
+    return _settings(own) + (others if rest else "")
+
+
+def _settings(settings: Mapping[str, object]) -> str:
+    rows = "".join(
+        f'<tr><td class="text">{escape(name)}</td><td class="text name">{escape(printable(_plain(value)))}</td></tr>'
+        for name, value in settings.items()
+    )
+    return f'<div class="scroll"><table>{rows}</table></div>'
 
 
 def _plain(value: object) -> str:

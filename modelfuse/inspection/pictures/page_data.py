@@ -28,9 +28,10 @@ def page_data(shown: DrawnResult) -> dict[str, object]:
     """
     found, measures = shown.diff, shown.with_values()
     places = shown.places()
+    plane = None if places is None else places_spec(places)
     return {
         "models": shown.names,
-        "places": None if places is None else places_spec(places),
+        "places": plane,
         "places_share": None if places is None else _round(places["share"]),
         "first": measures[0].key,
         "measures": [each.described() for each in measures],

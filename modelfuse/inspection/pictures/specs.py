@@ -5,10 +5,12 @@ Text and axes take the colour of the surrounding text, as a page can be light or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Spec = dict[str, Any]
+#: The left, right, lower and upper edge of a rectangle.
+Box = tuple[float, float, float, float]
 
 TEXT = "currentColor"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', 'Liberation Sans', sans-serif"
@@ -16,6 +18,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', 'Liberation Sans', 
 NOTHING = "#88888833"
 #: Heights of a row of a map and of a chart, in pixels; the colour scheme of models.
 ROW, CHART, SERIES = 15, 260, "tableau20"
+#: The mean width of a letter of a label, in pixels.
+LETTER = 6.8
 CONFIG: Spec = {
     "background": None,
     "font": FONT,
@@ -84,7 +88,7 @@ def matrix_spec() -> Spec:
         "layer": [
             {"mark": {"type": "rect", "cursor": "pointer"}, "encoding": {"color": color, "tooltip": tips}},
             {"mark": {"type": "text", "fontSize": 11, "tooltip": False},
-             "encoding": {"text": {"field": "shown"},
+             "encoding": {"text": {"field": "text"},
                           "color": {"condition": {"test": "datum.bright", "value": "#111"}, "value": "#fff"}}},
         ],
     }  # fmt: skip
@@ -119,6 +123,9 @@ def places_spec(places: Mapping[str, Any], width: int = 440, height: int = CHART
     (x, y), (wide, high) = places["center"], places["span"]
     unit = max(wide / width, high / height) or 1.0
     axis = {"axis": None, "type": "quantitative"}
+    points = [((each["x"] - x) / unit, (each["y"] - y) / unit, each["name"]) for each in places["points"]]
+    labels = [{"x": x + unit * across, "y": y + unit * up, "name": name} for across, up, name in
+              _labels(points, width / 2, height / 2)]  # fmt: skip
     return {
         "width": width,
         "height": height,
@@ -133,10 +140,35 @@ def places_spec(places: Mapping[str, Any], width: int = 440, height: int = CHART
                                     "scale": {"domain": ["model", "base", "output"],
                                               "range": ["#4c78a8", "#888888", "#f58518"]}},
                           "tooltip": [_tip("name", "model")]}},
-            {"mark": {"type": "text", "dy": -11, "fontSize": 12, "color": TEXT, "tooltip": False},
+            {"data": {"values": labels},
+             "mark": {"type": "text", "baseline": "middle", "fontSize": 12, "color": TEXT, "tooltip": False},
              "encoding": {"text": {"field": "name"}}},
         ],
     }  # fmt: skip
+
+
+def _labels(points: Sequence[tuple[float, float, str]], right: float, top: float) -> Iterator[tuple[float, float, str]]:
+    """Centres of labels beside points; points whose label would overlap others have none.
+
+    Args:
+        points: x, y (upwards) and label, in pixels from the centre of the chart.
+        right: The right edge of the chart.
+        top: The upper edge.
+    """
+    taken = [(x - 6, x + 6, y - 6, y + 6) for x, y, _ in points]
+    for x, y, name in reversed(points):  # The base and the output are last.
+        half = len(name) * LETTER / 2
+        for across, up in ((0, 14), (0, -14), (half + 9, 0), (-half - 9, 0)):
+            box = (x + across - half, x + across + half, y + up - 7, y + up + 7)
+            inside = -right <= box[0] and box[1] <= right and -top <= box[2] and box[3] <= top
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                yield x + across, y + up, name
+                break
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
 
 
 def templates() -> Mapping[str, Spec]:
