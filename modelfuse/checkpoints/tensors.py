@@ -246,6 +246,18 @@ class Checkpoint(Mapping[str, StoredTensor]):
         """The files that are its own, each once."""
         return tuple(dict.fromkeys(file for tensor in self.values() for file in tensor.files))
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor with this name or alias."""
+        return name in self.tensors or name in self.aliases
+
+    def resolve(self, name: str) -> StoredTensor:
+        """The tensor with this name or alias.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        return self.tensors[self.aliases.get(name, name)]
+
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 

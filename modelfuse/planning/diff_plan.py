@@ -134,25 +134,17 @@ def _left_out(
     for tied in match.tied:
         yield tied.name, f"tied to {tied.other}"
     for name in mismatch.missing:
-        lacking = [
-            str(path)
-            for path, model in zip(recipe.inputs, models, strict=True)
-            if name not in model and name not in model.aliases
-        ]
+        lacking = [str(path) for path, model in zip(recipe.inputs, models, strict=True) if not model.has(name)]
         yield name, f"not in {', '.join(lacking)}"
-    misshapen = [name for name in mismatch.misshapen if len({_tensor(model, name).shape for model in models}) > 1]
+    misshapen = [name for name in mismatch.misshapen if len({model.resolve(name).shape for model in models}) > 1]
     for name in misshapen:
-        found = zip(recipe.inputs, (_tensor(model, name).shape for model in models), strict=True)
+        found = zip(recipe.inputs, (model.resolve(name).shape for model in models), strict=True)
         shapes = ", ".join(f"{[*shape]} in {path}" for path, shape in found)
         yield name, f"other shapes: {shapes}" + (f"; {reasons[name]}" if name in reasons else "")
     shaped = set(match.names).difference(misshapen)
     for name in match.names:
-        if name in shaped and not all(can_be_merged(name, _tensor(model, name)) for model in models):
-            yield name, f"{_tensor(models[-1], name).dtype}, not weights"
-
-
-def _tensor(model: Checkpoint, name: str) -> StoredTensor:
-    return model.tensors[model.aliases.get(name, name)]
+        if name in shaped and not all(can_be_merged(name, model.resolve(name)) for model in models):
+            yield name, f"{models[-1].resolve(name).dtype}, not weights"
 
 
 def _tensors(models: Sequence[Checkpoint], names: Sequence[str], exact: bool) -> Iterator[ComparedTensor]:
@@ -160,7 +152,7 @@ def _tensors(models: Sequence[Checkpoint], names: Sequence[str], exact: bool) ->
     cuts = Cuts((base, *models), base.layout)
     stacks = find_stacks(names, base.config)
     for name in names:
-        own = [_tensor(model, name) for model in models]
+        own = [model.resolve(name) for model in models]
         reference = own[-1]
         sources = list(dict.fromkeys(source for source in own[:-1] if source != reference))
         rows = tuple(None if source == reference else sources.index(source) for source in own[:-1])

@@ -111,7 +111,7 @@ def find_matches(
     names, tied, missing, dropped = [], [], [], []
     partial: dict[str, tuple[int, ...]] = {}
     for name in union:
-        holders = [group.get(name, set()) for model, group in zip(models, groups, strict=True) if _has(model, name)]
+        holders = [group.get(name, set()) for model, group in zip(models, groups, strict=True) if model.has(name)]
         partners = set.intersection(*holders) & everywhere
         kept = min(partners, key=lambda each: (each.endswith(HEADS), not each.endswith(EMBEDDINGS), order[each]),
                    default=name)  # fmt: skip
@@ -121,7 +121,7 @@ def find_matches(
         elif name in alone:
             names.append(name)
             partial[name] = tuple(range(base))
-        elif name in everywhere or all(_has(models[number], name) for number in inputs_of(name)):
+        elif name in everywhere or all(models[number].has(name) for number in inputs_of(name)):
             names.append(name)
         elif policy == "error":
             missing.append(name)
@@ -129,27 +129,19 @@ def find_matches(
             dropped.append(name)
         else:
             names.append(name)
-            own = tuple(number for number in range(len(models)) if _has(models[number], name))
+            own = tuple(number for number in range(len(models)) if models[number].has(name))
             partial[name] = (base,) if has_base and base in own else own
 
     def wanted(name: str) -> tuple[int, ...]:
         return partial.get(name) or inputs_of(name)
 
-    misshapen = [name for name in names if len({_shape(models[number], name) for number in wanted(name)}) > 1]
+    misshapen = [name for name in names if len({models[number].resolve(name).shape for number in wanted(name)}) > 1]
     mismatch = Mismatch(models, missing, misshapen, _describe_untied(tied, models), wanted)
     return Match(names, tuple(tied), partial, tuple(dropped), frozenset(alone)), mismatch
 
 
-def _shape(model: Checkpoint, name: str) -> tuple[int, ...]:
-    return model.tensors[model.aliases.get(name, name)].shape
-
-
 def _names(model: Checkpoint) -> set[str]:
     return {*model, *model.aliases}
-
-
-def _has(model: Checkpoint, name: str) -> bool:
-    return name in model.tensors or name in model.aliases
 
 
 def _tied_groups(model: Checkpoint) -> dict[str, set[str]]:

@@ -108,7 +108,7 @@ class Mismatch:
             return None
         rows = set[int]()
         for name in self.misshapen:
-            shapes = {model.tensors[model.aliases.get(name, name)].shape for model in self.models if _has(model, name)}
+            shapes = {model.resolve(name).shape for model in self.models if model.has(name)}
             if len({shape[1:] for shape in shapes}) > 1:
                 return None
             rows |= {shape[0] for shape in shapes if shape}
@@ -140,7 +140,7 @@ class Mismatch:
         lines: dict[tuple[str, ...], list[str]] = {}
         for name in self.missing:
             numbers = self.inputs_of(name)
-            absent = tuple(str(self.models[number].path) for number in numbers if not _has(self.models[number], name))
+            absent = tuple(str(self.models[number].path) for number in numbers if not self.models[number].has(name))
             lines.setdefault(absent, []).append(name)
         for absent, names in lines.items():
             yield from (f"not in {' and '.join(absent)}: {group}" for group in group_names(names))
@@ -149,15 +149,11 @@ class Mismatch:
         lines: dict[str, list[str]] = {}
         for name in self.misshapen:
             holders = [self.models[number] for number in self.inputs_of(name)]
-            shapes = [(model.tensors[model.aliases.get(name, name)].shape, model.path) for model in holders]
+            shapes = [(model.resolve(name).shape, model.path) for model in holders]
             shown = ", ".join(f"{list(shape)} in {path}" for shape, path in shapes)
             lines.setdefault(shown, []).append(name)
         for shown, names in lines.items():
             yield from (f"{group} has the shapes {shown}" for group in group_names(names))
-
-
-def _has(model: Checkpoint, name: str) -> bool:
-    return name in model.tensors or name in model.aliases
 
 
 def _depth(model: Mapping[str, object], stack: str) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from modelfuse.checkpoints import Checkpoint, StoredTensor
+from modelfuse.checkpoints import Checkpoint
 from modelfuse.dtypes import OUTPUT_DTYPES
 from modelfuse.errors import RecipeError
 from modelfuse.methods.applied import Applied
@@ -162,12 +162,12 @@ class _OperationBuilder:
         )  # fmt: skip
 
     def _taken(self, name: str, rule: int | None, take: int) -> Operation:
-        source = self._tensor(take, name)
-        base = self._tensor(-1, name) if source.is_delta else None  # A difference implies that there is a base.
+        source = self._models[take].resolve(name)
+        base = self._models[-1].resolve(name) if source.is_delta else None  # A difference implies that there is a base.
         return taken(name, source, take, base=base, base_input=self._inputs[-1], dtype=self._dtype, rule=rule)
 
     def _merged_partially(self, name: str, rule: int | None, inputs: tuple[int, ...]) -> Operation:
-        sources = tuple([self._tensor(number, name) for number in inputs])
+        sources = tuple([self._models[number].resolve(name) for number in inputs])
         if len(inputs) == 1:
             return taken(name, sources[0], inputs[0], dtype=self._dtype, rule=rule)
         method = self._rules.method(rule, inputs)
@@ -188,10 +188,6 @@ class _OperationBuilder:
             MismatchError: If Gram matrices are missing or have another shape.
         """
         return () if self._whole is None else tuple(self._whole.notes())
-
-    def _tensor(self, number: int, name: str) -> StoredTensor:
-        tensors, aliases = self._contents[number]
-        return tensors[aliases.get(name, name)]
 
 
 def preferred_input(recipe: Recipe) -> int | None:

@@ -94,7 +94,7 @@ class MixtureBuilder:
     def _operations(self) -> Iterator[Operation]:
         checkpoint, done = self._base.checkpoint, set[int]()
         for name in (*checkpoint, *checkpoint.aliases):
-            tensor, layer = checkpoint[checkpoint.aliases.get(name, name)], self._stack.layer_of(name)
+            tensor, layer = checkpoint.resolve(name), self._stack.layer_of(name)
             part = "" if layer is None else name.removeprefix(f"{self._stack.prefix}{layer}.")
             if layer is None:
                 if name in checkpoint.aliases and name.endswith(HEADS) and self._base.ties:
