@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"printable", "errors", "dtypes", "storage", "methods", "recipe.arcee"},
     "recipe.arcee": {"errors", "dtypes", "storage", "recipe"},
     "kernels": {"errors", "dtypes", "methods", "kernels.arrays", "kernels.compiled", "kernels.jit"},
-    "kernels.arrays": {"dtypes", "methods", "kernels"},
+    "kernels.arrays": {"errors", "dtypes", "methods", "kernels"},
     "kernels.compiled": {"dtypes", "methods", "kernels", "kernels.arrays", "kernels.jit"},
     "kernels.jit": set(),
     "checkpoints": {"printable", "errors", "dtypes", "storage", "recipe", "checkpoints.formats", "checkpoints.views"},

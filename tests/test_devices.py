@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,13 @@ from simulated_gpu import SimulatedGpu
 from simulated_paddle_gpu import SimulatedPaddleGpu
 
 import modelfuse as package
-from modelfuse.errors import _installed_from
+from modelfuse.dtypes import F32
+from modelfuse.errors import ModelfuseError, _installed_from
 from modelfuse.kernels import backends
+from modelfuse.kernels.arrays.device_algebra import DeviceAlgebra
+from modelfuse.kernels.arrays.torch import TorchLibrary
 from modelfuse.kernels.backends import LIBRARIES, Device, choose
+from modelfuse.kernels.tolerance import apart
 from modelfuse.planning.memory_budget import GPU_WORKERS, GRAIN, LEAST_GPU_WORKER_BYTES, MemoryDemand, fit_memory
 from modelfuse.recipe.recipe import Recipe
 
@@ -268,6 +273,77 @@ def test_copies_are_under_way_while_a_gpu_computes(
     copies = [stream.copies for stream in gpu.streams]
     assert sum(copies) == 3 * (4 + 1)
     assert 1 < len(copies) <= GPU_WORKERS
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> list[Path]:
+    """A base and three models of it, with matrices of layers."""
+    draw, shapes = np.random.default_rng(8), {"up_proj": (70, 40), "down_proj": (40, 70), "q_proj": (12, 64)}
+    base = {f"model.layers.0.{name}.weight": draw.normal(0, 1, shape) for name, shape in shapes.items()}
+    return [
+        make_model(tmp_path / f"l{number}", {
+            name: (each + number * draw.normal(0, 0.1, each.shape)).astype(np.float32) for name, each in base.items()
+        })
+        for number in range(4)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["gpu", "low_gpu_mem"])
+@pytest.mark.parametrize("method", ["ridge", "iso_c", "iso_cts", "tsv_m", "swudi"])
+def test_whole_matrices_are_merged_on_a_gpu(
+    merge: Run, layers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, device: str
+) -> None:
+    """Within the tolerance that the report names."""
+    gpu, done = SimulatedGpu(), Counter[str]()
+    for name in ("product", "eigh", "solve"):
+        function = vars(DeviceAlgebra)[name]
+        monkeypatch.setattr(
+            DeviceAlgebra, name, lambda *args, name=name, function=function: (done.update([name]), function(*args))[1]
+        )
+    words = ["--model_path_list", *layers[1:], "--base_model_path", layers[0], "--merge_method", method]
+    merge(*words, "--output_path", tmp_path / "np")
+    assert not done
+    if without_gpu("pt"):
+        module = gpu.module()
+        monkeypatch.setattr(backends, "import_module", lambda name: module)
+    merge(*words, "--output_path", tmp_path / "C", "--tensor_type", "pt", "--device", device)
+    assert done.keys() == {"product", "solve" if method == "ridge" else "eigh"}
+    found, expected = read_model(tmp_path / "C"), read_model(tmp_path / "np")
+    for name, values in expected.items():
+        one, other = (np.frombuffer(each.data, np.uint8) for each in (found[name], values))
+        assert not apart(one, other, F32, 1e-5).any()
+    assert package.verify(tmp_path / "C", full=True).holds
+
+
+def test_matrices_that_a_gpu_cannot_hold_are_cut_or_left_to_the_processor() -> None:
+    torch = pytest.importorskip("torch", reason="computes on a simulated GPU")
+    library = TorchLibrary(torch if not without_gpu("pt") else SimulatedGpu().module(), True, 1 << 20, 1 << 10)
+    draw = np.random.default_rng(0)
+    root = draw.standard_normal((30, 30))
+    matrix, right = root @ root.T + np.eye(30), draw.standard_normal((30, 8))
+    for most in (None, 20_000, 2000, 64):
+        algebra = DeviceAlgebra(library, torch if not without_gpu("pt") else SimulatedGpu().module(), most)
+        np.testing.assert_allclose(algebra.product(root.T, root), root.T @ root, atol=1e-12)
+        np.testing.assert_allclose(algebra.product(root, right), root @ right, atol=1e-12)
+        np.testing.assert_allclose(algebra.solve(matrix, right), np.linalg.solve(matrix, right), atol=1e-9)
+        np.testing.assert_allclose(algebra.inverse(matrix), np.linalg.inv(matrix), atol=1e-9)
+        np.testing.assert_allclose(algebra.eigh(matrix)[0], np.linalg.eigh(matrix)[0], atol=1e-9)
+        assert algebra.product(root[:, :0], right[:0]).tolist() == np.zeros((30, 8)).tolist()
+    with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
+        DeviceAlgebra(library, torch, None).solve(-matrix, right)
+
+
+def test_a_gpu_without_enough_memory_is_told() -> None:
+    torch = pytest.importorskip("torch", reason="computes on a simulated GPU")
+
+    def full(matrix: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module = SimulatedGpu().module()
+    algebra = DeviceAlgebra(TorchLibrary(module, True, 1, 1), SimpleNamespace(linalg=SimpleNamespace(eigh=full)), None)
+    with pytest.raises(ModelfuseError, match="memory of the GPU") as error:
+        algebra.eigh(np.eye(4))
+    assert "low_gpu_mem" in str(error.value.hint)
 
 
 def test_copies_are_under_way_while_paddle_s_gpu_computes(

@@ -29,8 +29,8 @@ from modelfuse.kernels import (
     whole_matrix,
 )
 from modelfuse.kernels.blas_threads import one_thread
+from modelfuse.kernels.compiled.backend import merge_procedure
 from modelfuse.kernels.matrices import Matrices, memory_of
-from modelfuse.kernels.procedures import merge_procedure
 from modelfuse.methods import registry
 from modelfuse.methods.iso_c import ISO_C
 from modelfuse.methods.spec import WholeMatrix
@@ -58,7 +58,7 @@ def weighted(weights: Sequence[float], differences: Sequence[Array]) -> Array:
 def walk(work: Work, stored: Sequence[Array], most: int = 1 << 18) -> tuple[Array, Array]:
     """Drive the one pass; returns the stored result and the counts of elements that are not finite."""
     assert work.matrices is not None
-    (pass_,) = merge_procedure(work, None)  # type: ignore[arg-type]
+    (pass_,) = merge_procedure(work)
     state, room = pass_.start(), np.zeros(max(work.matrices.window, 1) * 8, np.uint8)
     out = np.zeros(work.size * work.out.bytes, np.uint8)
     for first, size, writes in steps_of(pass_, state, 0, work.size, most):

@@ -53,7 +53,7 @@ class FixedOrder(Lapack):
         rows, columns = left.shape[0], right.shape[1]
         out = np.zeros((rows, columns))
         with compiling(rows * columns * left.shape[1] > COMPILED):
-            if not _are_transposed(left, right):
+            if not are_transposed(left, right):
                 add_product(left, right, out)
                 return out
             for first in range(0, columns, COLUMNS):
@@ -101,7 +101,7 @@ def _inverse_root_of_small(matrix: Floats) -> Floats:
     return inverse
 
 
-def _are_transposed(left: Floats, right: Floats) -> bool:
+def are_transposed(left: Floats, right: Floats) -> bool:
     """Whether one is a view of the other, transposed."""
     ones, others = left.__array_interface__, right.__array_interface__
     return left.shape == right.shape[::-1] and left.strides == right.strides[::-1] and ones["data"] == others["data"]

@@ -138,7 +138,8 @@ def choose(device: Device, compiler: Compiler | None = None) -> Kernel:
     if device.tensor_type == "pt":
         from modelfuse.kernels.arrays.torch import TorchLibrary
 
-        return ArrayKernel(TorchLibrary(library, device.gpu, device.worker_bytes, most))
+        bounded = device.worker_bytes != GPU_WORKER_BYTES  # low_gpu_mem.
+        return ArrayKernel(TorchLibrary(library, device.gpu, device.worker_bytes, most, bounded))
     from modelfuse.kernels.arrays.paddle import PaddleLibrary
 
     return ArrayKernel(PaddleLibrary(library, device.gpu, device.worker_bytes, most))

@@ -24,7 +24,7 @@ from modelfuse.kernels.measures import (
     table_of,
 )
 from modelfuse.methods.expressions import Expression, number, total, where
-from modelfuse.methods.spec import Divergence, Gram, OrderStatistics, Sums
+from modelfuse.methods.spec import Algebra, Divergence, Gram, OrderStatistics, Sums
 
 Array = np.ndarray[Any, Any]
 #: A number that is 1 for the model whose own elements are measured, else 0.
@@ -57,6 +57,9 @@ class Coefficients(Struct, frozen=True):
 
 class Backend(ElementPasses, Protocol):
     """The passes of one backend."""
+
+    def algebra(self) -> Algebra | None:
+        """What computes with whole matrices; None: numpy and compiled loops."""
 
     def products(self, work: Work, element: Element) -> ProductsPass:
         """The pass that measures the dot products of all pairs of models."""
@@ -95,7 +98,7 @@ def merge_procedure(work: Work, backend: Backend) -> Procedure:
         from modelfuse.kernels.product_pass import ProductPass  # Most merges need none of it.
         from modelfuse.kernels.whole_matrix import MatrixPass
 
-        yield MatrixPass(work) if work.matrices.merged is None else ProductPass(work)
+        yield ProductPass(work) if work.matrices.merged is not None else MatrixPass(work, backend.algebra())
         return
     element = yield from measure_element(work, backend)
     each = [method.numbers_of(model) for model in range(work.models)]

@@ -30,20 +30,25 @@ from modelfuse.kernels.gram_matrices import (
 from modelfuse.kernels.matrices import SLICE, MatrixPart, demand_of, panel_of
 from modelfuse.kernels.matrix_result import Norm, Solved, finish, multiply
 from modelfuse.kernels.matrix_state import MatrixState
-from modelfuse.methods.spec import Factors, Floats, WholeMatrix
+from modelfuse.methods.spec import Algebra, Factors, Floats, WholeMatrix
 
 
 class MatrixPass:
-    """The pass that measures, solves and writes a whole tensor."""
+    """The pass that measures, solves and writes a whole tensor.
+
+    Args:
+        work: The tensor.
+        algebra: What computes; None: numpy or compiled loops, as its method needs. Not pickled: nodes have no other.
+    """
 
     writes = True
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, algebra: Algebra | None = None) -> None:
         assert work.matrices is not None
         assert work.method.combination.matrix is not None
         self._work, self._matrices = work, work.matrices
         self._how: WholeMatrix = work.method.combination.matrix
-        self._algebra = algebra_of(self._how)
+        self._algebra = algebra or algebra_of(self._how)
         self._is_held = demand_of(work.matrices, self._how, work.models).holds(work.matrices)
 
     def __reduce__(self) -> tuple[type[MatrixPass], tuple[Work]]:

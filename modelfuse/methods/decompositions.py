@@ -51,13 +51,21 @@ def whitened(algebra: Algebra, grams: Floats, left: Sequence[Floats], right: Flo
         right: V, shape (k, number).
         sizes: One factor per column of U and V.
     """
-    models, product = range(len(left)), algebra.product
-    square = sum(product(left[i].T, product(grams[i, j], left[j])) for i in models for j in models)
-    if not right.shape[1]:
+    number, product = right.shape[1], algebra.product
+    if not number:
         return np.zeros((len(left), len(right), len(right)))
+    # Models may have a few columns of U each, and zeros in the others.
+    own = [(columns, each[:, columns]) for each in left for columns in [np.flatnonzero(each.any(axis=0))]]
+    square = np.zeros((number, number))
+    for i, (rows, one) in enumerate(own):
+        for j, (columns, other) in enumerate(own[i:], i):
+            part = product(one.T, product(grams[i, j], other))
+            square[np.ix_(rows, columns)] += part
+            if i != j:
+                square[np.ix_(columns, rows)] += part.T
     turned = product(right, inverse_root(algebra, product(right.T, right)))
-    middle = product(inverse_root(algebra, np.asarray(square)) * sizes, turned.T)
-    return np.stack([product(own, middle) for own in left])
+    middle = product(inverse_root(algebra, square) * sizes, turned.T)
+    return np.stack([product(each, middle[columns]) for columns, each in own])
 
 
 def weighted(grams: Floats, weights: Sequence[float]) -> Floats:

@@ -56,7 +56,7 @@ ISO_CTS = Combination(
     paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging, arXiv:2502.04959",
     measured="As iso_c.",
     parameters=(COMMON_FRACTION,),
-    matrix=WholeMatrix(_factors, gram="pairs", work=lambda models: 22.5 + 11.5 * models + models**2),
+    matrix=WholeMatrix(_factors, gram="pairs", work=lambda models: 22.5 + 11.5 * models),
     base="required",
     combine=lambda each: total(each.x * each.weight),
 )

@@ -30,7 +30,7 @@ TSV_M = Combination(
     formula="b + Ũ·diag(σ)·Ṽᵀ, of the first r/T singular values of each of T weighted differences of r singular values",
     paper="Gargiulo et al. 2024, Task Singular Vectors: Reducing Task Interference in Model Merging, arXiv:2412.00081",
     measured="Far above task arithmetic with six hard experts, below with three gentle ones and with adapters.",
-    matrix=WholeMatrix(_factors, gram="pairs", work=lambda models: 15 + 9 * models + models**2),
+    matrix=WholeMatrix(_factors, gram="pairs", work=lambda models: 15 + 5.5 * models),
     base="required",
     combine=lambda each: total(each.x * each.weight),
 )

@@ -147,14 +147,14 @@ class Plan:
 
     @property
     def expected(self) -> Expected | None:
-        """The estimated time of whole-matrix methods; None if there are none. Measures the speed of this processor."""
+        """The estimated time of whole-matrix methods; None if there are none, or on a GPU. Measures this processor."""
         solved = [
             (each.matrices, each.method, len(each.models))
             for each in self.tensors
             if each.matrices is not None and each.matrices.merged is None and each.method is not None
             and each.action == "merge"
         ]  # fmt: skip
-        if not solved:
+        if not solved or self.device.gpu:
             return None
         from modelfuse.kernels.matrix_time import computation_of, expected
 

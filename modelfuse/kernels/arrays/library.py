@@ -19,6 +19,7 @@ import numpy as np
 
 from modelfuse.dtypes import DType
 from modelfuse.kernels import Bytes
+from modelfuse.methods.spec import Algebra
 
 #: A tensor of any of the libraries, on its device.
 Tensor = Any
@@ -46,6 +47,10 @@ class Library(ABC):
         self.worker_bytes, self.most = worker_bytes, most
         #: Per-worker cache: a tensor made on one stream may not be ready on another.
         self._own = threading.local()
+
+    def algebra(self) -> Algebra | None:
+        """What computes with the matrices of whole-matrix methods; None: numpy and compiled loops, on the processor."""
+        return None
 
     def running(self) -> AbstractContextManager[None]:
         """Context for the main thread while workers run."""

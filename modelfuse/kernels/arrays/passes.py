@@ -21,6 +21,7 @@ from modelfuse.kernels.procedures import Coefficients
 from modelfuse.kernels.procedures import merge_procedure as procedure_over
 from modelfuse.methods.arrays import total
 from modelfuse.methods.expressions import Expression
+from modelfuse.methods.spec import Algebra
 
 
 class ArrayBackend:
@@ -28,6 +29,9 @@ class ArrayBackend:
 
     def __init__(self, library: Library) -> None:
         self._library = library
+
+    def algebra(self) -> Algebra | None:
+        return self._library.algebra()
 
     def gather(self, work: Work) -> Gather:
         return Gather(work, self._library)

@@ -11,6 +11,7 @@ import numpy as np
 from modelfuse.dtypes import DType
 from modelfuse.kernels import Bytes
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
+from modelfuse.methods.spec import Algebra
 
 
 class TorchLibrary(Library):
@@ -21,13 +22,22 @@ class TorchLibrary(Library):
         gpu: Whether to compute on a GPU: torch's current one.
         worker_bytes: See :class:`Library`.
         most: See :class:`Library`.
+        bounded: Whether whole matrices must fit ``worker_bytes``, too.
 
     On a GPU each worker has its own stream, so that copies of one worker overlap with computations of another.
     """
 
-    def __init__(self, torch: Any, gpu: bool, worker_bytes: int, most: int) -> None:
+    def __init__(self, torch: Any, gpu: bool, worker_bytes: int, most: int, bounded: bool = True) -> None:
         super().__init__(torch, gpu, worker_bytes, most)
+        self._is_bounded = bounded
         self._device = torch.device("cuda" if gpu else "cpu")
+
+    def algebra(self) -> Algebra | None:
+        if not self._gpu:
+            return None
+        from modelfuse.kernels.arrays.device_algebra import DeviceAlgebra
+
+        return DeviceAlgebra(self, self._module, self.worker_bytes if self._is_bounded else None)
 
     @contextmanager
     def _running(self) -> Iterator[None]:

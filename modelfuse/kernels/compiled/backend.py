@@ -23,6 +23,9 @@ Array = np.ndarray[Any, Any]
 class CompiledBackend:
     """The backend whose passes are compiled loops over stored bytes."""
 
+    def algebra(self) -> None:
+        return None
+
     def gather(self, work: Work) -> Gather:
         return Gather(work)
 
