@@ -187,6 +187,8 @@ def test_mistakes_are_refused(refuse: Callable[..., str], pair: tuple[Path, Path
     refuse("diff", *pair, "--bas", pair[0], says=["--bas"])
     refuse("diff", *pair, "--memory", "much", says=["memory"])
     refuse("diff", pair[0], tmp_path / "absent", says=["absent"])
+    refuse("diff", *pair, "--device", "gpu", says=["diff measures on the CPUs"], hint="--engine ray")
+    refuse("diff", *pair, "--ray_address", "10.0.0.1:6379", says=["but engine is local"])
     strange = make_model(tmp_path / "strange", {"x": np.ones(3, np.float32)})
     refuse("diff", pair[0], strange, says=["no tensors of the same name and shape"], hint="one architecture")
     adapter, _ = adapter_of(tmp_path / "adapter", 1, Q)

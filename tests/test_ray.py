@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,24 @@ def test_every_output_is_that_of_one_machine(
     expected = on_one_machine(merge, [*words, *more], tmp_path)
     merge(*words, *more, *on(simulated))
     assert content(tmp_path / "C") == expected
+
+
+def test_models_are_compared_on_the_nodes_too(
+    simulated: Simulated, models: list[Path], tmp_path: Path, sent: list[Batch]
+) -> None:
+    """To the same numbers, a tensor's spans on several nodes."""
+    counted: list[tuple[int, int]] = []
+    here = package.diff(*models[1:], base=models[0], progress=False)
+    there = package.diff(
+        *models[1:],
+        base=models[0],
+        engine="ray",
+        ray_address=simulated.address,
+        progress=lambda *all: counted.append(all),
+    )
+    assert sent
+    assert replace(there, seconds=0.0) == replace(here, seconds=0.0)
+    assert sum(nbytes for nbytes, _ in counted) == counted[0][1] == here.bytes_read
 
 
 @pytest.mark.parametrize("method", ["ties", "iso_c"])

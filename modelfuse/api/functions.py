@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack
 
 from modelfuse.api.keywords import Keywords
 from modelfuse.api.signatures import describe, with_settings
@@ -109,6 +109,9 @@ def diff(
     merge_with_qdq_base_model: bool = False,
     hub_endpoint: str | None = None,
     hub_anonymous: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    ray_timeout: float = 30.0,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> Diff:
     """Compare models with a base and with each other, by tensor: how much they differ, where, and which may interfere.
@@ -128,6 +131,9 @@ def diff(
         merge_with_qdq_base_model: Quantize and dequantize the base first, as in the training of quantized adapters.
         hub_endpoint: The URL of the hub; by default HF_ENDPOINT, else huggingface.co.
         hub_anonymous: Send no token.
+        engine: ``ray``: measure on the nodes of a Ray cluster, which must see all models.
+        ray_address: The cluster, ``HOST:PORT``; by default as ``ray.init`` finds it.
+        ray_timeout: Seconds to wait for the cluster.
         progress: Whether to show progress; None: on a terminal and in a notebook. Or a function that is called with
             the bytes read since the last call and the total, from worker threads.
 
@@ -140,7 +146,8 @@ def diff(
     name_hosts([*models, base])
     given = {"n_process": n_process, "memory": memory, "merge_prefix": merge_prefix, "input_layout": input_layout,
              "merge_with_qdq_base_model": merge_with_qdq_base_model, "hub_endpoint": hub_endpoint,
-             "hub_anonymous": hub_anonymous}  # fmt: skip
+             "hub_anonymous": hub_anonymous, "engine": engine, "ray_address": ray_address,
+             "ray_timeout": ray_timeout}  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
     shown_by = showing_comparison(progress)
     return diff_named(models, base, exact, settings, shown_by, QUIET if progress is False else None)

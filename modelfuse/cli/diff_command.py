@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,11 @@ from modelfuse.cli import console, progress
 from modelfuse.cli.arguments import Options, Parser, plain_flags
 from modelfuse.cli.drawing import add_drawing, drawing_of, print_written
 from modelfuse.cli.setting_groups import SHARED, from_environment
+from modelfuse.errors import RecipeError
 from modelfuse.recipe.names import SETTINGS
+
+#: Settings of a merge on another device, which are refused.
+OF_DEVICES = ("device", "tensor_type", "gpu_memory")
 
 
 def diff_parser() -> Parser:
@@ -24,6 +29,8 @@ def diff_parser() -> Parser:
             parser.add_argument(f"--{name}", action="store_true")
         else:
             parser.add_argument(f"--{name}", nargs="+" if setting.takes_several else None)
+    for name in OF_DEVICES:
+        parser.add_argument(f"--{name}", help=SUPPRESS)
     add_drawing(parser)
     return parser
 
@@ -37,6 +44,12 @@ def parse_diff(argv: Sequence[str]) -> tuple[dict[str, Any], Options]:
     parser = diff_parser()
     given = vars(parser.parse_intermixed_args(plain_flags(argv)))
     options = parser.options_of(given)
+    for name in OF_DEVICES:
+        if name in given:
+            raise RecipeError(
+                f"diff measures on the CPUs, so --{name} cannot be given",
+                "Leave it out. Reading decides the time; --engine ray measures on the CPUs of a cluster.",
+            )
     return {**from_environment(["n_process", "memory", "hub_endpoint"]), **given}, options
 
 

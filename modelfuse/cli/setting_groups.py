@@ -37,7 +37,7 @@ FROM_ENVIRONMENT = (*GROUPS["Machine"], "hub_endpoint")
 PREFIX = "MODELFUSE_"
 #: Settings of a merge that also apply to ``diff``.
 SHARED = ("n_process", "memory", "merge_prefix", "input_layout", "merge_with_qdq_base_model", "hub_endpoint",
-          "hub_anonymous")  # fmt: skip
+          "hub_anonymous", "engine", "ray_address", "ray_timeout")  # fmt: skip
 
 
 def groups() -> dict[str, list[str]]:

@@ -88,7 +88,9 @@ class Run:
             folder.create(file.name, file.frame)
         self._folder = folder
         if self.cluster is not None:
-            with self.cluster.sharing(self.plan, self._tasks, self._sizes, folder.share()):
+            tasks = (*self._tasks.equal_pairs, *self._tasks.tensors)
+            nbytes = self.plan.bytes_read + self.plan.bytes_written
+            with self.cluster.sharing(tasks, self.plan.device, self._sizes, nbytes, folder.share()):
                 self._walk_all()
             return
         self._streaming = Streaming(self._in_order())

@@ -15,14 +15,16 @@ from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.config_differences import config_differences, shown
 from modelfuse.errors import RecipeError
 from modelfuse.execution.prefetch import Streaming
+from modelfuse.execution.report_writer import SpanResult
 from modelfuse.execution.scheduler import Job, Scheduler
 from modelfuse.execution.worker import BufferSizes, Task, Worker, row_bytes
 from modelfuse.inspection.diff_advice import advice_of
 from modelfuse.inspection.diff_findings import findings_of
 from modelfuse.inspection.diff_result import ComparedTensorFacts, Diff, NotCompared, SideDifference, TensorGroup
 from modelfuse.inspection.diff_sums import GroupKey, GroupSums
-from modelfuse.kernels import Pass
+from modelfuse.kernels import Bytes, Pass
 from modelfuse.kernels.adaptive import SMALL
+from modelfuse.kernels.backends import Device
 from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.differences import DifferenceSums, measure
 from modelfuse.kernels.jit.compile import nothing_compiled
@@ -30,6 +32,8 @@ from modelfuse.kernels.kernel import CompiledKernel
 from modelfuse.planning.diff_plan import ComparedTensor, CutRows, DiffPlan, budget_of, make_diff_plan
 from modelfuse.planning.hub import FetchDisplay, fetch
 from modelfuse.planning.memory_budget import SPAN
+from modelfuse.planning.operations import Operation
+from modelfuse.planning.optional_packages import require
 from modelfuse.planning.side_file_differences import FolderFiles, processor_and_code_differences, serving_differences
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import configure_cache, waiting_while
@@ -77,12 +81,15 @@ def diff_named(
     Raises:
         ModelfuseError: If a setting is wrong, an input cannot be read, or there is nothing to compare.
     """
+    recipe = diff_recipe(models, base, settings)
+    if recipe.engine == "ray":
+        require("ray", "engine ray", "compare on this machine with --engine local")
 
     def check(recipe: Recipe) -> int:
         make_diff_plan(recipe, exact)
         return 0
 
-    plan = make_diff_plan(fetch(diff_recipe(models, base, settings), watch, check=check), exact)
+    plan = make_diff_plan(fetch(recipe, watch, check=check), exact)
     with shown(plan) as advance:
         return carry_out(plan, base is not None, advance)
 
@@ -180,10 +187,9 @@ class Measuring:
         slices = budget.slice_elements
         rows = max(row_bytes(each.sources, slices) * len(each.sources) for each in plan.tensors)
         configure_cache(budget.fetched, False)
-        self._workers = [
-            Worker(kernel, BufferSizes(slices, rows, 0, budget.fetched, False), lambda: self._scheduler.stopping)
-            for _ in range(budget.workers)
-        ]
+        self._sizes = BufferSizes(slices, rows, 0, budget.fetched, False)
+        workers = budget.workers if plan.recipe.engine == "local" else 0
+        self._workers = [Worker(kernel, self._sizes, lambda: self._scheduler.stopping) for _ in range(workers)]
         paths = [model.path for model in plan.models]
         self._tasks = [Task(each.sources, tuple(paths[number] for number in each.inputs)) for each in plan.tensors]
         self._sums: list[GroupSums | None] = [None] * len(plan.tensors)
@@ -191,6 +197,21 @@ class Measuring:
 
     def run(self) -> list[GroupSums]:
         """Measure all tensors, in the plan's order."""
+        if self._plan.recipe.engine == "ray":
+            self._run_on_cluster()
+        else:
+            self._run_here()
+        return [each for each in self._sums if each is not None]
+
+    def _run_on_cluster(self) -> None:
+        from modelfuse.execution.run import cluster_of
+
+        with cluster_of(self._plan.recipe) as cluster:
+            assert cluster is not None
+            with cluster.sharing(self._tasks, Device("np"), self._sizes, self._nbytes, None):
+                cluster.walk(self._jobs(), SPAN, self)
+
+    def _run_here(self) -> None:
         self._streaming = Streaming(self._tasks)
         # A small comparison takes less time with numpy than the compiler to start; the numbers are the same.
         compiler = nothing_compiled() if self._nbytes < SMALL else nullcontext()
@@ -200,7 +221,6 @@ class Measuring:
                 self._scheduler.run(self._jobs())
             finally:
                 self._streaming.end()
-        return [each for each in self._sums if each is not None]
 
     def _jobs(self) -> Iterator[Job[Pass]]:
         for number, (tensor, task) in enumerate(zip(self._plan.tensors, self._tasks, strict=True)):
@@ -210,9 +230,28 @@ class Measuring:
         tensor = self._plan.tensors[number]
 
         def keep(found: DifferenceSums) -> None:
+            if not self._workers:
+                self._progress(tensor.bytes_read, self._nbytes)
             self._sums[number] = GroupSums.of(tensor.measurement.size, found).spread(tensor.models)
 
         return keep
+
+    def has(self, task: Task, pass_: Pass, first: int, count: int) -> bool:
+        """See :class:`ResultSink`: nothing is known from earlier runs."""
+        return False
+
+    def may_go_ahead(self) -> bool:
+        """See :class:`ResultSink`."""
+        return True
+
+    def write(self, tensor: Operation, start: int, data: Bytes) -> None:
+        """See :class:`ResultSink`: nothing is written."""
+
+    def advance(self, tensor: Operation, count: int) -> None:
+        """See :class:`ResultSink`."""
+
+    def take(self, task: Task, pass_: Pass, first: int, count: int, walked: SpanResult) -> None:
+        """See :class:`ResultSink`: only spans that are written have results."""
 
     def _walk(self, worker: int, task: Task, pass_: Pass, first: int, count: int) -> Any:
         self._streaming.begin(task, first, count)

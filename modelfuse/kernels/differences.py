@@ -16,6 +16,7 @@ import numpy as np
 from modelfuse.dtypes import BF16, DType, computed_in
 from modelfuse.kernels import Bytes, Extent, PassStep, Procedure
 from modelfuse.kernels.bfloat16 import from_bfloat16
+from modelfuse.kernels.blas_threads import one_thread
 from modelfuse.kernels.compiled.bins import count_bins
 from modelfuse.kernels.interference import Interference
 from modelfuse.kernels.interference import memory_of as interference_memory
@@ -238,7 +239,7 @@ class DifferencePass:
     def apply(self, state: DifferenceState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
         del out
         dtypes, block = self._measurement.dtypes, self._measurement.block
-        with np.errstate(all="ignore"):
+        with one_thread(), np.errstate(all="ignore"):
             for begin in range(0, count, block):
                 number = min(block, count - begin)
                 own = [

@@ -10,7 +10,6 @@ from modelfuse.execution.ray.messages import PassSpans
 from modelfuse.execution.scheduler import Queue, Span
 from modelfuse.execution.worker import Task
 from modelfuse.kernels import Pass
-from modelfuse.planning.plan import Plan
 
 #: The most bytes that a batch reads and writes: about a second on a network filesystem, far less on a local disk.
 MOST_BYTES = 256_000_000
@@ -85,16 +84,16 @@ class Batcher:
                 yield span
 
 
-def batch_bytes(plan: Plan, processors: int, sent: bool) -> int:
+def batch_bytes(nbytes: int, processors: int, sent: bool) -> int:
     """The size limit of a batch in bytes.
 
     Args:
-        plan: The plan.
+        nbytes: Bytes that are read and written in all.
         processors: The number of processors of the cluster.
         sent: Whether nodes send their output to the driver.
     """
     most = MOST_SENT if sent else MOST_BYTES
-    return min(most, (plan.bytes_read + plan.bytes_written) // (LEAST_BATCHES * max(processors, 1)))
+    return min(most, nbytes // (LEAST_BATCHES * max(processors, 1)))
 
 
 def _bytes_of(span: Span[Pass]) -> int:

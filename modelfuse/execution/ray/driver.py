@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from modelfuse.execution.ray.connect import reached
 from modelfuse.execution.ray.messages import Done, Failed, Shipment, is_final, pack, unpack
 from modelfuse.execution.ray.node_checks import LOOK, ClusterMonitor, look_at_all, lost
 from modelfuse.execution.scheduler import Job, Queue
-from modelfuse.execution.worker import BufferSizes, ResultSink, Task, Tasks
+from modelfuse.execution.worker import BufferSizes, ResultSink, Task
 from modelfuse.kernels import Pass
-from modelfuse.planning.plan import Plan
+from modelfuse.kernels.backends import Device
 from modelfuse.version import __version__
 
 #: Batches in flight per processor: one that is running, one that is queued.
@@ -54,24 +54,26 @@ class Cluster:
             yield cls(limit)
 
     @contextmanager
-    def sharing(self, plan: Plan, tasks: Tasks, sizes: BufferSizes, folder: Path | None) -> Iterator[None]:
-        """Share what all nodes need for a merge, for the duration of the context.
+    def sharing(
+        self, tasks: Sequence[Task], device: Device, sizes: BufferSizes, nbytes: int, folder: Path | None
+    ) -> Iterator[None]:
+        """Share what all nodes need, for the duration of the context.
 
         Args:
-            plan: The plan.
-            tasks: All tasks of the plan.
+            tasks: All tasks.
+            device: The device to compute on.
             sizes: The sizes of a worker's buffers.
-            folder: The folder that nodes write to; None: the driver writes all output.
+            nbytes: Bytes that are read and written in all.
+            folder: The folder that nodes write to; None: the driver writes all output, if there is any.
 
         Raises:
             ClusterError: If a node cannot take part.
             CheckpointError: If an input has changed by the end of the merge.
         """
-        self._plan, self._sends = plan, folder is None
-        every = (*tasks.equal_pairs, *tasks.tensors)
-        self._numbers = {task: number for number, task in enumerate(every)}
+        self._nbytes, self._sends = nbytes, folder is None
+        self._numbers = {task: number for number, task in enumerate(tasks)}
         token = f".{secrets.token_hex(8)}"
-        shipment = ray.put(pack(Shipment(folder, token, plan.device, sizes, every)))
+        shipment = ray.put(pack(Shipment(folder, token, device, sizes, tuple(tasks))))
         self._common = __version__, token, shipment
         try:
             if folder is not None:
@@ -80,7 +82,7 @@ class Cluster:
                 time.sleep(LOOK)
             look_at_all(self._common)
             yield
-            node.check_inputs(every)  # Includes inodes, which nodes cannot compare.
+            node.check_inputs(tasks)  # Includes inodes, which nodes cannot compare.
         finally:
             if folder is not None:
                 with contextlib.suppress(OSError):
@@ -100,7 +102,7 @@ class Cluster:
             while True:
                 processors = self._monitor.processors(self._limit)
                 while len(flying) < QUEUED * max(processors, 1):
-                    batch = batcher.next(batch_bytes(self._plan, processors, self._sends))
+                    batch = batcher.next(batch_bytes(self._nbytes, processors, self._sends))
                     if batch is None:
                         break
                     flying[self._send(batch)] = batch

@@ -147,7 +147,7 @@ def lost(error: RayError, names: Sequence[str]) -> ClusterError:
     more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
     failure = ClusterError(
         f"{names[0]!r}{more}: the Ray task has failed: {_reason(error)}",
-        "Merge again to resume from here; `ray status` and Ray's logs on the node may tell more.",
+        "Run the command again: a merge is resumed from here. `ray status` and Ray's logs on the node may tell more.",
     )
     failure.__cause__ = error
     return failure
