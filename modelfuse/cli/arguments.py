@@ -183,7 +183,7 @@ def _normal(word: str) -> list[str]:
                 f"There is no flag {word}", f"Flags begin with two dashes, except for {' and '.join(SHORT)}."
             ) from None
         if not number.is_finite() or abs(number.adjusted()) > MOST_DIGITS:
-            raise RecipeError(f"{word} is out of range for any setting")
+            raise RecipeError(f"{word} is not a number that any setting accepts")
         return [format(number, "f")]
     return [word]
 
