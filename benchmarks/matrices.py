@@ -5,7 +5,8 @@
 First the products that these methods take, beside BLAS's own rate on the same shapes. Then merges of three models and
 their base, Llama-shaped, in this process: the processor's time of each merge, how much of it is spent in decompositions
 and linear systems and how much in products, and what the plan expected. All are processor times of one run, so that
-other programs on the same cores change little but what they take of the caches.
+other programs on the same cores change little but what they take of the caches. Beside them, the singular value
+decompositions that the papers' own code takes for iso_c and tsv_m, of the matrices in float64, without anything else.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ NAMES = ("base", "model_1", "model_2", "model_3")
 #: Tokens that the inputs of regmean are of.
 TOKENS = 512
 DECOMPOSITIONS = ("eigh", "solve", "inverse")
+HEADINGS = (
+    "method", "solved", "expected", "whole", "solving", "products", "whole / solving", "whole / both", "SVDs alone"
+)  # fmt: skip
+#: Singular value decompositions of each matrix in published code: of the sum; of three models, and for two whitenings.
+PUBLISHED = {"iso_c": 1, "tsv_m": 3 + 2}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -59,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), NAMES, shape, dense=True)
         requests = {name: request_of(Path(folder), name, shape, options.workers) for name in options.methods}
-        console.print(merges(requests, options.repeat))
+        console.print(merges(requests, shape, options.repeat))
 
 
 def products(sizes: Sequence[int], repeat: int) -> Table:
@@ -123,15 +129,37 @@ def write_grams(folder: Path, model: str, shape: Shape) -> Path:
     return path
 
 
-def merges(requests: dict[str, dict[str, Any]], repeat: int) -> Table:
+def seconds_of_svds(shape: Shape) -> float:
+    """Of one singular value decomposition of each matrix of the layers."""
+    draw, found = np.random.default_rng(0), 0.0
+    sizes = [each for name, each in shape.tensors().items() if "proj" in name]
+    with one_thread():
+        for size in {*sizes}:
+            matrix = draw.standard_normal(size)
+            found += sizes.count(size) * seconds_of(partial(np.linalg.svd, matrix, full_matrices=False))
+    return found
+
+
+def merges(requests: dict[str, dict[str, Any]], shape: Shape, repeat: int) -> Table:
     """Every method, round by round; medians."""
-    table = Table(title="merges: seconds of the processor", title_justify="left")
-    headings = ("method", "solved", "expected", "whole", "solving", "products", "whole / solving", "whole / both")
+    table = Table(title="merges: seconds of the processor, of which solving and products", title_justify="left")
+    headings = (
+        "method",
+        "solved",
+        "expected",
+        "whole",
+        "solving",
+        "products",
+        "whole / solving",
+        "whole / both",
+        "SVDs alone",
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     found: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in requests}
-    expected = {}
+    expected, singular = {}, list[float]()
     for _ in range(repeat):
+        singular.append(seconds_of_svds(shape))
         for name, request in requests.items():
             expected[name] = modelfuse.check(**request).expected
             with counting() as seconds:
@@ -151,6 +179,7 @@ def merges(requests: dict[str, dict[str, Any]], repeat: int) -> Table:
             f"{whole:.1f}", f"{solving:.1f}", f"{multiplying:.1f}",
             f"{median(each / sum(seconds[kind] for kind in DECOMPOSITIONS) for each, seconds in rounds):.2f}",
             f"{median(each / sum(seconds.values()) for each, seconds in rounds):.2f}",
+            f"{PUBLISHED[name] * median(singular):.1f}" if name in PUBLISHED else "–",
         )  # fmt: skip
     return table
 

@@ -16,14 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from modelfuse.kernels.blas_threads import one_thread
+
 from .evaluation import Known
 from .merges import PLAIN, Merged, Variant, judge_all, variants
 from .regimes import REGIMES, Regime
 from .report import RESULTS, show, write_pages
 from .scores import Score, scores
 
-#: Methods per job: few, so that all workers end at about the same time.
-TOGETHER = 4
+#: Methods per job: few, so that all workers end at about the same time, but several, as each job evaluates all experts.
+TOGETHER = 8
 
 Job = tuple[str, int, list[Variant]]
 Found = tuple[Job, dict[str, Known], dict[str, Merged]]
@@ -81,7 +83,8 @@ def judge(regimes: Sequence[Regime], methods: Sequence[str] | None, workers: int
 
 def _run(jobs: Sequence[Job], workers: int) -> Iterator[Found]:
     if workers <= 1:
-        yield from map(_work, jobs)
+        with one_thread():  # As in several workers, so that results are the same.
+            yield from map(_work, jobs)
         return
     # Otherwise numpy's matrix products would start threads in every worker.
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,10 @@ class Experts:
             for name, base in self._base.items()
         })  # fmt: skip
 
-        self._grams = [self._collect(task) for task in self.folders]
+    @cached_property
+    def _grams(self) -> list[Path]:
+        """Gram matrices of the experts' inputs; few methods take them."""
+        return [self._collect(task) for task in self.folders]
 
     def _collect(self, task: str) -> Path:
         """Gram matrices of an expert's inputs on the first validation questions."""
