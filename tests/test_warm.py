@@ -18,7 +18,7 @@ def warm(*words: str, folder: Path, more: dict[str, str] | None = None) -> subpr
 
 
 def test_what_is_warmed_is_compiled_before_a_merge(tmp_path: Path) -> None:
-    done = warm("task_arithmetic", folder=tmp_path)
+    done = warm("task_arithmetic", "ridge", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "compiled 4 of 4"
     assert done.stdout == f"compiled kernels are stored in {tmp_path / 'modelfuse'}\n"
@@ -27,6 +27,9 @@ def test_what_is_warmed_is_compiled_before_a_merge(tmp_path: Path) -> None:
         "from modelfuse.kernels.jit.compile import compiling\n"
         "with compiling(False):\n"
         "    for work in every_kind(['linear']): rehearse(work)\n"
+        "    from modelfuse.kernels.compiled import ordered_products\n"
+        "    ordered_products._add._plain = None\n"
+        "    ordered_products.add_product(*ordered_products.np.ones((3, 1, 1)))\n"
         "import sys; assert 'numba' not in sys.modules\n"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -205,7 +205,7 @@ def _methods(argv: list[str], _: Mapping[str, object]) -> int:
 
 def _warm(argv: list[str], _: Mapping[str, object]) -> int:
     """Compile the kernels of some methods, or of all."""
-    from modelfuse.kernels.adaptive import every_kind, warm
+    from modelfuse.kernels.adaptive import every_kind, warm, warm_products
     from modelfuse.kernels.jit.code_cache import kept_in
     from modelfuse.kernels.jit.compile import compiler_missing
     from modelfuse.methods.registry import METHODS
@@ -221,6 +221,7 @@ def _warm(argv: list[str], _: Mapping[str, object]) -> int:
     works = every_kind(names or METHODS)
     total = str(len(works))
     warm(works, lambda done: None if options.quiet else console.err.print("compiled {} of {}", str(done), total))
+    warm_products(names or METHODS)
     if not options.quiet:
         console.out.print("compiled kernels are stored in {}", str(kept_in() or "no folder, as none is writable"))
     return 0

@@ -211,6 +211,17 @@ def warm(works: list[Work], said: Callable[[int], None] = lambda _: None) -> Non
         said(number)
 
 
+def warm_products(methods: Iterable[str]) -> None:
+    """Compile the products of matrices, if one of the methods needs them."""
+    from modelfuse.methods.registry import METHODS
+
+    solved = (METHODS[name].combination.matrix for name in methods)
+    if any(each is not None and each.fixed_order for each in solved):
+        from modelfuse.kernels.compiled.ordered_products import add_product
+
+        add_product(np.ones((1, 1)), np.ones((1, 1)), np.ones((1, 1)))
+
+
 def every_kind(methods: Iterable[str], models: int = 2) -> list[Work]:
     """A tensor of every kind that needs kernels of its own: per method, with and without a base, per compute type."""
     from modelfuse.methods.registry import every_chain
