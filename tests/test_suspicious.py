@@ -14,6 +14,7 @@ import pytest
 from conftest import STEPS, Said, Stored, array, bf16, call, make_model, read_model
 from definitions import applied
 from driving import bfloat16, drive, work_on
+from msgspec.structs import replace
 
 import modelfuse as package
 from modelfuse.dtypes import BF16, F16, F32, F64, DType
@@ -32,8 +33,7 @@ def measure(
     stored: list[np.ndarray], dtypes: list[DType], method: Applied = LINEAR, deltas: tuple[bool, ...] = (), **how: Any
 ) -> list[Distance]:
     """The distances that merging finds; the base comes last."""
-    work = work_on(stored, dtypes, method, True, BF16)
-    object.__setattr__(work, "deltas", deltas)
+    work = replace(work_on(stored, dtypes, method, True, BF16), deltas=deltas)
     passes: list[Any] = []
     drive(work, stored, procedure=measured(merge_procedure(work), work), passes=passes, **how)
     return distances([each.distances for each in passes[-1][1]])
