@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from browser import needs_browser, use
 from conftest import CONFIG, Said, array, bf16, make_model, read_model
+from msgspec import structs
 from test_documents import document
 
 import modelfuse as package
@@ -324,7 +324,9 @@ def test_other_settings_are_suggested_for_the_inputs_of_a_merge(models: Path, tm
     report = merged(models, tmp_path / "sum", merge_method="linear", weight_list=[0.3, 0.25, 0.3])
     suggested = Suggestion("", {"merge_method": "linear", "weight_list": [0.27, 0.27, 0.27]})
     assert _was_done(suggested, report.settings)
-    assert not _was_done(replace(suggested, settings={**suggested.settings, "weight_list": [1, 1, 1]}), report.settings)
+    assert not _was_done(
+        structs.replace(suggested, settings={**suggested.settings, "weight_list": [1, 1, 1]}), report.settings
+    )
 
 
 def test_a_merge_in_python_draws_what_it_kept(models: Path, tmp_path: Path) -> None:

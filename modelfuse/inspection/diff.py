@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.config_differences import config_differences, shown

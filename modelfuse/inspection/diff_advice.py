@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from msgspec import structs
+
 from modelfuse.inspection.diff_measures import Suggestion
 from modelfuse.inspection.diff_result import Diff
 
@@ -46,7 +48,7 @@ def advice_after(diff: Diff, settings: Mapping[str, object], adapters: bool) -> 
     inputs = replace(
         diff,
         models=diff.models[:-1],
-        whole=replace(whole, models=whole.models[:-1], pairs=pairs),
+        whole=structs.replace(whole, models=whole.models[:-1], pairs=pairs),
         side_differences=tuple(each for each in diff.side_differences if each.model < count),
     )
     return tuple(each for each in advice_of(inputs, adapters) if not _was_done(each, settings))

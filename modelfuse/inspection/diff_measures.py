@@ -7,8 +7,9 @@ Undefined quotients (0 / 0, x / 0) are None. Sums are float64 and do not depend 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from modelfuse.kernels.differences import BLOCK, OUTLYING
 from modelfuse.kernels.interference import PROBES
@@ -21,8 +22,7 @@ DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
 __all__ = ["BLOCK", "DENSITIES", "OUTLYING", "PROBES"]
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Struct, frozen=True):
     """What trim and dare would keep of a difference at one density.
 
     Attributes:
@@ -41,8 +41,7 @@ class Kept:
     dare_elements: float
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True):
     """The difference of one model to the base.
 
     Attributes:
@@ -69,8 +68,7 @@ class Change:
     kept: tuple[Kept, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPair:
+class ModelPair(Struct, frozen=True):
     """Measures of an ordered pair (i, j) of models; all but the interference of i by j are symmetric.
 
     Attributes:
@@ -98,8 +96,7 @@ class ModelPair:
     interference_error: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class TensorGroup:
+class TensorGroup(Struct, frozen=True):
     """Measures of a group of tensors: one tensor, a layer, a kind of module, or the model.
 
     Attributes:
@@ -137,8 +134,7 @@ class TensorGroup:
         return self.pairs[model * (len(self.models) - 1) + other - (other > model)]
 
 
-@dataclass(frozen=True, slots=True)
-class Suggestion:
+class Suggestion(Struct, frozen=True):
     """Settings of a merge that are worth trying.
 
     Attributes:
@@ -159,8 +155,7 @@ class Suggestion:
         return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
-@dataclass(frozen=True, slots=True)
-class ComparedTensorFacts:
+class ComparedTensorFacts(Struct, frozen=True):
     """Type and shape of a compared tensor.
 
     Attributes:
@@ -179,8 +174,7 @@ class ComparedTensorFacts:
     rows: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NotCompared:
+class NotCompared(Struct, frozen=True):
     """A tensor that was not compared.
 
     Attributes:
@@ -192,8 +186,7 @@ class NotCompared:
     because: str
 
 
-@dataclass(frozen=True, slots=True)
-class SideDifference:
+class SideDifference(Struct, frozen=True):
     """A difference between a model and the base in the files beside the weights.
 
     Attributes:

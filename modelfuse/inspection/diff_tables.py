@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
@@ -18,8 +17,8 @@ LEVELS: tuple[str, ...] = get_args(Level)
 #: Fields that identify a group.
 WHERE = ("name", "stack", "layer", "module", "tensors", "elements")
 #: Fields of models and pairs that become columns of the same name.
-OF_CHANGES = tuple(each.name for each in fields(Change) if each.name != "kept")
-OF_PAIRS = tuple(each.name for each in fields(ModelPair) if each.name not in ("model", "other"))
+OF_CHANGES = tuple(each for each in Change.__struct_fields__ if each != "kept")
+OF_PAIRS = tuple(each for each in ModelPair.__struct_fields__ if each not in ("model", "other"))
 
 
 class ComparedModels(Protocol):
@@ -52,10 +51,10 @@ def _changes(found: ComparedModels, group: TensorGroup) -> Iterator[dict[str, ob
     where = {name: getattr(group, name) for name in WHERE}
     for name, change in zip(short_names(found.models), group.models, strict=True):
         kept = {
-            f"{each.name}_{own.density:g}": getattr(own, each.name)
+            f"{each}_{own.density:g}": getattr(own, each)
             for own in change.kept
-            for each in fields(Kept)
-            if each.name != "density"
+            for each in Kept.__struct_fields__
+            if each != "density"
         }
         yield {**where, "model": name, **{each: getattr(change, each) for each in OF_CHANGES}, **kept}
 

@@ -7,10 +7,10 @@ counts of changed elements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from modelfuse.inspection.diff_measures import ModelPair, TensorGroup
 
@@ -21,8 +21,7 @@ Number = float | None
 RANK = 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class ModelOutcome:
+class ModelOutcome(Struct, frozen=True):
     """What the output contains of one model's difference.
 
     Attributes:
@@ -42,8 +41,7 @@ class ModelOutcome:
     reversed: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class MergeOutcome:
+class MergeOutcome(Struct, frozen=True):
     """What the output contains of its inputs, in a group of tensors.
 
     Attributes:

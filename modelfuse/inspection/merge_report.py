@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from modelfuse.checkpoints import read_json
 from modelfuse.checkpoints.adapters import Adapter
 from modelfuse.checkpoints.made_files import REPORT_NAME
@@ -35,8 +37,7 @@ MACHINE = frozenset((
 ))  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class SuspiciousModel:
+class SuspiciousModel(Struct, frozen=True):
     """The suspicious tensors of a model, as the merge reported them.
 
     Attributes:

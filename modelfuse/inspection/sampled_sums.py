@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from modelfuse.dtypes import BF16, computed_in
 from modelfuse.inspection.diff_measures import DENSITIES, OUTLYING
@@ -32,8 +32,7 @@ PER_WORKER = 1 << 25
 PARTS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Struct, frozen=True):
     """What was sampled, and how far the numbers may be off.
 
     Attributes:
@@ -104,8 +103,7 @@ def _measured(batch: SampleBatch, scratch: _Scratch) -> tuple[GroupSums, Array]:
     return sums.spread(first.models), variances
 
 
-@dataclass(frozen=True, slots=True)
-class _Scratch:
+class _Scratch(Struct, frozen=True):
     """Arrays that are used again for every batch, as the system takes long to give memory."""
 
     held: dict[str, Array]
