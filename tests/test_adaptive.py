@@ -36,7 +36,8 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     from modelfuse.kernels.compiled import generate
 
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kernels"))
-    generate.kernels_of.cache_clear()
+    for each in (generate.kernels_of, generate.merged_kernels, generate.compiled):
+        each.cache_clear()
     code_cache._key.cache_clear()
     yield tmp_path / "kernels"
     code_cache._key.cache_clear()

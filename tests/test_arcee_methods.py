@@ -15,12 +15,13 @@ from driving import FLOATS, drive, load, store
 from test_array import same_values
 
 from modelfuse.dtypes import BF16, F32, DType
-from modelfuse.kernels import Work
+from modelfuse.kernels import Procedure, Work
 from modelfuse.kernels.arrays.arithmetic import CHUNK
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.backends import Device, choose
 from modelfuse.kernels.kernel import ArrayKernel, CompiledKernel, Kernel
 from modelfuse.methods import arcee
+from modelfuse.methods.registry import every_chain
 
 Array = np.ndarray[Any, Any]
 SHAPES = ((7,), (5, 6), (3, 4, 5), (37, 400), (7, 5, 101))
@@ -146,6 +147,7 @@ def test_all_backends_merge_to_the_same_bits(case: Case) -> None:
         (Case("ramplus_tl", whole={"epsilon": 0.03}), "bfloat16"),
         (Case("arcee_fusion", models=1), "bfloat16"),
         (Case("nuslerp", W, {"nuslerp_flatten": False}, 2), "bfloat16"),
+        (Case("nuslerp", W, {"nuslerp_flatten": False, "nuslerp_row_wise": True}, 2), "bfloat16"),
     ],
     ids=str,
 )
@@ -156,6 +158,48 @@ def test_compiled_loops_merge_to_the_same_bits(case: Case, dtype: str) -> None:
     work = work_of(case, stored, shape, kind, 5)
     expected = merged(numpy_kernel(), work, stored)
     same_values(merged(CompiledKernel(), work, stored, (CHUNK,)), expected, case.method)
+
+
+@pytest.mark.parametrize(("shape", "scale"), [((23, 3001), 2000.0), ((23001, 3), 30.0), ((69003,), 1e-3)], ids=str)
+def test_divergences_of_all_kinds_of_rows_have_the_same_bits(shape: tuple[int, ...], scale: float) -> None:
+    """Rows whose exponentials overflow, models far from the base, short rows, and a row that slices cut."""
+    case = Case("arcee_fusion", models=1)
+    stored = [store(values.ravel() * scale, BF16) for values in values_of(shape, case, 3, 0.1)]
+    work = work_of(case, stored, shape, BF16)
+    expected = merged(numpy_kernel(), work, stored)
+    same_values(merged(CompiledKernel(), work, stored, (CHUNK,)), expected, str(shape))
+    same_values(merged(numpy_kernel(1, CHUNK), work, stored, (CHUNK,)), expected, str(shape))
+
+
+@pytest.mark.parametrize("case", [Case("sce", whole={"select_topk": 0.3}), Case("arcee_fusion", models=1)], ids=name_of)
+def test_compiled_passes_go_to_other_processes(case: Case) -> None:
+    """As Ray sends them."""
+    shape = (23, 3001)
+    stored = [store(values.ravel(), BF16) for values in values_of(shape, case, 3, 0.1)]
+    work = work_of(case, stored, shape, BF16)
+
+    def sent(procedure: Procedure) -> Procedure:
+        pass_ = next(procedure)
+        while True:
+            found = yield pickle.loads(pickle.dumps(pass_))
+            try:
+                pass_ = procedure.send(found)
+            except StopIteration:
+                return
+
+    expected = merged(CompiledKernel(), work, stored)
+    assert drive(work, stored, procedure=sent(CompiledKernel().merge(work)))[0].tobytes() == expected.tobytes()
+
+
+def test_expressions_keep_no_hash_that_is_another_one_elsewhere() -> None:
+    expression = arcee.applied("sce", [{}, {}], {}).chain.combine
+    assert {expression: 1}[pickle.loads(pickle.dumps(expression))] == 1
+    assert b"_hash" not in pickle.dumps(expression)
+
+
+def test_kernels_that_a_setting_switches_on_are_compiled_ahead() -> None:
+    measured = [len(method.merged_measures) for method in every_chain(["sce"], 2)]
+    assert measured == [1, 2]
 
 
 def test_methods_go_to_other_processes() -> None:

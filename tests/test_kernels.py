@@ -16,7 +16,7 @@ from driving import FLOATS, GRAIN, bfloat16, drive, load, store, work_on
 
 from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import measures
-from modelfuse.kernels.compiled import direct_reads, merge_loops, passes
+from modelfuse.kernels.compiled import direct_reads, merge_loops, passes, tally_passes
 from modelfuse.kernels.order_statistics import FLOAT_ENCODINGS, Tally
 from modelfuse.kernels.sorted_magnitudes import MOST
 from modelfuse.methods.applied import Applied
@@ -485,7 +485,7 @@ def test_magprune_takes_little_memory_however_steep_the_probabilities() -> None:
     method = applied("linear", "magprune", (1.0, 1.0), reserve_p=0.5, epsilon=0.98)
     found: list[tuple[Any, Any]] = []
     drive(work_on([x, x], [F32, F32], method, False, F32), [x, x], passes=found)
-    tallies = [span.nbytes for pass_, spans in found if isinstance(pass_, passes.TallyWithin) for span in spans]
+    tallies = [span.nbytes for pass_, spans in found if isinstance(pass_, tally_passes.TallyWithin) for span in spans]
     assert tallies
     assert max(tallies) < 40_000_000
 
@@ -558,7 +558,7 @@ def test_a_tally_adds_up_exactly(name: str, dtype: str, monkeypatch: pytest.Monk
     work = work_on([x, x], [FLOATS[dtype]] * 2, applied("linear", "trim", (1.0, 1.0)), False, FLOATS[dtype])
     found: list[tuple[Any, Any]] = []
     drive(work, [x, x], passes=found)
-    (numbers, table), _ = next(result for pass_, result in found if isinstance(pass_, passes.TallyAll))[0]
+    (numbers, table), _ = next(result for pass_, result in found if isinstance(pass_, tally_passes.TallyAll))[0]
     tally = Tally(layout, layout.shift, numbers, table, sticky=True)
     assert int(tally.counts.sum()) == x.size
     assert (np.diff(numbers.astype(np.int64)) > 0).all()

@@ -12,6 +12,12 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 LN2, LN2_REST = 0.6931471803691238, 1.9082149292705877e-10
 #: Taylor coefficients 1/0!, 1/1!, …, 1/13!: enough between −ln 2 / 2 and ln 2 / 2.
 FACTORS = tuple(1 / float(np.prod(np.arange(1.0, n + 1))) for n in range(14))
+#: 1 / ln 2.
+LOG2_E = 1 / (LN2 + LN2_REST)
+#: The least exponent of e that does not count as zero.
+LOWEST = -700.0
+#: Coefficients 1, 1/2, … of ln(1 + x): enough between −NEAR and NEAR.
+NEAR, NEAR_FACTORS = 2.0**-5, tuple(1 / n for n in range(1, 11))
 #: Coefficients 1, 1/3, 1/5, … of artanh: enough for mantissas between √½ and √2.
 ODD = tuple(1 / (2 * n + 1) for n in range(12))
 
@@ -24,13 +30,26 @@ def exp(x: Array) -> Array:
     """
     with np.errstate(all="ignore"):
         finite = np.where(np.isfinite(x), x, 0.0)
-        power = np.rint(finite / (LN2 + LN2_REST))
+        power = np.rint(finite * LOG2_E)
         rest = (finite - power * LN2) - power * LN2_REST
         result = np.full_like(rest, FACTORS[-1])
         for factor in FACTORS[-2::-1]:
             result = result * rest + factor
         scaled = np.ldexp(result, np.clip(power, -1100, 1100).astype(np.int32))
-        return np.where(x < -700.0, 0.0, np.where(np.isfinite(x), scaled, x))
+        return np.where(x < LOWEST, 0.0, np.where(np.isfinite(x), scaled, x))
+
+
+def log_near_one(x: Array) -> Array:
+    """The natural logarithm of 1 + x, for numbers between −NEAR and NEAR.
+
+    >>> round(float(log_near_one(np.array([0.01]))[0]), 14)
+    0.00995033085317
+    """
+    with np.errstate(all="ignore"):
+        result = np.full_like(x, NEAR_FACTORS[-1])
+        for factor in NEAR_FACTORS[-2::-1]:
+            result = factor - x * result
+        return x * result
 
 
 def log(x: Array) -> Array:

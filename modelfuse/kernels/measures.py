@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from msgspec import Struct, field
 from msgspec.structs import replace
 
 from modelfuse.kernels import Pass, Work
+from modelfuse.kernels.element import Element, KeepTables, Merged
 from modelfuse.kernels.lines import LineKeep, Lines
 from modelfuse.kernels.order_statistics import (
     DIGIT_BITS,
@@ -96,59 +96,6 @@ class ElementPasses(Tallies, Protocol):
         """Collects the pieces of groups of lines that slices cut."""
 
 
-class KeepTables(NamedTuple):
-    """The probability of keeping each magnitude, for all models.
-
-    Attributes:
-        tables: A pair per model: the non-empty bins, as in :class:`Tally`, and their probabilities, float64;
-            −(slot + 1) refers to a subtable.
-        subtables: Probabilities by the next digit, for each bin that was tallied again, shape (bins, RANKS).
-        levels: How often bins were tallied again.
-        exact: For a small tensor, each element's probability instead: float64, shape (models, elements).
-    """
-
-    tables: list[tuple[Array, Array]]
-    subtables: Array
-    levels: int
-    exact: Array | None = None
-
-
-class Element(Struct, frozen=True):
-    """The parameters of the element step for one tensor.
-
-    Attributes:
-        keys: The keys of the random streams, one per model.
-        numbers: Numbers by name, one mapping per model.
-        keep: Probabilities by rank, if the step uses any.
-        lines: Probabilities by rank within lines, if the step uses any.
-    """
-
-    keys: Sequence[int] = ()
-    numbers: Sequence[Mapping[str, float]] = ()
-    keep: KeepTables = field(default_factory=lambda: KeepTables([], np.ones((0, RANKS)), 0))
-    lines: LineKeep | None = None
-
-    def table(self, names: Sequence[str], compute: str) -> Array:
-        """The numbers of these names in the compute type, shape (models, names)."""
-        return table_of(self.numbers, names, compute)
-
-
-class Merged(NamedTuple):
-    """An expression of all models' elements, with its parameters.
-
-    Attributes:
-        expression: The expression.
-        element: The parameters of the element step.
-        numbers: The combination's :class:`~modelfuse.kernels.procedures.Coefficients`.
-        sums: Whether sums of its magnitudes are needed.
-    """
-
-    expression: Expression
-    element: Element
-    numbers: Any
-    sums: bool
-
-
 def measure_element(work: Work, passes: ElementPasses) -> Passes:
     """The :class:`Element` of a tensor."""
     method, sparsifier = work.method, work.method.sparsifier
@@ -161,8 +108,8 @@ def measure_element(work: Work, passes: ElementPasses) -> Passes:
     for measure in method.element_measures:
         if isinstance(measure, OrderStatistics):
             found = yield from measure_magnitudes(work, passes, measure, settings, method.needs_sums)
-            for own, known, magnitudes in zip(numbers, settings, found, strict=True):
-                own.update(measure.numbers(work.size, known, magnitudes))
+            for own, more in zip(numbers, found, strict=True):
+                own.update(more)
         elif isinstance(measure, Ranks):
             element = replace(element, keep=(yield from _measure_ranks(work, passes, measure)))
         elif isinstance(measure, LineRanks):
@@ -183,17 +130,54 @@ def measure_magnitudes(
     settings: Sequence[Any],
     sums: bool,
     merged: Merged | None = None,
-) -> Generator[Pass, list[Any], list[Magnitudes]]:
-    """Measure order statistics of each model's magnitudes or, with ``merged``, of an expression of all models."""
-    encoding = FLOAT_ENCODINGS[work.compute]
-    if work.size <= MOST and merged is None:
-        gathered = yield from _gather(work, passes)
-        return [each.at_ranks(measure.ranks(work.size, own)) for each, own in zip(gathered, settings, strict=True)]
-    tallies = yield from _tally_all(work, passes, merged)
-    searches = [
-        [RankSearch(tally, rank, sums) for rank in measure.ranks(work.size, known)]
-        for known, tally in zip(settings, tallies, strict=True)
+) -> Generator[Pass, list[Any], list[Mapping[str, float]]]:
+    """Measure order statistics of magnitudes.
+
+    Args:
+        work: The tensor.
+        passes: The passes of the backend.
+        measure: What is measured.
+        settings: The settings of each model; with ``merged``, for each tensor that is made of all models.
+        sums: Whether sums of magnitudes are needed.
+        merged: The expression of all models' elements whose magnitudes are measured, instead of each model's.
+
+    Returns:
+        The measure's numbers, for each item of ``settings``.
+    """
+    is_small = work.size <= MOST and merged is None
+    models = yield from (_gather(work, passes) if is_small else _tally_all(work, passes, merged))
+    zeros = [_zeros(each) if measure.nonzero else 0 for each in models]
+    ranks = [
+        [zero + rank for rank in measure.ranks(work.size - zero, known)]
+        for zero, known in zip(zeros, settings, strict=True)
     ]
+    found: Sequence[Magnitudes]
+    if is_small:
+        found = [each.at_ranks(own) for each, own in zip(models, ranks, strict=True)]
+    else:
+        found = yield from _search(work, passes, models, ranks, sums, merged)
+    return [
+        measure.numbers(work.size - zero, known, magnitudes)
+        for zero, known, magnitudes in zip(zeros, settings, found, strict=True)
+    ]
+
+
+def _zeros(model: SortedMagnitudes | Tally) -> int:
+    tally = model if isinstance(model, Tally) else model.tally()
+    return 0 if tally.numbers[0] else int(tally.counts[0])
+
+
+def _search(
+    work: Work,
+    passes: Tallies,
+    tallies: Sequence[Tally],
+    ranks: Sequence[Sequence[int]],
+    sums: bool,
+    merged: Merged | None,
+) -> Generator[Pass, list[Any], list[Found]]:
+    """Find the magnitudes at these ranks: bins that contain any are tallied again, until they hold one magnitude."""
+    encoding = FLOAT_ENCODINGS[work.compute]
+    searches = [[RankSearch(tally, rank, sums) for rank in own] for tally, own in zip(tallies, ranks, strict=True)]
     units = [tally.units(0) if sums else None for tally in tallies]
     while pending := [[each for each in own if each.value is None] for own in searches]:
         if not any(pending):
@@ -301,8 +285,3 @@ def add_up_models(
 ) -> list[tuple[Array, Array]]:
     """The same for two spans, model by model."""
     return [add_up(pair) for pair in zip(one, other, strict=True)]
-
-
-def table_of(each: Sequence[Mapping[str, float]], names: Sequence[str], compute: str) -> Array:
-    """A table of the named numbers in the compute type, one row per mapping: shape (mappings, names)."""
-    return np.array([[numbers[name] for name in names] for numbers in each], compute).reshape(len(each), len(names))

@@ -11,24 +11,15 @@ from msgspec import Struct, field
 
 from modelfuse.errors import RecipeError
 from modelfuse.kernels import Pass, Procedure, Work
+from modelfuse.kernels.divergence import DivergencePasses, measure_divergence
+from modelfuse.kernels.element import Element, Merged, table_of
 from modelfuse.kernels.gram import pairs_of
 from modelfuse.kernels.lines import Lines
-from modelfuse.kernels.measures import (
-    Element,
-    ElementPasses,
-    Merged,
-    Passes,
-    SumsPass,
-    measure_element,
-    measure_magnitudes,
-    table_of,
-)
-from modelfuse.methods.expressions import Expression, number, total, where
+from modelfuse.kernels.measures import ElementPasses, Passes, SumsPass, measure_element, measure_magnitudes
+from modelfuse.methods.expressions import Expression
 from modelfuse.methods.spec import Algebra, Divergence, Gram, OrderStatistics, Sums
 
 Array = np.ndarray[Any, Any]
-#: A number that is 1 for the model whose own elements are measured, else 0.
-CHOSEN = "chosen"
 
 
 class Coefficients(Struct, frozen=True):
@@ -55,7 +46,7 @@ class Coefficients(Struct, frozen=True):
         return np.array([self.shared[name] for name in names], compute)
 
 
-class Backend(ElementPasses, Protocol):
+class Backend(ElementPasses, DivergencePasses, Protocol):
     """The passes of one backend."""
 
     def algebra(self) -> Algebra | None:
@@ -69,9 +60,6 @@ class Backend(ElementPasses, Protocol):
 
     def merged_sums(self, work: Work, element: Element, numbers: Coefficients, terms: Sequence[Expression]) -> SumsPass:
         """Sums terms of all models' elements."""
-
-    def divergence(self, work: Work, lines: Lines, least: float) -> Passes:
-        """The passes that measure each line's divergence; the result is float64, shape (lines,)."""
 
     def combine(self, work: Work, element: Element, numbers: Coefficients) -> Pass:
         """The pass that merges and writes."""
@@ -151,20 +139,12 @@ def _measure_order(
     assert measure.of is not None
     settings = _known(work, numbers)
     sums, of = measure.sums(settings), work.method.traced(measure.of, merged=True)
-    if not measure.each:
-        merged = Merged(of, element, numbers, sums)
-        found = yield from measure_magnitudes(work, backend, measure, [settings], sums, merged)
-        numbers.shared.update(measure.numbers(work.size, settings, found[0]))
+    every = [settings] * (work.models if of.each else 1)
+    found = yield from measure_magnitudes(work, backend, measure, every, sums, Merged(of, element, numbers, sums))
+    if not of.each:
+        numbers.shared.update(found[0])
         return
-    # One model after the other: of the rest, zeros are added.
-    alone, named = total(where(number(CHOSEN) > 0.0, of, 0.0)), list[Mapping[str, float]]()
-    for model in range(work.models):
-        for other, own in enumerate(numbers.each):
-            own[CHOSEN] = float(other == model)
-        merged = Merged(alone, element, numbers, sums)
-        found = yield from measure_magnitudes(work, backend, measure, [settings], sums, merged)
-        named.append(measure.numbers(work.size, settings, found[0]))
-    for own, more in zip(numbers.each, named, strict=True):
+    for own, more in zip(numbers.each, found, strict=True):
         own.update(more)
 
 
@@ -173,7 +153,7 @@ def _measure_divergence(
 ) -> Passes:
     del element
     lines = Lines.along(work.shape, work.size, -1)
-    numbers.lined["divergence"] = lines, (yield from backend.divergence(work, lines, measure.least))[None]
+    numbers.lined["divergence"] = lines, (yield from measure_divergence(work, backend, lines, measure.least))[None]
 
 
 #: For each type of measure, the passes that measure it and add the results to the numbers.

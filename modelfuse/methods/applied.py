@@ -188,10 +188,10 @@ class Applied:
 
     @property
     def by_arrays(self) -> bool:
-        """Whether every backend needs array operations: lines and merged elements have no compiled loops."""
+        """Whether every backend needs array operations: ranks and dot products along lines have no compiled loops."""
         lined = any(isinstance(each, LineRanks) for each in self.element_measures)
-        grams = [each for each in self.merged_measures if isinstance(each, Gram) and each.axis(self.shared) is None]
-        return lined or len(grams) < len(self.merged_measures)
+        grams = [each for each in self.merged_measures if isinstance(each, Gram)]
+        return lined or any(each.axis(self.shared) is not None for each in grams)
 
     def of(self, model: int) -> Any:
         """The settings of one model, as attributes."""

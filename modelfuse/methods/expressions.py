@@ -47,6 +47,10 @@ class Expression(Struct, frozen=True, dict=True):
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Without the hash: those of strings differ between processes.
+        return Expression, (self.operation, self.operands, self.value, self.kind, self.each)
+
     def __bool__(self) -> bool:
         raise TypeError("Expressions have no truth value; use where(condition, one, other)")
 

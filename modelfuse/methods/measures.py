@@ -36,8 +36,9 @@ class OrderStatistics(Struct, frozen=True, eq=False):
         numbers: Maps the size, the model's settings and its magnitudes to numbers for the element step, by name.
         sums: Maps the settings to whether ``numbers`` needs sums of magnitudes.
         of: For a combination: the expression of all models' elements whose magnitudes are measured. Settings are then
-            those of the combination, with all numbers known so far.
-        each: Whether ``of`` is an expression of each model's elements, so that each model has numbers of its own.
+            those of the combination, with all numbers known so far. If each model has its own value of it, each has
+            numbers of its own.
+        nonzero: Whether ranks are among the magnitudes that are not zero; their number takes the place of the size.
         needed: Maps all settings to whether the measure is needed.
     """
 
@@ -45,7 +46,7 @@ class OrderStatistics(Struct, frozen=True, eq=False):
     numbers: Callable[[int, Any, Magnitudes], Mapping[str, float]]
     sums: Callable[[Any], bool] = lambda settings: True
     of: Callable[[Any], Expression] | None = None
-    each: bool = False
+    nonzero: bool = False
     needed: Callable[[Any], bool] = lambda settings: True
 
 

@@ -103,7 +103,7 @@ PCB = Combination(
         OrderStatistics(
             lambda size, settings: _ranks(size, CAPPED),
             lambda size, settings, magnitudes: {"cap": _between(size, CAPPED, magnitudes)},
-            sums=lambda settings: False, of=lambda each: each.x, each=True,
+            sums=lambda settings: False, of=lambda each: each.x,
         ),
         Sums(lambda each: (each.x * each.x,), _mean_square),
         OrderStatistics(
@@ -111,7 +111,7 @@ PCB = Combination(
             lambda size, settings, magnitudes: {
                 "edge": _between(size, _dropped(settings), magnitudes), "top": magnitudes.at(2),
             },
-            sums=lambda settings: False, of=_score, each=True,
+            sums=lambda settings: False, of=_score,
         ),
     ),
     base="required",

@@ -121,17 +121,26 @@ def apply(
 
 
 def every_chain(methods: Iterable[str], models: int) -> list[Applied]:
-    """Methods with all combinations of their switches and choices: one for each distinct chain of expressions."""
-    found: dict[str, Applied] = {}
+    """Methods with all combinations of their switches and choices: one for each distinct set of expressions."""
+    found: dict[object, Applied] = {}
     for name in methods:
         method = METHODS[name]
-        static = [each for each in parameters_of(method.sparsifier, method.combination) if each.is_static]
-        options: list[tuple[Value, ...]] = [each.choices or (False, True) for each in static]
-        for values in product(*options):
-            settings: dict[str, Value] = {each.name: value for each, value in zip(static, values, strict=True)}
+        parameters = parameters_of(method.sparsifier, method.combination)
+        for values in product(*map(_options, parameters)):
+            settings = {each.name: value for each, value in zip(parameters, values, strict=True)}
             applied = apply(method.sparsifier, method.combination, (1.0,) * models, settings)
-            found.setdefault(applied.chain.text, applied)
+            found.setdefault((applied.chain.text, *map(id, applied.merged_measures)), applied)
     return list(found.values())
+
+
+def _options(parameter: Parameter) -> tuple[Value, ...]:
+    """The values that kernels may depend on; a number at the end of its range may switch a measure off."""
+    if parameter.is_static:
+        return parameter.choices or (False, True)
+    default = parameter.default
+    return (
+        (default, default / 2) if isinstance(default, float) and parameter.bounds.get("le") == default else (default,)
+    )
 
 
 def _register_all(methods: Iterable[Method]) -> None:

@@ -29,7 +29,7 @@ def _selected(each: Any) -> Expression:
 
 
 def _ranks(size: int, settings: Any) -> Sequence[int]:
-    kept = math.floor(settings.select_topk * settings.varying)
+    kept = math.floor(settings.select_topk * size)
     return (size - kept,) if kept > 0 else ()
 
 
@@ -66,12 +66,7 @@ SCE = Combination(
     parameters=(SELECT_TOPK,),
     numbers=lambda settings: {"least_variance": 0.0},
     measures=(
-        Sums(
-            lambda each: (where(_variance(each) > 0.0, 1.0, 0.0),),
-            lambda sums, size, settings: {"varying": sums[:, 0].tolist()},
-            needed=_selects,
-        ),
-        OrderStatistics(_ranks, _least, sums=lambda settings: False, of=_variance, needed=_selects),
+        OrderStatistics(_ranks, _least, sums=lambda settings: False, of=_variance, nonzero=True, needed=_selects),
         Sums(lambda each: (_selected(each) * _selected(each),), _weights),
     ),
     base="required",

@@ -12,9 +12,10 @@ from modelfuse.dtypes import F64, computed_in
 from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES
 from modelfuse.kernels.backends import GPU_WORKER_BYTES, Device, find_gpu
 from modelfuse.kernels.kernel import Compiler
+from modelfuse.kernels.lines import Lines
 from modelfuse.kernels.matrices import memory_of
 from modelfuse.kernels.measures import ranked_lines
-from modelfuse.methods.spec import LineRanks
+from modelfuse.methods.spec import Divergence, LineRanks
 from modelfuse.planning.operations import Operation, methods_of
 from modelfuse.recipe.recipe import Recipe
 from modelfuse.storage import Url
@@ -52,6 +53,8 @@ GPU_WORKERS = 3
 GPU_SHARE = 0.7
 #: The least GPU memory of a worker, including its tallies.
 LEAST_GPU_WORKER_BYTES = 44_000_000
+#: Divergences and what they are computed from, per row.
+ROW_BYTES = 250
 #: Plan and report: bytes per output tensor, and per source of it.
 OUTPUT_BYTES, SOURCE_BYTES = 700, 300
 #: Tallies of a tensor that is being measured, and of the worker that counts them, per model.
@@ -230,14 +233,19 @@ def _matrix_bytes(operation: Operation) -> int:
 
 
 def _line_bytes(operation: Operation) -> int:
-    """Bytes of the arrays of methods that have no compiled loop, with the ranks of lines that slices cut."""
+    """Bytes of what is known of each line; of arrays where there is no compiled loop, and of ranks of cut lines."""
     method = operation.method
-    if method is None or operation.action != "merge" or not method.by_arrays:
+    if method is None or operation.action != "merge":
         return 0
-    work = operation.work
+    work, found = operation.work, 0
+    for each in method.merged_measures:
+        if isinstance(each, Divergence):
+            found += ROW_BYTES * Lines.along(work.shape, work.size, -1).number
+    if not method.by_arrays:
+        return found
     ranked = [ranked_lines(work, each) for each in method.element_measures if isinstance(each, LineRanks)]
     elements = sum(min(work.size, SLICE) + each.cut_by(GRAIN, work.size) for each in ranked)
-    return SCRATCH_BYTES + elements * work.models * 2 * (8 if work.compute == "float64" else 4)
+    return found + SCRATCH_BYTES + elements * work.models * 2 * (8 if work.compute == "float64" else 4)
 
 
 def _are_compiled(recipe: Recipe, operations: Sequence[Operation]) -> bool:

@@ -13,8 +13,8 @@ from modelfuse.kernels.arrays.blocks import ArrayState, Walk
 from modelfuse.kernels.arrays.evaluate import Evaluator
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
+from modelfuse.kernels.element import Element
 from modelfuse.kernels.lines import Fragment, Lines
-from modelfuse.kernels.measures import Element
 from modelfuse.kernels.order_statistics import BINS, FLOAT_ENCODINGS
 from modelfuse.kernels.procedures import Coefficients
 from modelfuse.methods.expressions import Expression

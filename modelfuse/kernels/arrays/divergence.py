@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergences of a model's rows from the base's; always computed with numpy."""
+"""Passes along rows for divergences; always computed with numpy."""
 
 from __future__ import annotations
 
@@ -10,19 +10,9 @@ from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES, Bytes, Work
 from modelfuse.kernels.arrays.blocks import ArrayState, Walk
 from modelfuse.kernels.arrays.library import Array, Tensor
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
-from modelfuse.kernels.elementary import exp, log
-from modelfuse.kernels.lines import Accumulated, Lines, accumulate, add_exactly, line_sums
-from modelfuse.kernels.measures import Passes
-
-
-def divergence(work: Work, lines: Lines, least: float) -> Passes:
-    """Σ p ln(p/q) of each line, at least 0; p and q are the softmax of the model and of the base, plus ``least``."""
-    largest = np.full((2, lines.number), -np.inf)
-    for first, found in (each for span in (yield Largest(work, lines)) for each in span):
-        here = largest[:, first : first + found.shape[1]]
-        np.maximum(here, found, out=here)
-    sums = line_sums((yield Exponentials(work, lines, largest)))
-    return np.maximum(line_sums((yield Divergences(work, lines, largest, sums, least)))[0], 0.0)
+from modelfuse.kernels.divergence import RowSums, RowTables
+from modelfuse.kernels.elementary import NEAR, exp, log, log_near_one
+from modelfuse.kernels.lines import Accumulated, Lines, accumulate, add_exactly
 
 
 class _Rows(Walk):
@@ -56,40 +46,43 @@ class _Rows(Walk):
         return state.found
 
 
-class Largest(_Rows):
-    """Finds the largest element of each line."""
-
-    def _found(self, line: int, rows: Array) -> tuple[int, Array]:
-        return line, rows.max(axis=2)
-
-
 class Exponentials(_Rows):
-    """Sums exp(x − largest) along each line."""
+    """Sums exponentials along each row, and finds the largest magnitudes and elements."""
 
-    def __init__(self, work: Work, lines: Lines, largest: Array) -> None:
+    def __init__(self, work: Work, lines: Lines, shifts: Array) -> None:
         super().__init__(work, lines)
-        self._largest = largest
+        self._shifts = shifts
 
-    def _powers(self, line: int, rows: Array) -> Array:
-        return exp(rows - self._largest[:, line : line + rows.shape[1], None])
+    def _found(self, line: int, rows: Array) -> tuple[Accumulated, tuple[int, Array]]:
+        extremes = np.stack([np.abs(rows).max(axis=2), rows.max(axis=2)])
+        powers = exp(rows - self._shifts[:, line : line + rows.shape[1], None])
+        return _added(line, powers), (line, extremes)
+
+    def finish(self, state: ArrayState) -> RowSums:
+        return RowSums(accumulate([sums for sums, _ in state.found]), [extremes for _, extremes in state.found])
+
+
+class Divergences(_Rows):
+    """Sums p ln(p/q) along each row."""
+
+    def __init__(self, work: Work, lines: Lines, tables: RowTables, least: float) -> None:
+        super().__init__(work, lines)
+        self._tables, self._least = tables, least
 
     def _found(self, line: int, rows: Array) -> Accumulated:
-        return _added(line, self._powers(line, rows))
+        here, least = slice(line, line + rows.shape[1]), self._least
+        shifts, scales = (each[:, here, None] for each in (self._tables.shifts, self._tables.scales))
+        p, q = exp(rows - shifts) * scales
+        excess = least * (q - p) / (p * (q + least))
+        near = np.abs(excess) < NEAR
+        change = (rows[0] - rows[1]) - self._tables.change[here, None]
+        logarithms = np.where(near, change + log_near_one(excess), np.nan)
+        if not near.all():
+            logarithms[~near] = log((p[~near] + least) / (q[~near] + least))
+        return _added(line, ((p + least) * logarithms)[None])
 
     def finish(self, state: ArrayState) -> Accumulated:
         return accumulate(state.found)
-
-
-class Divergences(Exponentials):
-    """Sums p ln(p/q) along each line."""
-
-    def __init__(self, work: Work, lines: Lines, largest: Array, sums: Array, least: float) -> None:
-        super().__init__(work, lines, largest)
-        self._sums, self._least = sums, least
-
-    def _found(self, line: int, rows: Array) -> Accumulated:
-        shares = self._powers(line, rows) / self._sums[:, line : line + rows.shape[1], None] + self._least
-        return _added(line, (shares[0] * log(shares[0] / shares[1]))[None])
 
 
 def _added(line: int, values: Array) -> Accumulated:

@@ -13,7 +13,8 @@ from modelfuse.kernels.arrays.arithmetic import Arithmetic
 from modelfuse.kernels.arrays.blocks import ArrayState, Walk
 from modelfuse.kernels.arrays.chained import Chained
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
-from modelfuse.kernels.measures import Element, Merged, add_up, add_up_models
+from modelfuse.kernels.element import Element, Merged
+from modelfuse.kernels.measures import add_up, add_up_models
 from modelfuse.kernels.order_statistics import BINS, FLOAT_ENCODINGS, LOW_BITS
 
 #: Bytes of a tally's tables on the device: a count and two sums per bin, and temporaries to gather those in use.
@@ -61,12 +62,13 @@ class _Counting(Chained):
         if self._made is None:
             return xs
         self._apply_element(state, first, xs)
-        return [self._merged(first, xs, base, self._made.numbers).value(self._made.expression)]
+        evaluation = self._merged(first, xs, base, self._made.numbers)
+        return [evaluation.of_model(self._made.expression, model) for model in range(self._counted)]
 
     @property
     def _counted(self) -> int:
         """The number of those tensors."""
-        return self._work.models if self._made is None else 1
+        return self._work.models if self._made is None or self._made.expression.each else 1
 
 
 class TallyAll(_Counting):

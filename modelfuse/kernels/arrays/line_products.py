@@ -10,9 +10,9 @@ from modelfuse.kernels import Bytes, Work
 from modelfuse.kernels.arrays.blocks import ArrayState
 from modelfuse.kernels.arrays.chained import Chained
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
+from modelfuse.kernels.element import Element
 from modelfuse.kernels.gram import pairs_of
 from modelfuse.kernels.lines import Accumulated, GroupRun, Lines, accumulate, line_sums
-from modelfuse.kernels.measures import Element
 
 
 class LineProducts(Chained):

@@ -10,13 +10,14 @@ import numpy as np
 from modelfuse.kernels import Bytes, Procedure, Work
 from modelfuse.kernels.arrays.blocks import ArrayState
 from modelfuse.kernels.arrays.chained import Added, Chained, Fragments
-from modelfuse.kernels.arrays.divergence import divergence
+from modelfuse.kernels.arrays.divergence import Divergences, Exponentials
 from modelfuse.kernels.arrays.histograms import Gather, TallyAll, TallyWithin
 from modelfuse.kernels.arrays.library import Array, Library, Tensor
 from modelfuse.kernels.arrays.line_products import LineProducts
+from modelfuse.kernels.divergence import RowTables
+from modelfuse.kernels.element import Element, Merged
 from modelfuse.kernels.gram import gram_of
 from modelfuse.kernels.lines import Lines
-from modelfuse.kernels.measures import Element, Merged, Passes
 from modelfuse.kernels.procedures import Coefficients
 from modelfuse.kernels.procedures import merge_procedure as procedure_over
 from modelfuse.methods.arrays import total
@@ -67,8 +68,11 @@ class ArrayBackend:
     ) -> MergedSums:
         return MergedSums(work, self._library, element, numbers, terms)
 
-    def divergence(self, work: Work, lines: Lines, least: float) -> Passes:
-        return divergence(work, lines, least)
+    def exponentials(self, work: Work, lines: Lines, shifts: Array) -> Exponentials:
+        return Exponentials(work, lines, shifts)
+
+    def divergences(self, work: Work, lines: Lines, tables: RowTables, least: float) -> Divergences:
+        return Divergences(work, lines, tables, least)
 
     def combine(self, work: Work, element: Element, numbers: Coefficients) -> Combine:
         return Combine(work, self._library, element, numbers)

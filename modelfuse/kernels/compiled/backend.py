@@ -9,10 +9,20 @@ from typing import Any
 import numpy as np
 
 from modelfuse.kernels import Pass, Procedure, Work
-from modelfuse.kernels.compiled.passes import Combine, DotProducts, ElementSums, Gather, TallyAll, TallyWithin
+from modelfuse.kernels.compiled.divergence import Divergences, Exponentials
+from modelfuse.kernels.compiled.passes import (
+    Combine,
+    DotProducts,
+    ElementSums,
+    Gather,
+    MadeElements,
+    MergedSums,
+)
+from modelfuse.kernels.compiled.tally_passes import TallyAll, TallyWithin
+from modelfuse.kernels.divergence import RowTables
+from modelfuse.kernels.element import Element, Merged
 from modelfuse.kernels.lines import Lines
-from modelfuse.kernels.measures import Element, FragmentsPass, Merged, Passes, SumsPass, TallyPass
-from modelfuse.kernels.order_statistics import FLOAT_ENCODINGS
+from modelfuse.kernels.measures import FragmentsPass, SumsPass, TallyPass
 from modelfuse.kernels.procedures import Backend, Coefficients, LinePass, ProductsPass
 from modelfuse.kernels.procedures import merge_procedure as procedure_over
 from modelfuse.methods.expressions import Expression
@@ -30,9 +40,9 @@ class CompiledBackend:
         return Gather(work)
 
     def all(self, work: Work, merged: Merged | None = None) -> TallyPass:
-        if merged is not None:
+        if merged is not None and _by_arrays(merged.element, merged.numbers):
             return self._arrays.all(work, merged)
-        return TallyAll(work, FLOAT_ENCODINGS[work.compute])
+        return TallyAll(work, merged)
 
     def within(
         self,
@@ -43,9 +53,9 @@ class CompiledBackend:
         digit_bits: int,
         merged: Merged | None = None,
     ) -> TallyPass:
-        if merged is not None:
+        if merged is not None and _by_arrays(merged.element, merged.numbers):
             return self._arrays.within(work, prefixes, parent_shift, shift, digit_bits, merged)
-        return TallyWithin(work, prefixes, (FLOAT_ENCODINGS[work.compute].shift, parent_shift, shift), digit_bits)
+        return TallyWithin(work, prefixes, (parent_shift, shift), digit_bits, merged)
 
     def element_sums(self, work: Work, element: Element, terms: Sequence[Expression]) -> SumsPass:
         if element.lines is not None:
@@ -62,24 +72,34 @@ class CompiledBackend:
         return self._arrays.line_products(work, element, lines)
 
     def merged_sums(self, work: Work, element: Element, numbers: Coefficients, terms: Sequence[Expression]) -> SumsPass:
-        return self._arrays.merged_sums(work, element, numbers, terms)
+        if _by_arrays(element, numbers):
+            return self._arrays.merged_sums(work, element, numbers, terms)
+        return MergedSums(work, element, MadeElements.of(work, numbers, terms))
 
-    def divergence(self, work: Work, lines: Lines, least: float) -> Passes:
-        return self._arrays.divergence(work, lines, least)
+    def exponentials(self, work: Work, lines: Lines, shifts: Array) -> Exponentials:
+        return Exponentials(work, lines, shifts)
+
+    def divergences(self, work: Work, lines: Lines, tables: RowTables, least: float) -> Divergences:
+        return Divergences(work, lines, tables, least)
 
     def combine(self, work: Work, element: Element, numbers: Coefficients) -> Pass:
-        if element.lines is not None or numbers.lined:
+        if _by_arrays(element, numbers):
             return self._arrays.combine(work, element, numbers)
         return Combine(work, element, numbers)
 
     @cached_property
     def _arrays(self) -> Backend:
-        """The numpy backend, for passes without a compiled loop: lines, and expressions of all models."""
+        """The numpy backend, for passes without a compiled loop: those along lines."""
         from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES
         from modelfuse.kernels.arrays.numpy import NumpyLibrary
         from modelfuse.kernels.arrays.passes import ArrayBackend
 
         return ArrayBackend(NumpyLibrary(CPU_WORKER_BYTES, CPU_BLOCK))
+
+
+def _by_arrays(element: Element, numbers: Coefficients) -> bool:
+    """Whether loops lack a number: probabilities by rank within lines, or numbers of lines along several axes."""
+    return element.lines is not None or len({lines for lines, _ in numbers.lined.values()}) > 1
 
 
 def merge_procedure(work: Work) -> Procedure:

@@ -102,23 +102,38 @@ def add_terms(rows: Array, terms: int, model: int, size: int, lanes: Array) -> N
     """Add a block of a model's terms to the lanes, and the rounding errors to lanes of their own.
 
     Args:
-        rows: The terms, from the second row on, shape (1 + terms, BLOCK); set to zero beyond ``size``.
+        rows: The terms, shape (terms or more, BLOCK); set to zero beyond ``size``.
         terms: The number of terms.
         model: The index of the model.
         size: The number of elements.
         lanes: float64, shape (models · terms, 2, LANES): sums, and rounding errors.
     """
-    whole = -(-size // LANES) * LANES
+    whole = -(-size // (GROUP * LANES)) * GROUP * LANES
     for term in range(terms):
-        values, own, losses = rows[1 + term], lanes[model * terms + term, 0], lanes[model * terms + term, 1]
         for i in range(size, whole):
-            values[i] = 0
-        for start in range(0, whole, LANES):
-            for lane in range(LANES):
-                value = np.float64(values[start + lane])
-                added = own[lane] + value
-                losses[lane] += _error_of(own[lane], value, added)
-                own[lane] = added
+            rows[term, i] = 0
+        add_values(rows[term], whole, lanes[model * terms + term])
+
+
+@compile_kernel
+def add_values(values: Array, size: int, lanes: Array) -> None:
+    """Add values to lanes, and the rounding errors to lanes of their own: float64, shape (2, LANES)."""
+    whole = size // (GROUP * LANES) * GROUP * LANES
+    for start in range(0, whole, GROUP * LANES):
+        several = values[start : start + GROUP * LANES]
+        for lane in range(LANES):
+            total, lost = lanes[0, lane], lanes[1, lane]
+            for i in range(0, GROUP * LANES, LANES):
+                value = np.float64(several[i + lane])
+                added = total + value
+                lost += _error_of(total, value, added)
+                total = added
+            lanes[0, lane], lanes[1, lane] = total, lost
+    for i in range(whole, size):
+        lane, value = i % LANES, np.float64(values[i])
+        added = lanes[0, lane] + value
+        lanes[1, lane] += _error_of(lanes[0, lane], value, added)
+        lanes[0, lane] = added
 
 
 @compile_kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,32 +22,69 @@ from modelfuse.kernels.order_statistics import BINS, LEAD_BITS, LEADS
 Array = np.ndarray[Any, Any]
 
 
-@compile_kernel
-def tally(data: Stored, length: int, buffers: BlockBuffers, shift: int, sums: bool, tables: Array) -> None:
-    """Tally all magnitudes by their leading bits and sticky bit.
+class Bins(NamedTuple):
+    """What is tallied.
 
-    ``tables[model]`` has one word per bin for float32: the count and, with ``sums``, the sum of the remaining bits,
-    packed. For float64 it has three: the count, and the sums of the low 22 remaining bits and of the others.
+    Attributes:
+        within: Whether magnitudes in chosen bins are tallied by the next digit; else all are, by their leading bits.
+        sums: Whether sums of remaining bits are needed; of chosen bins there are always some.
+        shifts: The numbers of bits below the leading ones, below a prefix, and below a digit.
+        prefixes: uint64, shape (bins,): leading bits of the chosen bins, ascending for each model.
+        first: The leading bits of the smallest prefix.
+        begins: int32, shape (models, leads + 2): the prefixes of ``model`` with the leading bits ``first + lead`` have
+            the indices ``begins[model, lead]`` to ``begins[model, lead + 1]``; the last bin has none.
     """
-    models, narrow = data.inputs.models, buffers.x.itemsize == 4
-    for row in range(TOGETHER):  # Only counts, unless there are sums.
-        for i in range(BLOCK):
-            buffers.amounts[row, i] = np.uint64(1 << COUNT_SHIFT)
+
+    within: bool
+    sums: bool
+    shifts: tuple[int, int, int]
+    prefixes: Array
+    first: int
+    begins: Array
+
+
+@compile_kernel
+def tally(data: Stored, length: int, buffers: BlockBuffers, bins: Bins, tables: Array) -> None:
+    """Tally the magnitudes of all models' elements; see :func:`tally_block`."""
+    count_only(buffers)
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         load(data, start, size, buffers, length)
-        model = 0
-        while model < models:
-            # Two or three models at a time; four as two pairs.
-            together = min(models - model, 2 if models - model == 4 else TOGETHER) if narrow else 1
-            for row in range(together):
-                find_bins(buffers, model + row, size, shift, row)
-            if narrow:
-                _add(buffers, model, together, size, sums, tables)
-            else:
-                for i in range(size):
-                    _count(buffers.bits[i], shift, tables[model], buffers.bins[0, i])
-            model += together
+        tally_block(buffers, data.inputs.models, size, bins, tables)
+
+
+@compile_kernel
+def count_only(buffers: BlockBuffers) -> None:
+    """Set the amounts that are added to bins to counts, which they remain unless there are sums."""
+    for row in range(TOGETHER):
+        for i in range(BLOCK):
+            buffers.amounts[row, i] = np.uint64(1 << COUNT_SHIFT)
+
+
+@compile_kernel
+def tally_block(buffers: BlockBuffers, models: int, size: int, bins: Bins, tables: Array) -> None:
+    """Tally the magnitudes of the first models' elements in a block.
+
+    All magnitudes are tallied by their leading bits and sticky bit: ``tables[model]`` has one word per bin for float32,
+    the count and, with sums, the sum of the remaining bits, packed. For float64 it has three: the count, and the sums
+    of the low 22 remaining bits and of the others. Magnitudes in chosen bins are tallied by the next digit: the row of
+    ``tables`` at a prefix's index has these three words per digit.
+    """
+    if bins.within:
+        _tally_within(buffers, models, size, bins, tables)
+        return
+    narrow, shift, model = buffers.x.itemsize == 4, bins.shifts[0], 0
+    while model < models:
+        # Two or three models at a time; four as two pairs.
+        together = min(models - model, 2 if models - model == 4 else TOGETHER) if narrow else 1
+        for row in range(together):
+            find_bins(buffers, model + row, size, shift, row)
+        if narrow:
+            _add(buffers, model, together, size, bins.sums, tables)
+        else:
+            for i in range(size):
+                _count(buffers.bits[i], shift, tables[model], buffers.bins[0, i])
+        model += together
 
 
 @compile_kernel
@@ -107,43 +144,28 @@ def _count(bits: Any, shift: int, table: Array, row: Any) -> None:
 
 
 @compile_kernel
-def tally_within(
-    data: Stored,
-    length: int,
-    buffers: BlockBuffers,
-    shifts: tuple[int, int, int],
-    prefixes: Array,
-    first: int,
-    begins: Array,
-    tables: Array,
-) -> None:
-    """Tally the next digit of the magnitudes in chosen bins.
-
-    ``shifts`` are the numbers of bits below the leading ones, below a prefix, and below a digit. ``prefixes`` ascend
-    for each model; those of ``model`` with the leading bits ``first + lead`` have the indices ``begins[model, lead]``
-    to ``begins[model, lead + 1]``. The row of ``tables`` at a prefix's index has three words per digit: a count and
-    the sums of the low 22 remaining bits and of the others.
-    """
-    lead_shift, parent_shift, shift = np.uint64(shifts[0]), np.uint64(shifts[1]), np.uint64(shifts[2])
-    mask = np.uint64(tables.shape[1] // 3 - 1)
-    bits, leads = buffers.bits, np.uint64(begins.shape[1] - 1)
-    for start in range(0, length, BLOCK):
-        size = min(BLOCK, length - start)
-        load(data, start, size, buffers, length)
-        for model in range(data.inputs.models):
-            if begins[model, 0] == begins[model, -1]:
-                continue
-            magnitude_bits(buffers, model, size)
-            for i in range(size):
-                lead = (bits[i] >> lead_shift) - np.uint64(first)  # Wraps around to a huge number if it is smaller.
-                if lead >= leads:
-                    continue
-                begin, end = begins[model, lead], begins[model, lead + np.uint64(1)]
-                if begin < end:
-                    prefix = bits[i] >> parent_shift
-                    row = _find(prefixes, begin, end, prefix)
-                    if prefixes[row] == prefix:
-                        _count(bits[i], shifts[2], tables[row], (bits[i] >> shift) & mask)
+def _tally_within(buffers: BlockBuffers, models: int, size: int, bins: Bins, tables: Array) -> None:
+    lead_shift, parent_shift = np.uint64(bins.shifts[0]), np.uint64(bins.shifts[1])
+    shift, mask = np.uint64(bins.shifts[2]), np.uint64(tables.shape[1] // 3 - 1)
+    bits, begins, prefixes = buffers.bits, bins.begins, bins.prefixes
+    leads = np.uint64(begins.shape[1] - 2)
+    for model in range(models):
+        if begins[model, 0] == begins[model, -1]:
+            continue
+        magnitude_bits(buffers, model, size)
+        # First those in bins with a prefix, without a branch: there is no telling which they are.
+        hits, chosen, found = buffers.bins[0], begins[model], 0
+        for i in range(size):
+            # Smaller ones wrap around to huge numbers. The last bin is empty.
+            lead = min((bits[i] >> lead_shift) - np.uint64(bins.first), leads)
+            hits[found] = i
+            found += chosen[lead] < chosen[lead + np.uint64(1)]
+        for hit in range(found):
+            own = bits[hits[hit]]
+            lead, prefix = (own >> lead_shift) - np.uint64(bins.first), own >> parent_shift
+            row = _find(prefixes, chosen[lead], chosen[lead + np.uint64(1)], prefix)
+            if prefixes[row] == prefix:
+                _count(own, bins.shifts[2], tables[row], (own >> shift) & mask)
 
 
 @compile_kernel

@@ -123,24 +123,46 @@ class LaidOutElement(NamedTuple):
     exact: Array
 
 
-class Numbers(NamedTuple):
-    """The parameters of the combination, laid out.
+class LinedNumbers(NamedTuple):
+    """Numbers that each line of the tensor has its own of.
 
     Attributes:
-        each: Compute type, shape (models, numbers): in the order of the chain's ``each_numbers``.
-        shared: Compute type, shape (numbers,): in the order of its ``shared_numbers``.
+        length: Elements per line.
+        inner: The stride of a line, which is also the number of interleaving lines.
+        table: Compute type, shape (numbers · models, lines).
+    """
+
+    length: int
+    inner: int
+    table: Array
+
+
+class Numbers(NamedTuple):
+    """The parameters of expressions of all models' elements, laid out.
+
+    Attributes:
+        each: Compute type, shape (models, numbers): those that each model has its own of.
+        shared: Compute type, shape (numbers,): those that all models share.
         factor: Compute type, shape (1,): multiplies the result before the base is added.
         scales: Whether the factor is not 1.
+        lined: Those that each line has its own of.
     """
 
     each: Array
     shared: Array
     factor: Array
     scales: bool
+    lined: LinedNumbers
 
 
 _GAMMA, _MIX_1, _MIX_2 = np.uint64(GAMMA), np.uint64(MIX_1), np.uint64(MIX_2)
 _SHIFT, _SCALE = np.uint32(SHIFT), np.float32(SCALE)
+
+
+@compile_kernel
+def choose(condition: Any, one: Any, other: Any) -> Any:
+    """``one`` where true, else ``other``: a selection without a branch, as both are evaluated."""
+    return one if condition else other
 
 
 @compile_kernel
@@ -406,6 +428,27 @@ def keep_probabilities(
                 level = max(level - RANK_BITS, 0)
                 digit = (buffers.bits[i] >> np.uint64(level)) & np.uint64(RANKS - 1)
                 out[i] = how.subtables[np.int64(-out[i]) - 1, digit]
+
+
+@compile_kernel
+def expand(lined: LinedNumbers, first: int, count: int, out: Array) -> None:
+    """Store the numbers of each element's line in rows: compute type, shape (numbers · models, BLOCK)."""
+    table, length, inner, start = lined.table, lined.length, lined.inner, 0
+    while start < count:
+        group, place = (first + start) // (length * inner), (first + start) % (length * inner)
+        line = group * inner + place % inner
+        if inner == 1:
+            size = min(length - place, count - start)
+            for row in range(table.shape[0]):
+                value = table[row, line]
+                for i in range(start, start + size):
+                    out[row, i] = value
+        else:
+            size = min(inner - place % inner, count - start)
+            for row in range(table.shape[0]):
+                for i in range(size):
+                    out[row, start + i] = table[row, line + i]
+        start += size
 
 
 @compile_kernel

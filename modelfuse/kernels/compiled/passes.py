@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
 
 from modelfuse.kernels import Bytes, Extent, Work
-from modelfuse.kernels.compiled import histograms, merge_loops
+from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.dot_products import LANES
-from modelfuse.kernels.compiled.generate import ChainKernels, element_numbers, kernels_of
+from modelfuse.kernels.compiled.generate import ChainKernels, MergedKernels, kernels_of, merged_kernels
+from modelfuse.kernels.compiled.layout import laid_out_element, laid_out_numbers
 from modelfuse.kernels.compiled.scratch import RAW_CODES, Scratch, give_back, inputs_of, lay_out, take_scratch
+from modelfuse.kernels.compiled.source import names_of
+from modelfuse.kernels.element import Element
 from modelfuse.kernels.gram import gram_of, pairs_of
-from modelfuse.kernels.jit.code_cache import prepare
-from modelfuse.kernels.measures import (
-    Element,
-    KeepTables,
-    add_up_models,
-)
-from modelfuse.kernels.order_statistics import FLOAT_ENCODINGS, LEAD_BITS, RANKS, FloatEncoding
 from modelfuse.kernels.procedures import Coefficients
 from modelfuse.methods.arrays import total
+from modelfuse.methods.expressions import Expression
 
 Array = np.ndarray[Any, Any]
 
@@ -34,54 +30,42 @@ def chain_kernels(work: Work) -> ChainKernels:
     return kernels_of(work.method.chain)
 
 
-def _laid_out(work: Work, element: Element, names: Sequence[str]) -> Any:
-    """The element step's parameters as the kernels take them, with the numbers of these names."""
-    keys, numbers = (
-        np.array(element.keys, np.uint64),
-        element.table(names, work.compute),
-    )
-    keep = _laid_out_keep(element.keep, work.compute) if work.method.chain.keeps else _no_keep(work.compute)
-    return prepare(merge_loops.LaidOutElement(keys, numbers, *keep))
-
-
-def _laid_out_keep(keep: KeepTables, compute: str) -> list[Any]:
-    """The fields of :class:`~modelfuse.kernels.compiled.merge_loops.LaidOutElement` that depend on ranks."""
-    tables = keep.tables or [(np.empty(0, np.uint64), np.empty(0))]
-    bins = np.concatenate([bins for bins, _ in tables])
-    exact = np.empty((0, 1)) if keep.exact is None else keep.exact
-    return [
-        FLOAT_ENCODINGS[compute].shift,
-        ((bins >> np.uint64(1)) | (bins & np.uint64(1)) << np.uint64(LEAD_BITS)).astype(np.uint16),
-        np.cumsum([bins.size for bins, _ in tables]),
-        np.concatenate([keeps for _, keeps in tables]).astype(compute),
-        keep.subtables.astype(compute),
-        exact.astype(compute),
-    ]
-
-
-@cache
-def _no_keep(compute: str) -> list[Any]:
-    """The same fields, empty, for methods without ranks; laid out once."""
-    return [prepare(each) for each in _laid_out_keep(KeepTables([], np.ones((0, RANKS)), 0), compute)]
-
-
 class CompiledState(Struct):
-    """The state of a span: the worker's scratch, counts of non-finite elements, and the finding so far."""
+    """The state of a span.
+
+    Attributes:
+        scratch: The worker's scratch.
+        bad: Counts of non-finite elements.
+        found: The finding so far.
+        own: Further buffers of a pass, laid out.
+    """
 
     scratch: Scratch
     bad: Array
     found: Any = None
+    own: Any = None
 
 
-class _Walk:
+class Walk:
     """Base class of passes: lays out slices for the kernels."""
+
+    writes = False
+    #: The laid-out parameters of the element step, if it is applied.
+    _how: Any = None
 
     def __init__(self, work: Work) -> None:
         self._work, self._inputs = work, inputs_of(work)
 
     def start(self) -> CompiledState:
-        scratch = take_scratch(self._work)
+        scratch = take_scratch(self._work, self._rows)
+        if self._how is not None and self._work.method.chain.keeps:
+            merge_loops.spread(self._how, scratch.buffers)
         return CompiledState(scratch, scratch.bad)
+
+    @property
+    def _rows(self) -> int:
+        """The rows of results that the kernel needs."""
+        return chain_kernels(self._work).rows_for(self._work.models)
 
     def finish(self, state: CompiledState) -> Any:
         found = self._found(state)
@@ -105,36 +89,22 @@ class _Walk:
         raise NotImplementedError
 
 
-class _Chained(_Walk):
+class Chained(Walk):
     """A pass over elements after the element step."""
 
     def __init__(self, work: Work, element: Element, names: Sequence[str] | None = None) -> None:
         super().__init__(work)
-        self._how = _laid_out(work, element, work.method.chain.element_numbers if names is None else names)
-
-    def start(self) -> CompiledState:
-        state = super().start()
-        if self._work.method.chain.keeps:
-            merge_loops.spread(self._how, state.scratch.buffers)
-        return state
+        self._how = laid_out_element(work, element, work.method.chain.element_numbers if names is None else names)
 
 
-class Combine(_Chained):
+class Combine(Chained):
     """The pass that merges and writes."""
 
     writes = True
 
     def __init__(self, work: Work, element: Element, numbers: Coefficients) -> None:
         super().__init__(work, element)
-        chain, compute = work.method.chain, work.compute
-        self._numbers: Any = prepare(
-            merge_loops.Numbers(
-                numbers.table(chain.each_numbers, compute),
-                numbers.row(chain.shared_numbers, compute),
-                np.array([numbers.factor], compute),
-                numbers.factor != 1.0,
-            )
-        )
+        self._numbers = laid_out_numbers(work, numbers, chain_kernels(work).combination)
         self._out_code = RAW_CODES[work.out.name]
 
     def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
@@ -142,13 +112,11 @@ class Combine(_Chained):
         combine(data, first, count, state.scratch.buffers, self._how, self._numbers, self._out_code)
 
 
-class DotProducts(_Chained):
+class DotProducts(Chained):
     """The pass that measures the dot products of all pairs of models.
 
     Finds float64 sums and their rounding errors, a row for every CHUNK elements: shape (chunks, 2 · products).
     """
-
-    writes = False
 
     def __init__(self, work: Work, element: Element) -> None:
         super().__init__(work, element)
@@ -175,28 +143,30 @@ class DotProducts(_Chained):
         return gram_of(self._work.models, [sums[:, [each, each + self._products]] for each in products])
 
 
-class Gather(_Walk):
+class Gather(Walk):
     """The pass that finds the bits of all magnitudes, uint64, shape (models, elements)."""
-
-    writes = False
 
     def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         state.found = np.empty((self._work.models, count), np.uint64)
         merge_loops.gather(data, count, state.scratch.buffers, state.found)
 
 
-class ElementSums(_Chained):
-    """The pass that sums terms of each model's elements.
+class Added(Chained):
+    """A pass that sums terms.
 
     Finds float64 sums and their rounding errors, a row for every CHUNK elements: shape (chunks, models · terms, 2).
+
+    Args:
+        work: The tensor.
+        element: The parameters of the element step.
+        names: The names of the numbers that the kernel takes of each model.
+        models: How many models have sums of their own.
+        terms: The number of terms.
     """
 
-    writes = False
-
-    def __init__(self, work: Work, element: Element) -> None:
-        terms = work.method.chain.terms
-        super().__init__(work, element, element_numbers(terms))
-        self._terms = len(terms)
+    def __init__(self, work: Work, element: Element, names: Sequence[str] | None, models: int, terms: int) -> None:
+        super().__init__(work, element, names)
+        self._models, self._terms = models, terms
 
     def start(self) -> CompiledState:
         state = super().start()
@@ -204,82 +174,74 @@ class ElementSums(_Chained):
         return state
 
     def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
-        rows = self._work.models * self._terms
+        rows = self._models * self._terms
         sums, lanes = np.empty((math.ceil(count / merge_loops.CHUNK), rows, 2)), np.empty((rows, 2, LANES))
-        chain_kernels(self._work).add_up(data, first, count, state.scratch.buffers, self._how, self._terms, lanes, sums)
+        self._add(state, first, count, data, lanes, sums)
         state.found.append(sums)
+
+    def _add(self, state: CompiledState, first: int, count: int, data: Any, lanes: Array, sums: Array) -> None:
+        """Call the kernel on a slice."""
+        raise NotImplementedError
 
     def _found(self, state: CompiledState) -> Array:
         return np.concatenate(state.found)
 
     def sums(self, found: list[Any]) -> Array:
-        """The sums, float64, shape (models, terms)."""
+        """The sums, float64, shape (models, terms); those that models share are repeated."""
         parts = np.concatenate(found)
-        sums = [total(parts[:, row]) for row in range(parts.shape[1])]
-        return np.array(sums).reshape(self._work.models, self._terms)
+        sums = np.array([total(parts[:, row]) for row in range(parts.shape[1])]).reshape(self._models, self._terms)
+        return np.broadcast_to(sums, (self._work.models, self._terms))
 
 
-class TallyAll(_Walk):
-    """The pass that tallies all magnitudes; finds, for each model, the non-empty bins and their rows.
+class ElementSums(Added):
+    """The pass that sums terms of each model's elements, before the element step."""
 
-    If no sums are needed, a row is only a count.
+    def __init__(self, work: Work, element: Element) -> None:
+        terms = work.method.chain.terms
+        super().__init__(work, element, names_of(terms, each=True), work.models, len(terms))
+
+    def _add(self, state: CompiledState, first: int, count: int, data: Any, lanes: Array, sums: Array) -> None:
+        add_up = chain_kernels(self._work).add_up
+        add_up(data, first, count, state.scratch.buffers, self._how, self._terms, lanes, sums)
+
+
+class MadeElements(Struct, frozen=True):
+    """What is made of all models' elements, after the element step.
+
+    Attributes:
+        expressions: How it is made.
+        numbers: The laid-out numbers in these expressions.
+        models: How many models have values of their own; 1 if all share them.
     """
 
-    writes = False
+    expressions: tuple[Expression, ...]
+    numbers: Any
+    models: int
 
-    def __init__(self, work: Work, encoding: FloatEncoding) -> None:
-        super().__init__(work)
-        self._encoding, self._sums = encoding, work.method.needs_sums
+    @classmethod
+    def of(cls, work: Work, numbers: Coefficients, expressions: Sequence[Expression]) -> MadeElements:
+        """Lay out the numbers."""
+        own = tuple(expressions)
+        laid = laid_out_numbers(work, numbers, merged_kernels(work.method.chain, own).combination)
+        return cls(own, laid, work.models if any(each.each for each in own) else 1)
 
-    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
-        buffers, tables = state.scratch.buffers, state.scratch.tables.all
-        histograms.tally(data, count, buffers, self._encoding.shift, self._sums, tables)
-
-    def _found(self, state: CompiledState) -> list[tuple[Array, Array]]:
-        found, (_, tables, numbers, rows) = [], state.scratch.tables
-        for table in tables:
-            bins = histograms.collect(table, numbers, rows)
-            found.append((numbers.value[:bins].copy(), rows.value[:bins, : 3 if self._sums else 1].copy()))
-        return found
-
-    def fold(self, one: list[tuple[Array, Array]], other: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
-        """The sums of two spans' tallies."""
-        return add_up_models(one, other)
+    def kernels(self, work: Work) -> MergedKernels:
+        """The kernels that measure it."""
+        return merged_kernels(work.method.chain, self.expressions)
 
 
-class TallyWithin(_Walk):
-    """The pass that tallies chosen bins by the next digit; finds uint64 tables, shape (bins, digits, 3)."""
+class MergedSums(Added):
+    """The pass that sums terms of all models' elements."""
 
-    writes = False
+    def __init__(self, work: Work, element: Element, made: MadeElements) -> None:
+        super().__init__(work, element, None, made.models, len(made.expressions))
+        self._made = made
 
-    def __init__(self, work: Work, prefixes: list[Array], shifts: tuple[int, int, int], digit_bits: int) -> None:
-        super().__init__(work)
-        self._shifts, self._digits = shifts, 1 << digit_bits
-        self._prefixes = np.concatenate(prefixes)
-        leading = [(own >> np.uint64(shifts[0] - shifts[1])).astype(np.int64) for own in prefixes]
-        every = np.concatenate(leading)
-        self._lead = int(every.min())
-        leads = int(every.max()) - self._lead + 1
-        smaller = [np.cumsum(np.bincount(own - self._lead + 1, minlength=leads + 1)) for own in leading]
-        starts = np.cumsum([0, *map(len, prefixes[:-1])])
-        self._begins = (np.stack(smaller) + starts[:, None]).astype(np.int32)
+    @property
+    def _rows(self) -> int:
+        return self._made.kernels(self._work).combination.rows_for(self._work.models)
 
-    def start(self) -> CompiledState:
-        state = super().start()
-        state.found = np.zeros((self._prefixes.size, self._digits * 3), np.uint64)
-        return state
-
-    def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
-        buffers = state.scratch.buffers
-        histograms.tally_within(
-            data, count, buffers, self._shifts, self._prefixes, self._lead, self._begins, state.found
-        )
-
-    def _found(self, state: CompiledState) -> Array:
-        tables: Array = state.found.reshape(-1, self._digits, 3)
-        return tables
-
-    def fold(self, one: Array, other: Array) -> Array:
-        """The sums of two spans' tables."""
-        one += other
-        return one
+    def _add(self, state: CompiledState, first: int, count: int, data: Any, lanes: Array, sums: Array) -> None:
+        made, buffers = self._made, state.scratch.buffers
+        add_up = made.kernels(self._work).add_up
+        add_up(data, first, count, buffers, self._how, made.numbers, made.models, self._terms, lanes, sums)

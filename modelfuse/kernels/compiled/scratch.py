@@ -15,7 +15,6 @@ from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import Bytes, Work
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.direct_reads import BLOCK, DirectReads
-from modelfuse.kernels.compiled.generate import kernels_of
 from modelfuse.kernels.jit.code_cache import Prepared, prepare
 from modelfuse.kernels.order_statistics import BINS
 
@@ -52,18 +51,19 @@ class Scratch:
         models: The number of models.
         has_base: Whether there is a base as well.
         compute: float32 or float64.
-        rows: The number of rows of results that the method's kernels need.
         keeps: Whether the element step looks up probabilities by rank.
+        rows: The number of rows of results.
 
     Attributes:
-        kind: The tuple of these arguments.
+        kind: The tuple of the arguments before ``rows``.
+        rows: As given.
         buffers: The :class:`modelfuse.kernels.compiled.merge_loops.BlockBuffers`, laid out.
         bad: The counts of non-finite elements.
         files: The files that kernels read from.
     """
 
-    def __init__(self, models: int, has_base: bool, compute: str, rows: int, keeps: bool) -> None:
-        self.kind = models, has_base, compute, rows, keeps
+    def __init__(self, models: int, has_base: bool, compute: str, keeps: bool, rows: int) -> None:
+        self.kind, self.rows = (models, has_base, compute, keeps), rows
         x, bits = np.zeros((models + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
         self.bad, self.files = np.zeros(models + has_base + 1, np.int64), DirectReads.of(models + has_base)
         self.buffers: Any = prepare(
@@ -100,14 +100,17 @@ class _Own(threading.local):
 _own = _Own()
 
 
-def take_scratch(work: Work) -> Scratch:
-    """Take the worker's scratch for a span; if the span fails it is not given back, as its tables may be dirty."""
-    chain = work.method.chain
-    rows = kernels_of(chain).rows
-    kind = work.models, work.has_base, work.compute, rows, chain.keeps
+def take_scratch(work: Work, rows: int) -> Scratch:
+    """Take the worker's scratch for a span; if the span fails it is not given back, as its tables may be dirty.
+
+    Args:
+        work: The tensor.
+        rows: The least number of rows of results.
+    """
+    kind = work.models, work.has_base, work.compute, work.method.chain.keeps
     scratch, _own.scratch = _own.scratch, None
-    if scratch is None or scratch.kind != kind:
-        return Scratch(*kind)
+    if scratch is None or scratch.kind != kind or scratch.rows < rows:
+        return Scratch(*kind, rows)
     scratch.bad[:] = 0
     scratch.files.slice[:] = 0
     return scratch
