@@ -149,6 +149,16 @@ def test_the_base_of_a_configuration_is_it(models: Path, tmp_path: Path) -> None
     assert [each.coefficient for each in report.whole.models] == [pytest.approx(each, abs=0.01) for each in (0.5, 0.25)]
 
 
+def test_moved_layers_are_told(models: Path, tmp_path: Path) -> None:
+    slices = "".join(
+        f"  - sources: [{{model: {models / name}, layer_range: [{first}, {first + 1}]}}]\n"
+        for name, first in (("a", 1), ("b", 0))
+    )
+    text = f"merge_method: passthrough\nslices:\n{slices}"
+    package.merge(mergekit=text, output_path=tmp_path / "out", progress=False)
+    assert "compared by their names" in report_output(tmp_path / "out").findings[0]
+
+
 def test_adapters_are_inputs_too(tmp_path: Path) -> None:
     make_models(tmp_path / "models")
     place = tmp_path / "models"

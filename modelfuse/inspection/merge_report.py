@@ -151,9 +151,29 @@ def compare_output(
     advice = advice_after(diff, settings, adapters)
     return MergeReport(
         str(folder), str(base), has_base, names, settings, whole, outcomes["layers"], outcomes["modules"],
-        outcomes["cells"], outcomes["tensors"], suspicious, tuple(findings), advice, sampled, diff,
+        outcomes["cells"], outcomes["tensors"], suspicious, (*_moved(recipe), *findings), advice, sampled, diff,
         time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _moved(recipe: Recipe) -> Iterator[str]:
+    """A warning for configurations that move layers."""
+    if recipe.mergekit is not None and (recipe.configurations.mixture is not None or _moves_layers(recipe)):
+        yield (
+            "Tensors are compared by their names in the output: layers that the configuration moves are compared with "
+            "layers that they were not made of."
+        )
+
+
+def _moves_layers(recipe: Recipe) -> bool:
+    for module in recipe.configuration.modules.values():
+        position = 0
+        for each in module.slices:
+            ranges = [source.layers for source in each.sources if source.layers is not None]
+            if any(first != position for first, _ in ranges):
+                return True
+            position += max((end - first for first, end in ranges), default=0)
+    return False
 
 
 def _names_base(recipe: Recipe) -> bool:
