@@ -147,7 +147,7 @@ PAGES = {
     ),
     "moe": Page(
         "modelfuse moe CONFIG --output_path OUT [flags of merge]",
-        "Make a mixture of experts from dense models, by a configuration with experts:.",
+        "Make a mixture of experts from dense models, by a configuration with the key experts.",
         ("modelfuse moe experts.yml --output_path mixture",),
         ending=MIXTURES + STATUS,
     ),
