@@ -62,7 +62,7 @@ def linear(xs: Sequence[Array], weights: Sequence[float]) -> Array:
 
     Args:
         xs: The models' tensors, all of one shape, float32 or float64.
-        weights: One weight a model.
+        weights: One weight per model.
     """
     total = xs[0] * scalar(xs[0], weights[0])
     for x, weight in zip(xs[1:], weights[1:], strict=True):
@@ -82,7 +82,7 @@ def ties(
 
     Args:
         xs: The models' tensors.
-        weights: One weight a model.
+        weights: One weight per model.
         ties_elect_type: ``sum`` elects by value, ``count`` by number of models.
         normalize: Divide by the sum of the agreeing models' weights, where that is at least 1e-8 in size.
     """

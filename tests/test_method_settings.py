@@ -146,7 +146,7 @@ def test_they_are_told_in_help(modelfuse: Run) -> None:
     assert "Also called density." in said
     assert "Also called t." in said
     assert "--lambda N" in said
-    assert "One for all, or one a model." in said
+    assert "One for all, or one per model." in said
     assert "Default: true; false for breadcrumbs; false for breadcrumbs_ties." in said
     assert "task_arithmetic" in said
 

@@ -82,7 +82,7 @@ def _about(setting: Setting) -> list[str]:
     if setting.choices:
         lines.append(f"One of: {', '.join(setting.choices)}.")
     if setting.is_per_model:
-        lines.append("One for all, or one a model.")
+        lines.append("One for all, or one per model.")
     if setting.aliases:
         lines.append(f"Also called {', '.join(setting.aliases)}.")
     return [*lines, "Required." if setting.is_required else f"Default: {default_of(setting)}."]

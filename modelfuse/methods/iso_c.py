@@ -11,7 +11,7 @@ from modelfuse.methods.expressions import total
 from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 RANK_TOLERANCE = Parameter(
-    "rank_tolerance", 1e-6, "iso_c: singular values below this share of the largest one count as zero.",
+    "rank_tolerance", 1e-6, "iso_c: singular values below this fraction of the largest are treated as zero.",
     bounds={"ge": 0, "lt": 1},
 )  # fmt: skip
 

@@ -13,7 +13,8 @@ from modelfuse.methods.expressions import total
 from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 COMMON_FRACTION = Parameter(
-    "common_fraction", 0.8, "iso_cts: the share of the directions that are the sum's, not single models'.",
+    "common_fraction", 0.8,
+    "iso_cts: the share of the directions that are common, from the sum; the others come from single models.",
     bounds={"gt": 0, "le": 1},
 )  # fmt: skip
 

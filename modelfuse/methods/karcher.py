@@ -11,7 +11,9 @@ from modelfuse.methods.expressions import total
 from modelfuse.methods.spec import Combination, Floats, Gram, Method, Parameter
 
 MAX_ITER = Parameter("karcher_max_iter", 10, "karcher: the most iterations.", bounds={"ge": 0, "le": 10**6})
-TOL = Parameter("karcher_tol", 1e-5, "karcher: norms, angles and steps below this count as nothing.", bounds={"ge": 0})
+TOL = Parameter(
+    "karcher_tol", 1e-5, "karcher: norms, angles and steps below this are treated as zero.", bounds={"ge": 0}
+)
 
 
 def coefficients(gram: Floats, max_iter: int, tol: float) -> list[float]:

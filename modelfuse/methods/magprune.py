@@ -11,7 +11,7 @@ from modelfuse.methods.spec import Floats, Method, Parameter, Ranks, Sparsifier
 from modelfuse.methods.ties import TIES
 
 EPSILON = Parameter(
-    "epsilon", 0.14, "magprune: spread of the keeping probability over the ranks.", bounds={"ge": 0}, per_model=True
+    "epsilon", 0.14, "magprune: the range of the keep probability over the ranks.", bounds={"ge": 0}, per_model=True
 )
 
 

@@ -11,7 +11,7 @@ from modelfuse.methods.expressions import total
 from modelfuse.methods.parameters import NORMALIZE
 from modelfuse.methods.spec import Combination, Floats, Gram, Method, Parameter
 
-EPS = Parameter("multislerp_eps", 1e-8, "multislerp: added to norms, and the least of the mean's.", bounds={"gt": 0})
+EPS = Parameter("multislerp_eps", 1e-8, "multislerp: added to norms, and the least norm of the mean.", bounds={"gt": 0})
 
 
 def coefficients(gram: Floats, weights: tuple[float, ...], eps: float) -> list[float]:

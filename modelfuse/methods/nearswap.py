@@ -10,7 +10,7 @@ from modelfuse.methods.spec import Combination, Method, Parameter
 #: Lower bound of distances.
 MIN_DISTANCE = 1e-6
 
-T = Parameter("nearswap_t", 0.001, "nearswap: elements that are no farther apart than this are the model's.")
+T = Parameter("nearswap_t", 0.001, "nearswap: elements that differ by at most this are taken from the model.")
 
 
 def _combine(each: Any) -> Expression:

@@ -11,7 +11,7 @@ from modelfuse.methods.expressions import Expression, least, most, number, total
 from modelfuse.methods.spec import Combination, Floats, Magnitudes, Method, OrderStatistics, Parameter, Sums
 
 KEEP = Parameter(
-    "pcb_keep", 0.2, "pcb: the share of each model's elements to keep, those of the highest score.",
+    "pcb_keep", 0.2, "pcb: the share of each model's elements to keep, by score.",
     bounds={"gt": 0, "le": 1},
 )  # fmt: skip
 #: What is measured of each model: where its magnitudes are capped; the least score that is kept, and the largest one.

@@ -10,9 +10,14 @@ import numpy as np
 from modelfuse.methods.expressions import Expression, most, number, total, where
 from modelfuse.methods.spec import Combination, Floats, Method, Parameter, Sums
 
-EPSILON = Parameter("ram_epsilon", 1e-5, "ram: an element was changed where it differs by more.", bounds={"ge": 0})
-R = Parameter("ram_r", 0.1, "ramplus_tl: how much a model's own elements grow with its share of common ones.")
-ALPHA = Parameter("ram_alpha", 0.2, "ramplus_tl: the most that this share counts.", bounds={"ge": 0})
+EPSILON = Parameter("ram_epsilon", 1e-5, "ram: elements whose difference is larger count as changed.", bounds={"ge": 0})
+R = Parameter("ram_r", 0.1, "ramplus_tl: r in the gain 1 + r·min(ρ, α) of elements that only one model has changed.")
+ALPHA = Parameter(
+    "ram_alpha",
+    0.2,
+    "ramplus_tl: α, the limit of ρ, the ratio of a model's shared to its unshared changes.",
+    bounds={"ge": 0},
+)
 PAPER = "Yuan et al. 2026, Behavior knowledge merge in reinforced agentic models (RAM), arXiv:2601.13572"
 MEASURED = "As task arithmetic. Meant for experts of reinforcement learning, which were not measured."
 

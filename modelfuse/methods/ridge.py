@@ -16,7 +16,7 @@ from modelfuse.methods.expressions import total
 from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 RIDGE = Parameter(
-    "ridge_mu", 0.3, "ridge: how strongly the result is held at the plain sum, beside the mean eigenvalue.",
+    "ridge_mu", 0.3, "ridge: the regularization towards the plain sum, relative to the mean eigenvalue.",
     bounds={"gt": 0},
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from modelfuse.methods.spec import Combination, Floats, Magnitudes, Method, Orde
 MIN_SUM = 1e-6
 
 SELECT_TOPK = Parameter(
-    "select_topk", 1.0, "sce: the share of elements to keep, those of largest variance.", bounds={"ge": 0, "le": 1}
+    "select_topk", 1.0, "sce: the share of elements to keep, by variance between the models.", bounds={"ge": 0, "le": 1}
 )
 
 

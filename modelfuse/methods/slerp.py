@@ -11,9 +11,9 @@ from modelfuse.methods.spec import Combination, Floats, Gram, Method, Parameter
 ALPHA = Parameter(
     "slerp_alpha", 0.5, "slerp: 0 is the first model, 1 the second.", bounds={"ge": 0, "le": 1}, aliases=("t",)
 )
-NORMALIZE_EPS = Parameter("slerp_normalize_eps", 1e-8, "slerp: smaller norms are not divided by.", bounds={"ge": 0})
+NORMALIZE_EPS = Parameter("slerp_normalize_eps", 1e-8, "slerp: norms below this are not normalized.", bounds={"ge": 0})
 DOT_THRESHOLD = Parameter(
-    "slerp_dot_threshold", 0.9995, "slerp: above this cosine, interpolate straight.", bounds={"ge": 0, "le": 1}
+    "slerp_dot_threshold", 0.9995, "slerp: above this cosine, interpolate linearly.", bounds={"ge": 0, "le": 1}
 )
 
 

@@ -13,10 +13,13 @@ from modelfuse.methods.ridge import normalized
 from modelfuse.methods.spec import Algebra, Combination, Factors, Floats, Method, Parameter, WholeMatrix
 
 TIME = Parameter(
-    "swudi_time", 1.5, "swudi: how long the gradient is followed, times the mean eigenvalue.", bounds={"gt": 0}
+    "swudi_time",
+    1.5,
+    "swudi: the time of the gradient flow, relative to the inverse mean eigenvalue.",
+    bounds={"gt": 0},
 )
 SHARE = Parameter(
-    "swudi_share", 0.85, "swudi: the share of the directions, the strongest ones, in which anything is changed.",
+    "swudi_share", 0.85, "swudi: the share of the directions, strongest first, that are changed.",
     bounds={"gt": 0, "le": 1},
 )  # fmt: skip
 #: Lower bound of eigenvalues.

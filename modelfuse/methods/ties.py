@@ -11,7 +11,12 @@ from modelfuse.methods.spec import Combination, Parameter
 #: The sum is not divided by the agreeing weights if these sum to less than this.
 MIN_DIVISOR = 1e-8
 
-ELECT_TYPE = Parameter("ties_elect_type", "sum", "ties: elect signs by value or by number.", choices=("sum", "count"))
+ELECT_TYPE = Parameter(
+    "ties_elect_type",
+    "sum",
+    "ties: elect signs by value or by count.",
+    choices=("sum", "count"),
+)
 
 
 def _sum(each: Any) -> tuple[Expression, Expression]:

@@ -22,7 +22,7 @@ HELP = "`modelfuse merge --help` lists every setting."
 #: Hints for names of settings in other tools.
 ELSEWHERE = {
     **dict.fromkeys(("p", "keep"), "The share of elements to keep is reserve_p."),
-    **dict.fromkeys(("weight", "weights", "scale"), "Weights are a list, one a model: weight_list."),
+    **dict.fromkeys(("weight", "weights", "scale"), "Weights are a list, one per model: weight_list."),
     **dict.fromkeys(("models", "model", "model_paths"), "The models are model_path_list."),
     **dict.fromkeys(("base", "base_model"), "The base is base_model_path."),
     **dict.fromkeys(("out", "output", "out_path", "output_dir"), "The folder to create is output_path."),
@@ -242,7 +242,7 @@ def check_grams(files: int, models: int, takers: Sequence[str]) -> None:
     if files and not takers:
         raise RecipeError("gram_list is given, but no method takes Gram matrices", "Use --merge_method regmean.")
     if takers and files != models:
-        raise RecipeError(f"gram_list names {files} files for {models} models", "Give one a model, in their order.")
+        raise RecipeError(f"gram_list names {files} files for {models} models", "Give one per model, in their order.")
 
 
 def check_adapter_output(output_format: str | None, has_base: bool, given: Sequence[str]) -> None:

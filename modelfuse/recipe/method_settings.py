@@ -54,17 +54,20 @@ def _settings() -> dict[str, Setting]:
 
     found = {
         "merge_method": Setting(Literal[*METHODS] | None, setting(
-            None, "A usual pair of merge_type and sparsify_type.", "linear if none of the three is given")),
-        "merge_type": Setting(Literal[*COMBINATIONS] | None, setting(None, "How models become one.", "linear")),
-        "sparsify_type": Setting(Literal[*SPARSIFIERS] | None, setting(None, "What is dropped first.", "nothing")),
+            None, "A name for a merge_type, with or without a sparsify_type.", "linear if none of the three is given")),
+        "merge_type": Setting(Literal[*COMBINATIONS] | None, setting(
+            None, "How the models' tensors are combined.", "linear")),
+        "sparsify_type": Setting(Literal[*SPARSIFIERS] | None, setting(
+            None, "How each model's elements are sparsified first.", "nothing")),
         "weight_list": Setting(
-            tuple[Weight, ...] | None, setting(None, "One weight a model.", "equal, their sum 1")),
+            tuple[Weight, ...] | None, setting(None, "One weight per model.", "equal, their sum 1")),
         "normalize": Setting(bool | None, setting(
-            None, "Divide weights by their sum, for ties by those that agree.",
+            None, "Divide by the sum of the weights; ties: of the weights whose signs agree.",
             "true without weight_list, else false")),
         FACTOR: Setting(Factor | None, setting(
             None, "With a base: what the merged difference is multiplied by; 'norm 0.6' for methods of whole matrices: "
-            "so that its norm is that share of the sum's.", f"1; {USUAL_NORM} for methods of whole matrices")),
+            "so that its norm is this fraction of the norm of the sum.",
+            f"1; {USUAL_NORM} for methods of whole matrices")),
     }  # fmt: skip
     return {**found, **{name: declared(each) for name, each in PARAMETERS.items() if name not in found}}
 
@@ -152,7 +155,7 @@ class MethodSettings(Struct, frozen=True):
         for name, value in self.given.items():
             if METHOD_SETTINGS[name].is_per_model and isinstance(value, tuple) and len(value) != self.models:
                 raise RecipeError(
-                    f"{name} has {len(value)} values for {self.models} models", "Give one for all, or one a model."
+                    f"{name} has {len(value)} values for {self.models} models", "Give one for all, or one per model."
                 )
         applied = self.applied(range(self.models), 0)
         if sparsifier is not None:

@@ -16,7 +16,7 @@ class ByPattern:
     Args:
         file: The configuration file.
         key: The name of the setting.
-        values: The numbers by expression; the first match counts.
+        values: The numbers by expression; the first match applies.
 
     Raises:
         CheckpointError: If an expression is invalid, or cannot be matched in bounded time.
