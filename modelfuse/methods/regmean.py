@@ -26,13 +26,17 @@ LEAST = 1e-6
 def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
     """wᵢGᵢ(ΣG)⁻¹, weights with a mean of 1; where nothing was seen, the weighted mean."""
     even = np.array(weights) * len(weights) / sum(weights)
-    shares = settings.regmean_shrink + (1 - settings.regmean_shrink) * np.eye(inputs)
-    grams = grams * shares
+    diagonal = np.arange(inputs)
+    kept = grams[:, diagonal, diagonal]
+    grams = grams * settings.regmean_shrink
+    grams[:, diagonal, diagonal] = kept
     whole = grams.sum(0)
     least = LEAST * trace(whole) / inputs
     if not least > 0:
         return Factors(even[:, None, None] / len(weights) * np.eye(inputs))
-    return Factors(grams * even[:, None, None], algebra.inverse(whole + least * np.eye(inputs)))
+    grams *= even[:, None, None]
+    whole[diagonal, diagonal] += least
+    return Factors(grams, algebra.inverse(whole))
 
 
 REGMEAN = Combination(

@@ -31,10 +31,13 @@ def _factors(grams: Floats, weights: Sequence[float], settings: Any, inputs: int
     """wᵢ(Gᵢ + μ̄) and (C + μ̄)⁻¹, of normalized Gram matrices."""
     grams, _ = normalized(grams)
     whole = grams.sum(0)
-    ridge = settings.ridge_mu * trace(whole) / inputs * np.eye(len(whole))
-    if not ridge.any():
+    ridge, diagonal = settings.ridge_mu * trace(whole) / inputs, np.arange(len(whole))
+    if not ridge:
         return Factors(np.zeros_like(grams))
-    return Factors((grams + ridge) * np.array(weights)[:, None, None], algebra.inverse(whole + ridge))
+    grams[:, diagonal, diagonal] += ridge
+    grams *= np.array(weights)[:, None, None]
+    whole[diagonal, diagonal] += ridge
+    return Factors(grams, algebra.inverse(whole))
 
 
 def _dual(grams: Floats, weights: Sequence[float], settings: Any, inputs: int, algebra: Algebra) -> Factors:
