@@ -88,14 +88,15 @@ def walk(
     assert first % GRAIN == 0
     assert step % GRAIN == 0
     state = pass_.start()
-    assert not extents or pass_.read_from(state, extents)
+    reads = bool(extents) and pass_.read_from(state, extents)
+    assert reads or not extents or hasattr(pass_, "steps")  # A few elements are read by arrays.
     sizes = [source.bytes for source in work.sources]
     # Bytes beyond the slice have arbitrary values, as in a reused buffer.
     raws = np.full((len(stored), step * max(sizes)), 0xA5, np.uint8)
     buffer = np.full(step * work.out.bytes, 0x5A, np.uint8)
     for start in range(first, first + count, step):
         length = min(step, first + count - start)
-        for raw, values, size in zip(raws, stored, sizes, strict=True) if not extents else ():
+        for raw, values, size in zip(raws, stored, sizes, strict=True) if not reads else ():
             raw[: length * size] = values[start : start + length].view(np.uint8)
         pass_.apply(state, start, length, raws, buffer)
         if pass_.writes:

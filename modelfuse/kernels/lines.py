@@ -116,6 +116,10 @@ class LineKeep:
         probabilities: One function per model: maps ranks from 0 on, and the length of a line, to probabilities.
         compute: The type of the probabilities.
         fragments: All pieces of groups that slices cut.
+
+    Attributes:
+        lines: The lines.
+        marks: What was kept of slices, by their first elements, as far as a backend knows it from an earlier pass.
     """
 
     def __init__(
@@ -127,12 +131,25 @@ class LineKeep:
     ) -> None:
         self.lines, self._probabilities, self._compute = lines, probabilities, compute
         self._cut: dict[int, Array] = {}
+        self.marks: dict[int, Array] = {}
         pieces: dict[int, list[Fragment]] = {}
         for fragment in fragments:
             pieces.setdefault(fragment[0] // lines.group, []).append(fragment)
         for group, own in pieces.items():
             own.sort(key=lambda each: each[0])
             self._cut[group] = self._keep(np.concatenate([magnitudes for _, magnitudes in own], axis=1))
+
+    def by_rank(self) -> Array:
+        """The probabilities for all ranks, by twice the rank: shape (models, 2 · length − 1)."""
+        ranks, length = np.arange(2 * self.lines.length - 1) / 2, self.lines.length
+        return np.stack([each(ranks, length) for each in self._probabilities]).astype(self._compute)
+
+    @property
+    def cut(self) -> tuple[Array, Array]:
+        """The numbers of the groups that slices cut, ascending, and their elements' probabilities, group by group."""
+        groups = sorted(self._cut)
+        keep = [self._cut[group] for group in groups] or [np.empty((len(self._probabilities), 0), self._compute)]
+        return np.array(groups, np.int64), np.concatenate(keep, axis=1)
 
     def of(self, first: int, magnitudes: Array) -> Array:
         """The probabilities for consecutive elements of all models, shape (models, elements)."""

@@ -33,11 +33,13 @@ class Chain:
         element: The element step, for one model's element; None: there is none.
         combine: The combination, for all models' elements.
         terms: Terms of each model's elements that are summed over the tensor before the element step.
+        lined: Whether ``keep`` depends on ranks within lines, not within the tensor.
     """
 
     element: Expression | None
     combine: Expression
     terms: tuple[Expression, ...] = ()
+    lined: bool = False
 
     @cached_property
     def element_numbers(self) -> tuple[str, ...]:
@@ -63,6 +65,11 @@ class Chain:
     def keeps(self) -> bool:
         """Whether the element step uses a probability that depends on the rank."""
         return uses(self.element, "keep")
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether that probability is looked up by the magnitude."""
+        return self.keeps and not self.lined
 
     @cached_property
     def text(self) -> str:
@@ -149,7 +156,9 @@ class Applied:
             element = self.traced(self.sparsifier.element, merged=False) if self.sparsifier is not None else None
             sums = [each for each in self._needed(self.sparsifier) if isinstance(each, Sums)]
             terms = [term for each in sums for term in self.traced(each.terms, merged=False)]
-            self._cache["chain"] = Chain(element, self.traced(self.combination.combine, merged=True), tuple(terms))
+            lined = any(isinstance(each, LineRanks) for each in self._needed(self.sparsifier))
+            combine = self.traced(self.combination.combine, merged=True)
+            self._cache["chain"] = Chain(element, combine, tuple(terms), lined)
         chain: Chain = self._cache["chain"]
         return chain
 
@@ -188,10 +197,9 @@ class Applied:
 
     @property
     def by_arrays(self) -> bool:
-        """Whether every backend needs array operations: ranks and dot products along lines have no compiled loops."""
-        lined = any(isinstance(each, LineRanks) for each in self.element_measures)
+        """Whether every backend needs array operations: dot products along lines have no compiled loops."""
         grams = [each for each in self.merged_measures if isinstance(each, Gram)]
-        return lined or any(each.axis(self.shared) is not None for each in grams)
+        return any(each.axis(self.shared) is not None for each in grams)
 
     def of(self, model: int) -> Any:
         """The settings of one model, as attributes."""

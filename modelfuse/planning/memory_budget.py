@@ -12,6 +12,7 @@ from modelfuse.dtypes import F64, computed_in
 from modelfuse.kernels import CPU_BLOCK, CPU_WORKER_BYTES
 from modelfuse.kernels.backends import GPU_WORKER_BYTES, Device, find_gpu
 from modelfuse.kernels.kernel import Compiler
+from modelfuse.kernels.line_marks import can_mark, marking_bytes
 from modelfuse.kernels.lines import Lines
 from modelfuse.kernels.matrices import memory_of
 from modelfuse.kernels.measures import ranked_lines
@@ -208,6 +209,7 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
     fetched = max(sum(part.stored.bytes for part in each.sources) for each in operations)
     if not any(isinstance(path, Url) for path in recipe.input_paths):
         fetched = 0
+    compiled = _are_compiled(recipe, operations)
     return MemoryDemand(
         outputs=len(operations),
         sources=max(len(each.sources) for each in operations),
@@ -217,11 +219,11 @@ def demand_of(recipe: Recipe, operations: Sequence[Operation]) -> MemoryDemand:
         double=computed_in(*{part.dtype for part in sources}) is F64,
         remote=fetched,
         spans=sum(1 if each.window else -(-each.size // SPAN) for each in operations),
-        compiled=_are_compiled(recipe, operations),
+        compiled=compiled,
         nbytes=sum(each.bytes_read for each in operations),
         counted=max(_counted_sources(each) for each in operations),
         twice=any(method.reads_twice for method in methods_of(operations)),
-        whole=max(_matrix_bytes(each) + _line_bytes(each) for each in operations),
+        whole=max(_matrix_bytes(each) + _line_bytes(each, compiled) for each in operations),
     )
 
 
@@ -232,20 +234,24 @@ def _matrix_bytes(operation: Operation) -> int:
     return memory_of(operation.matrices, how, len(operation.models))
 
 
-def _line_bytes(operation: Operation) -> int:
-    """Bytes of what is known of each line; of arrays where there is no compiled loop, and of ranks of cut lines."""
+def _line_bytes(operation: Operation, compiled: bool) -> int:
+    """Bytes of what is known of each line; of arrays where there is no compiled loop, and of ranks within lines."""
     method = operation.method
     if method is None or operation.action != "merge":
         return 0
-    work, found = operation.work, 0
-    for each in method.merged_measures:
+    work, found, arrays = operation.work, 0, method.by_arrays
+    for each in (*method.element_measures, *method.merged_measures):
         if isinstance(each, Divergence):
             found += ROW_BYTES * Lines.along(work.shape, work.size, -1).number
-    if not method.by_arrays:
-        return found
-    ranked = [ranked_lines(work, each) for each in method.element_measures if isinstance(each, LineRanks)]
-    elements = sum(min(work.size, SLICE) + each.cut_by(GRAIN, work.size) for each in ranked)
-    return found + SCRATCH_BYTES + elements * work.models * 2 * (8 if work.compute == "float64" else 4)
+        if isinstance(each, LineRanks):
+            lines = ranked_lines(work, each)
+            marks = compiled and can_mark(method.chain, lines)
+            # Of lines that slices cut, magnitudes and probabilities; arrays have those of whole slices, too.
+            elements = lines.cut_by(GRAIN, work.size) + (0 if marks else min(work.size, SLICE))
+            found += elements * work.models * 2 * (8 if work.compute == "float64" else 4)
+            found += marking_bytes(work, lines, SLICE) if marks else 0
+            arrays |= not marks
+    return found + arrays * SCRATCH_BYTES
 
 
 def _are_compiled(recipe: Recipe, operations: Sequence[Operation]) -> bool:

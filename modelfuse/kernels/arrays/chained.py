@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from modelfuse.kernels import Bytes, Work
+from modelfuse.kernels import Bytes, PassStep, Work
 from modelfuse.kernels.arrays.arithmetic import DeviceKeepTables
 from modelfuse.kernels.arrays.blocks import ArrayState, Walk
 from modelfuse.kernels.arrays.evaluate import Evaluator
@@ -49,6 +49,13 @@ class Fragments(Host):
 
     def start(self) -> ArrayState:
         return self._state([])
+
+    def steps(self, state: ArrayState, first: int, count: int, most: int) -> Iterator[PassStep]:
+        """Only what slices cut is read."""
+        for start in range(first, first + count, most):
+            for part in self._lines.parts(start, min(most, first + count - start)):
+                if not part.whole:
+                    yield PassStep(part.start, part.stop - part.start)
 
     def block(self, state: ArrayState, first: int, xs: list[Tensor], base: Tensor | None, out: Bytes) -> None:
         for start, stop, whole in self._lines.parts(first, xs[0].size):

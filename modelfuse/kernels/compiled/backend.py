@@ -21,6 +21,7 @@ from modelfuse.kernels.compiled.passes import (
 from modelfuse.kernels.compiled.tally_passes import TallyAll, TallyWithin
 from modelfuse.kernels.divergence import RowTables
 from modelfuse.kernels.element import Element, Merged
+from modelfuse.kernels.line_marks import can_mark
 from modelfuse.kernels.lines import Lines
 from modelfuse.kernels.measures import FragmentsPass, SumsPass, TallyPass
 from modelfuse.kernels.procedures import Backend, Coefficients, LinePass, ProductsPass
@@ -40,7 +41,7 @@ class CompiledBackend:
         return Gather(work)
 
     def all(self, work: Work, merged: Merged | None = None) -> TallyPass:
-        if merged is not None and _by_arrays(merged.element, merged.numbers):
+        if merged is not None and _by_arrays(work, merged.element, merged.numbers):
             return self._arrays.all(work, merged)
         return TallyAll(work, merged)
 
@@ -53,12 +54,12 @@ class CompiledBackend:
         digit_bits: int,
         merged: Merged | None = None,
     ) -> TallyPass:
-        if merged is not None and _by_arrays(merged.element, merged.numbers):
+        if merged is not None and _by_arrays(work, merged.element, merged.numbers):
             return self._arrays.within(work, prefixes, parent_shift, shift, digit_bits, merged)
         return TallyWithin(work, prefixes, (parent_shift, shift), digit_bits, merged)
 
     def element_sums(self, work: Work, element: Element, terms: Sequence[Expression]) -> SumsPass:
-        if element.lines is not None:
+        if _lacks_ranks(work, element):
             return self._arrays.element_sums(work, element, terms)
         return ElementSums(work, element)
 
@@ -66,13 +67,15 @@ class CompiledBackend:
         return self._arrays.fragments(work, lines)
 
     def products(self, work: Work, element: Element) -> ProductsPass:
+        if _lacks_ranks(work, element):
+            return self._arrays.products(work, element)
         return DotProducts(work, element)
 
     def line_products(self, work: Work, element: Element, lines: Lines) -> LinePass:
         return self._arrays.line_products(work, element, lines)
 
     def merged_sums(self, work: Work, element: Element, numbers: Coefficients, terms: Sequence[Expression]) -> SumsPass:
-        if _by_arrays(element, numbers):
+        if _by_arrays(work, element, numbers):
             return self._arrays.merged_sums(work, element, numbers, terms)
         return MergedSums(work, element, MadeElements.of(work, numbers, terms))
 
@@ -83,7 +86,7 @@ class CompiledBackend:
         return Divergences(work, lines, tables, least)
 
     def combine(self, work: Work, element: Element, numbers: Coefficients) -> Pass:
-        if _by_arrays(element, numbers):
+        if _by_arrays(work, element, numbers):
             return self._arrays.combine(work, element, numbers)
         return Combine(work, element, numbers)
 
@@ -97,9 +100,14 @@ class CompiledBackend:
         return ArrayBackend(NumpyLibrary(CPU_WORKER_BYTES, CPU_BLOCK))
 
 
-def _by_arrays(element: Element, numbers: Coefficients) -> bool:
-    """Whether loops lack a number: probabilities by rank within lines, or numbers of lines along several axes."""
-    return element.lines is not None or len({lines for lines, _ in numbers.lined.values()}) > 1
+def _by_arrays(work: Work, element: Element, numbers: Coefficients) -> bool:
+    """Whether loops lack a number: the ranks within some lines, or numbers of lines along several axes."""
+    return _lacks_ranks(work, element) or len({lines for lines, _ in numbers.lined.values()}) > 1
+
+
+def _lacks_ranks(work: Work, element: Element) -> bool:
+    """Whether ranks within lines are needed that compiled loops do not find."""
+    return element.lines is not None and not can_mark(work.method.chain, element.lines.lines)
 
 
 def merge_procedure(work: Work) -> Procedure:

@@ -82,7 +82,7 @@ def column_of(files: DirectReads, raws: Array, start: int, length: int) -> int:
     column: int = start % window
     if column == 0:
         for row in range(files.offsets.size):
-            fill(files, raws, row, start, min(window, length - start))
+            fill(files, raws, row, start, min(window, length - start), 0)
     return column
 
 
@@ -91,16 +91,16 @@ def block_of(files: DirectReads, raws: Array, row: int, start: int, count: int) 
     """The same for a block of one source; blocks may come in any order."""
     if files.slice[1] == 0:
         return start
-    fill(files, raws, row, start, count)
+    fill(files, raws, row, start, count, 0)
     return 0
 
 
 @compile_kernel
-def fill(files: DirectReads, raws: Array, row: int, start: int, count: int) -> None:
-    """Read elements of one source to the start of its row."""
+def fill(files: DirectReads, raws: Array, row: int, start: int, count: int, column: int) -> None:
+    """Read elements of one source to its row, from the element ``column`` on."""
     width = files.widths[row]
     position, left = files.offsets[row] + (files.slice[0] + start) * width, count * width
-    address = np.uint64(raws[row].ctypes.data)
+    address = np.uint64(raws[row].ctypes.data + column * width)
     attempts = 0
     while left > 0:
         done = _pread(np.int32(files.descriptors[row]), address, left, position)

@@ -17,7 +17,16 @@ from modelfuse.kernels.compiled.combination import Combination
 from modelfuse.kernels.compiled.direct_reads import BLOCK
 from modelfuse.kernels.compiled.dot_products import add_products, add_terms, fold_terms
 from modelfuse.kernels.compiled.histograms import count_only, tally_block
-from modelfuse.kernels.compiled.merge_loops import CHUNK, choose, expand, finish, keep_probabilities, load, uniform
+from modelfuse.kernels.compiled.merge_loops import (
+    CHUNK,
+    choose,
+    expand,
+    finish,
+    keep_marked,
+    keep_probabilities,
+    load,
+    uniform,
+)
 from modelfuse.kernels.compiled.source import (
     Writer,
     constant_lines,
@@ -35,8 +44,9 @@ MODULE = "modelfuse.kernels.compiled.generated"
 #: What generated functions call.
 KNOWN: Mapping[str, Any] = {
     "__name__": MODULE, "np": np, "BLOCK": BLOCK, "CHUNK": CHUNK, "load": load, "uniform": uniform, "expand": expand,
-    "choose": choose, "keep_probabilities": keep_probabilities, "finish": finish, "add_products": add_products,
-    "add_terms": add_terms, "fold_terms": fold_terms, "count_only": count_only, "tally_block": tally_block,
+    "choose": choose, "keep_marked": keep_marked, "keep_probabilities": keep_probabilities, "finish": finish,
+    "add_products": add_products, "add_terms": add_terms, "fold_terms": fold_terms, "count_only": count_only,
+    "tally_block": tally_block,
 }  # fmt: skip
 
 ELEMENTS = """
@@ -162,7 +172,7 @@ def element_source(chain: Chain) -> str:
     signature = "apply_element(how, model, first, count, buffers)"
     if chain.element is None:
         return function_source(signature, [])
-    return _loop_source(signature, (chain.element,), {"x": "x"})
+    return _loop_source(signature, (chain.element,), {"x": "x"}, chain.lined)
 
 
 def terms_source(chain: Chain) -> str:
@@ -172,10 +182,10 @@ def terms_source(chain: Chain) -> str:
         return function_source(signature, [])
     # The first row holds probabilities.
     targets = {f"o{row}": f"rows[{row}]" for row in range(1, 1 + len(chain.terms))}
-    return _loop_source(signature, chain.terms, targets)
+    return _loop_source(signature, chain.terms, targets, chain.lined)
 
 
-def _loop_source(signature: str, expressions: Sequence[Expression], targets: Mapping[str, str]) -> str:
+def _loop_source(signature: str, expressions: Sequence[Expression], targets: Mapping[str, str], lined: bool) -> str:
     """A function with one loop over a block of one model's elements that stores expressions in named targets."""
     constants = constants_of(*expressions)
     columns = {name: f"n{column}" for column, name in enumerate(names_of(expressions, each=True))}
@@ -195,9 +205,11 @@ def _loop_source(signature: str, expressions: Sequence[Expression], targets: Map
     lines += [f"{name} = {target}" for name, target in targets.items() if name != target]
     lines += constant_lines(constants)
     lines += [f"{name} = how.numbers[model, {column}]" for column, name in enumerate(columns.values())]
-    if any(uses(each, "draw") for each in expressions):
+    if lined:  # What is kept was marked with other draws; these are those of any block.
+        lines.append("keep_marked(model, first, count, buffers, keep)")
+    elif any(uses(each, "draw") for each in expressions):
         lines.append("uniform(how.keys[model], first, count, buffers.bits, buffers.words, draws)")
-    if any(uses(each, "keep") for each in expressions):
+    if not lined and any(uses(each, "keep") for each in expressions):
         lines.append("keep_probabilities(how, model, first, count, buffers, keep)")
     lines += loop_lines(writer, [f"{name}[i] = {result}" for name, result in zip(targets, results, strict=True)])
     return function_source(signature, lines)

@@ -20,7 +20,7 @@ from modelfuse.kernels.procedures import Coefficients
 def laid_out_element(work: Work, element: Element, names: Sequence[str]) -> Any:
     """The element step's :class:`~modelfuse.kernels.compiled.merge_loops.LaidOutElement`, with these numbers."""
     keys, numbers = np.array(element.keys, np.uint64), element.table(names, work.compute)
-    keep = _laid_out_keep(element.keep, work.compute) if work.method.chain.keeps else _no_keep(work.compute)
+    keep = _laid_out_keep(element.keep, work.compute) if work.method.chain.looks_up else _no_keep(work.compute)
     return prepare(merge_loops.LaidOutElement(keys, numbers, *keep))
 
 

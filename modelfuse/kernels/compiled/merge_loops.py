@@ -82,6 +82,8 @@ class BlockBuffers(NamedTuple):
         bad: int64, shape (sources + 1,): counts of non-finite elements, the last one for the output.
         tables: Compute type, shape (models, BINS): magprune's probabilities of being kept, by bin; bins without a
             magnitude of this tensor have stale values. No rows for other sparsifiers.
+        marks: uint8, shape (models, elements of a slice): 1 for elements that are kept by their rank within a line. No
+            rows for other sparsifiers.
         files: The files that the kernel reads the elements from.
     """
 
@@ -96,6 +98,7 @@ class BlockBuffers(NamedTuple):
     amounts: Array
     bad: Array
     tables: Array
+    marks: Array
     files: DirectReads
 
 
@@ -321,8 +324,14 @@ def _count_bad_halves(halves: Array, count: int) -> int:
 @compile_kernel
 def load(data: Stored, begin: int, count: int, buffers: BlockBuffers, length: int) -> None:
     """Decode a block of a slice of ``length`` elements into the rows of ``buffers.x``, and subtract the base."""
+    load_from(data, column_of(buffers.files, data.raws, begin, length), count, buffers)
+
+
+@compile_kernel
+def load_from(data: Stored, start: int, count: int, buffers: BlockBuffers) -> None:
+    """The same for elements that were read, from column ``start`` on."""
     x, last, inputs = buffers.x, buffers.x.shape[0] - 1, data.inputs
-    base, start = x[last], column_of(buffers.files, data.raws, begin, length)
+    base = x[last]
     for row in range(inputs.models + inputs.has_base - 1, -1, -1):
         less = inputs.has_base and row < inputs.models and not inputs.deltas[row]
         out = x[row] if row < inputs.models else base
@@ -343,13 +352,19 @@ def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: 
 
     ``halves`` is the memory of ``words`` as uint32.
     """
+    random_words(key, first, count, words)
+    for i in range(count):
+        out[i] = np.float32(np.int32(halves[i] >> _SHIFT)) * _SCALE
+
+
+@compile_kernel
+def random_words(key: Any, first: int, count: int, words: Array) -> None:
+    """The random bits of ``count`` draws, two in a word; ``first`` is even."""
     for i in range((count + 1) // 2):
         z = key + np.uint64((first >> 1) + i + 1) * _GAMMA
         z = (z ^ (z >> np.uint64(30))) * _MIX_1
         z = (z ^ (z >> np.uint64(27))) * _MIX_2
         words[i] = z ^ (z >> np.uint64(31))
-    for i in range(count):
-        out[i] = np.float32(np.int32(halves[i] >> _SHIFT)) * _SCALE
 
 
 @compile_kernel
@@ -428,6 +443,14 @@ def keep_probabilities(
                 level = max(level - RANK_BITS, 0)
                 digit = (buffers.bits[i] >> np.uint64(level)) & np.uint64(RANKS - 1)
                 out[i] = how.subtables[np.int64(-out[i]) - 1, digit]
+
+
+@compile_kernel
+def keep_marked(model: int, first: int, count: int, buffers: BlockBuffers, out: Array) -> None:
+    """Probabilities that every draw compares with as marked: 1 for elements that are kept, else 0."""
+    marks, start = buffers.marks[model], first - buffers.files.slice[0]
+    for i in range(count):
+        out[i] = marks[start + i]
 
 
 @compile_kernel

@@ -14,6 +14,7 @@ from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.dot_products import LANES
 from modelfuse.kernels.compiled.generate import ChainKernels, MergedKernels, kernels_of, merged_kernels
 from modelfuse.kernels.compiled.layout import laid_out_element, laid_out_numbers
+from modelfuse.kernels.compiled.line_marker import LineMarker
 from modelfuse.kernels.compiled.scratch import RAW_CODES, Scratch, give_back, inputs_of, lay_out, take_scratch
 from modelfuse.kernels.compiled.source import names_of
 from modelfuse.kernels.element import Element
@@ -52,13 +53,21 @@ class Walk:
     writes = False
     #: The laid-out parameters of the element step, if it is applied.
     _how: Any = None
+    #: Marks what is kept by ranks within lines, if anything is.
+    _marker: LineMarker | None = None
 
     def __init__(self, work: Work) -> None:
         self._work, self._inputs = work, inputs_of(work)
 
+    def _prepare(self, element: Element, names: Sequence[str]) -> None:
+        """Lay out the parameters of the element step, with the numbers of these names."""
+        self._how = laid_out_element(self._work, element, names)
+        if element.lines is not None:
+            self._marker = LineMarker(self._work, element.keys, element.lines)
+
     def start(self) -> CompiledState:
         scratch = take_scratch(self._work, self._rows)
-        if self._how is not None and self._work.method.chain.keeps:
+        if self._how is not None and self._work.method.chain.looks_up:
             merge_loops.spread(self._how, scratch.buffers)
         return CompiledState(scratch, scratch.bad)
 
@@ -81,8 +90,13 @@ class Walk:
         return True
 
     def apply(self, state: CompiledState, first: int, count: int, raws: Bytes, out: Bytes) -> None:
+        data = lay_out(self._inputs, raws, out)
         with state.scratch.files.at(first):
-            self._run(state, first, count, lay_out(self._inputs, raws, out))
+            if self._marker is None:
+                self._run(state, first, count, data)
+                return
+            with self._marker.marked(state.scratch, first, count, data):
+                self._run(state, first, count, data)
 
     def _run(self, state: CompiledState, first: int, count: int, data: Any) -> None:
         """Call the kernel on a slice."""
@@ -94,7 +108,7 @@ class Chained(Walk):
 
     def __init__(self, work: Work, element: Element, names: Sequence[str] | None = None) -> None:
         super().__init__(work)
-        self._how = laid_out_element(work, element, work.method.chain.element_numbers if names is None else names)
+        self._prepare(element, work.method.chain.element_numbers if names is None else names)
 
 
 class Combine(Chained):
@@ -154,7 +168,8 @@ class Gather(Walk):
 class Added(Chained):
     """A pass that sums terms.
 
-    Finds float64 sums and their rounding errors, a row for every CHUNK elements: shape (chunks, models · terms, 2).
+    Finds, for each slice: its first element; float64 sums and their rounding errors, a row for every CHUNK elements:
+    shape (chunks, models · terms, 2); and its marks, if there are any.
 
     Args:
         work: The tensor.
@@ -177,18 +192,18 @@ class Added(Chained):
         rows = self._models * self._terms
         sums, lanes = np.empty((math.ceil(count / merge_loops.CHUNK), rows, 2)), np.empty((rows, 2, LANES))
         self._add(state, first, count, data, lanes, sums)
-        state.found.append(sums)
+        state.found.append((first, sums, None if self._marker is None else self._marker.packed(state.scratch, count)))
 
     def _add(self, state: CompiledState, first: int, count: int, data: Any, lanes: Array, sums: Array) -> None:
         """Call the kernel on a slice."""
         raise NotImplementedError
 
-    def _found(self, state: CompiledState) -> Array:
-        return np.concatenate(state.found)
-
     def sums(self, found: list[Any]) -> Array:
         """The sums, float64, shape (models, terms); those that models share are repeated."""
-        parts = np.concatenate(found)
+        slices = [each for span in found for each in span]
+        if self._marker is not None:
+            self._marker.remember({first: marks for first, _, marks in slices})
+        parts = np.concatenate([each for _, each, _ in slices])
         sums = np.array([total(parts[:, row]) for row in range(parts.shape[1])]).reshape(self._models, self._terms)
         return np.broadcast_to(sums, (self._work.models, self._terms))
 

@@ -15,6 +15,7 @@ from modelfuse.dtypes import BF16, F16, F32, F64
 from modelfuse.kernels import Bytes, Work
 from modelfuse.kernels.compiled import merge_loops
 from modelfuse.kernels.compiled.direct_reads import BLOCK, DirectReads
+from modelfuse.kernels.compiled.line_ranks import LineBuffers
 from modelfuse.kernels.jit.code_cache import Prepared, prepare
 from modelfuse.kernels.order_statistics import BINS
 
@@ -64,6 +65,8 @@ class Scratch:
 
     def __init__(self, models: int, has_base: bool, compute: str, keeps: bool, rows: int) -> None:
         self.kind, self.rows = (models, has_base, compute, keeps), rows
+        self._lines: Any = None
+        self._most_lines = 0, 0
         x, bits = np.zeros((models + 1, BLOCK), compute), np.empty(BLOCK, np.uint64)
         self.bad, self.files = np.zeros(models + has_base + 1, np.int64), DirectReads.of(models + has_base)
         self.buffers: Any = prepare(
@@ -72,16 +75,32 @@ class Scratch:
                 x.view(np.uint32),
                 x.view(np.uint64),
                 np.empty((rows, BLOCK), compute),
-                np.empty(BLOCK, np.float32),
+                np.zeros(BLOCK, np.float32),
                 bits,
                 bits.view(np.uint32),
                 np.empty((merge_loops.TOGETHER, BLOCK), np.uint16),
                 np.empty((merge_loops.TOGETHER, BLOCK), np.uint64),
                 self.bad,
                 np.empty((models if keeps else 0, BINS), compute),
+                np.empty((0, 0), np.uint8),
                 self.files,
             )
         )
+
+    def make_marks(self, elements: int) -> None:
+        """Make room for the marks of a slice."""
+        if self.buffers.value.marks.shape[1] < elements:
+            marks = np.empty((self.kind[0], elements), np.uint8)
+            self.buffers = prepare(self.buffers.value._replace(marks=marks))
+
+    def line_buffers(self, length: int, group: int) -> Any:
+        """The :class:`modelfuse.kernels.compiled.line_ranks.LineBuffers` for such lines, laid out."""
+        most = max(self._most_lines[0], length), max(self._most_lines[1], group)
+        if most != self._most_lines:
+            models, has_base, compute, *_ = self.kind
+            self._most_lines = most
+            self._lines = prepare(LineBuffers.of(models, models + has_base, compute, *most))
+        return self._lines
 
     @cached_property
     def tables(self) -> TallyTables:
@@ -107,7 +126,7 @@ def take_scratch(work: Work, rows: int) -> Scratch:
         work: The tensor.
         rows: The least number of rows of results.
     """
-    kind = work.models, work.has_base, work.compute, work.method.chain.keeps
+    kind = work.models, work.has_base, work.compute, work.method.chain.looks_up
     scratch, _own.scratch = _own.scratch, None
     if scratch is None or scratch.kind != kind or scratch.rows < rows:
         return Scratch(*kind, rows)

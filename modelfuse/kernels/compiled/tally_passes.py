@@ -8,7 +8,6 @@ import numpy as np
 
 from modelfuse.kernels import Work
 from modelfuse.kernels.compiled import histograms
-from modelfuse.kernels.compiled.layout import laid_out_element
 from modelfuse.kernels.compiled.passes import CompiledState, MadeElements, Walk
 from modelfuse.kernels.element import Merged
 from modelfuse.kernels.jit.code_cache import prepare
@@ -28,7 +27,7 @@ class _Tally(Walk):
         super().__init__(work)
         self._made, self._sums = None, work.method.needs_sums
         if merged is not None:
-            self._how = laid_out_element(work, merged.element, work.method.chain.element_numbers)
+            self._prepare(merged.element, work.method.chain.element_numbers)
             self._made, self._sums = MadeElements.of(work, merged.numbers, (merged.expression,)), merged.sums
 
     @property
