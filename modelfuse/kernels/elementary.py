@@ -39,6 +39,19 @@ def exp(x: Array) -> Array:
         return np.where(x < LOWEST, 0.0, np.where(np.isfinite(x), scaled, x))
 
 
+def exp_near_zero(x: Array) -> Array:
+    """e to the power of numbers between −NEAR and NEAR.
+
+    >>> round(float(exp_near_zero(np.array([0.01]))[0]), 14)
+    1.01005016708417
+    """
+    with np.errstate(all="ignore"):
+        result = np.full_like(x, FACTORS[8])
+        for factor in FACTORS[7::-1]:
+            result = result * x + factor
+        return result
+
+
 def log_near_one(x: Array) -> Array:
     """The natural logarithm of 1 + x, for numbers between −NEAR and NEAR.
 

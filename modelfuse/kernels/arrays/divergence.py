@@ -11,7 +11,7 @@ from modelfuse.kernels.arrays.blocks import ArrayState, Walk
 from modelfuse.kernels.arrays.library import Array, Tensor
 from modelfuse.kernels.arrays.numpy import NumpyLibrary
 from modelfuse.kernels.divergence import RowSums, RowTables
-from modelfuse.kernels.elementary import NEAR, exp, log, log_near_one
+from modelfuse.kernels.elementary import NEAR, exp, exp_near_zero, log, log_near_one
 from modelfuse.kernels.lines import Accumulated, Lines, accumulate, add_exactly
 
 
@@ -55,7 +55,7 @@ class Exponentials(_Rows):
 
     def _found(self, line: int, rows: Array) -> tuple[Accumulated, tuple[int, Array]]:
         extremes = np.stack([np.abs(rows).max(axis=2), rows.max(axis=2)])
-        powers = exp(rows - self._shifts[:, line : line + rows.shape[1], None])
+        powers = _powers(rows, self._shifts[:, line : line + rows.shape[1], None])
         return _added(line, powers), (line, extremes)
 
     def finish(self, state: ArrayState) -> RowSums:
@@ -72,7 +72,7 @@ class Divergences(_Rows):
     def _found(self, line: int, rows: Array) -> Accumulated:
         here, least = slice(line, line + rows.shape[1]), self._least
         shifts, scales = (each[:, here, None] for each in (self._tables.shifts, self._tables.scales))
-        p, q = exp(rows - shifts) * scales
+        p, q = _powers(rows, shifts) * scales
         excess = least * (q - p) / (p * (q + least))
         near = np.abs(excess) < NEAR
         change = (rows[0] - rows[1]) - self._tables.change[here, None]
@@ -83,6 +83,16 @@ class Divergences(_Rows):
 
     def finish(self, state: ArrayState) -> Accumulated:
         return accumulate(state.found)
+
+
+def _powers(rows: Array, shifts: Array) -> Array:
+    """Exponentials; the model's are the base's times that of a small difference, where it is one."""
+    theirs, change = exp(rows[1] - shifts[1]), rows[0] - rows[1]
+    near = (np.abs(change) < NEAR) & (shifts[0] == 0.0) & (shifts[1] == 0.0)
+    ours = theirs * exp_near_zero(change)
+    if not near.all():
+        ours[~near] = exp((rows[0] - shifts[0])[~near])
+    return np.stack([ours, theirs])
 
 
 def _added(line: int, values: Array) -> Accumulated:

@@ -9,7 +9,7 @@ import numpy as np
 from modelfuse.kernels import Work
 from modelfuse.kernels.compiled.direct_reads import BLOCK
 from modelfuse.kernels.compiled.dot_products import LANES, add_values, fold_terms
-from modelfuse.kernels.compiled.elementary import exp, key_of, log, log_near_one, of_key
+from modelfuse.kernels.compiled.elementary import exp, exp_near_zero, key_of, log, log_near_one, of_key
 from modelfuse.kernels.compiled.merge_loops import BlockBuffers, Stored, load
 from modelfuse.kernels.compiled.passes import CompiledState, Walk
 from modelfuse.kernels.divergence import RowSums, RowTables
@@ -43,7 +43,8 @@ class RowBuffers(NamedTuple):
     """A span's buffers.
 
     Attributes:
-        wide: float64, shape (4, BLOCK): the elements of the model and of the base; what is made of them.
+        wide: float64, shape (6, BLOCK): the elements of the model and of the base, their exponentials, and what is made
+            of these.
         lanes: float64, shape (2, 2, LANES): running sums and their rounding errors.
     """
 
@@ -85,17 +86,35 @@ def add_exponentials(
         while stop < size:
             here, row = stop, (first + start + stop) // rows.length
             stop = min(size, (row + 1) * rows.length - first - start)
+            _store_powers(rows, row, wide, here, stop)
             for source in range(2):
-                values, powers = wide[source, here:stop], wide[2, here:stop]
-                _store_exponentials(values, rows.shifts[source, row], powers)
-                add_values(powers, stop - here, lanes[source])
-                _find_extremes(values, tops[:, source, row - begin])
+                add_values(wide[2 + source, here:stop], stop - here, lanes[source])
+                _find_extremes(wide[source, here:stop], tops[:, source, row - begin])
             if start + stop in ((row + 1) * rows.length - first, length):
                 fold_terms(lanes, sums[row - begin])
                 lanes[:] = 0.0
 
 
 # Loops over slices, from zero on: numba takes other indices for possibly negative ones, and the loops stay scalar.
+
+
+@compile_kernel
+def _store_powers(rows: Rows, row: int, wide: Array, here: int, stop: int) -> None:
+    """Store exponentials; the model's are the base's times that of a small difference, where it is one."""
+    ours, theirs, powers, others = wide[0, here:stop], wide[1, here:stop], wide[2, here:stop], wide[3, here:stop]
+    shift, other_shift = rows.shifts[0, row], rows.shifts[1, row]
+    _store_exponentials(theirs, other_shift, others)
+    if not (shift == 0.0 and other_shift == 0.0):
+        _store_exponentials(ours, shift, powers)
+        return
+    far = 0
+    for i in range(ours.size):
+        change = ours[i] - theirs[i]
+        far += not abs(change) < NEAR
+        powers[i] = others[i] * exp_near_zero(change)
+    for i in range(ours.size if far else 0):
+        if not abs(ours[i] - theirs[i]) < NEAR:
+            powers[i] = exp(ours[i] - shift)
 
 
 @compile_kernel
@@ -127,30 +146,29 @@ def add_divergences(
         while stop < size:
             here, row = stop, (first + start + stop) // rows.length
             stop = min(size, (row + 1) * rows.length - first - start)
-            ours, theirs, terms, excesses = (
-                wide[0, here:stop], wide[1, here:stop], wide[2, here:stop], wide[3, here:stop],
-            )  # fmt: skip
-            _store_divergences(rows, row, ours, theirs, terms, excesses)
-            add_values(terms, stop - here, lanes[0])
+            _store_powers(rows, row, wide, here, stop)
+            _store_divergences(rows, row, wide, here, stop)
+            add_values(wide[4, here:stop], stop - here, lanes[0])
             if start + stop in ((row + 1) * rows.length - first, length):
                 fold_terms(lanes, sums[row - begin])
                 lanes[:] = 0.0
 
 
 @compile_kernel
-def _store_divergences(rows: Rows, row: int, ours: Array, theirs: Array, terms: Array, excesses: Array) -> None:
-    """Store the terms of a piece of a row."""
-    shift, scale, change, far = rows.shifts[0, row], rows.scales[0, row], rows.change[row], 0
-    other_shift, other_scale, least = rows.shifts[1, row], rows.scales[1, row], rows.least
+def _store_divergences(rows: Rows, row: int, wide: Array, here: int, stop: int) -> None:
+    """Store the terms of a piece of a row in ``wide[4]``."""
+    ours, theirs, powers, others = wide[0, here:stop], wide[1, here:stop], wide[2, here:stop], wide[3, here:stop]
+    terms, excesses, least, change, far = wide[4, here:stop], wide[5, here:stop], rows.least, rows.change[row], 0
+    scale, other_scale = rows.scales[0, row], rows.scales[1, row]
     for i in range(ours.size):
-        p, q = exp(ours[i] - shift) * scale, exp(theirs[i] - other_shift) * other_scale
+        p, q = powers[i] * scale, others[i] * other_scale
         excess = least * (q - p) / (p * (q + least))
         far += not abs(excess) < NEAR
         terms[i] = (p + least) * (((ours[i] - theirs[i]) - change) + log_near_one(excess))
         excesses[i] = excess
     for i in range(ours.size if far else 0):
         if not abs(excesses[i]) < NEAR:
-            p, q = exp(ours[i] - shift) * scale, exp(theirs[i] - other_shift) * other_scale
+            p, q = powers[i] * scale, others[i] * other_scale
             terms[i] = (p + least) * log((p + least) / (q + least))
 
 
@@ -165,7 +183,7 @@ class _Rows(Walk):
     def start(self) -> CompiledState:
         state = super().start()
         state.found = []
-        state.own = prepare(RowBuffers(np.zeros((4, BLOCK)), np.empty((2, 2, LANES))))
+        state.own = prepare(RowBuffers(np.zeros((6, BLOCK)), np.empty((2, 2, LANES))))
         return state
 
     def _rows_in(self, first: int, count: int) -> int:

@@ -44,6 +44,20 @@ def exp(x: float) -> Any:
 
 
 @compile_kernel
+def exp_near_zero(x: float) -> Any:
+    """e to the power of a number between −NEAR and NEAR."""
+    result = FACTORS[8]
+    result = result * x + FACTORS[7]
+    result = result * x + FACTORS[6]
+    result = result * x + FACTORS[5]
+    result = result * x + FACTORS[4]
+    result = result * x + FACTORS[3]
+    result = result * x + FACTORS[2]
+    result = result * x + FACTORS[1]
+    return result * x + FACTORS[0]
+
+
+@compile_kernel
 def log_near_one(x: float) -> Any:
     """The natural logarithm of 1 + x, for numbers between −NEAR and NEAR."""
     result = NEAR_FACTORS[9]
