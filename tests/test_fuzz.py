@@ -150,7 +150,7 @@ def test_the_corpus_of_yaml(hostile: Hostile, modelfuse: Run, models: Path, kind
         ('{"seed": 1, "seed": 2}', "seed is given twice"),
         ('{"a": ' + "[" * 900 + "]" * 900 + "}", "There is no setting"),
         ('{"model_path_list": ' + "[" * 900 + "]" * 900 + "}", "model_path_list is"),
-        ('{"a": ' * 5000, "nested too deeply"),
+        ('{"a": ' * 5000, "r.json is malformed: "),  # Python 3.14 reads as deep as the stack is.
         ('{"output_path": "\\ud800", "model_path_list": ["A", "B"]}', "this is no path"),
         ("{" + ",".join(f'"k{number}": 1' for number in range(10_000)) + "}", "There is no setting"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -80,11 +81,19 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _is_no_folder(path: Path) -> bool:
-    """Whether the path exists and is not a folder. One system call, as another merge may be replacing the folder."""
+    """Whether the path exists and is not a folder. One system call, as another merge may be replacing the folder.
+
+    Raises:
+        OSError: If that cannot be known, such as for a name that is too long; pathlib hides this since Python 3.14.
+    """
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError):
+    except ValueError:
         return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
 
 
 def check_disk_space(output: PathOrUrl | None, needed: int) -> None:
