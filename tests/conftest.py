@@ -33,7 +33,10 @@ STEPS = [
     for merge in MERGES
 ]
 #: Files whose tests compile the same kernels: in one process, each is compiled once.
-COMPILING = {f"test_{name}.py" for name in ("adaptive", "arcee_methods", "array", "kernels", "memory", "properties")}
+COMPILING = {
+    f"test_{name}.py"
+    for name in ("adaptive", "arcee_methods", "array", "kernels", "line_ranks", "memory", "properties")
+}
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -82,7 +82,7 @@ def stored_of(shape: tuple[int, ...], values: Any, kind: DType) -> list[Array]:
         ((5, 90, 77), normal, "float32"),  # Interleaving lines.
         ((50000,), normal, "bfloat16"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_is_kept_is_what_arrays_keep(shape: tuple[int, ...], values: Any, dtype: str) -> None:
     kind = FLOATS[dtype]
