@@ -222,7 +222,7 @@ def test_rules_may_have_it_for_some_tensors(tmp_path: Path, request_: dict[str, 
     ("changes", "says", "hint"),
     [
         ({"gram_list": []}, "regmean takes Gram matrices of the models' inputs, but gram_list is not given", "collect"),
-        ({"gram_list": ["a.st"]}, "gram_list names 1 files for 3 models", "one a model"),
+        ({"gram_list": ["a.st"]}, "gram_list names 1 files for 3 models", "one per model"),
         ({"merge_method": "linear"}, "gram_list is given, but no method takes Gram matrices", "regmean"),
         ({"merge_method": "regmean", "regmean_shrink": 2}, "regmean_shrink is 2", ""),
     ],
