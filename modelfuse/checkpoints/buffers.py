@@ -28,7 +28,7 @@ def without_strays(models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
     """Leave out buffers that differ between the models or are missing in some: loaders compute them."""
     endings, strays = (*ENDINGS, *MASKS), set[str]()
     for name in {name for model in models for name in (*model, *model.aliases) if f".{name}".endswith(endings)}:
-        found = [model.get(model.aliases.get(name, name)) for model in models]
+        found = [model.find(name) for model in models]
         held = [each for each in found if each is not None]
         alike = len(held) == len(models) and len({(each.dtype, each.shape) for each in held}) == 1
         if not alike and all(is_buffer(name, each.shape) for each in held):

@@ -87,8 +87,7 @@ class _Renaming:
         return {name: other for name, other in found.items() if other not in own.values() and self._fits(name, other)}
 
     def _fits(self, name: str, other: str) -> bool:
-        one, two = (model.tensors[model.aliases.get(each, each)] for model, each in
-                    ((self._model, name), (self._reference, other)))  # fmt: skip
+        one, two = self._model.resolve(name), self._reference.resolve(other)
         return len(one.shape) == len(two.shape)
 
     def _by_prefix(self, names: Sequence[str]) -> dict[str, str]:

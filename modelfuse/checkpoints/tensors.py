@@ -258,6 +258,10 @@ class Checkpoint(Mapping[str, StoredTensor]):
         """
         return self.tensors[self.aliases.get(name, name)]
 
+    def find(self, name: str) -> StoredTensor | None:
+        """The tensor with this name or alias; None if there is none."""
+        return self.tensors.get(self.aliases.get(name, name))
+
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 

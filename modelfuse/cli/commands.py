@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +112,15 @@ def _tune(argv: list[str], defaults: Mapping[str, object]) -> int:
     return run(argv, defaults)
 
 
+def _imported(command: str) -> Command:
+    """A command without default settings, whose module is imported when it is given."""
+
+    def run(argv: list[str], _: Mapping[str, object]) -> int:
+        return int(import_module(f"modelfuse.cli.{command}_command").run(argv))
+
+    return run
+
+
 def _mergekit(command: str) -> Command:
     """The command for one of mergekit's command lines."""
 
@@ -137,42 +147,6 @@ def _begin(settings: Mapping[str, object], options: Options, stream: console.Tex
     if not options.quiet:
         render.warnings(recipe, stream)
     return recipe
-
-
-def _verify(argv: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.verify_command import run
-
-    return run(argv)
-
-
-def _inspect(argv: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.inspect_command import run
-
-    return run(argv)
-
-
-def _collect(argv: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.collect_command import run
-
-    return run(argv)
-
-
-def _report(argv: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.report_command import run
-
-    return run(argv)
-
-
-def _diff(argv: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.diff_command import run
-
-    return run(argv)
-
-
-def _push(argv: list[str], _: Mapping[str, object]) -> int:
-    from modelfuse.cli.push_command import run
-
-    return run(argv)
 
 
 def _demo(argv: list[str], _: Mapping[str, object]) -> int:
@@ -240,9 +214,9 @@ def _completion(argv: list[str], _: Mapping[str, object]) -> int:
 MERGEKIT = ("mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-moe", "mergekit-extract-lora")
 #: The functions of the commands.
 COMMANDS: dict[str, Command] = {
-    "merge": _merge, "check": _check, "verify": _verify, "tune": _tune, "inspect": _inspect, "diff": _diff, "moe": _moe,
-    "report": _report, "push": _push, "collect": _collect, "demo": _demo, "methods": _methods, "warm": _warm,
-    "completion": _completion,
+    "merge": _merge, "check": _check, "verify": _imported("verify"), "tune": _tune, "inspect": _imported("inspect"),
+    "diff": _imported("diff"), "moe": _moe, "report": _imported("report"), "push": _imported("push"),
+    "collect": _imported("collect"), "demo": _demo, "methods": _methods, "warm": _warm, "completion": _completion,
     **{name: _mergekit(name) for name in ("extract-lora", *MERGEKIT)},
 }  # fmt: skip
 LISTED = f"The commands are {', '.join(COMMANDS)}; `modelfuse --help` describes them."

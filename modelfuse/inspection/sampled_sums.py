@@ -17,6 +17,7 @@ from msgspec import Struct
 from modelfuse.dtypes import BF16, computed_in
 from modelfuse.inspection.diff_measures import DENSITIES, OUTLYING
 from modelfuse.inspection.diff_sums import MOST_SQUARES, GroupSums
+from modelfuse.kernels.bfloat16 import from_bfloat16
 from modelfuse.kernels.differences import bits_of, decoded, ones_in
 from modelfuse.planning.diff_plan import DiffPlan
 from modelfuse.planning.diff_sample import SampleBatch, sample_of
@@ -153,7 +154,7 @@ class _SampledElements:
         """Decode what was read of a source."""
         raw, dtype = self._read[source], self._dtypes[source]
         if dtype is BF16 and out.dtype == np.float32:
-            np.left_shift(raw.view(np.uint16).reshape(out.shape), 16, out=out.view(np.uint32), dtype=np.uint32)
+            from_bfloat16(raw.view(np.uint16).reshape(out.shape), out)
         else:
             out[:] = decoded(raw, dtype).reshape(out.shape)
 

@@ -9,13 +9,16 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
-def from_bfloat16(halves: Array) -> Array:
+def from_bfloat16(halves: Array, out: Array | None = None) -> Array:
     """Decode bfloat16 to float32.
 
     Args:
         halves: uint16, of any shape and byte order.
+        out: Receives the values, float32, of the same shape; None: a new array.
     """
-    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    bits = None if out is None else out.view(np.uint32)
+    found: Array = np.left_shift(halves, 16, out=bits, dtype=np.uint32).view(np.float32)
+    return found
 
 
 def to_bfloat16(values: Array) -> Array:

@@ -89,15 +89,15 @@ def _panels(part: MatrixPart, top: int, bottom: int) -> Iterator[tuple[int, int,
     for first in range(top, bottom, height):
         begin, end, (rows, columns) = part.locate(first, min(first + height, bottom))
         if begin < end:
-            moved = slice(rows.start + first - top, rows.stop + first - top) if isinstance(rows, slice) else None
-            yield begin, end, (rows + (first - top) if moved is None else moved, columns)
+            down = first - top
+            rows = slice(rows.start + down, rows.stop + down) if isinstance(rows, slice) else rows + down
+            yield begin, end, (rows, columns)
 
 
 def finish(solved: Sequence[Solved], block: Floats, algebra: Algebra, norm: Norm | None) -> None:
     """Multiply the whole result by the shared factors, and scale it."""
     for number, (part, factors) in enumerate(solved):
-        rows, columns = part.locate(0, part.height)[2]
-        index = (rows, columns) if isinstance(rows, slice) or isinstance(columns, slice) else np.ix_(rows, columns)
+        index = _index(part.locate(0, part.height)[2])
         with np.errstate(all="ignore"):
             values = block[index]
             if factors.shared is not None:
@@ -118,8 +118,10 @@ def _multiply_in_place(values: Floats, shared: Floats, from_right: bool, algebra
 
 
 def _add(target: Floats, into: Any, values: Floats) -> None:
+    target[_index(into)] += values
+
+
+def _index(into: Any) -> Any:
+    """The index of an array for rows and columns, each a slice or numbers."""
     rows, columns = into
-    if isinstance(rows, slice) or isinstance(columns, slice):
-        target[rows, columns] += values
-    else:
-        target[np.ix_(rows, columns)] += values
+    return into if isinstance(rows, slice) or isinstance(columns, slice) else np.ix_(rows, columns)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from modelfuse.checkpoints.tensors import StoredTensor
 from modelfuse.planning.diff_plan import ComparedTensor, DiffPlan
 from modelfuse.storage import Url
-from modelfuse.storage.files import Buffer, OpenFile, SourceFile
+from modelfuse.storage.files import Buffer, keeping_open
 
 #: The fewest runs and elements sampled of a tensor, and elements of all tensors; large tensors are sampled at one
 #: element in SHARE.
@@ -103,23 +101,12 @@ class SampleBatch:
             CheckpointError: If a file has changed or cannot be read.
         """
         nbytes, done = self.tensors[0].sources[source].dtype.nbytes(self.runs.length), 0
-        with ExitStack() as files:
-            opened: dict[SourceFile, OpenFile] = {}
+        with keeping_open():
             for each, starts in zip(self.tensors, self.starts, strict=True):
-                tensor = each.sources[source]
-                parts = [
-                    buffer[done + begin : done + begin + nbytes] for begin in range(0, nbytes * len(starts), nbytes)
-                ]
-                done += nbytes * len(starts)
-                if type(tensor) is not StoredTensor:
-                    with tensor.open() as read:
-                        for start, part in zip(starts, parts, strict=True):
-                            read(start, part)
-                    continue
-                if (file := opened.get(tensor.file)) is None:
-                    file = opened[tensor.file] = files.enter_context(tensor.file.open())
-                for start, part in zip(starts, parts, strict=True):
-                    file.read(tensor.offset + tensor.dtype.nbytes(start), part)
+                with each.sources[source].open() as read:
+                    for start in starts:
+                        read(start, buffer[done : done + nbytes])
+                        done += nbytes
 
     def expect(self) -> None:
         """Announce the reads, so that remote ranges are fetched together."""

@@ -74,7 +74,7 @@ def _tensors(number: int, models: Sequence[Checkpoint], row_map: RowMap) -> dict
     for name, tensor in models[number].tensors.items():
         axis = axis_of_tokens(name, tensor, rows[number])
         if axis is not None:
-            donors = {each: models[each].get(models[each].aliases.get(name, name)) for each in row_map.donors}
+            donors = {each: models[each].find(name) for each in row_map.donors}
             found = {each: donor for each, donor in donors.items() if donor is not None and not donor.is_delta}
             chosen = row_map.of_difference(number) if tensor.is_delta else row_map
             missing = [models[each].path for each in chosen.donors if each not in {**found, number: tensor}]

@@ -50,7 +50,7 @@ def with_common_rows(models: Sequence[Checkpoint], names: Sequence[str]) -> Comm
     rows, reasons = dict[str, tuple[int, tuple[int, ...]]](), dict[str, str]()
     for name in chosen:
         own = [model.aliases.get(name, name) for model in models]
-        tensors = [model.tensors[each] for model, each in zip(models, own, strict=True)]
+        tensors = [model.resolve(name) for model in models]
         axes = [axis_of_tokens(name, tensor, rows_of(model)) for tensor, model in zip(tensors, models, strict=True)]
         axis = axes[-1]
         widths = {tensor.shape[:each] + tensor.shape[each + 1 :] for tensor, each in zip(tensors, axes, strict=True)

@@ -84,15 +84,32 @@ def add_exponentials(
         load(data, start, size, buffers, length)
         widen(data, buffers, size, wide)
         while stop < size:
-            here, row = stop, (first + start + stop) // rows.length
-            stop = min(size, (row + 1) * rows.length - first - start)
+            here = stop
+            row, stop, ends = _piece(rows, first + start, here, size, length - start)
             _store_powers(rows, row, wide, here, stop)
             for source in range(2):
                 add_values(wide[2 + source, here:stop], stop - here, lanes[source])
                 _find_extremes(wide[source, here:stop], tops[:, source, row - begin])
-            if start + stop in ((row + 1) * rows.length - first, length):
+            if ends:
                 fold_terms(lanes, sums[row - begin])
                 lanes[:] = 0.0
+
+
+@compile_kernel
+def _piece(rows: Rows, first: int, here: int, size: int, left: int) -> tuple[int, int, bool]:
+    """The row of an element, where its elements in a block end, and whether those in the slice do.
+
+    Args:
+        rows: What is known of the rows.
+        first: The index of the block's first element in the tensor.
+        here: The index of the element in the block.
+        size: The number of elements in the block.
+        left: The number of elements in the slice from the block on.
+    """
+    row = (first + here) // rows.length
+    end = (row + 1) * rows.length - first
+    stop = min(size, end)
+    return row, stop, stop == min(end, left)
 
 
 # Loops over slices, from zero on: numba takes other indices for possibly negative ones, and the loops stay scalar.
@@ -144,12 +161,12 @@ def add_divergences(
         load(data, start, size, buffers, length)
         widen(data, buffers, size, wide)
         while stop < size:
-            here, row = stop, (first + start + stop) // rows.length
-            stop = min(size, (row + 1) * rows.length - first - start)
+            here = stop
+            row, stop, ends = _piece(rows, first + start, here, size, length - start)
             _store_powers(rows, row, wide, here, stop)
             _store_divergences(rows, row, wide, here, stop)
             add_values(wide[4, here:stop], stop - here, lanes[0])
-            if start + stop in ((row + 1) * rows.length - first, length):
+            if ends:
                 fold_terms(lanes, sums[row - begin])
                 lanes[:] = 0.0
 

@@ -8,14 +8,11 @@ import numpy as np
 
 from modelfuse.kernels.compiled.direct_reads import BLOCK, fill
 from modelfuse.kernels.compiled.line_ranks import LaidOutLines, LineBuffers, mark_line
-from modelfuse.kernels.compiled.merge_loops import BlockBuffers, Stored, load_from, random_words
+from modelfuse.kernels.compiled.merge_loops import BlockBuffers, Stored, draw_of, load_from, random_words
 from modelfuse.kernels.jit.compile import compile_kernel
 from modelfuse.kernels.line_marks import WINDOW
-from modelfuse.methods.random import SCALE, SHIFT
 
 Array = np.ndarray[Any, Any]
-
-_SCALE, _SHIFT = np.float32(SCALE), np.uint32(SHIFT)
 
 
 @compile_kernel
@@ -59,8 +56,7 @@ def _mark_cut(data: Stored, first: int, begin: int, end: int, buffers: BlockBuff
             size, odd = min(BLOCK, end - start), start & 1
             random_words(lines.streams[model], start - odd, size + odd, buffers.bits)
             for i in range(size):
-                draw = np.float32(np.int32(buffers.words[odd + i] >> _SHIFT)) * _SCALE
-                marks[start - first + i] = draw < keeps[place + start - begin + i]
+                marks[start - first + i] = draw_of(buffers.words[odd + i]) < keeps[place + start - begin + i]
 
 
 @compile_kernel

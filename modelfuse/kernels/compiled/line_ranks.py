@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from modelfuse.kernels.compiled.merge_loops import draw_of
 from modelfuse.kernels.jit.compile import compile_kernel
 from modelfuse.kernels.line_marks import WINDOW
-from modelfuse.methods.random import SCALE, SHIFT
 
 Array = np.ndarray[Any, Any]
 
@@ -28,8 +28,6 @@ COUNTED = 64
 DIGIT = 8
 #: The state of an element whose draw is not below the probability of its bin's first rank, but below that of the last.
 UNKNOWN = 2
-
-_SCALE, _SHIFT = np.float32(SCALE), np.uint32(SHIFT)
 
 
 class LaidOutLines(NamedTuple):
@@ -206,7 +204,8 @@ def _mark_unknown(keys: Array, draws: Array, unknown: int, keeps: Array, lines: 
     for number in range(unknown):
         i = listed[number]
         if row >= 0:
-            rank = _search(own.sorted[row], length, keys[i])
+            ascending = own.sorted[row]
+            rank = _first(ascending, length, keys[i]) + _first(ascending, length, keys[i] + keys.dtype.type(1)) - 1
         else:
             rank = -1
             for other in range(number):
@@ -215,7 +214,7 @@ def _mark_unknown(keys: Array, draws: Array, unknown: int, keeps: Array, lines: 
             if rank < 0:
                 rank = _count(keys, length, keys[i])
             twice[number] = rank
-        own.states[i] = np.float32(np.int32(draws[i] >> _SHIFT)) * _SCALE < keeps[rank]
+        own.states[i] = draw_of(draws[i]) < keeps[rank]
 
 
 @compile_kernel
@@ -229,8 +228,8 @@ def _count(keys: Array, length: int, key: Any) -> int:
 
 
 @compile_kernel
-def _search(ascending: Array, length: int, key: Any) -> int:
-    """The same in sorted keys."""
+def _first(ascending: Array, length: int, key: Any) -> int:
+    """The number of sorted keys that are less than a key."""
     low, high = 0, length
     while low < high:
         middle = (low + high) // 2
@@ -238,14 +237,7 @@ def _search(ascending: Array, length: int, key: Any) -> int:
             low = middle + 1
         else:
             high = middle
-    less, high = low, length
-    while low < high:
-        middle = (low + high) // 2
-        if ascending[middle] <= key:
-            low = middle + 1
-        else:
-            high = middle
-    return less + low - 1
+    return low
 
 
 @compile_kernel

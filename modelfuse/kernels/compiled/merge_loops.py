@@ -347,6 +347,12 @@ def load_from(data: Stored, start: int, count: int, buffers: BlockBuffers) -> No
 
 
 @compile_kernel
+def draw_of(half: Any) -> Any:
+    """The draw in [0, 1) of 32 random bits."""
+    return np.float32(np.int32(half >> _SHIFT)) * _SCALE
+
+
+@compile_kernel
 def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: Array) -> None:
     """The draws of :func:`modelfuse.methods.random.draws`; ``first`` is even, ``words`` has one word for two draws.
 
@@ -354,7 +360,7 @@ def uniform(key: Any, first: int, count: int, words: Array, halves: Array, out: 
     """
     random_words(key, first, count, words)
     for i in range(count):
-        out[i] = np.float32(np.int32(halves[i] >> _SHIFT)) * _SCALE
+        out[i] = draw_of(halves[i])
 
 
 @compile_kernel

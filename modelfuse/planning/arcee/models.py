@@ -51,18 +51,17 @@ class OpenModel:
 
     def find(self, name: str) -> StoredTensor | None:
         """The tensor of a name; for a head that is tied to the embedding, the embedding. None if there is none."""
-        checkpoint = self.checkpoint
-        found = checkpoint.tensors.get(checkpoint.aliases.get(name, name))
+        found = self.checkpoint.find(name)
         if found is None and name.endswith(HEADS) and self.ties:
             embedding = self.embedding
-            return None if embedding is None else checkpoint[embedding]
+            return None if embedding is None else self.checkpoint[embedding]
         return found
 
     def delta(self, name: str, base: Reference | None) -> StoredTensor | None:
         """The adapter's difference for a tensor, if ``base`` is the model that the adapter changes; else None."""
         if self.adapter is None or base is None or base.lora is not None or base.model != self.reference.model:
             return None
-        found = self.adapter.tensors.get(self.adapter.aliases.get(name, name))
+        found = self.adapter.find(name)
         return found if found is not None and found.is_delta else None
 
     @property
