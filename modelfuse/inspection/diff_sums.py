@@ -30,7 +30,7 @@ class GroupKey(NamedTuple):
 
 @dataclass
 class GroupSums:
-    """GroupSums over groups of tensors. Every array has one row per group.
+    """Sums over groups of tensors. Every array has one row per group.
 
     Attributes:
         tensors: The number of tensors: int64, shape (groups,).
